@@ -1,0 +1,228 @@
+"""A procedural world of short clips: one flat-coloured object moving over a smooth, panning texture.
+
+Every clip is a function of a `Scene`, a frozen record of plain numbers. Because of that the *ground truth of an edit*
+exists: change the scene's colour, shape, or presence, and render it again. Real footage can never give that.
+
+Clips are tensors (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]. Masks are (batch, 1, FRAMES, SIZE, SIZE), 1 = edit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+FRAMES, SIZE = 8, 32
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.92, 0.12, 0.14),
+    "green": (0.12, 0.78, 0.22),
+    "blue": (0.14, 0.26, 0.95),
+    "yellow": (0.98, 0.88, 0.12),
+    "magenta": (0.92, 0.16, 0.86),
+    "cyan": (0.12, 0.86, 0.92),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS: dict[str, tuple[str, tuple[float, float]]] = {
+    "still": ("standing still", (0.0, 0.0)),
+    "left": ("moving left", (-1.0, 0.0)),
+    "right": ("moving right", (1.0, 0.0)),
+    "up": ("moving up", (0.0, -1.0)),
+    "down": ("moving down", (0.0, 1.0)),
+}
+SPEED = 1.4  # pixels per frame of every moving object
+EMPTY_PROMPT = "an empty scene"
+
+
+@dataclass(frozen=True)
+class Wave:
+    """One sinusoid of the background texture: wave vector in radians per pixel, phase in radians, weight."""
+
+    kx: float
+    ky: float
+    phase: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides a clip. `shape=None` is a scene without an object.
+
+    `x`, `y` is the object's centre in pixels half way through the clip, `radius` its size in pixels,
+    `pan` the background's velocity in pixels per frame, `dark` and `light` the texture's two colours in [0, 1].
+    """
+
+    colour: str
+    shape: str | None
+    motion: str
+    x: float
+    y: float
+    radius: float
+    dark: tuple[float, float, float]
+    light: tuple[float, float, float]
+    waves: tuple[Wave, ...]
+    pan: tuple[float, float]
+
+    @property
+    def prompt(self) -> str:
+        """The sentence that names this scene, e.g. "a red circle moving left"."""
+        if self.shape is None:
+            return EMPTY_PROMPT
+        return f"a {self.colour} {self.shape} {MOTIONS[self.motion][0]}"
+
+    def recolour(self, colour: str) -> Scene:
+        """The same scene with the object in another colour."""
+        return replace(self, colour=colour)
+
+    def reshape(self, shape: str) -> Scene:
+        """The same scene with the object in another shape."""
+        return replace(self, shape=shape)
+
+    def remove(self) -> Scene:
+        """The same scene without its object."""
+        return replace(self, shape=None)
+
+
+def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
+    """Draw a scene. The same seed always gives the same scene; `empty` is the share of scenes without an object."""
+    rng = random.Random(f"kvlock-world-1:{seed}")
+    base = [rng.uniform(0.22, 0.5) for _ in range(3)]
+    grey = sum(base) / 3
+    muted = [grey + 0.5 * (c - grey) for c in base]  # backgrounds stay dull, so that saturated objects stand out
+    contrast = rng.uniform(0.10, 0.24)
+    waves = []
+    for _ in range(3):
+        angle, wavelength = rng.uniform(0, 2 * math.pi), rng.uniform(14, 44)
+        k = 2 * math.pi / wavelength
+        waves.append(
+            Wave(k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0))
+        )
+    motion = rng.choice(list(MOTIONS))
+    radius = rng.uniform(5.0, 7.0)
+    dx, dy = MOTIONS[motion][1]
+    travel = SPEED * (FRAMES - 1) / 2
+    low_x, low_y = radius + 0.5 + travel * abs(dx), radius + 0.5 + travel * abs(dy)
+    return Scene(
+        colour=rng.choice(list(COLOURS)),
+        shape=None if rng.random() < empty else rng.choice(SHAPES),
+        motion=motion,
+        x=rng.uniform(low_x, SIZE - low_x),
+        y=rng.uniform(low_y, SIZE - low_y),
+        radius=radius,
+        dark=(muted[0] - contrast / 2, muted[1] - contrast / 2, muted[2] - contrast / 2),
+        light=(muted[0] + contrast, muted[1] + contrast, muted[2] + contrast),
+        waves=tuple(waves),
+        pan=(rng.uniform(-1.2, 1.2), rng.uniform(-1.2, 1.2)),
+    )
+
+
+EDITS = ("recolour", "reshape", "replace", "remove", "insert")
+
+
+def sample_edit(seed: int, kind: str) -> tuple[Scene, Scene]:
+    """Draw a (source, target) pair of scenes for one kind of edit out of `EDITS`."""
+    if kind not in EDITS:
+        raise ValueError(f"unknown kind of edit {kind!r}; expected one of {', '.join(EDITS)}")
+    scene = sample_scene(seed, empty=0.0)
+    rng = random.Random(f"kvlock-edit-1:{seed}")
+    colour = rng.choice([c for c in COLOURS if c != scene.colour])
+    shape = rng.choice([s for s in SHAPES if s != scene.shape])
+    if kind == "recolour":
+        return scene, scene.recolour(colour)
+    if kind == "reshape":
+        return scene, scene.reshape(shape)
+    if kind == "replace":
+        return scene, scene.recolour(colour).reshape(shape)
+    if kind == "remove":
+        return scene, scene.remove()
+    return scene.remove(), scene
+
+
+def shape_coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """Anti-aliased coverage in [0, 1] of a shape at offsets (dx, dy) in pixels from its centre (y grows downward)."""
+    if shape == "circle":
+        distance = torch.hypot(dx, dy) - radius
+    elif shape == "square":
+        distance = torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
+    elif shape == "triangle":
+        # Isosceles, point up: a base at the bottom and two slanted sides.
+        slope = 2.0
+        side = (slope * dx.abs() - (dy + 1.05 * radius)) / math.hypot(slope, 1.0)
+        distance = torch.maximum(side, dy - 0.85 * radius)
+    elif shape == "cross":
+        arm, length = 0.36 * radius, 1.05 * radius
+        bar = torch.maximum(dx.abs() - length, dy.abs() - arm)
+        distance = torch.minimum(bar, torch.maximum(dx.abs() - arm, dy.abs() - length))
+    else:
+        raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
+    return (0.5 - distance).clamp(0, 1)
+
+
+def _grid() -> tuple[Tensor, Tensor, Tensor]:
+    """Frame index (FRAMES, 1, 1) and pixel-centre coordinates y (1, SIZE, 1), x (1, 1, SIZE)."""
+    pixels = torch.arange(SIZE) + 0.5
+    return torch.arange(FRAMES).float().view(-1, 1, 1), pixels.view(1, -1, 1), pixels.view(1, 1, -1)
+
+
+def centre(scene: Scene) -> Tensor:
+    """The object's centre (FRAMES, 2) as x, y in pixels."""
+    dx, dy = MOTIONS[scene.motion][1]
+    steps = SPEED * (torch.arange(FRAMES).float() - (FRAMES - 1) / 2)
+    return torch.stack([scene.x + dx * steps, scene.y + dy * steps], dim=-1)
+
+
+def coverage(scene: Scene) -> Tensor:
+    """Where the object is: (FRAMES, SIZE, SIZE) in [0, 1]; all zero for an empty scene."""
+    if scene.shape is None:
+        return torch.zeros(FRAMES, SIZE, SIZE)
+    _, y, x = _grid()
+    where = centre(scene)
+    cx, cy = where[:, 0].view(-1, 1, 1), where[:, 1].view(-1, 1, 1)
+    return shape_coverage(scene.shape, x - cx, y - cy, torch.tensor(scene.radius))
+
+
+def background(scene: Scene) -> Tensor:
+    """The panning texture alone: (3, FRAMES, SIZE, SIZE) in [0, 1]."""
+    t, y, x = _grid()
+    x, y = x - scene.pan[0] * t, y - scene.pan[1] * t
+    total = sum(w.weight for w in scene.waves)
+    level = torch.zeros(FRAMES, SIZE, SIZE)
+    for w in scene.waves:
+        level = level + w.weight / total * torch.sin(w.kx * x + w.ky * y + w.phase)
+    level = (0.5 + 0.5 * level).unsqueeze(0)
+    dark, light = torch.tensor(scene.dark).view(3, 1, 1, 1), torch.tensor(scene.light).view(3, 1, 1, 1)
+    return dark + (light - dark) * level
+
+
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Render scenes to clips (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]."""
+    clips = []
+    for scene in scenes:
+        picture = background(scene)
+        if scene.shape is not None:
+            alpha = coverage(scene).unsqueeze(0)
+            colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
+            picture = picture * (1 - alpha) + colour * alpha
+        clips.append(picture)
+    return torch.stack(clips) * 2 - 1
+
+
+def edit_mask(source: Scene, target: Scene, *, margin: float = 2.0) -> Tensor:
+    """Mask (1, FRAMES, SIZE, SIZE) of an edit: 1 wherever either object is, grown by `margin` pixels."""
+    hit = torch.maximum(coverage(source), coverage(target)) > 0
+    _, y, x = _grid()
+    reach = int(math.ceil(margin))
+    grown = torch.zeros_like(hit)
+    for oy in range(-reach, reach + 1):
+        for ox in range(-reach, reach + 1):
+            if math.hypot(ox, oy) <= margin:
+                rolled = torch.zeros_like(hit)
+                ys, xs = slice(max(oy, 0), SIZE + min(oy, 0)), slice(max(ox, 0), SIZE + min(ox, 0))
+                yt, xt = slice(max(-oy, 0), SIZE + min(-oy, 0)), slice(max(-ox, 0), SIZE + min(-ox, 0))
+                rolled[:, ys, xs] = hit[:, yt, xt]
+                grown |= rolled
+    return grown.float().unsqueeze(0)

@@ -1,0 +1,278 @@
+"""Masks: pooling against brute force, laws of the morphology, converters, and what the errors say."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from kvlock_sampling import masks
+from kvlock_sampling.types import MaskError
+
+quick = settings(max_examples=30, deadline=None)
+
+
+sizes = st.integers(1, 6)
+
+
+def clips(height=sizes, width=sizes):
+    shape = st.tuples(st.integers(1, 5), height, width)
+    return shape.flatmap(lambda s: arrays(np.float32, s, elements=st.sampled_from([0.0, 1.0]))).map(torch.from_numpy)
+
+
+# the normal form
+
+
+@pytest.mark.parametrize(
+    ("shape", "normal"),
+    [
+        ((6, 8), (1, 1, 1, 6, 8)),
+        ((5, 6, 8), (1, 1, 5, 6, 8)),
+        ((1, 5, 6, 8), (1, 1, 5, 6, 8)),
+        ((3, 5, 6, 8), (3, 1, 5, 6, 8)),
+        ((3, 1, 5, 6, 8), (3, 1, 5, 6, 8)),
+    ],
+)
+def test_as_mask_accepts_every_usual_shape(shape, normal):
+    mask = torch.rand(shape)
+    assert masks.as_mask(mask).shape == normal
+    assert torch.equal(masks.as_mask(mask).flatten(), mask.flatten())
+
+
+def test_as_mask_values_and_dtypes():
+    assert torch.equal(masks.as_mask(torch.tensor([[True, False]])).flatten(), torch.tensor([1.0, 0.0]))
+    assert torch.equal(
+        masks.as_mask(torch.tensor([[0, 255, 51]], dtype=torch.uint8)).flatten(), torch.tensor([0, 1, 0.2])
+    )
+    assert masks.as_mask(np.ones((2, 2))).dtype == torch.float64
+    assert masks.as_mask(torch.ones(2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_as_mask_holds_a_still_mask_over_the_frames():
+    still = torch.rand(4, 4)
+    assert torch.equal(masks.as_mask(still, frames=3)[0, 0, 2], still)
+    assert masks.as_mask(torch.rand(3, 4, 4), frames=3).shape == (1, 1, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("mask", "frames", "says"),
+    [
+        (torch.ones(4), None, r"shape \(4,\); expected \(H, W\)"),
+        (torch.ones(1, 3, 5, 4, 4), None, r"mask\[:, :1\]"),
+        (torch.ones(0, 4), None, "is empty"),
+        (torch.ones(4, 4, dtype=torch.int64), None, r"torch\.int64.*mask\.bool\(\)"),
+        (torch.ones(4, 4, dtype=torch.uint8), None, r"largest value is 1: pass mask\.bool\(\)"),
+        (torch.full((4, 4), 255.0), None, "pass mask / 255"),
+        (torch.full((4, 4), -1.0), None, "run from -1 to -1"),
+        (torch.tensor([[0.0, float("nan")]]), None, "run from nan"),
+        (torch.ones(4, 4, 4), 5, "has 4 frames; expected 5"),
+        (torch.ones(5, 1, 4, 4), 5, r"5 frames or 5 clips: pass mask\.transpose\(0, 1\)"),
+    ],
+)
+def test_as_mask_says_what_is_wrong(mask, frames, says):
+    with pytest.raises(MaskError, match=says):
+        masks.as_mask(mask, frames)
+
+
+def test_check_mask_refuses_trivial_masks_per_clip():
+    good = torch.eye(4)
+    assert masks.check_mask(good).shape == (1, 1, 1, 4, 4)
+    with pytest.raises(MaskError, match="nothing to edit"):
+        masks.check_mask(torch.zeros(4, 4))
+    with pytest.raises(MaskError, match=r"is the polarity inverted\? use masks\.from_keep_mask"):
+        masks.check_mask(torch.ones(4, 4))
+    with pytest.raises(MaskError, match=r"clip 1 \(of 2\) is 0 everywhere"):
+        masks.check_mask(torch.stack([good, torch.zeros(4, 4)])[:, None])
+    assert masks.check_mask(torch.zeros(4, 4), allow_trivial=True).sum() == 0
+
+
+# pixels -> latents -> tokens
+
+
+@quick
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_latent_mask_matches_a_loop(data, temporal, sh, sw):
+    groups, height, width = (data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)))
+    frames = 1 + groups * temporal
+    pixels = data.draw(
+        arrays(np.float32, (frames, height * sh, width * sw), elements=st.sampled_from([0.0, 0.25, 1.0]))
+    )
+    got = masks.latent_mask(pixels, temporal=temporal, spatial=(sh, sw))
+    assert got.shape == (1, 1, 1 + groups, height, width)
+    for t in range(1 + groups):
+        span = slice(0, 1) if t == 0 else slice(1 + (t - 1) * temporal, t * temporal + 1)
+        for i in range(height):
+            for j in range(width):
+                cell = pixels[span, i * sh : (i + 1) * sh, j * sw : (j + 1) * sw]
+                assert got[0, 0, t, i, j] == cell.max()
+
+
+@quick
+@given(clips())
+def test_latent_mask_without_compression_is_the_identity(pixels):
+    assert torch.equal(masks.latent_mask(pixels, temporal=1, spatial=1), masks.as_mask(pixels))
+
+
+def test_a_moving_object_reaches_only_its_own_latent_frame():
+    pixels = torch.zeros(9, 16, 16)
+    pixels[5, 9, 3] = 1  # frames 5..8 make latent frame 2
+    assert masks.latent_mask(pixels).nonzero().tolist() == [[0, 0, 2, 1, 0]]
+
+
+@quick
+@given(st.data(), st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)))
+def test_an_edited_cell_makes_its_token_edited_and_no_other(data, patch):
+    grid = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)))
+    shape = tuple(g * p for g, p in zip(grid, patch, strict=True))
+    t, i, j = (data.draw(st.integers(0, n - 1)) for n in shape)
+    latent = torch.zeros(shape)
+    latent[t, i, j] = 0.01
+    tokens = masks.token_mask(latent, patch)
+    assert tokens.shape == (1, grid[0] * grid[1] * grid[2])
+    assert tokens.dtype == torch.bool
+    expected = (t // patch[0] * grid[1] + i // patch[1]) * grid[2] + j // patch[2]
+    assert tokens[0].nonzero().flatten().tolist() == [expected]
+
+
+@quick
+@given(clips(height=st.sampled_from([2, 4, 6]), width=st.sampled_from([2, 4])))
+def test_snapping_covers_the_mask_and_agrees_with_the_tokens(latent):
+    snapped = masks.snap_to_patches(latent)
+    assert snapped.shape == (1, 1, *latent.shape)
+    assert (snapped >= masks.as_mask(latent)).all()
+    assert torch.equal(masks.token_mask(snapped), masks.token_mask(latent))
+    assert torch.equal(masks.snap_to_patches(snapped), snapped)
+    assert snapped.sum() == 4 * masks.token_mask(latent).sum()
+
+
+def test_latent_and_token_masks_treat_clips_separately():
+    batch = (torch.rand(3, 1, 9, 16, 32) > 0.99).float()
+    together = masks.token_mask(masks.latent_mask(batch))
+    apart = [masks.token_mask(masks.latent_mask(clip[None])) for clip in batch]
+    assert torch.equal(together, torch.cat(apart))
+
+
+def test_pooling_errors_name_what_would_fit():
+    with pytest.raises(MaskError, match=r"10 frames .* 1 \+ 4k frames, here 9 or 13.*mask\[:, :, :9\]"):
+        masks.latent_mask(torch.ones(10, 16, 16))
+    with pytest.raises(
+        MaskError, match=r"\(9, 20, 33\): resize with masks\.resize\(mask, 9, 16, 32\).*\(9, 24, 40\)"
+    ) as e:
+        masks.latent_mask(torch.ones(9, 20, 33), temporal=1)
+    assert "spatial" in str(e.value)
+    with pytest.raises(MaskError, match=r"patch=\(1, 2, 2\) does not divide .* \(3, 5, 4\)"):
+        masks.token_mask(torch.ones(3, 5, 4))
+    with pytest.raises(MaskError, match="integers >= 1"):
+        masks.latent_mask(torch.ones(1, 8, 8), spatial=0)
+    with pytest.raises(MaskError, match="three integers"):
+        masks.token_mask(torch.ones(1, 8, 8), patch=(2, 2))
+
+
+@quick
+@given(clips(), st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7)))
+def test_resize_never_loses_a_region_and_never_makes_one_up(mask, size):
+    resized = masks.resize(mask, *size)
+    assert resized.shape == (1, 1, *size)
+    assert resized.max() == mask.max()
+    assert torch.equal(masks.resize(mask, *mask.shape), masks.as_mask(mask))
+    doubled = masks.resize(mask, *(2 * n for n in mask.shape))
+    assert torch.equal(doubled[0, 0, ::2, ::2, ::2], mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pooling_in_every_dtype(dtype):
+    mask = torch.eye(8, dtype=dtype)[None]
+    for pooled in (masks.resize(mask, 1, 4, 4), masks.latent_mask(mask, spatial=2)):
+        assert pooled.dtype == dtype
+        assert torch.equal(pooled[0, 0], torch.eye(4, dtype=dtype)[None])
+
+
+def test_resize_keeps_one_pixel_of_a_large_frame():
+    mask = torch.zeros(49, 480, 832)
+    mask[17, 301, 555] = 1
+    assert masks.resize(mask, 5, 6, 7).sum() == 1
+    with pytest.raises(MaskError, match="at least 1"):
+        masks.resize(mask, 0, 4, 4)
+
+
+# morphology
+
+
+@quick
+@given(clips(), st.sampled_from([0, 1, 1.5, 3]), st.sampled_from([0, 1, 2]))
+def test_morphology_laws(mask, radius, more):
+    hard = masks.as_mask(mask)
+    grown, shrunk = masks.grow(mask, radius), masks.shrink(mask, radius)
+    assert (shrunk <= hard).all()
+    assert (hard <= grown).all()
+    assert (grown <= masks.grow(mask, radius + more)).all()
+    assert torch.equal(shrunk, 1 - masks.grow(1 - mask, radius))
+    assert torch.equal(masks.grow(mask, 0), hard)
+    assert torch.equal(masks.ring(mask, radius) + hard, grown)
+    soft = masks.feather(mask, radius)
+    assert torch.equal(soft == 1, hard == 1)
+    assert (soft[grown == 0] == 0).all()
+    assert ((soft >= 0) & (soft <= 1)).all()
+
+
+def test_grow_is_a_disc_within_its_own_frame():
+    mask = torch.zeros(3, 9, 9)
+    mask[1, 4, 4] = 1
+    grown = masks.grow(mask, 2)[0, 0]
+    rows, columns = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
+    assert torch.equal(grown[1], ((rows - 4) ** 2 + (columns - 4) ** 2 <= 4).float())
+    assert grown[[0, 2]].sum() == 0
+
+
+def test_feather_falls_smoothly_to_zero():
+    mask = torch.zeros(1, 20)
+    mask[0, 0] = 1
+    ramp = masks.feather(mask, 8).flatten()
+    assert torch.allclose(ramp[:9], (1 + torch.cos(torch.pi * torch.arange(9) / 8)) / 2, atol=1e-6)
+    assert (ramp.diff() <= 0).all()
+    assert ramp[8:].abs().max() < 1e-6
+
+
+def test_morphology_keeps_dtype_and_refuses_negative_radii():
+    assert masks.feather(torch.eye(4, dtype=torch.float64), 2).dtype == torch.float64
+    with pytest.raises(MaskError, match=r"radius is -1; .* masks\.shrink"):
+        masks.grow(torch.eye(4), -1)
+
+
+# other people's conventions
+
+
+def test_from_keep_mask_turns_the_polarity():
+    keep = torch.tensor([[1.0, 0.0, 0.25]])
+    assert masks.from_keep_mask(keep, frames=2)[0, 0, 1].tolist() == [[0.0, 1.0, 0.75]]
+
+
+def test_from_comfy_reads_images_as_frames_and_hardens_soft_borders():
+    frames = torch.zeros(5, 1, 4, 4)
+    frames[2, 0, 1, 1], frames[3, 0, 1, 1] = 1.0, 0.3
+    video = masks.from_comfy(frames, frames=5)
+    assert video.shape == (1, 1, 5, 4, 4)
+    assert video[0, 0, :, 1, 1].tolist() == [0, 0, 1, 1, 0]
+    assert masks.from_comfy(frames, threshold=0.5).sum() == 1
+    assert torch.equal(masks.from_comfy(frames[:, 0]), video)
+    assert torch.equal(masks.from_comfy(frames.transpose(0, 1)[None]), video)
+    with pytest.raises(MaskError, match=r"threshold is 2"):
+        masks.from_comfy(frames, threshold=2)
+
+
+def test_from_diffusers_reads_pil_arrays_and_lists():
+    array = np.zeros((6, 8), np.uint8)
+    array[1:3, 2:5], array[4, 4] = 255, 100
+    expected = masks.as_mask(torch.from_numpy(array) > 127)
+    image = Image.fromarray(array)
+    for same in (image, image.convert("RGB"), array, np.stack([array] * 3, -1), array / 255.0, torch.from_numpy(array)):
+        assert torch.equal(masks.from_diffusers(same).float(), expected)
+    video = [image, array, np.stack([array] * 3, -1)]
+    assert torch.equal(masks.from_diffusers(video), expected.expand(-1, -1, 3, -1, -1))
+    assert masks.from_diffusers(image, frames=9).shape == (1, 1, 9, 6, 8)
+    with pytest.raises(MaskError, match="empty list"):
+        masks.from_diffusers([])
+    with pytest.raises(MaskError, match="expected one size"):
+        masks.from_diffusers([array, array[:3]])

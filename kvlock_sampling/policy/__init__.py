@@ -1,0 +1,25 @@
+"""Policies: from what was observed to what to do. One per file, formula on top; combinators wrap any of them."""
+
+from .base import Policy, Stateless, as_policy, stateless
+from .combine import Clamped, Smoothed, Windowed, Wrapper
+from .constant import Constant
+from .linear import Linear
+from .pid import PID
+from .sigmoid import Sigmoid
+from .threshold import Threshold
+
+__all__ = [
+    "PID",
+    "Clamped",
+    "Constant",
+    "Linear",
+    "Policy",
+    "Sigmoid",
+    "Smoothed",
+    "Stateless",
+    "Threshold",
+    "Windowed",
+    "Wrapper",
+    "as_policy",
+    "stateless",
+]

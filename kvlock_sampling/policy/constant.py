@@ -1,0 +1,40 @@
+"""Constant policy:  lock = lock,  cfg_scale = cfg_scale.  Nothing is measured.
+
+Range: lock in [0, 1]; lock 0 is "off", lock 1 takes background keys and values wholly from the source at every step,
+as KV-Edit does (Zhu et al. 2025, arXiv 2502.17363).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..types import Control, Observation
+from .base import Policy
+from .fields import number
+
+
+@dataclass(frozen=True)
+class Constant(Policy):
+    """The same lock at every evaluation, the first included.
+
+    lock: in [0, 1]. 0 never locks, 1 locks fully.
+    cfg_scale: absolute guidance scale; None = what the caller asked for.
+    Raises PolicyError for a lock outside [0, 1].
+    """
+
+    lock: float = 0.0
+    cfg_scale: float | None = None
+
+    uses_risk = False
+
+    def __post_init__(self) -> None:
+        number(self, "lock", at_least=0.0, at_most=1.0)
+        number(self, "cfg_scale", optional=True)
+
+    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
+        return state, Control(self.lock, obs.cfg_scale if self.cfg_scale is None else self.cfg_scale)
+
+    @property
+    def never_locks(self) -> bool:
+        return self.lock == 0.0

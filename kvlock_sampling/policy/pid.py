@@ -1,0 +1,126 @@
+"""PID policy:  u = bias + kp * e + ki * integral(e dt) + kd * de/dt,  e = log(risk / target),  t = -log(sigma).
+
+lock = clamp(u, lock_range), cfg_scale = w0 * (c_lo + (c_hi - c_lo) * clamp(u, 0, 1)). Risk is first clamped to
+RISK_RANGE, so |log risk| <= 6.9 and neither 0 nor infinity harms. Sources: Astrom & Murray, "Feedback Systems", chapter
+on PID control (filtered derivative of the measurement, anti-windup); acting on the log of an error with set-point 1 as
+the step-size controllers of k-diffusion and diffrax do, whose gains for noisy signals (0.1, 0.3, 0) are the defaults.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import Control, Observation, PolicyError
+from .base import Policy
+from .fields import Range, number, pair
+from .numeric import elapsed, scaled_cfg, working
+
+RISK_RANGE: Range = (1e-3, 1e3)
+
+
+class PIDState(NamedTuple):
+    """What a PID remembers, as tensors like `obs.risk`; None before the first step.
+
+    sigma: noise level of the last step. level: log risk there. integral: ki * integral(e dt), in units of u.
+    slope: filtered d(level)/dt. output: u as it was sent.
+    """
+
+    sigma: float | None = None
+    level: Tensor | None = None
+    integral: Tensor | None = None
+    slope: Tensor | None = None
+    output: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PID(Policy):
+    """Holds risk at `target` by locking more while it is above and less while it is below.
+
+    target: risk > 0 to hold. 1 = at the calibrated threshold.
+    kp, ki, kd: lock per unit of log(risk / target), of its integral over -log sigma, of its slope over -log sigma.
+        Positive gains lock more where risk is high; with all gains 0 this is `Constant(lock=bias)`, bit for bit.
+    lock_range: limits of the lock, within [0, 1].
+    cfg_range: multiple of the caller's guidance scale (at u = 0, at u = 1), >= 0; may fall. (1, 1) leaves it alone.
+    bias: u at zero error, and the lock before the first measurement; within lock_range.
+    filter_width: > 0, time constant of the derivative filter, in units of log sigma (a 40-step run spans about 8).
+    slew: > 0, the most that u may move per unit of log sigma, beginning at the bias; None = no limit.
+    Raises PolicyError for settings out of range.
+    """
+
+    target: float = 1.0
+    kp: float = 0.1
+    ki: float = 0.3
+    kd: float = 0.0
+    lock_range: Range = (0.0, 1.0)
+    cfg_range: Range = (1.0, 1.0)
+    bias: float = 0.0
+    filter_width: float = 0.3
+    slew: float | None = None
+
+    def __post_init__(self) -> None:
+        number(self, "target", above=0.0)
+        for name in ("kp", "ki", "kd"):
+            number(self, name)
+        pair(self, "lock_range", at_least=0.0, at_most=1.0)
+        pair(self, "cfg_range", at_least=0.0, rising=False)
+        number(self, "bias", at_least=0.0, at_most=1.0)
+        number(self, "filter_width", above=0.0)
+        number(self, "slew", above=0.0, optional=True)
+        if not self.limits[0] <= self.bias <= self.limits[1]:
+            raise PolicyError(
+                f"PID(bias={self.bias:g}, lock_range={self.lock_range}): bias must lie within lock_range. "
+                f"This works: PID(bias={self.lock_range[0]:g}, lock_range={self.lock_range})"
+            )
+
+    @property
+    def limits(self) -> Range:
+        """Where u saturates: at the lock's limits, or at (0, 1) where u also drives guidance."""
+        return self.lock_range if self.cfg_range[0] == self.cfg_range[1] else (0.0, 1.0)
+
+    def init(self) -> PIDState:
+        return PIDState()
+
+    def step(self, state: PIDState, obs: Observation) -> tuple[PIDState, Control]:
+        low, high = self.limits
+        level = working(obs.risk).clamp(*RISK_RANGE).log()
+        error = level - math.log(self.target)
+        zero = torch.zeros_like(level)
+        integral, slope, before, dt = zero, zero, level, elapsed(state.sigma, obs.sigma)
+        output = torch.full_like(level, self.bias)
+        if state.level is not None and state.integral is not None:  # every step but the first
+            assert state.slope is not None
+            assert state.output is not None
+            integral, slope, before, output = state.integral, state.slope, state.level, state.output
+
+        # On the measurement and through a low-pass, so a first step or a jump gives no kick; exact for any dt.
+        if dt > 0.0:
+            share = -math.expm1(-dt / self.filter_width)
+            slope = slope + share * ((level - before) / dt - slope)
+        rest = self.bias + self.kp * error + self.kd * slope
+
+        # Trapezoid in log sigma: 20 and 50 steps give the same integral. It grows only as far as u is not yet at a
+        # limit (no windup), and alone it can hold u at a limit but not beyond: when the error turns, u leaves at once.
+        grown = integral + self.ki * dt * (error + before - math.log(self.target)) / 2
+        grown = grown.clamp(torch.minimum(integral, low - rest), torch.maximum(integral, high - rest))
+        integral = grown.clamp(low - self.bias, high - self.bias)
+
+        wanted = (rest + integral).clamp(low, high)
+        if self.slew is not None:
+            wanted = output + (wanted - output).clamp(-self.slew * dt, self.slew * dt)
+        lock = wanted.clamp(*self.lock_range).to(obs.risk.dtype)
+        new = PIDState(obs.sigma, level, integral, slope, wanted)
+        return new, Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
+
+    def start(self, obs: Observation) -> Control:
+        """The bias: u at zero error."""
+        lock = min(max(self.bias, self.lock_range[0]), self.lock_range[1])
+        return Control(lock, scaled_cfg(obs, self.cfg_range, self.bias))
+
+    @property
+    def never_locks(self) -> bool:
+        return self.lock_range[1] == 0.0 or self.kp == self.ki == self.kd == self.bias == 0.0

@@ -167,7 +167,7 @@ def test_pooling_errors_name_what_would_fit():
     with pytest.raises(MaskError, match="integers >= 1"):
         masks.latent_mask(torch.ones(1, 8, 8), spatial=0)
     with pytest.raises(MaskError, match="three integers"):
-        masks.token_mask(torch.ones(1, 8, 8), patch=(2, 2))
+        masks.token_mask(torch.ones(1, 8, 8), patch=(1, 0, 2))
 
 
 @quick

@@ -92,7 +92,7 @@ def run(
     sampler: str | Sampler,
     model: Denoiser,
     x: Float[Tensor, "batch ..."],
-    sigmas: Float[Tensor, " levels"],
+    sigmas: Tensor,
     *,
     seed: Seed | None = None,
     disable: bool | None = True,

@@ -11,10 +11,14 @@ import difflib
 from collections.abc import Sequence
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from ..compat import broken_torchvision_hidden
+from ..types import KVLockError
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
+
+with broken_torchvision_hidden():
+    from diffusers import WanTransformer3DModel
 
 PROMPT_LENGTH = 8
 PATCH = (2, 4, 4)
@@ -31,7 +35,7 @@ VOCABULARY = _vocabulary()
 _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is padding
 
 
-class PromptError(ValueError):
+class PromptError(KVLockError, ValueError):
     """A prompt the embedded model cannot read."""
 
 
@@ -83,7 +87,8 @@ class TinyWan(nn.Module):
             rope_max_seq_len=32,
         )
 
-    def forward(self, z: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        """Predict x0.  z: (batch, 3, frames, height, width); t: (batch,) in [0, 1]; words: (batch, PROMPT_LENGTH)."""
-        text = self.words(words)
+    def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
+        """Predict x0.  z: (batch, 3, frames, height, width); t: (batch,) in [0, 1]; cond: prompts or their `tokenize`."""
+        words = cond if isinstance(cond, Tensor) else tokenize(cond)
+        text = self.words(words.to(z.device).expand(len(z), -1))
         return self.transformer(z, t * 1000, text, return_dict=False)[0]

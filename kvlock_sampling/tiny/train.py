@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def make_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     return render(scenes), tokenize(prompts)
 
 
-def flow_loss(model: nn.Module, clips: Tensor, words: Tensor, generator: torch.Generator) -> Tensor:
+def flow_loss(model: Callable[..., Tensor], clips: Tensor, words: Tensor, generator: torch.Generator) -> Tensor:
     """Velocity loss of an x0 prediction: (x0_hat - x0)^2 / t^2 with 1 / t clipped at 10."""
     device = clips.device
     t = torch.sigmoid(0.6 + 1.1 * torch.randn(len(clips), generator=generator)).to(device)
@@ -95,7 +96,7 @@ def train(
     device: str = "cpu",
     save_every: int = 200,
     log_every: int = 50,
-    autocast: bool = False,
+    fast: bool = False,
 ) -> Path:
     """Train, or go on training, in folder `out`. Returns the path of the checkpoint, which holds the averaged weights."""
     out.mkdir(parents=True, exist_ok=True)
@@ -115,14 +116,15 @@ def train(
         generator.set_state(state["generator"].cpu())
         first = state["step"]
     base_rates = [muon_lr, adamw_lr]
+    forward = torch.compile(model) if fast else model
     recent, started = [], time.time()
     for step in range(first, steps):
         factor = learning_rate_factor(step, steps)
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
         clips, words = make_batch(step, batch)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-            loss = flow_loss(model, clips.to(device), words.to(device), generator)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
+            loss = flow_loss(forward, clips.to(device), words.to(device), generator)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -154,14 +156,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 matrix products")
+    parser.add_argument("--fast", action="store_true", help="torch.compile and bfloat16 matrix products")
     arguments = parser.parse_args()
     train(
         arguments.out,
         steps=arguments.steps,
         batch=arguments.batch,
         device=arguments.device,
-        autocast=arguments.autocast,
+        fast=arguments.fast,
     )
 
 

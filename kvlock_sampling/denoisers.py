@@ -1,0 +1,258 @@
+"""Any model as a denoiser  D(x, sigma) = E[x0 | x],  x = x0 + sigma * noise:  what every k-diffusion sampler calls.
+
+    D(x, sigma) = c_skip * x + c_out * F(c_in * x, time)          F: the wrapped model
+
+| wrapper               | c_skip            | c_out                      | c_in                  | time                |
+| --------------------- | ----------------- | -------------------------- | --------------------- | ------------------- |
+| FlowDenoiser velocity | 1 / (1 + sigma)   | -sigma / (1 + sigma)       | 1 / (1 + sigma)       | sigma / (1 + sigma) |
+| FlowDenoiser x0       | 0                 | 1                          | 1 / (1 + sigma)       | sigma / (1 + sigma) |
+| EpsDenoiser           | 1                 | -sigma                     | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
+| VDenoiser             | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
+
+Models with a discrete schedule (Stable Diffusion 1 and 2, OpenAI) have k-diffusion's own wrappers, loaded on first use:
+DiscreteEpsDDPMDenoiser, DiscreteVDDPMDenoiser, OpenAIDenoiser, CompVisDenoiser, CompVisVDenoiser.
+
+Sources: k-diffusion `external.py`; the c_skip / c_out / c_in form is Karras et al. 2022 (2206.00364), section 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from . import samplers
+from .types import KVLockError
+
+ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
+Call: TypeAlias = Callable[..., Tensor]
+
+_KDIFFUSION = (
+    "CompVisDenoiser",
+    "CompVisVDenoiser",
+    "DiscreteEpsDDPMDenoiser",
+    "DiscreteVDDPMDenoiser",
+    "OpenAIDenoiser",
+)
+
+
+class DenoiserError(KVLockError, ValueError):
+    """A denoiser set up or called in a way it cannot mean, or a model that answers in the wrong shape."""
+
+
+class Wrapper(nn.Module):
+    """A module around `inner_model` that answers for every attribute it does not have itself (config, dtype, ...).
+
+    Its clock is variance exploding: `add_noise` and `to_ve` say so to whoever needs a noised source.
+    """
+
+    def __init__(self, inner_model: Callable[..., Any]) -> None:
+        super().__init__()
+        self.inner_model = inner_model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "inner_model" or (name.startswith("__") and name.endswith("__")):
+                raise  # not there yet (copy, pickle), or a protocol that is the inner model's own affair
+            return getattr(self.inner_model, name)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """x0 + sigma * noise, sigma of shape () or (batch,); dtype and shape of x0."""
+        return (x0 + _per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
+
+    def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
+        """This denoiser's noise level as a variance-exploding one: the same."""
+        return sigma
+
+
+class Preconditioned(Wrapper):
+    """D(x, sigma) = c_skip * x + c_out * F(c_in * x, time); subclasses give the three scalings and the time.
+
+    call: how to call the model, `call(model, z, time, **extra_args) -> prediction`; by default plainly
+        `model(z, time, **extra_args)`. For diffusers:
+        `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
+    model_dtype: dtype of the model's input; default that of its first floating parameter (of x, where it has none).
+        Time stays at least float32: 999 rounds to 1000 in bfloat16.
+    """
+
+    def __init__(
+        self, inner_model: Callable[..., Any], call: Call | None = None, model_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(inner_model)
+        self.call = call
+        self.model_dtype = model_dtype
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in), each shaped like sigma."""
+        raise NotImplementedError
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The model's own time at this noise level, shaped like sigma."""
+        raise NotImplementedError
+
+    def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
+        """The clean prediction x0-hat at (x, sigma): shape, dtype and device of x.
+
+        sigma: noise level >= 0, shape () or (batch,). extra_args go to the model untouched. Arithmetic runs in x's
+        dtype, float32 at least. Raises DenoiserError for another sigma, or when the model answers in another shape.
+        """
+        work = torch.promote_types(x.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=work, device=x.device)
+        if sigma.shape not in ((), (1,), (len(x),)):
+            raise DenoiserError(f"sigma has shape {tuple(sigma.shape)}; expected () or (batch,) = ({len(x)},)")
+        sigma = sigma.expand(len(x))
+        c_skip, c_out, c_in = (_per_row(c, x) for c in self.scalings(sigma))
+        dtype = self.model_dtype or _parameter_dtype(self.inner_model) or x.dtype
+        z, time = (x * c_in).to(dtype), self.time(sigma).to(torch.promote_types(dtype, torch.float32))
+        model, call = self.inner_model, self.call
+        prediction = model(z, time, **extra_args) if call is None else call(model, z, time, **extra_args)
+        if not isinstance(prediction, Tensor) or prediction.shape != x.shape:
+            got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+            raise DenoiserError(
+                f"the model answered with {got}; expected a tensor like x, {tuple(x.shape)}. Unpack it with "
+                f"{type(self).__name__}(model, call=lambda m, z, t, **kw: m(z, t, return_dict=False, **kw)[0])"
+            )
+        return (x * c_skip + prediction.to(work) * c_out).to(x.dtype)
+
+
+class FlowDenoiser(Preconditioned):
+    """A rectified-flow model (Wan, HunyuanVideo, LTX, Mochi, Flux) as an exact variance-exploding denoiser.
+
+    Flow: z_t = (1 - t) * x0 + t * noise. With sigma = t / (1 - t) and x = z_t / (1 - t) this is x = x0 + sigma * noise,
+    so the model is asked at z_t = x / (1 + sigma), t = sigma / (1 + sigma): a change of variables, no approximation.
+
+    prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v;  or "x0".
+    time_scale: the model is called as `inner_model(z_t, t * time_scale, **extra_args)`; 1000 for diffusers' models.
+    call, model_dtype: see `Preconditioned`.  Schedules: `samplers.flow_sigmas`.
+    """
+
+    def __init__(
+        self,
+        inner_model: Callable[..., Any],
+        prediction: Literal["velocity", "x0"] = "velocity",
+        time_scale: float = 1.0,
+        call: Call | None = None,
+        model_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(inner_model, call, model_dtype)
+        if prediction not in ("velocity", "x0"):
+            raise DenoiserError(
+                f"prediction={prediction!r}; expected 'velocity' or 'x0'. For other models: EpsDenoiser, VDenoiser"
+            )
+        self.prediction = prediction
+        self.time_scale = time_scale
+
+    @staticmethod
+    def t_from_sigma(sigma: ScalarOrTensor) -> ScalarOrTensor:
+        """Flow time t = sigma / (1 + sigma) in [0, 1)."""
+        return sigma / (1 + sigma)
+
+    @staticmethod
+    def sigma_from_t(t: ScalarOrTensor) -> ScalarOrTensor:
+        """Noise level sigma = t / (1 - t), for t in [0, 1)."""
+        return t / (1 - t)
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c_in = 1 / (1 + sigma)
+        if self.prediction == "x0":
+            return torch.zeros_like(sigma), torch.ones_like(sigma), c_in
+        return c_in, -self.t_from_sigma(sigma), c_in
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.t_from_sigma(sigma) * self.time_scale
+
+
+def angle(sigma: Tensor) -> Tensor:
+    """Continuous time 2/pi * atan(sigma) in [0, 1), of the cosine schedule (v-diffusion, k-diffusion's VDenoiser)."""
+    return sigma.atan() / math.pi * 2
+
+
+class EpsDenoiser(Preconditioned):
+    """A model that predicts the noise, with continuous time:  D = x - sigma * eps(x / sqrt(1 + sigma^2), time(sigma)).
+
+    time: from noise level to the model's time, a function of a (batch,) tensor. For the discrete schedule of
+    Stable Diffusion use DiscreteEpsDDPMDenoiser. call, model_dtype: see `Preconditioned`.
+    """
+
+    def __init__(
+        self,
+        inner_model: Callable[..., Any],
+        time: Callable[[Tensor], Tensor] = angle,
+        call: Call | None = None,
+        model_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(inner_model, call, model_dtype)
+        self.time_from_sigma = time
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1) ** 0.5
+
+    def time(self, sigma: Tensor) -> Tensor:
+        return self.time_from_sigma(sigma)
+
+
+class VDenoiser(EpsDenoiser):
+    """A model that predicts v = (noise - sigma * x0) / sqrt(1 + sigma^2), as k-diffusion's VDenoiser, from which it
+    differs only in what `Preconditioned` adds. Parameters as in EpsDenoiser; discrete: DiscreteVDDPMDenoiser.
+    """
+
+    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5, 1 / (sigma**2 + 1) ** 0.5
+
+
+class CFGDenoiser(Wrapper):
+    """Classifier-free guidance as in the Stable Diffusion scripts: one call on the doubled batch [uncond, cond].
+
+    `inner_model(x, sigma, cond=...)` is a denoiser.  Result: D_u + (D_c - D_u) * cond_scale.
+    """
+
+    def forward(
+        self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor
+    ) -> Float[Tensor, "batch ..."]:
+        """uncond, cond: tensors (batch, ...), or mappings of such. sigma and cond_scale: () or (batch,)."""
+        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=_doubled(uncond, cond))
+        d_uncond, d_cond = both.chunk(2)
+        if isinstance(cond_scale, Tensor):
+            cond_scale = _per_row(cond_scale.to(x), x)
+        return d_uncond + (d_cond - d_uncond) * cond_scale
+
+
+def __getattr__(name: str) -> Any:
+    if name in _KDIFFUSION:
+        return getattr(samplers.external(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_KDIFFUSION})
+
+
+def _per_row(value: Tensor, x: Tensor) -> Tensor:
+    """(batch,) -> (batch, 1, 1, ...) to broadcast against x; a scalar stays one."""
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
+
+
+def _parameter_dtype(model: Any) -> torch.dtype | None:
+    """Dtype of the first floating parameter; quantised (one-byte) weights do not say in what dtype they compute."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)
+
+
+def _doubled(uncond: Any, cond: Any) -> Any:
+    if isinstance(cond, Mapping):
+        if not isinstance(uncond, Mapping) or uncond.keys() != cond.keys():
+            raise DenoiserError(f"cond has the keys {sorted(cond)}; expected a mapping with the same keys as uncond")
+        return {key: _doubled(uncond[key], cond[key]) for key in cond}
+    if uncond.shape != cond.shape:
+        raise DenoiserError(
+            f"uncond has shape {tuple(uncond.shape)}, cond {tuple(cond.shape)}; expected the same: pad the shorter "
+            "prompt, or pass uncond.expand_as(cond) for one unconditional embedding"
+        )
+    return torch.cat([uncond, cond])

@@ -130,6 +130,10 @@ class FlowDenoiser(Preconditioned):
     prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v;  or "x0".
     time_scale: the model is called as `inner_model(z_t, t * time_scale, **extra_args)`; 1000 for diffusers' models.
     call, model_dtype: see `Preconditioned`.  Schedules: `samplers.flow_sigmas`.
+
+    >>> model = FlowDenoiser(lambda z, t: torch.zeros_like(z))  # velocity 0: z_t is x0 already
+    >>> model(torch.full((1, 2), 8.0), torch.tensor([3.0]))
+    tensor([[2., 2.]])
     """
 
     def __init__(

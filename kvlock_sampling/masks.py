@@ -5,6 +5,12 @@ One polarity everywhere: 1 = edit (foreground), 0 = keep (background). `from_kee
 width) in [0, 1]; every function here accepts whatever `as_mask` accepts. Soft values are allowed, and every reduction
 is a maximum, so a small region is never lost: a cell that holds any edited pixel is edited.
 
+>>> video = torch.zeros(9, 64, 96)  # frames, height, width
+>>> video[:, 16:32, 40:56] = 1  # edit here
+>>> latent = latent_mask(video, temporal=4, spatial=8)
+>>> latent.shape, token_mask(latent, patch=(1, 2, 2)).sum()
+(torch.Size([1, 1, 3, 8, 12]), tensor(6))
+
 Source of the pooling: KV-Lock (arXiv 2603.09657); the causal frame groups are those of the Wan, HunyuanVideo and
 CogVideoX VAEs. Morphology (`grow`, `feather`, ...) runs in scipy on the CPU, frame by frame, and returns to the device.
 """
@@ -53,7 +59,7 @@ def as_mask(mask: MaskLike, frames: int | None = None) -> Mask:
     `frames`: repeat a still mask (T = 1) over this many frames; a moving mask must already have them.
     Raises MaskError for any other shape, dtype or value.
     """
-    values = _values(torch.as_tensor(mask))
+    values = _values(_tensor(mask))
     if values.ndim == 4 and frames is not None and frames > 1 and values.shape[:2] == (frames, 1):
         raise MaskError(
             f"a mask of shape {_shape(values)} with frames={frames} can mean {frames} frames or {frames} clips: "
@@ -195,7 +201,7 @@ def from_comfy(noise_mask: MaskLike, frames: int | None = None, *, threshold: fl
     is. ComfyUI resizes trilinearly, which leaves soft borders: the default 0 keeps every touched cell (ComfyUI
     regenerates it in part), 0.5 follows the outline.
     """
-    values = torch.as_tensor(noise_mask)
+    values = _tensor(noise_mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
     return _harden(as_mask(values, frames), threshold)
@@ -217,6 +223,11 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
     elif not isinstance(mask, Tensor):
         mask = _luminance(mask)
     return _harden(as_mask(mask, frames), threshold, inclusive=True)
+
+
+def _tensor(mask: MaskLike) -> Tensor:
+    """Torch takes no array that is read-only (from PIL) or has negative strides (flipped): those are copied."""
+    return mask if isinstance(mask, Tensor) else torch.from_numpy(np.require(mask, requirements=["C", "W"]))
 
 
 def _values(mask: Tensor) -> Tensor:
@@ -271,7 +282,7 @@ def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.
 def _luminance(page: Any) -> np.ndarray:
     """One image, PIL or array, or an array of frames, as gray values (..., height, width)."""
     if hasattr(page, "convert"):  # PIL, not imported here
-        return np.array(page.convert("L"))  # a copy: torch refuses read-only memory
+        return np.asarray(page.convert("L"))
     array = np.asarray(page)
     if array.ndim >= 3 and array.shape[-1] in (1, 3, 4):
         return array[..., :3].max(axis=-1)  # white is white in every channel; alpha says nothing about repainting

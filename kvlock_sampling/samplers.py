@@ -36,21 +36,16 @@ NoiseSampler: TypeAlias = Callable[[Any, Any], Tensor]
 Seed: TypeAlias = int | Sequence[int]
 
 _PARENT = f"{__package__}._k_diffusion"
-_EXTRAS = (
-    "get_sigmas_exponential",
-    "get_sigmas_karras",
-    "get_sigmas_polyexponential",
-    "get_sigmas_vp",
-    "log_likelihood",
-)
+_EXTRAS = ("log_likelihood", *(f"get_sigmas_{kind}" for kind in ("karras", "exponential", "polyexponential", "vp")))
+_SALT = 0x6B764C6F636B  # any fixed number
 _LOCK = threading.RLock()
 _MODULES: dict[str, ModuleType] = {}
 _SAMPLERS: dict[str, Sampler] = {}
 
-_ANY_CALLABLE = (
-    "pass any callable with the signature sampler(model, x, sigmas, extra_args=None, callback=None, disable=None)"
+_ABSENT = (
+    "k-diffusion is not installed: pip install k-diffusion (Python < 3.13), or pass any callable with the signature "
+    "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None) to samplers.run"
 )
-_ABSENT = f"k-diffusion is not installed: pip install k-diffusion (Python < 3.13), or {_ANY_CALLABLE} to samplers.run"
 
 
 class _UnknownSamplerError(SamplerError, AttributeError):
@@ -115,16 +110,16 @@ def run(
             f"sigmas of shape {tuple(sigmas.shape)} are no schedule: expected (levels,), at least 2, finite and >= 0, "
             "e.g. samplers.flow_sigmas(30, shift=5.0)"
         )
-    ours, parameters = function in _SAMPLERS.values(), _parameters(function)
+    named = getattr(function, "func", function)  # what a functools.partial is about
+    ours, parameters = named in _SAMPLERS.values(), _parameters(function)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if seed is not None and kwargs.get("noise_sampler") is None:
+    given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
+    if seed is not None and given.get("noise_sampler") is None:
         if "noise_sampler" in parameters or anything:
-            brownian = "sde" in getattr(function, "__name__", "")
+            brownian = "sde" in getattr(named, "__name__", "")
             kwargs["noise_sampler"] = brownian_noise(x, sigmas, seed) if brownian else gaussian_noise(x, seed)
-        elif kwargs.get("s_churn") or not ours:
-            raise SamplerError(
-                "seed= cannot reach this sampler's noise: it takes no noise_sampler. Use torch.manual_seed"
-            )
+        elif given.get("s_churn") or not ours:
+            raise SamplerError("seed= cannot reach this noise: no noise_sampler argument here. Use torch.manual_seed")
     if "disable" in parameters or anything:
         kwargs["disable"] = disable
     if is_ranged(function):
@@ -142,10 +137,11 @@ def run(
 def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
     """A noise sampler (sigma, sigma_next) -> standard normal noise like x, for the ancestral samplers.
 
-    With one seed per clip, a clip's noise does not depend on its neighbours in the batch.
+    With one seed per clip, a clip's noise does not depend on its neighbours in the batch. It also differs from what
+    torch.manual_seed(seed) draws: people start from that, and the first step must not add the same noise again.
     """
     if not isinstance(seed, Sequence):
-        generator = torch.Generator(x.device).manual_seed(seed)
+        generator = torch.Generator(x.device).manual_seed((seed + _SALT) % 2**63)
         return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     rows = [gaussian_noise(row, s) for row, s in zip(x, _per_clip(seed, x), strict=True)]
     return lambda sigma, sigma_next: torch.stack([row(sigma, sigma_next) for row in rows])
@@ -178,6 +174,9 @@ def flow_sigmas(
     starts at `t_max`: sigma = 999 by default, whatever the shift; the model is then asked at t = 0.999, and 0.1% of the
     clean signal that x should hold is missing, far below the model's own error. `t_min` is the last non-zero time, also
     after the shift; by default the grid runs evenly down to 0. Raises SamplerError unless 0 < t_min < t_max < 1.
+
+    >>> flow_sigmas(4, t_max=0.8)
+    tensor([4.0000, 1.5000, 0.6667, 0.2500, 0.0000])
     """
     if n < 1 or not shift > 0:
         raise SamplerError(

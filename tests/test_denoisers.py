@@ -293,11 +293,14 @@ def test_dpm_adaptive_follows_its_tolerance():
 
 @pytest.mark.parametrize("name", [name for name in samplers.names() if "ancestral" in name or "sde" in name])
 def test_stochastic_samplers_draw_from_the_world(name):
-    """With their default eta. Standard errors: S / sqrt(n) of the mean, sqrt(2 / n) of the variance, relative."""
-    n, sigma_max = 20_000, 20.0
-    sigmas = samplers.get_sigmas_karras(100, 0.02, sigma_max).double()
+    """With their default eta. Standard errors: S / sqrt(n) of the mean, sqrt(2 / n) of the variance, relative.
+
+    Tight enough to notice noise that is 5% too strong, which makes the variance 10% too large.
+    """
+    n, sigma_max = 10_000, 20.0
+    steps = 400 if name == "euler_ancestral" else 50  # first order: a variance about 10 / steps too small
+    sigmas = samplers.get_sigmas_karras(steps, 0.02, sigma_max).double()
     start = MU + draw(n, 3) * (S**2 + sigma_max**2).sqrt()
     x = samplers.run(name, FlowDenoiser(velocity), start, sigmas, seed=1)
-    bias = 0.05 if name in ("euler_ancestral", "dpm_2_ancestral") else 0.02  # of 100 steps, first order
-    assert ((x.mean(0) - MU).abs() / S).max() < 5 / math.sqrt(n)
-    assert (x.var(0) / S**2 - 1).abs().max() < 5 * math.sqrt(2 / n) + bias
+    assert ((x.mean(0) - MU).abs() / S).max() < 4 / math.sqrt(n)
+    assert (x.var(0) / S**2 - 1).abs().max() < 4 * math.sqrt(2 / n) + 0.01

@@ -50,6 +50,14 @@ def test_as_mask_values_and_dtypes():
     assert masks.as_mask(torch.ones(2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_numpy_masks_may_be_flipped_or_read_only(recwarn):
+    array = np.eye(4, dtype=np.float32)
+    array.flags.writeable = False
+    assert torch.equal(masks.as_mask(array[::-1]), masks.as_mask(torch.eye(4).flip(0)))
+    assert torch.equal(masks.from_comfy(array), masks.as_mask(torch.eye(4)))
+    assert not recwarn.list
+
+
 def test_as_mask_holds_a_still_mask_over_the_frames():
     still = torch.rand(4, 4)
     assert torch.equal(masks.as_mask(still, frames=3)[0, 0, 2], still)

@@ -1,5 +1,6 @@
 """Samplers: all of k-diffusion's are found, are bit-equal to it, and finding them leaves no trace."""
 
+import functools
 import inspect
 import pickle
 import subprocess
@@ -54,6 +55,7 @@ def test_all_thirteen_are_there():
     assert samplers.get_sigmas_karras(5, 0.1, 10.0).shape == (6,)
 
 
+@pytest.mark.filterwarnings("ignore:Should have")  # torchsde's rounding, in k-diffusion's own default
 @pytest.mark.parametrize("name", NAMES)
 def test_same_signature_and_bit_equal_to_k_diffusion(name):
     ours, theirs = samplers.get(name), raw(name)
@@ -68,6 +70,7 @@ def test_same_signature_and_bit_equal_to_k_diffusion(name):
     assert torch.equal(*results)
 
 
+@pytest.mark.filterwarnings("ignore:Should have")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_that_listens_is_told_the_schedule(name):
     for call in (lambda f, m: f(m, start(1, 2), SIGMAS), lambda f, m: f(sigmas=SIGMAS, x=start(1, 2), model=m)):
@@ -163,6 +166,30 @@ def test_run_takes_any_callable_and_announces_once():
     assert len(model.heard) == 2
     assert samplers.is_ranged("dpm_fast")
     assert not samplers.is_ranged(mine)
+
+
+def test_seeded_noise_is_not_the_noise_that_people_start_from():
+    x = torch.zeros(2, 3)
+    noise = samplers.gaussian_noise(x, 7)
+    first, second = noise(1.0, 0.5), noise(0.5, 0.1)
+    assert not torch.equal(first, torch.randn(2, 3, generator=torch.Generator().manual_seed(7)))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, samplers.gaussian_noise(x, 7)(1.0, 0.5))
+
+
+def test_run_takes_partials_of_ours():
+    model = Listening()
+    sampler = functools.partial(samplers.dpmpp_2m_sde, eta=0.5)
+    x = samplers.run(sampler, model, start(2, 3), SIGMAS, seed=1)
+    assert torch.equal(x, samplers.run("dpmpp_2m_sde", gaussian, start(2, 3), SIGMAS, seed=1, eta=0.5))
+    assert len(model.heard) == 1
+    churned = functools.partial(samplers.heun, s_churn=5.0)
+    assert samplers.run(churned, model, start(2, 3), SIGMAS).isfinite().all()
+    with pytest.raises(SamplerError, match=r"torch\.manual_seed"):
+        samplers.run(churned, model, start(2, 3), SIGMAS, seed=1)
+    mine = functools.partial(samplers.euler_ancestral, noise_sampler=lambda sigma, sigma_next: 0.0)
+    runs = [samplers.run(mine, gaussian, start(2, 3), SIGMAS, seed=seed) for seed in (1, 2)]
+    assert torch.equal(*runs)
 
 
 def test_run_says_what_it_cannot_do():

@@ -103,11 +103,12 @@ class PID(Policy):
             slope = slope + share * ((level - before) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
-        # Trapezoid in log sigma: 20 and 50 steps give the same integral. It grows only as far as u is not yet at a
-        # limit (no windup), and alone it can hold u at a limit but not beyond: when the error turns, u leaves at once.
-        grown = integral + self.ki * dt * (error + before - math.log(self.target)) / 2
-        grown = grown.clamp(torch.minimum(integral, low - rest), torch.maximum(integral, high - rest))
-        integral = grown.clamp(low - self.bias, high - self.bias)
+        # Trapezoid in log sigma, half by half: 20 and 50 steps give the same integral. It grows only as far as u is not
+        # yet at a limit (no windup), and alone it holds u at a limit but not beyond: when the error turns, u leaves.
+        for part in (before - math.log(self.target), error):
+            grown = integral + self.ki * dt / 2 * part
+            grown = grown.clamp(torch.minimum(integral, low - rest), torch.maximum(integral, high - rest))
+            integral = grown.clamp(low - self.bias, high - self.bias)
 
         wanted = (rest + integral).clamp(low, high)
         if self.slew is not None:

@@ -1,0 +1,103 @@
+"""Denoisers whose posterior mean and variance are known in closed form: tests against them have right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GaussianDenoiser(nn.Module):
+    """The exact denoiser of data x0 ~ N(mean, std^2), elementwise:  D = (std^2 x + sigma^2 mean) / (std^2 + sigma^2).
+
+    mean: a float, or a tensor broadcastable to x's trailing axes. std: > 0, of the data.
+    Usable wherever a model is: `model(x, sigma, **extra)`, x = x0 + sigma * noise of any shape (batch, ...).
+
+    >>> denoiser = GaussianDenoiser(mean=1.0, std=2.0)
+    >>> denoiser(torch.zeros(1, 4), torch.tensor([2.0]))
+    tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+    >>> float(denoiser.variance(2.0))
+    2.0
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float | Tensor = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
+
+    def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
+        noise = _per_clip(sigma, x).square()
+        signal = self.std.to(x).square()
+        return (signal * x + noise * self.mean.to(x)) / (signal + noise)
+
+    def variance(self, sigma: Tensor | float) -> Tensor:
+        """Var[x0 | x] = std^2 sigma^2 / (std^2 + sigma^2) of every element, shaped like sigma; the same for every x."""
+        noise = torch.as_tensor(sigma).to(self.std).square()
+        return self.std.square() * noise / (self.std.square() + noise)
+
+
+class MixtureDenoiser(nn.Module):
+    """The exact denoiser of a mixture of isotropic Gaussians over whole clips, x0 ~ sum_k weights_k N(means_k, std^2).
+
+    means: (modes, ...), its trailing axes those of x. std: > 0, of every mode. weights: (modes,), > 0, any sum.
+    Usable wherever a model is: `model(x, sigma, **extra)`. `covariance`, `trace`, `variance` are of x0 given x.
+    """
+
+    means: Tensor
+    std: Tensor
+    log_weights: Tensor
+
+    def __init__(self, means: Tensor, std: float = 0.1, weights: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__()
+        means = torch.as_tensor(means, dtype=torch.get_default_dtype())
+        weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=means.dtype)
+        self.register_buffer("means", means)
+        self.register_buffer("std", torch.as_tensor(std, dtype=means.dtype))
+        self.register_buffer("log_weights", (weights / weights.sum()).log())
+
+    def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
+        weights, centres, _ = self._posterior(x, sigma)
+        return torch.einsum("bk,bkd->bd", weights, centres).reshape(x.shape)
+
+    def covariance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """Cov[x0 | x], (batch, d, d), d = the number of elements of a clip."""
+        weights, centres, spread = self._posterior(x, sigma)
+        away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
+        return torch.einsum("bk,bkd,bke->bde", weights, away, away) + torch.diag_embed(spread.expand(-1, x[0].numel()))
+
+    def variance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The diagonal of `covariance` as a tensor like x, without building the matrix."""
+        weights, centres, spread = self._posterior(x, sigma)
+        away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
+        return (torch.einsum("bk,bkd->bd", weights, away.square()) + spread).reshape(x.shape)
+
+    def trace(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The trace of `covariance`, (batch,)."""
+        return self.variance(x, sigma).flatten(1).sum(1)
+
+    def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight of each mode (batch, modes), its posterior centre (batch, modes, d) and variance (batch, 1)."""
+        flat, means = x.flatten(1), self.means.to(x).flatten(1)
+        noise, signal = _per_clip(sigma, flat).square(), self.std.to(x).square()
+        distances = (flat[:, None] - means).square().sum(2)
+        weights = (self.log_weights.to(x) - distances / (2 * (signal + noise))).softmax(1)
+        total = (signal + noise)[..., None]
+        return weights, (signal * flat[:, None] + noise[..., None] * means) / total, signal * noise / (signal + noise)
+
+
+def toy_denoisers(shape: tuple[int, ...] = (4,)) -> dict[str, nn.Module]:
+    """One of each for clips of shape (batch, *shape), to parametrise a test: {"gaussian": ..., "mixture": ...}."""
+    return {
+        "gaussian": GaussianDenoiser(mean=0.5, std=0.8),
+        "mixture": MixtureDenoiser(torch.stack([torch.full(shape, v) for v in (-1.0, 0.0, 1.0)]), std=0.1),
+    }
+
+
+def _per_clip(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """sigma, a float, () or (batch,), as (batch or 1, 1, ...) against x."""
+    return torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,0 +1,429 @@
+"""Every built-in policy keeps the contract, and each does what the formula at the top of its file says."""
+
+import ast
+import doctest
+import importlib
+import math
+import sys
+from dataclasses import FrozenInstanceError, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvlock_sampling.policy as room
+from kvlock_sampling.policy import (
+    PID,
+    Clamped,
+    Constant,
+    Linear,
+    Policy,
+    Sigmoid,
+    Smoothed,
+    Stateless,
+    Threshold,
+    Windowed,
+    as_policy,
+    stateless,
+)
+from kvlock_sampling.testing import check_policy
+from kvlock_sampling.types import Control, Observation, PolicyError
+
+
+@stateless
+def fade(obs):
+    """Lock by risk."""
+    return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+
+
+BUILT_IN = [
+    Constant(),
+    Constant(lock=0.3, cfg_scale=4.0),
+    Linear(),
+    Linear(gain=0.5, cfg_max=1.5, schedule_cfg=False),
+    Threshold(),
+    Threshold(on=1.5, off=0.5, locked=0.9, free=0.1, cfg_calm=1.2, cfg_alarm=0.5),
+    Sigmoid(),
+    Sigmoid(centre=2.0, width=0.1, lock_range=(0.2, 0.8), cfg_range=(1.5, 0.5)),
+    PID(),
+    PID(target=0.5, kp=0.5, ki=0.5, kd=0.1, lock_range=(0.1, 0.6), cfg_range=(1.0, 2.0), bias=0.3, slew=0.5),
+    PID(kp=-0.2, ki=-0.1, kd=0.0, bias=1.0),
+    Windowed(Linear(), last=5),
+    Windowed(PID(), below=5.0, above=0.1, outside=Control(0.5, 2.0)),
+    Smoothed(PID(kd=0.1), half_life=0.3),
+    Smoothed(Windowed(Linear(), last=6), half_life=0.5),
+    Smoothed(Constant(lock=1.0), half_life=0.5),
+    Clamped(Linear(), lock=(0.1, 0.5), cfg=(1.0, 6.0)),
+    Clamped(Windowed(Threshold(cfg_alarm=3.0), last=5), lock=(0.0, 0.0)),
+    fade,
+]
+
+
+def observe(risk, sigma=1.0, cfg_scale=5.0, steps_left=None, dtype=torch.float32):
+    risk = torch.as_tensor(risk, dtype=dtype).reshape(-1)
+    return Observation(sigma, 0.01 * risk, risk, torch.zeros_like(risk), torch.full_like(risk, cfg_scale), steps_left)
+
+
+def follow(policy, risk_of, sigmas, dtype=torch.float64):
+    """The locks of one clip over a run."""
+    state, locks = policy.init(), []
+    for sigma in sigmas:
+        state, control = policy.step(state, observe([risk_of(sigma)], sigma, dtype=dtype))
+        locks.append(float(control.lock))
+    return locks
+
+
+def falling(steps, high=80.0, low=0.03):
+    return torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp().tolist()
+
+
+# -- the contract -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", BUILT_IN, ids=repr)
+def test_built_in_policies_keep_the_contract(policy):
+    check_policy(policy, tokens=4)
+
+
+@pytest.mark.parametrize("policy", BUILT_IN, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dtype_is_kept_and_the_first_control_holds_the_range(policy, dtype):
+    obs = observe([0.3, 1.1, 9.0], sigma=3.0, steps_left=3, dtype=dtype)
+    for control in (policy.start(obs), policy.step(policy.init(), obs)[1]):
+        for value in control:
+            assert not isinstance(value, torch.Tensor) or value.dtype == dtype
+        assert 0.0 <= float(torch.as_tensor(control.lock).min()) <= float(torch.as_tensor(control.lock).max()) <= 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    risk=st.floats(0.0, math.inf, width=32),
+    then=st.floats(0.0, math.inf, width=32),
+    fall=st.floats(0.0, 10.0),
+    policy=st.sampled_from(BUILT_IN),
+)
+def test_any_risk_from_zero_to_infinity_gives_a_lock_in_range(risk, then, fall, policy):
+    state, _ = policy.step(policy.init(), observe([risk], 10.0, steps_left=6))
+    control = policy.step(state, observe([then], 10.0 * math.exp(-fall), steps_left=5))[1]
+    assert 0.0 <= float(control.lock) <= 1.0
+    assert math.isfinite(float(control.cfg_scale))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    a=st.floats(0.0, math.inf, width=32),
+    b=st.floats(0.0, math.inf, width=32),
+    policy=st.sampled_from([Linear(), Linear(gain=3.0), Sigmoid(), Sigmoid(width=0.05), Threshold(), fade]),
+)
+def test_more_risk_never_means_less_lock(a, b, policy):
+    low, high = policy.step(policy.init(), observe(sorted([a, b])))[1].lock.tolist()
+    assert low <= high
+
+
+@pytest.mark.parametrize(
+    ("policy", "never"),
+    [
+        (Constant(), True),
+        (Constant(lock=0.1), False),
+        (Linear(), False),
+        (Threshold(locked=0.0), True),
+        (Threshold(), False),
+        (Sigmoid(lock_range=(0, 0)), True),
+        (PID(lock_range=(0, 0), cfg_range=(1, 2)), True),
+        (PID(), False),
+        (PID(kp=0, ki=0, kd=0), True),
+        (Clamped(Linear(), lock=(0, 0)), True),
+        (Clamped(Constant(), lock=(0.1, 1)), False),
+        (Windowed(Constant(), last=3), True),
+        (Windowed(Constant(), last=3, outside=(0.5, 1.0)), False),
+        (Smoothed(Clamped(PID(), lock=(0, 0)), half_life=1), True),
+    ],
+    ids=repr,
+)
+def test_never_locks_is_said_where_it_can_be_proved(policy, never):
+    assert policy.never_locks is never
+
+
+def test_whether_risk_is_used_is_handed_up():
+    assert Linear().uses_risk
+    assert not Constant().uses_risk
+    assert not Smoothed(Windowed(Constant(), last=3), half_life=1).uses_risk
+    assert Windowed(PID(), last=3).uses_risk
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Constant(),
+        Threshold(),
+        Sigmoid(),
+        PID(),
+        Linear(schedule_cfg=False),
+        Windowed(Linear(), last=1),
+        Smoothed(PID(), 1),
+    ],
+    ids=repr,
+)
+def test_unscheduled_guidance_is_the_callers_own_tensor(policy):
+    obs = observe([0.2, 3.0], steps_left=9)
+    assert policy.start(obs).cfg_scale is obs.cfg_scale
+    assert policy.step(policy.init(), obs)[1].cfg_scale is obs.cfg_scale
+
+
+def test_guidance_listens_to_the_worst_token():
+    obs = observe([0.0, 0.0])._replace(risk=torch.tensor([[0.1, 0.5], [0.2, 1.5]]))
+    control = Linear().step(None, obs)[1]
+    torch.testing.assert_close(control.lock, torch.tensor([[0.1, 0.5], [0.2, 1.0]]))
+    torch.testing.assert_close(control.cfg_scale, torch.tensor([2.5, 7.5]))
+
+
+# -- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def test_constant():
+    obs = observe([math.nan, math.nan])
+    assert Constant(lock=0.5).step(None, obs)[1] == Control(0.5, obs.cfg_scale)
+    assert Constant(lock=0.5, cfg_scale=3.0).start(obs) == Control(0.5, 3.0)
+
+
+def test_linear_is_the_paper():
+    control = Linear().step(None, observe([0.0, 0.4, 1.5, 3.0]))[1]
+    torch.testing.assert_close(control.lock, torch.tensor([0.0, 0.4, 1.0, 1.0]))
+    torch.testing.assert_close(control.cfg_scale, torch.tensor([0.0, 2.0, 7.5, 10.0]))
+
+
+def test_threshold_remembers_between_off_and_on():
+    policy, state, seen = Threshold(on=1.0, off=0.7, cfg_alarm=0.5), None, []
+    for risk in (0.9, 1.1, 0.9, 0.71, 0.69, 0.9, 1.1):
+        state, control = policy.step(state, observe([risk]))
+        seen.append((float(control.lock), float(control.cfg_scale)))
+    free, locked = (0.0, 5.0), (1.0, 2.5)
+    assert seen == [free, locked, locked, locked, free, free, locked]
+
+
+def test_sigmoid_is_a_hill_curve():
+    policy = Sigmoid(centre=2.0, width=0.5, lock_range=(0.1, 0.9))
+    risk = torch.tensor([0.0, 0.5, 2.0, 8.0, math.inf], dtype=torch.float64)
+    lock = policy.step(None, observe(risk, dtype=torch.float64))[1].lock
+    hill = torch.tensor([0.0, 0.5**2 / (4 + 0.5**2), 0.5, 64 / 68, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(lock, 0.1 + 0.8 * hill)
+
+
+# -- PID --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slew", [None, 0.2])
+def test_pid_without_gains_is_a_constant_bit_for_bit(dtype, slew):
+    policy, state = PID(kp=0.0, ki=0.0, kd=0.0, bias=0.3, slew=slew), PID().init()
+    for i, sigma in enumerate(falling(9)):
+        obs = observe([0.0, 0.3 * i, 1e9], sigma, dtype=dtype)
+        state, control = policy.step(state, obs)
+        assert torch.equal(control.lock, torch.full_like(obs.risk, Constant(lock=0.3).step(None, obs)[1].lock))
+        assert control.cfg_scale is obs.cfg_scale
+    assert policy.start(obs) == Constant(lock=0.3).start(obs)
+
+
+@pytest.mark.parametrize("gains", [(0.0, 0.3, 0.0), (0.1, 0.3, 0.0), (0.5, 1.0, 0.2)])
+def test_pid_does_not_wind_up(gains):
+    policy, sigmas = PID(*(1.0, *gains)), falling(40)
+    locks = follow(policy, lambda s: 100.0 if s > sigmas[30] else 0.5, sigmas)
+    assert locks[10:30] == [1.0] * 20
+    assert locks[30] < 1.0  # at the first evaluation after the error turned
+    locks = follow(policy, lambda s: 0.001 if s > sigmas[30] else 2.0, sigmas)
+    assert locks[:30] == [0.0] * 30
+    assert locks[30] > 0.0
+
+
+def test_pid_has_no_derivative_kick():
+    policy = PID(kp=0.0, ki=0.0, kd=0.1, bias=0.5, filter_width=0.3)
+    assert follow(policy, lambda s: 50.0, falling(3)) == [0.5, 0.5, 0.5]
+    # A jump by log(e) = 1 within a step too short to see raises u by kd / filter_width at most, not by kd / dt.
+    locks = follow(policy, lambda s: 1.0 if s > 1.0 else math.e, [1.0 + 1e-6, 1.0 - 1e-6])
+    assert locks[1] == pytest.approx(0.5 + 0.1 / 0.3, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [PID(kd=0.05), PID(kp=0.0, ki=1.0), PID(slew=0.1), Smoothed(Sigmoid(), half_life=0.5), Smoothed(PID(), 0.3)],
+    ids=repr,
+)
+def test_twenty_steps_give_the_lock_of_fifty(policy):
+    def risk(sigma):
+        return math.exp(1.2 * math.sin(math.log(sigma)))
+
+    coarse, fine = falling(20), falling(58)  # every third of the fine steps is a coarse one
+    few, many = follow(policy, risk, coarse), follow(policy, risk, fine)[::3]
+    assert max(abs(a - b) for a, b in zip(few, many, strict=True)) < 0.06
+    assert max(many) - min(many) > 0.2
+
+
+def test_pid_holds_a_plant_at_its_target():
+    policy, state, lock = PID(kp=0.1, ki=0.5), PID().init(), 0.0
+    for sigma in falling(60):
+        risk = 4.0 * math.exp(-2.5 * lock)  # locking lowers risk
+        state, control = policy.step(state, observe([risk], sigma))
+        lock = float(control.lock)
+    assert risk == pytest.approx(1.0, abs=0.05)
+
+
+def test_pid_slew_limits_the_move_per_log_sigma():
+    sigmas = falling(20)
+    locks = follow(PID(kp=5.0, slew=0.1), lambda s: 100.0, sigmas)
+    steps = [math.log(a / b) for a, b in pairwise(sigmas)]
+    assert locks[0] == 0.0
+    for (before, after), dt in zip(pairwise(locks), steps, strict=True):
+        assert after - before == pytest.approx(0.1 * dt)
+
+
+def test_pid_drives_lock_and_guidance_by_one_signal():
+    policy = PID(kp=1.0, ki=0.0, lock_range=(0.0, 0.5), cfg_range=(1.0, 2.0))
+    control = policy.step(policy.init(), observe([math.exp(0.2), math.exp(0.8), 100.0]))[1]
+    torch.testing.assert_close(control.lock, torch.tensor([0.2, 0.5, 0.5]))
+    torch.testing.assert_close(control.cfg_scale, torch.tensor([6.0, 9.0, 10.0]))
+
+
+# -- combinators ------------------------------------------------------------------------------------------------------
+
+
+def test_window_by_steps_and_by_noise_level():
+    by_steps = Windowed(Constant(lock=1.0), last=20, below=3.3)
+    assert by_steps.start(observe([1.0], 9.0, steps_left=20)).lock == 1.0
+    assert by_steps.start(observe([1.0], 0.1, steps_left=21)).lock == 0.0
+    assert by_steps.start(observe([1.0], 3.3)).lock == 1.0  # unknown schedule: the fallback
+    assert by_steps.start(observe([1.0], 3.4)).lock == 0.0
+    band = Windowed(Constant(lock=1.0), below=3.0, above=1.0)
+    assert [float(band.step(None, observe([1.0], s))[1].lock) for s in (3.1, 3.0, 1.0, 0.9)] == [0, 1, 1, 0]
+
+
+def test_window_needs_a_schedule_or_a_fallback():
+    with pytest.raises(PolicyError, match=r"sigmas=\.\.\. to KVLock.*lock\.sample.*kvlock_sampling\.samplers") as info:
+        Windowed(Linear(), last=20).start(observe([1.0]))
+    assert "below=SIGMA" in str(info.value)
+
+
+def test_window_keeps_the_inner_memory_warm():
+    policy = Windowed(Threshold(on=1.0, off=0.5), last=1, outside=Control(0.25, 2.0))
+    state, control = policy.step(policy.init(), observe([2.0], 2.0, steps_left=2))
+    assert control.lock == 0.25
+    assert float(control.cfg_scale) == 10.0
+    assert float(policy.step(state, observe([0.8], 1.0, steps_left=1))[1].lock) == 1.0
+
+
+def test_smoothing_halves_the_rest_per_half_life():
+    policy = Smoothed(fade, half_life=0.5)
+    locks = follow(policy, lambda s: 1.0, [math.exp(-0.5 * i) for i in range(5)])
+    assert locks == pytest.approx([0.0, 0.5, 0.75, 0.875, 0.9375])
+    assert follow(policy, lambda s: 1.0, [1.0, 1.0, 1.0]) == [0.0, 0.0, 0.0]
+
+
+def test_smoothing_guidance_begins_at_the_callers():
+    policy = Smoothed(Linear(), half_life=1.0)
+    state, first = policy.step(policy.init(), observe([2.0], 1.0))
+    _, second = policy.step(state, observe([2.0], math.exp(-1.0)))
+    assert float(first.cfg_scale) == 5.0
+    assert float(second.cfg_scale) == pytest.approx(7.5)
+
+
+def test_clamping():
+    policy = Clamped(Linear(), lock=(0.2, 0.6), cfg=(1.0, 8.0))
+    control = policy.step(None, observe([0.0, 0.4, 3.0]))[1]
+    torch.testing.assert_close(control.lock, torch.tensor([0.2, 0.4, 0.6]))
+    torch.testing.assert_close(control.cfg_scale, torch.tensor([1.0, 2.0, 8.0]))
+    assert policy.start(observe([1.0])).lock == 0.2
+    assert Clamped(Constant(cfg_scale=9.0), cfg=(1, 8)).start(observe([1.0])).cfg_scale == 8.0
+
+
+# -- making policies --------------------------------------------------------------------------------------------------
+
+
+def test_a_function_is_a_policy():
+    assert repr(fade) == "stateless(fade)"
+    assert fade.__doc__ == "Lock by risk."
+    assert fade(observe([0.5])).lock.item() == 0.5
+    assert fade.start(observe([math.nan])).lock == 0.0
+    by_sigma = stateless(uses_risk=False)(lambda obs: Control(min(obs.sigma, 1.0), obs.cfg_scale))
+    assert repr(by_sigma) == "stateless(<lambda>, uses_risk=False)"
+    assert by_sigma.start(observe([math.nan], 0.25)).lock == 0.25
+
+
+def test_as_policy_takes_policies_and_functions():
+    pid = PID()
+    assert as_policy(pid) is pid
+    assert isinstance(as_policy(lambda obs: Control(0.0, obs.cfg_scale)), Stateless)
+    assert Smoothed(lambda obs: Control(0.0, obs.cfg_scale), half_life=1.0).policy.start(observe([1.0])).lock == 0.0
+
+
+def test_settings_are_frozen_and_compare_by_value():
+    with pytest.raises(FrozenInstanceError):
+        PID().target = 2.0  # type: ignore[misc]
+    assert Sigmoid(lock_range=[0, 1]) == Sigmoid()
+    assert len({PID(), PID(), Windowed(PID(), last=3)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Constant(lock=1.5), ["Constant(lock=1.5)", ">= 0 and <= 1", "Constant(lock=0.0)"]),
+        (lambda: Constant(lock=math.nan), ["nan", "finite"]),
+        (lambda: Constant(lock=True), ["lock=True", "finite number"]),
+        (lambda: Linear(gain=0), ["> 0", "Linear(gain=1.0)"]),
+        (lambda: Linear(schedule_cfg=1), ["True or False"]),
+        (lambda: Threshold(on=0.5, off=1.0), ["on=0.5, off=1", "off must be below on", "Threshold(on=0.5, off=0.35)"]),
+        (lambda: Sigmoid(width=-1), ["width=-1", "> 0"]),
+        (lambda: Sigmoid(lock_range=(0.8, 0.2)), ["the lower first", "[0, 1]"]),
+        (lambda: Sigmoid(lock_range=0.5), ["two finite numbers"]),
+        (lambda: PID(target="1"), ["target='1'", "PID(target=1.0)"]),
+        (lambda: PID(bias=0.1, lock_range=(0.2, 1)), ["bias must lie within", "PID(bias=0.2"]),
+        (lambda: PID(slew=0), ["slew=0", "PID(slew=1.0)"]),
+        (lambda: Windowed(PID()), ["no window given", "last=20"]),
+        (lambda: Windowed(PID(), last=0), ["whole number >= 1", "Windowed(policy, last=20)"]),
+        (lambda: Windowed(PID(), below=1, above=2), ["empty window", "below=2, above=1"]),
+        (lambda: Windowed(PID(), last=1, outside={"lok": 1}), ["{'lok': 1}", "outside=Control("]),
+        (lambda: Smoothed(PID(), half_life=0), ["half_life=0", "Smoothed(policy, half_life=1.0)"]),
+        (lambda: Clamped(PID(), lock=(0, 2)), ["lock=(0, 2)", "[0, 1]"]),
+        (lambda: Smoothed("pid", half_life=1), ["'pid' is a name", "load_policy('pid')"]),
+        (lambda: as_policy(PID), ["is a class", "PID(...)"]),
+        (lambda: as_policy(3), ["policy=3", "int", "@stateless"]),
+        (lambda: as_policy(lambda: 0), ["expected a function of the observation"]),
+    ],
+)
+def test_errors_show_what_was_given_and_what_works(make, words):
+    with pytest.raises(PolicyError) as info:
+        make()
+    for word in words:
+        assert word in str(info.value)
+
+
+def test_a_step_with_the_wrong_arguments_is_caught_where_it_is_written():
+    with pytest.raises(PolicyError, match=r"Forgot\.step\(self, obs\); expected step\(self, state, obs\)"):
+
+        @dataclass(frozen=True)
+        class Forgot(Policy):
+            def step(self, obs):
+                return None
+
+
+# -- the room ---------------------------------------------------------------------------------------------------------
+
+FILES = sorted(Path(room.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_policies_import_only_torch_and_the_shared_words(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert all(a.name.split(".")[0] in {*sys.stdlib_module_names, "torch"} for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            root = (node.module or "").split(".")[0]
+            assert (
+                node.level == 1 or (node.level == 2 and root == "types") or root in {*sys.stdlib_module_names, "torch"}
+            )
+
+
+@pytest.mark.parametrize("name", [f"policy.{p.stem}" for p in FILES if p.stem != "__init__"] + ["presets"])
+def test_the_examples_in_the_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(f"kvlock_sampling.{name}")).failed == 0

@@ -1,0 +1,182 @@
+"""check_policy catches what breaks the contract and says so; the toy denoisers are exact."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from kvlock_sampling.policy import Policy, stateless
+from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_policy, toy_denoisers
+from kvlock_sampling.types import Control, Denoiser, PolicyError
+
+
+def lock_by(rule, **settings):
+    return stateless(**settings)(lambda obs: Control(lock=rule(obs), cfg_scale=obs.cfg_scale))
+
+
+@dataclass(frozen=True)
+class Mutating(Policy):
+    def step(self, state, obs):
+        state = torch.zeros_like(obs.risk) if state is None else state
+        state += obs.risk.clamp(0, 1)
+        return state, Control(lock=state.clamp(0, 1).clone(), cfg_scale=obs.cfg_scale)
+
+
+@dataclass(frozen=True)
+class Forgetful(Policy):
+    calls: list[int] = field(default_factory=list)
+
+    def step(self, state, obs):
+        self.calls.append(1)
+        return state, Control(lock=1.0 / len(self.calls), cfg_scale=obs.cfg_scale)
+
+
+@dataclass
+class Melting(Policy):
+    def step(self, state, obs):
+        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+
+class Bare(Melting):
+    __repr__ = object.__repr__
+
+
+@dataclass(frozen=True, repr=False)
+class Shy(Policy):
+    __repr__ = object.__repr__
+
+    def step(self, state, obs):
+        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+
+@dataclass(frozen=True)
+class Positional(Policy):
+    def step(self, state, obs):
+        return Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+
+@dataclass(frozen=True)
+class Clocked(Policy):
+    """A slope without a guard: at the same sigma no time has passed."""
+
+    def step(self, last, obs):
+        slope = 0.0 * obs.risk if last is None else (obs.risk - last[1]) / math.log(last[0] / obs.sigma)
+        return (obs.sigma, obs.risk), Control(lock=slope.clamp(0, 1), cfg_scale=obs.cfg_scale)
+
+
+@dataclass(frozen=True)
+class Eager(Policy):
+    """Reads, at the start, what nobody has measured."""
+
+    def start(self, obs):
+        return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+
+    def step(self, state, obs):
+        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+
+@dataclass(frozen=True)
+class Boastful(Policy):
+    never_locks = True
+
+    def step(self, state, obs):
+        return state, Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+
+
+BROKEN: list[tuple[str, Any, str]] = [
+    (
+        "wrong shape",
+        lock_by(lambda o: o.risk[:, None].expand(-1, 16).clamp(0, 1)),
+        r"lock of shape \(3, 16\); expected",
+    ),
+    ("scalar over the batch", lock_by(lambda o: o.risk[:2].clamp(0, 1)), r"lock of shape \(2,\); expected"),
+    ("wide guidance", stateless(lambda o: Control(0.0, o.cfg_scale[:, None])), r"cfg_scale of shape \(3, 1\)"),
+    ("not a control", stateless(lambda o: (0.0, 1.0)), r"expected a Control"),
+    ("out of range", lock_by(lambda o: o.risk), r"values in \[0, 1\](.|\n)*Clamped\(policy"),
+    ("negative", lock_by(lambda o: -0.1), r"lock=-0\.1 at sigma=14\.6"),
+    ("not a number", lock_by(lambda o: o.risk / o.risk * 0.5), r"expected finite numbers"),
+    ("infinite guidance", stateless(lambda o: Control(0.0, o.cfg_scale / o.risk)), r"cfg_scale=.*inf(.|\n)*finite"),
+    ("batch-coupled", lock_by(lambda o: o.risk / (1 + o.risk.max())), r"a batch of 3(.|\n)*bit for bit"),
+    ("random", lock_by(lambda o: torch.rand_like(o.risk)), r"two answers to one question"),
+    ("hidden memory", Forgetful(), r"Forgetful\.step gave two answers(.|\n)*must be in the state"),
+    ("state in place", Mutating(), r"Mutating\.step changed the state it was given"),
+    ("observation in place", lock_by(lambda o: o.risk.clamp_(0, 1).clone()), r"changed the observation it was given"),
+    ("other dtype", lock_by(lambda o: o.risk.clamp(0, 1).double()), r"lock as torch\.float64(.|\n)*obs\.risk"),
+    ("not frozen", Melting(), r"Melting can be changed(.|\n)*@dataclass\(frozen=True\)"),
+    ("not a dataclass", Bare(), r"Bare can be changed"),
+    ("no repr", Shy(), r"does not show its settings; expected Shy\(\.\.\.\)"),
+    ("no state", Positional(), r"return state, Control"),
+    ("no time", Clocked(), r"expected finite numbers(.|\n)*second evaluation at the same sigma"),
+    ("crash", lock_by(lambda o: o.rsik), r"AttributeError(.|\n)*risk of shape \(3,\)"),
+    ("start reads risk", Eager(), r"Eager\.start returned lock=(.|\n)*do not read them in start"),
+    ("no measurement", lock_by(lambda o: o.risk.clamp(0, 1), uses_risk=False), r"start returned lock(.|\n)*are NaN"),
+    ("locks after all", Boastful(), r"never_locks is True; expected lock 0"),
+]
+
+
+@pytest.mark.parametrize(("policy", "words"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_broken_policies_are_caught(policy, words):
+    with pytest.raises(PolicyError, match=words):
+        check_policy(policy)
+
+
+def test_good_policies_pass():
+    check_policy(lambda obs: Control(obs.risk.clamp(0, 1), obs.cfg_scale), batch=1, seed=3)
+    check_policy(lock_by(lambda obs: min(obs.sigma, 1.0), uses_risk=False), batch=5, tokens=2)
+    check_policy(lock_by(lambda obs: (obs.risk > 1).float()))  # float32 is always welcome
+
+
+def test_tokens_are_asked_for_only_where_wanted():
+    per_clip = stateless(lambda o: Control(o.risk.clamp(0, 1), o.cfg_scale * o.risk.clamp(0, 1)))
+    check_policy(per_clip)
+    with pytest.raises(PolicyError, match=r"risk of shape \(3, 4\)"):
+        check_policy(per_clip, tokens=4)
+
+
+# -- denoisers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4)])
+def test_toys_are_models_of_any_shape(name, shape):
+    model = toy_denoisers(shape)[name]
+    assert isinstance(model, Denoiser)
+    x = torch.randn(2, *shape)
+    for sigma in (torch.tensor([0.5, 2.0]), torch.tensor(0.5), 0.5):
+        assert model(x, sigma, cond="ignored").shape == x.shape
+    assert model.double()(x.double(), torch.tensor([1.0, 1.0])).dtype == torch.float64
+    alone = model(x.double()[:1], torch.tensor([0.5]))
+    torch.testing.assert_close(model(x.double(), torch.tensor([0.5, 2.0]))[:1], alone)
+
+
+def test_gaussian_agrees_with_its_formula_and_with_tweedie():
+    model = GaussianDenoiser(mean=torch.tensor([1.0, -1.0]), std=0.5).double()
+    x = torch.tensor([[0.3, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(model(x, 2.0), (0.25 * x + 4.0 * torch.tensor([[1.0, -1.0]])) / 4.25)
+    slope = torch.autograd.functional.jacobian(lambda v: model(v, 2.0).sum(0), x).squeeze(1)
+    torch.testing.assert_close(model.variance(2.0) * torch.eye(2, dtype=x.dtype), 4.0 * slope)  # Cov = sigma^2 dD/dx
+
+
+def test_mixture_agrees_with_numerical_integration():
+    model = MixtureDenoiser(torch.tensor([[-1.0], [2.0]]), std=0.3, weights=[1.0, 3.0]).double()
+    x, sigma = torch.tensor([[0.4]], dtype=torch.float64), 0.9
+    grid = torch.linspace(-6, 8, 200001, dtype=torch.float64)
+    std = model.std
+    prior = 0.25 * (-((grid + 1) ** 2) / (2 * std**2)).exp() + 0.75 * (-((grid - 2) ** 2) / (2 * std**2)).exp()
+    weight = prior * (-((x[0] - grid) ** 2) / (2 * sigma**2)).exp()
+    weight = weight / weight.sum()
+    mean = (weight * grid).sum()
+    torch.testing.assert_close(model(x, sigma)[0, 0], mean)
+    torch.testing.assert_close(model.trace(x, sigma)[0], (weight * (grid - mean) ** 2).sum())
+
+
+def test_mixture_covariance_is_tweedies():
+    model = toy_denoisers((2, 2))["mixture"].double()
+    x, sigma = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.7
+    covariance = model.covariance(x, sigma)
+    jacobian = torch.autograd.functional.jacobian(lambda v: model(v, sigma).flatten(), x).reshape(4, 4)
+    torch.testing.assert_close(covariance[0], sigma**2 * jacobian)
+    torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2).reshape(x.shape), model.variance(x, sigma))
+    torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2).sum(1), model.trace(x, sigma))

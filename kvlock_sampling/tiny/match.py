@@ -114,7 +114,7 @@ def refine(shape: str, alpha: Tensor, mask: Tensor, radius: Tensor, centre: Tens
         radius, now = torch.where(better, grown, radius), torch.where(better.view(-1, 1, 1, 1), trial, now)
 
         sharp = _cover(shape, centre, radius, torch.zeros_like(soft))
-        js = F.avg_pool2d(sharp, 3, 1, 1) - sharp
+        js = _box(sharp) - sharp
         soft = _ratio(mask * js * (alpha - sharp), mask * js * js).clamp(0, 1)  # linear, so this is the optimum
         now = sharp + soft.view(-1, 1, 1, 1) * js
     home = centre % 1 + SIZE // 2  # the same place within a pixel, in the middle of the frame
@@ -127,7 +127,13 @@ def _cover(shape: str, centre: Tensor, radius: Tensor, soft: Tensor) -> Tensor:
     dx = (pixels - centre[..., 0, None])[..., None, :]
     dy = (pixels - centre[..., 1, None])[..., :, None]
     sharp = shape_coverage(shape, dx, dy, radius.view(-1, 1, 1, 1))
-    return sharp + soft.view(-1, 1, 1, 1) * (F.avg_pool2d(sharp, 3, 1, 1) - sharp)
+    return sharp + soft.view(-1, 1, 1, 1) * (_box(sharp) - sharp)
+
+
+def _box(x: Tensor) -> Tensor:
+    """3x3 box blur of (..., H, W), zero outside. Twice as fast here as avg_pool2d, which took half of all the time."""
+    x = x + F.pad(x[..., 1:], (0, 1)) + F.pad(x[..., :-1], (1, 0))
+    return (x + F.pad(x[..., 1:, :], (0, 0, 0, 1)) + F.pad(x[..., :-1, :], (0, 0, 1, 0))) / 9
 
 
 def _ratio(over: Tensor, under: Tensor) -> Tensor:

@@ -1,0 +1,281 @@
+"""Clips and masks survive their files: every format, odd inputs, and errors that say what to do."""
+
+import struct
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kvlock_sampling import _media
+from kvlock_sampling.metrics import masked_psnr
+from kvlock_sampling.tiny.world import render, sample_scene
+from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
+
+CLIP = render([sample_scene(3)])[0]
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(masked_psnr(a[None], b[None]))
+
+
+def ramp(frames: int, height: int = 24, width: int = 32) -> np.ndarray:
+    """Frames of one grey each, so that a frame tells its own index: 10 * index."""
+    return np.stack([np.full((height, width, 3), 10 * i, np.uint8) for i in range(frames)])
+
+
+def indices(pixels: torch.Tensor) -> list[int]:
+    """Which frames of `ramp` these are."""
+    return [round(float(level)) for level in (pixels.mean((0, 2, 3)) + 1) * 12.75]
+
+
+@pytest.mark.parametrize(("suffix", "floor"), [(".mp4", 38), (".mov", 38), (".webm", 36), (".gif", 32)])
+def test_round_trip(tmp_path: Path, suffix: str, floor: float) -> None:
+    write_clip(tmp_path / f"clip{suffix}", CLIP, fps=12, scale=4)
+    clip = read_clip(tmp_path / f"clip{suffix}")
+    assert clip.pixels.shape == (3, 8, 128, 128)
+    assert clip.pixels.dtype == torch.float32
+    assert clip.fps == pytest.approx(12, rel=0.01)
+    assert psnr(clip.pixels, CLIP.repeat_interleave(4, 2).repeat_interleave(4, 3)) > floor
+    assert [file.name for file in tmp_path.iterdir()] == [f"clip{suffix}"]
+
+
+def test_fallback_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264", "libvpx-vp9"})
+    for name in ("clip.mp4", "clip.webm"):
+        write_clip(tmp_path / name, CLIP, scale=4)
+        assert psnr(read_clip(tmp_path / name, size=(32, 32)).pixels, CLIP) > 30
+
+
+def test_png_is_a_contact_sheet_and_exact(tmp_path: Path) -> None:
+    write_clip(tmp_path / "one.png", CLIP[:, :1])
+    assert (read_clip(tmp_path / "one.png").pixels - CLIP[:, :1]).abs().max() <= 0.51 / 127.5
+    write_clip(tmp_path / "all.png", CLIP)
+    assert read_clip(tmp_path / "all.png").pixels.shape == (3, 1, 36, 8 * 34 + 2)
+
+
+def test_gif_is_exact_for_few_colours_and_keeps_time_over_repeats(tmp_path: Path) -> None:
+    pixels = torch.rand(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round() / 127.5 - 1
+    pixels = pixels[:, [0, 0, 1, 1, 1, 2]]
+    write_clip(tmp_path / "noise.gif", pixels, fps=10)
+    clip = read_clip(tmp_path / "noise.gif", frames=6)
+    assert clip.fps == pytest.approx(10)
+    torch.testing.assert_close(clip.pixels, pixels)
+
+
+def test_odd_sizes_grow_by_their_edge(tmp_path: Path) -> None:
+    write_clip(tmp_path / "odd.mp4", CLIP[:, :, :31, :29])
+    clip = read_clip(tmp_path / "odd.mp4").pixels
+    assert clip.shape == (3, 8, 32, 30)
+    assert psnr(clip[:, :, :31, :29], CLIP[:, :, :31, :29]) > 24  # small and unscaled: colour is at half resolution
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webm"])
+def test_written_by_imageio(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"other{suffix}"
+    if suffix == ".gif":
+        iio.imwrite(path, ramp(20, 48, 80), duration=40)
+    else:
+        codec = {".mp4": "libx264", ".webm": "libvpx-vp9"}[suffix]
+        iio.imwrite(path, ramp(20, 48, 80), plugin="pyav", codec=codec, fps=25)
+    whole = read_clip(path)
+    assert whole.pixels.shape == (3, 20, 48, 80)
+    assert whole.fps == pytest.approx(25)
+    some = read_clip(path, frames=5, size=(32, 32))
+    assert some.pixels.shape == (3, 5, 32, 32)
+    assert indices(some.pixels) == [0, 5, 10, 14, 19]
+    assert some.fps == pytest.approx(25 * 4 / 19)
+    assert indices(read_clip(path, fps=5).pixels) == [2, 7, 12, 17]
+    assert read_clip(path, fps=50).pixels.shape[1] == 40
+
+
+def test_varying_frame_rate_becomes_constant(tmp_path: Path) -> None:
+    path = tmp_path / "varying.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 10)
+        for picture, tick in zip(ramp(4), (0, 1, 5, 6), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_clip(path)
+    assert clip.fps == pytest.approx(10)
+    assert indices(clip.pixels) == [0, 1, 1, 1, 1, 2, 3]
+
+
+def test_rotation_tag_is_obeyed(tmp_path: Path) -> None:
+    path = tmp_path / "phone.mp4"
+    pixels = -torch.ones(3, 2, 32, 64)
+    pixels[:, :, :16, :16] = 1  # a white corner, top left
+    write_clip(path, pixels)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 36  # the track's 3x3 display matrix
+    data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30)  # a quarter clockwise
+    path.write_bytes(data)
+    turned = read_clip(path).pixels
+    assert turned.shape == (3, 2, 64, 32)
+    assert turned[:, :, :12, 20:].mean() > 0.9  # clockwise: now top right
+    assert turned[:, :, 20:].mean() < -0.9
+
+
+def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:
+    for i, picture in enumerate(ramp(12)):
+        Image.fromarray(picture).save(tmp_path / f"frame{i}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    clip = read_clip(tmp_path)
+    assert indices(clip.pixels) == list(range(12))
+    assert clip.fps == 8
+    assert read_clip(tmp_path, fps=24).fps == 24
+    Image.new("RGB", (10, 10)).save(tmp_path / "frame99.png")
+    with pytest.raises(VideoError, match=r"different sizes.*size=\(height, width\)"):
+        read_clip(tmp_path)
+    assert read_clip(tmp_path, size=(16, 16)).pixels.shape == (3, 13, 16, 16)
+
+
+def test_alpha_lies_on_black_and_deep_grey_is_scaled(tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "clear.png")
+    assert (read_clip(tmp_path / "clear.png").pixels == -1).all()
+    Image.fromarray(np.full((8, 8), 65535, np.uint16)).save(tmp_path / "deep.png")
+    assert (read_clip(tmp_path / "deep.png").pixels == 1).all()
+
+
+@pytest.mark.parametrize(("fit", "corner", "centre"), [("crop", 1.0, 1.0), ("pad", -1.0, 1.0), ("stretch", -1.0, 1.0)])
+def test_fit(tmp_path: Path, fit: str, corner: float, centre: float) -> None:
+    picture = np.zeros((20, 60, 3), np.uint8)
+    picture[:, 20:40] = 255  # the middle square is white
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    pixels = read_clip(tmp_path / "wide.png", size=(30, 30), fit=fit).pixels  # type: ignore[arg-type]
+    assert pixels.shape == (3, 1, 30, 30)
+    assert float(pixels[0, 0, 0, 0]) == pytest.approx(corner, abs=0.3)  # antialiasing sees across the cut
+    assert float(pixels[0, 0, 15, 15]) == pytest.approx(centre, abs=0.02)
+    mask = read_mask(tmp_path / "wide.png", frames=1, size=(30, 30), fit=fit)  # type: ignore[arg-type]
+    assert (mask[0, 0] >= (pixels[0, 0] > 0.5)).all()
+
+
+def test_too_few_frames(tmp_path: Path) -> None:
+    write_clip(tmp_path / "short.gif", CLIP)
+    with pytest.raises(VideoError, match=r"has 8 frames; expected at least frames=12.*pad=True"):
+        read_clip(tmp_path / "short.gif", frames=12)
+    padded = read_clip(tmp_path / "short.gif", frames=12, pad=True).pixels
+    assert padded.shape[1] == 12
+    assert torch.equal(padded[:, 7], padded[:, 11])
+
+
+def test_mask_keeps_a_single_pixel(tmp_path: Path) -> None:
+    picture = np.zeros((480, 480), np.uint8)
+    picture[101, 300] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    mask = read_mask(tmp_path / "mask.png", frames=5, size=(32, 32))
+    assert mask.shape == (1, 5, 32, 32)
+    assert mask.unique().tolist() == [0, 1]
+    assert mask.sum() == 5
+    assert mask[0, 0, 101 * 32 // 480, 300 * 32 // 480] == 1
+
+
+def test_mask_film_and_grey(tmp_path: Path) -> None:
+    film = torch.linspace(-1, 1, 6).view(1, 6, 1, 1).expand(3, 6, 32, 32)
+    write_clip(tmp_path / "mask.mp4", film)
+    mask = read_mask(tmp_path / "mask.mp4", frames=6, size=(16, 16))
+    assert mask.mean((0, 2, 3)).tolist() == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(VideoError, match="frames=9"):
+        read_mask(tmp_path / "mask.mp4", frames=9, size=(16, 16))
+    Image.new("L", (8, 8), 60).save(tmp_path / "index.png")
+    with pytest.raises(VideoError, match=r"brightest value is 60 of 255.*index > 0"):
+        read_mask(tmp_path / "index.png", frames=1, size=(8, 8))
+    Image.new("L", (8, 8), 0).save(tmp_path / "none.png")
+    assert read_mask(tmp_path / "none.png", frames=2, size=(8, 8)).sum() == 0
+
+
+def test_side_by_side() -> None:
+    tiles = side_by_side([CLIP, -CLIP, CLIP], ["source", "a rather long label that cannot fit", "edit"], columns=2)
+    assert tiles.shape == (3, 8, 2 * (192 + 22 + 8) + 8, 2 * (192 + 8) + 8)
+    enlarged = CLIP.repeat_interleave(6, 2).repeat_interleave(6, 3)
+    assert (tiles[:, :, 30:222, 8:200] - enlarged).abs().max() <= 0.51 / 127.5
+    assert tiles[:, 0, 8:30, 8:200].max() > 0.5, "a caption is bright on dark"
+    with pytest.raises(VideoError, match="a label for each"):
+        side_by_side([CLIP], [])
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png"])
+def test_nothing_is_half_written(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"clip{suffix}"
+    path.write_bytes(b"what was there before")
+
+    class BoomError(RuntimeError): ...
+
+    def boom(*_: object, **__: object) -> None:
+        raise BoomError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_media.os, "replace", boom)  # everything is written, only the rename is left
+        with pytest.raises(BoomError):
+            write_clip(path, CLIP)
+    calls = iter(range(3))
+
+    def third_time_boom(*args: Any, **options: Any) -> av.VideoFrame:
+        return av.VideoFrame.from_ndarray(*args, **options) if next(calls) < 2 else boom()
+
+    frame = SimpleNamespace(from_ndarray=third_time_boom)
+    monkeypatch.setattr(
+        _media, "av", SimpleNamespace(open=av.open, codecs_available=av.codecs_available, VideoFrame=frame)
+    )
+    monkeypatch.setattr(Image.Image, "save", boom)
+    with pytest.raises(BoomError):
+        write_clip(path, CLIP)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"what was there before"
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="no such file"):
+        read_clip(tmp_path / "nowhere.mp4")
+    with pytest.raises(VideoError, match="holds no images"):
+        read_clip(tmp_path)
+    for name in ("text.mp4", "text.gif", "text.png", "empty.mp4"):
+        (tmp_path / name).write_bytes(b"" if name.startswith("empty") else b"this is no picture " * 50)
+        with pytest.raises(VideoError, match="cannot read"):
+            read_clip(tmp_path / name)
+    write_clip(tmp_path / "whole.mp4", CLIP)
+    whole = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(VideoError, match=r"cut\.mp4"):
+        read_clip(tmp_path / "cut.mp4")
+    (tmp_path / "sound.xyz").write_bytes(b"")
+    with pytest.raises(VideoError, match=r"unknown suffix '.xyz'.*\.mp4.*\.png"):
+        read_clip(tmp_path / "sound.xyz")
+    with pytest.raises(VideoError, match=r"'.xyz'; expected one of \.mp4, \.mov, \.webm, \.gif, \.png"):
+        write_clip(tmp_path / "clip.xyz", CLIP)
+    broken = CLIP.clone()
+    broken[0, 0, 5, 5] = torch.nan
+    with pytest.raises(VideoError, match="1 nan or inf"):
+        write_clip(tmp_path / "nan.mp4", broken)
+    with pytest.raises(VideoError, match=r"pass clips\[0\]"):
+        write_clip(tmp_path / "batch.mp4", CLIP[None])
+    with pytest.raises(VideoError, match="fps > 0"):
+        write_clip(tmp_path / "zero.mp4", CLIP, fps=0)
+    with pytest.raises(VideoError, match="'crop', 'pad' or 'stretch'"):
+        read_clip(tmp_path / "whole.mp4", size=(8, 8), fit="squeeze")  # type: ignore[arg-type]
+    with pytest.raises(VideoError, match=r"size=\(480, 832\)"):
+        read_clip(tmp_path / "whole.mp4", size=(0, 8))
+
+
+def test_a_film_without_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+        frame.sample_rate = 44100
+        for plane in frame.planes:
+            plane.update(bytes(plane.buffer_size))
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(VideoError, match="no video stream"):
+        read_clip(path)

@@ -44,6 +44,8 @@ class Preset(Wrapper):
     rescale: bool | None = None
     estimator: tuple[tuple[str, Any], ...] = ()
 
+    outermost = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "threshold", above=0.0, optional=True)

@@ -218,7 +218,7 @@ def test_sigmoid_is_a_hill_curve():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("slew", [None, 0.2])
 def test_pid_without_gains_is_a_constant_bit_for_bit(dtype, slew):
-    policy, state = PID(kp=0.0, ki=0.0, kd=0.0, bias=0.3, slew=slew), PID().init()
+    policy, state = PID(kp=0.0, ki=0.0, kd=0.0, bias=0.3, slew=slew), None
     for i, sigma in enumerate(falling(9)):
         obs = observe([0.0, 0.3 * i, 1e9], sigma, dtype=dtype)
         state, control = policy.step(state, obs)
@@ -262,7 +262,7 @@ def test_twenty_steps_give_the_lock_of_fifty(policy):
 
 
 def test_pid_holds_a_plant_at_its_target():
-    policy, state, lock = PID(kp=0.1, ki=0.5), PID().init(), 0.0
+    policy, state, lock = PID(kp=0.1, ki=0.5), None, 0.0
     for sigma in falling(60):
         risk = 4.0 * math.exp(-2.5 * lock)  # locking lowers risk
         state, control = policy.step(state, observe([risk], sigma))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,18 @@ def test_a_preset_is_its_policy():
     assert preset.start(obs) == inner.start(obs)
     state, control = preset.step(preset.init(), obs)
     assert torch.equal(control.lock, inner.step(inner.init(), obs)[1].lock)
-    assert type(state) is type(inner.init())
+    assert type(state) is type(inner.step(inner.init(), obs)[0])
     assert (preset.never_locks, preset.uses_risk) == (False, True)
     assert (Preset(Constant()).never_locks, Preset(Constant()).uses_risk) == (True, False)
     hash(load_policy("paper"))
+
+
+def test_advice_is_never_lost_inside_a_combinator():
+    paper = load_policy("paper")
+    with pytest.raises(PolicyError, match=r"replace\(preset, policy=Smoothed\(preset\.policy"):
+        Smoothed(paper, half_life=0.3)
+    smooth = replace(paper, policy=Smoothed(paper.policy, half_life=0.3))
+    assert (smooth.threshold, smooth.policy.policy) == (0.01, paper.policy)
 
 
 def test_estimator_advice_is_a_table():

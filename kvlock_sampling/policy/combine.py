@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from .numeric import elapsed, scaled_cfg, working
 
 @dataclass(frozen=True)
 class Wrapper(Policy):
-    """A policy that passes on another one's control after `adjust`. State: the inner policy's own."""
+    """A policy that passes on another one's control after `adjust`. State: the inner policy's own.
+
+    outermost: True for a wrapper that says more than a policy can, as a Preset does; inside another none would hear it.
+    """
 
     policy: Policy
 
+    outermost: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
+        if isinstance(self.policy, Wrapper) and self.policy.outermost:
+            kind, inner = type(self).__name__, type(self.policy).__name__
+            raise PolicyError(
+                f"{kind} around a {inner} would lose what the {inner} says about measuring; expected a bare policy.\n"
+                f"  This works: dataclasses.replace(preset, policy={kind}(preset.policy, ...))"
+            )
 
     def adjust(self, control: Control, obs: Observation) -> Control:
         """What becomes of the inner control, at the start and at every step. Unchanged here."""
@@ -155,7 +166,7 @@ class Smoothed(Wrapper):
     """Follows the inner control exponentially:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
     half_life: > 0, in units of log sigma: when sigma has fallen by a factor exp(half_life), half of a jump remains.
-    It begins at the inner policy's `start`, so nothing ever jumps, and gives the same curve in 20 steps as in 50.
+    It begins at the inner policy's `start`, so nothing ever jumps, and gives nearly the same curve in 20 steps as in 50.
     Raises PolicyError for half_life <= 0.
     """
 

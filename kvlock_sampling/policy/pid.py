@@ -24,17 +24,17 @@ RISK_RANGE: Range = (1e-3, 1e3)
 
 
 class PIDState(NamedTuple):
-    """What a PID remembers, as tensors like `obs.risk`; None before the first step.
+    """What a PID remembers, as tensors like `obs.risk`. Before the first step the state is None.
 
     sigma: noise level of the last step. level: log risk there. integral: ki * integral(e dt), in units of u.
     slope: filtered d(level)/dt. output: u as it was sent.
     """
 
-    sigma: float | None = None
-    level: Tensor | None = None
-    integral: Tensor | None = None
-    slope: Tensor | None = None
-    output: Tensor | None = None
+    sigma: float
+    level: Tensor
+    integral: Tensor
+    slope: Tensor
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,37 +82,32 @@ class PID(Policy):
         """Where u saturates: at the lock's limits, or at (0, 1) where u also drives guidance."""
         return self.lock_range if self.cfg_range[0] == self.cfg_range[1] else (0.0, 1.0)
 
-    def init(self) -> PIDState:
-        return PIDState()
-
-    def step(self, state: PIDState, obs: Observation) -> tuple[PIDState, Control]:
+    def step(self, state: PIDState | None, obs: Observation) -> tuple[PIDState, Control]:
         low, high = self.limits
         level = working(obs.risk).clamp(*RISK_RANGE).log()
-        error = level - math.log(self.target)
         zero = torch.zeros_like(level)
-        integral, slope, before, dt = zero, zero, level, elapsed(state.sigma, obs.sigma)
-        output = torch.full_like(level, self.bias)
-        if state.level is not None and state.integral is not None:  # every step but the first
-            assert state.slope is not None
-            assert state.output is not None
-            integral, slope, before, output = state.integral, state.slope, state.level, state.output
+        last = state or PIDState(obs.sigma, level, integral=zero, slope=zero, output=zero + self.bias)
+        dt = elapsed(last.sigma, obs.sigma)
+        error, last_error = level - math.log(self.target), last.level - math.log(self.target)
 
         # On the measurement and through a low-pass, so a first step or a jump gives no kick; exact for any dt.
+        slope = last.slope
         if dt > 0.0:
             share = -math.expm1(-dt / self.filter_width)
-            slope = slope + share * ((level - before) / dt - slope)
+            slope = slope + share * ((level - last.level) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
         # Trapezoid in log sigma, half by half: 20 and 50 steps give the same integral. It grows only as far as u is not
         # yet at a limit (no windup), and alone it holds u at a limit but not beyond: when the error turns, u leaves.
-        for part in (before - math.log(self.target), error):
+        integral = last.integral
+        for part in (last_error, error):
             grown = integral + self.ki * dt / 2 * part
             grown = grown.clamp(torch.minimum(integral, low - rest), torch.maximum(integral, high - rest))
             integral = grown.clamp(low - self.bias, high - self.bias)
 
         wanted = (rest + integral).clamp(low, high)
         if self.slew is not None:
-            wanted = output + (wanted - output).clamp(-self.slew * dt, self.slew * dt)
+            wanted = last.output + (wanted - last.output).clamp(-self.slew * dt, self.slew * dt)
         lock = wanted.clamp(*self.lock_range).to(obs.risk.dtype)
         new = PIDState(obs.sigma, level, integral, slope, wanted)
         return new, Control(lock, scaled_cfg(obs, self.cfg_range, wanted))

@@ -166,7 +166,7 @@ class Smoothed(Wrapper):
     """Follows the inner control exponentially:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
     half_life: > 0, in units of log sigma: when sigma has fallen by a factor exp(half_life), half of a jump remains.
-    It begins at the inner policy's `start`, so nothing ever jumps, and gives nearly the same curve in 20 steps as in 50.
+    It begins at the inner policy's `start`, so nothing ever jumps, and gives almost the same curve in 20 steps as 50.
     Raises PolicyError for half_life <= 0.
     """
 

@@ -1,0 +1,62 @@
+"""Variance-scheduled key/value locking and guidance for k-diffusion style samplers on video diffusion transformers.
+
+lock = kv.KVLock(model, source=clip, mask=mask, policy="default")
+with lock:
+    x0 = samplers.dpmpp_2m(lock, noise, sigmas, extra_args={"cond": prompt})
+lock.trace.plot("trace.png")
+"""
+
+from importlib import import_module
+from typing import Any
+
+from . import masks, samplers
+from .attention import SdpaSites, find_sites
+from .denoisers import CFGDenoiser, FlowDenoiser
+from .lock import KVLock
+from .policy import PID, Clamped, Constant, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
+from .presets import load_policy, to_toml
+from .trace import Trace
+from .types import Control, KVLockError, Observation
+from .variance import Estimator, RenoiseVariance, TrajectoryVariance
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PID",
+    "CFGDenoiser",
+    "Clamped",
+    "Constant",
+    "Control",
+    "Estimator",
+    "FlowDenoiser",
+    "KVLock",
+    "KVLockError",
+    "Linear",
+    "Observation",
+    "Policy",
+    "RenoiseVariance",
+    "SdpaSites",
+    "Sigmoid",
+    "Smoothed",
+    "Threshold",
+    "Trace",
+    "TrajectoryVariance",
+    "Windowed",
+    "edit_video",
+    "find_sites",
+    "load_policy",
+    "masks",
+    "samplers",
+    "stateless",
+    "testing",
+    "to_toml",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: they bring video codecs and the embedded model along.
+    if name == "edit_video":
+        return import_module(".edit", __name__).edit_video
+    if name == "testing":
+        return import_module(".testing", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

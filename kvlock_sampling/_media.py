@@ -153,6 +153,7 @@ def write_film(path: Path, images: Array, fps: float, kind: str) -> None:
     extra = {"movflags": "faststart"} if container_format != "webm" else {}
     with av.open(str(path), "w", format=container_format, options=extra) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=dict(options))
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = images.shape[1:3]
         stream.pix_fmt = "yuv420p"
         if codec == "mpeg4":

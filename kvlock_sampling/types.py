@@ -72,7 +72,7 @@ class Evaluation(NamedTuple):
 class StepInfo(NamedTuple):
     """One row of the trace: everything that happened in one evaluation. Tensors are (batch,)."""
 
-    index: int
+    call: int
     sigma: float
     variance: Tensor
     risk: Tensor

@@ -92,11 +92,7 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -
     edge (films only). Values outside [-1, 1] are clamped. Missing folders are made.
     Raises VideoError: unknown suffix, wrong shape, nan or inf.
     """
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (*ENCODERS, ".gif", ".png"):
-        known = ", ".join((*ENCODERS, ".gif", ".png"))
-        raise VideoError(f"write_clip: {path.name!r} has the suffix {kind!r}; expected one of {known}.")
+    path, kind = Path(path), check_suffix(path)
     if fps <= 0 or scale < 1 or scale != int(scale):
         raise VideoError(f"write_clip got fps={fps}, scale={scale}; expected fps > 0 and a whole scale >= 1.")
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(int(scale), 1).repeat(int(scale), 2)
@@ -109,6 +105,15 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -
             write_gif(temporary, images, fps)
         else:
             write_film(temporary, images, fps, kind)
+
+
+def check_suffix(path: PathLike) -> str:
+    """The suffix of a file to write, lower case. Raises VideoError if `write_clip` cannot write such a file."""
+    path = Path(path)
+    kind, known = path.suffix.lower(), (*ENCODERS, ".gif", ".png")
+    if kind not in known:
+        raise VideoError(f"{path.name!r} has the suffix {kind!r}; expected one of {', '.join(known)}.")
+    return kind
 
 
 def side_by_side(

@@ -18,7 +18,7 @@ from ..types import KVLockError
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
 
 with broken_torchvision_hidden():
-    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 PROMPT_LENGTH = 8
 PATCH = (2, 4, 4)
@@ -88,7 +88,7 @@ class TinyWan(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
-        """Predict x0.  z: (batch, 3, frames, height, width); t: (batch,) in [0, 1]; cond: prompts or their `tokenize`."""
+        """Predict x0.  z: (batch, 3, frames, height, width); t: (batch,) in [0, 1]; cond: prompts or word indices."""
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.words(words.to(z.device).expand(len(z), -1))
         return self.transformer(z, t * 1000, text, return_dict=False)[0]

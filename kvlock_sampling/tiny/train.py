@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .load import save
 from .model import TinyWan, tokenize
 from .world import render, sample_scene
 
@@ -39,7 +40,8 @@ def learning_rate_factor(step: int, steps: int, *, warmup: int = 100, decay_shar
 
 def build_optimizers(model: TinyWan, *, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer blocks, AdamW for everything else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_block = name.startswith("transformer.blocks.")
         (matrices if in_block and parameter.ndim == 2 else rest).append(parameter)
@@ -98,7 +100,10 @@ def train(
     log_every: int = 50,
     fast: bool = False,
 ) -> Path:
-    """Train, or go on training, in folder `out`. Returns the path of the checkpoint, which holds the averaged weights."""
+    """Train, or go on training, in folder `out`. Returns the path of the checkpoint.
+
+    The averaged weights are written beside it, as weights.safetensors: load them with `tiny.load(out)`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     torch.manual_seed(0)
@@ -147,6 +152,7 @@ def train(
                 "generator": generator.get_state(),
             }
             save_atomically(state, checkpoint)
+            save(average, out / "weights.safetensors", about={"step": step + 1, "batch": batch})
     return checkpoint
 
 

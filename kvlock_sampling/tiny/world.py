@@ -98,9 +98,7 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
     for _ in range(3):
         angle, wavelength = rng.uniform(0, 2 * math.pi), rng.uniform(14, 44)
         k = 2 * math.pi / wavelength
-        waves.append(
-            Wave(k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0))
-        )
+        waves.append(Wave(k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0)))
     motion = rng.choice(list(MOTIONS))
     radius = rng.uniform(5.0, 7.0)
     dx, dy = MOTIONS[motion][1]
@@ -214,8 +212,7 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 def edit_mask(source: Scene, target: Scene, *, margin: float = 2.0) -> Tensor:
     """Mask (1, FRAMES, SIZE, SIZE) of an edit: 1 wherever either object is, grown by `margin` pixels."""
     hit = torch.maximum(coverage(source), coverage(target)) > 0
-    _, y, x = _grid()
-    reach = int(math.ceil(margin))
+    reach = math.ceil(margin)
     grown = torch.zeros_like(hit)
     for oy in range(-reach, reach + 1):
         for ox in range(-reach, reach + 1):

@@ -1,0 +1,74 @@
+"""What an attention site does during one call of the model: nothing, keep the source's K/V, or fuse them in.
+
+A `Frame` lives for one evaluation. Three forms of it serve the two lockstep providers:
+- lockstep: the source rides as the last `batch` rows of the same call; nothing is stored;
+- capture: this call is the source alone; its K/V are kept until the evaluation is over;
+- inject: this call is the edit alone; the K/V kept by a capture are fused in.
+Rows come in chunks of `batch` clips, e.g. [uncond, cond] or [uncond, cond, source].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..types import SiteError
+from .fuse import fuse
+
+Mode = Literal["lockstep", "capture", "inject"]
+
+
+@dataclass
+class Frame:
+    """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`."""
+
+    mode: Mode
+    ratio: Tensor
+    store: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    fired: set[str] = field(default_factory=set)
+
+    def process(self, site: str, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Handle one attention call.  key, value: (rows, ..., length, dim); video tokens begin at `start`."""
+        batch, tokens = self.ratio.shape
+        rows = key.shape[0]
+        if rows % batch:
+            raise SiteError(
+                f"site {site!r} was called with {rows} rows; expected a multiple of the batch of {batch} clips.\n"
+                "  A lock needs chunks of whole batches, e.g. torch.cat([x, x]) for guidance. "
+                "Run clips one by one if the model mixes its rows."
+            )
+        video = slice(start, start + tokens)
+        self.fired.add(site)
+        if self.mode == "capture":
+            # Whatever chunks a guided denoiser makes of the source, they hold the same prompt: the last one serves.
+            self.store[site] = (key[-batch:, ..., video, :], value[-batch:, ..., video, :])
+            return key, value
+        if self.mode == "inject":
+            if site not in self.store:
+                return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
+            source_key, source_value = self.store[site]
+            edit_rows = rows
+        else:
+            source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
+            edit_rows = rows - batch
+        return (
+            self._fuse_rows(key, source_key, video, edit_rows),
+            self._fuse_rows(value, source_value, video, edit_rows),
+        )
+
+    def _fuse_rows(self, own: Tensor, source: Tensor, video: slice, edit_rows: int) -> Tensor:
+        batch, tokens = self.ratio.shape
+        chunks = edit_rows // batch
+        ratio = self.ratio if chunks == 1 else self.ratio.repeat(chunks, 1)
+        if chunks != 1:
+            source = source.repeat(chunks, *([1] * (source.ndim - 1)))
+        whole = own.shape[-2] == tokens
+        fused = fuse(own[:edit_rows] if whole else own[:edit_rows, ..., video, :], source, ratio)
+        if whole:
+            return fused if edit_rows == own.shape[0] else torch.cat([fused, own[edit_rows:]])
+        mixed = own.clone()
+        mixed[:edit_rows, ..., video, :] = fused
+        return mixed

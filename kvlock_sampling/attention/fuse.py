@@ -1,0 +1,34 @@
+"""Fusion of keys and values, as pure math:  K_mix = m K + (1 - m) (lock K_src + (1 - lock) K),  V likewise.
+
+Source: KV-Lock (arXiv 2603.09657); m = 1 marks edited (foreground) tokens, which are never touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def fusion_ratio(
+    lock: Float[Tensor, "batch"] | Float[Tensor, "batch tokens"], background: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """How much of the source each token takes: `lock` where the token is background, 0 where it is edited."""
+    if lock.ndim == 1:
+        lock = lock.unsqueeze(1)
+    return lock * background
+
+
+def fuse(
+    edit: Float[Tensor, "batch *heads tokens dim"],
+    source: Float[Tensor, "batch *heads tokens dim"],
+    ratio: Float[Tensor, "batch tokens"],
+) -> Float[Tensor, "batch *heads tokens dim"]:
+    """Blend keys (or values) token-wise.
+
+    `ratio` is dimensionless in [0, 1]: 0 keeps the edit's own, 1 takes the source's, both exactly, bit for bit
+    (`torch.lerp` counts from the nearer end, so neither end is rounded).
+    """
+    batch, tokens = ratio.shape
+    weight = ratio.to(edit.dtype).view(batch, *([1] * (edit.ndim - 3)), tokens, 1)
+    return torch.lerp(edit, source, weight)

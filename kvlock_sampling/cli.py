@@ -1,0 +1,165 @@
+"""`kvlock`: the demo, edits of your own clips, and what is on the shelf."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .types import KVLockError
+
+app = typer.Typer(
+    help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Errors a user caused are printed as they were written, without a traceback; exit code 2."""
+    try:
+        yield
+    except KVLockError as error:
+        err.print("[bold red]error:[/]", end=" ")
+        err.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda *_: bar.advance(task)
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Which scenes and which noise.")] = 0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
+    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
+) -> None:
+    """Edit three clips with known right answers in five ways; write a side-by-side clip, a figure and a table."""
+    with _readable_errors():
+        from .demo import run_demo
+        from .tiny.compare import DEMO_VARIANTS
+
+        with _progress("editing", len(DEMO_VARIANTS)) as advance:
+            result = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
+        table = Table(title="Three edits against their true renders (means)", title_justify="left")
+        table.add_column("variant")
+        for name in ("background PSNR", "SSIM", "in-mask PSNR", "colour", "shape", "passes", "seconds"):
+            table.add_column(name, justify="right")
+        for name, score in result.scores.items():
+            row = score.summary()
+            table.add_row(
+                name,
+                f"{row['background_psnr']:.1f} dB",
+                f"{row['background_ssim']:.3f}",
+                f"{row['inside_psnr']:.1f} dB",
+                f"{row['colour']:.0%}",
+                f"{row['shape']:.0%}",
+                str(int(row["evaluations"])),
+                f"{row['seconds']:.1f}",
+            )
+        out.print(table)
+        out.print("A background PSNR of 100 dB is exact: the embedded model has no VAE, so compositing loses nothing.")
+        out.print(f"Done in {result.seconds:.0f} s. Look at:")
+        for path in result.files:
+            out.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def edit(
+    clip: Annotated[Path, typer.Argument(help="mp4, webm, gif, mov, an image, or a folder of images.")],
+    mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
+    prompt: Annotated[str, typer.Option(help="What the masked region shall show.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
+    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows now.")] = None,
+    model: Annotated[str, typer.Option(help="'tiny', or a folder of its weights.")] = "tiny",
+    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
+    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
+    strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps more.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Enlarge the written clip by a whole factor.")] = 8,
+    trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
+) -> None:
+    """Edit the masked part of a clip after a prompt, and keep the rest."""
+    with _readable_errors():
+        from .edit import edit_video
+        from .samplers import get
+        from .tiny import load
+        from .video import check_suffix, read_clip, read_mask, write_clip
+
+        check_suffix(output)
+        get(sampler)
+        video = load(model)
+        video.prompt([prompt, source_prompt or ""])
+        source = read_clip(clip, frames=video.frames, size=video.size)
+        region = read_mask(mask, frames=video.frames, size=video.size)
+        with _progress("sampling", steps) as advance:
+            result = edit_video(
+                source.pixels,
+                region.unsqueeze(0),
+                prompt,
+                source_prompt=source_prompt,
+                model=video,
+                sampler=sampler,
+                steps=steps,
+                policy=policy,
+                cfg_scale=cfg_scale,
+                strength=strength,
+                seed=seed,
+                on_step=advance,
+            )
+        write_clip(output, result.pixels[0], fps=source.fps, scale=scale)
+        if trace is not None:
+            result.trace.plot(trace)
+        out.print(
+            f"{output}: {result.evaluations} model passes in {result.seconds:.1f} s; background PSNR "
+            f"{float(result.background_psnr[0]):.1f} dB (ceiling of the codec {float(result.ceiling_psnr[0]):.1f} dB)",
+            highlight=False,
+        )
+
+
+@app.command()
+def policies(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List the presets: name, policy, when to use it."""
+    with _readable_errors():
+        from .presets import describe
+
+        rows = describe()
+        if as_json:
+            out.print_json(json.dumps([dict(zip(("name", "policy", "about"), row, strict=True)) for row in rows]))
+            return
+        table = Table("preset", "policy", "about")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+
+
+@app.command()
+def samplers() -> None:
+    """List the samplers of the installed k-diffusion."""
+    with _readable_errors():
+        from .samplers import names
+
+        for name in names():
+            out.print(name, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

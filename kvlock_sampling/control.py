@@ -1,0 +1,95 @@
+"""What becomes of a policy's word: checked at the door, brought to rows, bounded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import Control, PolicyError, Scalar
+
+
+def extremes(value: Scalar) -> tuple[float, float]:
+    """Smallest and largest entry as floats: one read from the device for a tensor, none for a float."""
+    if isinstance(value, Tensor):
+        low, high = torch.stack(value.aminmax()).tolist()
+        return low, high
+    return float(value), float(value)
+
+
+class LockRatio:
+    """A lock ratio with its range known on the host: a float, (batch,) or (batch, tokens), in [0, 1].
+
+    Raises:
+        PolicyError: out of range, or not a number.
+    """
+
+    def __init__(self, value: Scalar, batch: int, policy: Any) -> None:
+        self.value, self.batch = value, batch
+        self.low, self.high = extremes(value)
+        if not (self.low >= 0 and self.high <= 1):
+            what = (
+                "NaN (is x0-hat finite?)" if math.isnan(self.low + self.high) else f"[{self.low:.4g}, {self.high:.4g}]"
+            )
+            raise PolicyError(
+                f"{type(policy).__name__} returned a lock in {what}; expected [0, 1].\n"
+                "  Return Control(lock=value.clamp(0, 1), ...), or wrap it: Clamped(policy, lock=(0.0, 1.0))."
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any clip is locked at all."""
+        return self.high > 0
+
+    def rows(self, device: torch.device) -> Tensor:
+        """As a float32 tensor (batch,) or (batch, tokens)."""
+        if isinstance(self.value, Tensor) and self.value.ndim:
+            return self.value.to(device, torch.float32)
+        return torch.full((self.batch,), float(self.value), device=device)
+
+
+def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
+    """Check the shapes of what a policy returned, without reading its values from the device.
+
+    Raises:
+        PolicyError: says what was returned, what is expected, and what to write.
+    """
+    name = f"{type(policy).__name__}.{method}"
+    if not isinstance(control, Control):
+        raise PolicyError(
+            f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
+            f"{' and the new state: return state, Control(...)' if method == 'step' else ''}."
+        )
+    for field in ("lock", "cfg_scale"):
+        value = getattr(control, field)
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape)
+            per_token = field == "lock" and tokens is not None and shape == (batch, tokens)
+            if shape not in ((), (batch,)) and not per_token:
+                extra = f" or (batch, tokens) = ({batch}, {tokens})" if field == "lock" and tokens else ""
+                raise PolicyError(
+                    f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},){extra} or a float.\n"
+                    "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
+    return control
+
+
+def floored(scale: Scalar, floor: float) -> Scalar:
+    """A scheduled guidance scale, not below `floor`: under 1 guidance turns towards the unconditional prediction."""
+    return scale.clamp_min(floor) if isinstance(scale, Tensor) else max(float(scale), floor)
+
+
+def steps_left(schedule: Tensor | None, sigma: float) -> int | None:
+    """Steps of the schedule that remain at this noise level, counting the present one; None without a schedule.
+
+    A noise level between two of the schedule belongs to the step that began at the higher one.
+    """
+    if schedule is None:
+        return None
+    levels = [s for s in schedule.tolist() if s > 0]
+    begun = sum(s >= sigma * (1 - 1e-4) for s in levels)
+    return len(levels) - max(begun, 1) + 1

@@ -1,0 +1,179 @@
+"""The main job as one function: edit the masked part of a clip after a prompt, everything else locked to the source."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import masks, samplers
+from .lock import KVLock
+from .metrics import masked_psnr
+from .trace import Trace
+from .types import Denoiser, SourceError
+
+
+class VideoModel(Protocol):
+    """What an edit needs of a model: a denoiser with its codec, its prompts, and its schedule. See `tiny.TinyVideo`."""
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+    @property
+    def frames(self) -> int: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def cfg_scale(self) -> float: ...
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def prompt(self, texts: Sequence[str]) -> Any: ...
+    def sigmas(self, steps: int, strength: float = 1.0) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A finished edit.
+
+    pixels: (batch, 3, frames, height, width) in [-1, 1].  trace: what happened, per evaluation.
+    seconds: of sampling alone.  evaluations: model passes per clip.
+    background_psnr: outside the mask against the source, dB, (batch,).  ceiling_psnr: the same for the clip merely
+    encoded and decoded: what no edit in latents can exceed (pasting pixels can).
+    """
+
+    pixels: Tensor
+    trace: Trace
+    seconds: float
+    evaluations: int
+    background_psnr: Tensor
+    ceiling_psnr: Tensor
+
+
+def start_noise(like: Tensor, seed: int | Sequence[int]) -> Tensor:
+    """Unit noise shaped like `like`, one seed per clip: clip i of an int seed uses seed + i, alone or in a batch."""
+    seeds = [seed + i for i in range(len(like))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(like):
+        raise SourceError(f"seed has {len(seeds)} entries for {len(like)} clips; give one int, or one per clip.")
+    rows = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(rows).to(like)
+
+
+def edit_video(
+    clip: Tensor,
+    mask: Any,
+    prompt: str | Sequence[str],
+    *,
+    source_prompt: str | Sequence[str] | None = None,
+    model: str | VideoModel = "tiny",
+    sampler: Any = "dpmpp_2m",
+    steps: int = 30,
+    policy: Any = "default",
+    cfg_scale: float | None = None,
+    seed: int | Sequence[int] = 0,
+    strength: float = 1.0,
+    paste: bool = True,
+    feather: float = 2.0,
+    on_step: Callable[[int], None] | None = None,
+    **lock_options: Any,
+) -> Edit:
+    """Edit clips.
+
+    Args:
+        clip: (3, frames, height, width) or (batch, 3, ...), in [-1, 1].  mask: 1 = edit, as `masks.as_mask` reads.
+        prompt: what the masked region shall show, one text or one per clip.  source_prompt: what the clip shows now;
+            the source's own branch reads it (default: `prompt`).
+        model: "tiny", a folder of its weights, or any `VideoModel`.
+        sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: noise levels.
+        policy: a Policy, a preset's name, or a TOML file.  cfg_scale: guidance asked for; default: the model's.
+        strength: 1 starts from noise; lower starts from the clip noised to flow time `strength`.
+        paste: put the source's own pixels back outside the mask, feathered over `feather` pixels. With compositing
+            off (composite=False) nothing is pasted.
+        lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator.
+
+    Raises:
+        KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
+    """
+    video = _video_model(model)
+    clips = clip if clip.ndim == 5 else clip.unsqueeze(0)
+    texts = _texts(prompt, len(clips), "prompt")
+    _check_clip(clips, video)
+    pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
+    conditioning = {"cond": video.prompt(texts), "uncond": video.prompt([""] * len(clips))}
+    scale = video.cfg_scale if cfg_scale is None else cfg_scale
+    source_args: Mapping[str, Any] = {}
+    if source_prompt is not None:
+        source_args = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
+
+    source = video.encode(clips)
+    sigmas = _schedule(video, steps, strength, sampler)
+    noise = start_noise(source, seed)
+    x = noise * sigmas[0] + (source if strength < 1 else 0)
+    lock = KVLock(
+        video.denoiser, source=source, mask=pixel_mask, policy=policy, source_args=source_args, **lock_options
+    )
+    callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
+    started = time.perf_counter()
+    with torch.inference_mode():
+        latents = lock.sample(
+            sampler,
+            x,
+            sigmas,
+            extra_args={**conditioning, "cond_scale": scale},
+            seed=seed if isinstance(seed, int) else list(seed),
+            callback=callback,
+        )
+        seconds = time.perf_counter() - started
+        pixels = video.decode(latents)
+        ceiling = video.decode(source)
+    pixels = pixels.clone()  # out of inference mode
+    if paste and lock.composite:
+        soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
+        pixels = torch.lerp(clips.to(pixels), pixels, soft)
+    keep = 1 - pixel_mask
+    return Edit(
+        pixels=pixels,
+        trace=lock.trace,
+        seconds=seconds,
+        evaluations=lock.trace.evaluations,
+        background_psnr=masked_psnr(pixels, clips, keep),
+        ceiling_psnr=masked_psnr(ceiling.clone(), clips, keep),
+    )
+
+
+def _video_model(model: str | VideoModel) -> VideoModel:
+    if not isinstance(model, str):
+        return model
+    from .tiny import load
+
+    return load(model)
+
+
+def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
+    """The model's noise levels. dpm_fast and dpm_adaptive stop at the last one above 0, so theirs nears 0."""
+    sigmas = video.sigmas(steps, strength)
+    if samplers.is_ranged(samplers.get(sampler) if isinstance(sampler, str) else sampler):
+        sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])])
+    return sigmas
+
+
+def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
+    texts = [given] * count if isinstance(given, str) else list(given)
+    if len(texts) != count:
+        raise SourceError(f"{name} has {len(texts)} entries for {count} clips; give one text, or one per clip.")
+    return texts
+
+
+def _check_clip(clips: Tensor, video: VideoModel) -> None:
+    want = (3, video.frames, *video.size)
+    if clips.ndim != 5 or tuple(clips.shape[1:]) != want:
+        raise SourceError(
+            f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width) = "
+            f"(batch, {', '.join(map(str, want))}).\n"
+            f"  clip = video.read_clip(path, frames={video.frames}, size={tuple(video.size)}).pixels"
+        )
+    if not torch.isfinite(clips).all():
+        raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")

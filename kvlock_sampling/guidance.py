@@ -1,0 +1,53 @@
+"""Classifier-free guidance arithmetic, per sample, in eps = (x - D) / sigma.
+
+    eps = (1 - w) s eps_u + w eps_c,   s = 1 (plain)  or  s* = <eps_c, eps_u> / (|eps_u|^2 + small)
+Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The projection s* must be taken on eps
+(or velocity), never on D: projections do not commute with the change of variables.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from .precision import working
+
+
+def guide(
+    uncond: Float[Tensor, "batch *axes"],
+    cond: Float[Tensor, "batch *axes"],
+    scale: float | Float[Tensor, "batch"],
+) -> Float[Tensor, "batch *axes"]:
+    """Plain guidance on clean predictions: uncond + (cond - uncond) * scale, the expression of k-diffusion scripts.
+
+    With s = 1 it is the same in eps and in D. A float scale gives the very bits those scripts give.
+    """
+    if isinstance(scale, Tensor):
+        weight = working(scale).view(-1, *[1] * (cond.ndim - 1))
+        return (working(uncond) + (working(cond) - working(uncond)) * weight).to(cond.dtype)
+    return uncond + (cond - uncond) * scale
+
+
+def projection_scale(
+    uncond: Float[Tensor, "batch *axes"], cond: Float[Tensor, "batch *axes"], x: Float[Tensor, "batch *axes"]
+) -> Float[Tensor, "batch"]:
+    """s* = <eps_c, eps_u> / |eps_u|^2 per sample. The 1 / sigma of both eps cancels."""
+    eps_c, eps_u = (working(x) - working(cond)).flatten(1), (working(x) - working(uncond)).flatten(1)
+    return (eps_c * eps_u).sum(1) / (eps_u.square().sum(1) + 1e-8)
+
+
+def guide_rescaled(
+    uncond: Float[Tensor, "batch *axes"],
+    cond: Float[Tensor, "batch *axes"],
+    scale: float | Float[Tensor, "batch"],
+    x: Float[Tensor, "batch *axes"],
+) -> Float[Tensor, "batch *axes"]:
+    """s*-rescaled guidance: the unconditional eps is first scaled onto the conditional one.
+
+    In clean predictions, with e = x - D:  D = x - ((1 - w) s* e_u + w e_c).  scale = 1 gives `cond`.
+    """
+    axes = [1] * (cond.ndim - 1)
+    star = projection_scale(uncond, cond, x).view(-1, *axes)
+    weight = working(scale).view(-1, *axes) if isinstance(scale, Tensor) else scale
+    wide = working(x)
+    return (wide - ((1 - weight) * star * (wide - working(uncond)) + weight * (wide - working(cond)))).to(cond.dtype)

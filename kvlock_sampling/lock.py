@@ -1,0 +1,361 @@
+"""KVLock: a denoiser that measures, decides and locks. The one stateful object, and the only one that knows the order.
+
+sampler -> KVLock -> source at the same sigma -> attention sites -> model -> x0-hat -> variance -> policy
+        <- denoised <- composite <- guidance <- cfg_scale (this evaluation), lock (the next one)
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import samplers
+from .attention import Hooks, Sites, find_sites, fusion_ratio
+from .call import GuidedCall, OwnedCall
+from .control import LockRatio, check_control, extremes, floored, steps_left
+from .policy import Policy, as_policy
+from .presets import Preset, load_policy
+from .region import Region
+from .source import Source
+from .timeline import Timeline
+from .trace import Trace
+from .types import (
+    Control,
+    Denoiser,
+    Evaluation,
+    Observation,
+    PolicyError,
+    RunError,
+    Scalar,
+    SourceError,
+    StepInfo,
+)
+from .variance import Estimator, TrajectoryVariance, make_estimator
+
+
+class _State(NamedTuple):
+    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked."""
+
+    estimator: Any
+    policy: Any
+    measured: bool
+    lock: Scalar
+    cfg_scale: Scalar | None
+
+
+class _Run:
+    """Everything that lives within one `with` block."""
+
+    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Tensor | None) -> None:
+        self.hooks, self.stack, self.schedule = hooks, stack, schedule
+        self.timeline: Timeline[_State] = Timeline()
+        self.trace = Trace()
+        self.noise: Tensor | None = None
+
+
+class KVLock:
+    """Wrap a denoiser so that it can be handed to any k-diffusion style sampler.
+
+    Args:
+        model: the denoiser, `model(x, sigma, **extra_args) -> x0-hat`. With `cond`, `uncond` and `cond_scale` in the
+            sampler's extra_args the lock does the guidance itself, and `model` is called with `cond=` alone, on
+            batches of up to three branches. A model that does its own guidance is recognised by a parameter named
+            `cond_scale` (or name it with `scale_arg`).
+        source: clean latents of the clip being edited, (batch or 1, channels, time, height, width), in the sampler's
+            space. None: nothing to lock; the policy then schedules guidance alone.
+        mask: 1 = edit, at the clip's or the latents' size; see `kvlock_sampling.masks`.
+        policy: a Policy, a function of an Observation, or the name or path of a preset.
+        estimator: how variance is measured; default: the preset's, or sigma-normalised trajectory variance.
+        threshold: the variance at risk 1, a float or a function of sigma; default: the preset's or the estimator's.
+        source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}; default: the edit's.
+        noise: the source's fixed noise, shaped like `source`; default: the run's own.
+        composite: give `denoised` the source's background. Default: yes, unless the policy can never lock.
+        rescale: s*-rescaled guidance (CFG-Zero*) instead of plain; default: the preset's, or plain.
+        cfg_floor: lower bound of a scheduled cfg_scale; default: the preset's, or 1.
+        sites: attention sites; default: found in the model.  layers: indices or a slice of them to lock.
+        sigmas: the noise schedule, for policies that count steps. Samplers of this library tell it by themselves.
+        scale_arg: name of the guidance scale of a model that does its own guidance; the lock then sets it.
+        branch: for such a model, its single-branch denoiser: makes the source's pass cheaper.
+        batched: False runs branches one after another and keeps the source's K/V for one evaluation: less
+            activation memory, the same result up to rounding.
+
+    Raises:
+        SourceError, MaskError, PolicyError, SiteError: at construction, wherever that is possible.
+    """
+
+    trace: Trace
+
+    def __init__(
+        self,
+        model: Denoiser,
+        *,
+        source: Tensor | None = None,
+        mask: Any = None,
+        policy: Any = "default",
+        estimator: Estimator | None = None,
+        threshold: Any = None,
+        source_args: Mapping[str, Any] | None = None,
+        noise: Tensor | None = None,
+        composite: bool | None = None,
+        rescale: bool | None = None,
+        cfg_floor: float | None = None,
+        sites: Sites | None = None,
+        layers: Iterable[int] | slice | None = None,
+        sigmas: Tensor | None = None,
+        scale_arg: str | None = None,
+        branch: Denoiser | None = None,
+        batched: bool = True,
+    ) -> None:
+        self.model = model
+        self.policy: Policy = load_policy(policy) if isinstance(policy, str) else as_policy(policy)
+        advice = self.policy if isinstance(self.policy, Preset) else None
+        self.estimator = estimator or _advised_estimator(advice)
+        advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
+        self.threshold = _first(threshold, advised[0], self.estimator.default_threshold)
+        self.rescale = bool(_first(rescale, advised[1], False))
+        self.cfg_floor = float(_first(cfg_floor, advised[2], 1.0))
+        if source is not None and mask is None:
+            raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
+        self.source = None if source is None else Source(source, noise=noise, add_noise=_method(model, "add_noise"))
+        self.region = None if mask is None else Region(mask)
+        if self.source is not None and self.region is not None:
+            self.region.latent(self.source.latents)
+        self.source_args = dict(source_args or {})
+        locks = self.source is not None and not self.policy.never_locks
+        self.composite = locks if composite is None else composite
+        if self.composite and self.source is None:
+            raise SourceError("composite=True needs source= and mask=.")
+        self.sites: Sites | None = None
+        if locks:
+            assert self.source is not None
+            self.sites = (sites or find_sites(model)).layers(layers)
+            self.sites.grid(self.source.latents.shape)
+        self.sigmas = sigmas
+        self.scale_arg = scale_arg or ("cond_scale" if _names_parameter(model, "cond_scale") else None)
+        self.branch, self.batched = branch, batched
+        self.trace = Trace()
+        self._local = threading.local()
+
+    # -- one run ------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> KVLock:
+        stack = ExitStack()
+        hooks = None
+        if self.sites is not None:
+            hooks = stack.enter_context(Hooks(self.sites).installed())
+        run = _Run(hooks, stack, self.sigmas)
+        self._local.runs = [*self._runs(), run]
+        self.trace = run.trace
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._local.runs.pop().stack.close()
+
+    def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
+        """One run in one line: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`, the schedule known."""
+        with self:
+            self.on_schedule(sigmas)
+            return samplers.run(sampler, self, x, sigmas, **arguments)
+
+    def on_schedule(self, sigmas: Tensor) -> None:
+        """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
+        self._run().schedule = sigmas
+
+    def _runs(self) -> list[_Run]:
+        return getattr(self._local, "runs", [])
+
+    def _run(self) -> _Run:
+        runs = self._runs()
+        if not runs:
+            raise RunError(
+                "the lock was called outside its `with` block: hooks and state exist only inside.\n"
+                "  with lock:\n      x0 = samplers.dpmpp_2m(lock, x, sigmas, extra_args=...)\n"
+                "  or in one line: x0 = lock.sample('dpmpp_2m', x, sigmas, extra_args=...)"
+            )
+        return runs[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        # Samplers look for attributes of the model they were given; a wrapper hands them on.
+        if name.startswith("__") or "model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __repr__(self) -> str:
+        sites = "no sites" if self.sites is None else f"{len(self.sites.sites) or 'watched'} sites"
+        return f"KVLock({type(self.model).__name__}, {self.policy!r}, {self.estimator!r}, {sites})"
+
+    # -- one evaluation -----------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        run = self._run()
+        level = self._level(sigma)
+        asked = extra_args.get(self.scale_arg or "cond_scale", 1.0)
+        seen = self._watch(x, level, asked, run)
+        state = run.timeline.rewind(level) or self._first_state(seen)
+        lock = LockRatio(state.lock, len(x), self.policy)
+        seen = seen._replace(lock=lock.rows(x.device))
+        call = self._prepare(run, x, sigma, level, lock)
+        used = asked if state.cfg_scale is None else state.cfg_scale
+
+        cond = call.conditional(extra_args, used)
+        after, seen, control = self._decide(state, call, cond, seen)
+        scale = asked if after.cfg_scale is None else after.cfg_scale
+        denoised = call.guided(cond, scale)
+        if self.composite:
+            assert self.source is not None
+            assert self.region is not None
+            denoised = torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
+
+        run.timeline.append(level, after)
+        acted = used if isinstance(call, GuidedCall) else scale
+        step = StepInfo(
+            call=len(run.trace),
+            sigma=level,
+            variance=seen.variance,
+            risk=seen.risk,
+            lock=seen.lock,
+            next_lock=_rows(control.lock, seen.cfg_scale),
+            cfg_scale=_rows(acted, seen.cfg_scale),
+            evaluations=call.passes,
+            fused_sites=call.fused,
+        )
+        run.trace.steps.append(step)
+        return denoised
+
+    def _level(self, sigma: Tensor) -> float:
+        """The clock: this evaluation's noise level in variance-exploding form."""
+        low, high = extremes(sigma)
+        if high - low > 1e-4 * high:
+            raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
+        to_ve = _method(self.model, "to_ve")
+        return high if to_ve is None else float(to_ve(high))
+
+    def _watch(self, x: Tensor, level: float, asked: Scalar, run: _Run) -> Observation:
+        """An observation with nothing measured yet."""
+        base = torch.as_tensor(asked, dtype=torch.float32, device=x.device).reshape(-1)
+        if len(base) not in (1, len(x)):
+            raise RunError(
+                f"the guidance scale has {len(base)} entries for {len(x)} clips; pass a float, or one per clip."
+            )
+        base = base.expand(len(x))
+        unknown = torch.full_like(base, float("nan"))
+        return Observation(level, unknown, unknown, torch.zeros_like(base), base, steps_left(run.schedule, level))
+
+    def _first_state(self, seen: Observation) -> _State:
+        control = self._checked(self.policy.start(seen), seen, "start")
+        return _State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen))
+
+    def _prepare(self, run: _Run, x: Tensor, sigma: Tensor, level: float, lock: LockRatio) -> OwnedCall | GuidedCall:
+        """The source at this noise level, and which tokens take how much of it."""
+        ratio = z = None
+        if lock.active:
+            if self.source is None or self.sites is None or self.region is None:
+                raise SourceError(
+                    f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
+                    "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
+                )
+            edited = self.region.tokens(x, self.sites.patch).expand(len(x), -1)
+            ratio = fusion_ratio(lock.rows(x.device), ~edited)
+        if self.source is not None and run.noise is None:
+            given = self.source.noise
+            run.noise = self.source.implied_noise(x, level) if given is None else given
+        if ratio is not None:
+            assert self.source is not None
+            assert run.noise is not None
+            z = self.source.at(x, level, run.noise)
+        kind = GuidedCall if self.scale_arg else OwnedCall
+        return kind(
+            self.model,
+            x,
+            sigma,
+            run.hooks,
+            ratio,
+            z,
+            self.source_args,
+            batched=self.batched,
+            rescale=self.rescale,
+            branch=self.branch,
+            scale_arg=self.scale_arg,
+        )
+
+    def _decide(
+        self, state: _State, call: OwnedCall | GuidedCall, cond: Tensor, seen: Observation
+    ) -> tuple[_State, Observation, Control]:
+        """Measure the conditional x0-hat, judge the risk, and ask the policy."""
+        inner, variance = state.estimator, None
+        if self.policy.uses_risk:
+            mask = None if self.region is None else self.region.latent(cond)
+            with torch.no_grad():
+                inner, variance = self.estimator.step(inner, Evaluation(seen.sigma, call.x, cond, mask, call.probe))
+        if variance is not None:
+            limit = self.threshold(seen.sigma) if callable(self.threshold) else self.threshold
+            seen = seen._replace(variance=variance, risk=variance / limit)
+        if variance is None and self.policy.uses_risk and state.measured:
+            # An estimator that pauses: its last word holds.
+            held = Control(state.lock, seen.cfg_scale if state.cfg_scale is None else state.cfg_scale)
+            return state._replace(estimator=inner), seen, held
+        if variance is None and self.policy.uses_risk:
+            policy_state, control = state.policy, self._checked(self.policy.start(seen), seen, "start")
+        else:
+            policy_state, control = self._ask(state.policy, seen)
+        scale = self._scale(control, seen)
+        known = state.measured or variance is not None
+        return _State(inner, policy_state, known, control.lock, scale), seen, control
+
+    def _ask(self, policy_state: Any, seen: Observation) -> tuple[Any, Control]:
+        answer = self.policy.step(policy_state, seen)
+        if not (isinstance(answer, tuple) and len(answer) == 2) or isinstance(answer, Control):
+            raise PolicyError(
+                f"{type(self.policy).__name__}.step returned {type(answer).__name__}; expected (state, Control).\n"
+                "  Return state, Control(lock=..., cfg_scale=obs.cfg_scale); without memory use @stateless."
+            )
+        return answer[0], self._checked(answer[1], seen, "step")
+
+    def _scale(self, control: Control, seen: Observation) -> Scalar | None:
+        """The scheduled guidance scale; None where the policy passed on what was asked, which is then left alone."""
+        return None if control.cfg_scale is seen.cfg_scale else floored(control.cfg_scale, self.cfg_floor)
+
+    def _checked(self, control: Any, seen: Observation, method: str) -> Control:
+        tokens = None
+        if self.sites is not None and self.source is not None:
+            tokens = math.prod(self.sites.grid(self.source.latents.shape))
+        return check_control(self.policy, control, len(seen.cfg_scale), tokens, method)
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(v for v in values if v is not None)
+
+
+def _rows(value: Scalar, like: Tensor) -> Tensor:
+    """A float or tensor as one float32 row per clip, on `like`'s device."""
+    rows = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    return rows if rows.ndim > 1 else rows.reshape(-1).expand(len(like))
+
+
+def _method(model: Any, name: str) -> Any:
+    """A method the denoiser may define to replace a rule of the variance-exploding form."""
+    found = getattr(model, name, None)
+    return found if callable(found) else None
+
+
+def _names_parameter(model: Any, name: str) -> bool:
+    """Whether the denoiser's own signature has a parameter of this name."""
+    try:
+        return name in inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _advised_estimator(preset: Preset | None) -> Estimator:
+    """The estimator a preset names, or sigma-normalised trajectory variance."""
+    if preset is None or not preset.estimator:
+        return TrajectoryVariance(window=None, span=8.0, normalise=True)
+    return make_estimator(dict(preset.estimator))

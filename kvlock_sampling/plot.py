@@ -1,0 +1,58 @@
+"""The figure of a run: variance and risk above, lock and CFG scale below, all over sigma, which falls to the right."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .trace import write_atomically
+
+if TYPE_CHECKING:
+    from .trace import Trace
+
+COLOURS = {"variance": "#4477aa", "risk": "#cc3311", "lock": "#228833", "cfg_scale": "#aa3377"}
+LABELS = {"variance": "variance of $\\hat{x}_0$", "risk": "risk", "lock": "lock", "cfg_scale": "CFG scale"}
+
+
+def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+    """Write the figure of `trace` to `path` (PNG, SVG or PDF by suffix). One thin line per clip, at most eight."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    rows = trace.rows()
+    clips = sorted({int(r["clip"]) for r in rows})[:8]
+    figure = Figure(figsize=(7.2, 7.6), dpi=130, layout="constrained")
+    axes: Sequence = figure.subplots(4, 1, sharex=True)
+    for axis, name in zip(axes, LABELS, strict=True):
+        for clip in clips:
+            mine = [r for r in rows if r["clip"] == clip]
+            axis.plot(
+                [r["sigma"] for r in mine],
+                [r[name] for r in mine],
+                color=COLOURS[name],
+                marker="o",
+                markersize=2.5,
+                linewidth=1.3,
+                alpha=1.0 if len(clips) == 1 else 0.6,
+            )
+        axis.set_ylabel(LABELS[name])
+        axis.grid(alpha=0.25)
+        if name in ("variance", "risk") and any(r[name] > 0 for r in rows):
+            axis.set_yscale("log")
+    if any(r["risk"] > 0 for r in rows):
+        axes[1].axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
+        axes[1].annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    axes[2].set_ylim(-0.04, 1.04)
+    if rows:
+        axes[-1].set_xscale("log")
+        axes[-1].xaxis.set_minor_formatter(NullFormatter())
+        axes[-1].invert_xaxis()
+    axes[-1].set_xlabel(r"noise level $\sigma$  (sampling runs left to right)")
+    figure.suptitle(title or f"{len(trace)} evaluations, {trace.evaluations} model passes per clip", fontsize=11)
+    out = io.BytesIO()
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    figure.savefig(out, format=suffix)
+    return write_atomically(path, out.getvalue())

@@ -1,0 +1,70 @@
+"""The edited region at every resolution a run needs: latents for compositing and measuring, tokens for locking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .masks import as_mask, check_mask, latent_mask, token_mask
+from .types import MaskError
+
+
+class Region:
+    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape."""
+
+    def __init__(self, mask: Any) -> None:
+        self.given = mask
+
+    def latent(self, like: Tensor) -> Tensor:
+        """The mask at the resolution of `like`, (batch or 1, 1, time, height, width), float.
+
+        For latents that are not videos the mask must already be broadcastable to them.
+
+        Raises:
+            MaskError: the mask fits neither as it is nor by a whole compression factor.
+        """
+        if like.ndim != 5:
+            return self._broadcastable(like)
+        mask = check_mask(as_mask(self.given))
+        if mask.shape[0] not in (1, like.shape[0]):
+            raise MaskError(
+                f"mask has a batch of {mask.shape[0]}, the latents have {like.shape[0]}; expected the same, or 1."
+            )
+        if mask.shape[2:] == like.shape[2:]:
+            return mask.to(like)
+        (frames, height, width), (t, h, w) = mask.shape[2:], like.shape[2:]
+        fits = height % h == 0 and width % w == 0
+        if frames == 1:  # a still mask holds for every frame
+            mask, temporal = mask.expand(-1, -1, t, -1, -1), 1
+        elif frames == t:
+            temporal = 1
+        elif t > 1 and (frames - 1) % (t - 1) == 0:
+            temporal = (frames - 1) // (t - 1)
+        else:
+            fits = False
+        if not fits:
+            raise MaskError(
+                f"mask has frames x height x width {frames} x {height} x {width}, "
+                f"the latents have {t} x {h} x {w}; no whole compression factor leads from one to the other.\n"
+                f"  Pass the mask at the latents' size, or at the clip's own size, e.g. "
+                f"{1 + 4 * (t - 1)} x {8 * h} x {8 * w} for a VAE of 4 x 8 x 8 "
+                "(masks.resize(mask, frames, height, width) makes one)."
+            )
+        return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
+
+    def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
+        """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
+        return token_mask(self.latent(like), patch)
+
+    def _broadcastable(self, like: Tensor) -> Tensor:
+        mask = torch.as_tensor(self.given)
+        fits = mask.ndim == like.ndim and all(m in (1, s) for m, s in zip(mask.shape, like.shape, strict=True))
+        if not fits:
+            raise MaskError(
+                f"mask of shape {tuple(mask.shape)} does not broadcast to latents of shape {tuple(like.shape)}.\n"
+                f"  For latents that are not videos pass a mask of {like.ndim} axes, each the latents' size or 1."
+            )
+        check_mask(mask.reshape(len(mask), 1, 1, 1, -1))
+        return mask.to(like)

@@ -1,0 +1,66 @@
+"""The source clip at the noise level of the edit:  z = x0_src + sigma * noise,  one fixed noise for the whole run.
+
+No inversion. By default the noise is the run's own: the one that leads from the source to the sampler's first x. Then
+the source's trajectory starts at the very same point, and where the background is composited it stays on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .types import SourceError
+
+AddNoise = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
+    """k-diffusion's noising rule."""
+    return x0 + sigma * noise
+
+
+class Source:
+    """Clean source latents (batch or 1, ...) and the rule that noises them."""
+
+    def __init__(self, latents: Tensor, *, noise: Tensor | None = None, add_noise: AddNoise | None = None) -> None:
+        if not isinstance(latents, Tensor):
+            raise SourceError(
+                f"source is a {type(latents).__name__}; expected the clean latents of the clip, a tensor of the shape "
+                "the sampler works on, e.g. (batch, channels, time, height, width)."
+            )
+        if not torch.isfinite(latents).all():
+            raise SourceError(
+                f"source latents hold {int((~torch.isfinite(latents)).sum())} non-finite values (NaN or inf).\n"
+                "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
+            )
+        self.latents, self.noise = latents, noise
+        self.add_noise: AddNoise = add_noise or variance_exploding
+
+    def matching(self, x: Tensor) -> Tensor:
+        """The clean latents on x's device and in its dtype, one row per clip.
+
+        Raises:
+            SourceError: the shapes do not fit.
+        """
+        same = self.latents.shape[1:] == x.shape[1:] and self.latents.shape[0] in (1, x.shape[0])
+        if self.latents.ndim != x.ndim or not same:
+            raise SourceError(
+                f"source latents have shape {tuple(self.latents.shape)}, the sampler's x has {tuple(x.shape)}; "
+                "expected the same shape, or a batch of 1.\n"
+                "  Start the sampler from torch.randn_like(source) * sigmas[0]."
+            )
+        return self.latents.to(x).expand_as(x)
+
+    def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
+        """The noise that leads from the source to x at sigma, for any affine noising rule."""
+        one = torch.ones((), dtype=torch.float64)
+        signal = float(self.add_noise(one, one * 0, one * sigma))
+        spread = float(self.add_noise(one * 0, one, one * sigma))
+        return (x - signal * self.matching(x)) / spread
+
+    def at(self, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
+        """The source noised to sigma, shaped like x."""
+        return self.add_noise(self.matching(x), noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))

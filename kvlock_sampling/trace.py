@@ -1,0 +1,97 @@
+"""What happened in a run, per evaluation: rows, JSON, CSV, and a figure over sigma."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .types import StepInfo
+
+COLUMNS = ("call", "clip", "sigma", "variance", "risk", "lock", "next_lock", "cfg_scale", "evaluations", "fused_sites")
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file to a temporary name beside it, then rename: it is there whole, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _per_clip(value: Any, clip: int) -> float:
+    """One clip's number; a per-token row is shown by its mean."""
+    return float(value[clip].mean()) if isinstance(value, Tensor) else float(value)
+
+
+class Trace:
+    """The steps of one run, in the order they happened. Tensors stay on their device until somebody reads them."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepInfo] = []
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[StepInfo]:
+        return iter(self.steps)
+
+    def __repr__(self) -> str:
+        return f"Trace({len(self)} evaluations, {self.evaluations} model passes)"
+
+    @property
+    def evaluations(self) -> int:
+        """Passes of the model per clip, over the whole run: cond, uncond, source and probes."""
+        return sum(s.evaluations for s in self.steps)
+
+    def rows(self) -> list[dict[str, float | int]]:
+        """One dict per evaluation and clip, with the keys of `COLUMNS`. Variance and risk are NaN while unknown."""
+        rows: list[dict[str, float | int]] = []
+        for step in self.steps:
+            for clip in range(len(step.variance)):
+                row: dict[str, float | int] = {"call": step.call, "clip": clip, "sigma": step.sigma}
+                for name in ("variance", "risk", "lock", "next_lock", "cfg_scale"):
+                    row[name] = _per_clip(getattr(step, name), clip)
+                rows.append(row | {"evaluations": step.evaluations, "fused_sites": step.fused_sites})
+        return rows
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The rows as JSON (NaN as null), also written to `path` if given."""
+        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.rows()]
+        text = json.dumps({"evaluations": self.evaluations, "rows": rows}, indent=1)
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The rows as CSV with a header line, also written to `path` if given."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        if path is not None:
+            write_atomically(path, out.getvalue())
+        return out.getvalue()
+
+    def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """Draw variance, risk, lock and CFG scale over sigma into a PNG, SVG or PDF, by suffix."""
+        from .plot import plot_trace
+
+        return plot_trace(self, path, title=title)

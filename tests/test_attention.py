@@ -1,0 +1,271 @@
+"""Fusion, frames, sites and hooks: exact at both ends, silent elsewhere, gone afterwards."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import kvlock_sampling as kv
+from kvlock_sampling.attention import Frame, Hooks, find_sites, fuse, fusion_ratio
+from kvlock_sampling.types import SiteError
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_fuse_is_exact_at_both_ends_and_between(batch, heads, tokens, seed, half):
+    g = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if half else torch.float32
+    edit, source = (torch.randn(batch, heads, tokens, 5, generator=g).to(dtype) for _ in range(2))
+    background = torch.rand(batch, tokens, generator=g) > 0.4
+    assert torch.equal(fuse(edit, source, fusion_ratio(torch.zeros(batch), background)), edit)
+    locked = fuse(edit, source, fusion_ratio(torch.ones(batch), background))
+    where = background[:, None, :, None].expand_as(edit)
+    assert torch.equal(locked[where], source[where])
+    assert torch.equal(locked[~where], edit[~where])
+    mixed = fuse(edit.double(), source.double(), fusion_ratio(torch.full((batch,), 0.25), background))
+    expected = torch.where(where, 0.25 * source.double() + 0.75 * edit.double(), edit.double())
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_fusion_ratio_takes_a_lock_per_token():
+    background = torch.tensor([[True, False, True]])
+    ratio = fusion_ratio(torch.tensor([[0.2, 0.9, 0.7]]), background)
+    torch.testing.assert_close(ratio, torch.tensor([[0.2, 0.0, 0.7]]))
+
+
+def test_lockstep_equals_capture_and_inject():
+    g = torch.Generator().manual_seed(0)
+    key, value = torch.randn(6, 2, 7, 4, generator=g), torch.randn(6, 2, 7, 4, generator=g)
+    ratio = torch.rand(2, 5, generator=g)  # two clips, five video tokens after two text tokens
+    together = Frame("lockstep", ratio).process("a", key, value, 2)
+    capture = Frame("capture", ratio)
+    capture.process("a", key[4:], value[4:], 2)
+    apart = Frame("inject", ratio, store=capture.store).process("a", key[:4], value[:4], 2)
+    for one, other, original in zip(together, apart, (key, value), strict=True):
+        assert torch.equal(one[:4], other)
+        assert torch.equal(one[4:], original[4:])  # the source itself is never touched
+        assert torch.equal(one[:, :, :2], original[:, :, :2])  # nor is text
+        assert not torch.equal(one[:4, :, 2:], original[:4, :, 2:])
+
+
+def test_rows_that_are_no_whole_batches_are_refused():
+    with pytest.raises(SiteError, match="3 rows; expected a multiple of the batch of 2"):
+        Frame("lockstep", torch.ones(2, 5)).process("a", torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 2), 0)
+
+
+def hooks_of(model: nn.Module) -> list:
+    return [(n, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()]
+
+
+def test_wan_sites_are_its_self_attention(setup):
+    sites = find_sites(setup.model)
+    assert [s.name for s in sites.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert sites.patch == (1, 2, 2)
+    assert sites.grid(setup.source.shape) == (3, 4, 4)
+    assert [s.name for s in sites.layers([-1]).sites] == ["blocks.1.attn1"]
+    assert [s.name for s in sites.layers(slice(0, 1)).sites] == ["blocks.0.attn1"]
+    with pytest.raises(SiteError, match=r"this model has 2 sites, 0 to 1"):
+        sites.layers([2])
+    with pytest.raises(SiteError, match="multiple of its patch size"):
+        sites.grid((1, 4, 3, 7, 8))
+
+
+def test_sites_are_found_behind_functions_and_wrappers(setup):
+    model = setup.model
+
+    def closure(x, sigma, cond):
+        return model(x, sigma, cond=cond)
+
+    class Wrapper:
+        def __init__(self) -> None:
+            self.inner_model = model
+
+        def __call__(self, x, sigma, **kw):
+            return self.inner_model(x, sigma, **kw)
+
+    for wrapped in (closure, Wrapper(), model.forward, kv.CFGDenoiser(model)):
+        assert len(find_sites(wrapped).sites) == 2
+
+
+def test_a_model_without_sites_is_told_what_to_pass():
+    with pytest.raises(
+        SiteError, match=r"no attention sites found in Linear.*\n.*\n.*\n    KVLock\(model, ..., sites=kv.Sdpa"
+    ):
+        find_sites(nn.Linear(2, 2))
+    with pytest.raises(SiteError, match="no torch module inside"):
+        find_sites(lambda x, sigma: x)
+
+
+class Joint(nn.Module):
+    """A foreign model: text first, joint attention, one cross-attention that must be left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x, sigma, cond):
+        tokens = x.flatten(2).transpose(1, 2)
+        joint = torch.cat([cond.expand(len(x), -1, -1), tokens], 1).unsqueeze(1)
+        for _ in range(2):
+            joint = joint + F.scaled_dot_product_attention(joint, joint, value=joint)
+            F.scaled_dot_product_attention(joint, joint[:, :, :2], joint[:, :, :2])
+        self.seen.append(joint)
+        return joint[:, 0, 2:].transpose(1, 2).reshape(x.shape)
+
+
+def test_generic_sites_lock_any_module_that_calls_sdpa():
+    torch.manual_seed(0)
+    model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
+    mask = torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    sites = kv.SdpaSites(model, patch=(1, 1, 1), start=2)
+    cond = torch.randn(1, 2, 4)
+    x, sigma = torch.randn_like(source), torch.ones(1)
+    free = model(x, sigma, cond)
+    lock = kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(lock=1.0), sites=sites, composite=False)
+    with lock:
+        locked = lock(x * 3, sigma, cond=cond)
+        assert not torch.equal(locked, model(x * 3, sigma, cond))
+        assert lock.trace.steps[0].fused_sites == 2
+    with kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), sites=sites, layers=[1]) as lock:
+        lock(x, sigma, cond=cond)
+        assert lock.trace.steps[0].fused_sites == 1
+    assert torch.equal(model(x, sigma, cond), free)
+
+
+def test_a_site_that_never_fires_is_an_error(setup):
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = setup.model.inner_model.transformer
+
+        def forward(self, x, sigma, cond):
+            return x * 0.5
+
+    with (
+        kv.KVLock(Detached(), source=setup.source, mask=setup.mask, policy=kv.Constant(1.0)) as lock,
+        pytest.raises(SiteError, match="none of the model's 2 sites fired"),
+    ):
+        lock(setup.x, setup.sigmas[:1], cond=setup.cond)
+
+
+def test_calls_from_elsewhere_are_untouched(setup):
+    """The bare model, called inside the block, in this thread and in another one during a locked call."""
+    sigma = torch.ones(1)
+    plain = setup.model(setup.x, sigma, cond=setup.cond)
+    results: list[torch.Tensor] = []
+    inside, done = threading.Event(), threading.Event()
+
+    def other_thread() -> None:
+        inside.wait(30)
+        results.append(setup.model(setup.x, sigma, cond=setup.cond))
+        done.set()
+
+    thread = threading.Thread(target=other_thread)
+    thread.start()
+
+    def wait(module, args):
+        if not done.is_set() and threading.current_thread() is threading.main_thread():
+            inside.set()
+            done.wait(30)
+
+    with setup.lock(policy=kv.Constant(lock=1.0), composite=False) as lock:
+        assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)
+        handle = setup.model.inner_model.transformer.blocks[1].register_forward_pre_hook(wait)
+        locked = lock(setup.x, sigma, cond=setup.cond)
+        handle.remove()
+    thread.join()
+    assert torch.equal(results[0], plain)
+    assert not torch.equal(locked, plain)
+
+
+@pytest.mark.parametrize("where", ["model", "sampler", "policy", "nested", "repeated"])
+def test_nothing_is_left_behind(setup, where):
+    before = hooks_of(setup.model)
+    sigma = torch.ones(1)
+    plain = setup.model(setup.x, sigma, cond=setup.cond)
+
+    class BoomError(Exception):
+        pass
+
+    def failing_sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        model(x, sigmas[:1], **extra_args)
+        raise BoomError
+
+    def failing_policy(obs):
+        raise BoomError
+
+    def fail(module, args):
+        raise BoomError
+
+    lock = setup.lock(policy=kv.Constant(lock=1.0))
+    if where == "model":
+        handle = setup.model.inner_model.transformer.blocks[0].attn1.to_out[0].register_forward_pre_hook(fail)
+        with pytest.raises(BoomError):
+            lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        handle.remove()
+    elif where == "sampler":
+        with pytest.raises(BoomError):
+            lock.sample(failing_sampler, setup.x, setup.sigmas, extra_args=setup.cfg)
+    elif where == "policy":
+        failing = setup.lock(policy=kv.stateless(failing_policy))
+        with pytest.raises(BoomError):
+            failing.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    elif where == "nested":
+        with lock, setup.lock(policy=kv.Constant(lock=0.5)) as inner, lock:
+            inner(setup.x, sigma, cond=setup.cond)
+            lock(setup.x, sigma, cond=setup.cond)
+    else:
+        outs = [lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg) for _ in range(2)]
+        assert torch.equal(*outs)
+    assert hooks_of(setup.model) == before
+    assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)
+    from torch.overrides import _len_torch_function_stack
+
+    assert _len_torch_function_stack() == 0
+
+
+def test_fused_projections_give_the_same_lock(setup):
+    def run():
+        return setup.lock(policy=kv.Constant(lock=0.7)).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+    plain = run()
+    setup.model.inner_model.transformer.fuse_qkv_projections()
+    torch.testing.assert_close(run(), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup):
+    """At every site, seen from inside the attention call."""
+    seen = []
+    original = Frame.process
+
+    def spy(self, site, key, value, start):
+        out = original(self, site, key, value, start)
+        seen.append((self.ratio, key, value, out))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Frame, "process", spy)
+        with setup.lock(policy=kv.Constant(lock=1.0)) as lock:
+            lock(setup.x, setup.sigmas[:1], **setup.cfg)
+    assert len(seen) == 2
+    for ratio, key, value, (new_key, new_value) in seen:
+        background = ratio[0] > 0
+        assert 0 < background.sum() < background.numel()
+        for old, new in ((key, new_key), (value, new_value)):
+            assert torch.equal(new[:, :, ~background], old[:, :, ~background])
+            assert torch.equal(new[:2, :, background], old[2:, :, background].expand(2, -1, -1, -1))
+
+
+def test_hooks_do_nothing_without_a_frame(setup):
+    sites = find_sites(setup.model)
+    sigma = torch.ones(1)
+    plain = setup.model(setup.x, sigma, cond=setup.cond)
+    with Hooks(sites).installed():
+        assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)

@@ -1,0 +1,216 @@
+"""The small rooms: timeline, rows, guidance, source, control, region, trace, plot, imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvlock_sampling as kv
+from kvlock_sampling.control import steps_left
+from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
+from kvlock_sampling.region import Region
+from kvlock_sampling.rows import NotBatchable, join
+from kvlock_sampling.source import Source
+from kvlock_sampling.timeline import Timeline
+from kvlock_sampling.trace import Trace, write_atomically
+from kvlock_sampling.types import MaskError, SourceError, StepInfo
+
+PACKAGE = Path(kv.__file__).parent
+
+
+@given(st.lists(st.floats(1e-3, 1e3), max_size=40))
+def test_a_timeline_is_always_falling_and_continues_from_the_nearest_above(levels):
+    timeline: Timeline[float] = Timeline(depth=100)
+    reference: list[float] = []
+    for level in levels:
+        reference = [r for r in reference if r > level * (1 + 1e-4)]
+        assert timeline.rewind(level) == (reference[-1] if reference else None)
+        timeline.append(level, level)
+        reference.append(level)
+        assert timeline.sigmas == tuple(reference)
+
+
+def test_a_timeline_keeps_a_bounded_past():
+    timeline: Timeline[int] = Timeline(depth=3)
+    for i in range(10):
+        timeline.rewind(2.0**-i)
+        timeline.append(2.0**-i, i)
+    assert timeline.sigmas == (2.0**-7, 2.0**-8, 2.0**-9)
+
+
+def test_steps_left_counts_the_step_a_noise_level_belongs_to():
+    schedule = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0])
+    assert [steps_left(schedule, s) for s in (8.0, 6.0, 4.0, 1.5, 1.0, 0.5, 9.0)] == [4, 4, 3, 2, 1, 1, 4]
+    assert steps_left(None, 1.0) is None
+
+
+def test_rows_join_what_can_share_a_call():
+    a, b = torch.zeros(2, 3), torch.ones(2, 3)
+    assert torch.equal(join([a, b], 2), torch.cat([a, b]))
+    assert torch.equal(join([a[:1], b], 2), torch.cat([a[:1], a[:1], b]))
+    assert join([["x", "y"], ["p", "q"]], 2) == ["x", "y", "p", "q"]
+    nested = join([{"t": (a, 1)}, {"t": (b, 1)}], 2)
+    assert torch.equal(nested["t"][0], torch.cat([a, b]))
+    assert nested["t"][1] == 1
+    table = torch.zeros(7, 3)
+    assert join([table, table], 2) is table
+    for bad in ([a, b[:, :2]], [a, None], [1, 2], [["x"], ["y"]], [torch.zeros(7, 3), table]):
+        with pytest.raises(NotBatchable):
+            join(bad, 2)
+
+
+def test_guidance_per_sample_and_in_eps():
+    g = torch.Generator().manual_seed(0)
+    u, c, x = (torch.randn(2, 3, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    scale = torch.tensor([1.0, 5.0], dtype=torch.float64)
+    sigma = 1.7
+    eps_u, eps_c = (x - u) / sigma, (x - c) / sigma
+    w = scale.view(-1, 1, 1)
+    torch.testing.assert_close(guide(u, c, scale), x - sigma * ((1 - w) * eps_u + w * eps_c))
+    star = (eps_c * eps_u).flatten(1).sum(1) / eps_u.square().flatten(1).sum(1)
+    torch.testing.assert_close(projection_scale(u, c, x), star, rtol=1e-6, atol=0)
+    expected = x - sigma * ((1 - w) * star.view(-1, 1, 1) * eps_u + w * eps_c)
+    torch.testing.assert_close(guide_rescaled(u, c, scale, x), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(guide_rescaled(u, c, 1.0, x), c)
+    assert torch.equal(guide(u.float(), c.float(), 7.3), u.float() + (c.float() - u.float()) * 7.3)
+
+
+def test_the_source_finds_the_runs_own_noise_for_any_affine_rule():
+    g = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(1, 2, 3, generator=g), torch.randn(2, 2, 3, generator=g)
+    for rule in (None, lambda x0, n, s: (1 - s) * x0 + s * n):
+        source = Source(latents, add_noise=rule)
+        x = source.at(torch.zeros(2, 2, 3), 0.6, noise)
+        torch.testing.assert_close(source.implied_noise(x, 0.6), noise)
+
+
+def test_a_source_of_the_wrong_kind_is_refused():
+    with pytest.raises(SourceError, match="source is a list"):
+        Source([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match="1 non-finite"):
+        Source(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(SourceError, match=r"shape \(1, 2, 3\), the sampler's x has \(1, 2, 4\)"):
+        Source(torch.zeros(1, 2, 3)).matching(torch.zeros(1, 2, 4))
+
+
+def test_a_region_takes_masks_at_any_whole_scale():
+    latents = torch.zeros(1, 4, 3, 4, 6)
+    pixel = torch.zeros(1, 1, 9, 32, 48)
+    pixel[:, :, 3, 9, 17] = 1
+    latent = Region(pixel).latent(latents)
+    assert latent.nonzero().tolist() == [[0, 0, 1, 1, 2]]
+    still = torch.zeros(32, 48)
+    still[0, 0] = 1
+    assert Region(still).latent(latents).sum() == 3
+    assert Region(latent).tokens(latents, (1, 2, 2)).nonzero().tolist() == [[0, 7]]
+    with pytest.raises(MaskError, match="no whole compression factor"):
+        Region(pixel[:, :, :, :30]).latent(latents)
+    with pytest.raises(MaskError, match="batch of 3"):
+        Region(pixel.repeat(3, 1, 1, 1, 1)).latent(torch.zeros(2, 4, 3, 4, 6))
+    flat = torch.zeros(2, 5)
+    flat[:, 0] = 1
+    assert torch.equal(Region(flat).latent(torch.zeros(2, 5)), flat)
+    with pytest.raises(MaskError, match="does not broadcast"):
+        Region(flat).latent(torch.zeros(2, 4))
+
+
+def a_trace() -> Trace:
+    trace = Trace()
+    for i in range(4):
+        row = torch.tensor([0.1, 0.4]) * (i + 1)
+        seen = row if i else row * float("nan")
+        trace.steps.append(StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, 3, 2))
+    return trace
+
+
+def test_a_trace_reads_as_rows_json_csv_and_figure(tmp_path):
+    trace = a_trace()
+    rows = trace.rows()
+    assert len(rows) == 8
+    assert trace.evaluations == 12
+    assert rows[3]["clip"] == 1
+    assert rows[3]["variance"] == pytest.approx(0.8)
+    data = json.loads(trace.to_json(tmp_path / "t.json"))
+    assert data["rows"][0]["risk"] is None
+    assert json.loads((tmp_path / "t.json").read_text()) == data
+    lines = trace.to_csv(tmp_path / "t.csv").splitlines()
+    assert lines[0].startswith("call,clip,sigma,variance,risk,lock")
+    assert len(lines) == 9
+    for suffix in ("png", "svg", "pdf"):
+        trace.plot(tmp_path / f"t.{suffix}")
+        assert (tmp_path / f"t.{suffix}").stat().st_size > 5000
+    Trace().plot(tmp_path / "empty.png")
+    assert "4 evaluations" in repr(trace)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    target = tmp_path / "a.json"
+    target.write_text("old")
+    with pytest.raises(TypeError):
+        write_atomically(target, 5)  # type: ignore[arg-type]
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path / "dir", "x")
+    assert target.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "dir"]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute module names imported anywhere in a file of the package."""
+    package = ["kvlock_sampling", *path.relative_to(PACKAGE).parts[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module} | {f"{module}.{a.name}" for a in node.names}
+    return found
+
+
+def test_rooms_keep_to_themselves():
+    """The import rules of the design: pure rooms never import one another; outside libraries enter by one door."""
+    files = {p: imports_of(p) for p in PACKAGE.rglob("*.py")}
+    pure = ("policy", "variance", "guidance", "attention.fuse", "masks")
+
+    def room(path: Path) -> str:
+        return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+    for path, names in files.items():
+        name = room(path)
+        for one in pure:
+            if name == one or name.startswith(one + "."):
+                others = [f"kvlock_sampling.{o}" for o in pure if o != one] + ["kvlock_sampling.lock"]
+                assert not [n for n in names if any(n == o or n.startswith(o + ".") for o in others)], name
+        if not name.startswith("tiny") and name != "attention.wan":
+            assert not [n for n in names if n.split(".")[0] == "diffusers"], name
+        if name != "samplers":
+            assert not [n for n in names if n.split(".")[0] == "k_diffusion"], name
+        if not name.startswith("testing"):
+            assert not [n for n in names if n.startswith("kvlock_sampling.testing")], name
+
+
+def test_importing_the_library_is_light():
+    code = (
+        "import sys, kvlock_sampling; "
+        "heavy = [m for m in ('diffusers', 'k_diffusion', 'av', 'matplotlib', 'skimage', 'typer', 'torchvision') "
+        "if m in sys.modules]; print(heavy); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    for name in kv.__all__:
+        assert (getattr(kv, name).__doc__ or "").strip(), name
+    assert math.isclose(float(kv.__version__.split(".")[0]), 0)

@@ -1,0 +1,309 @@
+"""The lock as a whole: off is identical, every sampler and policy, per clip, two providers, errors at the door."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling import samplers
+from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
+
+SAMPLERS = samplers.names()
+POLICIES = {
+    "constant": kv.Constant(lock=0.6),
+    "linear": kv.Linear(),
+    "threshold": kv.Threshold(),
+    "sigmoid": kv.Sigmoid(),
+    "pid": kv.PID(),
+    "windowed": kv.Windowed(kv.Linear(), last=3),
+    "smoothed": kv.Smoothed(kv.Linear(), half_life=0.5),
+    "clamped": kv.Clamped(kv.Linear(), lock=(0.1, 0.6)),
+    "function": kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale * 0.8)),
+    "paper": "paper",
+    "default": "default",
+}
+
+
+def run(denoiser, setup, sampler, **kw):
+    # Some samplers draw from the global generator where no seed reaches them.
+    torch.manual_seed(0)
+    return samplers.run(sampler, denoiser, setup.x, setup.sigmas, extra_args=setup.cfg, seed=3, **kw)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_off_is_bit_identical_with_hooks_installed(setup, sampler):
+    bare = run(kv.CFGDenoiser(setup.model), setup, sampler)
+    never = setup.lock(policy=kv.Constant(lock=0.0))
+    with never:
+        assert torch.equal(run(never, setup, sampler), bare)
+    # A policy that may lock, and does not: sites hooked, source held.
+    idle = setup.lock(policy=kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale)), composite=False)
+    with idle:
+        assert setup.model.inner_model.transformer.blocks[0].attn1._forward_hooks
+        assert torch.equal(run(idle, setup, sampler), bare)
+    assert torch.equal(run(kv.CFGDenoiser(setup.model), setup, sampler), bare)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_runs_locked_with_every_policy(setup, sampler, policy):
+    options = {"rtol": 0.5, "atol": 0.5} if sampler == "dpm_adaptive" else {}  # a random net is stiff
+    lock = setup.lock(policy=POLICIES[policy])
+    out = lock.sample(sampler, setup.x, setup.sigmas, extra_args=setup.cfg, seed=3, **options)
+    assert torch.isfinite(out).all()
+    assert len(lock.trace) >= len(setup.sigmas) - 1
+    for step in lock.trace:
+        assert ((step.lock >= 0) & (step.lock <= 1)).all()
+        assert (step.fused_sites > 0) == bool((step.lock > 0).any())
+    kept = setup.mask.expand_as(out) == 0
+    left = 6 * float(setup.sigmas[-2]) if samplers.is_ranged(samplers.get(sampler)) else 1e-3  # those stop at sigma_min
+    torch.testing.assert_close(out[kept], setup.source[kept], rtol=0, atol=left)
+
+
+def test_every_sampler_of_k_diffusion_is_covered():
+    assert len(SAMPLERS) == 13
+    assert all("model" in inspect.signature(samplers.get(n)).parameters for n in SAMPLERS)
+
+
+def test_self_consistency_a_source_equal_to_the_edit_changes_nothing(setup):
+    """Same latents, same noise, same prompt: K/V of both streams agree, so any lock is a no-op beyond rounding."""
+    sigma = torch.full((1,), 2.0)
+    noise = torch.randn_like(setup.source)
+    x = setup.source + 2.0 * noise
+    plain = setup.model(x, sigma, cond=setup.cond)
+    for value in (0.3, 1.0):
+        with setup.lock(policy=kv.Constant(lock=value), noise=noise, composite=False) as lock:
+            torch.testing.assert_close(lock(x, sigma, cond=setup.cond), plain, rtol=1e-4, atol=1e-5)
+        assert lock.trace.steps[0].fused_sites == 2
+
+
+@pytest.mark.parametrize("policy", ["constant", "linear", "pid", "smoothed", "default"])
+def test_a_clip_in_a_batch_equals_the_clip_alone(pair, policy):
+    both = pair.lock(policy=POLICIES[policy])
+    out = both.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    for i in range(2):
+        one = slice(i, i + 1)
+        alone = kv.KVLock(pair.model, source=pair.source[one], mask=pair.mask[one], policy=POLICIES[policy])
+        cfg = {"cond": pair.cond[one], "uncond": pair.uncond[one], "cond_scale": 3.0}
+        single = alone.sample("euler", pair.x[one], pair.sigmas, extra_args=cfg)
+        torch.testing.assert_close(out[one], single, rtol=1e-3, atol=1e-3)
+        for a, b in zip(both.trace, alone.trace, strict=True):
+            torch.testing.assert_close(a.next_lock[one], b.next_lock, rtol=1e-3, atol=1e-4)
+
+
+def test_branches_one_by_one_equal_the_batch(setup):
+    def result(**kw):
+        return setup.lock(policy=kv.Constant(0.7), **kw).sample("heun", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+    torch.testing.assert_close(result(batched=False), result(), rtol=1e-3, atol=1e-3)
+
+
+def test_texts_of_different_lengths_fall_back_to_one_by_one(setup):
+    cfg = {**setup.cfg, "uncond": torch.zeros(1, 1, 8)}
+    lock = setup.lock(policy=kv.Constant(0.7))
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=cfg)
+    assert {s.evaluations for s in lock.trace} == {3}
+    assert {s.fused_sites for s in lock.trace} == {2}
+
+
+class ScriptCFG(torch.nn.Module):
+    """The CFGDenoiser of Stable-Diffusion scripts: somebody else's, doing its own guidance."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.inner_model = model
+        self.scales: list = []
+
+    def forward(self, x, sigma, uncond, cond, cond_scale):
+        self.scales.append(cond_scale)
+        x_in, sigma_in = torch.cat([x] * 2), torch.cat([sigma] * 2)
+        uncond, cond = self.inner_model(x_in, sigma_in, cond=torch.cat([uncond, cond])).chunk(2)
+        return uncond + (cond - uncond) * cond_scale
+
+
+def test_wrapping_a_guided_denoiser_off_is_identical(setup):
+    bare = run(ScriptCFG(setup.model), setup, "euler")
+    lock = kv.KVLock(ScriptCFG(setup.model), source=setup.source, mask=setup.mask, policy=kv.Constant(0.0))
+    assert lock.scale_arg == "cond_scale"
+    with lock:
+        assert torch.equal(run(lock, setup, "euler"), bare)
+
+
+def test_wrapping_a_guided_denoiser_equals_owning_the_guidance(setup):
+    arguments = {"source": setup.source, "mask": setup.mask, "policy": kv.Constant(0.8)}
+    own = kv.KVLock(setup.model, **arguments).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    for branch in (None, setup.model):
+        guided = kv.KVLock(ScriptCFG(setup.model), branch=branch, **arguments)
+        out = guided.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        torch.testing.assert_close(out, own, rtol=1e-3, atol=1e-3)
+        assert {s.fused_sites for s in guided.trace} == {2}
+
+
+def test_the_lock_drives_a_guided_denoisers_scale(setup):
+    model = ScriptCFG(setup.model)
+    lock = kv.KVLock(model, policy=kv.stateless(lambda o: kv.Control(0.0, o.cfg_scale * 0.5)))
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert model.scales[0] == 3.0  # nothing measured yet
+    assert model.scales[-1] == 1.5
+    torch.testing.assert_close(lock.trace.steps[-1].cfg_scale, torch.tensor([1.5]))
+
+
+def test_guidance_of_one_skips_the_unconditional_pass(setup):
+    def counted(policy, scale):
+        lock = setup.lock(policy=policy)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args={**setup.cfg, "cond_scale": scale})
+        return [s.evaluations for s in lock.trace]
+
+    assert set(counted(kv.Constant(lock=0.0), 1.0)) == {1}
+    assert set(counted(kv.Constant(lock=1.0), 1.0)) == {2}
+    assert set(counted(kv.Constant(lock=1.0), 3.0)) == {3}
+    # Skipped, then needed after all: the missing pass is made up for.
+    back = kv.stateless(lambda o: kv.Control(0.0, 1.0 if o.sigma > 1 else 4.0), uses_risk=False)
+    counts = counted(back, 3.0)
+    assert counts[0] == 1  # the first control holds for the first evaluation
+    assert max(counts) == 2
+    assert counts[-1] == 2
+
+
+def test_the_control_of_cfg_acts_at_once_and_of_the_lock_next(setup):
+    seen = []
+
+    def policy(obs):
+        seen.append(obs)
+        return kv.Control(lock=0.5, cfg_scale=2.0 + len(seen))
+
+    lock = setup.lock(policy=kv.stateless(policy))
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    steps = lock.trace.steps
+    assert float(steps[0].lock) == 0.0
+    assert float(steps[0].cfg_scale) == 3.0
+    assert torch.isnan(steps[0].risk).all()
+    assert float(steps[1].lock) == 0.0  # decided at step 1, in force from step 2
+    assert float(steps[1].cfg_scale) == 3.0  # 2 + 1: of this very step
+    assert float(steps[2].lock) == 0.5
+    assert float(steps[2].cfg_scale) == 4.0
+
+
+def test_scheduled_guidance_is_floored_and_the_floor_can_be_lifted(setup):
+    calm = kv.stateless(lambda o: kv.Control(0.0, 0.0), uses_risk=False)
+    for floor, expected in ((None, 1.0), (0.0, 0.0), (2.0, 2.0)):
+        lock = setup.lock(policy=calm, cfg_floor=floor)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert {float(s.cfg_scale) for s in lock.trace} == {expected}
+    assert kv.KVLock(setup.model, policy="paper").cfg_floor == 0.0
+
+
+def test_the_paper_preset_is_the_papers():
+    lock = kv.KVLock(lambda x, sigma: x, policy="paper")
+    assert lock.threshold == 0.01
+    assert lock.rescale is True
+    assert lock.estimator == kv.TrajectoryVariance(window=10)
+
+
+def test_variance_control_without_a_source(setup):
+    lock = kv.KVLock(setup.model, policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)))
+    assert torch.isfinite(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)).all()
+    greedy = kv.KVLock(setup.model, policy=kv.Constant(1.0))
+    with greedy, pytest.raises(SourceError, match=r"asks for lock 1, but there is nothing to lock to.*\n.*Clamped"):
+        greedy(setup.x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_renoise_probes_are_counted_and_locked(setup):
+    lock = setup.lock(policy=kv.Linear(), estimator=kv.RenoiseVariance(passes=2), threshold=1e-6)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    # cond + uncond + 2 probes; with the lock on, a source row beside the branches and one beside the probes.
+    assert lock.trace.steps[0].evaluations == 4
+    assert lock.trace.steps[-1].evaluations == 6
+
+
+def test_a_threshold_may_depend_on_sigma(setup):
+    def risks(threshold):
+        lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0, 0)), threshold=threshold)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        return [(s.sigma, float(s.variance), float(s.risk)) for s in lock.trace][1:]
+
+    for sigma, variance, risk in risks(lambda sigma: 0.1 * sigma):
+        assert risk == pytest.approx(variance / (0.1 * sigma), rel=1e-5)
+
+
+def test_calling_outside_the_block_says_so(setup):
+    lock = setup.lock()
+    with pytest.raises(RunError, match="outside its `with` block"):
+        lock(setup.x, setup.sigmas[:1], cond=setup.cond)
+
+
+def test_attributes_of_the_model_show_through(setup):
+    lock = setup.lock()
+    assert lock.inner_model is setup.model.inner_model
+    assert lock.prediction == setup.model.prediction
+    with pytest.raises(AttributeError):
+        _ = lock.no_such_thing
+
+
+def test_bad_inputs_name_the_fix(setup):
+    with pytest.raises(MaskError, match="no whole compression factor"):
+        kv.KVLock(setup.model, source=setup.source, mask=torch.ones(1, 1, 3, 5, 5).triu())
+    with pytest.raises(MaskError, match=r"(?i)nothing to edit"):
+        kv.KVLock(setup.model, source=setup.source, mask=torch.zeros_like(setup.mask))
+    with pytest.raises(MaskError, match="from_keep_mask"):
+        kv.KVLock(setup.model, source=setup.source, mask=torch.ones_like(setup.mask))
+    with pytest.raises(SourceError, match="non-finite"):
+        kv.KVLock(setup.model, source=setup.source / 0, mask=setup.mask)
+    with pytest.raises(SourceError, match="without mask"):
+        kv.KVLock(setup.model, source=setup.source)
+    with pytest.raises(SourceError, match="the sampler's x has"), setup.lock(policy=kv.Constant(1.0)) as lock:
+        lock(setup.x[:, :, :2], setup.sigmas[:1], **setup.cfg)
+    with pytest.raises(kv.KVLockError, match="nosuch"):
+        setup.lock(policy="nosuch")
+    with pytest.raises(kv.KVLockError, match="dpmpp_2m"):
+        setup.lock().sample("dpmpp2m", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda o: kv.Control(torch.zeros(5), o.cfg_scale), r"lock of shape \(5,\); expected \(batch,\) = \(1,\)"),
+        (lambda o: kv.Control(0.0, torch.zeros(1, 7)), r"cfg_scale of shape \(1, 7\)"),
+        (lambda o: kv.Control(1.5, o.cfg_scale), r"a lock in \[1.5, 1.5\]; expected \[0, 1\]"),
+        (lambda o: kv.Control(float("nan"), o.cfg_scale), "lock in NaN"),
+        (lambda o: 0.5, "returned float; expected a Control"),
+        (lambda o: kv.Control("high", 1.0), "lock of type str"),
+    ],
+)
+def test_a_policy_that_breaks_the_contract_is_told_how(setup, answer, message):
+    with pytest.raises(PolicyError, match=message):
+        setup.lock(policy=kv.stateless(answer)).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+def test_a_lock_per_token(setup):
+    grid = torch.linspace(0, 1, 48).view(1, 48)
+    lock = setup.lock(policy=kv.stateless(lambda o: kv.Control(grid, o.cfg_scale), uses_risk=False))
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert lock.trace.rows()[-1]["lock"] == pytest.approx(0.5)
+
+
+def test_steps_are_counted_where_the_schedule_is_known(setup):
+    policy = kv.Windowed(kv.Constant(lock=1.0), last=2)
+    counted = setup.lock(policy=policy)
+    counted.sample("heun", setup.x, setup.sigmas, extra_args=setup.cfg)
+    locked = [s.sigma for s in counted.trace if float(s.next_lock) == 1.0]
+    assert max(locked) == pytest.approx(float(setup.sigmas[-3]))
+    raw = setup.lock(policy=policy)
+    with raw, pytest.raises(PolicyError, match="sigmas="):
+        raw(setup.x, setup.sigmas[:1], **setup.cfg)
+    told = setup.lock(policy=policy, sigmas=setup.sigmas)
+    with told:
+        told(setup.x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_half_precision_keeps_its_dtype(setup):
+    model = setup.model.to(torch.bfloat16)
+    x, cond = setup.x.to(torch.bfloat16), setup.cond.to(torch.bfloat16)
+    lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy=kv.Linear())
+    cfg = {"cond": cond, "uncond": torch.zeros_like(cond), "cond_scale": 3.0}
+    out = lock.sample("euler", x, setup.sigmas.to(torch.bfloat16), extra_args=cfg)
+    assert out.dtype == torch.bfloat16
+    assert torch.isfinite(out).all()

@@ -225,7 +225,11 @@ def test_nothing_is_half_written(tmp_path: Path, suffix: str, monkeypatch: pytes
 
     frame = SimpleNamespace(from_ndarray=third_time_boom)
     monkeypatch.setattr(
-        _media, "av", SimpleNamespace(open=av.open, codecs_available=av.codecs_available, VideoFrame=frame)
+        _media,
+        "av",
+        SimpleNamespace(
+            open=av.open, codecs_available=av.codecs_available, VideoFrame=frame, VideoStream=av.VideoStream
+        ),
     )
     monkeypatch.setattr(Image.Image, "save", boom)
     with pytest.raises(BoomError):

@@ -30,7 +30,7 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 def table(scores: dict[str, Score]) -> str:
     """The scores as Markdown, mean ± standard error over the scenes."""
     lines = [
-        "| variant | background PSNR | background SSIM | in-mask PSNR | colour | shape | passes per clip | s per clip |",
+        "| variant | background PSNR | SSIM | in-mask PSNR | colour | shape | passes per clip | s per clip |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, score in scores.items():

@@ -137,7 +137,7 @@ class KVLock:
             assert self.source is not None
             self.sites = (sites or find_sites(model)).layers(layers)
             self.sites.grid(self.source.latents.shape)
-        self.sigmas = sigmas
+        self._schedule = sigmas
         self.scale_arg = scale_arg or ("cond_scale" if _names_parameter(model, "cond_scale") else None)
         self.branch, self.batched = branch, batched
         self.trace = Trace()
@@ -150,7 +150,7 @@ class KVLock:
         hooks = None
         if self.sites is not None:
             hooks = stack.enter_context(Hooks(self.sites).installed())
-        run = _Run(hooks, stack, self.sigmas)
+        run = _Run(hooks, stack, self._schedule)
         self._local.runs = [*self._runs(), run]
         self.trace = run.trace
         return self
@@ -195,13 +195,13 @@ class KVLock:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         run = self._run()
-        level = self._level(sigma)
+        own, level = self._levels(sigma)
         asked = extra_args.get(self.scale_arg or "cond_scale", 1.0)
         seen = self._watch(x, level, asked, run)
         state = run.timeline.rewind(level) or self._first_state(seen)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
-        call = self._prepare(run, x, sigma, level, lock)
+        call = self._prepare(run, x, sigma, own, lock)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used)
@@ -229,13 +229,13 @@ class KVLock:
         run.trace.steps.append(step)
         return denoised
 
-    def _level(self, sigma: Tensor) -> float:
-        """The clock: this evaluation's noise level in variance-exploding form."""
+    def _levels(self, sigma: Tensor) -> tuple[float, float]:
+        """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
         low, high = extremes(sigma)
         if high - low > 1e-4 * high:
             raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
         to_ve = _method(self.model, "to_ve")
-        return high if to_ve is None else float(to_ve(high))
+        return high, high if to_ve is None else float(to_ve(high))
 
     def _watch(self, x: Tensor, level: float, asked: Scalar, run: _Run) -> Observation:
         """An observation with nothing measured yet."""
@@ -252,7 +252,7 @@ class KVLock:
         control = self._checked(self.policy.start(seen), seen, "start")
         return _State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen))
 
-    def _prepare(self, run: _Run, x: Tensor, sigma: Tensor, level: float, lock: LockRatio) -> OwnedCall | GuidedCall:
+    def _prepare(self, run: _Run, x: Tensor, sigma: Tensor, own: float, lock: LockRatio) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
         ratio = z = None
         if lock.active:
@@ -265,11 +265,11 @@ class KVLock:
             ratio = fusion_ratio(lock.rows(x.device), ~edited)
         if self.source is not None and run.noise is None:
             given = self.source.noise
-            run.noise = self.source.implied_noise(x, level) if given is None else given
+            run.noise = self.source.implied_noise(x, own) if given is None else given
         if ratio is not None:
             assert self.source is not None
             assert run.noise is not None
-            z = self.source.at(x, level, run.noise)
+            z = self.source.at(x, own, run.noise)
         kind = GuidedCall if self.scale_arg else OwnedCall
         return kind(
             self.model,

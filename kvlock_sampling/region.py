@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class Region:
 
     def __init__(self, mask: Any) -> None:
         self.given = mask
+        self._known: dict[Any, Tensor] = {}  # a run asks for the same few again at every evaluation
 
     def latent(self, like: Tensor) -> Tensor:
         """The mask at the resolution of `like`, (batch or 1, 1, time, height, width), float.
@@ -25,6 +27,19 @@ class Region:
         Raises:
             MaskError: the mask fits neither as it is nor by a whole compression factor.
         """
+        return self._remember((like.shape, like.dtype, like.device), lambda: self._latent(like))
+
+    def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
+        """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
+        return self._remember((like.shape, like.device, patch), lambda: token_mask(self.latent(like), patch))
+
+    def _remember(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._known:
+            with torch.inference_mode(False):
+                self._known[key] = make()
+        return self._known[key]
+
+    def _latent(self, like: Tensor) -> Tensor:
         if like.ndim != 5:
             return self._broadcastable(like)
         mask = check_mask(as_mask(self.given))
@@ -53,10 +68,6 @@ class Region:
                 "(masks.resize(mask, frames, height, width) makes one)."
             )
         return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
-
-    def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
-        """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
-        return token_mask(self.latent(like), patch)
 
     def _broadcastable(self, like: Tensor) -> Tensor:
         mask = torch.as_tensor(self.given)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch import Tensor, nn
 
-import kvlock_sampling as kv
-from kvlock_sampling.compat import broken_torchvision_hidden
+# The rooms whose signatures are about shapes. Settings classes check and convert their own arguments.
+SHAPED = ("guidance", "attention.fuse", "variance.base", "masks")
+install_import_hook([f"kvlock_sampling.{room}" for room in SHAPED], "shapes.check")
+
+import kvlock_sampling as kv  # noqa: E402 - after the hook, so that shapes are checked
+from kvlock_sampling.compat import broken_torchvision_hidden  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,173 @@
+"""What the docs show is true: every Python block runs, every link leads somewhere, every command line exists.
+
+A block after the comment `<!-- skip: reason -->` is compiled and not run; in a comment, `<!-- run:` begins code that
+readers are spared. Blocks of one file share their names, and run in order in an empty folder.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import shlex
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import kvlock_sampling as kv
+from kvlock_sampling.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "policies" / "README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SKIP = re.compile(r"<!--\s*skip:\s*\S.*-->\s*$")
+# Modules whose import is an action.
+MODULES = [m.name for m in pkgutil.walk_packages(kv.__path__, "kvlock_sampling.") if not m.name.endswith("__main__")]
+
+
+class Block(NamedTuple):
+    """Code between two fences. line: of the opening fence, from 1. skipped: a comment says not to run it."""
+
+    language: str
+    code: str
+    line: int
+    skipped: bool
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    before, end, opened = "", "```", None
+    code: list[str] = []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if opened is None and line.startswith(("```", "<!-- run:")):
+            language = line[3:].strip() if line.startswith("`") else "python"
+            opened, code = Block(language, "", number, bool(SKIP.search(before))), []
+            end = "```" if line.startswith("`") else "-->"
+        elif opened is not None and line.startswith(end):
+            yield opened._replace(code="\n".join(code))
+            opened, before = None, ""
+        elif opened is not None:
+            code.append(line)
+        elif line.strip():
+            before = line.strip()
+    assert opened is None, f"{page.name}: the fence of line {opened.line} is never closed"
+
+
+def prose(page: Path) -> str:
+    """The page without its code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "``", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    torch.manual_seed(0)
+    module = types.ModuleType("__docs__")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks(page):
+        if block.language == "python":
+            # Padded, so that a traceback names the line of the page.
+            compiled = compile("\n" * block.line + block.code, str(page), "exec")
+            if not block.skipped:
+                exec(compiled, vars(module))
+    for name, value in list(vars(module).items()):
+        if name.startswith("test_") and callable(value):
+            value()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_import_of_the_package_exists(page: Path) -> None:
+    """Also in the blocks that are not run."""
+    for block in blocks(page):
+        if block.language != "python":
+            continue
+        for node in ast.walk(ast.parse(block.code)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvlock_sampling"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), (page.name, block.line, node.module)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kv":
+                assert hasattr(kv, node.attr), f"{page.name}, block of line {block.line}: kv.{node.attr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_link_and_picture_exists(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'(?:src|href)="([^"]+)"', prose(page))
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        file = page if not path else page.parent / path
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}; there are {sorted(anchors(file))}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as they read in a link."""
+    headings = re.findall(r"^#+ +(.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_command_line_exists(page: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for block in blocks(page):
+        if block.language not in ("bash", "sh", "console"):
+            continue
+        for line in block.code.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["make"]:
+                assert {w for w in words[1:] if "=" not in w} <= set(targets), line
+            if words[:1] == ["kvlock"]:
+                check_command(words[1:])
+
+
+def check_command(words: list[str]) -> None:
+    """Every option exists and gets its value, and no argument is missing: the words parse. Nothing runs."""
+    group: Any = typer.main.get_command(app)
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is None:
+        assert set(words) <= {"--help"}, words
+        return
+    assert name in group.commands, f"kvlock {name} does not exist; there are {', '.join(group.commands)}"
+    help_text = CliRunner().invoke(app, [name, "--help"], terminal_width=200)
+    assert help_text.exit_code == 0
+    command = group.commands[name]
+    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    for word in words:
+        if word.startswith("-"):
+            assert word.partition("=")[0] in known, f"kvlock {name} has no option {word}; it has {sorted(known)}"
+    with command.make_context(name, [word for word in words if word != name]):
+        pass
+
+
+@pytest.mark.parametrize("name", ["kvlock_sampling", *MODULES])
+def test_doctests(name: str) -> None:
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs={"kv": kv, "torch": torch})
+    assert result.failed == 0
+
+
+def test_the_checks_see_what_they_shall_see(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- run:\nx = 1\n-->\n<!-- skip: no GPU -->\n```python\n1 / 0\n```\n[b](c.md#d) `[e](f)`\n")
+    assert [(b.code, b.line, b.skipped) for b in blocks(page)] == [("x = 1", 2, False), ("1 / 0", 6, True)]
+    with pytest.raises(AssertionError, match=r"c\.md"):
+        test_every_link_and_picture_exists(page)
+    check_command(["edit", "c.mp4", "--mask", "m.png", "--prompt", "a red circle", "-o", "out.mp4"])
+    with pytest.raises(AssertionError, match="no option --polcy"):
+        check_command(["edit", "c.mp4", "--polcy", "paper"])
+    with pytest.raises(AssertionError, match="does not exist"):
+        check_command(["edti"])

@@ -89,7 +89,7 @@ def test_sites_are_found_behind_functions_and_wrappers(setup):
         def __call__(self, x, sigma, **kw):
             return self.inner_model(x, sigma, **kw)
 
-    for wrapped in (closure, Wrapper(), model.forward, kv.CFGDenoiser(model)):
+    for wrapped in (closure, Wrapper(), model.forward, kv.CFGDenoiser(model), kv.FlowDenoiser(closure)):
         assert len(find_sites(wrapped).sites) == 2
 
 

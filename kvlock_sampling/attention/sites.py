@@ -128,8 +128,10 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             yield from item.modules()
-            continue
+        # Also of a module: a wrapper around a plain function holds it beside its submodules.
         stack += [vars(item)[n] for n in ("inner_model", "model", "transformer", "module") if n in _attributes(item)]
+        if isinstance(item, nn.Module):
+            continue
         if isinstance(item, functools.partial):
             stack += [item.func, *item.args, *item.keywords.values()]
         if getattr(item, "__self__", None) is not None:

@@ -30,12 +30,17 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
 def table(scores: dict[str, Score]) -> str:
     """The scores as Markdown, mean ± standard error over the scenes."""
     lines = [
-        "| variant | background PSNR | SSIM | in-mask PSNR | colour | shape | passes per clip | s per clip |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| variant | background PSNR | SSIM | in-mask PSNR | temporal error | colour | shape | passes | s per clip |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, score in scores.items():
         cells = []
-        for field, form in (("background_psnr", "{:.1f}"), ("background_ssim", "{:.3f}"), ("inside_psnr", "{:.2f}")):
+        for field, form in (
+            ("background_psnr", "{:.1f}"),
+            ("background_ssim", "{:.3f}"),
+            ("inside_psnr", "{:.2f}"),
+            ("temporal", "{:.4f}"),
+        ):
             mean, error = mean_and_error(getattr(score, field))
             cells.append(f"{form} ± {form}".format(mean, error) if error > 1e-4 else form.format(mean))
         cells += [f"{float(getattr(score, field).mean()):.0%}" for field in ("colour", "shape")]
@@ -87,7 +92,7 @@ def main() -> None:
         "steps": given.steps,
         "mean": {name: s.summary() for name, s in scores.items()},
         "per_clip": {
-            name: {f: [round(v, 4) for v in getattr(s, f).tolist()] for f in Score._fields[:5]}
+            name: {f: [round(v, 4) for v in getattr(s, f).tolist()] for f in Score._fields[:6]}
             for name, s in scores.items()
         },
         "inside_psnr_against_composited": paired,

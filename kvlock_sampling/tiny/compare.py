@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..edit import Edit, VideoModel, edit_video
-from ..metrics import masked_psnr, masked_ssim
+from ..metrics import masked_psnr, masked_ssim, temporal_error
 from ..policy import Constant
 from .judge import judge
-from .world import Scene, edit_mask, render
+from .world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
@@ -40,11 +40,13 @@ class Task(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What one way of editing reached. Tensors are per clip; PSNR in dB, SSIM in [-1, 1]."""
+    """What one way of editing reached. Tensors are per clip; PSNR in dB, SSIM in [-1, 1], temporal error (along the
+    known motion of the object, or of the background where it was removed) in units of [-1, 1] squared."""
 
     background_psnr: Tensor
     background_ssim: Tensor
     inside_psnr: Tensor
+    temporal: Tensor
     colour: Tensor
     shape: Tensor
     evaluations: int
@@ -52,7 +54,7 @@ class Score(NamedTuple):
 
     def summary(self) -> dict[str, float]:
         """Means over the clips, rounded for a table."""
-        row = {name: float(getattr(self, name).mean()) for name in self._fields[:5]}
+        row = {name: float(getattr(self, name).mean()) for name in self._fields[:6]}
         return row | {"evaluations": self.evaluations, "seconds": self.seconds}
 
 
@@ -82,11 +84,22 @@ def score(task: Task, edit: Edit) -> Score:
         background_psnr=masked_psnr(edit.pixels, task.source, keep),
         background_ssim=masked_ssim(edit.pixels, task.source, keep),
         inside_psnr=masked_psnr(edit.pixels, task.truth, task.mask),
+        temporal=_temporal(task, edit.pixels),
         colour=torch.tensor(colour).float(),
         shape=torch.tensor(shape).float(),
         evaluations=edit.evaluations,
         seconds=edit.seconds,
     )
+
+
+def _temporal(task: Task, pixels: Tensor) -> Tensor:
+    """Temporal error over the true object along its motion; over the mask along the background's, if it is gone."""
+    motions, regions = [], []
+    for mask, scene in zip(task.mask, task.targets, strict=True):
+        dx, dy = MOTIONS[scene.motion][1]
+        motions.append(scene.pan if scene.shape is None else (SPEED * dx, SPEED * dy))
+        regions.append(mask if scene.shape is None else (coverage(scene) > 0.99).float().unsqueeze(0))
+    return temporal_error(pixels, torch.tensor(motions), torch.stack(regions))
 
 
 def compare(

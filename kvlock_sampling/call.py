@@ -38,6 +38,7 @@ class Call:
     rescale: bool = False
     branch: Denoiser | None = None
     scale_arg: str | None = None
+    uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
     fused: int = field(default=0, init=False)
 
@@ -103,7 +104,6 @@ class OwnedCall(Call):
         shared = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
         self.cond_args = shared
         self.uncond_args = {**shared, "cond": extra_args["uncond"]} if "uncond" in extra_args else None
-        self.uncond: Tensor | None = None
         if self.uncond_args is not None and extremes(expected) != (1.0, 1.0):
             self.uncond, cond = self._locked([(self.x, self.uncond_args), (self.x, self.cond_args)], self.sigma)
             return cond

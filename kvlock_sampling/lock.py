@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import samplers
 from .attention import Hooks, Sites, find_sites, fusion_ratio
+from .attention.sites import reachable_modules
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, check_control, extremes, floored, steps_left
 from .policy import Policy, as_policy
@@ -80,6 +81,7 @@ class KVLock:
         rescale: s*-rescaled guidance (CFG-Zero*) instead of plain; default: the preset's, or plain.
         cfg_floor: lower bound of a scheduled cfg_scale; default: the preset's, or 1.
         sites: attention sites; default: found in the model.  layers: indices or a slice of them to lock.
+        ring: (width in tokens, share): tokens that near the mask take only this share of the lock; default: no ring.
         sigmas: the noise schedule, for policies that count steps. Samplers of this library tell it by themselves.
         scale_arg: name of the guidance scale of a model that does its own guidance; the lock then sets it.
         branch: for such a model, its single-branch denoiser: makes the source's pass cheaper.
@@ -108,6 +110,7 @@ class KVLock:
         cfg_floor: float | None = None,
         sites: Sites | None = None,
         layers: Iterable[int] | slice | None = None,
+        ring: tuple[float, float] | None = None,
         sigmas: Tensor | None = None,
         scale_arg: str | None = None,
         branch: Denoiser | None = None,
@@ -116,7 +119,7 @@ class KVLock:
         self.model = model
         self.policy: Policy = load_policy(policy) if isinstance(policy, str) else as_policy(policy)
         advice = self.policy if isinstance(self.policy, Preset) else None
-        self.estimator = estimator or _advised_estimator(advice)
+        self.estimator = (estimator or _advised_estimator(advice)).bound(reachable_modules(model))
         advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
         self.threshold = _first(threshold, advised[0], self.estimator.default_threshold)
         self.rescale = bool(_first(rescale, advised[1], False))
@@ -137,6 +140,7 @@ class KVLock:
             assert self.source is not None
             self.sites = (sites or find_sites(model)).layers(layers)
             self.sites.grid(self.source.latents.shape)
+        self.ring = ring
         self._schedule = sigmas
         self.scale_arg = scale_arg or ("cond_scale" if _names_parameter(model, "cond_scale") else None)
         self.branch, self.batched = branch, batched
@@ -261,8 +265,8 @@ class KVLock:
                     f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
                     "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
                 )
-            edited = self.region.tokens(x, self.sites.patch).expand(len(x), -1)
-            ratio = fusion_ratio(lock.rows(x.device), ~edited)
+            background = self.region.background(x, self.sites.patch, self.ring)
+            ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
         if self.source is not None and run.noise is None:
             given = self.source.noise
             run.noise = self.source.implied_noise(x, own) if given is None else given
@@ -293,7 +297,8 @@ class KVLock:
         if self.policy.uses_risk:
             mask = None if self.region is None else self.region.latent(cond)
             with torch.no_grad():
-                inner, variance = self.estimator.step(inner, Evaluation(seen.sigma, call.x, cond, mask, call.probe))
+                evaluation = Evaluation(seen.sigma, call.x, cond, mask, call.probe, call.uncond)
+                inner, variance = self.estimator.step(inner, evaluation)
         if variance is not None:
             limit = self.threshold(seen.sigma) if callable(self.threshold) else self.threshold
             seen = seen._replace(variance=variance, risk=variance / limit)

@@ -60,6 +60,7 @@ class Evaluation(NamedTuple):
     mask: latent mask broadcastable to `x`, 1 = edit; None means everywhere.
     probe: evaluates the conditional model again, `probe(x, sigma) -> x0-hat`; rows may be any multiple of batch,
         clip-major copies as made by `x.repeat(k, ...)`. Every row is counted and paid for.
+    uncond: unconditional x0-hat at the same point, (batch, ...); None where it was not evaluated.
     """
 
     sigma: float
@@ -67,6 +68,7 @@ class Evaluation(NamedTuple):
     denoised: Tensor
     mask: Tensor | None
     probe: Callable[[Tensor, float], Tensor]
+    uncond: Tensor | None = None
 
 
 class StepInfo(NamedTuple):

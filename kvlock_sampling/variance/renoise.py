@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..precision import working
-from ..types import Evaluation
-from .base import Estimator, masked_mean
+from ..types import EstimatorError, Evaluation
+from .base import Estimator, Patch, check_patch, pooled
+from .draws import copies, draw
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,26 @@ class RenoiseVariance(Estimator):
         "mean" is the sample variance between passes (at least two).
     seed: of the noise. Every clip of a batch gets the same noise, so that a clip alone and in a batch agree;
         `seeds` gives each clip its own.
+    region_only: the noise goes inside the mask only. Outside the model sees the edit's own present latents, as the
+        sampler left them, so that what is measured is the foreground's doubt in its given surroundings.
+    patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
     """
 
     passes: int = 2
     around: Literal["prediction", "mean"] = "prediction"
     seed: int = 0
     seeds: tuple[int, ...] | None = None
+    region_only: bool = False
+    patch: Patch | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", check_patch(self.patch))
+        if self.seeds is not None:
+            object.__setattr__(self, "seeds", tuple(self.seeds))
         if self.around not in ("prediction", "mean"):
-            raise ValueError(f'around={self.around!r}; expected "prediction" or "mean".')
+            raise EstimatorError(f'around={self.around!r}; expected "prediction" or "mean".')
         if self.passes < (2 if self.around == "mean" else 1):
-            raise ValueError(f"passes={self.passes} with around={self.around!r}; a spread needs 2 passes or more.")
+            raise EstimatorError(f"passes={self.passes} with around={self.around!r}; a spread needs 2 passes or more.")
 
     @property
     def cost(self) -> float:  # type: ignore[override]
@@ -56,25 +65,15 @@ class RenoiseVariance(Estimator):
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
         """Noise x0-hat again, predict again, and compare."""
-        denoised, sigma = evaluation.denoised.detach(), evaluation.sigma
-        noise = self._noise(state, denoised)
-        again = evaluation.probe(denoised.repeat(self.passes, *[1] * (denoised.ndim - 1)) + sigma * noise, sigma)
-        spread = working(again).unflatten(0, (self.passes, len(denoised)))
+        denoised, sigma, mask = evaluation.denoised.detach(), evaluation.sigma, evaluation.mask
+        noise = draw("normal", self.passes, denoised, state, self.seed, self.seeds).to(denoised.dtype)
+        again = copies(denoised, self.passes) + sigma * noise
+        if self.region_only and mask is not None:
+            inside = torch.broadcast_to(mask, denoised.shape).to(denoised.dtype)
+            again = torch.lerp(copies(evaluation.x.detach(), self.passes), again, copies(inside, self.passes))
+        spread = working(evaluation.probe(again, sigma)).unflatten(0, (self.passes, len(denoised)))
         if self.around == "mean":
             squares = spread.var(dim=0, correction=1)
         else:
             squares = (spread - working(denoised)).square().mean(0)
-        return state + 1, masked_mean(squares, evaluation.mask)
-
-    def _noise(self, count: int, like: Tensor) -> Tensor:
-        clips = len(like)
-        seeds = self.seeds if self.seeds is not None else (self.seed,)
-        if self.seeds is not None and len(seeds) != clips:
-            raise ValueError(f"seeds has {len(seeds)} entries for a batch of {clips} clips; give one per clip.")
-        draws = []
-        for seed in seeds:
-            generator = torch.Generator(like.device).manual_seed((seed * 1_000_003 + count) % 2**63)
-            shape = (self.passes, 1, *like.shape[1:])
-            draws.append(torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32))
-        noise = torch.cat(draws, dim=1).expand(self.passes, clips, *like.shape[1:])
-        return noise.reshape(self.passes * clips, *like.shape[1:]).to(like.dtype)
+        return state + 1, pooled(squares, mask, self.patch)

@@ -2,12 +2,19 @@
 
 Paper form (KV-Lock, arXiv 2603.09657; Aithal et al., arXiv 2406.09358):
     var = 1 / (W - 1) * sum_i (x0hat_i - mean)^2  over the last W predictions, then the mean over masked elements.
-Normalised form (SCIENCE 1.3): sum over the window of |x0hat_k - x0hat_(k-1)|^2 / sigma_k^2. Early moves are large and
-legitimate; dividing by sigma^2 lets a long window see late, suspicious ones.
+Normalised form: sum over the window of |x0hat_k - x0hat_(k-1)|^2 / sigma_k^2. Early moves are large and legitimate;
+dividing by sigma^2 lets a long window see late, suspicious ones.
+Integral form: sum of |x0hat_k - x0hat_(k-1)|^2 / (sigma_k sigma_(k-1) h_k) with h_k = log(sigma_(k-1) / sigma_k), which
+converges to the integral of |d x0hat / d log sigma|^2 / sigma^2 over log sigma, to second order in h.
+
+Which when. Under a deterministic sampler a move shrinks as the step h, so its square as h^2: the plain sum falls as 1/n
+and the integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain
+sum is the one that does not depend on n. Cost: none. Range >= 0.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,15 +22,15 @@ import torch
 from torch import Tensor
 
 from ..precision import working
-from ..types import Evaluation
-from .base import Estimator, masked_mean
+from ..types import EstimatorError, Evaluation
+from .base import Estimator, Patch, check_patch, pooled
 
 SAME_SIGMA = 1e-4
 """Two noise levels closer than this, relatively, are the same one."""
 
 
 class Entry(NamedTuple):
-    """One prediction of the trajectory. `move` is the normalised step from the entry before, (batch,)."""
+    """One prediction of the trajectory. `move` is the normalised step from the entry before, (batch,) or per token."""
 
     sigma: float
     denoised: Tensor | None
@@ -39,19 +46,26 @@ class TrajectoryVariance(Estimator):
         This is the window that means the same for any number of steps and any sampler.
     normalise: False = the paper's sample variance, in latent units squared; True = the sum of squared moves over
         sigma squared, dimensionless.
+    integral: with `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
+    patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
     """
 
     window: int | None = 10
     span: float | None = None
     normalise: bool = False
+    integral: bool = False
+    patch: Patch | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", check_patch(self.patch))
         if self.window is not None and self.window < 2:
-            raise ValueError(f"window={self.window}; a variance needs at least 2 predictions. Try window=10.")
+            raise EstimatorError(f"window={self.window}; a variance needs at least 2 predictions. Try window=10.")
         if self.span is not None and self.span <= 1:
-            raise ValueError(f"span={self.span}; expected a ratio of noise levels above 1. Try span=8.0.")
+            raise EstimatorError(f"span={self.span}; expected a ratio of noise levels above 1. Try span=8.0.")
         if self.window is None and self.span is None and not self.normalise:
-            raise ValueError("the paper's variance needs a window. Try window=10, span=8.0, or normalise=True.")
+            raise EstimatorError("the paper's variance needs a window. Try window=10, span=8.0, or normalise=True.")
+        if self.integral and not self.normalise:
+            raise EstimatorError("integral=True is a form of the normalised sum. Try normalise=True, integral=True.")
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
@@ -68,9 +82,10 @@ class TrajectoryVariance(Estimator):
         kept = [e for e in state if e.sigma > sigma * (1 + SAME_SIGMA)]
         move = None
         if kept and self.normalise:
-            before = kept[-1].denoised
+            above, before = kept[-1].sigma, kept[-1].denoised
             assert before is not None
-            move = masked_mean((working(denoised) - working(before)).square(), evaluation.mask) / sigma**2
+            scale = sigma * above * math.log(above / sigma) if self.integral else sigma**2
+            move = pooled((working(denoised) - working(before)).square(), evaluation.mask, self.patch) / scale
             # Older predictions are no longer needed, only their moves: a long window costs no memory.
             kept[-1] = kept[-1]._replace(denoised=before)
             kept[:-1] = [e._replace(denoised=None) for e in kept[:-1]]
@@ -92,4 +107,4 @@ class TrajectoryVariance(Estimator):
         squares = torch.zeros_like(mean)
         for prediction in predictions:
             squares += (prediction - mean).square()
-        return masked_mean(squares / (len(predictions) - 1), mask)
+        return pooled(squares / (len(predictions) - 1), mask, self.patch)

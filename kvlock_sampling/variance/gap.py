@@ -1,0 +1,56 @@
+"""Guidance gap: how much the prompt still changes the prediction, relative to the prediction without it.
+
+    var = |c - u|^2 / |u|^2   over the masked elements,  c and u the conditional and unconditional predictions
+of the noise, eps = (x - D) / sigma, or of the clean latents, D. The square of MAMBO-G's ratio r_t (arXiv 2508.03442,
+`MagnitudeAwareGuidance` in diffusers), which is taken on the model's own output. Range >= 0, dimensionless.
+Cost: none where the unconditional prediction was evaluated anyway; elsewhere nothing is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ..precision import working
+from ..types import EstimatorError, Evaluation
+from .base import Estimator, Patch, check_patch, pooled
+
+
+@dataclass(frozen=True)
+class GuidanceGap(Estimator):
+    """Squared relative distance between the conditional and the unconditional prediction.
+
+    of: "noise" compares predictions of the noise, whose size does not depend on the latents' scale and offset;
+        "latents" compares x0-hat itself.
+    patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
+
+    Raises:
+        EstimatorError: settings out of range.
+    """
+
+    of: Literal["noise", "latents"] = "noise"
+    patch: Patch | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch", check_patch(self.patch))
+        if self.of not in ("noise", "latents"):
+            raise EstimatorError(f'of={self.of!r}; expected "noise" or "latents".')
+
+    @property
+    def default_threshold(self) -> float:  # type: ignore[override]
+        """What calm clips of the embedded model reach."""
+        return 0.01
+
+    def step(self, state: None, evaluation: Evaluation) -> tuple[None, Tensor | None]:
+        """Compare the two predictions. Variance: (batch,), or None without an unconditional one."""
+        if evaluation.uncond is None:
+            return None, None
+        uncond = working(evaluation.uncond.detach())
+        gap = working(evaluation.denoised.detach()) - uncond
+        size = uncond
+        if self.of == "noise":
+            gap, size = gap / evaluation.sigma, (working(evaluation.x.detach()) - uncond) / evaluation.sigma
+        power = pooled(size.square(), evaluation.mask, self.patch)
+        return None, pooled(gap.square(), evaluation.mask, self.patch) / power.clamp_min(1e-12)

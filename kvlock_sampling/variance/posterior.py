@@ -1,0 +1,134 @@
+"""Posterior variance: what the model itself says about how sharply x determines x0.
+
+    Cov[x0 | x] = sigma^2 dD/dx                                     (Tweedie, second order)
+    var = sigma^2 * mean_k v_k' (dD/dx) v_k / number of masked elements,   v_k = +-1 on the mask, 0 elsewhere
+the mean posterior variance of a masked element, unbiased by Hutchinson's identity E[v' J v] = trace J.
+Range >= 0, latent units squared. Cost: one evaluation per probe, at either method (a forward-mode one takes about
+twice the time). Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
+
+Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known: half the price of central ones at
+the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v, so random signs average it away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..precision import working
+from ..types import EstimatorError, Evaluation, KVLockError
+from .base import Estimator
+from .draws import copies, draw
+
+Method = Literal["auto", "finite", "forward"]
+
+STEP = 2.0**-3
+"""Default step of finite differences, in units of sigma. Their bias is of second order: it balances rounding near
+eps^(1/3), 0.16 in bfloat16, in which most models compute whatever the latents' dtype. See benchmarks/posterior.py."""
+
+GRID_STEPS = 2
+"""A step is at least so many roundings, eps * |x|, of the latents' own dtype: less could round away."""
+
+
+class PosteriorState(NamedTuple):
+    """How many measurements were made, which seeds the next probes, and whether forward mode was found missing."""
+
+    measured: int = 0
+    finite: bool = False
+
+
+@dataclass(frozen=True)
+class PosteriorVariance(Estimator):
+    """Mean posterior variance of the masked elements, in latent units squared. Costs `probes` evaluations.
+
+    probes: random directions per measurement, evaluated as one batch. The relative standard error of one is about
+        sqrt(2 / effective number of independent elements): for a video one is enough.
+    method: "forward" differentiates exactly, in forward mode, and raises EstimatorError where the model cannot;
+        "finite" takes differences; "auto" tries forward mode once per run, then takes differences. A model that leaves
+        autograd on its way (inference_mode, detach) needs "finite": a part of its derivative would be missing.
+    seed, seeds: of the directions; one for all clips, or one per clip.
+    step_size: of finite differences, in units of sigma, > 0; None: 1/8, which a model in bfloat16 survives. For a
+        model in float32 0.01 has a smaller bias. Never less than a few roundings of the latents themselves.
+
+    Negative estimates, which only a model without a symmetric Jacobian or rounding can give, are reported as 0.
+    """
+
+    probes: int = 1
+    method: Method = "auto"
+    seed: int = 0
+    seeds: tuple[int, ...] | None = None
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.probes < 1:
+            raise EstimatorError(f"probes={self.probes}; a measurement needs at least one direction. Try probes=1.")
+        if self.method not in ("auto", "finite", "forward"):
+            raise EstimatorError(f'method={self.method!r}; expected "auto", "finite" or "forward".')
+        if self.step_size is not None and not self.step_size > 0:
+            raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
+        if self.seeds is not None:
+            object.__setattr__(self, "seeds", tuple(self.seeds))
+
+    @property
+    def cost(self) -> float:  # type: ignore[override]
+        """Extra evaluations per clip and measurement."""
+        return float(self.probes)
+
+    @property
+    def default_threshold(self) -> float:  # type: ignore[override]
+        """What calm clips of the embedded model reach."""
+        return 0.01
+
+    def init(self) -> PosteriorState:
+        """Nothing measured yet, nothing known about the model."""
+        return PosteriorState()
+
+    def step(self, state: PosteriorState, evaluation: Evaluation) -> tuple[PosteriorState, Tensor | None]:
+        """Probe the Jacobian along random signs on the mask. Variance: (batch,), float32 or better."""
+        x, mask = evaluation.x.detach(), evaluation.mask
+        v = draw("signs", self.probes, x, state.measured, self.seed, self.seeds)
+        if mask is not None:
+            # sqrt: a soft mask then weighs the trace as it weighs a mean.
+            v = v * copies(torch.broadcast_to(working(mask).sqrt(), x.shape), self.probes)
+        quadratic, finite = None, state.finite or self.method == "finite"
+        if not finite:
+            quadratic = self._forward(evaluation, copies(x, self.probes), v)
+            if quadratic is None and self.method == "forward":
+                raise EstimatorError(
+                    "the model cannot be differentiated in forward mode: an operation lacks it (fused attention "
+                    'often does), or inference_mode is on.\n  Try PosteriorVariance(method="finite").'
+                )
+            finite = quadratic is None
+        if quadratic is None:
+            quadratic = self._finite(evaluation, copies(x, self.probes), v)
+        trace = quadratic.unflatten(0, (self.probes, len(x))).mean(0).flatten(1).sum(1)
+        weight = torch.ones_like(x) if mask is None else torch.broadcast_to(mask, x.shape)
+        variance = evaluation.sigma**2 * trace / working(weight).flatten(1).sum(1).clamp_min(1e-12)
+        return PosteriorState(state.measured + 1, finite), variance.clamp_min(0.0)
+
+    @staticmethod
+    def _forward(evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor | None:
+        """v_i (J v)_i by forward-mode differentiation, or None where some operation has none."""
+        try:
+            with forward_ad.dual_level():
+                out = evaluation.probe(forward_ad.make_dual(x, v.to(x.dtype)), evaluation.sigma)
+                tangent = forward_ad.unpack_dual(out).tangent
+        except (KVLockError, torch.OutOfMemoryError):
+            raise
+        except (NotImplementedError, RuntimeError):
+            return None
+        return None if tangent is None else v * working(tangent)
+
+    def _finite(self, evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor:
+        """The same by one-sided differences, divided by the displacement that rounding really left."""
+        step = evaluation.sigma * (STEP if self.step_size is None else self.step_size)
+        steps = (working(x).abs() * (GRID_STEPS * torch.finfo(x.dtype).eps)).clamp_min(step)
+        moved = (working(x) + steps * v).to(x.dtype)
+        change = working(evaluation.probe(moved, evaluation.sigma))
+        change = change - copies(working(evaluation.denoised.detach()), self.probes)
+        displacement = working(moved) - working(x)
+        return torch.where(displacement == 0, 0.0, v.square() * change / displacement)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masks import as_mask, check_mask, latent_mask, token_mask
+from .masks import as_mask, check_mask, grow, latent_mask, token_mask
 from .types import MaskError
 
 
@@ -32,6 +32,25 @@ class Region:
     def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
         """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
         return self._remember((like.shape, like.device, patch), lambda: token_mask(self.latent(like), patch))
+
+    def background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None = None) -> Tensor:
+        """How much of the lock each token takes, (batch or 1, tokens), float in [0, 1]: 0 where edited, 1 elsewhere.
+
+        ring: (width in tokens, share): background tokens within `width` of the edit take only `share` of the lock.
+        """
+        return self._remember((like.shape, like.device, patch, ring), lambda: self._background(like, patch, ring))
+
+    def _background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None) -> Tensor:
+        edited = self.tokens(like, patch)
+        weight = (~edited).to(torch.float32)
+        if ring is None:
+            return weight
+        width, share = ring
+        if not (width > 0 and 0 <= share <= 1):
+            raise MaskError(f"ring={ring}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5).")
+        t, h, w = (size // p for size, p in zip(like.shape[2:], patch, strict=True))
+        near = grow(edited.view(len(edited), 1, t, h, w).float(), width).flatten(1).to(weight)
+        return weight * torch.where(near > 0, share, 1.0)
 
     def _remember(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._known:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling import samplers
+from kvlock_sampling import attention, samplers
 from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
 SAMPLERS = samplers.names()
@@ -283,6 +283,24 @@ def test_a_lock_per_token(setup):
     lock = setup.lock(policy=kv.stateless(lambda o: kv.Control(grid, o.cfg_scale), uses_risk=False))
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert lock.trace.rows()[-1]["lock"] == pytest.approx(0.5)
+
+
+def test_a_ring_around_the_edit_takes_a_share_of_the_lock(setup):
+    mask = torch.zeros(1, 1, 3, 8, 8)
+    mask[..., 0:2, 0:2] = 1  # the first token of every frame
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = attention.Frame.process
+        patch.setattr(attention.Frame, "process", lambda s, *a: (seen.append(s.ratio), original(s, *a))[1])
+        lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=kv.Constant(0.8), ring=(1, 0.5))
+        with lock:
+            lock(setup.x, setup.sigmas[:1], **setup.cfg)
+    frame = seen[0].view(3, 4, 4)[0]
+    torch.testing.assert_close(frame[0], torch.tensor([0.0, 0.4, 0.8, 0.8]))
+    torch.testing.assert_close(frame[:, 0], torch.tensor([0.0, 0.4, 0.8, 0.8]))
+    for bad in ((0, 0.5), (1, 1.5)):
+        with pytest.raises(MaskError, match="ring="), setup.lock(policy=kv.Constant(1.0), ring=bad) as lock:
+            lock(setup.x, setup.sigmas[:1], **setup.cfg)
 
 
 def test_steps_are_counted_where_the_schedule_is_known(setup):

@@ -11,9 +11,13 @@ from torch import Tensor
 
 
 def fusion_ratio(
-    lock: Float[Tensor, "batch"] | Float[Tensor, "batch tokens"], background: Bool[Tensor, "batch tokens"]
+    lock: Float[Tensor, "batch"] | Float[Tensor, "batch tokens"],
+    background: Bool[Tensor, "batch tokens"] | Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch tokens"]:
-    """How much of the source each token takes: `lock` where the token is background, 0 where it is edited."""
+    """How much of the source each token takes: `lock` where the token is background, 0 where it is edited.
+
+    `background` may also be a weight in [0, 1], for a softer lock near the edit.
+    """
     if lock.ndim == 1:
         lock = lock.unsqueeze(1)
     return lock * background

@@ -29,9 +29,9 @@ def _readable_errors() -> Iterator[None]:
     """Errors a user caused are printed as they were written, without a traceback; exit code 2."""
     try:
         yield
-    except KVLockError as error:
+    except (KVLockError, OSError) as error:
         err.print("[bold red]error:[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -47,7 +47,7 @@ def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Which scenes and which noise.")] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
 ) -> None:
     """Edit three clips with known right answers in five ways; write a side-by-side clip, a figure and a table."""
@@ -58,8 +58,8 @@ def demo(
         with _progress("editing", len(DEMO_VARIANTS)) as advance:
             result = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
         table = Table(title="Three edits against their true renders (means)", title_justify="left")
-        table.add_column("variant")
-        for name in ("background PSNR", "SSIM", "in-mask PSNR", "colour", "shape", "passes", "seconds"):
+        table.add_column("variant", no_wrap=True)
+        for name in ("background", "SSIM", "in mask", "colour", "shape", "passes", "time"):  # fits 80 columns
             table.add_column(name, justify="right")
         for name, score in result.scores.items():
             row = score.summary()
@@ -71,10 +71,10 @@ def demo(
                 f"{row['colour']:.0%}",
                 f"{row['shape']:.0%}",
                 str(int(row["evaluations"])),
-                f"{row['seconds']:.1f}",
+                f"{row['seconds']:.1f} s",
             )
         out.print(table)
-        out.print("A background PSNR of 100 dB is exact: the embedded model has no VAE, so compositing loses nothing.")
+        out.print("dB are PSNR. A background of 100 dB is exact: the model has no VAE, so compositing loses nothing.")
         out.print(f"Done in {result.seconds:.0f} s. Look at:")
         for path in result.files:
             out.print(f"  {path}", highlight=False, soft_wrap=True)
@@ -100,11 +100,14 @@ def edit(
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with _readable_errors():
         from .edit import edit_video
+        from .plot import figure_format
         from .samplers import get
         from .tiny import load
         from .video import check_suffix, read_clip, read_mask, write_clip
 
         check_suffix(output)
+        if trace is not None:
+            figure_format(trace)
         get(sampler)
         video = load(model)
         video.prompt([prompt, source_prompt or ""])
@@ -133,6 +136,50 @@ def edit(
             f"{float(result.background_psnr[0]):.1f} dB (ceiling of the codec {float(result.ceiling_psnr[0]):.1f} dB)",
             highlight=False,
         )
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The preset to write, NAME.toml.")],
+    model: Annotated[str, typer.Option(help="'tiny', or a folder of its weights.")] = "tiny",
+    clips: Annotated[
+        str,
+        typer.Option(help="How many scenes of the embedded world, or a folder of NAME.mp4, NAME.mask.png, NAME.txt."),
+    ] = "32",
+    policy: Annotated[str, typer.Option(help="The policy the thresholds are for.")] = "default",
+    quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Share of calm runs below risk 1.")] = 0.95,
+    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(min=4)] = 30,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Measure what calm runs reach at every noise level, and write a preset whose risk is relative to that."""
+    with _readable_errors():
+        from .calibrate import calibrate as measure
+        from .calibrate import folder, scenes
+        from .presets import save_policy
+        from .samplers import get
+        from .tiny import load
+
+        get(sampler)
+        video = load(model)
+        examples = scenes(int(clips)) if clips.isdigit() else folder(Path(clips), video)
+        with _progress("measuring", len(examples)) as advance:
+            found = measure(
+                video,
+                examples,
+                policy=policy,
+                quantile=quantile,
+                sampler=sampler,
+                steps=steps,
+                seed=seed,
+                on_clip=advance,
+            )
+        save_policy(found.preset, output)
+        table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "measurements", title=str(output))
+        for band in found.bands:
+            interval = f"{band.low:.3g} to {band.high:.3g}"
+            table.add_row(f"{band.sigma:.3g}", f"{band.quantile:.3g}", interval, str(band.measurements))
+        out.print(table)
 
 
 @app.command()

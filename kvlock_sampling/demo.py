@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .samplers import get
 from .tiny import load
 from .tiny.compare import DEMO_VARIANTS, VARIANTS, Score, Task, compare, make_task
 from .tiny.world import sample_edit
@@ -37,6 +38,7 @@ def run_demo(
 ) -> Demo:
     """Run the demo into folder `out`: side_by_side.mp4 and .gif, trace.png, trace.csv, metrics.json."""
     started = time.perf_counter()
+    get(sampler)  # before a folder is made
     out.mkdir(parents=True, exist_ok=True)
     task = make_task([sample_edit(1000 * seed + i, kind) for i, kind in enumerate(KINDS)])
     variants: Mapping[str, Mapping[str, Any]] = {name: VARIANTS[name] for name in DEMO_VARIANTS}

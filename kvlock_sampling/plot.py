@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .trace import write_atomically
+from .types import KVLockError
 
 if TYPE_CHECKING:
     from .trace import Trace
@@ -17,8 +18,17 @@ COLOURS = {"variance": "#4477aa", "risk": "#cc3311", "lock": "#228833", "cfg_sca
 LABELS = {"variance": "variance of $\\hat{x}_0$", "risk": "risk", "lock": "lock", "cfg_scale": "CFG scale"}
 
 
+def figure_format(path: str | os.PathLike[str]) -> str:
+    """ "png", "svg" or "pdf", by the path's suffix; without one "png". Raises KVLockError for another suffix."""
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    if suffix not in ("png", "svg", "pdf"):
+        raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")
+    return suffix
+
+
 def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
     """Write the figure of `trace` to `path` (PNG, SVG or PDF by suffix). One thin line per clip, at most eight."""
+    suffix = figure_format(path)
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 
@@ -53,6 +63,5 @@ def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None 
     axes[-1].set_xlabel(r"noise level $\sigma$  (sampling runs left to right)")
     figure.suptitle(title or f"{len(trace)} evaluations, {trace.evaluations} model passes per clip", fontsize=11)
     out = io.BytesIO()
-    suffix = Path(path).suffix.lstrip(".").lower() or "png"
     figure.savefig(out, format=suffix)
     return write_atomically(path, out.getvalue())

@@ -1,0 +1,222 @@
+"""`kvlock` as people call it: files in, files out; and for bad input exit code 2, a message, and no file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from kvlock_sampling import load_policy, samplers
+from kvlock_sampling.cli import app
+from kvlock_sampling.presets import preset_names
+
+PROMPT = "a red circle moving left"
+Kvlock = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip as mp4 and gif, 64 x 48, 20 frames, made by imageio, and a mask."""
+    made = tmp_path_factory.mktemp("files")
+    y, x = np.mgrid[:48, :64]
+    frames = np.stack([np.stack([x * 3, y * 4, (x + 5 * t) % 64 * 3], axis=-1).astype(np.uint8) for t in range(20)])
+    iio.imwrite(made / "clip.mp4", frames, fps=15, plugin="pyav", codec="libx264")
+    iio.imwrite(made / "clip.gif", frames, duration=100, loop=0)
+    mask = np.zeros((48, 64), np.uint8)
+    mask[14:34, 22:42] = 255
+    iio.imwrite(made / "mask.png", mask)
+    return made
+
+
+@pytest.fixture
+def folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with `files`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def kvlock(folder: Path) -> Kvlock:
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def edit_words(output: str = "out.mp4", **change: object) -> list[object]:
+    """The words of a good, quick edit; keywords change options ("clip" is the argument)."""
+    options: dict[str, object] = {"mask": "mask.png", "prompt": PROMPT, "output": output, "steps": 3, **change}
+    words: list[object] = ["edit", options.pop("clip", "clip.mp4")]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
+
+
+def plain(text: str) -> str:
+    """Without line breaks, which depend on the terminal's width."""
+    return " ".join(text.split())
+
+
+def test_an_mp4_of_another_tool_is_edited(kvlock: Kvlock) -> None:
+    result = kvlock(*edit_words("out.mp4", policy="half", trace="run.png"))
+    assert result.exit_code == 0, result.output
+    assert "out.mp4: 9 model passes" in plain(result.output)
+    film = iio.imread("out.mp4", plugin="pyav")
+    assert film.shape == (8, 256, 256, 3)
+    assert Image.open("run.png").size[0] > 500
+
+
+def test_a_gif_is_edited_into_a_gif(kvlock: Kvlock) -> None:
+    result = kvlock(*edit_words("new/out.gif", clip="clip.gif", scale=2, sampler="heun", strength=0.7))
+    assert result.exit_code == 0, result.output
+    with Image.open("new/out.gif") as film:
+        assert (film.size, film.n_frames) == ((64, 64), 8)
+
+
+def test_outside_the_mask_the_written_clip_is_the_source(kvlock: Kvlock) -> None:
+    from kvlock_sampling.video import read_clip, read_mask
+
+    assert kvlock(*edit_words("out.gif", clip="clip.gif", scale=1, policy="half")).exit_code == 0
+    size, frames = (32, 32), 8
+    source, edited = (read_clip(name, frames=frames, size=size).pixels for name in ("clip.gif", "out.gif"))
+    from kvlock_sampling.masks import feather
+
+    outside = (feather(read_mask("mask.png", frames=frames, size=size), 2.0) == 0)[0].expand_as(source)
+    difference = (source - edited)[outside].abs()
+    assert outside.float().mean() > 0.5
+    assert float(difference.mean()) < 0.1  # 256 colours of a gif
+
+
+def test_the_same_command_writes_the_same_file(kvlock: Kvlock) -> None:
+    for name in ("a.gif", "b.gif"):
+        assert kvlock(*edit_words(name, seed=3)).exit_code == 0
+    assert Path("a.gif").read_bytes() == Path("b.gif").read_bytes()
+
+
+def test_a_policy_file_and_a_folder_of_frames(kvlock: Kvlock, folder: Path) -> None:
+    Path("mine.toml").write_text('[policy]\ntype = "Constant"\nlock = 0.25\n')
+    Path("frames").mkdir()
+    for i in range(12):
+        Image.new("RGB", (50, 40), (20 * i, 90, 90)).save(f"frames/frame{i}.png")
+    result = kvlock(*edit_words("out.png", clip="frames", policy="mine.toml", source_prompt="an empty scene"))
+    assert result.exit_code == 0, result.output
+    assert Path("out.png").stat().st_size > 0
+
+
+def unreadable(folder: Path) -> None:
+    (folder / "bad.mp4").write_bytes(b"this is not a film" * 50)
+    (folder / "bad.png").write_bytes(b"nor is this an image")
+    Image.new("L", (64, 48), 0).save(folder / "black.png")
+    Image.new("L", (64, 48), 255).save(folder / "white.png")
+    shades = [np.full((48, 64, 3), 80 * i, np.uint8) for i in range(3)]
+    iio.imwrite(folder / "short.gif", np.stack(shades), duration=100)
+    (folder / "typo.toml").write_text('[policy]\ntype = "Sigmoid"\ncenter = 1.0\n')
+    (folder / "broken.toml").write_text("[policy\n")
+    (folder / "empty").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "weights.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+
+
+BAD = {
+    "missing clip": ({"clip": "nowhere.mp4"}, "no such file or folder: 'nowhere.mp4'"),
+    "unreadable clip": ({"clip": "bad.mp4"}, "cannot read 'bad.mp4' as a film"),
+    "clip of an unknown kind": ({"clip": "typo.toml"}, "unknown suffix '.toml'"),
+    "too few frames": ({"clip": "short.gif"}, "3 frames"),
+    "a folder without images": ({"clip": "empty"}, "holds no images"),
+    "missing mask": ({"mask": "nowhere.png"}, "no such file or folder"),
+    "unreadable mask": ({"mask": "bad.png"}, "cannot read 'bad.png' as an image"),
+    "moving mask of other frames": ({"mask": "short.gif"}, "3 frames"),
+    "nothing to edit": ({"mask": "black.png"}, "nothing to edit"),
+    "nothing to keep": ({"mask": "white.png"}, "polarity"),
+    "unknown word": ({"prompt": "a red cirle"}, "does not know the word 'cirle'"),
+    "unknown word in the source prompt": ({"source_prompt": "a dog"}, "does not know the word 'dog'"),
+    "too many words": ({"prompt": "a " * 9}, "reads 8 at most"),
+    "missing sampler": ({"sampler": "dpmpp_2n"}, "Did you mean dpmpp_2m"),
+    "unknown policy": ({"policy": "stedy"}, "steady"),
+    "missing policy file": ({"policy": "nowhere.toml"}, "cannot read the policy file"),
+    "unknown key": ({"policy": "typo.toml"}, "center"),
+    "not TOML": ({"policy": "broken.toml"}, "not valid TOML"),
+    "folder without weights": ({"model": "empty"}, "expected 'tiny'"),
+    "other weights": ({"model": "other"}, "does not hold weights of the embedded architecture"),
+    "output of an unknown kind": ({"output": "out.xyz"}, "expected one of .mp4"),
+    "figure of an unknown kind": ({"trace": "run.xyz"}, "expected .png, .svg or .pdf"),
+    "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "nan or inf"),
+    "output in a file": ({"output": "mask.png/out.gif"}, "mask.png"),
+    "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
+    "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_a_message_and_no_file(kvlock: Kvlock, folder: Path, name: str) -> None:
+    unreadable(folder)
+    before = sorted(folder.rglob("*"))
+    change, message = BAD[name]
+    result = kvlock(*edit_words(**change))
+    assert result.exit_code == 2, result.output
+    assert message in plain(result.output), result.output
+    assert "Traceback" not in result.output
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_good_file_survives_a_bad_run(kvlock: Kvlock, folder: Path) -> None:
+    Path("out.mp4").write_bytes(b"kept")
+    assert kvlock(*edit_words(mask="nowhere.png")).exit_code == 2
+    assert Path("out.mp4").read_bytes() == b"kept"
+
+
+def test_the_shelf_is_listed(kvlock: Kvlock) -> None:
+    result = kvlock("policies", "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.output)
+    assert [row["name"] for row in rows] == preset_names()
+    assert all(row["policy"] and row["about"] for row in rows)
+    load_policy(rows[0]["name"])
+    table = kvlock("policies").output
+    assert all(name in table for name in preset_names())
+
+
+def test_the_samplers_are_listed(kvlock: Kvlock) -> None:
+    result = kvlock("samplers")
+    assert result.exit_code == 0
+    assert tuple(result.output.split()) == samplers.names()
+
+
+def test_the_demo_writes_all_its_files(kvlock: Kvlock) -> None:
+    result = kvlock("demo", "--out", "shown", "--steps", 2, "--seed", 1)
+    assert result.exit_code == 0, result.output
+    files = {path.name for path in Path("shown").iterdir()}
+    assert files == {"side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json"}
+    assert all(name in result.output for name in files)
+    film = iio.imread("shown/side_by_side.mp4", plugin="pyav")
+    with Image.open("shown/side_by_side.gif") as gif:
+        assert gif.n_frames == len(film) == 8
+        assert gif.size == (film.shape[2], film.shape[1])
+    assert Image.open("shown/trace.png").size[0] > 500
+    metrics = json.loads(Path("shown/metrics.json").read_text())
+    assert (metrics["seed"], metrics["steps"], metrics["sampler"]) == (1, 2, "dpmpp_2m")
+    assert list(metrics["variants"]) == ["unlocked", "composited", "fixed 0.5", "full lock", "default"]
+    assert len(metrics["edits"]) == 3
+    with open("shown/trace.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3  # evaluations times clips
+
+
+@pytest.mark.parametrize("words", [["--sampler", "nope"], ["--steps", "0"], ["--seed", "x"]])
+def test_a_bad_demo_leaves_no_folder(kvlock: Kvlock, folder: Path, words: list[str]) -> None:
+    result = kvlock("demo", "--out", "shown", *words)
+    assert result.exit_code == 2
+    assert not Path("shown").exists()
+    assert kvlock("demo", "--out", "mask.png", "--steps", "1").exit_code == 2  # a file is in the way
+
+
+def test_help_names_every_command(kvlock: Kvlock) -> None:
+    text = kvlock("--help").output
+    assert all(name in text for name in ("demo", "edit", "policies", "samplers"))

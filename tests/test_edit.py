@@ -1,0 +1,200 @@
+"""edit_video on the embedded model: seeds, batches, pasting, start part-way, and bad input at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling import samplers
+from kvlock_sampling.edit import start_noise
+from kvlock_sampling.tiny import load
+from kvlock_sampling.tiny.compare import Task, make_task
+from kvlock_sampling.tiny.world import sample_edit
+from kvlock_sampling.types import KVLockError, MaskError, PolicyError, SamplerError, SourceError
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def video():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return make_task([sample_edit(1, "replace"), sample_edit(2, "recolour")])
+
+
+@pytest.fixture
+def edit(video, task):
+    """edit_video of the first clip in few steps; keywords change anything."""
+
+    def run(**change):
+        arguments = {"clip": task.source[0], "mask": task.mask[0, 0], "prompt": task.prompts[0]}
+        return kv.edit_video(**{**arguments, "model": video, "steps": STEPS, **change})
+
+    return run
+
+
+def test_an_edit_keeps_the_background_and_changes_the_rest(edit, task):
+    result = edit(policy="half", source_prompt=task.source_prompts[0])
+    assert result.pixels.shape == (1, 3, 8, 32, 32)
+    assert result.pixels.abs().max() <= 1
+    assert result.evaluations == 3 * STEPS == result.trace.evaluations
+    assert result.seconds > 0
+    assert float(result.background_psnr[0]) == float(result.ceiling_psnr[0]) == 100
+    inside = task.mask[0].expand(3, -1, -1, -1) == 1
+    assert (result.pixels[0] - task.source[0])[inside].abs().mean() > 0.1
+    result.pixels.add_(1)  # ordinary tensors, not those of inference mode
+
+
+def test_the_same_seed_gives_equal_pixels_and_another_does_not(edit):
+    first = edit(policy="half", seed=5).pixels
+    assert torch.equal(first, edit(policy="half", seed=5).pixels)
+    assert not torch.equal(first, edit(policy="half", seed=6).pixels)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "dpmpp_sde"])
+def test_the_same_seed_is_enough_whatever_the_global_generator_did(edit, sampler):
+    torch.manual_seed(0)
+    first = edit(sampler=sampler, seed=3).pixels
+    torch.manual_seed(1)
+    assert torch.equal(first, edit(sampler=sampler, seed=3).pixels)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "euler_ancestral"])
+def test_a_clip_of_a_batch_equals_the_clip_alone_with_its_seed(video, task, sampler):
+    options = {"model": video, "steps": STEPS, "policy": "threshold", "sampler": sampler}
+    seeds = [7, 8]
+    both = kv.edit_video(task.source, task.mask, task.prompts, seed=seeds, **options)
+    assert both.background_psnr.shape == both.ceiling_psnr.shape == (2,)
+    for i in range(2):
+        alone = kv.edit_video(task.source[i], task.mask[i : i + 1], task.prompts[i], seed=[seeds[i]], **options)
+        torch.testing.assert_close(both.pixels[i : i + 1], alone.pixels, rtol=0, atol=1e-4)
+        assert alone.evaluations == both.evaluations
+
+
+def test_start_noise_counts_up_from_an_int_seed():
+    like = torch.zeros(3, 2, 4)
+    assert torch.equal(start_noise(like, 5), start_noise(like, [5, 6, 7]))
+    assert torch.equal(start_noise(like, 5)[1:], start_noise(like[:2], 6))
+    with pytest.raises(SourceError, match="2 entries for 3 clips"):
+        start_noise(like, [1, 2])
+
+
+def test_a_low_strength_stays_near_the_clip(edit, task):
+    def away(strength):
+        return float((edit(strength=strength, composite=False).pixels[0] - task.source[0]).abs().mean())
+
+    assert away(0.1) < away(0.6) < away(1.0)
+    assert edit(strength=0.5).trace.steps[0].sigma == pytest.approx(1.0, rel=1e-3)  # t / (1 - t)
+
+
+def test_a_policy_may_be_a_function_or_a_class_of_ones_own(edit):
+    @kv.stateless(uses_risk=False)
+    def early(obs):
+        return kv.Control(lock=1.0 if obs.sigma > 3 else 0.0, cfg_scale=obs.cfg_scale)
+
+    trace = edit(policy=early).trace
+    assert [bool(s.lock[0]) for s in trace] == [True, *(a.sigma > 3 for a in trace.steps[:-1])]
+
+    @dataclass(frozen=True)
+    class Counting(kv.Policy):
+        def init(self):
+            return 0
+
+        def step(self, count, obs):
+            return count + 1, kv.Control(lock=min(count / 2, 1.0), cfg_scale=obs.cfg_scale)
+
+    assert edit(policy=Counting()).trace.rows()[-1]["next_lock"] == 0.5  # the first evaluation cannot be measured
+
+
+def test_a_sampler_may_be_any_callable(edit):
+    def euler(model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None):
+        for i, (sigma, following) in enumerate(pairwise(sigmas)):
+            denoised = model(x, sigma * x.new_ones(len(x)), **(extra_args or {}))
+            x = x + (x - denoised) / sigma * (following - sigma)
+            if callback is not None:
+                callback({"i": i})
+        return x
+
+    steps: list[int] = []
+    ours = edit(policy="half", sampler=euler, on_step=steps.append).pixels
+    torch.testing.assert_close(ours, edit(policy="half", sampler="euler").pixels, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, edit(policy="half", sampler=samplers.euler).pixels, rtol=0, atol=1e-5)
+    assert steps == list(range(STEPS))
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+def test_samplers_of_a_range_end_nearly_clean(edit, sampler):
+    result = edit(sampler=sampler, policy="half")
+    assert float(result.background_psnr[0]) > 35
+
+
+@pytest.mark.parametrize("feather", [0.0, 3.0])
+def test_pasting_is_exact_outside_the_ramp(edit, task, feather):
+    # Without compositing in latents every pixel outside the mask is the model's own: only pasting can restore it.
+    result = edit(policy="half", feather=feather).pixels[0]
+    outside = (kv.masks.feather(task.mask[:1, 0], feather) == 0)[0].expand_as(result)
+    assert outside.any()
+    assert torch.equal(result[outside], task.source[0][outside])
+    bare = edit(policy="half", composite=False).pixels[0]
+    assert not torch.equal(bare[outside], task.source[0][outside])
+    inside = task.mask[0].expand_as(result) == 1
+    assert torch.equal(result[inside], edit(policy="half", paste=False).pixels[0][inside])
+
+
+def test_off_is_the_model_alone(edit, video, task):
+    result = edit(policy="off", seed=4)
+    sigmas = video.sigmas(STEPS)
+    prompts = {"cond": video.prompt(task.prompts[0]), "uncond": video.prompt(""), "cond_scale": video.cfg_scale}
+    with torch.inference_mode():
+        x = start_noise(task.source[:1], 4) * sigmas[0]
+        bare = samplers.dpmpp_2m(kv.CFGDenoiser(video.denoiser), x, sigmas, extra_args=prompts, disable=True)
+    assert torch.equal(result.pixels, bare.clamp(-1, 1))
+
+
+BAD = {
+    "mask of another size": ({"mask": torch.eye(20)}, MaskError, "20 x 20.*masks.resize"),
+    "mask of other frames": ({"mask": torch.ones(5, 32, 32)}, MaskError, "mask has 5 frames; expected 8"),
+    "nothing to edit": ({"mask": torch.zeros(32, 32)}, MaskError, "0 everywhere: nothing to edit"),
+    "nothing to keep": ({"mask": torch.ones(32, 32)}, MaskError, "1 everywhere.*polarity"),
+    "clip with NaN": ({"clip": torch.full((3, 8, 32, 32), float("nan"))}, SourceError, "NaN or inf"),
+    "clip of another size": ({"clip": torch.zeros(3, 8, 48, 64)}, SourceError, r"read_clip\(path, frames=8"),
+    "clip of other frames": ({"clip": torch.zeros(3, 5, 32, 32)}, SourceError, "this model edits"),
+    "clip without frames": ({"clip": torch.zeros(3, 32, 32)}, SourceError, "this model edits"),
+    "unknown word": ({"prompt": "a red squirrel"}, KVLockError, "does not know the word 'squirrel'.*square"),
+    "too many prompts": ({"prompt": ["a red circle"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
+    "too many seeds": ({"seed": [1, 2]}, SourceError, "2 entries for 1 clips"),
+    "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "Did you mean dpmpp_2m"),
+    "no steps": ({"steps": 0}, SamplerError, "n >= 1"),
+    "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
+    "policy of another shape": (
+        {"policy": kv.stateless(lambda obs: kv.Control(torch.zeros(2, 9), obs.cfg_scale))},
+        PolicyError,
+        r"shape \(2, 9\)",
+    ),
+    "model that is not there": ({"model": "no/such/folder"}, KVLockError, "no model at 'no/such/folder'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_with_the_fix(edit, name):
+    change, error, message = BAD[name]
+    with pytest.raises(error, match=f"(?s){message}"):
+        edit(**change)
+
+
+def test_a_model_without_attention_says_what_to_pass(edit, video):
+    class Other:
+        frames, size, cfg_scale = video.frames, video.size, 3.0
+        encode, decode, prompt, sigmas = video.encode, video.decode, video.prompt, video.sigmas
+        denoiser = staticmethod(lambda x, sigma, cond: x / (1 + sigma.view(-1, 1, 1, 1, 1)))
+
+    with pytest.raises(KVLockError, match="SdpaSites"):
+        edit(model=Other(), policy="half")
+    assert torch.isfinite(edit(model=Other(), policy="off").pixels).all()

@@ -31,12 +31,12 @@ benchmark-edits: $(READY)  ## the table of edits in README.md
 # torch goes first and alone, so that what comes after finds it there and leaves it alone.
 $(READY): pyproject.toml constraints.txt
 	@set -e; \
-	fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= ('$$2'))' 2>/dev/null; }; \
+	fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, int(sys.argv[1])))' $$2 2>/dev/null; }; \
 	python=; \
 	for candidate in $(PYTHON) python3.12 python3.11; do \
-	  if fits $$candidate "3, 12"; then python=$$candidate; break; fi; \
+	  if fits $$candidate 12; then python=$$candidate; break; fi; \
 	done; \
-	if [ -z "$$python" ] && fits $(PYTHON) "3, 99"; then \
+	if [ -z "$$python" ] && fits $(PYTHON) 99; then \
 	  python=$(PYTHON); \
 	  echo "note: k-diffusion cannot be installed on $$($$python --version), so there are no samplers by name;" \
 	    "python3.12 or python3.11 was not found." >&2; \

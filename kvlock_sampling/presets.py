@@ -25,6 +25,7 @@ from .policy import Policy, Wrapper
 from .policy.fields import flag, number
 from .policy.table import from_table, nearest, to_table
 from .types import PolicyError
+from .variance.curve import ThresholdCurve
 
 _ADVICE = ("threshold", "cfg_floor", "rescale", "estimator")
 
@@ -33,13 +34,14 @@ _ADVICE = ("threshold", "cfg_floor", "rescale", "estimator")
 class Preset(Wrapper):
     """A policy together with advice on how to measure; used in place of the policy, it acts exactly as that does.
 
-    policy: the policy. threshold: variance at risk 1, > 0, in the estimator's units; None = the calibrated one.
+    policy: the policy. threshold: variance at risk 1, > 0, in the estimator's units: a number, or a curve over sigma
+        (in TOML a table of `sigmas` and `values`); None = the estimator's own.
     cfg_floor: lower bound of a scheduled cfg_scale; None = the lock's default. rescale: s*-rescaled guidance, or None.
     estimator: `type` and settings of the estimator as (key, value) pairs, `dict(preset.estimator)`; () = the default.
     Raises PolicyError for advice that cannot be meant.
     """
 
-    threshold: float | None = None
+    threshold: float | ThresholdCurve | None = None
     cfg_floor: float | None = None
     rescale: bool | None = None
     estimator: tuple[tuple[str, Any], ...] = ()
@@ -48,7 +50,10 @@ class Preset(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number(self, "threshold", above=0.0, optional=True)
+        if isinstance(self.threshold, Mapping):
+            object.__setattr__(self, "threshold", _curve(self.threshold))
+        if not isinstance(self.threshold, ThresholdCurve):
+            number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
         if self.rescale is not None:
             flag(self, "rescale")
@@ -127,7 +132,10 @@ def to_toml(policy: Policy) -> str:
     if not isinstance(policy, Preset):
         return _table_text(to_table(policy), "policy")
     advice = {key: value for key in _ADVICE[:3] if (value := getattr(policy, key)) is not None}
+    curve = advice.pop("threshold") if isinstance(policy.threshold, ThresholdCurve) else None
     parts = [_table_text(advice, "")] if advice else []
+    if curve is not None:
+        parts.append(_table_text({"sigmas": curve.sigmas, "values": curve.values}, "threshold"))
     if policy.estimator:
         parts.append(_table_text(_thawed(policy.estimator), "estimator"))
     return "\n".join([*parts, _table_text(to_table(policy.policy), "policy")])
@@ -172,6 +180,19 @@ def _classes(policy: Policy) -> str:
         return _classes(policy.policy)
     inner = f"({_classes(policy.policy)})" if isinstance(policy, Wrapper) else ""
     return type(policy).__name__ + inner
+
+
+def _curve(table: Mapping[str, Any]) -> ThresholdCurve:
+    """A curve from a TOML table."""
+    if set(table) != {"sigmas", "values"}:
+        raise PolicyError(
+            f"threshold has the keys {', '.join(table)}; a curve has sigmas and values, e.g.\n"
+            "  [threshold]\n  sigmas = [10.0, 1.0, 0.1]\n  values = [0.001, 0.01, 0.02]"
+        )
+    try:
+        return ThresholdCurve(tuple(table["sigmas"]), tuple(table["values"]))
+    except (TypeError, ValueError) as error:  # EstimatorError is a ValueError
+        raise PolicyError(f"threshold: {error}") from None
 
 
 def _frozen(value: Any) -> Any:

@@ -6,9 +6,26 @@ import math
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from kvlock_sampling.types import EstimatorError
-from kvlock_sampling.variance.calibration import ThresholdCurve, reference_bands, roc_cut, threshold_curve
+import kvlock_sampling as kv
+from kvlock_sampling.calibrate import folder, scenes
+from kvlock_sampling.cli import app
+from kvlock_sampling.presets import Preset
+from kvlock_sampling.tiny import load
+from kvlock_sampling.types import EstimatorError, PolicyError
+from kvlock_sampling.variance import (
+    Held,
+    Max,
+    RenoiseVariance,
+    Sparse,
+    TrajectoryVariance,
+    estimator_table,
+    make_estimator,
+)
+from kvlock_sampling.variance.calibration import reference_bands, roc_cut, threshold_curve
+from kvlock_sampling.variance.curve import ThresholdCurve
+from kvlock_sampling.video import write_clip
 
 
 def test_a_curve_is_a_power_law_between_its_points_and_flat_beyond():
@@ -60,3 +77,65 @@ def test_ties_are_cut_together():
     cut = roc_cut([1.0, 1.0, 1.0, 0.0], [True, False, True, False])
     assert cut.true_positive_rate == 1.0
     assert cut.false_positive_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True),
+        RenoiseVariance(passes=1, seeds=(1, 2)),
+        Held(Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3))),
+        Max((TrajectoryVariance(), RenoiseVariance())),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_estimators_survive_a_preset(estimator, tmp_path):
+    assert make_estimator(estimator_table(estimator)) == estimator
+    preset = Preset(
+        kv.Linear(),
+        threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02)),
+        estimator=estimator_table(estimator),
+    )
+    assert kv.load_policy(kv.to_toml(preset)) == preset
+    lock = kv.KVLock(lambda x, sigma: x, policy=preset)
+    assert lock.estimator == estimator
+    assert lock.threshold(1.0) == pytest.approx(math.sqrt(0.001 * 0.02))
+
+
+def test_a_bad_curve_in_a_preset_is_explained():
+    with pytest.raises(PolicyError, match="a curve has sigmas and values"):
+        kv.load_policy("[threshold]\nsigma = [1.0]\n[policy]\ntype = 'Linear'\n")
+    with pytest.raises(PolicyError, match="sigmas falling"):
+        kv.load_policy("[threshold]\nsigmas = [1.0, 2.0]\nvalues = [1.0, 2.0]\n[policy]\ntype = 'Linear'\n")
+
+
+def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
+    target = tmp_path / "mine.toml"
+    runner = CliRunner()
+    arguments = ["calibrate", "-o", str(target), "--clips", "4", "--steps", "6", "--policy", "threshold"]
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    preset = kv.load_policy(target)
+    assert isinstance(preset, Preset)
+    assert isinstance(preset.policy, kv.Threshold)
+    assert isinstance(preset.threshold, ThresholdCurve)
+    again = runner.invoke(app, [*arguments[:-1], "nosuch"])
+    assert again.exit_code == 2
+    empty = runner.invoke(app, ["calibrate", "-o", str(tmp_path / "b.toml"), "--clips", str(tmp_path)])
+    assert empty.exit_code == 2
+    assert "no clips" in empty.output
+    assert not (tmp_path / "b.toml").exists()
+
+
+def test_calibrating_on_a_folder(tmp_path):
+    video, example = load(), scenes(1)[0]
+    write_clip(tmp_path / "a.mp4", example.clip, scale=4)
+    write_clip(tmp_path / "a.mask.mp4", (example.mask * 2 - 1).expand(3, -1, -1, -1), scale=4)
+    with pytest.raises(kv.KVLockError, match=r"a.mp4 needs a.mask.png .* and a.txt"):
+        folder(tmp_path, video)
+    (tmp_path / "a.txt").write_text(example.prompt)
+    found = folder(tmp_path, video)
+    assert len(found) == 1
+    assert found[0].prompt == example.prompt
+    assert (found[0].mask - example.mask).abs().mean() < 0.02
+    assert (found[0].clip - example.clip).abs().mean() < 0.05

@@ -13,7 +13,7 @@ from .gap import GuidanceGap
 from .posterior import PosteriorVariance
 from .renoise import RenoiseVariance
 from .sparse import Sparse
-from .table import ESTIMATORS, make_estimator
+from .table import ESTIMATORS, estimator_table, make_estimator
 from .trajectory import TrajectoryVariance
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TrajectoryVariance",
     "Weighted",
     "dropout_hooks",
+    "estimator_table",
     "make_estimator",
     "masked_mean",
 ]

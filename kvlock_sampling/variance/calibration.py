@@ -7,42 +7,16 @@ curve over sigma does not. Where failures are labelled, the cut is chosen on the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from ..types import EstimatorError
-
-
-@dataclass(frozen=True)
-class ThresholdCurve:
-    """A threshold per noise level, interpolated linearly in log sigma and log threshold, constant beyond the ends.
-
-    sigmas: falling noise levels > 0.  values: thresholds > 0 at these levels, in the estimator's own units.
-    """
-
-    sigmas: tuple[float, ...]
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
-        object.__setattr__(self, "values", tuple(float(v) for v in self.values))
-        good = len(self.sigmas) == len(self.values) > 0
-        good = good and all(s > 0 and math.isfinite(s) for s in (*self.sigmas, *self.values))
-        if not good or any(b >= a for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
-            raise EstimatorError(
-                f"ThresholdCurve with {len(self.sigmas)} sigmas and {len(self.values)} values; expected as many of "
-                "each, all above 0, sigmas falling, e.g. ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
-            )
-
-    def __call__(self, sigma: float) -> float:
-        """The threshold at one noise level."""
-        levels = np.log(self.sigmas[::-1])
-        return float(np.exp(np.interp(math.log(max(sigma, 1e-12)), levels, np.log(self.values[::-1]))))
+from .curve import ThresholdCurve
 
 
 class Band(NamedTuple):
@@ -52,7 +26,7 @@ class Band(NamedTuple):
     quantile: float
     low: float
     high: float
-    count: int
+    measurements: int
 
 
 def reference_bands(
@@ -80,7 +54,7 @@ def reference_bands(
     logs = np.log(points[:, 0])
     edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
     found = []
-    for low_edge, high_edge in zip(edges[:-1], edges[1:], strict=True):
+    for low_edge, high_edge in itertools.pairwise(edges):
         inside = points[(logs >= low_edge) & (logs < high_edge)]
         if not len(inside):
             continue

@@ -97,3 +97,29 @@ def _table(settings: Any) -> dict[str, Any] | None:
 def _nearest(word: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def estimator_table(estimator: Estimator) -> dict[str, Any]:
+    """The table of a built-in estimator, settings that differ from the default only:
+    `make_estimator(estimator_table(e)) == e`. Limits that are off are written as 0, for TOML has no null.
+
+    Raises:
+        EstimatorError: an estimator that is code.
+    """
+    name = type(estimator).__name__
+    if ESTIMATORS.get(name) is not type(estimator):
+        raise EstimatorError(
+            f"{name} is not a built-in estimator, so it has no table; name one of {', '.join(ESTIMATORS)}."
+        )
+    table: dict[str, Any] = {"type": name}
+    for field in dataclasses.fields(estimator):  # type: ignore[arg-type]
+        value = getattr(estimator, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, Estimator):
+            value = estimator_table(value)
+        elif isinstance(value, (list, tuple)):
+            value = [estimator_table(v) if isinstance(v, Estimator) else v for v in value]
+        table[field.name] = 0 if value is None else value
+    # As TOML orders them: plain settings first, tables last.
+    return dict(sorted(table.items(), key=lambda item: isinstance(item[1], dict)))

@@ -1,0 +1,569 @@
+"""Every estimator and combinator: the public suite, exact values, and runs through the lock."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import kvlock_sampling as kv
+from kvlock_sampling import samplers
+from kvlock_sampling.presets import load_policy
+from kvlock_sampling.testing import GaussianDenoiser, check_estimator
+from kvlock_sampling.testing.estimator import CheckModel
+from kvlock_sampling.types import EstimatorError, Evaluation
+from kvlock_sampling.variance import (
+    ESTIMATORS,
+    DropoutVariance,
+    Estimator,
+    GuidanceGap,
+    Held,
+    Max,
+    Mean,
+    PosteriorVariance,
+    RenoiseVariance,
+    SolverDisagreement,
+    Sparse,
+    TrajectoryVariance,
+    Weighted,
+    dropout_hooks,
+    make_estimator,
+    masked_mean,
+)
+
+PATCH = (1, 2, 2)
+
+BUILT_IN: list[Estimator] = [
+    TrajectoryVariance(),
+    TrajectoryVariance(window=4, patch=PATCH),
+    TrajectoryVariance(window=None, span=8.0, normalise=True),
+    TrajectoryVariance(window=None, normalise=True, integral=True, patch=PATCH),
+    RenoiseVariance(),
+    RenoiseVariance(passes=3, around="mean", patch=PATCH),
+    RenoiseVariance(passes=1, region_only=True),
+    PosteriorVariance(),
+    PosteriorVariance(probes=3, method="finite"),
+    DropoutVariance(),
+    DropoutVariance(passes=2, rate=0.5, patch=PATCH),
+    SolverDisagreement(),
+    SolverDisagreement(order=1, normalise=False, patch=PATCH),
+    GuidanceGap(),
+    GuidanceGap(of="latents", patch=PATCH),
+    Sparse(RenoiseVariance(), sigmas=(2.0, 0.3)),
+    Sparse(PosteriorVariance(), every=3, below=4.0),
+    Sparse(TrajectoryVariance(), below=2.0, above=0.1),
+    Held(Sparse(DropoutVariance(), every=4)),
+    Max((TrajectoryVariance(), Held(Sparse(RenoiseVariance(), every=2)))),
+    Mean((SolverDisagreement(patch=PATCH), GuidanceGap())),
+    Weighted((RenoiseVariance(), PosteriorVariance()), thresholds=(0.1, 0.2), weights=(1.0, 3.0)),
+]
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN, ids=[f"{i}-{type(e).__name__}" for i, e in enumerate(BUILT_IN)])
+def test_the_public_suite(estimator):
+    check_estimator(estimator)
+
+
+def test_everything_registered_is_tested():
+    def names(estimator):
+        inner = [getattr(estimator, "estimator", None), *getattr(estimator, "estimators", ())]
+        return {type(estimator).__name__}.union(*(names(e) for e in inner if e is not None))
+
+    assert set().union(*map(names, BUILT_IN)) == set(ESTIMATORS)
+
+
+@given(st.sampled_from([e for e in BUILT_IN if e.cost <= 1]), st.integers(1, 4), st.integers(0, 2**31), st.data())
+@settings(max_examples=25, deadline=None)
+def test_any_run_replays_from_any_state(estimator, batch, seed, data):
+    """Random noise levels, up and down, each continued from a state of a higher level: the answers repeat."""
+    g = torch.Generator().manual_seed(seed)
+    model = CheckModel()
+    x = torch.randn(batch, 4, 2, 4, 4, generator=g)
+    levels = data.draw(st.lists(st.floats(0.05, 8.0), min_size=2, max_size=8, unique=True))
+    falling = sorted(levels, reverse=True)
+
+    def play(state, sigmas):
+        states, out = [state], []
+        for sigma in sigmas:
+            denoised = model(x * sigma, sigma)
+            state, variance = estimator.step(state, Evaluation(sigma, x * sigma, denoised, None, model, denoised * 0.9))
+            states.append(state)
+            out.append(variance)
+        return states, out
+
+    states, out = play(estimator.init(), falling)
+    assert all(v is None or (bool(v.isfinite().all()) and float(v.min()) >= 0) for v in out)
+    cut = data.draw(st.integers(0, len(levels) - 1))
+    again = play(states[cut], falling[cut:])[1]
+    for a, b in zip(again, out[cut:], strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+# -- what the suite catches -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broken(Estimator):
+    rule: Any
+    price: float = 0.0
+    calls: list[int] = field(default_factory=list)
+
+    @property
+    def cost(self):
+        return self.price
+
+    def step(self, state, evaluation):
+        self.calls.append(1)
+        return self.rule(self, state, evaluation)
+
+
+@dataclass
+class Melting(Estimator):
+    def step(self, state, evaluation):
+        return state, masked_mean(evaluation.x**2, None)
+
+
+def squares(e):
+    return masked_mean(e.denoised.float().square(), e.mask)
+
+
+BROKEN = [
+    ("not frozen", Melting(), r"Melting can be changed(.|\n)*frozen=True"),
+    ("no pair", Broken(lambda s, st, e: squares(e)), r"returned Tensor; expected \(state, variance\)"),
+    ("a float", Broken(lambda s, st, e: (st, 0.5)), r"returned 0\.5; expected a tensor"),
+    ("a scalar", Broken(lambda s, st, e: (st, squares(e).mean())), r"shape \(\); expected \(batch,\) = \(3,\)"),
+    ("negative", Broken(lambda s, st, e: (st, -squares(e))), r"expected finite numbers >= 0"),
+    ("nan", Broken(lambda s, st, e: (st, squares(e) * math.nan)), r"nan(.|\n)*expected finite"),
+    ("half", Broken(lambda s, st, e: (st, e.x.bfloat16().flatten(1).square().mean(1))), r"expected float32"),
+    ("coupled", Broken(lambda s, st, e: (st, squares(e) / squares(e).sum())), r"alone and(.|\n)*batch of 3"),
+    ("random", Broken(lambda s, st, e: (st, torch.rand(len(e.x)))), r"two answers to one question"),
+    ("memory", Broken(lambda s, st, e: (st, squares(e) * len(s.calls))), r"two answers(.|\n)*must be in the state"),
+    ("in place", Broken(lambda s, st, e: (st, masked_mean(e.x.square_().float(), None))), r"changed the evaluation"),
+    ("silent", Broken(lambda s, st, e: (st, None)), r"None at all 12 evaluations"),
+    ("dear", Broken(lambda s, st, e: (st, masked_mean(e.probe(e.x, e.sigma) ** 2, None))), r"1 times(.|\n)*cost is 0"),
+    ("cheap", Broken(lambda s, st, e: (st, squares(e)), price=2.0), r"0 times(.|\n)*cost is 2"),
+    ("rows", Broken(lambda s, st, e: (st, squares(e) + e.probe(e.x[:1], 1.0).sum())), r"probed \(1, 4, 2, 4, 4\)"),
+    ("crash", Broken(lambda s, st, e: (st, e.noise)), r"raised AttributeError(.|\n)*latents of shape \(3, 4"),
+    ("no estimator", TrajectoryVariance, r"is not an Estimator"),
+    ("no price", Broken(lambda s, st, e: (st, squares(e)), price=-1.0), r"cost is -1"),
+]
+
+
+@pytest.mark.parametrize(("estimator", "words"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_broken_estimators_are_caught(estimator, words):
+    with pytest.raises(EstimatorError, match=words):
+        check_estimator(estimator)
+
+
+# -- exact values -----------------------------------------------------------------------------------------------------
+
+
+def refuse(x, sigma):
+    raise AssertionError("this estimator must not evaluate the model")
+
+
+def feed(estimator, sigmas, predictions, mask=None, **more):
+    state, out = estimator.init(), []
+    for sigma, prediction in zip(sigmas, predictions, strict=True):
+        given = Evaluation(sigma, prediction, prediction, mask, refuse, **more)
+        state, variance = estimator.step(state, given)
+        out.append(variance)
+    return out
+
+
+def along_the_flow(estimator, steps, sampler="euler", seed=0):
+    """The last variance of a run on an analytic denoiser."""
+    model = GaussianDenoiser(mean=torch.linspace(-1, 1, 64), std=0.5)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) * 10
+    policy = kv.Clamped(kv.Linear(), lock=(0.0, 0.0))
+    lock = kv.KVLock(model, policy=policy, estimator=estimator)
+    lock.sample(sampler, x, samplers.get_sigmas_karras(steps, 0.05, 10.0), seed=1)
+    return lock.trace.steps[-1].variance
+
+
+def exact_flow(estimator, steps):
+    """The last variance along the exact deterministic trajectory of a Gaussian, seen at `steps` noise levels."""
+    model = GaussianDenoiser(mean=torch.linspace(-1, 1, 64), std=0.5).double()
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).double() * 10
+    sigmas = samplers.get_sigmas_karras(steps, 0.05, 10.0)[:-1].double().tolist()
+    predictions = []
+    for sigma in sigmas:
+        shrunk = ((0.25 + sigma**2) / (0.25 + sigmas[0] ** 2)) ** 0.5
+        predictions.append(model(model.mean + (x - model.mean) * shrunk, sigma))
+    return feed(estimator, sigmas, predictions)[-1]
+
+
+PLAIN = TrajectoryVariance(window=None, normalise=True)
+INTEGRAL = TrajectoryVariance(window=None, normalise=True, integral=True)
+
+
+def test_the_integral_converges_to_second_order():
+    limit = exact_flow(INTEGRAL, 400)
+    errors = {n: float((exact_flow(INTEGRAL, n) / limit - 1).abs().max()) for n in (20, 50, 100)}
+    assert errors[20] < 0.02, errors
+    assert errors[50] < errors[20] / 4, errors
+    assert errors[100] < errors[20] / 16, errors
+    assert float(exact_flow(PLAIN, 20)[0] / exact_flow(PLAIN, 100)[0]) > 5
+
+
+@pytest.mark.parametrize(("sampler", "allowed"), [("euler", 0.3), ("dpmpp_2m", 0.1), ("heun", 0.05)])
+def test_the_integral_does_not_depend_on_the_number_of_steps(sampler, allowed):
+    """What is left is the sampler's own error; the plain sum falls by the factor 5 of the steps from 20 to 100."""
+    limit = exact_flow(INTEGRAL, 400).float()
+    for steps in (20, 50, 100):
+        error = float((along_the_flow(INTEGRAL, steps, sampler) / limit - 1).abs().max())
+        assert error < allowed * 20 / steps, (steps, error)
+    assert float(along_the_flow(PLAIN, 20, sampler)[0] / along_the_flow(PLAIN, 100, sampler)[0]) > 4
+
+
+def test_the_integral_is_the_integral():
+    """x0-hat = sigma^2 has |d x0-hat / d log sigma|^2 / sigma^2 = 4 sigma^2, whose integral over log sigma is known."""
+    sigmas = torch.linspace(math.log(4.0), math.log(0.5), 200).exp().tolist()
+    out = feed(INTEGRAL, sigmas, [torch.full((1, 3), s**2) for s in sigmas])
+    assert float(out[-1]) == pytest.approx(2 * (4.0**2 - 0.5**2), rel=1e-3)
+
+
+def test_under_a_stochastic_sampler_the_plain_sum_is_the_stable_one():
+    plain, integral = (
+        [float(along_the_flow(e, n, "euler_ancestral").mean()) for n in (50, 200)] for e in (PLAIN, INTEGRAL)
+    )
+    assert 0.6 < plain[0] / plain[1] < 1.6
+    assert integral[1] / integral[0] > 2
+
+
+def test_a_line_in_log_sigma_is_no_disagreement():
+    sigmas = [8.0, 5.0, 2.0, 1.5, 0.3]
+    line = [torch.full((2, 4), 3 - 2 * math.log(s)) for s in sigmas]
+    out = feed(SolverDisagreement(), sigmas, line)
+    assert out[:2] == [None, None]
+    assert all(float(v.max()) < 1e-10 for v in out[2:])
+    first = feed(SolverDisagreement(order=1, normalise=False), sigmas, line)
+    assert first[0] is None
+    assert float(first[1][0]) == pytest.approx((2 * math.log(8 / 5)) ** 2, rel=1e-5)
+    bent = feed(SolverDisagreement(), [4.0, 2.0, 1.0], [torch.full((1, 1), v) for v in (0.0, 1.0, 5.0)])
+    assert float(bent[2]) == pytest.approx(9.0)  # 5 against 2 expected, at sigma 1
+
+
+def test_the_gap_is_that_of_the_predicted_noise():
+    x, uncond = torch.full((1, 4), 3.0), torch.full((1, 4), 1.0)
+    evaluation = Evaluation(2.0, x, torch.full((1, 4), 2.0), None, refuse, uncond)
+    assert float(GuidanceGap().step(None, evaluation)[1]) == pytest.approx(0.25)  # 1^2 / (3 - 1)^2
+    assert float(GuidanceGap(of="latents").step(None, evaluation)[1]) == pytest.approx(1.0)
+    assert GuidanceGap().step(None, evaluation._replace(uncond=None)) == (None, None)
+    assert not GuidanceGap().step(None, evaluation._replace(uncond=evaluation.denoised))[1].any()
+
+
+def test_a_local_estimator_agrees_with_the_mean_of_its_tokens():
+    g = torch.Generator().manual_seed(0)
+    predictions = torch.randn(5, 2, 3, 2, 4, 4, generator=g)
+    sigmas = [8.0, 4.0, 2.0, 1.0, 0.5]
+    for whole, local in (
+        (TrajectoryVariance(window=3), TrajectoryVariance(window=3, patch=PATCH)),
+        (SolverDisagreement(), SolverDisagreement(patch=PATCH)),
+    ):
+        per_token = feed(local, sigmas, predictions)[-1]
+        assert per_token.shape == (2, 8)
+        torch.testing.assert_close(per_token.mean(1), feed(whole, sigmas, predictions)[-1])
+    moved = [torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 3, 2, 4, 4)]
+    moved[1][0, :, 1, 2:, :2] = 1  # frame 1, lower left: token 4 + 2
+    local = feed(TrajectoryVariance(patch=PATCH), [2.0, 1.0], moved)[-1]
+    assert local[0].nonzero().flatten().tolist() == [6]
+    with pytest.raises(EstimatorError, match="whole patches"):
+        feed(TrajectoryVariance(patch=(1, 3, 3)), [2.0, 1.0], moved)
+    for bad in ((1, 2), (0, 1, 1), 2, "122"):
+        with pytest.raises(EstimatorError, match="patch="):
+            TrajectoryVariance(patch=bad)
+
+
+def test_region_only_leaves_the_background_as_the_sampler_has_it():
+    seen = []
+
+    def probe(x, sigma):
+        seen.append(x)
+        return x * 0.5
+
+    g = torch.Generator().manual_seed(0)
+    x, denoised = torch.randn(2, 2, 4, 1, 3, 3, generator=g)
+    mask = torch.zeros(2, 1, 1, 3, 3)
+    mask[..., 1, 1] = 1
+    RenoiseVariance(passes=2, region_only=True).step(0, Evaluation(1.0, x, denoised, mask, probe))
+    RenoiseVariance(passes=2).step(0, Evaluation(1.0, x, denoised, mask, probe))
+    inside = mask.bool().expand_as(x).repeat(2, 1, 1, 1, 1)
+    assert torch.equal(seen[0][~inside], x.repeat(2, 1, 1, 1, 1)[~inside])
+    assert torch.equal(seen[0][inside], seen[1][inside])
+
+
+# -- when and how many ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Level(Estimator):
+    """Says the noise level, times a factor."""
+
+    factor: float = 1.0
+    default_threshold: float = 2.0
+
+    def init(self):
+        return 0
+
+    def step(self, state, evaluation):
+        return state + 1, torch.full((len(evaluation.x),), evaluation.sigma * self.factor)
+
+
+def heard(estimator, sigmas):
+    one = torch.zeros(2, 3)
+    return [None if v is None else round(float(v[0]), 6) for v in feed(estimator, sigmas, [one] * len(sigmas))]
+
+
+FALL = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ({"sigmas": (3.0, 0.5)}, [2.0, 0.5]),
+        ({"sigmas": (3.0, 2.5, 0.01)}, [2.0]),
+        ({"sigmas": [100.0]}, [8.0]),
+        ({"sigmas": 1.0}, [1.0]),
+        ({"every": 1}, FALL),
+        ({"every": 2}, [8.0, 2.0, 0.5]),
+        ({"every": 2, "below": 4.0}, [4.0, 1.0, 0.25]),
+        ({"below": 2.0, "above": 0.5}, [2.0, 1.0, 0.5]),
+        ({"sigmas": (3.0, 0.5), "below": 1.0}, [0.5]),
+    ],
+)
+def test_sparse_measures_where_it_was_told(settings, measured):
+    found = heard(Sparse(Level(), **settings), FALL)
+    assert [v for v in found if v is not None] == measured
+    assert all(v is None or v == s for v, s in zip(found, FALL, strict=True))
+    held, last = heard(Held(Sparse(Level(), **settings)), FALL), None
+    for a, b in zip(found, held, strict=True):
+        last = last if a is None else a
+        assert b == last
+
+
+def test_a_level_repeated_is_not_new():
+    assert heard(Sparse(Level(), every=2), [4.0, 4.0, 2.0, 2.0, 1.0]) == [4.0, None, None, None, 1.0]
+
+
+def test_several_are_compared_in_units_of_risk():
+    parts = (Level(), Level(factor=4.0))
+    assert heard(Max(parts), [2.0]) == [4.0]
+    assert heard(Mean(parts), [2.0]) == [2.5]
+    assert heard(Weighted(parts, weights=(3, 1)), [2.0]) == [1.75]
+    assert heard(Weighted(parts), [2.0]) == [2.5]
+    assert heard(Max(parts, thresholds=(1.0, 8.0)), [2.0]) == [2.0]
+    assert Max(parts).default_threshold == 1.0
+    pausing = (Level(), Sparse(Level(factor=4.0), sigmas=(1.0,)))
+    assert heard(Weighted(pausing, weights=(1.0, 1.0)), [2.0, 1.0]) == [1.0, 1.25]
+    assert heard(Max((Sparse(Level(), sigmas=(1.0,)),)), [2.0, 1.0]) == [None, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Sparse(Level()), "no noise levels chosen"),
+        (lambda: Sparse(Level(), sigmas=(1.0,), every=2), "not both"),
+        (lambda: Sparse(Level(), sigmas=(-1.0,)), "noise levels > 0"),
+        (lambda: Sparse(Level(), every=0), "whole number"),
+        (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
+        (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\)\)"),
+        (lambda: Max(()), "several estimators"),
+        (lambda: Max(Level()), r"Max\(\(a, b\)\)"),
+        (lambda: Mean((Level(), 3)), "expected an estimator"),
+        (lambda: Max((Level(),), thresholds=(1.0, 2.0)), "each of 1 parts"),
+        (lambda: Weighted((Level(),), weights=(0.0,)), "above 0"),
+        (lambda: SolverDisagreement(order=3), "order=3"),
+        (lambda: GuidanceGap(of="eps"), '"noise" or "latents"'),
+        (lambda: DropoutVariance(passes=1), "passes=4"),
+        (lambda: DropoutVariance(rate=1.0), "rate=0.1"),
+        (lambda: TrajectoryVariance(integral=True), "normalise=True, integral=True"),
+    ],
+)
+def test_settings_are_checked(make, words):
+    with pytest.raises(EstimatorError, match=words):
+        make()
+
+
+# -- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_only_inside_and_in_this_thread():
+    model, x = CheckModel(), torch.randn(2, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    plain = model(x, 1.0)
+    others: list[torch.Tensor] = []
+    with pytest.raises(KeyError), dropout_hooks(model, 0.5, seed=1):  # noqa: PT012
+        first = model(x, 1.0)
+        assert not torch.equal(first, plain)
+        assert torch.equal(model(x[1:], 1.0), first[1:])  # one network for all clips
+        with dropout_hooks(model, 0.5, seed=2):
+            assert not torch.equal(model(x, 1.0), first)
+        assert torch.equal(model(x, 1.0), first)
+        thread = threading.Thread(target=lambda: others.append(model(x, 1.0)))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert torch.equal(others[0], plain)
+    assert torch.equal(model(x, 1.0), plain)
+    assert not any(m._forward_hooks for m in model.modules())
+    with dropout_hooks(model, 0.5, seed=1):
+        assert torch.equal(model(x, 1.0), first)
+    with dropout_hooks(model, 0.0, seed=1):
+        assert torch.equal(model(x, 1.0), plain)
+
+
+def test_dropout_has_the_variance_of_its_rate():
+    """One linear layer of ones: an output unit is 0 or 1 / (1 - rate), variance rate / (1 - rate)."""
+    model = nn.Sequential(nn.Linear(1, 20_000, bias=False))
+    model[0].weight.data.fill_(1.0)
+    estimator = DropoutVariance(passes=8, rate=0.2, select=r"0$", model=model)
+
+    def probe(x, sigma):
+        return model(x[:, :1])
+
+    x = torch.ones(2, 20_000)
+    _, variance = estimator.step(0, Evaluation(1.0, x, x, None, probe))
+    torch.testing.assert_close(variance, torch.full((2,), 0.25), rtol=0.03, atol=0)
+
+
+def test_dropout_finds_the_layers_of_known_models(setup):
+    from kvlock_sampling.variance.dropout_hooks import RESIDUAL, droppable
+
+    assert sorted(n.split("transformer.")[1] for n in droppable(setup.model)) == sorted(
+        f"blocks.{i}.{n}" for i in range(2) for n in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
+    )
+    for name in ("blocks.3.self_attn.o", "blocks.0.ffn.2", "double_blocks.1.img_attn_proj", "layers.2.mlp.fc2",
+                 "single_transformer_blocks.9.proj_out", "transformer_blocks.0.attn.to_add_out"):  # fmt: skip
+        assert re.search(RESIDUAL, "." + name), name
+    for name in ("proj_out", "blocks.0.attn1.to_q", "condition_embedder.time_embedder.linear_2", "head.2"):
+        assert not re.search(RESIDUAL, "." + name), name
+    with pytest.raises(EstimatorError, match=r"Its linear layers: 0(.|\n)*regular expression"):
+        droppable(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_dropout_without_a_model_says_so():
+    x = torch.zeros(1, 2)
+    with pytest.raises(EstimatorError, match="KVLock"):
+        DropoutVariance().step(0, Evaluation(1.0, x, x, None, refuse))
+    with pytest.raises(EstimatorError, match="no torch module"):
+        DropoutVariance().bound([])
+    with pytest.raises(EstimatorError, match="linear layer"):
+        kv.KVLock(GaussianDenoiser(), estimator=DropoutVariance())
+
+
+# -- through the lock -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        PosteriorVariance(),
+        DropoutVariance(passes=2),
+        Held(Sparse(RenoiseVariance(passes=1, region_only=True), sigmas=(1.0, 0.3))),
+        Max((SolverDisagreement(), GuidanceGap())),
+        TrajectoryVariance(patch=PATCH),
+        SolverDisagreement(patch=PATCH),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_it_runs_on_a_transformer_and_clips_stay_apart(pair, estimator, batched):
+    policy = kv.Linear()
+    runs = []
+    for rows in (slice(None), slice(1, 2)):
+        lock = kv.KVLock(
+            pair.model,
+            source=pair.source[rows],
+            mask=pair.mask[rows],
+            policy=policy,
+            estimator=estimator,
+            batched=batched,
+        )
+        out = lock.sample("euler", pair.x[rows], pair.sigmas, extra_args={**pair.cfg, "cond": pair.cond[rows],
+                                                                        "uncond": pair.uncond[rows]})  # fmt: skip
+        assert out.isfinite().all()
+        runs.append([s.variance[-1:] for s in lock.trace.steps])
+    measured = [v for v in runs[0] if not v.isnan().any()]
+    assert measured
+    assert all(float(v.min()) >= 0 for v in measured)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6, equal_nan=True)
+    assert not any(m._forward_hooks for m in pair.model.modules())
+
+
+def test_probes_are_counted(setup):
+    def passes(estimator):
+        lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        return lock.trace.evaluations, len(lock.trace)
+
+    base, calls = passes(TrajectoryVariance())
+    assert passes(DropoutVariance(passes=3))[0] == base + 3 * calls
+    assert passes(Sparse(RenoiseVariance(passes=2), sigmas=(1.0, 0.4)))[0] == base + 4
+
+
+# -- plain data -------------------------------------------------------------------------------------------------------
+
+
+def test_nested_estimators_come_from_tables():
+    probe = {"type": "RenoiseVariance"}
+    table = {
+        "type": "Weighted",
+        "weights": [1.0, 2.0],
+        "estimators": [
+            {"type": "TrajectoryVariance", "window": 0, "span": 8.0},
+            {"type": "Held", "estimator": {"type": "Sparse", "sigmas": [1.0, 0.3], "estimator": probe}},
+        ],
+    }
+    expected = Weighted(
+        (TrajectoryVariance(window=None, span=8.0), Held(Sparse(RenoiseVariance(), sigmas=(1.0, 0.3)))),
+        weights=(1.0, 2.0),
+    )
+    assert make_estimator(table) == expected
+    assert make_estimator(expected) is expected
+    hash(expected)
+
+
+def test_a_preset_names_a_nested_estimator():
+    text = """
+[estimator]
+type = "Max"
+[[estimator.estimators]]
+type = "TrajectoryVariance"
+patch = [1, 2, 2]
+[[estimator.estimators]]
+type = "Held"
+estimator = { type = "Sparse", every = 5, estimator = { type = "PosteriorVariance" } }
+[policy]
+type = "Linear"
+"""
+    preset = load_policy(text)
+    lock = kv.KVLock(GaussianDenoiser(), policy=preset)
+    expected = Max((TrajectoryVariance(patch=PATCH), Held(Sparse(PosteriorVariance(), every=5))))
+    assert lock.estimator == expected
+    assert load_policy(kv.to_toml(preset)) == preset
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"type": "Held", "estimator": {"type": "Renoise"}}, r"estimator\.estimator: unknown.*RenoiseVariance"),
+        ({"type": "Held"}, "Held needs estimator"),
+        ({"type": "Max", "estimators": [{"type": "GuidanceGap", "off": "noise"}]}, r"estimators\[0\].*'of'"),
+        ({"type": "Sparse", "estimator": {"type": "GuidanceGap"}}, "no noise levels"),
+        ({"type": "DropoutVariance", "model": "x"}, "no setting 'model'"),
+        ({"type": "Held", "estimator": "RenoiseVariance"}, "expected a table"),
+        (3, "expected a table"),
+    ],
+)
+def test_tables_that_cannot_be_meant(table, words):
+    with pytest.raises(EstimatorError, match=words):
+        make_estimator(table)

@@ -252,10 +252,12 @@ def test_a_line_in_log_sigma_is_no_disagreement():
     assert float(bent[2]) == pytest.approx(9.0)  # 5 against 2 expected, at sigma 1
 
 
-def test_the_gap_is_that_of_the_predicted_noise():
+def test_the_gap_is_that_of_what_is_predicted():
     x, uncond = torch.full((1, 4), 3.0), torch.full((1, 4), 1.0)
     evaluation = Evaluation(2.0, x, torch.full((1, 4), 2.0), None, refuse, uncond)
-    assert float(GuidanceGap().step(None, evaluation)[1]) == pytest.approx(0.25)  # 1^2 / (3 - 1)^2
+    assert float(GuidanceGap(of="noise").step(None, evaluation)[1]) == pytest.approx(0.25)  # 1^2 / (3 - 1)^2
+    bent = evaluation._replace(x=torch.full((1, 4), 7.0))  # velocities (7 - D) / 2 - D: 2 and 0.5
+    assert float(GuidanceGap().step(None, bent)[1]) == pytest.approx(0.5625)
     assert float(GuidanceGap(of="latents").step(None, evaluation)[1]) == pytest.approx(1.0)
     assert GuidanceGap().step(None, evaluation._replace(uncond=None)) == (None, None)
     assert not GuidanceGap().step(None, evaluation._replace(uncond=evaluation.denoised))[1].any()

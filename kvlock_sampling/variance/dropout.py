@@ -57,7 +57,7 @@ class DropoutVariance(Estimator):
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """What calm clips of the embedded model reach."""
+        """What calm clips of the embedded model stay below from sigma 1.5 down."""
         return 0.01
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:

@@ -27,8 +27,8 @@ from .draws import copies, draw
 Method = Literal["auto", "finite", "forward"]
 
 STEP = 2.0**-3
-"""Default step of finite differences, in units of sigma. Their bias is of second order: it balances rounding near
-eps^(1/3), 0.16 in bfloat16, in which most models compute whatever the latents' dtype. See benchmarks/posterior.py."""
+"""Default step of finite differences, in units of sigma. Their bias is of second order, so it balances the rounding of
+bfloat16, in which most models compute whatever the latents' dtype, between eps^(1/2) = 1/16 and eps^(1/3) = 1/6."""
 
 GRID_STEPS = 2
 """A step is at least so many roundings, eps * |x|, of the latents' own dtype: less could round away."""
@@ -54,7 +54,8 @@ class PosteriorVariance(Estimator):
     step_size: of finite differences, in units of sigma, > 0; None: 1/8, which a model in bfloat16 survives. For a
         model in float32 0.01 has a smaller bias. Never less than a few roundings of the latents themselves.
 
-    Negative estimates, which only a model without a symmetric Jacobian or rounding can give, are reported as 0.
+    What bfloat16 adds to differences averages out over elements and clips, not over probes: D(x) is rounded once.
+    Negative estimates, which only rounding or a Jacobian that is no covariance can give, are reported as 0.
     """
 
     probes: int = 1
@@ -80,7 +81,7 @@ class PosteriorVariance(Estimator):
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """What calm clips of the embedded model reach."""
+        """What calm clips of the embedded model stay below from sigma 1.5 down."""
         return 0.01
 
     def init(self) -> PosteriorState:

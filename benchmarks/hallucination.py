@@ -24,7 +24,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.trace import write_atomically
 from kvlock_sampling.types import Evaluation
-from kvlock_sampling.variance import Estimator, PosteriorVariance
+from kvlock_sampling.variance import Estimator, PosteriorVariance, SolverDisagreement
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMA_MIN, SIGMA_MAX = 0.0316, 8.2
@@ -44,13 +44,15 @@ PROBES: dict[str, Probe] = {
         kv.TrajectoryVariance(window=None, span=0.138 / SIGMA_MIN, normalise=True)
     ),
     "trajectory, all, / sigma^2": Probe(kv.TrajectoryVariance(window=None, normalise=True)),
-    "renoise x1 at 0.05": Probe(kv.RenoiseVariance(passes=1), 0.05),
-    "renoise x1 at 0.1": Probe(kv.RenoiseVariance(passes=1), 0.1),
-    "renoise x4 at 0.1": Probe(kv.RenoiseVariance(passes=4), 0.1),
-    "renoise x1 at 0.2": Probe(kv.RenoiseVariance(passes=1), 0.2),
-    "posterior x1 at 0.05": Probe(PosteriorVariance(probes=1), 0.05),
-    "posterior x1 at 0.1": Probe(PosteriorVariance(probes=1), 0.1),
-    "posterior x1 at 0.2": Probe(PosteriorVariance(probes=1), 0.2),
+    **{
+        f"renoise x{passes} at {at}": Probe(kv.RenoiseVariance(passes=passes), at)
+        for passes, at in ((1, 0.05), (1, 0.1), (1, 0.2), (2, 0.06), (2, 0.1), (4, 0.1), (32, 0.1))
+    },
+    **{
+        f"posterior x{probes} at {at}": Probe(PosteriorVariance(probes=probes, method="finite"), at)
+        for probes, at in ((1, 0.04), (1, 0.06), (1, 0.1), (2, 0.06), (1, 0.2))
+    },
+    "solver disagreement, last": Probe(SolverDisagreement()),
 }
 
 
@@ -186,7 +188,7 @@ def part_two(grid: Grid, seeds: int, count: int, say: Callable[[str], None]) -> 
                 }
             )
             say(f"seed {seed} {sampler}: {before:.2%} before")
-            for title in ("trajectory, sigma window", "renoise x1 at 0.1", "posterior x1 at 0.1"):
+            for title in ("trajectory, sigma window", "renoise x2 at 0.06", "posterior x1 at 0.06"):
                 model.rows = base
                 score, _ = read(PROBES[title], record.calls, model)
                 for share, back in ((0.02, 0.5), (0.04, 0.5), (0.04, 0.9), (0.06, 0.5)):

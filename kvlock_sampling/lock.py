@@ -6,12 +6,12 @@ sampler -> KVLock -> source at the same sigma -> attention sites -> model -> x0-
 
 from __future__ import annotations
 
-import inspect
+import copy
 import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ from .control import LockRatio, check_control, extremes, floored, steps_left
 from .policy import Policy, as_policy
 from .presets import Preset, load_policy
 from .region import Region
+from .rows import take
+from .run import Run, State, advised_estimator, as_rows, first_given, method_of, names_parameter
 from .source import Source
-from .timeline import Timeline
 from .trace import Trace
 from .types import (
     Control,
@@ -38,27 +39,7 @@ from .types import (
     SourceError,
     StepInfo,
 )
-from .variance import Estimator, TrajectoryVariance, make_estimator
-
-
-class _State(NamedTuple):
-    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked."""
-
-    estimator: Any
-    policy: Any
-    measured: bool
-    lock: Scalar
-    cfg_scale: Scalar | None
-
-
-class _Run:
-    """Everything that lives within one `with` block."""
-
-    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Tensor | None) -> None:
-        self.hooks, self.stack, self.schedule = hooks, stack, schedule
-        self.timeline: Timeline[_State] = Timeline()
-        self.trace = Trace()
-        self.noise: Tensor | None = None
+from .variance import Estimator
 
 
 class KVLock:
@@ -119,14 +100,14 @@ class KVLock:
         self.model = model
         self.policy: Policy = load_policy(policy) if isinstance(policy, str) else as_policy(policy)
         advice = self.policy if isinstance(self.policy, Preset) else None
-        self.estimator = (estimator or _advised_estimator(advice)).bound(reachable_modules(model))
+        self.estimator = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
         advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
-        self.threshold = _first(threshold, advised[0], self.estimator.default_threshold)
-        self.rescale = bool(_first(rescale, advised[1], False))
-        self.cfg_floor = float(_first(cfg_floor, advised[2], 1.0))
+        self.threshold = first_given(threshold, advised[0], self.estimator.default_threshold)
+        self.rescale = bool(first_given(rescale, advised[1], False))
+        self.cfg_floor = float(first_given(cfg_floor, advised[2], 1.0))
         if source is not None and mask is None:
             raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
-        self.source = None if source is None else Source(source, noise=noise, add_noise=_method(model, "add_noise"))
+        self.source = None if source is None else Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
         self.region = None if mask is None else Region(mask)
         if self.source is not None and self.region is not None:
             self.region.latent(self.source.latents)
@@ -142,7 +123,7 @@ class KVLock:
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
         self._schedule = sigmas
-        self.scale_arg = scale_arg or ("cond_scale" if _names_parameter(model, "cond_scale") else None)
+        self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self.branch, self.batched = branch, batched
         self.trace = Trace()
         self._local = threading.local()
@@ -154,7 +135,7 @@ class KVLock:
         hooks = None
         if self.sites is not None:
             hooks = stack.enter_context(Hooks(self.sites).installed())
-        run = _Run(hooks, stack, self._schedule)
+        run = Run(hooks, stack, self._schedule)
         self._local.runs = [*self._runs(), run]
         self.trace = run.trace
         return self
@@ -168,14 +149,27 @@ class KVLock:
             self.on_schedule(sigmas)
             return samplers.run(sampler, self, x, sigmas, **arguments)
 
+    def subset(self, index: Tensor, batch: int) -> KVLock:
+        """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""
+        part = copy.copy(self)
+        part._local, part.trace = threading.local(), Trace()
+        if self.source is not None:
+            source = self.source
+            noise = take(source.noise, index, batch)
+            part.source = Source(take(source.latents, index, batch), noise=noise, add_noise=source.add_noise)
+        if self.region is not None:
+            part.region = Region(take(self.region.given, index, batch))
+        part.source_args = take(self.source_args, index, batch)
+        return part
+
     def on_schedule(self, sigmas: Tensor) -> None:
         """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
         self._run().schedule = sigmas
 
-    def _runs(self) -> list[_Run]:
+    def _runs(self) -> list[Run]:
         return getattr(self._local, "runs", [])
 
-    def _run(self) -> _Run:
+    def _run(self) -> Run:
         runs = self._runs()
         if not runs:
             raise RunError(
@@ -225,8 +219,8 @@ class KVLock:
             variance=seen.variance,
             risk=seen.risk,
             lock=seen.lock,
-            next_lock=_rows(control.lock, seen.cfg_scale),
-            cfg_scale=_rows(acted, seen.cfg_scale),
+            next_lock=as_rows(control.lock, seen.cfg_scale),
+            cfg_scale=as_rows(acted, seen.cfg_scale),
             evaluations=call.passes,
             fused_sites=call.fused,
         )
@@ -238,10 +232,10 @@ class KVLock:
         low, high = extremes(sigma)
         if high - low > 1e-4 * high:
             raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
-        to_ve = _method(self.model, "to_ve")
+        to_ve = method_of(self.model, "to_ve")
         return high, high if to_ve is None else float(to_ve(high))
 
-    def _watch(self, x: Tensor, level: float, asked: Scalar, run: _Run) -> Observation:
+    def _watch(self, x: Tensor, level: float, asked: Scalar, run: Run) -> Observation:
         """An observation with nothing measured yet."""
         base = torch.as_tensor(asked, dtype=torch.float32, device=x.device).reshape(-1)
         if len(base) not in (1, len(x)):
@@ -252,11 +246,11 @@ class KVLock:
         unknown = torch.full_like(base, float("nan"))
         return Observation(level, unknown, unknown, torch.zeros_like(base), base, steps_left(run.schedule, level))
 
-    def _first_state(self, seen: Observation) -> _State:
+    def _first_state(self, seen: Observation) -> State:
         control = self._checked(self.policy.start(seen), seen, "start")
-        return _State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen))
+        return State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen))
 
-    def _prepare(self, run: _Run, x: Tensor, sigma: Tensor, own: float, lock: LockRatio) -> OwnedCall | GuidedCall:
+    def _prepare(self, run: Run, x: Tensor, sigma: Tensor, own: float, lock: LockRatio) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
         ratio = z = None
         if lock.active:
@@ -290,8 +284,8 @@ class KVLock:
         )
 
     def _decide(
-        self, state: _State, call: OwnedCall | GuidedCall, cond: Tensor, seen: Observation
-    ) -> tuple[_State, Observation, Control]:
+        self, state: State, call: OwnedCall | GuidedCall, cond: Tensor, seen: Observation
+    ) -> tuple[State, Observation, Control]:
         """Measure the conditional x0-hat, judge the risk, and ask the policy."""
         inner, variance = state.estimator, None
         if self.policy.uses_risk:
@@ -312,7 +306,7 @@ class KVLock:
             policy_state, control = self._ask(state.policy, seen)
         scale = self._scale(control, seen)
         known = state.measured or variance is not None
-        return _State(inner, policy_state, known, control.lock, scale), seen, control
+        return State(inner, policy_state, known, control.lock, scale), seen, control
 
     def _ask(self, policy_state: Any, seen: Observation) -> tuple[Any, Control]:
         answer = self.policy.step(policy_state, seen)
@@ -332,35 +326,3 @@ class KVLock:
         if self.sites is not None and self.source is not None:
             tokens = math.prod(self.sites.grid(self.source.latents.shape))
         return check_control(self.policy, control, len(seen.cfg_scale), tokens, method)
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(v for v in values if v is not None)
-
-
-def _rows(value: Scalar, like: Tensor) -> Tensor:
-    """A float or tensor as one float32 row per clip, on `like`'s device."""
-    rows = torch.as_tensor(value, dtype=torch.float32, device=like.device)
-    return rows if rows.ndim > 1 else rows.reshape(-1).expand(len(like))
-
-
-def _method(model: Any, name: str) -> Any:
-    """A method the denoiser may define to replace a rule of the variance-exploding form."""
-    found = getattr(model, name, None)
-    return found if callable(found) else None
-
-
-def _names_parameter(model: Any, name: str) -> bool:
-    """Whether the denoiser's own signature has a parameter of this name."""
-    try:
-        return name in inspect.signature(getattr(model, "forward", model)).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def _advised_estimator(preset: Preset | None) -> Estimator:
-    """The estimator a preset names, or sigma-normalised trajectory variance."""
-    if preset is None or not preset.estimator:
-        return TrajectoryVariance(window=None, span=8.0, normalise=True)
-    return make_estimator(dict(preset.estimator))

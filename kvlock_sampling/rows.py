@@ -54,3 +54,17 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
     if any(c.keys() != calls[0].keys() for c in calls):
         raise NotBatchable
     return {name: join([c[name] for c in calls], batch) for name in calls[0]}
+
+
+def take(value: Any, index: Tensor, batch: int) -> Any:
+    """The rows `index` of everything in `value` that has one row per clip; the rest as it is."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.ndim and value.shape[0] == batch > 1 else value
+    if isinstance(value, Mapping):
+        return {k: take(v, index, batch) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == batch > 1 and all(isinstance(e, str) for e in value):
+            return type(value)(value[i] for i in index.tolist())
+        parts = [take(v, index, batch) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value

@@ -23,6 +23,7 @@ def draw(
     """Fresh values for `passes` copies of `like`, clip-major as `like.repeat(passes, ...)`: (passes * batch, ...).
 
     kind: "normal" for unit noise, "signs" for +1 and -1 (Rademacher). count: which measurement of the run this is.
+        Passes of unit noise are orthogonal to one another, so that each looks where the others did not.
     seed: one draw for all clips. seeds: (batch,) integers instead, a draw of its own for each clip.
 
     Raises:
@@ -36,9 +37,25 @@ def draw(
         generator = torch.Generator(like.device).manual_seed((own * 1_000_003 + count) % 2**63)
         shape = (passes, 1, *like.shape[1:])
         values = torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
-        draws.append(values if kind == "normal" else torch.where(values < 0, -1.0, 1.0))
+        draws.append(_orthogonal(values) if kind == "normal" else torch.where(values < 0, -1.0, 1.0))
     values = torch.cat(draws, dim=1).expand(passes, clips, *like.shape[1:])
     return values.reshape(passes * clips, *like.shape[1:])
+
+
+def _orthogonal(values: Tensor) -> Tensor:
+    """Gaussian draws (passes, 1, ...) made orthogonal, each keeping its length: every one stays Gaussian, for its
+    direction is still uniform and its length independent of it, but together they cover space evenly.
+    """
+    rows = values.flatten(1)
+    if not 1 < len(rows) <= rows.shape[1]:
+        return values
+    lengths = rows.norm(dim=1, keepdim=True)
+    basis: list[Tensor] = []
+    for row in rows:
+        for other in basis:
+            row = row - (row @ other) * other
+        basis.append(row / row.norm())
+    return (torch.stack(basis) * lengths).view_as(values)
 
 
 def copies(values: Tensor, passes: int) -> Tensor:

@@ -1,0 +1,69 @@
+"""What lives within one run, and what a lock asks of the objects it was given."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import Hooks
+from .presets import Preset
+from .timeline import Timeline
+from .trace import Trace
+from .types import Scalar
+from .variance import Estimator, TrajectoryVariance, make_estimator
+
+
+class State(NamedTuple):
+    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked."""
+
+    estimator: Any
+    policy: Any
+    measured: bool
+    lock: Scalar
+    cfg_scale: Scalar | None
+
+
+class Run:
+    """Everything that lives within one `with` block."""
+
+    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Tensor | None) -> None:
+        self.hooks, self.stack, self.schedule = hooks, stack, schedule
+        self.timeline: Timeline[State] = Timeline()
+        self.trace = Trace()
+        self.noise: Tensor | None = None
+
+
+def first_given(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(v for v in values if v is not None)
+
+
+def as_rows(value: Scalar, like: Tensor) -> Tensor:
+    """A float or tensor as one float32 row per clip, on `like`'s device."""
+    rows = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    return rows if rows.ndim > 1 else rows.reshape(-1).expand(len(like))
+
+
+def method_of(model: Any, name: str) -> Any:
+    """A method the denoiser may define to replace a rule of the variance-exploding form."""
+    found = getattr(model, name, None)
+    return found if callable(found) else None
+
+
+def names_parameter(model: Any, name: str) -> bool:
+    """Whether the denoiser's own signature has a parameter of this name."""
+    try:
+        return name in inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def advised_estimator(preset: Preset | None) -> Estimator:
+    """The estimator a preset names, or sigma-normalised trajectory variance."""
+    if preset is None or not preset.estimator:
+        return TrajectoryVariance(window=None, span=8.0, normalise=True)
+    return make_estimator(dict(preset.estimator))

@@ -180,3 +180,20 @@ def test_settings_are_checked(settings, words):
 def test_one_seed_per_clip():
     with pytest.raises(EstimatorError, match="one per clip"):
         measure(PosteriorVariance(seeds=(1, 2, 3)), GaussianDenoiser(), torch.zeros(2, 4), 1.0)
+
+
+def test_a_transformer_both_ways(setup):
+    """Fused attention has no forward mode, so "auto" takes differences there; plain attention shows them right."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def probe(x, sigma):
+        return setup.model(x, torch.full((len(x),), sigma), cond=setup.cond)
+
+    x, sigma = setup.x / setup.sigmas[0] + setup.source, 1.0
+    evaluation = Evaluation(sigma, x, probe(x, sigma), setup.mask, probe)
+    state, differences = PosteriorVariance().step(PosteriorState(), evaluation)
+    assert state.finite
+    with sdpa_kernel(SDPBackend.MATH):
+        state, exact = PosteriorVariance().step(PosteriorState(), evaluation)
+    assert not state.finite
+    torch.testing.assert_close(differences, exact, rtol=0.02, atol=0)

@@ -5,11 +5,12 @@ PosteriorVariance, DropoutVariance. Around others: Sparse, Held, Max, Mean, Weig
 """
 
 from .base import Estimator, masked_mean
-from .combine import Held, Max, Mean, Weighted
+from .combine import Max, Mean, Weighted
 from .disagreement import SolverDisagreement
 from .dropout import DropoutVariance
 from .dropout_hooks import dropout_hooks
 from .gap import GuidanceGap
+from .held import Held
 from .posterior import PosteriorVariance
 from .renoise import RenoiseVariance
 from .sparse import Sparse

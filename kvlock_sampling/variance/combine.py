@@ -1,6 +1,6 @@
-"""Estimators around estimators: `Held` (until when),  `Max`, `Mean`, `Weighted` (of several).  For when: `sparse.py`.
+"""Several estimators as one:  `Max`,  `Mean`,  `Weighted`.
 
-Several estimators are compared in units of risk, each divided by its own threshold:
+They are compared in units of risk, each divided by its own threshold:
     Max:       max_i var_i / threshold_i
     Mean:      mean_i var_i / threshold_i
     Weighted:  sum_i w_i var_i / threshold_i / sum_i w_i
@@ -21,47 +21,7 @@ from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
 from .base import Estimator
-
-
-@dataclass(frozen=True)
-class Wrapper(Estimator):
-    """An estimator that changes when or how another one speaks. Cost and threshold are the inner one's."""
-
-    estimator: Estimator
-
-    def __post_init__(self) -> None:
-        _check(self, self.estimator)
-
-    @property
-    def cost(self) -> float:  # type: ignore[override]
-        """Extra evaluations per clip and measurement."""
-        return self.estimator.cost
-
-    @property
-    def default_threshold(self) -> float:  # type: ignore[override]
-        """The inner estimator's."""
-        return self.estimator.default_threshold
-
-    def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """The same around the inner estimator, bound."""
-        return dataclasses.replace(self, estimator=self.estimator.bound(modules))
-
-
-@dataclass(frozen=True)
-class Held(Wrapper):
-    """The inner estimator, its last variance repeated while it pauses: a policy is then asked at every evaluation."""
-
-    def init(self) -> tuple[Any, Tensor | None]:
-        """State: the inner state and the last variance."""
-        return self.estimator.init(), None
-
-    def step(
-        self, state: tuple[Any, Tensor | None], evaluation: Evaluation
-    ) -> tuple[tuple[Any, Tensor | None], Tensor | None]:
-        """What the inner estimator says, or said last; None before it first does."""
-        inner, variance = self.estimator.step(state[0], evaluation)
-        variance = state[1] if variance is None else variance
-        return (inner, variance), variance
+from .held import check_inner
 
 
 @dataclass(frozen=True)
@@ -82,7 +42,7 @@ class Several(Estimator):
             raise EstimatorError(f"{type(self).__name__} needs several estimators: {type(self).__name__}((a, b)).")
         object.__setattr__(self, "estimators", tuple(self.estimators))
         for estimator in self.estimators:
-            _check(self, estimator)
+            check_inner(self, estimator)
         self._numbers("thresholds")
 
     def _numbers(self, name: str) -> None:
@@ -159,9 +119,3 @@ class Mean(Several):
 
     def _combined(self, risks: Tensor, which: list[int]) -> Tensor:
         return risks.mean(0)
-
-
-def _check(outer: Estimator, inner: Any) -> None:
-    if not isinstance(inner, Estimator):
-        kind = type(outer).__name__
-        raise EstimatorError(f"{kind} was given {inner!r}; expected an estimator, e.g. {kind}(RenoiseVariance()).")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..types import EstimatorError, Evaluation
-from .combine import Wrapper
+from .held import Wrapper
 from .trajectory import SAME_SIGMA
 
 

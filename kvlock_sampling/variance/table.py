@@ -13,10 +13,11 @@ from typing import Any
 
 from ..types import EstimatorError
 from .base import Estimator
-from .combine import Held, Max, Mean, Weighted
+from .combine import Max, Mean, Weighted
 from .disagreement import SolverDisagreement
 from .dropout import DropoutVariance
 from .gap import GuidanceGap
+from .held import Held
 from .posterior import PosteriorVariance
 from .renoise import RenoiseVariance
 from .sparse import Sparse

@@ -15,9 +15,10 @@ from .denoisers import CFGDenoiser, FlowDenoiser
 from .lock import KVLock
 from .policy import PID, Clamped, Constant, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
 from .presets import load_policy, to_toml
+from .resample import resample
 from .trace import Trace
 from .types import Control, KVLockError, Observation
-from .variance import Estimator, RenoiseVariance, TrajectoryVariance
+from .variance import Estimator, PosteriorVariance, RenoiseVariance, TrajectoryVariance
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Linear",
     "Observation",
     "Policy",
+    "PosteriorVariance",
     "RenoiseVariance",
     "SdpaSites",
     "Sigmoid",
@@ -46,6 +48,7 @@ __all__ = [
     "find_sites",
     "load_policy",
     "masks",
+    "resample",
     "samplers",
     "stateless",
     "testing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from . import masks, samplers
 from .lock import KVLock
 from .metrics import masked_psnr
 from .trace import Trace
-from .types import Denoiser, SourceError
+from .types import Denoiser, KVLockError, SourceError
 
 
 class VideoModel(Protocol):
@@ -104,6 +105,8 @@ def edit_video(
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     conditioning = {"cond": video.prompt(texts), "uncond": video.prompt([""] * len(clips))}
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
+    if not math.isfinite(scale):
+        raise KVLockError(f"cfg_scale={scale}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
     source_args: Mapping[str, Any] = {}
     if source_prompt is not None:
         source_args = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}

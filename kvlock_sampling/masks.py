@@ -99,12 +99,13 @@ def check_mask(mask: MaskLike, *, allow_trivial: bool = False) -> Mask:
         name = "the mask" if len(values) == 1 else f"the mask of clip {index} (of {len(values)})"
         if not clip.any():
             raise MaskError(
-                f"{name} is 0 everywhere: nothing to edit (1 = edit). Pass allow_trivial=True if you mean it"
+                f"{name} is 0 everywhere: nothing to edit. Paint the region to edit with 1; "
+                "to sample without an edit use the model without a lock"
             )
         if (clip == 1).all():
             raise MaskError(
                 f"{name} is 1 everywhere: everything is edited, nothing left to lock; is the polarity inverted? "
-                "use masks.from_keep_mask, or pass allow_trivial=True if you mean it"
+                "use masks.from_keep_mask. To generate everything use the model without source and mask"
             )
     return values
 

@@ -198,3 +198,11 @@ def test_a_model_without_attention_says_what_to_pass(edit, video):
     with pytest.raises(KVLockError, match="SdpaSites"):
         edit(model=Other(), policy="half")
     assert torch.isfinite(edit(model=Other(), policy="off").pixels).all()
+
+
+def test_a_guidance_that_is_no_number_is_refused():
+    clip = torch.zeros(3, 8, 32, 32)
+    mask = torch.zeros(8, 32, 32)
+    mask[:, 8:16, 8:16] = 1
+    with pytest.raises(kv.KVLockError, match="cfg_scale=nan; expected a finite number"):
+        kv.edit_video(clip, mask, "a red circle moving left", cfg_scale=float("nan"))

@@ -147,7 +147,7 @@ BAD = {
     "other weights": ({"model": "other"}, "does not hold weights of the embedded architecture"),
     "output of an unknown kind": ({"output": "out.xyz"}, "expected one of .mp4"),
     "figure of an unknown kind": ({"trace": "run.xyz"}, "expected .png, .svg or .pdf"),
-    "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "nan or inf"),
+    "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "expected a finite number"),
     "output in a file": ({"output": "mask.png/out.gif"}, "mask.png"),
     "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
     "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),

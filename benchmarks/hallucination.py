@@ -27,7 +27,8 @@ from kvlock_sampling.types import Evaluation
 from kvlock_sampling.variance import Estimator, PosteriorVariance, SolverDisagreement
 
 ROOT = Path(__file__).resolve().parent.parent
-SIGMA_MIN, SIGMA_MAX = 0.0316, 8.2
+SIGMA_MAX = 8.2
+BAND = 0.138 / 0.0316  # the noise levels of the last 10 of 1000 training steps, as a ratio
 
 
 class Probe(NamedTuple):
@@ -39,10 +40,8 @@ class Probe(NamedTuple):
 
 PROBES: dict[str, Probe] = {
     "trajectory, last 10 (paper)": Probe(kv.TrajectoryVariance(window=10)),
-    "trajectory, sigma window": Probe(kv.TrajectoryVariance(window=None, span=0.138 / SIGMA_MIN)),
-    "trajectory, sigma window, / sigma^2": Probe(
-        kv.TrajectoryVariance(window=None, span=0.138 / SIGMA_MIN, normalise=True)
-    ),
+    "trajectory, sigma window": Probe(kv.TrajectoryVariance(window=None, span=BAND)),
+    "trajectory, sigma window, / sigma^2": Probe(kv.TrajectoryVariance(window=None, span=BAND, normalise=True)),
     "trajectory, all, / sigma^2": Probe(kv.TrajectoryVariance(window=None, normalise=True)),
     **{
         f"renoise x{passes} at {at}": Probe(kv.RenoiseVariance(passes=passes), at)
@@ -113,8 +112,9 @@ def run(model: GridDenoiser, sampler: str, sigmas: Tensor, count: int, seed: int
     return samplers.run(sampler, record, x, sigmas, seed=seed), record
 
 
-def karras(steps: int) -> Tensor:
-    return samplers.get_sigmas_karras(steps, SIGMA_MIN, SIGMA_MAX)
+def karras(steps: int, grid: Grid) -> Tensor:
+    """Down to 1.79 standard deviations of a mode: 0.0316 on the standard grid."""
+    return samplers.get_sigmas_karras(steps, 1.79 * grid.mode_std, SIGMA_MAX)
 
 
 @torch.inference_mode()
@@ -123,7 +123,7 @@ def part_one(grid: Grid, seeds: int, count: int, say: Callable[[str], None]) -> 
     rows = []
     for seed in range(seeds):
         model = GridDenoiser(train(grid, seed), grid)
-        settings = [(n, s, karras(n)) for n in (20, 50, 100) for s in ("euler", "euler_ancestral", "dpmpp_2m")]
+        settings = [(n, s, karras(n, grid)) for n in (20, 50, 100) for s in ("euler", "euler_ancestral", "dpmpp_2m")]
         ddpm = torch.cat([model.log_sigmas.exp().flip(0), torch.zeros(1)])
         settings.append((len(ddpm) - 1, "DDPM (ancestral over the training levels)", ddpm))
         for steps, name, sigmas in settings:
@@ -167,7 +167,7 @@ def skew(grid: Grid, samples: Tensor) -> tuple[float, float]:
 def part_two(grid: Grid, seeds: int, count: int, say: Callable[[str], None]) -> list[dict]:
     """Control: a share of the samples with the highest risk goes back up to `back` and is sampled again from there."""
     rows = []
-    steps, sigmas = 50, karras(50)
+    steps, sigmas = 50, karras(50, grid)
     for seed in range(seeds):
         model = GridDenoiser(train(grid, seed), grid)
         for sampler in ("euler", "dpmpp_2m"):
@@ -188,10 +188,15 @@ def part_two(grid: Grid, seeds: int, count: int, say: Callable[[str], None]) -> 
                 }
             )
             say(f"seed {seed} {sampler}: {before:.2%} before")
-            for title in ("trajectory, sigma window", "renoise x2 at 0.06", "posterior x1 at 0.06"):
+            for title in (
+                "trajectory, sigma window",
+                "renoise x1 at 0.1",
+                "renoise x2 at 0.06",
+                "posterior x1 at 0.06",
+            ):
                 model.rows = base
                 score, _ = read(PROBES[title], record.calls, model)
-                for share, back in ((0.02, 0.5), (0.04, 0.5), (0.04, 0.9), (0.06, 0.5)):
+                for share, back in ((0.04, 0.5), (0.06, 0.5), (0.08, 0.3), (0.12, 0.3)):
                     flagged = score.topk(int(share * count)).indices
                     again = sigmas[sigmas <= back]
                     noise = torch.randn(len(flagged), 2, generator=torch.Generator().manual_seed(seed + 5))

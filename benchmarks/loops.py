@@ -19,6 +19,7 @@ from scipy import stats
 import kvlock_sampling as kv
 from kvlock_sampling.edit import Edit
 from kvlock_sampling.policy import Policy
+from kvlock_sampling.run import DEFAULT_ESTIMATOR
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import Score, compare, make_task
 from kvlock_sampling.tiny.judge import judge
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE = 710_000
 ESTIMATORS: dict[str, Estimator] = {
     "trajectory, window 10": kv.TrajectoryVariance(window=10),
-    "trajectory, span 8, / sigma^2": kv.TrajectoryVariance(window=None, span=8.0, normalise=True),
+    "trajectory, span 8, integral": DEFAULT_ESTIMATOR,
 }
 
 

@@ -25,7 +25,7 @@ from .policy import Policy, as_policy
 from .presets import Preset, load_policy
 from .region import Region
 from .rows import take
-from .run import Run, State, advised_estimator, as_rows, first_given, method_of, names_parameter
+from .run import Run, State, advised_estimator, as_rows, default_threshold, first_given, method_of, names_parameter
 from .source import Source
 from .trace import Trace
 from .types import (
@@ -102,7 +102,7 @@ class KVLock:
         advice = self.policy if isinstance(self.policy, Preset) else None
         self.estimator = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
         advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
-        self.threshold = first_given(threshold, advised[0], self.estimator.default_threshold)
+        self.threshold = first_given(threshold, advised[0], default_threshold(self.estimator))
         self.rescale = bool(first_given(rescale, advised[1], False))
         self.cfg_floor = float(first_given(cfg_floor, advised[2], 1.0))
         if source is not None and mask is None:

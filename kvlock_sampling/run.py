@@ -15,6 +15,7 @@ from .timeline import Timeline
 from .trace import Trace
 from .types import Scalar
 from .variance import Estimator, TrajectoryVariance, make_estimator
+from .variance.curve import ThresholdCurve
 
 
 class State(NamedTuple):
@@ -35,6 +36,21 @@ class Run:
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
+
+
+DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)
+"""Free, and its scale does not depend on the number of steps of a deterministic sampler."""
+
+DEFAULT_THRESHOLD = ThresholdCurve(
+    sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
+    values=(2.35e-5, 1.48e-4, 6.22e-4, 0.00174, 0.0033, 0.00498, 0.00751, 0.011, 0.0168, 0.0208, 0.03, 0.0715),
+)
+"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`: another model deserves its own."""
+
+
+def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
+    """The threshold where neither the user nor a preset names one."""
+    return DEFAULT_THRESHOLD if estimator == DEFAULT_ESTIMATOR else estimator.default_threshold
 
 
 def first_given(*values: Any) -> Any:
@@ -63,7 +79,7 @@ def names_parameter(model: Any, name: str) -> bool:
 
 
 def advised_estimator(preset: Preset | None) -> Estimator:
-    """The estimator a preset names, or sigma-normalised trajectory variance."""
+    """The estimator a preset names, or the default one."""
     if preset is None or not preset.estimator:
-        return TrajectoryVariance(window=None, span=8.0, normalise=True)
+        return DEFAULT_ESTIMATOR
     return make_estimator(dict(preset.estimator))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
-from kvlock_sampling.trace import write_atomically
+from kvlock_sampling.files import write_atomically
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.variance import Estimator, PosteriorVariance, SolverDisagreement
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_sampling.trace import write_atomically
+from kvlock_sampling.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

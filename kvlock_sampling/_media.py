@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -131,18 +128,6 @@ def _even(
     count = max(1, round((shown[-1] + last) * rate))
     ticks = (np.arange(count) + 0.5) / rate
     return [frames[order[i]] for i in np.searchsorted(shown, ticks, side="right") - 1], rate
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it becomes `path` when the block ends well, and is removed when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_film(path: Path, images: Array, fps: float, kind: str) -> None:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .files import write_atomically
 from .samplers import get
 from .tiny import load
 from .tiny.compare import DEMO_VARIANTS, VARIANTS, Score, Task, compare, make_task
 from .tiny.world import sample_edit
-from .trace import Trace, write_atomically
+from .trace import Trace
 from .video import side_by_side, write_clip
 
 KINDS = ("replace", "recolour", "insert")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .trace import write_atomically
+from .files import write_atomically
 from .types import KVLockError
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .policy import Policy, Wrapper
 from .policy.fields import flag, number
 from .policy.table import from_table, nearest, to_table
@@ -143,13 +144,7 @@ def to_toml(policy: Policy) -> str:
 
 def save_policy(policy: Policy, path: str | os.PathLike[str]) -> None:
     """Writes `to_toml(policy)` to `path`, whole or not at all."""
-    text, path = to_toml(policy), Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_atomically(path, to_toml(policy))
 
 
 def preset_names() -> list[str]:

@@ -7,33 +7,16 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .files import write_atomically
 from .types import StepInfo
 
 COLUMNS = ("call", "clip", "sigma", "variance", "risk", "lock", "next_lock", "cfg_scale", "evaluations", "fused_sites")
-
-
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write a file to a temporary name beside it, then rename: it is there whole, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 def _per_clip(value: Any, clip: int) -> float:

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._media import ENCODERS, Array, Conform, VideoError, atomic, load, write_film, write_gif
+from ._media import ENCODERS, Array, Conform, VideoError, load, write_film, write_gif
+from .files import atomic
 
 __all__ = ["Clip", "VideoError", "read_clip", "read_mask", "side_by_side", "write_clip"]
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 import kvlock_sampling as kv
 from kvlock_sampling.control import steps_left
+from kvlock_sampling.files import write_atomically
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.region import Region
 from kvlock_sampling.rows import NotBatchable, join
 from kvlock_sampling.source import Source
 from kvlock_sampling.timeline import Timeline
-from kvlock_sampling.trace import Trace, write_atomically
+from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import MaskError, SourceError, StepInfo
 
 PACKAGE = Path(kv.__file__).parent

@@ -10,8 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvlock_sampling import presets
-from kvlock_sampling.policy import PID, Clamped, Constant, Linear, Sigmoid, Smoothed, Threshold, Windowed, stateless
+from kvlock_sampling import files, presets
+from kvlock_sampling.policy import (
+    PID,
+    Clamped,
+    Constant,
+    Early,
+    Linear,
+    Sigmoid,
+    Smoothed,
+    Threshold,
+    Windowed,
+    stateless,
+)
 from kvlock_sampling.presets import (
     Preset,
     describe,
@@ -36,6 +47,7 @@ BUILT_IN = [
     PID(slew=0.5, kd=1 / 3),
     Windowed(Linear(), last=20, below=3.3, outside=Control(0.5, 1.25)),
     Smoothed(PID(), half_life=0.3),
+    Early(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
     Clamped(Smoothed(Windowed(Threshold(), above=1.0), half_life=1.0), cfg=(1.0, 8.0)),
     Preset(PID(), threshold=0.02),
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
@@ -209,7 +221,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         save_policy(Linear(), path)
     assert load_policy(path) == PID()

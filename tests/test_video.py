@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kvlock_sampling import _media
+from kvlock_sampling import _media, files
 from kvlock_sampling.metrics import masked_psnr
 from kvlock_sampling.tiny.world import render, sample_scene
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
@@ -215,7 +215,7 @@ def test_nothing_is_half_written(tmp_path: Path, suffix: str, monkeypatch: pytes
         raise BoomError
 
     with monkeypatch.context() as patch:
-        patch.setattr(_media.os, "replace", boom)  # everything is written, only the rename is left
+        patch.setattr(files.os, "replace", boom)  # everything is written, only the rename is left
         with pytest.raises(BoomError):
             write_clip(path, CLIP)
     calls = iter(range(3))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..denoisers import FlowDenoiser
+from ..files import atomic
 from ..samplers import flow_sigmas
 from ..types import KVLockError
 from .model import PATCH, TinyWan, tokenize
@@ -61,15 +61,8 @@ def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: 
     """Write weights as float16 safetensors with `about` in the header, under a temporary name first."""
     path = Path(path)
     half = {k: v.detach().half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    with atomic(path) as temporary:
         save_file(half, temporary, metadata={"kvlock": json.dumps(dict(about))})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
     return path
 
 

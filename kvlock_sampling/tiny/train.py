@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import atomic
 from .load import save
 from .model import TinyWan, tokenize
 from .world import render, sample_scene
@@ -79,13 +79,6 @@ def update_average(average: dict[str, Tensor], model: nn.Module, step: int, *, d
             average[name].lerp_(value, 1 - keep)
         else:
             average[name].copy_(value)
-
-
-def save_atomically(state: object, path: Path) -> None:
-    """Write to a temporary name and rename: a killed run never leaves half a file."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
 
 
 def train(
@@ -151,7 +144,8 @@ def train(
                 "optimizers": [o.state_dict() for o in optimizers],
                 "generator": generator.get_state(),
             }
-            save_atomically(state, checkpoint)
+            with atomic(checkpoint) as temporary:
+                torch.save(state, temporary)
             save(average, out / "weights.safetensors", about={"step": step + 1, "batch": batch})
     return checkpoint
 

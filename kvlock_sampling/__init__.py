@@ -13,7 +13,7 @@ from . import masks, samplers
 from .attention import SdpaSites, find_sites
 from .denoisers import CFGDenoiser, FlowDenoiser
 from .lock import KVLock
-from .policy import PID, Clamped, Constant, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
+from .policy import PID, Clamped, Constant, Early, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
 from .presets import load_policy, to_toml
 from .resample import resample
 from .trace import Trace
@@ -28,6 +28,7 @@ __all__ = [
     "Clamped",
     "Constant",
     "Control",
+    "Early",
     "Estimator",
     "FlowDenoiser",
     "KVLock",

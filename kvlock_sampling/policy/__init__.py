@@ -3,6 +3,7 @@
 from .base import Policy, Stateless, as_policy, stateless
 from .combine import Clamped, Smoothed, Windowed, Wrapper
 from .constant import Constant
+from .early import Early
 from .linear import Linear
 from .pid import PID
 from .sigmoid import Sigmoid
@@ -12,6 +13,7 @@ __all__ = [
     "PID",
     "Clamped",
     "Constant",
+    "Early",
     "Linear",
     "Policy",
     "Sigmoid",

@@ -11,13 +11,14 @@ from ..types import PolicyError
 from .base import Policy
 from .combine import Clamped, Smoothed, Windowed
 from .constant import Constant
+from .early import Early
 from .linear import Linear
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
 
 TYPES: dict[str, type[Policy]] = {
-    kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, Smoothed, Clamped)
+    kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, Early, Smoothed, Clamped)
 }
 
 

@@ -95,7 +95,7 @@ def open_loop(video, task, steps: int) -> list[dict]:
 def closed_loop(video, task, steps: int) -> list[dict]:
     """Every preset that schedules, and the constant with its own mean lock and scale, paired."""
     rows = []
-    for name in ("paper", "threshold", "sigmoid", "pid", "steady", "default"):
+    for name in ("paper", "threshold", "sigmoid", "pid", "steady", "early", "default"):
         edit, score = compare(task, video, {name: {"policy": name}}, steps=steps, seed=FIRST_SCENE)[name]
         lock = float(torch.stack([s.lock.mean() for s in edit.trace]).mean())
         scale = float(torch.stack([s.cfg_scale.mean() for s in edit.trace]).mean())

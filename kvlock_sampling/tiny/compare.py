@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..edit import Edit, VideoModel, edit_video
 from ..metrics import masked_psnr, masked_ssim, temporal_error
-from ..policy import Constant
+from ..policy import Constant, Early, Windowed
 from .judge import judge
 from .world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
 
@@ -19,6 +19,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "composited": {"policy": Constant(lock=0.0), "composite": True},
     "fixed 0.5": {"policy": Constant(lock=0.5)},
     "full lock": {"policy": Constant(lock=1.0)},
+    "early lock": {"policy": Early(Constant(lock=0.0), above=1.0)},
+    "late lock": {"policy": Windowed(Constant(lock=1.0), below=1.0)},
     "paper": {"policy": "paper"},
     "threshold": {"policy": "threshold"},
     "sigmoid": {"policy": "sigmoid"},

@@ -166,6 +166,12 @@ def loops() -> str:
     )
 
 
+def transfer() -> str:
+    rows = json.loads((RESULTS / "transfer.json").read_text())
+    body = [[r["sampler"], str(r["steps"]), f"{r['default']:.1%}", f"{r['paper']:.1%}"] for r in rows]
+    return table(["sampler", "steps", "default thresholds", "window 10, fixed 0.01"], body)
+
+
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
@@ -176,6 +182,11 @@ def main() -> None:
         "## Edits\n\n`python benchmarks/edits.py`. 32 held-out scenes, five kinds of edit, the same noise for every "
         "variant; mean ± standard error. PSNR in dB; 100 dB is exact. The in-mask PSNR compares with the true render "
         "of the edit. Evaluations are passes of the model per clip.\n\n" + (RESULTS / "edits.md").read_text(),
+        "## When and where to lock\n\n`python benchmarks/when.py`. Other scenes, 20 steps; gain over compositing, "
+        "paired by scene and noise, ± standard error.\n\n" + (RESULTS / "when.md").read_text(),
+        "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. Share of measurements of calm runs with "
+        "risk above 1. The default thresholds were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes.\n\n"
+        + transfer(),
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here (12,000 steps of batch "

@@ -119,9 +119,8 @@ def compare(
             task.source,
             task.mask,
             task.prompts,
-            source_prompt=task.source_prompts,
             model=model,
-            **{**arguments, **options},
+            **{"source_prompt": task.source_prompts, **arguments, **options},
         )
         results[name] = (edit, score(task, edit))
         if on_variant is not None:

@@ -18,7 +18,7 @@ from .attention import Frame, Hooks
 from .control import extremes
 from .guidance import guide, guide_rescaled
 from .rows import NotBatchable, join_calls
-from .types import Denoiser, Scalar
+from .types import Denoiser, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
 
@@ -99,8 +99,13 @@ class Call:
 class OwnedCall(Call):
     """The model takes `cond`; `uncond` and `cond_scale` are the lock's business."""
 
-    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar) -> Tensor:
+    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar, scheduled: bool) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
+        if "uncond" not in extra_args and extremes(extra_args.get("cond_scale", 1.0)) != (1.0, 1.0):
+            raise RunError(
+                f"cond_scale={extra_args['cond_scale']} was given without uncond, so there is nothing to guide with.\n"
+                '  Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": ...}, or leave cond_scale away.'
+            )
         shared = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
         self.cond_args = shared
         self.uncond_args = {**shared, "cond": extra_args["uncond"]} if "uncond" in extra_args else None
@@ -134,11 +139,11 @@ class OwnedCall(Call):
 class GuidedCall(Call):
     """The model takes everything and returns the guided x0-hat; the lock drives its scale argument."""
 
-    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar) -> Tensor:
-        """The model's own, guided, x0-hat at the scale of the last decision."""
+    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar, scheduled: bool) -> Tensor:
+        """The model's own, guided, x0-hat at the scale of the last decision; untouched where no policy scheduled it."""
         assert self.scale_arg is not None
         self.arguments = dict(extra_args)
-        if expected is not extra_args.get(self.scale_arg):
+        if scheduled:
             low, high = extremes(expected)
             rows = expected.view(-1, *[1] * (self.x.ndim - 1)) if isinstance(expected, Tensor) else expected
             self.arguments[self.scale_arg] = high if low == high else rows

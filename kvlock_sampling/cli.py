@@ -106,13 +106,15 @@ def edit(
         from .video import check_suffix, read_clip, read_mask, write_clip
 
         check_suffix(output)
+        if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
+            raise KVLockError(f"-o {output} is an input of this edit and would be overwritten. Name another file.")
         if trace is not None:
             figure_format(trace)
         get(sampler)
         video = load(model)
         video.prompt([prompt, source_prompt or ""])
-        source = read_clip(clip, frames=video.frames, size=video.size)
-        region = read_mask(mask, frames=video.frames, size=video.size)
+        source = read_clip(clip, frames=video.frames, size=video.size, pad=True)
+        region = read_mask(mask, frames=video.frames, size=video.size, pad=True)
         with _progress("sampling", steps) as advance:
             result = edit_video(
                 source.pixels,

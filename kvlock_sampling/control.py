@@ -31,10 +31,12 @@ class LockRatio:
         self.low, self.high = extremes(value)
         if not (self.low >= 0 and self.high <= 1):
             what = (
-                "NaN (is x0-hat finite?)" if math.isnan(self.low + self.high) else f"[{self.low:.4g}, {self.high:.4g}]"
+                "NaN (is x0-hat finite? with uses_risk=False risk is NaN)"
+                if math.isnan(self.low + self.high)
+                else f"[{self.low:.4g}, {self.high:.4g}]"
             )
             raise PolicyError(
-                f"{type(policy).__name__} returned a lock in {what}; expected [0, 1].\n"
+                f"{policy_name(policy)} returned a lock in {what}; expected [0, 1].\n"
                 "  Return Control(lock=value.clamp(0, 1), ...), or wrap it: Clamped(policy, lock=(0.0, 1.0))."
             )
 
@@ -50,13 +52,18 @@ class LockRatio:
         return torch.full((self.batch,), float(self.value), device=device)
 
 
+def policy_name(policy: Any) -> str:
+    """The class, or the function under `@stateless`."""
+    return getattr(policy, "__name__", None) or type(policy).__name__
+
+
 def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
     """Check the shapes of what a policy returned, without reading its values from the device.
 
     Raises:
         PolicyError: says what was returned, what is expected, and what to write.
     """
-    name = f"{type(policy).__name__}.{method}"
+    name = f"{policy_name(policy)}.{method}"
     if not isinstance(control, Control):
         raise PolicyError(
             f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
@@ -73,6 +80,12 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
                     f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},){extra} or a float.\n"
                     "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
                 )
+            if value.device.type == "cpu" and not torch.isfinite(value).all():
+                raise PolicyError(
+                    f"{name} returned {field} with NaN or inf; expected finite numbers (is x0-hat finite?)."
+                )
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise PolicyError(f"{name} returned {field}={value}; expected a finite number.")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
     return control

@@ -111,6 +111,8 @@ def edit_video(
     if source_prompt is not None:
         source_args = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
 
+    if not 0 < strength <= 1:
+        raise KVLockError(f"strength={strength}; expected 0 < strength <= 1, where 1 starts from noise.")
     source = video.encode(clips)
     sigmas = _schedule(video, steps, strength, sampler)
     noise = start_noise(source, seed)
@@ -126,7 +128,7 @@ def edit_video(
             x,
             sigmas,
             extra_args={**conditioning, "cond_scale": scale},
-            seed=seed if isinstance(seed, int) else list(seed),
+            seed=[seed + i for i in range(len(clips))] if isinstance(seed, int) else list(seed),
             callback=callback,
         )
         seconds = time.perf_counter() - started
@@ -172,6 +174,8 @@ def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
     want = (3, video.frames, *video.size)
+    if not clips.is_floating_point():
+        raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
     if clips.ndim != 5 or tuple(clips.shape[1:]) != want:
         raise SourceError(
             f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width) = "
@@ -180,3 +184,8 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
         )
     if not torch.isfinite(clips).all():
         raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
+    if clips.abs().max() > 1.01:
+        raise SourceError(
+            f"clip runs from {float(clips.min()):.3g} to {float(clips.max()):.3g}; expected pixels in [-1, 1]: "
+            "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
+        )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -21,11 +22,23 @@ from .attention import Hooks, Sites, find_sites, fusion_ratio
 from .attention.sites import reachable_modules
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, check_control, extremes, floored, steps_left
-from .policy import Policy, as_policy
+from .masks import as_mask
+from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
 from .region import Region
 from .rows import take
-from .run import Run, State, advised_estimator, as_rows, default_threshold, first_given, method_of, names_parameter
+from .run import (
+    Run,
+    State,
+    advised_estimator,
+    as_rows,
+    check_threshold,
+    default_of,
+    default_threshold,
+    first_given,
+    method_of,
+    names_parameter,
+)
 from .source import Source
 from .trace import Trace
 from .types import (
@@ -40,6 +53,11 @@ from .types import (
     StepInfo,
 )
 from .variance import Estimator
+
+_RETURNS_SELF = frozenset(
+    ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
+)
+"""Methods of a module that return the module: of a lock they return the lock, or it would be lost in a chain."""
 
 
 class KVLock:
@@ -98,11 +116,14 @@ class KVLock:
         batched: bool = True,
     ) -> None:
         self.model = model
-        self.policy: Policy = load_policy(policy) if isinstance(policy, str) else as_policy(policy)
+        self.policy: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
+        if policy == "default" and source is None:
+            self.policy = Clamped(self.policy, lock=(0.0, 0.0))  # nobody asked for a lock
         advice = self.policy if isinstance(self.policy, Preset) else None
         self.estimator = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
         advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
         self.threshold = first_given(threshold, advised[0], default_threshold(self.estimator))
+        check_threshold(self.threshold)
         self.rescale = bool(first_given(rescale, advised[1], False))
         self.cfg_floor = float(first_given(cfg_floor, advised[2], 1.0))
         if source is not None and mask is None:
@@ -122,7 +143,7 @@ class KVLock:
             self.sites = (sites or find_sites(model)).layers(layers)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
-        self._schedule = sigmas
+        self._schedule = None if sigmas is None else torch.as_tensor(sigmas)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self.branch, self.batched = branch, batched
         self.trace = Trace()
@@ -141,13 +162,14 @@ class KVLock:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._run()
         self._local.runs.pop().stack.close()
 
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
         """One run in one line: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`, the schedule known."""
         with self:
             self.on_schedule(sigmas)
-            return samplers.run(sampler, self, x, sigmas, **arguments)
+            return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""
@@ -158,13 +180,16 @@ class KVLock:
             noise = take(source.noise, index, batch)
             part.source = Source(take(source.latents, index, batch), noise=noise, add_noise=source.add_noise)
         if self.region is not None:
-            part.region = Region(take(self.region.given, index, batch))
+            given = self.region.given
+            if self.source is not None and self.source.latents.ndim == 5:
+                given = as_mask(given)  # then its first axis is the clips, whatever it was
+            part.region = Region(take(given, index, batch))
         part.source_args = take(self.source_args, index, batch)
         return part
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
-        self._run().schedule = sigmas
+        self._run().schedule = torch.as_tensor(sigmas)
 
     def _runs(self) -> list[Run]:
         return getattr(self._local, "runs", [])
@@ -173,7 +198,8 @@ class KVLock:
         runs = self._runs()
         if not runs:
             raise RunError(
-                "the lock was called outside its `with` block: hooks and state exist only inside.\n"
+                "the lock was called outside its `with` block, or from another thread than entered it: hooks and "
+                "state exist only there.\n"
                 "  with lock:\n      x0 = samplers.dpmpp_2m(lock, x, sigmas, extra_args=...)\n"
                 "  or in one line: x0 = lock.sample('dpmpp_2m', x, sigmas, extra_args=...)"
             )
@@ -183,7 +209,19 @@ class KVLock:
         # Samplers look for attributes of the model they were given; a wrapper hands them on.
         if name.startswith("__") or "model" not in self.__dict__:
             raise AttributeError(name)
-        return getattr(self.model, name)
+        found = getattr(self.model, name)
+        if name in _RETURNS_SELF and callable(found):
+
+            def applied(*arguments: Any, **options: Any) -> KVLock:
+                found(*arguments, **options)
+                return self
+
+            return applied
+        return found
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """The same as calling the lock."""
+        return self(x, sigma, **extra_args)
 
     def __repr__(self) -> str:
         sites = "no sites" if self.sites is None else f"{len(self.sites.sites) or 'watched'} sites"
@@ -193,26 +231,28 @@ class KVLock:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         run = self._run()
+        sigma = torch.as_tensor(sigma, device=x.device)
         own, level = self._levels(sigma)
-        asked = extra_args.get(self.scale_arg or "cond_scale", 1.0)
+        asked = self._asked(extra_args)
         seen = self._watch(x, level, asked, run)
-        state = run.timeline.rewind(level) or self._first_state(seen)
+        if level == 0:
+            return self._at_zero(run, x, sigma, extra_args, asked)
+        state = run.timeline.rewind(level)
+        if state is None:  # a run begins here, or begins again: with its own noise
+            run.noise = None
+            state = self._first_state(seen)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
         call = self._prepare(run, x, sigma, own, lock)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
-        cond = call.conditional(extra_args, used)
+        cond = call.conditional(extra_args, used, state.cfg_scale is not None)
         after, seen, control = self._decide(state, call, cond, seen)
         scale = asked if after.cfg_scale is None else after.cfg_scale
-        denoised = call.guided(cond, scale)
-        if self.composite:
-            assert self.source is not None
-            assert self.region is not None
-            denoised = torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
+        denoised = self._composited(call.guided(cond, scale))
 
         run.timeline.append(level, after)
-        acted = used if isinstance(call, GuidedCall) else scale
+        acted = used if isinstance(call, GuidedCall) else scale if "uncond" in extra_args else 1.0
         step = StepInfo(
             call=len(run.trace),
             sigma=level,
@@ -230,10 +270,35 @@ class KVLock:
     def _levels(self, sigma: Tensor) -> tuple[float, float]:
         """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
         low, high = extremes(sigma)
+        if not (low >= 0 and math.isfinite(high)):
+            raise RunError(f"sigma is {low if low == high else (low, high)}; expected a noise level >= 0, finite.")
         if high - low > 1e-4 * high:
             raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
         to_ve = method_of(self.model, "to_ve")
         return high, high if to_ve is None else float(to_ve(high))
+
+    def _asked(self, extra_args: Mapping[str, Any]) -> Scalar:
+        """The guidance scale the caller asked for: given, or the default of a model that does its own guidance."""
+        name = self.scale_arg or "cond_scale"
+        asked = extra_args[name] if name in extra_args else default_of(self.model, name)
+        if not isinstance(asked, (int, float, Tensor)) or isinstance(asked, bool):
+            raise RunError(f"{name}={asked!r}; expected a number, or a tensor of one number per clip.")
+        if isinstance(asked, (int, float)) and not math.isfinite(asked):
+            raise RunError(f"{name}={asked}; expected a finite number.")
+        return asked
+
+    def _at_zero(self, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar) -> Tensor:
+        """At sigma 0 x is clean already: nothing is measured, decided or locked."""
+        call = self._prepare(run, x, sigma, 0.0, LockRatio(0.0, len(x), self.policy))
+        denoised = call.guided(call.conditional(extra_args, asked, False), asked)
+        return self._composited(denoised)
+
+    def _composited(self, denoised: Tensor) -> Tensor:
+        if not self.composite:
+            return denoised
+        assert self.source is not None
+        assert self.region is not None
+        return torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
 
     def _watch(self, x: Tensor, level: float, asked: Scalar, run: Run) -> Observation:
         """An observation with nothing measured yet."""
@@ -261,7 +326,7 @@ class KVLock:
                 )
             background = self.region.background(x, self.sites.patch, self.ring)
             ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
-        if self.source is not None and run.noise is None:
+        if self.source is not None and run.noise is None and own > 0:
             given = self.source.noise
             run.noise = self.source.implied_noise(x, own) if given is None else given
         if ratio is not None:

@@ -39,7 +39,7 @@ def last_risk(trace: Trace) -> Tensor:
             return step.risk if step.risk.ndim == 1 else step.risk.flatten(1).amax(1)
     raise RunError(
         "nothing was measured in this run: its policy reads no risk, or its estimator never reported.\n"
-        "  Use a policy that measures, e.g. KVLock(model, policy='sigmoid', estimator=RenoiseVariance(passes=2))."
+        "  Use a policy that measures, e.g. KVLock(model, source=..., mask=..., policy='sigmoid'), and enough steps."
     )
 
 
@@ -75,6 +75,8 @@ def resample(
             f"{float(sigmas[sigmas > 0].min()):.3g}; give a level in between."
         )
     batch, out = len(x), x.clone()
+    if len(last_risk(lock.trace)) != batch:
+        raise RunError(f"x has {batch} clips, the lock's last run had {len(last_risk(lock.trace))}; pass what it made.")
     risk, sent, traces = last_risk(lock.trace), torch.zeros(len(x), dtype=torch.bool, device=x.device), []
     for round_ in range(rounds):
         index = torch.nonzero(risk > limit).flatten()
@@ -82,10 +84,12 @@ def resample(
             break
         part = lock.subset(index, batch)
         clips = out[index]
-        noise = gaussian_noise(clips, seed + 7919 * (round_ + 1))(levels[0], levels[0])
+        seeds = [seed + i + 7919 * (round_ + 1) for i in index.tolist()]  # a clip's own, whoever else is sent back
+        noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
         cut = take(dict(extra_args or {}), index, batch)
-        out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seed, **arguments)
+        out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)
         traces.append(part.trace)
         sent[index] = True
-        risk = torch.full_like(risk, -1.0).index_copy(0, index, last_risk(part.trace).to(risk))
+        if round_ + 1 < rounds:
+            risk = torch.full_like(risk, -1.0).index_copy(0, index, last_risk(part.trace).to(risk))
     return Resampled(out, sent, traces)

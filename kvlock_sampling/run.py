@@ -13,7 +13,7 @@ from .attention import Hooks
 from .presets import Preset
 from .timeline import Timeline
 from .trace import Trace
-from .types import Scalar
+from .types import EstimatorError, Scalar
 from .variance import Estimator, TrajectoryVariance, make_estimator
 from .variance.curve import ThresholdCurve
 
@@ -62,6 +62,22 @@ def as_rows(value: Scalar, like: Tensor) -> Tensor:
     """A float or tensor as one float32 row per clip, on `like`'s device."""
     rows = torch.as_tensor(value, dtype=torch.float32, device=like.device)
     return rows if rows.ndim > 1 else rows.reshape(-1).expand(len(like))
+
+
+def check_threshold(threshold: Any) -> None:
+    """A threshold is a number > 0, or a function of sigma."""
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not callable(threshold) and not (number and 0 < threshold < float("inf")):
+        raise EstimatorError(f"threshold={threshold!r}; expected a variance > 0, e.g. 0.01, or a function of sigma.")
+
+
+def default_of(model: Any, name: str) -> Any:
+    """The default of a parameter in the denoiser's own signature; 1.0 where there is none."""
+    try:
+        parameter = inspect.signature(getattr(model, "forward", model)).parameters.get(name)
+    except (TypeError, ValueError):
+        return 1.0
+    return 1.0 if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def method_of(model: Any, name: str) -> Any:

@@ -31,6 +31,13 @@ class Source:
                 f"source is a {type(latents).__name__}; expected the clean latents of the clip, a tensor of the shape "
                 "the sampler works on, e.g. (batch, channels, time, height, width)."
             )
+        if not latents.is_floating_point():
+            raise SourceError(
+                f"source is of {latents.dtype}; expected floating latents, e.g. pixels.float() / 127.5 - 1."
+            )
+        if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
+            raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")
+        latents = latents.detach()
         if not torch.isfinite(latents).all():
             raise SourceError(
                 f"source latents hold {int((~torch.isfinite(latents)).sum())} non-finite values (NaN or inf).\n"

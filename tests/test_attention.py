@@ -139,6 +139,25 @@ def test_generic_sites_lock_any_module_that_calls_sdpa():
     assert torch.equal(model(x, sigma, cond), free)
 
 
+def test_generic_sites_that_do_not_fit_say_what_they_saw():
+    torch.manual_seed(0)
+    model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
+    mask = torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    wrong = ({"start": 0}, {"start": 3}, {"patch": (1, 2, 2)}, {"layers": [9]}, {"start": 1, "trailing": 0})
+    for change in wrong:
+        sites = kv.SdpaSites(model, **{"patch": (1, 1, 1), "start": 2, **change})
+        with (
+            kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), sites=sites) as lock,
+            pytest.raises(SiteError, match="no attention call fitted"),
+        ):
+            lock(source, torch.ones(1), cond=torch.randn(1, 2, 4))
+    with pytest.raises(SiteError, match="watches a torch module"):
+        kv.SdpaSites(lambda x: x, patch=(1, 1, 1))
+    with pytest.raises(SiteError, match="expected patch="):
+        kv.SdpaSites(model, patch=(1, 2))
+
+
 def test_a_site_that_never_fires_is_an_error(setup):
     class Detached(nn.Module):
         def __init__(self) -> None:

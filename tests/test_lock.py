@@ -268,7 +268,7 @@ def test_bad_inputs_name_the_fix(setup):
         (lambda o: kv.Control(torch.zeros(5), o.cfg_scale), r"lock of shape \(5,\); expected \(batch,\) = \(1,\)"),
         (lambda o: kv.Control(0.0, torch.zeros(1, 7)), r"cfg_scale of shape \(1, 7\)"),
         (lambda o: kv.Control(1.5, o.cfg_scale), r"a lock in \[1.5, 1.5\]; expected \[0, 1\]"),
-        (lambda o: kv.Control(float("nan"), o.cfg_scale), "lock in NaN"),
+        (lambda o: kv.Control(float("nan"), o.cfg_scale), "lock=nan; expected a finite number"),
         (lambda o: 0.5, "returned float; expected a Control"),
         (lambda o: kv.Control("high", 1.0), "lock of type str"),
     ],
@@ -325,3 +325,91 @@ def test_half_precision_keeps_its_dtype(setup):
     out = lock.sample("euler", x, setup.sigmas.to(torch.bfloat16), extra_args=cfg)
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
+
+
+class OwnScale(ScriptCFG):
+    """A guided denoiser whose scale has a default that callers rely on."""
+
+    def forward(self, x, sigma, cond, uncond, cond_scale=7.5):
+        return super().forward(x, sigma, uncond, cond, cond_scale)
+
+
+def test_a_models_own_default_scale_is_respected(setup):
+    extra = {k: setup.cfg[k] for k in ("cond", "uncond")}
+    bare = samplers.run("euler", OwnScale(setup.model), setup.x, setup.sigmas, extra_args=extra)
+    lock = kv.KVLock(OwnScale(setup.model), source=setup.source, mask=setup.mask, policy="off")
+    assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=extra), bare)
+    assert {float(s.cfg_scale) for s in lock.trace} == {7.5}
+
+
+def test_runs_in_one_block_do_not_share_noise(setup):
+    other = torch.randn_like(setup.x) * setup.sigmas[0]
+    lock = setup.lock(policy=kv.Constant(1.0))
+    with lock:
+        for x in (setup.x, other):
+            last = samplers.euler(lock, x, setup.sigmas, extra_args=setup.cfg, disable=True)
+    alone = setup.lock(policy=kv.Constant(1.0)).sample("euler", other, setup.sigmas, extra_args=setup.cfg)
+    assert torch.equal(last, alone)
+
+
+def test_methods_that_return_the_model_return_the_lock(setup):
+    lock = setup.lock()
+    assert lock.eval().to("cpu").requires_grad_(False) is lock
+    with pytest.raises(RunError, match="outside its `with` block"):
+        lock.forward(setup.x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_a_scale_without_uncond_is_refused(setup):
+    with setup.lock() as lock, pytest.raises(RunError, match="without uncond"):
+        lock(setup.x, setup.sigmas[:1], cond=setup.cond, cond_scale=7.5)
+    with setup.lock(policy=kv.Constant(1.0, cfg_scale=4.0)) as lock:
+        lock(setup.x, setup.sigmas[:1], cond=setup.cond)
+        assert float(lock.trace.steps[0].cfg_scale) == 1.0
+
+
+@pytest.mark.parametrize("policy", ["default", "pid", "full", "off", "paper"])
+def test_sigma_zero_is_evaluated_and_decides_nothing(setup, policy):
+    with setup.lock(policy=policy, sigmas=setup.sigmas) as lock:
+        for sigma in (3.0, 1.0, 0.0):
+            out = lock(setup.x / 100, torch.tensor([sigma]), **setup.cfg)
+        assert torch.isfinite(out).all()
+        assert len(lock.trace) == 2
+    with setup.lock(policy=policy, sigmas=setup.sigmas) as lock:
+        assert torch.isfinite(lock(setup.source, torch.zeros(1), **setup.cfg)).all()
+
+
+@pytest.mark.parametrize("sigma", [-1.0, float("nan"), float("inf")])
+def test_an_impossible_sigma_is_refused(setup, sigma):
+    with setup.lock() as lock, pytest.raises(RunError, match="expected a noise level >= 0"):
+        lock(setup.x, torch.tensor([sigma]), **setup.cfg)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "3", None, torch.tensor([float("nan")])])
+def test_an_impossible_guidance_is_refused(setup, scale):
+    if isinstance(scale, torch.Tensor):
+        policy = kv.stateless(lambda o: kv.Control(0.5, scale), uses_risk=False)
+        with setup.lock(policy=policy) as lock, pytest.raises(PolicyError, match="cfg_scale with NaN or inf"):
+            lock(setup.x, setup.sigmas[:1], **setup.cfg)
+        return
+    with setup.lock() as lock, pytest.raises(RunError, match="cond_scale="):
+        lock(setup.x, setup.sigmas[:1], **{**setup.cfg, "cond_scale": scale})
+
+
+def test_more_doors(setup, tmp_path):
+    with pytest.raises(SourceError, match=r"torch.uint8; expected floating"):
+        kv.KVLock(setup.model, source=setup.source.byte(), mask=setup.mask)
+    with pytest.raises(SourceError, match="noise has shape"):
+        setup.lock(noise=torch.zeros(1, 4, 2, 8, 8))
+    for bad in (0, -1.0, float("nan"), "high", True):
+        with pytest.raises(kv.KVLockError, match="threshold="):
+            setup.lock(threshold=bad)
+    path = tmp_path / "mine.toml"
+    path.write_text(kv.to_toml(kv.Constant(0.3)))
+    assert setup.lock(policy=path).policy == kv.Constant(0.3)
+    source = setup.source.clone().requires_grad_()
+    with kv.KVLock(setup.model, source=source, mask=setup.mask, policy="full") as lock:
+        assert not lock(setup.x, setup.sigmas[:1], **setup.cfg).requires_grad
+    assert kv.KVLock(setup.model).policy.never_locks  # no source, no policy named: guidance alone
+    told = setup.lock(policy=kv.Windowed(kv.Constant(1.0), last=2), sigmas=setup.sigmas.tolist())
+    with told:
+        told(setup.x, float(setup.sigmas[0]), **setup.cfg)

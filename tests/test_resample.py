@@ -77,6 +77,24 @@ def test_what_cannot_be_resampled_says_why(pair):
         resample(lock, "euler", x, pair.sigmas, back_to=1e-6, extra_args=pair.cfg)
 
 
+def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
+    three = [torch.cat([t, t[:1]]) for t in (pair.x, pair.source, pair.cond, pair.uncond)]
+    cfg = {"cond": three[2], "uncond": three[3], "cond_scale": 3.0}
+    mask = pair.mask[0, 0]  # (3 frames, height, width), for 3 clips
+    lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)))
+    x = lock.sample("euler", three[0], pair.sigmas, extra_args=cfg)
+    limit = float(last_risk(lock.trace).median())
+    result = resample(lock, "euler", x, pair.sigmas, back_to=3.0, limit=limit, extra_args=cfg)
+    assert 0 < result.sent_back.sum() < 3
+
+
+def test_one_step_is_enough_for_one_round(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    back = float(pair.sigmas[-2])
+    assert resample(lock, "euler", x, pair.sigmas, back_to=back, limit=0.0, extra_args=pair.cfg).sent_back.all()
+
+
 def test_take_cuts_whatever_has_a_row_per_clip():
     table = torch.zeros(5, 2)
     tree = {"a": torch.tensor([1, 2]), "b": [torch.tensor([[3], [4]])], "c": ["p", "q"], "d": table, "e": 7}

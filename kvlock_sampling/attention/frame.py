@@ -29,6 +29,7 @@ class Frame:
     ratio: Tensor
     store: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     fired: set[str] = field(default_factory=set)
+    passed_over: list[tuple[int, int]] = field(default_factory=list)
 
     def process(self, site: str, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Handle one attention call.  key, value: (rows, ..., length, dim); video tokens begin at `start`."""

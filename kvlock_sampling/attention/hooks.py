@@ -63,7 +63,17 @@ class Hooks:
         finally:
             self._local.frame = outer
         if not frame.fired:
-            where = "attention calls" if self.sites.watch is not None else f"{len(self.sites.sites)} sites"
+            if self.sites.watch is not None:
+                s, seen = self.sites, ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(frame.passed_over)) or "none"
+                after = "any" if s.trailing is None else s.trailing
+                chosen = "" if s.select is None else f", at calls {sorted(s.select)}"
+                raise SiteError(
+                    f"no attention call fitted, so nothing was locked. Expected {s.start} + {frame.ratio.shape[1]} "
+                    f"video tokens + {after} after them{chosen}; other calls (query x key): {seen}.\n"
+                    "  Set start= and trailing= of SdpaSites to the text tokens before and after the video, patch= to "
+                    "the model's patch size, layers= to calls that exist."
+                )
+            where = f"{len(self.sites.sites)} sites"
             raise SiteError(
                 f"none of the model's {where} fired during this evaluation, so nothing was locked.\n"
                 "  Is the model called through another copy (torch.compile, a replica, an exported graph)? "
@@ -121,13 +131,14 @@ class Hooks:
         def rewrite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal calls
             tokens, length = frame.ratio.shape[1], key.shape[-2]
-            start = self.sites.start
-            fits = length == tokens if start is None else length >= start + tokens
-            if query.shape[-2] != length or not fits:
+            start, trailing = self.sites.start, self.sites.trailing
+            rest = length - start - tokens
+            if query.shape[-2] != length or not (rest == trailing or (trailing is None and rest >= 0)):
+                frame.passed_over.append((query.shape[-2], length))
                 return key, value
             index, calls = calls, calls + 1
             if self.sites.select is not None and index not in self.sites.select:
                 return key, value
-            return frame.process(f"call.{index}", key, value, start or 0)
+            return frame.process(f"call.{index}", key, value, start)
 
         return rewrite

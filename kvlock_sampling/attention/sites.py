@@ -37,7 +37,8 @@ class Sites:
     patch: tuple[int, int, int]
     sites: tuple[Site, ...] = ()
     watch: nn.Module | None = None
-    start: int | None = None
+    start: int = 0
+    trailing: int | None = 0
     select: frozenset[int] | None = None
     architecture: str = "generic"
 
@@ -82,15 +83,31 @@ class Sites:
 
 
 def SdpaSites(  # noqa: N802 - reads as the constructor it is
-    module: nn.Module, *, patch: tuple[int, int, int], start: int | None = 0, layers: Iterable[int] | None = None
+    module: nn.Module,
+    *,
+    patch: tuple[int, int, int],
+    start: int = 0,
+    trailing: int | None = 0,
+    layers: Iterable[int] | None = None,
 ) -> Sites:
     """Sites of any module that calls `F.scaled_dot_product_attention`, with tokens in the order time, height, width.
 
-    A call is a site when its key sequence is long enough to hold all video tokens and the query sequence is as long
-    as the key sequence (so cross-attention is left alone). `start` is the position of the first video token:
-    0 for video first, the length of the text for text first, None where the sequence must be the video alone.
+    A call is a site when its key sequence holds exactly `start` tokens, the video's, and `trailing` tokens, and the
+    query sequence is as long (so cross-attention is left alone). `start` is the position of the first video token: 0
+    for video first, the length of the text for text first. `trailing` is what follows the video, None = any number.
+
+    Raises:
+        SiteError: not a module, or numbers that cannot be meant.
     """
-    return Sites(patch=patch, watch=module, start=start, select=None if layers is None else frozenset(layers))
+    if not isinstance(module, nn.Module):
+        raise SiteError(f"SdpaSites watches a torch module; got {type(module).__name__}. Pass the network itself.")
+    if len(patch) != 3 or min(patch) < 1 or start < 0 or (trailing is not None and trailing < 0):
+        raise SiteError(
+            f"SdpaSites(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width) of "
+            "whole numbers >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
+        )
+    select = None if layers is None else frozenset(layers)
+    return Sites(patch=patch, watch=module, start=start, trailing=trailing, select=select)
 
 
 def find_sites(model: Any) -> Sites:

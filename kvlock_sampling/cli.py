@@ -114,7 +114,7 @@ def edit(
         video = load(model)
         video.prompt([prompt, source_prompt or ""])
         source = read_clip(clip, frames=video.frames, size=video.size, pad=True)
-        region = read_mask(mask, frames=video.frames, size=video.size, pad=True)
+        region = read_mask(mask, frames=video.frames, size=video.size)
         with _progress("sampling", steps) as advance:
             result = edit_video(
                 source.pixels,

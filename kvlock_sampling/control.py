@@ -80,15 +80,23 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
                     f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},){extra} or a float.\n"
                     "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
                 )
-            if value.device.type == "cpu" and not torch.isfinite(value).all():
-                raise PolicyError(
-                    f"{name} returned {field} with NaN or inf; expected finite numbers (is x0-hat finite?)."
-                )
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise PolicyError(f"{name} returned {field}={value}; expected a finite number.")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
     return control
+
+
+def check_finite(policy: Any, control: Control, method: str) -> None:
+    """Check the values too, wherever that costs no read from a device."""
+    name = f"{policy_name(policy)}.{method}"
+    for field, value in zip(control._fields, control, strict=True):
+        if isinstance(value, Tensor):
+            if value.device.type == "cpu" and not torch.isfinite(value).all():
+                raise PolicyError(
+                    f"{name} returned {field} with NaN or inf; expected finite numbers.\n"
+                    "  Is x0-hat finite? A policy with uses_risk=False, and any policy in start, sees NaN as risk."
+                )
+        elif not math.isfinite(value):
+            raise PolicyError(f"{name} returned {field}={value}; expected a finite number.")
 
 
 def floored(scale: Scalar, floor: float) -> Scalar:

@@ -21,7 +21,7 @@ from . import samplers
 from .attention import Hooks, Sites, find_sites, fusion_ratio
 from .attention.sites import reachable_modules
 from .call import GuidedCall, OwnedCall
-from .control import LockRatio, check_control, extremes, floored, steps_left
+from .control import LockRatio, check_control, check_finite, extremes, floored, steps_left
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -390,4 +390,6 @@ class KVLock:
         tokens = None
         if self.sites is not None and self.source is not None:
             tokens = math.prod(self.sites.grid(self.source.latents.shape))
-        return check_control(self.policy, control, len(seen.cfg_scale), tokens, method)
+        checked = check_control(self.policy, control, len(seen.cfg_scale), tokens, method)
+        check_finite(self.policy, checked, method)
+        return checked

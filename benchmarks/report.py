@@ -181,14 +181,15 @@ def main() -> None:
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Edits\n\n`python benchmarks/edits.py`. 32 held-out scenes, five kinds of edit, the same noise for every "
         "variant; mean ± standard error. PSNR in dB; 100 dB is exact. The in-mask PSNR compares with the true render "
-        "of the edit. Evaluations are passes of the model per clip.\n\n" + (RESULTS / "edits.md").read_text(),
+        "of the edit. Passes are evaluations of the model per clip. Seconds were taken on two busy "
+        "cores: compare passes instead.\n\n" + (RESULTS / "edits.md").read_text(),
         "## When and where to lock\n\n`python benchmarks/when.py`. Other scenes, 20 steps; gain over compositing, "
         "paired by scene and noise, ± standard error.\n\n" + (RESULTS / "when.md").read_text(),
         "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. Share of measurements of calm runs with "
         "risk above 1. The default thresholds were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes.\n\n"
         + transfer()
-        + "\n\nAcross deterministic samplers and step counts the rate stays within a factor of 2.3; a stochastic sampler "
-        "needs a calibration of its own, best with `integral=False` (see [estimators](estimators.md)).",
+        + "\n\nA stochastic sampler needs a calibration of its own, best with `integral=False`: see "
+        "[estimators](estimators.md).",
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here (12,000 steps of batch "

@@ -181,8 +181,8 @@ def main() -> None:
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Edits\n\n`python benchmarks/edits.py`. 32 held-out scenes, five kinds of edit, the same noise for every "
         "variant; mean ± standard error. PSNR in dB; 100 dB is exact. The in-mask PSNR compares with the true render "
-        "of the edit. Passes are evaluations of the model per clip. Seconds were taken on two busy "
-        "cores: compare passes instead.\n\n" + (RESULTS / "edits.md").read_text(),
+        "of the edit. Passes are evaluations of the model per clip; seconds on two idle CPU "
+        "cores.\n\n" + (RESULTS / "edits.md").read_text(),
         "## When and where to lock\n\n`python benchmarks/when.py`. Other scenes, 20 steps; gain over compositing, "
         "paired by scene and noise, ± standard error.\n\n" + (RESULTS / "when.md").read_text(),
         "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. Share of measurements of calm runs with "

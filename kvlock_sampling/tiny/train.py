@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing:  python -m kvlock_sampling.tiny.train --steps 12000 --out runs/tiny
+"""Train the embedded model from nothing:  python -m kvlock_sampling.tiny.train --steps 8000 --out runs/tiny
 
 Rectified flow on an endless stream of procedural scenes. What made it work on two cores:
 x0-prediction with the loss taken on the velocity it implies, Muon for the block matrices, logit-normal times,
@@ -153,7 +153,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the checkpoint and the log")
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--fast", action="store_true", help="torch.compile and bfloat16 matrix products")

@@ -143,8 +143,9 @@ class KVLock:
             self.sites = (sites or find_sites(model)).layers(layers)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
-        self._schedule = None if sigmas is None else torch.as_tensor(sigmas)
+        self._schedule = None if sigmas is None else torch.as_tensor(sigmas).cpu()  # read at every evaluation
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
+        self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
         self.trace = Trace()
         self._local = threading.local()
@@ -189,7 +190,7 @@ class KVLock:
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
-        self._run().schedule = torch.as_tensor(sigmas)
+        self._run().restart(torch.as_tensor(sigmas).cpu())
 
     def _runs(self) -> list[Run]:
         return getattr(self._local, "runs", [])
@@ -238,8 +239,8 @@ class KVLock:
         if level == 0:
             return self._at_zero(run, x, sigma, extra_args, asked)
         state = run.timeline.rewind(level)
-        if state is None:  # a run begins here, or begins again: with its own noise
-            run.noise = None
+        if state is None:
+            run.begin(level, x)
             state = self._first_state(seen)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
@@ -280,7 +281,7 @@ class KVLock:
     def _asked(self, extra_args: Mapping[str, Any]) -> Scalar:
         """The guidance scale the caller asked for: given, or the default of a model that does its own guidance."""
         name = self.scale_arg or "cond_scale"
-        asked = extra_args[name] if name in extra_args else default_of(self.model, name)
+        asked = extra_args.get(name, self._default_scale)
         if not isinstance(asked, (int, float, Tensor)) or isinstance(asked, bool):
             raise RunError(f"{name}={asked!r}; expected a number, or a tensor of one number per clip.")
         if isinstance(asked, (int, float)) and not math.isfinite(asked):
@@ -326,9 +327,9 @@ class KVLock:
                 )
             background = self.region.background(x, self.sites.patch, self.ring)
             ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
-        if self.source is not None and run.noise is None and own > 0:
+        if self.source is not None and self.sites is not None and run.noise is None and own > 0:
             given = self.source.noise
-            run.noise = self.source.implied_noise(x, own) if given is None else given
+            run.noise = self.source.implied_noise(x, own) if given is None else given.to(x)
         if ratio is not None:
             assert self.source is not None
             assert run.noise is not None

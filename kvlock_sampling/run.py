@@ -36,6 +36,23 @@ class Run:
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
+        self.top = 0.0
+
+    def begin(self, level: float, x: Tensor) -> None:
+        """Called where nothing is remembered above `level`. From the top, or with other clips, a run begins anew and
+        has its own noise; a sampler that only went far back up goes on with the noise it had.
+        """
+        if (
+            level >= self.top * (1 - 1e-4)
+            or (self.noise is not None and self.noise.shape[1:] != x.shape[1:])
+            or (self.noise is not None and len(self.noise) not in (1, len(x)))
+        ):
+            self.noise = None
+        self.top = max(self.top, level)
+
+    def restart(self, schedule: Tensor) -> None:
+        """A sampler told its schedule: whatever came before in this block was another run."""
+        self.schedule, self.timeline, self.noise, self.top = schedule, Timeline(), None, 0.0
 
 
 DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)

@@ -44,6 +44,7 @@ class Source:
                 "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
             )
         self.latents, self.noise = latents, noise
+        self._placed = latents
         self.add_noise: AddNoise = add_noise or variance_exploding
 
     def matching(self, x: Tensor) -> Tensor:
@@ -59,7 +60,10 @@ class Source:
                 "expected the same shape, or a batch of 1.\n"
                 "  Start the sampler from torch.randn_like(source) * sigmas[0]."
             )
-        return self.latents.to(x).expand_as(x)
+        if (self._placed.device, self._placed.dtype) != (x.device, x.dtype):
+            with torch.inference_mode(False):
+                self._placed = self.latents.to(x)  # once, not at every evaluation
+        return self._placed.expand_as(x)
 
     def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
         """The noise that leads from the source to x at sigma, for any affine noising rule."""

@@ -413,3 +413,16 @@ def test_more_doors(setup, tmp_path):
     told = setup.lock(policy=kv.Windowed(kv.Constant(1.0), last=2), sigmas=setup.sigmas.tolist())
     with told:
         told(setup.x, float(setup.sigmas[0]), **setup.cfg)
+
+
+def test_going_far_back_up_keeps_the_runs_noise(setup):
+    lock = setup.lock(policy=kv.Constant(1.0))
+    with lock:
+        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+        first = lock._run().noise
+        for sigma in torch.logspace(2, -1, 20):  # deeper than the timeline remembers
+            lock(setup.x / 100, sigma.view(1), **setup.cfg)
+        lock(setup.x / 10, torch.tensor([200.0]), **setup.cfg)
+        assert lock._run().noise is first
+        lock(setup.x * 2, setup.sigmas[:1], **setup.cfg)  # from the top again: another run
+        assert not torch.equal(lock._run().noise, first)

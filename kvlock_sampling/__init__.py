@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from . import masks, samplers
-from .attention import SdpaSites, find_sites
+from .attention import Architecture, SdpaSites, find_sites
+from .attention import register as register_architecture
 from .denoisers import CFGDenoiser, FlowDenoiser
 from .lock import KVLock
 from .policy import PID, Clamped, Constant, Early, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PID",
+    "Architecture",
     "CFGDenoiser",
     "Clamped",
     "Constant",
@@ -49,6 +51,7 @@ __all__ = [
     "find_sites",
     "load_policy",
     "masks",
+    "register_architecture",
     "resample",
     "samplers",
     "stateless",

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Frame, Hooks
+from .attention.frame import Mode
 from .control import extremes
 from .guidance import guide, guide_rescaled
 from .rows import NotBatchable, join_calls
@@ -25,13 +26,16 @@ Branch = tuple[Tensor, dict[str, Any]]
 
 @dataclass
 class Call:
-    """What both kinds share. `ratio` is the fusion ratio per token, None where nothing is locked now."""
+    """What both kinds share. `ratio` is the fusion ratio per token, None where nothing is locked now; `grid` is the
+    tokens' (time, height, width).
+    """
 
     model: Denoiser
     x: Tensor
     sigma: Tensor
     hooks: Hooks | None
     ratio: Tensor | None
+    grid: tuple[int, int, int] | None
     z: Tensor | None
     source_args: Mapping[str, Any]
     batched: bool = True
@@ -46,54 +50,69 @@ class Call:
         self, model: Denoiser, branches: Sequence[Branch], source: Branch | None, sigma: Tensor
     ) -> list[Tensor]:
         """Run branches of `len(x)` rows each, with the source beside them if it is given; as one call if possible."""
-        batch = len(self.x)
-        if self.batched or len(branches) == 1:
-            rows = [*branches] if source is None else [*branches, source]
-            if source is None or self.batched:
-                try:
-                    arguments = join_calls([a for _, a in rows], batch)
-                except NotBatchable:
-                    pass
-                else:
-                    latents = rows[0][0] if len(rows) == 1 else torch.cat([r for r, _ in rows])
-                    levels = sigma if len(rows) == 1 else sigma.expand(batch).repeat(len(rows))
-                    with ExitStack() as stack:
-                        if source is not None:
-                            self._frame(stack, Frame("lockstep", self._ratio))
-                        out = model(latents, levels, **arguments)
-                    self.passes += len(rows)
-                    return list(out.split(batch))[: len(branches)]
-        return self._one_by_one(model, branches, source, sigma)
+        if source is None:
+            return self._edit(model, branches, None, sigma)
+        assert self.hooks is not None
+        if self.batched and not self.hooks.sites.rows_apart:
+            try:
+                return self._together(model, [*branches, source], self._frame("lockstep"), sigma)[: len(branches)]
+            except NotBatchable:
+                pass  # say, the source's own prompt is of another length
+        kept = self._frame("capture")
+        with self._acting(kept):
+            model(source[0], sigma, **source[1])
+        self.passes += 1
+        return self._edit(model, branches, kept, sigma)
 
-    def _one_by_one(
-        self, model: Denoiser, branches: Sequence[Branch], source: Branch | None, sigma: Tensor
+    def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
+        """The branches alone, with the source's K/V of `kept` fused in; one after another where they cannot share."""
+        groups = [branches] if self.batched else [[branch] for branch in branches]
+        try:
+            return [out for group in groups for out in self._together(model, group, self._inject(kept), sigma)]
+        except NotBatchable:
+            return [self._together(model, [branch], self._inject(kept), sigma)[0] for branch in branches]
+
+    def _together(
+        self, model: Denoiser, branches: Sequence[Branch], frame: Frame | None, sigma: Tensor
     ) -> list[Tensor]:
-        """The same, branch after branch; the source's K/V are kept until the last one is done."""
-        frame = None
-        if source is not None:
-            frame = Frame("capture", self._ratio)
-            with ExitStack() as stack:
-                self._frame(stack, frame)
-                model(source[0], sigma, **source[1])
-            self.passes += 1
-        results = []
-        for latents, arguments in branches:
-            with ExitStack() as stack:
-                if frame is not None:
-                    self._frame(stack, Frame("inject", frame.ratio, store=frame.store))
-                results.append(model(latents, sigma, **arguments))
-            self.passes += 1
-        return results
+        """Branches as the rows of one call.
+
+        Raises:
+            NotBatchable: their arguments cannot share one.
+        """
+        batch = len(self.x)
+        arguments = join_calls([a for _, a in branches], batch)
+        if len(branches) == 1:
+            latents, levels = branches[0][0], sigma
+        else:
+            latents, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
+        with self._acting(frame):
+            out = model(latents, levels, **arguments)
+        self.passes += len(branches)
+        return list(out.split(batch))
 
     @property
     def _ratio(self) -> Tensor:
         assert self.ratio is not None
         return self.ratio
 
-    def _frame(self, stack: ExitStack, frame: Frame) -> None:
+    def _frame(self, mode: Mode) -> Frame:
+        return Frame(mode, self._ratio, grid=self.grid)
+
+    def _inject(self, kept: Frame | None) -> Frame | None:
+        return None if kept is None else Frame("inject", kept.ratio, store=kept.store, grid=kept.grid)
+
+    @contextmanager
+    def _acting(self, frame: Frame | None) -> Iterator[None]:
+        """Let the sites act on the calls inside, and count those that did; without a frame nothing is touched."""
+        if frame is None:
+            yield
+            return
         assert self.hooks is not None
-        stack.enter_context(self.hooks.frame(frame))
-        stack.callback(lambda: setattr(self, "fused", max(self.fused, len(frame.fired))))
+        with self.hooks.frame(frame):
+            yield
+        if frame.mode != "capture":
+            self.fused = max(self.fused, len(frame.fired))
 
 
 class OwnedCall(Call):
@@ -163,9 +182,8 @@ class GuidedCall(Call):
             self.passes += 1
             return self.model(x, sigma, **arguments)
         given = {**arguments, **self.source_args}
-        frame = Frame("capture", self._ratio)
-        with ExitStack() as stack:
-            self._frame(stack, frame)
+        kept = self._frame("capture")
+        with self._acting(kept):
             if self.branch is not None:
                 drop = ("uncond", self.scale_arg)
                 self.branch(self.z, sigma, **{k: v for k, v in given.items() if k not in drop})
@@ -173,8 +191,7 @@ class GuidedCall(Call):
                 if "cond" in given and "uncond" in given:
                     given["uncond"] = given["cond"]  # whatever chunk is kept, it is the source under its own prompt
                 self.model(self.z, sigma, **given)
-        with ExitStack() as stack:
-            self._frame(stack, Frame("inject", frame.ratio, store=frame.store))
+        with self._acting(self._inject(kept)):
             out = self.model(x, sigma, **arguments)
         self.passes += 2
         return out

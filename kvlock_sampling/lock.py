@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from . import samplers
-from .attention import Hooks, Sites, find_sites, fusion_ratio
-from .attention.sites import reachable_modules
+from .attention import Hooks, Sites, find_sites, fusion_ratio, reachable_modules
 from .call import GuidedCall, OwnedCall
-from .control import LockRatio, check_control, check_finite, extremes, floored, steps_left
+from .control import LockRatio, extremes
+from .controller import Controller
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -29,7 +29,6 @@ from .region import Region
 from .rows import take
 from .run import (
     Run,
-    State,
     advised_estimator,
     as_rows,
     check_threshold,
@@ -42,11 +41,7 @@ from .run import (
 from .source import Source
 from .trace import Trace
 from .types import (
-    Control,
     Denoiser,
-    Evaluation,
-    Observation,
-    PolicyError,
     RunError,
     Scalar,
     SourceError,
@@ -147,6 +142,7 @@ class KVLock:
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
+        self._expert = method_of(model, "expert")
         self.trace = Trace()
         self._local = threading.local()
 
@@ -235,20 +231,25 @@ class KVLock:
         sigma = torch.as_tensor(sigma, device=x.device)
         own, level = self._levels(sigma)
         asked = self._asked(extra_args)
-        seen = self._watch(x, level, asked, run)
+        control = self._controller()
+        seen = control.watch(x, level, asked, run.schedule)
         if level == 0:
             return self._at_zero(run, x, sigma, extra_args, asked)
+        expert = None if self._expert is None else self._expert(sigma)
         state = run.timeline.rewind(level)
         if state is None:
             run.begin(level, x)
-            state = self._first_state(seen)
+            state = control.first(seen, expert)
+        elif state.expert != expert:
+            # Another network took over: how far its prediction is from the other's is no sign of doubt.
+            state = state._replace(estimator=self.estimator.init(), expert=expert)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
         call = self._prepare(run, x, sigma, own, lock)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used, state.cfg_scale is not None)
-        after, seen, control = self._decide(state, call, cond, seen)
+        after, seen, answer = control.decide(state, call, cond, seen)
         scale = asked if after.cfg_scale is None else after.cfg_scale
         denoised = self._composited(call.guided(cond, scale))
 
@@ -260,13 +261,19 @@ class KVLock:
             variance=seen.variance,
             risk=seen.risk,
             lock=seen.lock,
-            next_lock=as_rows(control.lock, seen.cfg_scale),
+            next_lock=as_rows(answer.lock, seen.cfg_scale),
             cfg_scale=as_rows(acted, seen.cfg_scale),
             evaluations=call.passes,
             fused_sites=call.fused,
         )
         run.trace.steps.append(step)
         return denoised
+
+    def _controller(self) -> Controller:
+        tokens = None
+        if self.sites is not None and self.source is not None:
+            tokens = math.prod(self.sites.grid(self.source.latents.shape))
+        return Controller(self.policy, self.estimator, self.threshold, self.cfg_floor, self.region, tokens)
 
     def _levels(self, sigma: Tensor) -> tuple[float, float]:
         """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
@@ -301,24 +308,9 @@ class KVLock:
         assert self.region is not None
         return torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
 
-    def _watch(self, x: Tensor, level: float, asked: Scalar, run: Run) -> Observation:
-        """An observation with nothing measured yet."""
-        base = torch.as_tensor(asked, dtype=torch.float32, device=x.device).reshape(-1)
-        if len(base) not in (1, len(x)):
-            raise RunError(
-                f"the guidance scale has {len(base)} entries for {len(x)} clips; pass a float, or one per clip."
-            )
-        base = base.expand(len(x))
-        unknown = torch.full_like(base, float("nan"))
-        return Observation(level, unknown, unknown, torch.zeros_like(base), base, steps_left(run.schedule, level))
-
-    def _first_state(self, seen: Observation) -> State:
-        control = self._checked(self.policy.start(seen), seen, "start")
-        return State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen))
-
     def _prepare(self, run: Run, x: Tensor, sigma: Tensor, own: float, lock: LockRatio) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
-        ratio = z = None
+        ratio = grid = z = None
         if lock.active:
             if self.source is None or self.sites is None or self.region is None:
                 raise SourceError(
@@ -326,6 +318,7 @@ class KVLock:
                     "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
                 )
             background = self.region.background(x, self.sites.patch, self.ring)
+            grid = self.sites.grid(x.shape)
             ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
         if self.source is not None and self.sites is not None and run.noise is None and own > 0:
             given = self.source.noise
@@ -341,6 +334,7 @@ class KVLock:
             sigma,
             run.hooks,
             ratio,
+            grid,
             z,
             self.source_args,
             batched=self.batched,
@@ -348,49 +342,3 @@ class KVLock:
             branch=self.branch,
             scale_arg=self.scale_arg,
         )
-
-    def _decide(
-        self, state: State, call: OwnedCall | GuidedCall, cond: Tensor, seen: Observation
-    ) -> tuple[State, Observation, Control]:
-        """Measure the conditional x0-hat, judge the risk, and ask the policy."""
-        inner, variance = state.estimator, None
-        if self.policy.uses_risk:
-            mask = None if self.region is None else self.region.latent(cond)
-            with torch.no_grad():
-                evaluation = Evaluation(seen.sigma, call.x, cond, mask, call.probe, call.uncond)
-                inner, variance = self.estimator.step(inner, evaluation)
-        if variance is not None:
-            limit = self.threshold(seen.sigma) if callable(self.threshold) else self.threshold
-            seen = seen._replace(variance=variance, risk=variance / limit)
-        if variance is None and self.policy.uses_risk and state.measured:
-            # An estimator that pauses: its last word holds.
-            held = Control(state.lock, seen.cfg_scale if state.cfg_scale is None else state.cfg_scale)
-            return state._replace(estimator=inner), seen, held
-        if variance is None and self.policy.uses_risk:
-            policy_state, control = state.policy, self._checked(self.policy.start(seen), seen, "start")
-        else:
-            policy_state, control = self._ask(state.policy, seen)
-        scale = self._scale(control, seen)
-        known = state.measured or variance is not None
-        return State(inner, policy_state, known, control.lock, scale), seen, control
-
-    def _ask(self, policy_state: Any, seen: Observation) -> tuple[Any, Control]:
-        answer = self.policy.step(policy_state, seen)
-        if not (isinstance(answer, tuple) and len(answer) == 2) or isinstance(answer, Control):
-            raise PolicyError(
-                f"{type(self.policy).__name__}.step returned {type(answer).__name__}; expected (state, Control).\n"
-                "  Return state, Control(lock=..., cfg_scale=obs.cfg_scale); without memory use @stateless."
-            )
-        return answer[0], self._checked(answer[1], seen, "step")
-
-    def _scale(self, control: Control, seen: Observation) -> Scalar | None:
-        """The scheduled guidance scale; None where the policy passed on what was asked, which is then left alone."""
-        return None if control.cfg_scale is seen.cfg_scale else floored(control.cfg_scale, self.cfg_floor)
-
-    def _checked(self, control: Any, seen: Observation, method: str) -> Control:
-        tokens = None
-        if self.sites is not None and self.source is not None:
-            tokens = math.prod(self.sites.grid(self.source.latents.shape))
-        checked = check_control(self.policy, control, len(seen.cfg_scale), tokens, method)
-        check_finite(self.policy, checked, method)
-        return checked

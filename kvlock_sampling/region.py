@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention.grid import token_grid
 from .masks import as_mask, check_mask, grow, latent_mask, token_mask
 from .types import MaskError
 
@@ -22,7 +23,8 @@ class Region:
     def latent(self, like: Tensor) -> Tensor:
         """The mask at the resolution of `like`, (batch or 1, 1, time, height, width), float.
 
-        For latents that are not videos the mask must already be broadcastable to them.
+        Pictures, (batch, channels, height, width), are videos of one frame. For packed latents, (batch, tokens,
+        channels), and anything else the mask must already be broadcastable to them, e.g. (1, tokens, 1).
 
         Raises:
             MaskError: the mask fits neither as it is nor by a whole compression factor.
@@ -31,7 +33,7 @@ class Region:
 
     def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
         """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
-        return self._remember((like.shape, like.device, patch), lambda: token_mask(self.latent(like), patch))
+        return self._remember((like.shape, like.device, patch), lambda: self._tokens(like, patch))
 
     def background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None = None) -> Tensor:
         """How much of the lock each token takes, (batch or 1, tokens), float in [0, 1]: 0 where edited, 1 elsewhere.
@@ -45,12 +47,26 @@ class Region:
         weight = (~edited).to(torch.float32)
         if ring is None:
             return weight
-        width, share = ring
+        width, share = ring if isinstance(ring, tuple) and len(ring) == 2 else (0.0, 0.0)
         if not (width > 0 and 0 <= share <= 1):
             raise MaskError(f"ring={ring}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5).")
-        t, h, w = (size // p for size, p in zip(like.shape[2:], patch, strict=True))
+        if like.ndim == 3:
+            raise MaskError(
+                f"ring={ring} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave ring away."
+            )
+        t, h, w = token_grid(like.shape, patch)
         near = grow(edited.view(len(edited), 1, t, h, w).float(), width).flatten(1).to(weight)
         return weight * torch.where(near > 0, share, 1.0)
+
+    def _tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
+        mask = self.latent(like)
+        if like.ndim == 3:
+            return (mask > 0).any(-1).expand(-1, like.shape[1])
+        if like.ndim == 4:
+            mask = (
+                mask.expand(-1, -1, *like.shape[2:]).amax(1, keepdim=True).unsqueeze(2).expand(-1, -1, patch[0], -1, -1)
+            )
+        return token_mask(mask, patch)
 
     def _remember(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._known:
@@ -59,6 +75,8 @@ class Region:
         return self._known[key]
 
     def _latent(self, like: Tensor) -> Tensor:
+        if like.ndim == 4:
+            return self._picture(like)
         if like.ndim != 5:
             return self._broadcastable(like)
         mask = check_mask(as_mask(self.given))
@@ -87,6 +105,19 @@ class Region:
                 "(masks.resize(mask, frames, height, width) makes one)."
             )
         return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
+
+    def _picture(self, like: Tensor) -> Tensor:
+        """A mask for pictures: (height, width), (batch, height, width) or (batch, 1, height, width), of any whole
+        compression factor; or one per channel, at the latents' size.
+        """
+        mask = torch.as_tensor(self.given)
+        if mask.ndim == 4 and mask.shape[1] != 1:
+            return self._broadcastable(like)
+        if mask.ndim == 3:
+            mask = mask[:, None]
+        return Region(mask[None, None, None] if mask.ndim == 2 else mask.unsqueeze(2)).latent(like.unsqueeze(2))[
+            :, :, 0
+        ]
 
     def _broadcastable(self, like: Tensor) -> Tensor:
         mask = torch.as_tensor(self.given)

@@ -19,13 +19,16 @@ from .variance.curve import ThresholdCurve
 
 
 class State(NamedTuple):
-    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked."""
+    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked; `expert`
+    is which network evaluated, for a denoiser of several.
+    """
 
     estimator: Any
     policy: Any
     measured: bool
     lock: Scalar
     cfg_scale: Scalar | None
+    expert: Any = None
 
 
 class Run:

@@ -264,7 +264,7 @@ def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup
     seen = []
     original = Frame.process
 
-    def spy(self, site, key, value, start):
+    def spy(self, site, key, value, start, ratio=None):
         out = original(self, site, key, value, start)
         seen.append((self.ratio, key, value, out))
         return out

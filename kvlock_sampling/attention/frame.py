@@ -17,23 +17,45 @@ from torch import Tensor
 
 from ..types import SiteError
 from .fuse import fuse
+from .grid import coarser
 
 Mode = Literal["lockstep", "capture", "inject"]
+KeyValue = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Frame:
-    """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`."""
+    """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
+    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known.
+    """
 
     mode: Mode
     ratio: Tensor
-    store: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    store: dict[str, KeyValue] = field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
+    text: int | None = None
     fired: set[str] = field(default_factory=set)
     passed_over: list[tuple[int, int]] = field(default_factory=list)
+    _coarser: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
-    def process(self, site: str, key: Tensor, value: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    @property
+    def batch(self) -> int:
+        """Clips, not rows."""
+        return len(self.ratio)
+
+    def ratio_at(self, factor: tuple[int, int, int]) -> Tensor:
+        """The ratio on tokens that are `factor` (time, height, width) as large."""
+        if factor == (1, 1, 1):
+            return self.ratio
+        if factor not in self._coarser:
+            assert self.grid is not None
+            self._coarser[factor] = coarser(self.ratio, self.grid, factor)
+        return self._coarser[factor]
+
+    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
         """Handle one attention call.  key, value: (rows, ..., length, dim); video tokens begin at `start`."""
-        batch, tokens = self.ratio.shape
+        ratio = self.ratio if ratio is None else ratio
+        batch, tokens = ratio.shape
         rows = key.shape[0]
         if rows % batch:
             raise SiteError(
@@ -42,9 +64,9 @@ class Frame:
                 "Run clips one by one if the model mixes its rows."
             )
         video = slice(start, start + tokens)
-        self.fired.add(site)
         if self.mode == "capture":
             # Whatever chunks a guided denoiser makes of the source, they hold the same prompt: the last one serves.
+            self.fired.add(site)
             self.store[site] = (key[-batch:, ..., video, :], value[-batch:, ..., video, :])
             return key, value
         if self.mode == "inject":
@@ -55,21 +77,32 @@ class Frame:
         else:
             source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
             edit_rows = rows - batch
+        self.fired.add(site)
         return (
-            self._fuse_rows(key, source_key, video, edit_rows),
-            self._fuse_rows(value, source_value, video, edit_rows),
+            _fuse_rows(key, source_key, ratio, video, edit_rows),
+            _fuse_rows(value, source_value, ratio, video, edit_rows),
         )
 
-    def _fuse_rows(self, own: Tensor, source: Tensor, video: slice, edit_rows: int) -> Tensor:
-        batch, tokens = self.ratio.shape
-        chunks = edit_rows // batch
-        ratio = self.ratio if chunks == 1 else self.ratio.repeat(chunks, 1)
-        if chunks != 1:
-            source = source.repeat(chunks, *([1] * (source.ndim - 1)))
-        whole = own.shape[-2] == tokens
-        fused = fuse(own[:edit_rows] if whole else own[:edit_rows, ..., video, :], source, ratio)
-        if whole:
-            return fused if edit_rows == own.shape[0] else torch.cat([fused, own[edit_rows:]])
-        mixed = own.clone()
-        mixed[:edit_rows, ..., video, :] = fused
-        return mixed
+    def process_row(self, site: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
+        """The same where attention is called for each row by itself: this is row `index` of the batch."""
+        clip = index % self.batch
+        row = Frame(self.mode, self.ratio[clip : clip + 1], self.store)
+        fused = row.process(f"{site}[{clip}]", key, value, start)
+        if row.fired:
+            self.fired.add(site)
+        return fused
+
+
+def _fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
+    batch, tokens = ratio.shape
+    chunks = edit_rows // batch
+    if chunks != 1:
+        ratio = ratio.repeat(chunks, 1)
+        source = source.repeat(chunks, *([1] * (source.ndim - 1)))
+    whole = own.shape[-2] == tokens
+    fused = fuse(own[:edit_rows] if whole else own[:edit_rows, ..., video, :], source, ratio)
+    if whole:
+        return fused if edit_rows == own.shape[0] else torch.cat([fused, own[edit_rows:]])
+    mixed = own.clone()
+    mixed[:edit_rows, ..., video, :] = fused
+    return mixed

@@ -8,6 +8,9 @@ fused and plain projections alike, and everything outside the site runs untouche
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import SiteError
 from .frame import Frame
-from .sites import Sites
+from .sites import Site, Sites
 
 Rewrite = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -48,13 +51,16 @@ class Hooks:
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
         self._local = threading.local()
+        self._worked = False
 
     @contextmanager
     def frame(self, frame: Frame) -> Iterator[Frame]:
         """Let the sites act on calls made inside this block, from this thread.
 
+        A site that is skipped, say by a step cache, is not an error: `frame.fired` holds those that acted.
+
         Raises:
-            SiteError: on leaving, if no site fired at all: the model never reached one, and nothing was locked.
+            SiteError: on leaving, if no site has fired in the whole run: the model never reached one.
         """
         outer = getattr(self._local, "frame", None)
         self._local.frame = frame
@@ -62,23 +68,27 @@ class Hooks:
             yield frame
         finally:
             self._local.frame = outer
-        if not frame.fired:
-            if self.sites.watch is not None:
-                s, seen = self.sites, ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(frame.passed_over)) or "none"
-                after = "any" if s.trailing is None else s.trailing
-                chosen = "" if s.select is None else f", at calls {sorted(s.select)}"
-                raise SiteError(
-                    f"no attention call fitted, so nothing was locked. Expected {s.start} + {frame.ratio.shape[1]} "
-                    f"video tokens + {after} after them{chosen}; other calls (query x key): {seen}.\n"
-                    "  Set start= and trailing= of SdpaSites to the text tokens before and after the video, patch= to "
-                    "the model's patch size, layers= to calls that exist."
-                )
-            where = f"{len(self.sites.sites)} sites"
-            raise SiteError(
-                f"none of the model's {where} fired during this evaluation, so nothing was locked.\n"
+        self._worked = self._worked or bool(frame.fired)
+        if not self._worked:
+            raise SiteError(self._never_fired(frame))
+
+    def _never_fired(self, frame: Frame) -> str:
+        sites = self.sites
+        if sites.watch is None:
+            return (
+                f"none of the model's {len(sites.sites)} sites fired during this evaluation, so nothing was locked.\n"
                 "  Is the model called through another copy (torch.compile, a replica, an exported graph)? "
                 "Pass sites= of the module that really runs."
             )
+        seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(frame.passed_over)) or "none"
+        after = "any" if sites.trailing is None else sites.trailing
+        chosen = "" if sites.select is None else f", at calls {sorted(sites.select)}"
+        return (
+            f"no attention call fitted, so nothing was locked. Expected {sites.start} + {frame.ratio.shape[1]} "
+            f"video tokens + {after} after them{chosen}; other calls (query x key): {seen}.\n"
+            "  Set start= and trailing= of SdpaSites to the text tokens before and after the video, patch= to "
+            "the model's patch size, layers= to calls that exist."
+        )
 
     @contextmanager
     def installed(self) -> Iterator[Hooks]:
@@ -86,8 +96,11 @@ class Hooks:
         with ExitStack() as stack:
             if self.sites.watch is not None:
                 self._install(stack, self.sites.watch, self._rewrite_any)
+            for network in self.sites.networks if self.sites.text_arguments else ():
+                count = functools.partial(self._count_text, self.sites.text_arguments)
+                stack.callback(network.register_forward_pre_hook(count, with_kwargs=True).remove)
             for site in self.sites.sites:
-                self._install(stack, site.module, self._rewrite_site(site.name, site.start))
+                self._install(stack, site.module, functools.partial(self._rewrite_site, site))
             yield self
 
     def _install(self, stack: ExitStack, module: nn.Module, make: Callable[[Frame], Rewrite]) -> None:
@@ -107,23 +120,27 @@ class Hooks:
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
-    @staticmethod
-    def _rewrite_site(name: str, start: int) -> Callable[[Frame], Rewrite]:
-        def make(frame: Frame) -> Rewrite:
-            def rewrite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-                tokens = frame.ratio.shape[1]
-                if key.shape[-2] < start + tokens:
-                    raise SiteError(
-                        f"site {name!r} attends over {key.shape[-2]} tokens; the mask has {tokens}"
-                        f"{f' after {start} text tokens' if start else ''}.\n"
-                        "  The mask's grid and the model's patches differ: check the latents' shape, "
-                        "and that no frames or reference tokens were added."
-                    )
-                return frame.process(name, key, value, start)
+    def _count_text(self, names: tuple[str, ...], network: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""
+        frame = getattr(self._local, "frame", None)
+        if frame is None:
+            return
+        # Of the class: offloading and caches replace the instance's forward, and may hide its signature.
+        bound = inspect.signature(type(network).forward).bind_partial(network, *args, **kwargs).arguments
+        frame.text = sum(bound[n].shape[1] for n in names if isinstance(bound.get(n), Tensor))
 
-            return rewrite
+    def _rewrite_site(self, site: Site, frame: Frame) -> Rewrite:
+        patch, extra = self.sites.patch, self.sites.extra
+        t, h, w = (a // b for a, b in zip(site.patch or patch, patch, strict=True))
+        ratio, rows = frame.ratio_at((t, h, w)), itertools.count()
 
-        return make
+        def rewrite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            start = video_start(site, key.shape[-2], ratio.shape[1], frame.text, extra)
+            if self.sites.rows_apart:
+                return frame.process_row(site.name, next(rows), key, value, start)
+            return frame.process(site.name, key, value, start, ratio)
+
+        return rewrite
 
     def _rewrite_any(self, frame: Frame) -> Rewrite:
         calls = 0
@@ -142,3 +159,32 @@ class Hooks:
             return frame.process(f"call.{index}", key, value, start)
 
         return rewrite
+
+
+def video_start(site: Site, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
+    """Where the video's `tokens` begin in a sequence of `length`.
+
+    `text` is how many text tokens the network was given (None: unknown), `extra` what else stands before and after.
+
+    Raises:
+        SiteError: the sequence cannot be taken apart so.
+    """
+    before, after = extra
+    rest = length - before - tokens - after
+    fits = rest == 0 if site.text == "none" else rest >= 0 if text is None else rest == text
+    if site.text == "last" and text is not None:
+        fits = 0 <= rest <= text  # some models drop the padding of the text
+    if fits:
+        return before + (rest if site.text == "first" else 0)
+    parts = "" if site.text == "none" else f" + {'its' if text is None else text} text tokens"
+    others = "" if extra == (0, 0) else f" + {before + after} others"
+    surplus = length - tokens - before - after - (text or 0)
+    hint = (
+        f"If {surplus} of them are reference frames or guides, say where they stand: "
+        f"sites=kv.find_sites(model).with_extra(after={surplus})."
+        if surplus > 0
+        else "The mask's grid and the model's patches differ: check the latents' shape."
+    )
+    raise SiteError(
+        f"site {site.name!r} attends over {length} tokens; expected the mask's {tokens}{parts}{others}.\n  {hint}"
+    )

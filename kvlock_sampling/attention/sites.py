@@ -1,61 +1,80 @@
 """Which attention calls are sites: self-attention over the video's tokens, found per architecture.
 
-`find_sites(model)` looks through the model for an architecture it knows. An architecture is one thin file with a
-function `match(module) -> Sites | None`; see `wan.py`. For anything else use `SdpaSites`, which watches the calls of
-`torch.nn.functional.scaled_dot_product_attention` themselves.
+`find_sites(model)` looks through the model for a family it knows, see `architecture.py`. For anything else use
+`SdpaSites`, which watches the calls of `torch.nn.functional.scaled_dot_product_attention` themselves.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..types import SiteError
+from .grid import token_grid
+from .reachable import reachable_modules
+
+Patch = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One self-attention module. `start` is the position of the first video token in its key sequence."""
+    """One self-attention module. `text` says where text tokens stand in its sequence: "none", "first" or "last".
+
+    `patch` is set where this layer's tokens are larger than the model's, as in a pyramid.
+    """
 
     name: str
     module: nn.Module
-    start: int = 0
+    text: str = "none"
+    patch: Patch | None = None
 
 
 @dataclass(frozen=True)
 class Sites:
     """The sites of one model. `patch` is the patch size (time, height, width) that turns latents into tokens.
 
+    `networks` are the modules whose calls are one evaluation each: two where experts share a run; `text_arguments`
+    name what becomes text tokens there. `extra` counts tokens that stand before and after the video's and are neither
+    text nor video, e.g. reference images.
+
     With `watch` set there is no list: every matching attention call inside that module is a site, numbered in call
     order (the generic route), and `select` picks among the numbers.
     """
 
-    patch: tuple[int, int, int]
+    patch: Patch
     sites: tuple[Site, ...] = ()
     watch: nn.Module | None = None
     start: int = 0
     trailing: int | None = 0
     select: frozenset[int] | None = None
     architecture: str = "generic"
+    networks: tuple[nn.Module, ...] = ()
+    text_arguments: tuple[str, ...] = ()
+    rows_apart: bool = False
+    extra: tuple[int, int] = (0, 0)
 
     def layers(self, chosen: Iterable[int] | slice | None) -> Sites:
         """Keep only some layers: indices (negative ones count from the end) or a slice. None keeps all.
+
+        Of a model of several experts the same layers of each are kept.
 
         Raises:
             SiteError: an index is out of range, or nothing is left.
         """
         if chosen is None:
             return self
+        if not isinstance(chosen, slice):
+            chosen = _indices(chosen)
         if self.watch is not None:
             if isinstance(chosen, slice):
                 raise SiteError("layers of a generic model are known only as calls; give indices: layers=[0, 1, 2].")
             return replace(self, select=frozenset(chosen))
-        count = len(self.sites)
-        indices = range(count)[chosen] if isinstance(chosen, slice) else list(chosen)
+        experts = max(1, len(self.networks))
+        count = len(self.sites) // experts
+        indices = range(count)[chosen] if isinstance(chosen, slice) else chosen
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
             raise SiteError(
@@ -63,29 +82,48 @@ class Sites:
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
         keep = sorted({i % count for i in indices})
-        return replace(self, sites=tuple(self.sites[i] for i in keep))
+        return replace(self, sites=tuple(self.sites[e * count + i] for e in range(experts) for i in keep))
+
+    def with_extra(self, *, before: int = 0, after: int = 0) -> Sites:
+        """The same sites where other tokens stand beside the video's, e.g. appended reference images. They are never
+        touched, in the source's pass neither.
+        """
+        if min(before, after) < 0:
+            raise SiteError(f"with_extra(before={before}, after={after}); expected counts of tokens >= 0.")
+        if self.watch is not None:
+            trailing = None if self.trailing is None else self.trailing + after
+            return replace(self, start=self.start + before, trailing=trailing)
+        return replace(self, extra=(before, after))
 
     def grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (time, height, width) for latents of shape (batch, channels, time, height, width)."""
-        if len(latent_shape) != 5:
-            raise SiteError(
-                f"latents of shape {tuple(latent_shape)} have {len(latent_shape)} axes; "
-                "expected 5: (batch, channels, time, height, width)."
-            )
-        axes = tuple(latent_shape)[2:]
-        if any(size % patch for size, patch in zip(axes, self.patch, strict=True)):
-            raise SiteError(
-                f"latents of time, height, width {axes} do not divide into patches of {self.patch}.\n"
-                "  Crop or pad the clip so that each axis is a multiple of its patch size."
-            )
-        t, h, w = (size // patch for size, patch in zip(axes, self.patch, strict=True))
-        return t, h, w
+        """Tokens along (time, height, width) for latents of a shape; see `grid.token_grid`.
+
+        Raises:
+            SiteError: the shape has no such tokens.
+        """
+        for site in self.sites:
+            if site.patch is not None:
+                token_grid(latent_shape, site.patch)
+        return token_grid(latent_shape, self.patch)
+
+
+def _indices(chosen: Any) -> list[int]:
+    try:
+        indices = list(chosen)
+    except TypeError:
+        indices = [chosen]
+    if isinstance(chosen, str) or any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
+        raise SiteError(
+            f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
+            "layers=slice(None, 10), or None for all of them."
+        )
+    return indices
 
 
 def SdpaSites(  # noqa: N802 - reads as the constructor it is
     module: nn.Module,
     *,
-    patch: tuple[int, int, int],
+    patch: Patch,
     start: int = 0,
     trailing: int | None = 0,
     layers: Iterable[int] | None = None,
@@ -111,54 +149,51 @@ def SdpaSites(  # noqa: N802 - reads as the constructor it is
 
 
 def find_sites(model: Any) -> Sites:
-    """Find the sites of a denoiser, a module, or a function that closes over one.
+    """Find the attention sites of a model, or of a network wrapped in it.
+
+    Looks at the model and everything a wrapper may hold: attributes `inner_model`, `model`, `transformer`,
+    `transformer_2`, `module`, submodules, and what a plain function closes over. Two networks of one family, such as
+    the experts of Wan 2.2, are locked alike.
 
     Raises:
-        SiteError: no known architecture was found; the message says what was looked at and what to pass.
+        SiteError: no known architecture; says what was seen and what to pass instead.
     """
-    from . import wan
+    from .architecture import architectures
 
-    seen: list[str] = []
+    known, seen, found = architectures(), [], []
+    inside: set[int] = set()
     for module in reachable_modules(model):
-        for architecture in (wan,):
-            sites = architecture.match(module)
-            if sites is not None:
-                return sites
-        seen.append(type(module).__name__)
+        if id(module) in inside:
+            continue
+        family = next((a for a in known if a.matches(module)), None)
+        if family is None:
+            seen.append(type(module).__name__)
+            continue
+        found.append(family.find(module))
+        inside.update(id(part) for part in module.modules())
+    if found:
+        return _together(found)
     looked = ", ".join(dict.fromkeys(seen)) if seen else f"{type(model).__name__} (no torch module inside)"
+    families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise SiteError(
         f"no attention sites found in {looked[:400]}.\n"
-        "  Known architectures: WanTransformer3DModel. For another model whose attention calls\n"
-        "  F.scaled_dot_product_attention say where its tokens are:\n"
+        f"  Known architectures: {families}.\n"
+        "  For another model whose attention calls F.scaled_dot_product_attention say where its tokens are:\n"
         "    KVLock(model, ..., sites=kv.SdpaSites(transformer, patch=(1, 2, 2), start=0))\n"
+        "  or declare it: kv.Architecture(...).find(transformer).\n"
         "  For control of guidance alone, without a source: KVLock(model, policy=...)."
     )
 
 
-def reachable_modules(model: Any) -> Iterator[nn.Module]:
-    """Every torch module that belongs to a denoiser: itself, its parts, or what a function or wrapper holds."""
-    stack, seen = [model], set()
-    while stack:
-        item = stack.pop(0)
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, nn.Module):
-            yield from item.modules()
-        # Also of a module: a wrapper around a plain function holds it beside its submodules.
-        stack += [vars(item)[n] for n in ("inner_model", "model", "transformer", "module") if n in _attributes(item)]
-        if isinstance(item, nn.Module):
-            continue
-        if isinstance(item, functools.partial):
-            stack += [item.func, *item.args, *item.keywords.values()]
-        if getattr(item, "__self__", None) is not None:
-            stack.append(item.__self__)
-        for cell in getattr(item, "__closure__", None) or ():
-            stack.append(cell.cell_contents)
-        names = getattr(getattr(item, "__code__", None), "co_names", ())
-        scope = getattr(item, "__globals__", {})
-        stack += [scope[n] for n in names if isinstance(scope.get(n), nn.Module)]
-
-
-def _attributes(item: Any) -> dict[str, Any]:
-    return getattr(item, "__dict__", {})
+def _together(found: list[Sites]) -> Sites:
+    """The sites of several networks, e.g. experts, as those of one model: only networks built like the first count."""
+    first = found[0]
+    alike = [
+        f
+        for f in found
+        if (f.architecture, f.patch, len(f.sites)) == (first.architecture, first.patch, len(first.sites))
+    ]
+    if len(alike) == 1:
+        return first
+    sites = [replace(s, name=f"{i}.{s.name}") for i, f in enumerate(alike) for s in f.sites]
+    return replace(first, sites=tuple(sites), networks=tuple(f.networks[0] for f in alike))

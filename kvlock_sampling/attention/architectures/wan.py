@@ -1,0 +1,10 @@
+"""Wan 2.1 and 2.2 (diffusers): video-only self-attention in `attn1`; text and image live in `attn2`."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="wan",
+    classes=("diffusers.models.transformers.transformer_wan:WanTransformer3DModel",),
+    sites=("blocks.*.attn1",),
+    patch=lambda network: network.config.patch_size,
+)

@@ -19,7 +19,7 @@ from .presets import load_policy, to_toml
 from .resample import resample
 from .trace import Trace
 from .types import Control, KVLockError, Observation
-from .variance import Estimator, PosteriorVariance, RenoiseVariance, TrajectoryVariance
+from .variance import Estimator, PosteriorVariance, Relative, RenoiseVariance, TrajectoryVariance
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "Observation",
     "Policy",
     "PosteriorVariance",
+    "Relative",
     "RenoiseVariance",
     "SdpaSites",
     "Sigmoid",

@@ -29,6 +29,7 @@ from kvlock_sampling.variance import (
     Max,
     Mean,
     PosteriorVariance,
+    Relative,
     RenoiseVariance,
     SolverDisagreement,
     Sparse,
@@ -63,6 +64,9 @@ BUILT_IN: list[Estimator] = [
     Held(Sparse(DropoutVariance(), every=4)),
     Max((TrajectoryVariance(), Held(Sparse(RenoiseVariance(), every=2)))),
     Mean((SolverDisagreement(patch=PATCH), GuidanceGap())),
+    Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
+    Relative(Held(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3)), quantile=0.9, local=True),
+    Max((Relative(GuidanceGap(patch=PATCH), local=True), SolverDisagreement())),
     Weighted((RenoiseVariance(), PosteriorVariance()), thresholds=(0.1, 0.2), weights=(1.0, 3.0)),
 ]
 
@@ -87,6 +91,7 @@ def test_any_run_replays_from_any_state(estimator, batch, seed, data):
     g = torch.Generator().manual_seed(seed)
     model = CheckModel()
     x = torch.randn(batch, 4, 2, 4, 4, generator=g)
+    mask = torch.zeros(1, 1, 2, 4, 4).index_fill_(-1, torch.tensor([0, 1]), 1.0) if estimator.needs_background else None
     levels = data.draw(st.lists(st.floats(0.05, 8.0), min_size=2, max_size=8, unique=True))
     falling = sorted(levels, reverse=True)
 
@@ -94,7 +99,7 @@ def test_any_run_replays_from_any_state(estimator, batch, seed, data):
         states, out = [state], []
         for sigma in sigmas:
             denoised = model(x * sigma, sigma)
-            state, variance = estimator.step(state, Evaluation(sigma, x * sigma, denoised, None, model, denoised * 0.9))
+            state, variance = estimator.step(state, Evaluation(sigma, x * sigma, denoised, mask, model, denoised * 0.9))
             states.append(state)
             out.append(variance)
         return states, out

@@ -50,9 +50,9 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
 
     estimator: without per-clip `seeds`. batch: clips per run, >= 2 for the check of independence to mean anything.
     Checked: frozen settings, a readable repr, cost and default_threshold; shape, dtype, device and range of every
-    variance, for float32, float64 and bfloat16 latents, with and without a mask; the same answer to the same call,
-    nothing changed in place; a restored state replays; a clip gets the same alone as in a batch, to rounding;
-    evaluations are as many as `cost` says.
+    variance, for float32, float64 and bfloat16 latents, with a mask and without (or, with `needs_background`, refused
+    without); the same answer to the same call, nothing changed in place; a restored state replays; a clip gets the same
+    alone as in a batch, to rounding; evaluations are as many as `cost` says.
     Raises EstimatorError naming the estimator, what was given, what was expected, and what to do.
     """
     _check_object(estimator)
@@ -62,6 +62,9 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
         if not isinstance(bound, Estimator):
             raise EstimatorError(f"{_name(estimator)}.bound returned {bound!r}; expected an estimator: return self.")
         for masked in (True, False):
+            if not masked and bound.needs_background:
+                _Run(bound, model, batch, seed, masked, dtype, device).check_refusal()
+                continue
             run = _Run(bound, model, batch, seed, masked, dtype, device)
             states, variances = run.play(bound.init(), 0)
             run.check_cost(variances)
@@ -86,7 +89,8 @@ class _Run:
         generator = torch.Generator().manual_seed(seed)
         x0, noise = torch.randn(2, batch, *SHAPE, generator=generator)
         mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator) > 0.4).float()
-        mask[..., 0, 0] = 1
+        # Every clip has something edited and, in patches of up to 2, something kept.
+        mask[..., 0, 0], mask[..., -2:, -2:] = 1, 0
         self.mask = mask.to(device, dtype) if masked else None
         self.sigmas = torch.linspace(math.log(8.0), math.log(0.05), STEPS).exp().tolist()
         self.points = [(x0 + s * noise).to(device, dtype) for s in self.sigmas]
@@ -121,6 +125,17 @@ class _Run:
             states.append(state)
             variances.append(variance)
         return states, variances
+
+    def check_refusal(self) -> None:
+        """An estimator that needs a background says so where there is none."""
+        try:
+            self.estimator.step(self.estimator.init(), self.evaluation(0))
+        except EstimatorError:
+            return
+        raise EstimatorError(
+            f"{_name(self.estimator)}.needs_background is True, and step took an evaluation without a mask; expected "
+            "an EstimatorError.\n  Let needs_background be False, or raise where evaluation.mask is None."
+        )
 
     def check_cost(self, variances: list[Tensor | None]) -> None:
         """Declared evaluations per clip and measurement against those counted. `_call` asks everything twice."""

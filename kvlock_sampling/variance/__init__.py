@@ -1,7 +1,7 @@
 """Estimators of how uncertain the model is about its clean prediction. One file each; all behind init/step.
 
 Free: TrajectoryVariance, SolverDisagreement, GuidanceGap. At the cost of evaluations: RenoiseVariance,
-PosteriorVariance, DropoutVariance. Around others: Sparse, Held, Max, Mean, Weighted.
+PosteriorVariance, DropoutVariance. Around others: Sparse, Held, Relative, Max, Mean, Weighted.
 """
 
 from .base import Estimator, masked_mean
@@ -12,6 +12,7 @@ from .dropout_hooks import dropout_hooks
 from .gap import GuidanceGap
 from .held import Held
 from .posterior import PosteriorVariance
+from .relative import Relative
 from .renoise import RenoiseVariance
 from .sparse import Sparse
 from .table import ESTIMATORS, estimator_table, make_estimator
@@ -26,6 +27,7 @@ __all__ = [
     "Max",
     "Mean",
     "PosteriorVariance",
+    "Relative",
     "RenoiseVariance",
     "SolverDisagreement",
     "Sparse",

@@ -31,6 +31,9 @@ class Estimator(ABC):
     default_threshold: float = 1.0
     """The variance that counts as risk 1 when the user names no threshold."""
 
+    needs_background: bool = False
+    """Whether it raises an EstimatorError where there is no mask, or one that leaves nothing outside."""
+
     def init(self) -> Any:
         """The state before the first evaluation."""
         return None

@@ -59,6 +59,11 @@ class Several(Estimator):
         """Extra evaluations per clip, where all parts measure."""
         return sum(e.cost for e in self.estimators)
 
+    @property
+    def needs_background(self) -> bool:  # type: ignore[override]
+        """Whether any part does."""
+        return any(e.needs_background for e in self.estimators)
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """The same over the parts, bound."""
         modules = tuple(modules)

@@ -37,6 +37,11 @@ class Wrapper(Estimator):
         """The inner estimator's."""
         return self.estimator.default_threshold
 
+    @property
+    def needs_background(self) -> bool:  # type: ignore[override]
+        """The inner estimator's."""
+        return self.estimator.needs_background
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """The same around the inner estimator, bound."""
         return dataclasses.replace(self, estimator=self.estimator.bound(modules))

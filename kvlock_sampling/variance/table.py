@@ -19,6 +19,7 @@ from .dropout import DropoutVariance
 from .gap import GuidanceGap
 from .held import Held
 from .posterior import PosteriorVariance
+from .relative import Relative
 from .renoise import RenoiseVariance
 from .sparse import Sparse
 from .trajectory import TrajectoryVariance
@@ -34,6 +35,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
         GuidanceGap,
         Sparse,
         Held,
+        Relative,
         Max,
         Mean,
         Weighted,

@@ -1,0 +1,131 @@
+"""Relative: the edit's variance in units of the background's, so that a run calibrates itself.
+
+    var = mean of the inner variance over the edited region / quantile of it over the background's tokens
+Compositing holds the background to the source: nothing can go wrong there. How much the prediction still moves *there*
+is therefore what a calm prediction does in this run, under this sampler, with this schedule, at this noise level.
+Renewed noise, longer steps and another scale of the latents move both regions alike and cancel; what the two show
+does not. Dimensionless, range >= 0, cost: the inner estimator's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..precision import working
+from ..types import EstimatorError, Evaluation
+from .base import Estimator, Patch, pooled
+from .held import Wrapper
+
+
+class RelativeState(NamedTuple):
+    """The inner state and, once known, the edited share of every token, (batch, tokens), in [0, 1]."""
+
+    inner: Any
+    edited: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Relative(Wrapper):
+    """An inner estimator's variance inside the mask over its quantile outside, per clip.
+
+    estimator: measures every token: give it a `patch`, e.g. Relative(TrajectoryVariance(patch=(1, 2, 2))).
+    quantile: of the background's tokens, in [0, 1]. 0.5 compares with the typical one; a higher one with the liveliest
+        and is noisier on small backgrounds. Tokens that the mask's edge crosses belong to neither side.
+    local: False = one value per clip, (batch,); True = every token's own ratio, (batch, tokens).
+
+    The reference is as good as the background: with compositing off, or a background that was never right, it is only
+    the rest of the clip.
+
+    Raises:
+        EstimatorError: an inner estimator that does not measure tokens, or a quantile out of range; in a run, a clip
+            without a single background token.
+    """
+
+    quantile: float = 0.5
+    local: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        patch_of(self.estimator)
+        if not 0 <= self.quantile <= 1:
+            raise EstimatorError(f"quantile={self.quantile}; expected a share in [0, 1]. Try quantile=0.5.")
+
+    @property
+    def default_threshold(self) -> float:  # type: ignore[override]
+        """What calm clips of the embedded model reach."""
+        return 20.0
+
+    @property
+    def needs_background(self) -> bool:  # type: ignore[override]
+        """True: without a mask there is nothing to compare with."""
+        return True
+
+    def init(self) -> RelativeState:
+        """The inner state; the mask is not known yet."""
+        return RelativeState(self.estimator.init())
+
+    def step(self, state: RelativeState, evaluation: Evaluation) -> tuple[RelativeState, Tensor | None]:
+        """The inner measurement over its own background; None while the inner estimator is silent."""
+        edited = state.edited
+        if edited is None:
+            edited = self._edited(evaluation)
+        inner, variance = self.estimator.step(state.inner, evaluation)
+        if variance is None:
+            return RelativeState(inner, edited), None
+        if variance.shape != edited.shape:
+            raise EstimatorError(
+                f"{self.estimator!r} returned a variance of shape {tuple(variance.shape)}; Relative expected one for "
+                f"every token of its patch, {tuple(edited.shape)}."
+            )
+        background = torch.where(edited > 0, torch.nan, variance)
+        # A reference of exactly 0 (flat content in float16, say) must not make risk infinite.
+        reference = background.nanquantile(self.quantile, dim=1, keepdim=True).clamp_min(1e-12)
+        if self.local:
+            return RelativeState(inner, edited), variance / reference
+        region = (variance * edited).sum(1) / edited.sum(1).clamp_min(1e-12)
+        return RelativeState(inner, edited), region / reference.squeeze(1)
+
+    def _edited(self, evaluation: Evaluation) -> Tensor:
+        """The edited share of every token. Looked at once per run: the check reads from the device."""
+        if evaluation.mask is None:
+            raise EstimatorError(
+                "Relative measures the edit in units of the background, and there is no mask, so no background.\n"
+                f"  Give KVLock(..., mask=...), or the estimator by itself: estimator={self.estimator!r}."
+            )
+        mask = torch.broadcast_to(working(evaluation.mask), evaluation.denoised.shape)
+        edited = pooled(mask, None, patch_of(self.estimator))
+        full = (edited > 0).all(1).nonzero().flatten().tolist()
+        if full:
+            raise EstimatorError(
+                f"the mask of clip {', '.join(map(str, full))} touches every one of {edited.shape[1]} tokens; Relative "
+                "expected some background to compare with.\n"
+                f"  Shrink the mask, or take the estimator by itself: estimator={self.estimator!r}."
+            )
+        return edited
+
+
+def patch_of(estimator: Estimator) -> Patch:
+    """The patch in which an estimator measures tokens, its own or that of those inside it.
+
+    Raises:
+        EstimatorError: it measures whole clips, or its parts disagree.
+    """
+    inside = [estimator]
+    found = set()
+    while inside:
+        part = inside.pop()
+        if getattr(part, "patch", None) is not None:
+            found.add(part.patch)  # type: ignore[attr-defined]
+        inside += [part.estimator] if isinstance(part, Wrapper) else list(getattr(part, "estimators", ()))
+    if len(found) != 1:
+        what = "gives one value per clip" if not found else f"has patches {', '.join(map(str, sorted(found)))}"
+        raise EstimatorError(
+            f"Relative needs a value for every token, and {estimator!r} {what}.\n"
+            "  Name the model's patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, "
+            "patch=(1, 2, 2)))."
+        )
+    return found.pop()

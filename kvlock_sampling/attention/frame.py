@@ -43,6 +43,15 @@ class Frame:
         """Clips, not rows."""
         return len(self.ratio)
 
+    @property
+    def tokens(self) -> int | None:
+        """How many of the video's tokens are in the sequences of this call; None: as many as `ratio` says."""
+        return None
+
+    def mask(self, mask: Tensor | None, start: int) -> Tensor | None:
+        """The attention mask that goes with the keys `process` returns."""
+        return mask
+
     def ratio_at(self, factor: tuple[int, int, int]) -> Tensor:
         """The ratio on tokens that are `factor` (time, height, width) as large."""
         if factor == (1, 1, 1):

@@ -25,11 +25,13 @@ from ..types import SiteError
 from .frame import Frame
 from .sites import Site, Sites
 
-Rewrite = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+"""query, key, value, mask -> key, value, mask: what attention is to use instead. Tensors are (rows, heads, length, dim).
+"""
 
 
 class _WatchAttention(TorchFunctionMode):
-    """Hands query, key, value of every scaled_dot_product_attention call to `rewrite` and uses the K/V it returns."""
+    """Hands every scaled_dot_product_attention call's query, key, value and mask to `rewrite`, and uses its answer."""
 
     def __init__(self, rewrite: Rewrite) -> None:
         super().__init__()
@@ -39,10 +41,10 @@ class _WatchAttention(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        names = ("query", "key", "value")
-        given = dict(zip(names, args[:3], strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
-        key, value = self.rewrite(given["query"], given["key"], given["value"])
-        return func(given["query"], key, value, *args[3:], **kwargs)
+        names = ("query", "key", "value", "attn_mask")
+        given = dict(zip(names, args[:4], strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
+        key, value, mask = self.rewrite(given["query"], given["key"], given["value"], given.get("attn_mask"))
+        return func(given["query"], key, value, mask, *args[4:], **kwargs)
 
 
 class Hooks:
@@ -134,29 +136,33 @@ class Hooks:
         t, h, w = (a // b for a, b in zip(site.patch or patch, patch, strict=True))
         ratio, rows = frame.ratio_at((t, h, w)), itertools.count()
 
-        def rewrite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            start = video_start(site, key.shape[-2], ratio.shape[1], frame.text, extra)
+        def rewrite(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
+            start = video_start(site, key.shape[-2], frame.tokens or ratio.shape[1], frame.text, extra)
             if self.sites.rows_apart:
-                return frame.process_row(site.name, next(rows), key, value, start)
-            return frame.process(site.name, key, value, start, ratio)
+                return *frame.process_row(site.name, next(rows), key, value, start), mask
+            return *frame.process(site.name, key, value, start, ratio), frame.mask(mask, start)
 
         return rewrite
 
     def _rewrite_any(self, frame: Frame) -> Rewrite:
         calls = 0
 
-        def rewrite(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        def rewrite(
+            query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        ) -> tuple[Tensor, Tensor, Tensor | None]:
             nonlocal calls
             tokens, length = frame.ratio.shape[1], key.shape[-2]
             start, trailing = self.sites.start, self.sites.trailing
             rest = length - start - tokens
             if query.shape[-2] != length or not (rest == trailing or (trailing is None and rest >= 0)):
                 frame.passed_over.append((query.shape[-2], length))
-                return key, value
+                return key, value, mask
             index, calls = calls, calls + 1
             if self.sites.select is not None and index not in self.sites.select:
-                return key, value
-            return frame.process(f"call.{index}", key, value, start)
+                return key, value, mask
+            return *frame.process(f"call.{index}", key, value, start), mask
 
         return rewrite
 

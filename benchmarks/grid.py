@@ -18,11 +18,16 @@ STEPS = 1000  # of the training schedule
 
 
 class Grid(NamedTuple):
-    """One variant of the data set. `std` is before the division by `scale`."""
+    """One variant of the data set, and how long its networks train. `std` is before the division by `scale`.
+
+    training: steps of batch 2,048. With 12,000 the wide schedule's networks are not done: one of three seeds put 32% of
+        its samples between the modes, and 2% after 40,000.
+    """
 
     std: float = 0.05
     beta_start: float = 1e-3
     beta_end: float = 0.2
+    training: int = 40_000
 
     @property
     def scale(self) -> float:
@@ -46,6 +51,10 @@ class Grid(NamedTuple):
         """Cumulative signal power of the training schedule, (STEPS,), float64."""
         betas = torch.linspace(self.beta_start, self.beta_end, STEPS, dtype=torch.float64)
         return (1 - betas).cumprod(0)
+
+
+SHARP = Grid(std=0.02, beta_start=1e-4, beta_end=0.02, training=12_000)
+"""The variant of arXiv 2605.06831: modes two and a half times as narrow, and a schedule that dwells on low noise."""
 
 
 class Block(nn.Module):
@@ -103,8 +112,9 @@ class GridDenoiser(nn.Module):
         return x - s.unsqueeze(1) * eps
 
 
-def train(grid: Grid, seed: int, *, steps: int = 12_000, batch: int = 2048) -> EpsNet:
-    """Train a network, or load it from runs/grid where an earlier call left it."""
+def train(grid: Grid, seed: int, *, steps: int | None = None, batch: int = 2048) -> EpsNet:
+    """Train a network, or load it from runs/grid where an earlier call left it. steps: other than the grid's own."""
+    steps = steps or grid.training
     path = CACHE / f"std{grid.std}_beta{grid.beta_end}_steps{steps}_seed{seed}.pt"
     torch.manual_seed(seed)
     net = EpsNet()

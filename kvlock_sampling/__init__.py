@@ -50,6 +50,8 @@ __all__ = [
     "Windowed",
     "edit_video",
     "find_sites",
+    "from_pipeline",
+    "load_pipeline",
     "load_policy",
     "masks",
     "register_architecture",
@@ -65,6 +67,8 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: they bring video codecs and the embedded model along.
     if name == "edit_video":
         return import_module(".edit", __name__).edit_video
+    if name in ("from_pipeline", "load_pipeline"):
+        return getattr(import_module(".pipelines", __name__), name)
     if name == "testing":
         return import_module(".testing", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

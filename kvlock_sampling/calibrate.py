@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .edit import VideoModel, edit_video
+from .inputs import read_pair
 from .policy import Policy, stateless
 from .presets import Preset, load_policy
 from .types import Control, Observation, SourceError
 from .variance import Estimator, TrajectoryVariance, estimator_table
 from .variance.calibration import Band, reference_bands, threshold_curve
-from .video import read_clip, read_mask
 
 
 class Example(NamedTuple):
@@ -124,7 +124,6 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
             raise SourceError(
                 f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt (its prompt) beside it."
             )
-        pixels = read_clip(clip, frames=model.frames, size=model.size).pixels
-        mask = read_mask(masks[0], frames=model.frames, size=model.size)
-        examples.append(Example(pixels, mask, text.read_text(encoding="utf-8").strip()))
+        source, mask = read_pair(model, clip, masks[0], pad=False)
+        examples.append(Example(source.pixels, mask, text.read_text(encoding="utf-8").strip()))
     return examples

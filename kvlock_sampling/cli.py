@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,25 @@ def _readable_errors() -> Iterator[None]:
         err.print("[bold red]error:[/]", end=" ")
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    except Exception as error:
+        torch = sys.modules.get("torch")  # whoever ran out of its memory has imported it
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        err.print(
+            f"[bold red]error:[/] out of memory: {str(error).splitlines()[0]}\n"
+            "  Less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
+        )
+        raise typer.Exit(2) from None
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """ "480x832" as (height, width)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", text.strip())
+    if found is None:
+        raise KVLockError(f"--size {text!r}; expected HEIGHTxWIDTH in pixels, e.g. --size 480x832.")
+    return int(found[1]), int(found[2])
 
 
 @contextmanager
@@ -87,23 +108,35 @@ def edit(
     prompt: Annotated[str, typer.Option(help="What the masked region shall show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
     source_prompt: Annotated[str | None, typer.Option(help="What the clip shows now.")] = None,
-    model: Annotated[str, typer.Option(help="'tiny', or a folder of its weights.")] = "tiny",
+    model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=1)] = 30,
     policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
     strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps more.")] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
-    scale: Annotated[int, typer.Option(min=1, help="Enlarge the written clip by a whole factor.")] = 8,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="Enlarge the written clip by a whole factor; default: 8 for 'tiny', otherwise 1."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Pick so many, evenly; default: the first ones.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to edit at; default: about the clip's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16, float16.")] = None,
+    offload: Annotated[
+        str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
+    ] = "none",
+    negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch reads.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift in place of the pipeline's schedule.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with _readable_errors():
         from .edit import edit_video
+        from .inputs import read_pair
+        from .models import open_model
         from .plot import figure_format
         from .samplers import get
-        from .tiny import load
-        from .video import check_suffix, read_clip, read_mask, write_clip
+        from .video import check_suffix, write_clip
 
         check_suffix(output)
         if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
@@ -111,10 +144,11 @@ def edit(
         if trace is not None:
             figure_format(trace)
         get(sampler)
-        video = load(model)
-        video.prompt([prompt, source_prompt or ""])
-        source = read_clip(clip, frames=video.frames, size=video.size, pad=True)
-        region = read_mask(mask, frames=video.frames, size=video.size)
+        sides = _size(size)
+        video = open_model(model, dtype=dtype, offload=offload, negative_prompt=negative_prompt, shift=shift)
+        if model_is_tiny := video.frames is not None:
+            video.prompt([prompt, source_prompt or ""])  # its few words are known; a wrong one is told before anything
+        source, region = read_pair(video, clip, mask, frames=frames, size=sides)
         with _progress("sampling", steps) as advance:
             result = edit_video(
                 source.pixels,
@@ -130,7 +164,7 @@ def edit(
                 seed=seed,
                 on_step=advance,
             )
-        write_clip(output, result.pixels[0], fps=source.fps, scale=scale)
+        write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (8 if model_is_tiny else 1))
         if trace is not None:
             result.trace.plot(trace)
         out.print(
@@ -143,7 +177,7 @@ def edit(
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The preset to write, NAME.toml.")],
-    model: Annotated[str, typer.Option(help="'tiny', or a folder of its weights.")] = "tiny",
+    model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
     clips: Annotated[
         str,
         typer.Option(help="How many scenes of the embedded world, or a folder of NAME.mp4, NAME.mask.png, NAME.txt."),
@@ -153,17 +187,21 @@ def calibrate(
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=4)] = 30,
     seed: Annotated[int, typer.Option()] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16, float16.")] = None,
+    offload: Annotated[str, typer.Option(help="none, model, or group; see `kvlock edit --help`.")] = "none",
 ) -> None:
     """Measure what calm runs reach at every noise level, and write a preset whose risk is relative to that."""
     with _readable_errors():
         from .calibrate import calibrate as measure
         from .calibrate import folder, scenes
+        from .models import open_model
         from .presets import save_policy
         from .samplers import get
-        from .tiny import load
 
         get(sampler)
-        video = load(model)
+        video = open_model(model, dtype=dtype, offload=offload)
+        if video.frames is None and clips.isdigit():
+            raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
         examples = scenes(int(clips)) if clips.isdigit() else folder(Path(clips), video)
         with _progress("measuring", len(examples)) as advance:
             found = measure(
@@ -174,6 +212,7 @@ def calibrate(
                 sampler=sampler,
                 steps=steps,
                 seed=seed,
+                batch=1 if video.frames is None else 8,
                 on_clip=advance,
             )
         save_policy(found.preset, output)

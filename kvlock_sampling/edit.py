@@ -14,19 +14,26 @@ from torch import Tensor
 from . import masks, samplers
 from .lock import KVLock
 from .metrics import masked_psnr
+from .models import open_model
 from .trace import Trace
 from .types import Denoiser, KVLockError, SourceError
 
 
 class VideoModel(Protocol):
-    """What an edit needs of a model: a denoiser with its codec, its prompts, and its schedule. See `tiny.TinyVideo`."""
+    """What an edit needs of a model: a denoiser with its codec, its prompts, and its schedule. See `tiny.TinyVideo`,
+    and `pipelines.PipelineVideo` for models of diffusers.
+
+    frames, size: the clips it edits; None where that is free. Such a model has a method `fit(frames, height, width)`,
+    the largest clip it can edit within that, and may have `given(clips, mask)`, itself for these clips, and
+    `lock_mask(mask)`, the mask at the size of its latents. `negative_prompt`, if it has one, is the unconditional one.
+    """
 
     @property
     def denoiser(self) -> Denoiser: ...
     @property
-    def frames(self) -> int: ...
+    def frames(self) -> int | None: ...
     @property
-    def size(self) -> tuple[int, int]: ...
+    def size(self) -> tuple[int, int] | None: ...
     @property
     def cfg_scale(self) -> float: ...
 
@@ -87,7 +94,8 @@ def edit_video(
         clip: (3, frames, height, width) or (batch, 3, ...), in [-1, 1].  mask: 1 = edit, as `masks.as_mask` reads.
         prompt: what the masked region shall show, one text or one per clip.  source_prompt: what the clip shows now;
             the source's own branch reads it (default: `prompt`).
-        model: "tiny", a folder of its weights, or any `VideoModel`.
+        model: "tiny", a folder of its weights, a folder of a diffusers pipeline, or any `VideoModel`, e.g.
+            `kv.from_pipeline(pipe)`.
         sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: noise levels.
         policy: a Policy, a preset's name, or a TOML file.  cfg_scale: guidance asked for; default: the model's.
         strength: 1 starts from noise; lower starts from the clip noised to flow time `strength`.
@@ -98,12 +106,14 @@ def edit_video(
     Raises:
         KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
     """
-    video = _video_model(model)
+    video = open_model(model) if isinstance(model, str) else model
     clips = clip if clip.ndim == 5 else clip.unsqueeze(0)
     texts = _texts(prompt, len(clips), "prompt")
     _check_clip(clips, video)
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
-    conditioning = {"cond": video.prompt(texts), "uncond": video.prompt([""] * len(clips))}
+    video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
+    negative = [getattr(video, "negative_prompt", "")] * len(clips)
+    conditioning = {"cond": video.prompt(texts), "uncond": video.prompt(negative)}
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
     if not math.isfinite(scale):
         raise KVLockError(f"cfg_scale={scale}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
@@ -117,9 +127,8 @@ def edit_video(
     sigmas = _schedule(video, steps, strength, sampler)
     noise = start_noise(source, seed)
     x = noise * sigmas[0] + (source if strength < 1 else 0)
-    lock = KVLock(
-        video.denoiser, source=source, mask=pixel_mask, policy=policy, source_args=source_args, **lock_options
-    )
+    lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
+    lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, source_args=source_args, **lock_options)
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()
     with torch.inference_mode():
@@ -134,7 +143,7 @@ def edit_video(
         seconds = time.perf_counter() - started
         pixels = video.decode(latents)
         ceiling = video.decode(source)
-    pixels = pixels.clone()  # out of inference mode
+    pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # out of inference mode, off the device
     if paste and lock.composite:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
         pixels = torch.lerp(clips.to(pixels), pixels, soft)
@@ -145,16 +154,8 @@ def edit_video(
         seconds=seconds,
         evaluations=lock.trace.evaluations,
         background_psnr=masked_psnr(pixels, clips, keep),
-        ceiling_psnr=masked_psnr(ceiling.clone(), clips, keep),
+        ceiling_psnr=masked_psnr(ceiling, clips, keep),
     )
-
-
-def _video_model(model: str | VideoModel) -> VideoModel:
-    if not isinstance(model, str):
-        return model
-    from .tiny import load
-
-    return load(model)
 
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
@@ -173,14 +174,15 @@ def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
 
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
-    want = (3, video.frames, *video.size)
     if not clips.is_floating_point():
         raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
-    if clips.ndim != 5 or tuple(clips.shape[1:]) != want:
+    frames, size = editable(video, *clips.shape[2:]) if clips.ndim == 5 else (video.frames, video.size)
+    if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
+        sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         raise SourceError(
             f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width) = "
-            f"(batch, {', '.join(map(str, want))}).\n"
-            f"  clip = video.read_clip(path, frames={video.frames}, size={tuple(video.size)}).pixels"
+            f"(batch, {sides}).\n"
+            f"  clip = video.read_clip(path, frames={frames}, size={size}).pixels"
         )
     if not torch.isfinite(clips).all():
         raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
@@ -189,3 +191,11 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
             f"clip runs from {float(clips.min()):.3g} to {float(clips.max()):.3g}; expected pixels in [-1, 1]: "
             "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
         )
+
+
+def editable(video: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
+    """Frames and (height, width) of the clip this model would edit in place of one of this size."""
+    if video.frames is not None and video.size is not None:
+        return video.frames, (video.size[0], video.size[1])
+    count, *size = video.fit(frames, height, width)  # type: ignore[attr-defined]  # see VideoModel
+    return count, (size[0], size[1])

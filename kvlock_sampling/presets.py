@@ -96,7 +96,8 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"cannot read the policy file {name!r}: {error}") from error
-    return load_policy_text(text, where=path.name)
+    # Two folders may hold a file of one name, so the folder is part of what is wrong with it.
+    return load_policy_text(text, where=str(path))
 
 
 def load_policy_text(text: str, where: str = "text") -> Policy:

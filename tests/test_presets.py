@@ -211,6 +211,19 @@ def test_folders_of_the_user_come_first(tmp_path, monkeypatch):
     assert "mine" in preset_names()
 
 
+def test_a_broken_file_is_named_with_its_folder(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.toml").write_text("[policy]\ntype = 'Constant'\nlok = 1\n")
+    (tmp_path / "b" / "other.toml").write_text("[policy\n")
+    monkeypatch.setenv("KVLOCK_POLICIES", os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
+    for name, folder, problem in (("mine", "a", "policy.lok"), ("other", "b", "not valid TOML")):
+        with pytest.raises(PolicyError) as caught:
+            load_policy(name)
+        assert str(tmp_path / folder / f"{name}.toml") in str(caught.value)
+        assert problem in str(caught.value)
+
+
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "mine.toml"
     save_policy(PID(), path)

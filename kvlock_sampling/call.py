@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import Frame, Hooks
+from .attention.foreground import ForegroundFrame, Selection
 from .attention.frame import Mode
 from .control import extremes
 from .guidance import guide, guide_rescaled
@@ -27,12 +28,14 @@ Branch = tuple[Tensor, dict[str, Any]]
 @dataclass
 class Call:
     """What both kinds share. `ratio` is the fusion ratio per token, None where nothing is locked now; `grid` is the
-    tokens' (time, height, width).
+    tokens' (time, height, width). With a `selection` the edit runs on its computed tokens alone, and the latents of
+    the others, `left_out`, are those of the `clean` source.
     """
 
     model: Denoiser
     x: Tensor
     sigma: Tensor
+    level: float
     hooks: Hooks | None
     ratio: Tensor | None
     grid: tuple[int, int, int] | None
@@ -42,8 +45,12 @@ class Call:
     rescale: bool = False
     branch: Denoiser | None = None
     scale_arg: str | None = None
+    selection: Selection | None = None
+    left_out: Tensor | None = None
+    clean: Tensor | None = None
     uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
+    _kept: tuple[Tensor, Frame] | None = field(default=None, init=False)
     fused: int = field(default=0, init=False)
 
     def _evaluate(
@@ -53,16 +60,23 @@ class Call:
         if source is None:
             return self._edit(model, branches, None, sigma)
         assert self.hooks is not None
-        if self.batched and not self.hooks.sites.rows_apart:
+        if self.batched and self.selection is None and not self.hooks.sites.rows_apart:
             try:
                 return self._together(model, [*branches, source], self._frame("lockstep"), sigma)[: len(branches)]
             except NotBatchable:
                 pass  # say, the source's own prompt is of another length
-        kept = self._frame("capture")
-        with self._acting(kept):
+        return self._edit(model, branches, self._source_keys(model, source, sigma), sigma)
+
+    def _source_keys(self, model: Denoiser, source: Branch, sigma: Tensor) -> Frame:
+        """The source's K/V at this noise level: from a pass of its own, once however often it is asked for."""
+        if self._kept is not None and self._kept[0] is sigma:
+            return self._kept[1]
+        frame = self._frame("capture")
+        with self._acting(frame):
             model(source[0], sigma, **source[1])
         self.passes += 1
-        return self._edit(model, branches, kept, sigma)
+        self._kept = (sigma, frame)
+        return frame
 
     def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
         """The branches alone, with the source's K/V of `kept` fused in; one after another where they cannot share."""
@@ -89,7 +103,13 @@ class Call:
         with self._acting(frame):
             out = model(latents, levels, **arguments)
         self.passes += len(branches)
-        return list(out.split(batch))
+        return [self._filled(part) for part in out.split(batch)]
+
+    def _filled(self, out: Tensor) -> Tensor:
+        """A prediction, with the source where nothing was computed."""
+        if self.left_out is None or self.clean is None:
+            return out
+        return torch.where(self.left_out, self.clean, out)
 
     @property
     def _ratio(self) -> Tensor:
@@ -97,10 +117,18 @@ class Call:
         return self.ratio
 
     def _frame(self, mode: Mode) -> Frame:
-        return Frame(mode, self._ratio, grid=self.grid)
+        if self.selection is None:
+            return Frame(mode, self._ratio, grid=self.grid)
+        assert self.hooks is not None
+        text_first = self.hooks.sites.sites[0].text == "first"
+        return ForegroundFrame(mode, self._ratio, grid=self.grid, selection=self.selection, text_first=text_first)
 
     def _inject(self, kept: Frame | None) -> Frame | None:
-        return None if kept is None else Frame("inject", kept.ratio, store=kept.store, grid=kept.grid)
+        if kept is None:
+            return None
+        frame = self._frame("inject")
+        frame.store = kept.store
+        return frame
 
     @contextmanager
     def _acting(self, frame: Frame | None) -> Iterator[None]:
@@ -148,7 +176,9 @@ class OwnedCall(Call):
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
         chunks = [(rows, self.cond_args) for rows in x.split(len(self.x))]
-        return torch.cat(self._locked(chunks, torch.full_like(self.sigma, sigma)))
+        # At this evaluation's own noise level the very same tensor, so that the source's K/V serve again.
+        level = self.sigma if sigma == self.level else torch.full_like(self.sigma, sigma)
+        return torch.cat(self._locked(chunks, level))
 
     def _locked(self, branches: Sequence[Branch], sigma: Tensor) -> list[Tensor]:
         source = None if self.z is None else (self.z, {**self.cond_args, **self.source_args})
@@ -194,4 +224,4 @@ class GuidedCall(Call):
         with self._acting(self._inject(kept)):
             out = self.model(x, sigma, **arguments)
         self.passes += 2
-        return out
+        return self._filled(out)

@@ -10,6 +10,7 @@ import copy
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -49,6 +50,9 @@ from .types import (
 )
 from .variance import Estimator
 
+WORTH_NARROWING = 0.9
+"""Where more than this share of the tokens must be computed, gathering them costs what it saves."""
+
 _RETURNS_SELF = frozenset(
     ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
 )
@@ -81,6 +85,8 @@ class KVLock:
         branch: for such a model, its single-branch denoiser: makes the source's pass cheaper.
         batched: False runs branches one after another and keeps the source's K/V for one evaluation: less
             activation memory, the same result up to rounding.
+        foreground: leave tokens that are locked in full out of the computation, the same result up to rounding.
+            Default: wherever that can be done; False never, True with a warning where it cannot.
 
     Raises:
         SourceError, MaskError, PolicyError, SiteError: at construction, wherever that is possible.
@@ -109,6 +115,7 @@ class KVLock:
         scale_arg: str | None = None,
         branch: Denoiser | None = None,
         batched: bool = True,
+        foreground: bool | None = None,
     ) -> None:
         self.model = model
         self.policy: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
@@ -142,6 +149,7 @@ class KVLock:
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
+        self._narrows = self._can_narrow(foreground)
         self._expert = method_of(model, "expert")
         self.trace = Trace()
         self._local = threading.local()
@@ -245,7 +253,7 @@ class KVLock:
             state = state._replace(estimator=self.estimator.init(), expert=expert)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
-        call = self._prepare(run, x, sigma, own, lock)
+        call = self._prepare(run, x, sigma, own, level, lock)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used, state.cfg_scale is not None)
@@ -265,9 +273,29 @@ class KVLock:
             cfg_scale=as_rows(acted, seen.cfg_scale),
             evaluations=call.passes,
             fused_sites=call.fused,
+            computed=1.0 if call.selection is None else call.selection.share,
         )
         run.trace.steps.append(step)
         return denoised
+
+    def _can_narrow(self, foreground: bool | None) -> bool:
+        """Whether tokens at full lock need not be computed: all there is of them must come from the source."""
+        if foreground is False or self.sites is None:
+            return False
+        why = (
+            "it needs composite=True"
+            if not self.composite
+            else f"{self.estimator!r} measures the background too"
+            if self.estimator.needs_background
+            else "rescaled guidance measures the whole prediction"
+            if self.rescale
+            else f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked"
+            if not self.sites.narrows
+            else None
+        )
+        if foreground and why:
+            warnings.warn(f"foreground=True: every token is computed all the same; {why}.", stacklevel=4)
+        return why is None
 
     def _controller(self) -> Controller:
         tokens = None
@@ -297,7 +325,7 @@ class KVLock:
 
     def _at_zero(self, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar) -> Tensor:
         """At sigma 0 x is clean already: nothing is measured, decided or locked."""
-        call = self._prepare(run, x, sigma, 0.0, LockRatio(0.0, len(x), self.policy))
+        call = self._prepare(run, x, sigma, 0.0, 0.0, LockRatio(0.0, len(x), self.policy))
         denoised = call.guided(call.conditional(extra_args, asked, False), asked)
         return self._composited(denoised)
 
@@ -308,9 +336,11 @@ class KVLock:
         assert self.region is not None
         return torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
 
-    def _prepare(self, run: Run, x: Tensor, sigma: Tensor, own: float, lock: LockRatio) -> OwnedCall | GuidedCall:
+    def _prepare(
+        self, run: Run, x: Tensor, sigma: Tensor, own: float, level: float, lock: LockRatio
+    ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
-        ratio = grid = z = None
+        ratio = grid = z = selection = left_out = clean = None
         if lock.active:
             if self.source is None or self.sites is None or self.region is None:
                 raise SourceError(
@@ -320,6 +350,10 @@ class KVLock:
             background = self.region.background(x, self.sites.patch, self.ring)
             grid = self.sites.grid(x.shape)
             ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
+            if lock.low == 1 and self._narrows:
+                selection, left_out = self.region.selection(x, self.sites.patch, self.ring)
+                if selection.share > WORTH_NARROWING:
+                    selection = left_out = None
         if self.source is not None and self.sites is not None and run.noise is None and own > 0:
             given = self.source.noise
             run.noise = self.source.implied_noise(x, own) if given is None else given.to(x)
@@ -327,11 +361,13 @@ class KVLock:
             assert self.source is not None
             assert run.noise is not None
             z = self.source.at(x, own, run.noise)
+            clean = self.source.matching(x)
         kind = GuidedCall if self.scale_arg else OwnedCall
         return kind(
             self.model,
             x,
             sigma,
+            level,
             run.hooks,
             ratio,
             grid,
@@ -341,4 +377,7 @@ class KVLock:
             rescale=self.rescale,
             branch=self.branch,
             scale_arg=self.scale_arg,
+            selection=selection,
+            left_out=left_out,
+            clean=clean,
         )

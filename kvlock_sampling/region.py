@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .attention.foreground import Selection
 from .attention.grid import token_grid
 from .masks import as_mask, check_mask, grow, latent_mask, token_mask
 from .types import MaskError
+
+T = TypeVar("T")
 
 
 class Region:
@@ -18,7 +21,7 @@ class Region:
 
     def __init__(self, mask: Any) -> None:
         self.given = mask
-        self._known: dict[Any, Tensor] = {}  # a run asks for the same few again at every evaluation
+        self._known: dict[Any, Any] = {}  # a run asks for the same few again at every evaluation
 
     def latent(self, like: Tensor) -> Tensor:
         """The mask at the resolution of `like`, (batch or 1, 1, time, height, width), float.
@@ -41,6 +44,29 @@ class Region:
         ring: (width in tokens, share): background tokens within `width` of the edit take only `share` of the lock.
         """
         return self._remember((like.shape, like.device, patch, ring), lambda: self._background(like, patch, ring))
+
+    def selection(
+        self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None = None
+    ) -> tuple[Selection, Tensor]:
+        """Which tokens must be computed at full lock, and which latents belong to those that need not: broadcastable
+        to `like`, bool.
+        """
+        return self._remember(
+            (like.shape, like.device, patch, ring, "full"), lambda: self._selection(like, patch, ring)
+        )
+
+    def _selection(
+        self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None
+    ) -> tuple[Selection, Tensor]:
+        background = self.background(like, patch, ring).to(like.device).expand(len(like), -1).contiguous()
+        chosen = Selection(background)
+        left_out = (background >= 1).all(0, keepdim=True)
+        if like.ndim == 3:
+            return chosen, left_out.unsqueeze(-1)
+        cells = left_out.view(1, 1, *token_grid(like.shape, patch))
+        for axis, size in enumerate(patch, start=2):
+            cells = cells.repeat_interleave(size, axis)
+        return chosen, cells[:, :, 0] if like.ndim == 4 else cells
 
     def _background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None) -> Tensor:
         edited = self.tokens(like, patch)
@@ -68,7 +94,7 @@ class Region:
             )
         return token_mask(mask, patch)
 
-    def _remember(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _remember(self, key: Any, make: Callable[[], T]) -> T:
         if key not in self._known:
             with torch.inference_mode(False):
                 self._known[key] = make()

@@ -16,7 +16,9 @@ from torch import Tensor
 from .files import write_atomically
 from .types import StepInfo
 
-COLUMNS = ("call", "clip", "sigma", "variance", "risk", "lock", "next_lock", "cfg_scale", "evaluations", "fused_sites")
+_OF_CLIPS = ("variance", "risk", "lock", "next_lock", "cfg_scale")
+_OF_STEPS = ("evaluations", "fused_sites", "computed")
+COLUMNS = ("call", "clip", "sigma", *_OF_CLIPS, *_OF_STEPS)
 
 
 def _per_clip(value: Any, clip: int) -> float:
@@ -50,9 +52,8 @@ class Trace:
         for step in self.steps:
             for clip in range(len(step.variance)):
                 row: dict[str, float | int] = {"call": step.call, "clip": clip, "sigma": step.sigma}
-                for name in ("variance", "risk", "lock", "next_lock", "cfg_scale"):
-                    row[name] = _per_clip(getattr(step, name), clip)
-                rows.append(row | {"evaluations": step.evaluations, "fused_sites": step.fused_sites})
+                row |= {name: _per_clip(getattr(step, name), clip) for name in _OF_CLIPS}
+                rows.append(row | {name: getattr(step, name) for name in _OF_STEPS})
         return rows
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

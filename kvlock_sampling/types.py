@@ -72,7 +72,10 @@ class Evaluation(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """One row of the trace: everything that happened in one evaluation. Tensors are (batch,)."""
+    """One row of the trace: everything that happened in one evaluation. Tensors are (batch,).
+
+    computed: the share of the video's tokens that the edit's branches ran on; 1 = all of them.
+    """
 
     call: int
     sigma: float
@@ -83,6 +86,7 @@ class StepInfo(NamedTuple):
     cfg_scale: Tensor
     evaluations: int
     fused_sites: int
+    computed: float = 1.0
 
 
 class KVLockError(Exception):

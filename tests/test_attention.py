@@ -271,7 +271,7 @@ def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Frame, "process", spy)
-        with setup.lock(policy=kv.Constant(lock=1.0)) as lock:
+        with setup.lock(policy=kv.Constant(lock=1.0), foreground=False) as lock:
             lock(setup.x, setup.sigmas[:1], **setup.cfg)
     assert len(seen) == 2
     for ratio, key, value, (new_key, new_value) in seen:

@@ -1,13 +1,13 @@
 """How one family of models arranges its attention: all a lock must know of it, in one small declaration.
 
 A built-in family is one file in `architectures/` with a constant `ARCHITECTURE`. For a model of your own, write the
-same declaration and pass `sites=architecture.sites(model)`, or `register(architecture)` once and let it be found.
+same declaration and pass `sites=architecture.find(network)`, or `register(architecture)` once and let it be found.
+`kvlock_sampling.testing.check_sites` says whether a declaration is right.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,9 +15,25 @@ from typing import Any, Literal
 from torch import nn
 
 from ..types import SiteError
-from .sites import Site, Sites
+from .foreground import TokenFlow
+from .sites import Patch, Site, Sites
 
 Text = Literal["none", "first", "last"]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A pattern of site names that is not like the others of its architecture.
+
+    pattern: as in `Architecture.sites`.  text: where text stands in these layers; None: as everywhere.
+    kind: only modules of this class name, where layers of one name differ, e.g. in global and windowed attention.
+    optional: smaller members of the family have no such layers.
+    """
+
+    pattern: str
+    text: Text | None = None
+    kind: str | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,37 +41,53 @@ class Architecture:
     """A family of diffusion transformers.
 
     name: what messages call it.
-    classes: the network's classes as "package.module:Class". Nothing is imported: a class whose module was never
-        imported cannot have instances.
+    classes: the network's classes, by the module that defines them, as "package.module:Class"; `*` stands for anything,
+        e.g. for where a copy was put. A subclass is of the family too. Nothing is imported.
     sites: patterns of the names of its self-attention modules, `*` standing for one component, in the order in which
-        `layers=` counts them, e.g. ("blocks.*.attn1",). Cross-attention, refiners and text-only layers stay out.
+        `layers=` counts them, e.g. ("blocks.*.attn1",); or `Layers`, which say more. Cross-attention, refiners and
+        text-only layers stay out.
     patch: (time, height, width) latents per token, or a function of the network that says so.
     text: where text tokens stand in the sequence of a site: "none" of them, "first", or "last".
-    text_arguments: the arguments of the network's forward, (batch, length, dim), that become text tokens.
+    text_arguments: the arguments of the network's forward, (batch, length, dim), that become text tokens. Empty where
+        none has that form: then whatever is not video counts as text.
     site_patch: for networks whose layers have larger tokens than the first, as in a pyramid: a function of the network
         and a site's name that gives that layer's patch; None where it is `patch`.
     rows_apart: attention is called once for each row of the batch, one after another.
     axes: order of the latents' axes as the network takes them; a note for those who write a denoiser around it.
+    flow: how locked tokens may be left out of the network; None: they are not. See `foreground.TokenFlow`.
     """
 
     name: str
     classes: tuple[str, ...]
-    sites: tuple[str, ...]
-    patch: tuple[int, int, int] | Callable[[Any], Sequence[int]]
+    sites: tuple[str | Layers, ...]
+    patch: Patch | Callable[[Any], Sequence[int]]
     text: Text = "none"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
     site_patch: Callable[[Any, str], Sequence[int] | None] | None = None
     rows_apart: bool = False
     axes: str = "b c t h w"
+    flow: TokenFlow | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "sites", "text_arguments"):
+            if isinstance(getattr(self, name), str):
+                given = getattr(self, name)
+                raise SiteError(
+                    f"Architecture({self.name!r}): {name}={given!r} is one string; expected a tuple, "
+                    f"{name}=({given!r},)"
+                )
+        places = [self.text, *(s.text for s in self.sites if isinstance(s, Layers) and s.text is not None)]
+        wrong = [place for place in places if place not in ("none", "first", "last")]
+        if wrong:
+            raise SiteError(
+                f'Architecture({self.name!r}): text={wrong[0]!r}; expected "none", "first" or "last": where text '
+                "tokens stand in the sequences that the sites attend over."
+            )
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
-        known = []
-        for entry in self.classes:
-            file, _, name = entry.partition(":")
-            if file in sys.modules:
-                known.append(getattr(sys.modules[file], name, None))
-        return isinstance(module, tuple(k for k in known if isinstance(k, type)))
+        lineage = [f"{kind.__module__}:{kind.__qualname__}" for kind in type(module).__mro__]
+        return any(fnmatchcase(kind, entry) for kind in lineage for entry in self.classes)
 
     def find(self, module: nn.Module) -> Sites:
         """The sites of one network of this family.
@@ -65,29 +97,40 @@ class Architecture:
         """
         names = dict(module.named_modules())
         sites: list[Site] = []
-        for pattern in self.sites:
-            found = [name for name in names if _fits(name, pattern)]
-            if not found:
-                near = [name for name in names if name.rpartition(".")[2] == pattern.rpartition(".")[2]][:3]
-                raise SiteError(
-                    f"architecture {self.name!r}: no module of {type(module).__name__} is named {pattern!r}.\n"
-                    f"  Modules of that last name: {', '.join(near) or 'none'}. "
-                    "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
-                )
+        for given in self.sites:
+            layers = Layers(given) if isinstance(given, str) else given
+            found = [name for name in names if _fits(name, layers.pattern) and _is_kind(names[name], layers.kind)]
+            if not found and not layers.optional:
+                raise SiteError(self._nothing(module, layers, names))
             for name in found:
                 larger = None if self.site_patch is None else self.site_patch(module, name)
-                sites.append(Site(name, names[name], self.text, None if larger is None else _three(larger)))
+                text = layers.text or self.text
+                sites.append(Site(name, names[name], text, None if larger is None else _three(larger)))
+        if not sites:
+            raise SiteError(self._nothing(module, layers, names))
+        joint = any(site.text != "none" for site in sites)
         return Sites(
             patch=_three(self.patch(module) if callable(self.patch) else self.patch),
             sites=tuple(sites),
             architecture=self.name,
             networks=(module,),
-            text_arguments=self.text_arguments if self.text != "none" else (),
+            text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
+            flow=self.flow if self.flow is None or self.flow.supported is None or self.flow.supported(module) else None,
+        )
+
+    def _nothing(self, module: nn.Module, layers: Layers, names: Mapping[str, nn.Module]) -> str:
+        last = layers.pattern.rpartition(".")[2]
+        near = [f"{n} ({type(names[n]).__name__})" for n in names if n.rpartition(".")[2] == last]
+        kind = "" if layers.kind is None else f" and is a {layers.kind}"
+        return (
+            f"architecture {self.name!r}: no module of {type(module).__name__} is named {layers.pattern!r}{kind}.\n"
+            f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
+            "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
         )
 
 
-def _three(patch: Sequence[int]) -> tuple[int, int, int]:
+def _three(patch: Sequence[int]) -> Patch:
     t, h, w = (int(size) for size in patch)
     return t, h, w
 
@@ -95,6 +138,10 @@ def _three(patch: Sequence[int]) -> tuple[int, int, int]:
 def _fits(name: str, pattern: str) -> bool:
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _is_kind(module: nn.Module, kind: str | None) -> bool:
+    return kind is None or type(module).__name__ == kind
 
 
 _registered: list[Architecture] = []

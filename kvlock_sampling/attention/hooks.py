@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..types import SiteError
+from .foreground import TokenFlow, install_narrowing, parents
 from .frame import Frame
 from .sites import Site, Sites
 
 Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
-"""query, key, value, mask -> key, value, mask: what attention is to use instead. Tensors are (rows, heads, length, dim).
+"""query, key, value, mask -> key, value, mask that attention is to use instead; (rows, heads, length, dim) each.
 """
 
 
@@ -101,6 +102,8 @@ class Hooks:
             for network in self.sites.networks if self.sites.text_arguments else ():
                 count = functools.partial(self._count_text, self.sites.text_arguments)
                 stack.callback(network.register_forward_pre_hook(count, with_kwargs=True).remove)
+            if self.sites.narrows:
+                self._install_narrowing(stack, self.sites.flow)
             for site in self.sites.sites:
                 self._install(stack, site.module, functools.partial(self._rewrite_site, site))
             yield self
@@ -121,6 +124,14 @@ class Hooks:
 
         stack.callback(module.register_forward_pre_hook(enter).remove)
         stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def _install_narrowing(self, stack: ExitStack, flow: TokenFlow | None) -> None:
+        assert flow is not None
+        for network in self.sites.networks:
+            inside = {id(part) for part in network.modules()}
+            names = {id(part): name for name, part in network.named_modules()}
+            own = [names[id(s.module)] for s in self.sites.sites if id(s.module) in inside]
+            install_narrowing(stack, network, parents(own, network), flow, lambda: getattr(self._local, "frame", None))
 
     def _count_text(self, names: tuple[str, ...], network: nn.Module, args: Any, kwargs: Any) -> None:
         """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..types import SiteError
+from .foreground import TokenFlow
 from .grid import token_grid
 from .reachable import reachable_modules
 
@@ -40,6 +41,9 @@ class Sites:
     name what becomes text tokens there. `extra` counts tokens that stand before and after the video's and are neither
     text nor video, e.g. reference images.
 
+    `flow` says how tokens may be left out on the way, None where that is unknown; `whole` is False where only some of
+    the layers are sites.
+
     With `watch` set there is no list: every matching attention call inside that module is a site, numbered in call
     order (the generic route), and `select` picks among the numbers.
     """
@@ -55,6 +59,14 @@ class Sites:
     text_arguments: tuple[str, ...] = ()
     rows_apart: bool = False
     extra: tuple[int, int] = (0, 0)
+    flow: TokenFlow | None = None
+    whole: bool = True
+
+    @property
+    def narrows(self) -> bool:
+        """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
+        alike = all(s.patch is None for s in self.sites)
+        return self.flow is not None and self.whole and alike and not self.rows_apart and self.extra == (0, 0)
 
     def layers(self, chosen: Iterable[int] | slice | None) -> Sites:
         """Keep only some layers: indices (negative ones count from the end) or a slice. None keeps all.
@@ -82,7 +94,8 @@ class Sites:
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
         keep = sorted({i % count for i in indices})
-        return replace(self, sites=tuple(self.sites[e * count + i] for e in range(experts) for i in keep))
+        kept = tuple(self.sites[e * count + i] for e in range(experts) for i in keep)
+        return replace(self, sites=kept, whole=len(kept) == len(self.sites))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> Sites:
         """The same sites where other tokens stand beside the video's, e.g. appended reference images. They are never

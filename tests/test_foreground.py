@@ -1,0 +1,152 @@
+"""Only what can change runs: the same edit as on the dense path, to rounding, wherever it is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvlock_sampling as kv
+from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, _narrow
+
+FULL = kv.Constant(lock=1.0)
+
+
+def both(setup, **options):
+    """The same run on the dense path and on the foreground alone, with their traces."""
+    runs = []
+    for foreground in (False, True):
+        lock = setup.lock(**{"policy": FULL, **options}, foreground=foreground)
+        runs.append((lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), lock.trace))
+    return runs
+
+
+def test_the_foreground_alone_gives_the_dense_result(setup):
+    (dense, slow), (narrow, fast) = both(setup)
+    torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
+    assert {s.computed for s in slow} == {1.0}
+    assert all(0 < s.computed < 0.6 for s in fast)
+    assert all(s.fused_sites == 2 for s in fast)
+    for one, other in zip(slow, fast, strict=True):
+        torch.testing.assert_close(one.variance, other.variance, rtol=1e-3, atol=1e-7, equal_nan=True)
+
+
+def test_two_clips_with_masks_of_their_own(setup):
+    """Tokens that only one of two clips edits run for both, and are fused for the other."""
+    left, right = torch.zeros(2, 1, *setup.source.shape[2:])
+    left[..., :2], right[..., 6:] = 1, 1
+    masks = torch.stack([left, right])
+    two = torch.cat([setup.source, setup.source.flip(-1)])
+    x = torch.cat([setup.x, setup.x.flip(2)])
+    results = []
+    for foreground in (False, True):
+        lock = kv.KVLock(setup.model, source=two, mask=masks, policy=FULL, foreground=foreground)
+        results.append(lock.sample("heun", x, setup.sigmas, extra_args=setup.cfg))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=5e-3)  # from sigma 999 in float32
+    assert lock.trace.steps[0].computed == 0.5
+    for clip in range(2):
+        lock = kv.KVLock(setup.model, source=two[clip : clip + 1], mask=masks[clip : clip + 1], policy=FULL)
+        alone = lock.sample("heun", x[clip : clip + 1], setup.sigmas, extra_args=setup.cfg)
+        torch.testing.assert_close(results[1][clip : clip + 1], alone, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("ring", [(1, 0.0), (1, 0.4)])
+def test_a_ring_with_another_share_is_computed(setup, ring):
+    (dense, _), (narrow, fast) = both(setup, ring=ring)
+    torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
+    assert fast.steps[0].computed > both(setup)[1][1].steps[0].computed
+
+
+@pytest.mark.parametrize("options", [{"batched": False}, {"estimator": kv.RenoiseVariance(passes=2)}])
+def test_other_ways_to_evaluate(setup, options):
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale))
+    (dense, _), (narrow, fast) = both(setup, policy=policy, **options)
+    torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
+    assert fast.steps[-1].computed < 1
+
+
+def test_a_model_that_guides_itself(setup):
+    guided = kv.CFGDenoiser(setup.model)
+    results = []
+    for foreground in (False, True):
+        lock = kv.KVLock(guided, source=setup.source, mask=setup.mask, policy=FULL, foreground=foreground)
+        results.append(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert lock.trace.steps[0].computed < 1
+
+
+def test_it_is_entered_and_left_as_the_policy_asks(setup):
+    levels = setup.sigmas[setup.sigmas > 0].tolist()
+    middle = levels[len(levels) // 2]
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0 if obs.sigma > middle else 0.5, cfg_scale=obs.cfg_scale))
+    (dense, _), (narrow, fast) = both(setup, policy=policy)
+    torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
+    shares = [s.computed < 1 for s in fast]
+    assert True in shares
+    assert False in shares
+    assert shares == [float(s.lock) == 1 for s in fast]
+
+
+def test_what_needs_every_token_gets_them_and_says_why(setup):
+    for options, why in (
+        ({"rescale": True}, "rescaled guidance"),
+        ({"composite": False}, "composite=True"),
+        ({"layers": [0]}, "not every layer is locked"),
+    ):
+        with pytest.warns(UserWarning, match=why):
+            lock = setup.lock(policy=FULL, foreground=True, **options)
+        lock.sample("euler", setup.x, setup.sigmas[-3:], extra_args=setup.cfg)
+        assert {s.computed for s in lock.trace} == {1.0}
+
+
+def test_a_mask_over_most_of_the_clip_is_not_worth_gathering(setup):
+    mask = torch.ones_like(setup.mask)
+    mask[..., :2, :2] = 0
+    lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=FULL)
+    lock.sample("euler", setup.x, setup.sigmas[-3:], extra_args=setup.cfg)
+    assert {s.computed for s in lock.trace} == {1.0}
+
+
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(0, 4), st.booleans(), st.integers(0, 2**31))
+@settings(max_examples=50, deadline=None)
+def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first, seed):
+    """K/V and mask of a narrowed call, put back in order, are those of the dense call."""
+    g = torch.Generator().manual_seed(seed)
+    ratio = (torch.rand(2, tokens, generator=g) > 0.5).float()
+    ratio[:, 0] = 0
+    selection = Selection(ratio)
+    rows, length = chunks * 2, tokens + text
+    start = text if first else 0
+    source, own = (torch.randn(r, 1, length, 3, generator=g) for r in (2, rows))
+    mask = torch.rand(rows, 1, length, length, generator=g) > 0.3
+    capture = ForegroundFrame("capture", ratio, selection=selection)
+    capture.process("site", source, source, start)
+    frame = ForegroundFrame("inject", ratio, store=capture.store, selection=selection)
+    video = selection.computed + start
+    order = torch.cat([torch.arange(start), video, torch.arange(start + tokens, length)])
+    key, value = frame.process("site", own[:, :, order], own[:, :, order], start)
+    assert torch.equal(key, value)
+
+    weight = torch.zeros(2, length)
+    weight[:, start : start + tokens] = ratio
+    dense = torch.lerp(own, source.repeat(chunks, 1, 1, 1), weight.repeat(chunks, 1)[:, None, :, None])
+    columns = torch.cat([torch.arange(start), video, selection.kept + start, torch.arange(start + tokens, length)])
+    assert torch.equal(key, dense[:, :, columns])
+    expected = mask[..., columns][..., order, :]
+    assert torch.equal(frame.mask(mask, start), expected)
+    assert torch.equal(frame.mask(mask[..., :1, :], start), mask[..., :1, :][..., columns])
+    assert frame.mask(None, start) is None
+
+
+def test_tables_are_cut_to_the_computed_tokens():
+    ratio = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]])
+    frame = ForegroundFrame("inject", ratio, selection=Selection(ratio), text=2, text_first=True)
+    joint, video = torch.arange(7)[:, None], torch.arange(5)[:, None]
+    assert _narrow((joint, video), Table("rope", 0), frame)[0].flatten().tolist() == [0, 1, 2, 5]
+    assert _narrow((joint, video), Table("rope", 0), frame)[1].flatten().tolist() == [0, 3]
+    assert _narrow(joint, Table("rope", 0), frame) is _narrow(joint, Table("rope", 0), frame)
+    frame.text_first = False
+    frame.narrowed.clear()
+    assert _narrow(joint, Table("rope", 0), frame).flatten().tolist() == [0, 3, 5, 6]
+    assert _narrow(joint, Table("rope", 0, ndim=3), frame) is joint

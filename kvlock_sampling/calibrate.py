@@ -14,8 +14,9 @@ from .edit import VideoModel, edit_video
 from .inputs import read_pair
 from .policy import Policy, stateless
 from .presets import Preset, load_policy
+from .run import advised_estimator
 from .types import Control, Observation, SourceError
-from .variance import Estimator, TrajectoryVariance, estimator_table
+from .variance import Estimator, estimator_table
 from .variance.calibration import Band, reference_bands, threshold_curve
 
 
@@ -58,6 +59,7 @@ def calibrate(
 ) -> Calibration:
     """Run `examples` unlocked, composited, with measuring on; return `policy` with the curve of the `quantile`.
 
+    estimator: what to measure with; default: the one that the preset `policy` names, or the lock's own default.
     risk is then 1 where a run moves more than a share `quantile` of calm ones does at this noise level.
 
     Raises:
@@ -67,7 +69,7 @@ def calibrate(
         raise SourceError("no clips to calibrate on; give a few dozen, e.g. --clips 32 for the embedded model.")
     base = load_policy(policy) if isinstance(policy, str) else policy
     inner = base.policy if isinstance(base, Preset) else base
-    meter = estimator or TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)
+    meter = estimator or advised_estimator(base if isinstance(base, Preset) else None)
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]

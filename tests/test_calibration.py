@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.calibrate import folder, scenes
+from kvlock_sampling.calibrate import calibrate, folder, scenes
 from kvlock_sampling.cli import app
 from kvlock_sampling.presets import Preset
 from kvlock_sampling.tiny import load
@@ -125,6 +125,23 @@ def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
     assert empty.exit_code == 2
     assert "no clips" in empty.output
     assert not (tmp_path / "b.toml").exists()
+
+
+def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text(
+        '[policy]\ntype = "Threshold"\n\n[estimator]\ntype = "Relative"\nquantile = 0.9\n\n'
+        '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 8.0\nwindow = 0\nnormalise = true\n'
+        "patch = [2, 4, 4]\n"
+    )
+    found = calibrate(load(), scenes(2), policy=str(path), steps=12, bands=2)
+    relative = kv.Relative(kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)), quantile=0.9)
+    assert make_estimator(found.preset.estimator) == relative
+    assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared
+    path.write_text(kv.to_toml(found.preset))
+    lock = kv.KVLock(load().denoiser, policy=kv.load_policy(path))
+    assert lock.estimator == relative
+    assert lock.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
 
 
 def test_calibrating_on_a_folder(tmp_path):

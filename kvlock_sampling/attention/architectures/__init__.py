@@ -1,5 +1,56 @@
 """The families of models that are known without being told: one declaration per file."""
 
-from . import wan
+from . import (
+    allegro,
+    cogvideox,
+    cogview4,
+    cosmos,
+    easyanimate,
+    flux,
+    flux2,
+    hunyuan_image,
+    hunyuan_video,
+    hunyuan_video15,
+    k_diffusion_v1,
+    k_diffusion_v2,
+    kandinsky5,
+    ltx,
+    ltx2,
+    mochi,
+    pixart,
+    qwen_image,
+    sd3,
+    wan,
+    wan_like,
+    wan_vace,
+    z_image,
+)
 
-BUILT_IN = (wan.ARCHITECTURE,)
+BUILT_IN = tuple(
+    family.ARCHITECTURE
+    for family in (
+        wan,
+        wan_vace,
+        wan_like,
+        cogvideox,
+        hunyuan_video,
+        hunyuan_video15,
+        hunyuan_image,
+        ltx,
+        ltx2,
+        mochi,
+        flux,
+        flux2,
+        qwen_image,
+        sd3,
+        cogview4,
+        z_image,
+        easyanimate,
+        allegro,
+        cosmos,
+        pixart,
+        kandinsky5,
+        k_diffusion_v1,
+        k_diffusion_v2,
+    )
+)

@@ -1,0 +1,10 @@
+"""Allegro (diffusers): video-only self-attention in `attn1`."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="allegro",
+    classes=("diffusers.models.transformers.transformer_allegro:AllegroTransformer3DModel",),
+    sites=("transformer_blocks.*.attn1",),
+    patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
+)

@@ -1,0 +1,19 @@
+"""CogVideoX, also 1.5 with two frames per token, and ConsisID (diffusers): joint attention, text first."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="cogvideox",
+    classes=(
+        "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel",
+        "diffusers.models.transformers.consisid_transformer_3d:ConsisIDTransformer3DModel",
+    ),
+    sites=("transformer_blocks.*.attn1",),
+    patch=lambda network: (
+        getattr(network.config, "patch_size_t", None) or 1,
+        network.config.patch_size,
+        network.config.patch_size,
+    ),
+    text="first",
+    axes="b t c h w",
+)

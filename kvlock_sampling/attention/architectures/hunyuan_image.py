@@ -1,0 +1,13 @@
+"""HunyuanImage 2.1 and its refiner (diffusers): joint attention, the picture first, then the texts."""
+
+from ..architecture import Architecture, Layers
+
+ARCHITECTURE = Architecture(
+    name="hunyuan-image",
+    classes=("diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel",),
+    sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    patch=lambda network: (1, 1, *network.config.patch_size)[-3:],
+    text="last",
+    text_arguments=("encoder_hidden_states", "encoder_hidden_states_2"),
+    axes="b c h w; the refiner's b c t h w",
+)

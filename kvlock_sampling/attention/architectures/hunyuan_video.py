@@ -1,0 +1,18 @@
+"""HunyuanVideo and FramePack (diffusers): joint attention, video first; the text refiner stays out.
+
+FramePack packs frames of the past before the video: sites=kv.find_sites(model).with_extra(before=their tokens).
+"""
+
+from ..architecture import Architecture, Layers
+
+ARCHITECTURE = Architecture(
+    name="hunyuan-video",
+    classes=(
+        "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformer3DModel",
+        "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
+    ),
+    sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
+    text="last",
+    text_arguments=("encoder_hidden_states", "image_embeds"),
+)

@@ -1,0 +1,11 @@
+"""k-diffusion's image transformer, version 1: picture-only self-attention."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="k-diffusion-v1",
+    classes=("*k_diffusion.models.image_transformer_v1:ImageTransformerDenoiserModelV1",),
+    sites=("blocks.*.self_attn",),
+    patch=lambda network: (1, *network.patch_in.patch_size),
+    axes="b c h w",
+)

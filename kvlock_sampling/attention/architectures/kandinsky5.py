@@ -1,0 +1,25 @@
+"""Kandinsky 5 (diffusers): video-only self-attention of `visual_transformer_blocks`; the text's own blocks stay out."""
+
+from typing import Any
+
+from ...types import SiteError
+from ..architecture import Architecture
+
+
+def _patch(network: Any) -> tuple[int, ...]:
+    if network.config.attention_type != "regular":
+        raise SiteError(
+            f"this Kandinsky 5 attends with attention_type={network.config.attention_type!r}, which puts tokens in the "
+            "order of 8 x 8 blocks; a lock knows only time, height, width.\n"
+            "  Use a checkpoint whose attention_type is 'regular'."
+        )
+    return tuple(network.config.patch_size)
+
+
+ARCHITECTURE = Architecture(
+    name="kandinsky5",
+    classes=("diffusers.models.transformers.transformer_kandinsky:Kandinsky5Transformer3DModel",),
+    sites=("visual_transformer_blocks.*.self_attention",),
+    patch=_patch,
+    axes="b t h w c",
+)

@@ -1,0 +1,15 @@
+"""LTX-Video (diffusers): video-only self-attention in `attn1`, on packed tokens.
+
+Latents may be packed, (batch, tokens, channels), or (batch, channels, time, height, width) where the denoiser packs.
+Conditions that are appended stand after: sites=kv.find_sites(model).with_extra(after=their tokens).
+"""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="ltx",
+    classes=("diffusers.models.transformers.transformer_ltx:LTXVideoTransformer3DModel",),
+    sites=("transformer_blocks.*.attn1",),
+    patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
+    axes="b tokens c",
+)

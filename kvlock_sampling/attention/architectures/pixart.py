@@ -1,0 +1,11 @@
+"""PixArt alpha and sigma (diffusers): picture-only self-attention in `attn1`."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="pixart",
+    classes=("diffusers.models.transformers.pixart_transformer_2d:PixArtTransformer2DModel",),
+    sites=("transformer_blocks.*.attn1",),
+    patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
+    axes="b c h w",
+)

@@ -1,0 +1,16 @@
+"""Qwen-Image and its edit models (diffusers): joint attention, text first; pictures in packed patches of 2 x 2.
+
+Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) where the denoiser packs.
+Pictures to edit stand after: sites=kv.find_sites(model).with_extra(after=their tokens).
+"""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="qwen-image",
+    classes=("diffusers.models.transformers.transformer_qwenimage:QwenImageTransformer2DModel",),
+    sites=("transformer_blocks.*.attn",),
+    patch=(1, 2, 2),
+    text="first",
+    axes="b tokens c",
+)

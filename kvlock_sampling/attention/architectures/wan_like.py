@@ -1,0 +1,18 @@
+"""Models built on Wan's blocks (diffusers): SkyReels V2, ChronoEdit, Wan Animate, AnyFlow.
+
+Wan Animate's reference image is the first latent frame of the latents.
+"""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="wan-like",
+    classes=(
+        "diffusers.models.transformers.transformer_skyreels_v2:SkyReelsV2Transformer3DModel",
+        "diffusers.models.transformers.transformer_chronoedit:ChronoEditTransformer3DModel",
+        "diffusers.models.transformers.transformer_wan_animate:WanAnimateTransformer3DModel",
+        "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
+    ),
+    sites=("blocks.*.attn1",),
+    patch=lambda network: network.config.patch_size,
+)

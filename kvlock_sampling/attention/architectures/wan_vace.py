@@ -1,0 +1,13 @@
+"""Wan VACE (diffusers): as Wan, and `vace_blocks` that run first on the control's tokens, one for each of the video's.
+
+Reference images are latent frames before the clip's, part of the latents: keep them locked with mask 0 there.
+"""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="wan-vace",
+    classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
+    sites=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    patch=lambda network: network.config.patch_size,
+)

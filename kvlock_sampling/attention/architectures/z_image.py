@@ -1,0 +1,13 @@
+"""Z-Image (diffusers): joint attention in `layers`, the picture first, padded to 32 tokens, then text."""
+
+from ..architecture import Architecture
+
+ARCHITECTURE = Architecture(
+    name="z-image",
+    classes=("diffusers.models.transformers.transformer_z_image:ZImageTransformer2DModel",),
+    sites=("layers.*.attention",),
+    patch=(1, 2, 2),
+    text="last",
+    text_arguments=(),
+    axes="a list of c t h w",
+)

@@ -1,0 +1,148 @@
+"""The bank: source K/V kept across steps, seeds and repeated edits, within a byte budget.
+
+    bank = kv.Bank("kv-bank", budget="4GB", format="int8")
+    with bank.opened(key, device=x.device) as shelf:      # one run
+        level = shelf.lookup(sigma)                       # None: no stored level serves this noise level
+        if level is None:
+            level = shelf.put(sigma, {site: (key, value)})
+        key, value = level.get(site)
+
+Keeping the source's K/V instead of computing them beside every evaluation: KV-Edit (arXiv 2502.17363) keeps them over
+an inversion; KV-Lock (arXiv 2603.09657) over one step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .clock import Refresh
+from .errors import BankError
+from .folder import Folder, check_directory
+from .format import check_format
+from .key import BankKey
+from .pool import Drawer, Pool, parse_bytes, readable
+from .shelf import Shelf
+
+TIERS = ("host", "device")
+
+
+class Bank:
+    """Settings, and what is held in memory. One bank serves any number of runs, clips and threads.
+
+    directory: also write every level to disk, DIR/<fingerprint>/, and read what is there: the next edit of the same
+        clip, in any process, then runs no source pass. None keeps K/V in memory alone.
+    budget: bytes held in memory, e.g. "4GB", "512MiB" or a number; None is no limit. Never exceeded: levels far from
+        where the run is give way, to disk if there is a directory. The disk is not limited.
+    format: "int8" (1 byte, 0.4% off), "fp8" (1 byte, 2.6%), "bf16" (2 bytes, 0.2%), "float32", or None: as they come.
+    every: at most so many evaluations per level in a first run; None is no limit. See `clock` for both rules.
+    ratio: a level serves noise levels within this ratio; None is no limit.
+    interpolate: between two stored levels take neither but both, weighted by log sigma.
+    layers: which layers the lock reaches, in the form `Sites.layers` takes; None is all. Fewer need less room.
+    tier: where memory is: "host" (pinned, prefetched, where there is CUDA) or "device".
+
+    Raises:
+        BankError: a setting that cannot be meant, or a directory that cannot be written to.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        budget: str | int | float | None = "4GB",
+        format: str | None = "int8",
+        every: int | None = 3,
+        ratio: float | None = 1.5,
+        interpolate: bool = False,
+        layers: Iterable[int] | slice | None = None,
+        tier: str = "host",
+    ) -> None:
+        if tier not in TIERS:
+            near = difflib.get_close_matches(str(tier), TIERS, n=1)
+            raise BankError(
+                f"tier={tier!r}; expected {' or '.join(map(repr, TIERS))}, e.g. tier={(near or TIERS)[0]!r}."
+            )
+        self.refresh = Refresh(every, ratio)
+        self.format = check_format(format)
+        self.interpolate, self.tier = bool(interpolate), tier
+        self.layers = layers if layers is None or isinstance(layers, slice) else tuple(layers)
+        self._pool = Pool(parse_bytes(budget))
+        self.directory = None if directory is None else Path(directory).expanduser()
+        if self.directory is not None:
+            check_directory(self.directory)
+        elif self.budget == 0:
+            raise BankError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that may be held in memory; None is no limit."""
+        return self._pool.budget
+
+    @property
+    def used(self) -> int:
+        """Bytes held in memory now: those of the stored tensors, exactly."""
+        return self._pool.used
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were ever held in memory."""
+        return self._pool.peak
+
+    @contextmanager
+    def opened(self, key: BankKey, *, device: torch.device | str = "cpu") -> Iterator[Shelf]:
+        """One run's shelf for the K/V of `key`, handed out on `device`. What it stores stays when the block is left.
+
+        Raises:
+            BankError: not a key, or the folder of this key holds something else.
+        """
+        if not isinstance(key, BankKey):
+            raise BankError(
+                f"opened got a {type(key).__name__}; expected a BankKey, e.g.\n"
+                "  bank.opened(BankKey.of(model=model, clip=latents, noise=noise, background=tokens, sites=names))"
+            )
+        shelf = Shelf(
+            self._pool,
+            self._drawer(key),
+            refresh=self.refresh,
+            interpolate=self.interpolate,
+            format=self.format,
+            tier=self.tier,
+            device=_indexed(device),
+        )
+        try:
+            yield shelf
+        finally:
+            shelf.close()
+
+    def _drawer(self, key: BankKey) -> Drawer:
+        """The levels of a key, with one more reader. Drawers that hold nothing and have no reader are let go."""
+        name = key.fingerprint(self.format)
+        with self._pool.lock:
+            drawers = self._pool.drawers
+            for other in [n for n, d in drawers.items() if n != name and not d.readers and not any(d.levels)]:
+                del drawers[other]
+            if name not in drawers:
+                folder = None if self.directory is None else Folder(self.directory, key, self.format)
+                drawers[name] = Drawer(key.sites, folder)
+            drawers[name].readers += 1
+            return drawers[name]
+
+    def clear(self) -> None:
+        """Let go of everything in memory that no open shelf is using. Files stay: delete the directory for that."""
+        self._pool.clear()
+
+    def __repr__(self) -> str:
+        where = "memory" if self.directory is None else repr(str(self.directory))
+        budget = "no limit" if self.budget is None else readable(self.budget)
+        return f"Bank({where}, {self.format}, {readable(self.used)} of {budget} used)"
+
+
+def _indexed(device: Any) -> torch.device:
+    """A device as tensors name theirs: "cuda" is "cuda:0" on them."""
+    return torch.empty(0, device=device).device

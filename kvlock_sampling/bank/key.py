@@ -1,0 +1,185 @@
+"""What K/V belong to: fingerprints of the model, the clip, its noise, the kept tokens and the source's arguments.
+
+All are SHA-256, the same in every process and on every machine, and small enough to be taken at each run: of a model
+only a sample of the weights is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..attention.reachable import reachable_modules
+from .errors import BankError
+
+SAMPLED = 64
+"""Numbers read of each weight, evenly spread. A fused LoRA changes a whole matrix, so any of them tells."""
+
+
+@dataclass(frozen=True)
+class BankKey:
+    """Everything that must be equal for K/V to be used again. Make one with `BankKey.of`.
+
+    model, clip, noise, tokens, arguments: fingerprints. sites: names of the attention sites that are kept, in the
+    order in which the model reaches them. dtype: of the evaluation, e.g. "float32".
+    """
+
+    model: str
+    clip: str
+    noise: str
+    tokens: str
+    sites: tuple[str, ...]
+    arguments: str = ""
+    dtype: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if not self.sites or len(set(self.sites)) < len(self.sites):
+            raise BankError(f"sites={self.sites}; expected the distinct names of the sites to keep, at least one.")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        model: Any,
+        clip: Tensor,
+        noise: Tensor,
+        background: Tensor,
+        sites: Iterable[str],
+        arguments: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> BankKey:
+        """Take the fingerprints.
+
+        model: the denoiser, a module or anything that holds one. clip: clean latents (clips, ...). noise: what noises
+        the clip, of its shape. background: (clips, tokens), which tokens are kept. arguments: what the source pass is
+        called with, e.g. {"cond": prompt}. dtype: of the evaluation; that of `clip` by default.
+
+        Raises:
+            BankError: an argument that has no fingerprint.
+        """
+        return cls(
+            model=model_fingerprint(model),
+            clip=tensor_fingerprint(clip),
+            noise=tensor_fingerprint(noise),
+            tokens=tensor_fingerprint(background),
+            sites=tuple(sites),
+            arguments=arguments_fingerprint(arguments or {}),
+            dtype=str(dtype or clip.dtype).removeprefix("torch."),
+        )
+
+    def fingerprint(self, *extra: str) -> str:
+        """One fingerprint of the whole key, and of whatever else matters, e.g. the format."""
+        return hashlib.sha256(json.dumps([asdict(self), *extra], sort_keys=True).encode()).hexdigest()
+
+
+def tensor_fingerprint(x: Tensor) -> str:
+    """Of shape, dtype and every byte; the device does not matter."""
+    digest = hashlib.sha256()
+    _add_tensor(digest, x)
+    return digest.hexdigest()
+
+
+def arguments_fingerprint(arguments: Mapping[str, Any]) -> str:
+    """Of nested mappings, sequences, sets, dataclasses, tensors, arrays and plain values. Order of keys is no matter.
+
+    Raises:
+        BankError: an object whose contents cannot be told, say a function: its equal could not be recognised later.
+    """
+    digest = hashlib.sha256()
+    _add(digest, dict(arguments), "")
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: Any) -> str:
+    """Of a denoiser: class, configuration, and of every weight and buffer the name, shape, dtype and a sample.
+
+    Adapters count as well, fused (the weights change) or not (there are more of them, and their scales). Weights that
+    were offloaded to the meta device have no numbers to read; those are told by name and shape alone.
+
+    Raises:
+        BankError: no torch module can be found in it.
+    """
+    modules = list(dict.fromkeys(reachable_modules(model)))
+    if not modules:
+        raise BankError(
+            f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
+            "  Wrap the network in a module, or make the key yourself: BankKey(model='my-model-v1', ...)."
+        )
+    digest = hashlib.sha256()
+    _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
+    for module in modules:
+        config = getattr(module, "config", None)
+        about = [type(module).__qualname__, module.extra_repr()]
+        if isinstance(config, Mapping):
+            about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
+        # Of adapters (peft): the scale and which one is active are attributes, not weights.
+        for name in ("scaling", "merged_adapters", "active_adapters", "disable_adapters"):
+            value = getattr(module, name, None)
+            if isinstance(value, (dict, list, str, bool)):
+                about.append(f"{name}={value}")
+        _add(digest, about, "")
+        for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
+            _add_tensor(digest, _sample(weight))
+    return digest.hexdigest()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    if weight.is_meta or not weight.numel():
+        return torch.empty(0)
+    if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize"):
+        weight = weight.dequantize()  # a quantised subclass: its elements cannot be taken one by one
+    count = weight.numel()
+    index = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
+    return torch.take(weight, index.to(weight.device)) if weight.is_contiguous() else weight.reshape(-1)[index]
+
+
+def _add_tensor(digest: Any, x: Tensor) -> None:
+    x = x.detach().cpu().contiguous()
+    digest.update(f"tensor {x.dtype} {tuple(x.shape)}\n".encode())
+    digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _add(digest: Any, value: Any, path: str) -> None:
+    """Every value goes in with its type and length, so that no two structures read the same."""
+    if isinstance(value, Tensor):
+        _add_tensor(digest, value)
+    elif isinstance(value, np.ndarray) and value.dtype != object:
+        _add_tensor(digest, torch.from_numpy(np.ascontiguousarray(value)))
+    elif isinstance(value, Mapping):
+        digest.update(f"mapping {len(value)}\n".encode())
+        for key in sorted(value, key=repr):
+            _add(digest, key, f"{path}[{key!r}]")
+            _add(digest, value[key], f"{path}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"sequence {len(value)}\n".encode())
+        for i, item in enumerate(value):
+            _add(digest, item, f"{path}[{i}]")
+    elif isinstance(value, (set, frozenset)):
+        _add(digest, sorted(value, key=repr), path)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        _add(digest, [type(value).__qualname__, fields], path)
+    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, PurePath)):
+        text = repr(value) if isinstance(value, (str, bytes)) else str(value)
+        digest.update(f"{type(value).__name__} {len(text)} {text}\n".encode())
+    elif isinstance(value, (torch.device, np.generic)):
+        digest.update(f"{type(value).__name__} {value}\n".encode())
+    else:
+        raise BankError(
+            f"the source's argument {path or 'given'} is a {type(value).__name__}, which has no fingerprint: K/V made "
+            "with it could not be recognised in another run.\n"
+            "  Pass tensors and plain values, or run without a bank."
+        )

@@ -1,0 +1,134 @@
+"""What a bank will need, before anything runs: bytes per level, in all, and how much of it the budget holds.
+
+Exact for the stored tensors: the same arithmetic counts them. Wan 2.1 1.3B at 480 x 832 x 81 (30 sites of 12 heads of
+128, 21 x 30 x 52 tokens, 70% background) needs 2.1 GB per level as int8, 4.2 GB as bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .errors import BankError
+from .format import FORMATS, VERBATIM, check_format, layout, nbytes
+from .pool import parse_bytes, readable
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes. Print it.
+
+    sites, clips, heads, dim: of the model. kept: background tokens of `tokens`. levels: noise levels that a run
+    stores. format: as in `Bank`. budget: memory, None is no limit. dtype: of the model's K/V.
+    """
+
+    sites: int
+    clips: int
+    heads: int
+    dim: int
+    tokens: int
+    kept: int
+    levels: int
+    format: str
+    budget: int | None
+    dtype: torch.dtype
+
+    def per_level_as(self, format: str | None) -> int:
+        """Bytes of one level in another format."""
+        shape = (self.clips, self.heads, self.kept, self.dim)
+        return 2 * self.sites * nbytes(layout(shape, self.dtype, check_format(format)))
+
+    @property
+    def per_level(self) -> int:
+        """Bytes of one level."""
+        return self.per_level_as(self.format)
+
+    @property
+    def total(self) -> int:
+        """Bytes of every level a run stores: what a directory takes on disk, beside headers of some kB each."""
+        return self.levels * self.per_level
+
+    @property
+    def in_memory(self) -> int:
+        """Levels that the budget holds at once."""
+        return self._fitting(self.per_level)
+
+    def _fitting(self, per_level: int) -> int:
+        return self.levels if self.budget is None or not per_level else min(self.levels, self.budget // per_level)
+
+    @property
+    def verdict(self) -> str:
+        """What this means for a run, in one sentence."""
+        held = self.in_memory
+        if held == self.levels:
+            return "Everything fits in memory: the next edit of this clip needs no source pass."
+        if held:
+            return (
+                f"{held} of {self.levels} levels fit in memory: enough for one run; for the next edit of this clip "
+                "without a source pass give the bank a directory."
+            )
+        smaller = next((f for f in ("bf16", "int8") if self._fitting(self.per_level_as(f))), None)
+        advice = f'format="{smaller}"' if smaller else "fewer layers=..."
+        return f"Not one level fits in memory: raise the budget, use {advice}, or give the bank a directory."
+
+    def __str__(self) -> str:
+        budget = "no limit" if self.budget is None else readable(self.budget)
+        clips = f", {self.clips} clips" if self.clips != 1 else ""
+        lines = [
+            f"{self.sites} sites x {self.heads} heads x {self.dim}, {self.kept} of {self.tokens} tokens are "
+            f"background{clips}; {self.levels} levels; memory budget {budget}",
+            f"  {'format':<10}{'per level':>12}{'all levels':>12}{'in memory':>11}",
+        ]
+        for name in (VERBATIM, *FORMATS):
+            size = self.per_level_as(name)
+            mark = ">" if name == self.format else " "
+            lines.append(
+                f"{mark} {name:<10}{readable(size):>12}{readable(size * self.levels):>12}"
+                f"{f'{self._fitting(size)} of {self.levels}':>11}"
+            )
+        return "\n".join([*lines, self.verdict])
+
+
+def plan_for(
+    sites_count: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+    background_fraction: float,
+    levels: int,
+    format: str | None = "int8",
+    budget: str | int | float | None = "4GB",
+    *,
+    clips: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Plan:
+    """Plan a bank from counts alone.
+
+    tokens: video tokens per clip. background_fraction: how many of them are kept, in [0, 1]; tokens are rounded up.
+    levels: noise levels stored, e.g. `expected_levels(sigmas, every=3, ratio=1.5)`.
+
+    Raises:
+        BankError: a count below 1, a fraction outside [0, 1], no such format, or a budget that is no size.
+    """
+    counts = {
+        "sites_count": sites_count,
+        "heads": heads,
+        "dim": dim,
+        "tokens": tokens,
+        "levels": levels,
+        "clips": clips,
+    }
+    wrong = next(
+        (name for name, count in counts.items() if isinstance(count, bool) or count != int(count) or count < 1), None
+    )
+    if wrong is not None:
+        raise BankError(f"{wrong}={counts[wrong]!r}; expected a whole number >= 1.")
+    if not 0 <= background_fraction <= 1:
+        raise BankError(
+            f"background_fraction={background_fraction!r}; expected a share of the tokens in [0, 1], e.g. 0.7."
+        )
+    # A product such as 0.7 * 10 is 7.000000000000001: rounded before it is rounded up.
+    kept = math.ceil(round(tokens * background_fraction, 6))
+    return Plan(sites_count, clips, heads, dim, tokens, kept, levels, check_format(format), parse_bytes(budget), dtype)

@@ -1,0 +1,161 @@
+"""The memory tier: what is held, counted to the byte, and who has to go when there is no room.
+
+Held bytes are those of the stored tensors. What a site gets back for one attention call, and the one site that is on
+its way to the device, belong to the evaluation and not to the bank.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from typing import Any
+
+from .clock import distance
+from .errors import BankError
+from .file import LevelFile, Pair
+from .folder import Folder
+
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+
+
+def parse_bytes(budget: Any) -> int | None:
+    """Bytes from a number or from text such as "4GB" (10^9) or "4GiB" (2^30); None is no limit.
+
+    Raises:
+        BankError: it cannot be read as a size.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 <= budget < float("inf"):
+        return int(budget)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", budget, re.I) if isinstance(budget, str) else None
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise BankError(
+            f'budget={budget!r}; expected bytes, e.g. 4_000_000_000, "4GB" or "512MiB", or None for no limit.'
+        )
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def readable(count: int | float) -> str:
+    """Bytes as people write them, e.g. "2.1 GB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{int(count)} bytes"
+
+
+class Stored:
+    """One level: the sites held in memory, and the file that has all of them. At least one of the two is whole."""
+
+    def __init__(self, drawer: Drawer, sigma: float, file: LevelFile | None = None) -> None:
+        self.drawer, self.sigma, self.file = drawer, sigma, file
+        self.held: dict[str, Pair] = {}
+        self.pins = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(key.nbytes + value.nbytes for key, value in self.held.values())
+
+    def read(self, site: str) -> Pair:
+        """Keys and values as stored, from memory or mapped from the file."""
+        pair = self.held.get(site)
+        if pair is not None:
+            return pair
+        if self.file is None:
+            raise BankError(
+                f"the level at sigma {self.sigma:.4g} has been dropped to keep the budget.\n"
+                "  A level is there until the next lookup or put of its shelf; ask with shelf.lookup(sigma) each time."
+            )
+        return self.file.read(site)
+
+
+class Drawer:
+    """Every level of one key, and who is at it. Guarded by the pool's lock."""
+
+    def __init__(self, sites: tuple[str, ...], folder: Folder | None) -> None:
+        self.sites, self.folder = sites, folder
+        self.levels = [] if folder is None else [Stored(self, file.sigma, file) for file in folder.levels()]
+        self.readers = 0
+        self.now: float | None = None
+        self.touched = 0
+        self.shapes: Any = None
+
+    def nearest(self, sigma: float) -> list[Stored]:
+        """Levels by their distance from `sigma` in logarithms; of two as far, the noisier first."""
+        return sorted(self.levels, key=lambda level: (distance(level.sigma, sigma), -level.sigma))
+
+
+class Pool:
+    """Counts bytes. `used` and `peak` never exceed `budget`."""
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+        self.used = 0
+        self.peak = 0
+        self.lock = threading.RLock()
+        self.drawers: dict[str, Drawer] = {}
+        self._ticks = 0
+
+    def tick(self) -> int:
+        """A number that grows: for "least recently used"."""
+        self._ticks += 1
+        return self._ticks
+
+    def reserve(self, count: int) -> bool:
+        """Count `count` more bytes, giving up levels where that is needed. False, and nothing changed, if it cannot be.
+
+        Levels in use are never given up. First go those of keys that nobody has open, least recently used first, then
+        those farthest in log sigma from where their run is now. What has a file is only forgotten, and read again.
+        """
+        with self.lock:
+            if self.budget is not None and self.used + count > self.budget:
+                able = [s for s in self._levels() if s.held and not s.pins]
+                if self.used - sum(s.nbytes for s in able) + count > self.budget:
+                    return False
+                for stored in sorted(able, key=_worth):
+                    if self.used + count <= self.budget:
+                        break
+                    self.drop(stored)
+            self.used += count
+            self.peak = max(self.peak, self.used)
+            return True
+
+    def release(self, count: int) -> None:
+        """Count `count` bytes less."""
+        with self.lock:
+            self.used -= count
+
+    def drop(self, stored: Stored) -> None:
+        """Give up what a level holds in memory; without a file the level is gone."""
+        with self.lock:
+            self.used -= stored.nbytes
+            stored.held.clear()
+            if stored.file is None and stored in stored.drawer.levels:
+                stored.drawer.levels.remove(stored)
+
+    def in_use(self) -> int:
+        """Bytes of levels that are in use and cannot be given up."""
+        with self.lock:
+            return sum(s.nbytes for s in self._levels() if s.pins)
+
+    def clear(self) -> None:
+        """Give up everything that nobody is using."""
+        with self.lock:
+            for stored in self._levels():
+                if not stored.pins:
+                    self.drop(stored)
+            self.drawers = {name: d for name, d in self.drawers.items() if d.readers}
+
+    def _levels(self) -> list[Stored]:
+        return [stored for drawer in self.drawers.values() for stored in drawer.levels]
+
+
+def _worth(stored: Stored) -> tuple[bool, float]:
+    """What is given up first sorts first."""
+    drawer = stored.drawer
+    if not drawer.readers or drawer.now is None:
+        return False, drawer.touched
+    return True, -distance(stored.sigma, drawer.now)

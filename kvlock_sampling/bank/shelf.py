@@ -1,0 +1,302 @@
+"""A shelf: one run's view of the levels of one key. It asks the refresh rule, stores levels, and hands them out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .clock import Clock, Refresh, check_sigma, neighbours, same
+from .errors import BankError, BankWarning
+from .file import Kinds, Pair
+from .format import Packed, format_for, layout, nbytes, pack
+from .level import Level
+from .place import Mover, is_copied, placed
+from .pool import Drawer, Pool, Stored, readable
+
+
+class Served(NamedTuple):
+    """What a run asked of its shelf: distinct noise levels, lookups answered with a level, levels put."""
+
+    asked: int
+    served: int
+    stored: int
+
+
+class Shelf:
+    """Made by `Bank.opened(key)`. Not for two threads at once; any number of shelves may be open, on one key too."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        drawer: Drawer,
+        *,
+        refresh: Refresh,
+        interpolate: bool,
+        format: str,
+        tier: str,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self._pool, self._drawer, self._folder = pool, drawer, drawer.folder
+        self._refresh, self._interpolate, self._format, self._tier = refresh, interpolate, format, tier
+        self._movers = (Mover(device), Mover(device))
+        self._clock = Clock()
+        self._fresh: set[Stored] = set()
+        self._pinned: list[Stored] = []
+        self._served = self._put = 0
+        self._open = True
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def lookup(self, sigma: float) -> Level | None:
+        """The level that serves this noise level, or None: run the source pass at `sigma`, then `put`.
+
+        sigma: variance exploding, > 0. See `clock` for the rule. Of the levels that serve the nearest in log sigma is
+        taken, or two neighbours, interpolated in log sigma, where the bank interpolates and both are within `ratio`.
+        """
+        sigma = self._begin(sigma)
+        self._clock.ask(sigma)
+        with self._pool.lock:
+            while True:
+                parts = self._between(sigma) if self._interpolate else ()
+                parts = parts or self._nearest(sigma)
+                broken = [stored for stored, _ in parts if not self._usable(stored)]
+                if not broken:
+                    break
+            if not parts:
+                return None
+            self._served += 1
+            level = self._level(sigma if len(parts) > 1 else parts[0][0].sigma, parts)
+            for stored, _ in parts:
+                self._fetch_from_disk(stored)
+            return level
+
+    def _fetch_from_disk(self, stored: Stored) -> None:
+        """Hold what a file has, as far as there is room, where that is nearer to the device than a memory map is."""
+        if stored.file is None or not is_copied(self._tier, self.device):
+            return
+        for site in self._drawer.sites:
+            pair = stored.read(site)
+            if site not in stored.held and self._pool.reserve(pair[0].nbytes + pair[1].nbytes):
+                stored.held[site] = (self._placed(pair[0]), self._placed(pair[1]))
+
+    def _placed(self, packed: Packed) -> Packed:
+        return placed(packed, self._tier, self.device)
+
+    def _nearest(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
+        for stored in self._drawer.nearest(sigma):
+            clock = self._clock if stored in self._fresh else None
+            if same(stored.sigma, sigma) or self._refresh.serves(stored.sigma, sigma, clock):
+                return ((stored, 1.0),)
+        return ()
+
+    def _between(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
+        at = {stored.sigma: stored for stored in self._drawer.levels}
+        low, high = neighbours(list(at), sigma)
+        if low is None or high is None or same(low, sigma) or same(high, sigma):
+            return ()
+        if not (self._refresh.near(low, sigma) and self._refresh.near(high, sigma)):
+            return ()
+        weight = math.log(sigma / low) / math.log(high / low)
+        return (at[low], 1 - weight), (at[high], weight)
+
+    def _usable(self, stored: Stored) -> bool:
+        """Read a file's bytes once, before anything is computed with them; a damaged one is no longer a level."""
+        if stored.file is None or stored.file.sound():
+            return True
+        assert self._folder is not None
+        self._pool.drop(stored)
+        self._drawer.levels.remove(stored)
+        self._folder.reject(stored.file.path, "its bytes are not those that were written")
+        return False
+
+    # -- storing ------------------------------------------------------------------------------------------------------
+
+    def put(self, sigma: float, store: Mapping[str, tuple[Tensor, Tensor]]) -> Level:
+        """Keep K/V at this noise level, and return them as they will be read: the first edit sees what the second does.
+
+        store: site -> (key, value), (clips, heads, kept tokens, dim); sites the key does not name are passed over. A
+        level that is there already, put by another run or thread, is returned as it is.
+
+        Raises:
+            BankError: a site is missing, shapes differ from the other levels', or there is no room for one level.
+        """
+        sigma = self._begin(sigma)
+        kinds = self._kinds(store)
+        sizes = {site: sum(nbytes(layout(s, d, f)) for f, d, s in sides) for site, sides in kinds.items()}
+        there = self._there(sigma)
+        if there is not None:
+            return there
+        self._check_room(sizes)
+        stored = Stored(self._drawer, sigma)
+        stored.pins += 1
+        try:
+            self._keep(stored, store, kinds, sizes)
+        except BaseException:
+            with self._pool.lock:
+                self._pool.drop(stored)
+            raise
+        finally:
+            stored.pins -= 1
+        with self._pool.lock:
+            self._put += 1
+            there = self._there(sigma)  # another thread may have been as quick
+            if there is not None:
+                self._pool.drop(stored)
+                return there
+            self._drawer.levels.append(stored)
+            self._fresh.add(stored)
+            return self._level(sigma, ((stored, 1.0),))
+
+    def _there(self, sigma: float) -> Level | None:
+        with self._pool.lock:
+            for stored in [s for s in self._drawer.nearest(sigma) if same(s.sigma, sigma)]:
+                if self._usable(stored):
+                    return self._level(stored.sigma, ((stored, 1.0),))
+        return None
+
+    def _kinds(self, store: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Kinds]:
+        missing = [site for site in self._drawer.sites if site not in store]
+        if missing:
+            raise BankError(
+                f"put was given no K/V of {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; it had "
+                f"{', '.join(list(store)[:4]) or 'none'}.\n"
+                "  Did the source pass skip layers, say under a step cache? Name those that fire: BankKey(sites=...)."
+            )
+        kinds: dict[str, Kinds] = {}
+        for site in self._drawer.sites:
+            kinds[site] = tuple((format_for(x, self._format), x.dtype, tuple(x.shape)) for x in store[site])
+        shapes = {site: tuple(shape for _, _, shape in sides) for site, sides in kinds.items()}
+        with self._pool.lock:
+            self._drawer.shapes = self._drawer.shapes or shapes
+            known = self._drawer.shapes
+        wrong = next((site for site in shapes if shapes[site] != known[site]), None)
+        if wrong is not None:
+            raise BankError(
+                f"K/V of site {wrong!r} have shapes {shapes[wrong]}; other levels of this key have {known[wrong]}.\n"
+                "  Another batch, crop or mask is another key: open a shelf with its own BankKey."
+            )
+        return kinds
+
+    def _check_room(self, sizes: Mapping[str, int]) -> None:
+        total, pool = sum(sizes.values()), self._pool
+        room = math.inf if pool.budget is None else pool.budget - pool.in_use()
+        if self._folder is not None or total <= room:
+            return
+        held = f", of which {readable(pool.in_use())} are in use by other runs" if pool.in_use() else ""
+        raise BankError(
+            f"one level needs {readable(total)} ({len(sizes)} sites as {self._format}); the budget is "
+            f"{readable(pool.budget or 0)}{held}.\n"
+            f'  Raise it: Bank(budget="{math.ceil(total / 1e8) / 10:g}GB"); keep less: format="int8", layers=...; '
+            'or let the rest go to disk: directory="kv-bank".'
+        )
+
+    def _keep(
+        self,
+        stored: Stored,
+        store: Mapping[str, tuple[Tensor, Tensor]],
+        kinds: Mapping[str, Kinds],
+        sizes: Mapping[str, int],
+    ) -> None:
+        """Pack site by site: hold what there is room for, and write all of it where there is a folder."""
+
+        def pairs() -> Iterator[tuple[str, Pair]]:
+            for site in self._drawer.sites:
+                pair = stored.held.get(site) or self._pack(stored, site, store[site], kinds[site], sizes[site])
+                yield site, pair
+
+        failure = ""
+        if self._folder is None:
+            for _ in pairs():
+                pass
+        else:
+            try:
+                stored.file = self._folder.write(stored.sigma, kinds, pairs())
+            except OSError as error:
+                failure = f"{self._folder.path} could not be written ({error.strerror or error})"
+                for _ in pairs():
+                    pass
+        if stored.file is None and len(stored.held) < len(kinds):
+            raise BankError(
+                f"{failure or 'other runs took the room meanwhile'}, and memory has room for {len(stored.held)} of "
+                f"{len(kinds)} sites of {readable(sum(sizes.values()))}.\n"
+                "  Free some disk space, or raise the budget."
+            )
+        if failure:
+            warnings.warn(f"{failure}; this level is kept in memory alone.", BankWarning, stacklevel=4)
+
+    def _pack(self, stored: Stored, site: str, tensors: tuple[Tensor, Tensor], kinds: Kinds, size: int) -> Pair:
+        hold = self._pool.reserve(size)
+        try:
+            key, value = (self._placed(pack(x, f)) for x, (f, _, _) in zip(tensors, kinds, strict=True))
+        except BaseException:
+            if hold:
+                self._pool.release(size)
+            raise
+        if hold:
+            stored.held[site] = (key, value)
+        return key, value
+
+    # -- the life of a shelf ------------------------------------------------------------------------------------------
+
+    def restart(self) -> None:
+        """Another run begins within the block: what was stored so far counts as an earlier run's."""
+        self._check_open()
+        self._clock, self._fresh = Clock(), set()
+
+    def close(self) -> None:
+        """Let go of the level in use. Called by leaving the block."""
+        self._unpin()
+        self._open = False
+        with self._pool.lock:
+            self._drawer.readers -= 1
+            self._drawer.touched = self._pool.tick()
+
+    @property
+    def stats(self) -> Served:
+        """What this run asked, so far."""
+        return Served(len(self._clock.asked), self._served, self._put)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels that are stored now, from high to low."""
+        with self._pool.lock:
+            return tuple(sorted((stored.sigma for stored in self._drawer.levels), reverse=True))
+
+    @property
+    def directory(self) -> Path | None:
+        """The folder of this key's levels, if the bank has a directory."""
+        return None if self._folder is None else self._folder.path
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise BankError("this shelf is closed: ask within its block, with bank.opened(key) as shelf: ...")
+
+    def _begin(self, sigma: float) -> float:
+        self._check_open()
+        sigma = check_sigma(sigma)
+        self._unpin()
+        with self._pool.lock:
+            self._drawer.now = sigma
+        return sigma
+
+    def _level(self, sigma: float, parts: tuple[tuple[Stored, float], ...]) -> Level:
+        with self._pool.lock:
+            for stored, _ in parts:
+                stored.pins += 1
+                self._pinned.append(stored)
+        return Level(sigma, parts, self._movers)
+
+    def _unpin(self) -> None:
+        with self._pool.lock:
+            for stored in self._pinned:
+                stored.pins -= 1
+            self._pinned.clear()
+        for mover in self._movers:
+            mover.forget()

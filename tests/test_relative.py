@@ -68,12 +68,12 @@ def test_scale_steps_and_renewed_noise_cancel():
     g = torch.Generator().manual_seed(3)
     first, second = torch.randn(2, *SHAPE, generator=g)
     mask = tokens([1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])[:, :1]
-    base = after(Relative(MOVES), first, second, mask)
+    base = after(Relative(MOVES, quantile=0.5), first, second, mask)
     assert base.shape == (2,)
-    torch.testing.assert_close(after(Relative(MOVES), 7 * first, 7 * second, mask), base)
-    torch.testing.assert_close(after(Relative(MOVES), first, second, mask, sigmas=(2.0, 1.7)), base)
+    torch.testing.assert_close(after(Relative(MOVES, quantile=0.5), 7 * first, 7 * second, mask), base)
+    torch.testing.assert_close(after(Relative(MOVES, quantile=0.5), first, second, mask, sigmas=(2.0, 1.7)), base)
     integral = TrajectoryVariance(window=None, normalise=True, integral=True, patch=PATCH)
-    torch.testing.assert_close(after(Relative(integral), first, second, mask), base)
+    torch.testing.assert_close(after(Relative(integral, quantile=0.5), first, second, mask), base)
     plain = after(MOVES, first, second, mask)
     assert not torch.allclose(after(MOVES, 7 * first, 7 * second, mask), plain, rtol=0.5)
 
@@ -81,7 +81,7 @@ def test_scale_steps_and_renewed_noise_cancel():
 def test_a_still_background_does_not_divide_by_zero():
     moves = tokens([1.0] + [0.0] * 7)
     mask = tokens([1.0] + [0.0] * 7)[:, :1]
-    got = after(Relative(MOVES), torch.zeros_like(moves), moves, mask)
+    got = after(Relative(MOVES, quantile=0.5), torch.zeros_like(moves), moves, mask)
     assert bool(got.isfinite().all())
     assert float(got) > 1e6
 
@@ -135,7 +135,7 @@ def test_in_a_run_the_uncertain_part_stands_out_whatever_the_units(sampler):
         source = 0.1 * unit * torch.randn(1, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
         lock = kv.KVLock(
             model, source=source, mask=mask, policy=kv.Sigmoid(lock_range=(0.0, 0.0)), composite=True,
-            estimator=Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
+            estimator=Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH), quantile=0.5),
         )  # fmt: skip
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(2))
         lock.sample(sampler, noise * sigmas[0] * unit, sigmas * unit, seed=4)

@@ -33,8 +33,9 @@ class Relative(Wrapper):
     """An inner estimator's variance inside the mask over its quantile outside, per clip.
 
     estimator: measures every token: give it a `patch`, e.g. Relative(TrajectoryVariance(patch=(1, 2, 2))).
-    quantile: of the background's tokens, in [0, 1]. 0.5 compares with the typical one; a higher one with the liveliest
-        and is noisier on small backgrounds. Tokens that the mask's edge crosses belong to neither side.
+    quantile: of the background's tokens, in [0, 1]. High, because the edit is content and most of a background is not:
+        under renewed noise flat tokens move far more than they do without, and only those with content keep in step.
+        0.5 compares with the typical token. Tokens that the mask's edge crosses are no reference.
     local: False = one value per clip, (batch,); True = every token's own ratio, (batch, tokens).
 
     The reference is as good as the background: with compositing off, or a background that was never right, it is only
@@ -45,19 +46,19 @@ class Relative(Wrapper):
             without a single background token.
     """
 
-    quantile: float = 0.5
+    quantile: float = 0.96
     local: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         patch_of(self.estimator)
         if not 0 <= self.quantile <= 1:
-            raise EstimatorError(f"quantile={self.quantile}; expected a share in [0, 1]. Try quantile=0.5.")
+            raise EstimatorError(f"quantile={self.quantile}; expected a share in [0, 1]. Try quantile=0.96.")
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """What calm clips of the embedded model reach."""
-        return 20.0
+        """What 95% of calm measurements of the embedded model stay below, at the default quantile."""
+        return 4.5
 
     @property
     def needs_background(self) -> bool:  # type: ignore[override]

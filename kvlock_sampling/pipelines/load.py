@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,9 @@ def load_pipeline(
     weights = _dtype(dtype, place)
     check_memory(folder, weights, vae_dtype, place, offload)
     try:
-        with broken_torchvision_hidden():
+        with broken_torchvision_hidden(), warnings.catch_warnings():
+            # Newer versions say dtype=; this name works in all that we accept.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             import diffusers
             import transformers  # noqa: F401 - text encoders; diffusers' own message about it names no command
 

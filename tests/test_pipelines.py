@@ -1,0 +1,342 @@
+"""Pipelines of diffusers as models: the denoiser is the pipeline's own arithmetic, the rest is what an edit needs.
+
+The key test runs k-diffusion's Euler through our denoiser, and the pipeline itself, from the same noise: the Euler step
+of a flow scheduler, and DDIM, are the same step in other variables, so the results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling.compat import broken_torchvision_hidden
+from kvlock_sampling.pipelines import PipelineError
+from kvlock_sampling.testing.pipelines import tiny_pipeline
+
+with broken_torchvision_hidden():
+    import diffusers
+
+WANS = ["wan", "wan-2.2", "wan-ti2v", "wan-image", "wan-image-ti2v", "wan-vace"]
+NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan"]
+ALMOST_ONE = 1 - 1e-9
+"""Where the pipelines start at t = 1: near enough that what is missing is below rounding (with a float64 state)."""
+
+
+def make_clip(frames: int = 9, size: int = 64, batch: int = 1) -> torch.Tensor:
+    """Noise in steps of bytes, as pipelines that take pictures see it."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (batch, 3, frames, size, size), generator=generator) / 127.5 - 1
+
+
+def make_mask(frames: int = 9, size: int = 64) -> torch.Tensor:
+    mask = torch.zeros(1, frames, size, size)
+    mask[:, :, 16:32, 8:32] = 1  # less than all, also of LTX's latents of 32 pixels
+    return mask
+
+
+def pictures(pipe, clip):
+    return [
+        pipe.video_processor.numpy_to_pil(((frame + 1) / 2).permute(1, 2, 0).numpy())[0] for frame in clip.unbind(1)
+    ]
+
+
+def model(name: str, **options):
+    """A model given a clip and a mask, and both."""
+    clip, mask = make_clip(), make_mask()
+    return kv.from_pipeline(tiny_pipeline(name), **options).given(clip, mask), clip, mask
+
+
+def pipelines_own(name, pipe, clip, mask, noise, steps, scale):
+    """The pipeline called as its documentation says; its final latents."""
+    frames, height, width = clip.shape[2:]
+    call = {
+        "prompt": "a red square",
+        "negative_prompt": "blurry",
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "latents": noise,
+        "output_type": "latent",
+    }
+    if name == "ltx":
+        call["latents"] = pipe._pack_latents(noise, 1, 1)
+    elif name.startswith("cog"):
+        call["latents"] = noise.transpose(1, 2)
+    elif name == "hunyuan":
+        call |= {"true_cfg_scale": scale, "guidance_scale": 6.0}
+    elif name.startswith("wan-image"):
+        call["image"] = pictures(pipe, clip[0])[0]
+    elif name == "wan-vace":
+        three = mask[0].expand(3, -1, -1, -1)
+        call |= {"video": pictures(pipe, clip[0] * (1 - three)), "mask": pictures(pipe, three * 2 - 1)}
+    with torch.no_grad():
+        latents = pipe(**call).frames
+    if name == "ltx":
+        return pipe._unpack_latents(latents, *noise.shape[2:], 1, 1)
+    return latents.transpose(1, 2) if name.startswith("cog") else latents
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_euler_through_the_denoiser_is_the_pipelines_own_run(name):
+    pipe = tiny_pipeline(name)
+    if name in WANS:  # their own is of second order
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    clip, mask = make_clip(), make_mask()
+    video = kv.from_pipeline(pipe, t_max=ALMOST_ONE).given(clip, mask)
+    noise = torch.randn(video.encode(clip).shape, generator=torch.Generator().manual_seed(1))
+    theirs = pipelines_own(name, pipe, clip, mask, noise, steps=5, scale=4.0)
+
+    sigmas = video.sigmas(5).double()
+    prompts = {"cond": video.prompt("a red square"), "uncond": video.prompt("blurry"), "cond_scale": 4.0}
+    with torch.no_grad():
+        x = noise.double() * sigmas[0]
+        ours = kv.samplers.euler(kv.CFGDenoiser(video.denoiser), x, sigmas, extra_args=prompts)
+    # Wan's layers with random weights magnify the rounding of float32 times, such as 900.359.
+    allowed = 1e-3 if name in WANS else 1e-5
+    assert float(theirs.std()) > 1
+    assert float((ours - theirs).abs().max() / theirs.std()) < allowed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_matters_and_the_comparison_above_would_see_it(name):
+    video, clip, _ = model(name)
+    x, sigma = torch.randn(video.encode(clip).shape, generator=torch.Generator().manual_seed(1)), torch.tensor(1.0)
+    with torch.no_grad():
+        one, other = (video.denoiser(x, sigma, cond=video.prompt(text)) for text in ("a red square", "blurry"))
+    assert float((one - other).std() / one.std()) > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(10, 40, 70), (1, 40, 33), (9, 64, 64)], ids=str)
+def test_a_clip_that_fits_comes_back_from_the_vae_in_its_size(name, size):
+    video = kv.from_pipeline(tiny_pipeline(name))
+    fitting = video.fit(*size)
+    assert video.fit(*fitting) == fitting
+    assert all(a <= max(b, 32) for a, b in zip(fitting, size, strict=True))
+    clip = make_clip(fitting[0], 128)[..., : fitting[1], : fitting[2]]
+    latents = video.encode(clip)
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, video.encode(clip))  # the mode, not a sample
+    decoded = video.decode(latents)
+    assert decoded.shape == clip.shape
+    assert decoded.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_normalising_is_undone_exactly(name):
+    video, clip, _ = model(name)
+    raw = torch.randn(video.pipe.vae.encode(clip).latent_dist.mode().shape)
+    torch.testing.assert_close(video._denormalise(video._normalise(raw)), raw)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2", "wan-image", "wan-vace", "ltx", "cogvideox", "hunyuan"])
+def test_a_batch_is_its_clips_one_by_one(name):
+    pipe, texts = tiny_pipeline(name), ["a red square", "two blue circles, moving"]
+    clips = make_clip(batch=2)
+    masks = torch.cat([make_mask(), make_mask().roll(16, -1)])
+    video = kv.from_pipeline(pipe)
+    both = video.given(clips, masks)
+    latents = both.encode(clips)
+    x = latents + 3 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        together = both.denoiser(x, torch.tensor(3.0), cond=both.prompt(texts))
+        for i in range(2):
+            alone = video.given(clips[i : i + 1], masks[i : i + 1])
+            single = alone.denoiser(x[i : i + 1], torch.tensor(3.0), cond=alone.prompt(texts[i]))
+            torch.testing.assert_close(together[i : i + 1], single, rtol=1e-3, atol=1e-4)
+
+
+def test_a_text_is_encoded_once_and_the_encoder_may_go():
+    pipe = tiny_pipeline("wan")
+    calls = []
+    pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    video = kv.from_pipeline(pipe)
+    first = video.prompt(["a red square", "", "a red square"])
+    assert first["text"].shape == (3, 512, 32)
+    assert torch.equal(first["text"][0], first["text"][2])
+    assert len(calls) == 2
+    bound = video.given(make_clip(batch=2))
+    assert bound.prompt("a red square")["text"].shape[0] == 2  # one text for both clips
+    assert len(calls) == 2
+    video.release_text_encoder()
+    assert torch.equal(video.prompt("a red square")["text"], first["text"][:1])
+    with pytest.raises(PipelineError, match="encode all prompts first"):
+        video.prompt("something new")
+
+
+def test_the_experts_share_the_noise_levels():
+    video, clip, _ = model("wan-2.2")
+    seen = []
+    video.pipe.transformer.register_forward_hook(lambda *_: seen.append("high"))
+    video.pipe.transformer_2.register_forward_hook(lambda *_: seen.append("low"))
+    x, cond = torch.randn(video.encode(clip).shape), video.prompt("a red square")
+    with torch.no_grad():
+        for t in (0.99, 0.876, 0.874, 0.1):  # the boundary is 0.875
+            video.denoiser(x, torch.tensor(t / (1 - t)), cond=cond)
+    assert seen == ["high", "high", "low", "low"]
+
+
+def test_a_known_first_frame_is_its_own_prediction():
+    picture = make_clip()[0, :, 4]
+    video, clip, _ = model("wan-image-ti2v", image=picture)
+    latents = video.encode(clip)
+    with torch.no_grad():
+        denoised = video.denoiser(
+            latents + 2 * torch.randn(latents.shape), torch.tensor(2.0), cond=video.prompt("a red square")
+        )
+    torch.testing.assert_close(denoised[:, :, :1], video.encode(picture[None, :, None]), rtol=1e-4, atol=1e-4)
+    assert float((denoised[:, :, 1:] - latents[:, :, 1:]).abs().max()) > 0.1
+
+
+def test_another_image_is_another_condition():
+    own, clip, _ = model("wan-image")
+    given, _, _ = model("wan-image", image=clip[0, :, 0])
+    other, _, _ = model("wan-image", image=clip[0, :, 5])
+    conditions = [m.prompt("x")["frame"] for m in (own, given, other)]
+    assert torch.equal(conditions[0], conditions[1])
+    assert not torch.equal(conditions[0], conditions[2])
+    with pytest.raises(PipelineError, match=r"expected \(3, height, width\)"):
+        model("wan-image", image=torch.zeros(3, 8, 8))
+
+
+def test_vace_sees_the_clip_outside_the_mask_and_grey_inside():
+    video, clip, mask = model("wan-vace")
+    control = video.prompt("x")["control"]
+    torch.testing.assert_close(control[:, :16], video.encode(clip * (1 - mask)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(control[:, 16:32], video.encode(torch.zeros_like(clip)), rtol=1e-4, atol=1e-4)
+    shown, _, _ = model("wan-vace", reactive="clip")
+    torch.testing.assert_close(shown.prompt("x")["control"][:, 16:32], video.encode(clip * mask), rtol=1e-4, atol=1e-4)
+    folded = control[:, 32:]
+    assert folded.shape[1] == 64
+    assert set(folded.unique().tolist()) == {0.0, 1.0}
+
+
+def test_weights_in_bfloat16_with_a_state_in_float32():
+    full, clip, mask = model("wan")
+    pipe = tiny_pipeline("wan")
+    pipe.transformer.to(torch.bfloat16)
+    pipe.text_encoder.to(torch.bfloat16)
+    half = kv.from_pipeline(pipe).given(clip, mask)
+    x = torch.randn(full.encode(clip).shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, rounded = (m.denoiser(x, torch.tensor(1.0), cond=m.prompt("a red square")) for m in (full, half))
+    assert rounded.dtype == torch.float32
+    error = float((exact - rounded).std() / exact.std())
+    assert 1e-4 < error < 0.05  # rounded, and near
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_edit_locks_every_layer_and_keeps_the_background(name):
+    video = kv.from_pipeline(tiny_pipeline(name))
+    clip, mask = make_clip(), make_mask()
+    options = {"model": video, "steps": 3, "sampler": "euler", "cfg_scale": 2.0, "seed": 1}
+    free = kv.edit_video(clip, mask, "a red square", policy="off", composite=True, **options)
+    locked = kv.edit_video(clip, mask, "a red square", policy="full", source_prompt="noise", **options)
+    assert min(step.fused_sites for step in locked.trace.steps) >= 2
+    assert locked.evaluations == 3 * 3  # cond, uncond, source
+    keep = make_mask()[:, None].expand_as(clip) == 0
+    far = kv.masks.grow(make_mask(), radius=8).expand_as(clip) == 0
+    assert torch.equal(locked.pixels[far], clip[far])  # pasted
+    inside = ~keep
+    assert float((locked.pixels - free.pixels)[inside].abs().max()) > 1e-3
+    assert torch.isfinite(locked.ceiling_psnr).all()
+    assert float(locked.background_psnr) > float(locked.ceiling_psnr)
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "cogvideox-1.5", "hunyuan"])
+def test_off_is_the_model_alone_bit_for_bit(name):
+    video, clip, mask = model(name)
+    edit = kv.edit_video(clip, mask, "a red square", model=video, policy="off", steps=3, sampler="euler", cfg_scale=2.0)
+    from kvlock_sampling.edit import start_noise
+
+    sigmas = video.sigmas(3)
+    prompts = {"cond": video.prompt("a red square"), "uncond": video.prompt(""), "cond_scale": 2.0}
+    with torch.inference_mode():
+        x = start_noise(video.encode(clip), 0) * sigmas[0]
+        bare = kv.samplers.euler(kv.CFGDenoiser(video.denoiser), x, sigmas, extra_args=prompts)
+    assert torch.equal(edit.pixels, video.decode(bare))
+
+
+def test_branches_in_one_call_or_one_after_another():
+    video, clip, mask = model("wan")
+    results = [
+        kv.edit_video(clip, mask, "a red square", model=video, policy="half", steps=3, sampler="euler", batched=batched)
+        for batched in (True, False)
+    ]
+    torch.testing.assert_close(results[0].pixels, results[1].pixels, rtol=0, atol=2e-3)
+    assert results[0].evaluations == results[1].evaluations
+
+
+REFUSED = {
+    "another class": (lambda: kv.from_pipeline(object()), "object is of no known family.*FlowDenoiser"),
+    "a sibling": (
+        lambda: kv.from_pipeline(type("LTXConditionPipeline", (), {})()),
+        r"LTXPipeline\.from_pipe\(pipe\)",
+    ),
+    "unknown option": (lambda: model("wan", shfit=3.0), "'shfit' is no option.*Did you mean shift"),
+    "another family's option": (lambda: model("wan", frame_rate=24.0), "'frame_rate' is no option for WanPipeline"),
+    "size": (lambda: model("wan")[0].given(torch.zeros(1, 3, 8, 64, 60)), r"frames=5, size=\(64, 48\)"),
+    "channels": (
+        lambda: model("wan")[0].denoiser(torch.zeros(1, 3, 3, 8, 8), torch.tensor(1.0), cond={}),
+        r"expected latents \(batch, 16, time",
+    ),
+    "no first frame": (
+        lambda: kv.from_pipeline(tiny_pipeline("wan-image")).denoiser(
+            torch.zeros(1, 16, 3, 8, 8), torch.tensor(1.0), cond={"text": torch.zeros(1, 4, 32)}
+        ),
+        r"given\(clip\)",
+    ),
+    "no control": (
+        lambda: kv.from_pipeline(tiny_pipeline("wan-vace")).denoiser(
+            torch.zeros(1, 16, 3, 8, 8), torch.tensor(1.0), cond={"text": torch.zeros(1, 4, 32)}
+        ),
+        r"given\(clip, mask\)",
+    ),
+    "size unknown to the schedule": (lambda: kv.from_pipeline(tiny_pipeline("ltx")).sigmas(4), r"given\(clip\)"),
+    "prompts and clips": (
+        lambda: kv.from_pipeline(tiny_pipeline("wan-vace")).given(make_clip(batch=2)).prompt(["a"] * 3),
+        "3 prompts for 2 clips",
+    ),
+    "reactive": (lambda: model("wan-vace", reactive="gray"), "'grey' .inpainting."),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_misuse_is_refused_with_the_fix(name):
+    use, message = REFUSED[name]
+    with pytest.raises(PipelineError, match=f"(?s){message}"):
+        use()
+
+
+def test_what_is_missing_or_cannot_be_meant_is_told_at_the_door():
+    pipe = tiny_pipeline("wan")
+    pipe.vae = None
+    with pytest.raises(PipelineError, match=r"has no vae.*from_pretrained"):
+        kv.from_pipeline(pipe)
+    pipe = tiny_pipeline("wan")
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(PipelineError, match=r"(?s)'epsilon'.*is no flow scheduler.*shift=3.0"):
+        kv.from_pipeline(pipe)
+    assert kv.from_pipeline(pipe, shift=3.0).sigmas(2)[-1] == 0
+    pipe = tiny_pipeline("cogvideox")
+    pipe.scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="sample")
+    with pytest.raises(PipelineError, match="'v_prediction' or 'epsilon'"):
+        kv.from_pipeline(pipe)
+
+
+def test_a_step_cache_on_the_transformer_is_refused():
+    video, clip, _ = model("wan")
+    cond, x = video.prompt("a"), video.encode(clip)
+    video.pipe.transformer.enable_cache(
+        diffusers.PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+        )
+    )
+    with pytest.raises(PipelineError, match="disable_cache"):
+        video.denoiser(x, torch.tensor(1.0), cond=cond)
+    video.pipe.transformer.disable_cache()
+    with torch.no_grad():
+        assert video.denoiser(x, torch.tensor(1.0), cond=cond).shape == x.shape

@@ -1,0 +1,255 @@
+"""A pipeline from a folder, through the library and the command: placed as asked, refused in time, equal results."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import kvlock_sampling as kv
+from kvlock_sampling.cli import app
+from kvlock_sampling.compat import broken_torchvision_hidden
+from kvlock_sampling.inputs import read_pair
+from kvlock_sampling.pipelines import PipelineError, load
+from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.video import read_clip, write_clip
+
+with broken_torchvision_hidden():
+    import diffusers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Saved pipelines, a clip of 12 frames of 48 x 72, and its mask."""
+    root = tmp_path_factory.mktemp("models")
+    for name in ("wan", "ltx"):
+        tiny_pipeline(name).save_pretrained(root / name)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 3, 6, 9, generator=generator) * 2 - 1
+    clip = torch.nn.functional.interpolate(coarse, size=(12, 48, 72), mode="trilinear")[0]
+    write_clip(root / "clip.mp4", clip, fps=8)
+    mask = torch.full((3, 1, 48, 72), -1.0)
+    mask[:, :, 16:40, 16:48] = 1
+    write_clip(root / "mask.png", mask)
+    return root
+
+
+def plain(text: str) -> str:
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+def edit(folder: Path, output: str, *options: object, model: str = "wan", code: int = 0) -> str:
+    """Run `kvlock edit` in this process; its output."""
+    words = ["edit", folder / "clip.mp4", "--mask", folder / "mask.png", "--prompt", "a red square", "-o"]
+    words += [folder / output, "--model", folder / model, "--steps", 3, *options]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return plain(result.output)
+
+
+@pytest.mark.parametrize("model", ["wan", "ltx"])
+def test_a_saved_pipeline_edits_a_film_with_offloading_on_and_off(folder, model):
+    sides = ("--size", "64x64") if model == "ltx" else ()
+    films = {}
+    for offload in ("none", "model", "group"):
+        name = f"{model}-{offload}.png"  # lossless; the encoder of films may differ from run to run
+        said = edit(folder, name, "--offload", offload, "--policy", "half", *sides, model=model)
+        assert re.search(r"9 model passes .* background PSNR \S+ dB \(ceiling of the codec \S+ dB\)", said)
+        films[offload] = (folder / name).read_bytes()
+    assert films["none"] == films["model"] == films["group"]
+    edit(folder, "edited.mp4", "--policy", "half", *sides, model=model)
+    pixels = read_clip(folder / "edited.mp4").pixels
+    assert pixels.shape == ((3, 9, 48, 64) if model == "wan" else (3, 9, 64, 64))
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "group"])
+def test_offloading_changes_no_bit_and_its_hooks_are_there(folder, offload):
+    video = kv.load_pipeline(folder / "wan", offload=offload)
+    transformer = video.pipe.transformer
+    hooked = {
+        "none": False,
+        "model": hasattr(transformer, "_hf_hook"),
+        "group": any(hasattr(m, "_diffusers_hook") for m in transformer.modules()),
+    }
+    assert hooked[offload] == (offload != "none")
+    memory = kv.from_pipeline(tiny_pipeline("wan"))
+    source, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
+    options = {"steps": 3, "policy": "half", "source_prompt": "noise"}
+    theirs, ours = (kv.edit_video(source.pixels, mask, "a red square", model=m, **options) for m in (video, memory))
+    assert torch.equal(theirs.pixels, ours.pixels)
+    assert [s.fused_sites for s in theirs.trace.steps] == [2, 2, 2]
+
+
+def test_edit_video_takes_the_folder_itself(folder):
+    source, mask = read_pair(kv.load_pipeline(folder / "wan"), folder / "clip.mp4", folder / "mask.png")
+    edited = kv.edit_video(source.pixels, mask, "a red square", model=str(folder / "wan"), steps=2)
+    assert edited.pixels.shape == (1, 3, 9, 48, 64)
+
+
+def test_dtype_is_of_the_weights_and_not_of_the_vae_or_the_state(folder):
+    video = kv.load_pipeline(folder / "wan", dtype="bfloat16")
+    assert video.pipe.transformer.dtype == video.pipe.text_encoder.dtype == torch.bfloat16
+    assert video.pipe.vae.dtype == torch.float32
+    full = kv.load_pipeline(folder / "wan")
+    source, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
+    options = {"steps": 3, "policy": "half", "paste": False}
+    half, exact = (kv.edit_video(source.pixels, mask, "a red square", model=m, **options) for m in (video, full))
+    assert half.pixels.dtype == torch.float32
+    assert 0 < float((half.pixels - exact.pixels).abs().mean()) < 0.02
+    assert torch.equal(half.ceiling_psnr, exact.ceiling_psnr)
+    edit(folder, "half.mp4", "--dtype", "bfloat16")
+
+
+def test_frames_and_size_are_the_clips_as_far_as_the_model_can(folder, monkeypatch):
+    video = kv.load_pipeline(folder / "wan")
+    own, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
+    assert own.pixels.shape == (3, 9, 48, 64)  # 12 frames and 72 columns do not divide
+    assert mask.shape == (1, 9, 48, 64)
+    assert own.fps == 8  # the first frames, not picked ones
+    fewer, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png", frames=5, size=(32, 32))
+    assert fewer.pixels.shape == (3, 5, 32, 32)
+    assert mask.shape == (1, 5, 32, 32)
+    assert fewer.fps < 8  # picked evenly: the same seconds
+    monkeypatch.setattr(type(video), "usual", property(lambda self: (5, 16, 32)))
+    small, _ = read_pair(video, folder / "clip.mp4", folder / "mask.png")
+    assert small.pixels.shape == (3, 5, 16, 16)
+    with pytest.raises(kv.KVLockError, match=r"edits e\.g\. frames=5, size=\(32, 48\)"):
+        read_pair(video, folder / "clip.mp4", folder / "mask.png", frames=6, size=(40, 50))
+
+
+WRONG = {
+    "size without x": (("--size", "480"), "expected HEIGHTxWIDTH"),
+    "size that does not divide": (("--size", "40x40"), "this model edits e.g. frames=9, size=(32, 32)"),
+    "frames": (("--frames", 4), "this model edits e.g. frames=1"),
+    "dtype": (("--dtype", "fp8"), "expected one of float32, bfloat16, float16"),
+    "offload": (("--offload", "disk"), "expected one of none, model, group"),
+    "shift": (("--shift", 0), "shift > 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_refused_with_the_fix(folder, name):
+    options, message = WRONG[name]
+    assert message in edit(folder, "never.mp4", *options, code=2)
+    assert not (folder / "never.mp4").exists()
+
+
+def test_options_of_pipelines_are_not_swallowed_by_the_embedded_model(folder):
+    words = ["edit", folder / "clip.mp4", "--mask", folder / "mask.png", "--prompt", "a red circle"]
+    words += ["-o", folder / "never.mp4", "--dtype", "bfloat16"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2
+    assert "dtype='bfloat16' is for a pipeline of diffusers" in plain(result.output)
+
+
+def test_out_of_memory_is_no_traceback(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr("kvlock_sampling.edit.edit_video", full)
+    said = edit(folder, "never.mp4", code=2)
+    assert "out of memory: tried to allocate 20 GiB" in said
+    assert "--offload model" in said
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Reading weights is a failure from here on."""
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", read)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, monkeypatch, unread):
+    pipe = tiny_pipeline("wan")
+    parts = load.weight_bytes(folder / "wan", torch.float32, torch.float32)
+    assert parts == {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) * 4
+        for name in ("text_encoder", "transformer", "vae")
+    }
+    halves = load.weight_bytes(folder / "wan", torch.bfloat16, torch.float32)
+    assert halves["transformer"] * 2 == parts["transformer"]
+    assert halves["vae"] == parts["vae"]
+
+    cuda, total = torch.device("cuda"), sum(parts.values())
+    memory = {"cuda": total - 1, "cpu": 10 * total}
+    monkeypatch.setattr(load, "memory_of", lambda device: memory[device.type])
+    started = time.perf_counter()
+    with pytest.raises(PipelineError, match=r"(?s)does not fit.*--offload model.*--offload group.*--dtype bfloat16"):
+        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32)
+    assert time.perf_counter() - started < 2
+    memory["cuda"] = max(parts.values()) - 1
+    with pytest.raises(PipelineError, match=r"(?s)does not fit.*--offload group") as refusal:
+        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32, offload="model")
+    assert "--offload model" not in str(refusal.value)
+    memory |= {"cuda": 1, "cpu": total - 1}
+    with pytest.raises(PipelineError, match="host memory"):
+        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32, offload="group")
+    memory["cpu"] = sum(halves.values()) - 1
+    with pytest.raises(PipelineError, match=r"(?s)does not fit.*smaller checkpoint") as refusal:
+        kv.load_pipeline(folder / "wan", device="cpu", dtype=torch.bfloat16)
+    assert "--offload" not in str(refusal.value)
+    memory |= {"cuda": total, "cpu": total}
+    with pytest.raises(AssertionError, match="weights were read"):
+        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32)
+
+
+def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folder, tmp_path, unread):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AllegroPipeline"}))
+    with pytest.raises(PipelineError, match=r"(?s)AllegroPipeline is of no known family; there are WanPipeline"):
+        kv.load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LTXConditionPipeline"}))
+    with pytest.raises(PipelineError, match=r"LTXPipeline\.from_pipe"):
+        kv.load_pipeline(tmp_path)
+
+
+def test_a_folder_that_is_no_pipeline(folder, tmp_path):
+    with pytest.raises(PipelineError, match=r"(?s)is not there.*save_pretrained.*hf download"):
+        kv.load_pipeline(tmp_path / "nowhere")
+    with pytest.raises(PipelineError, match=r"holds no model_index\.json"):
+        kv.load_pipeline(tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(PipelineError, match="names no pipeline class"):
+        kv.load_pipeline(tmp_path)
+    index = json.loads((folder / "wan" / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(PipelineError, match="could not be loaded as WanPipeline"):
+        kv.load_pipeline(tmp_path)
+    with pytest.raises(kv.KVLockError, match=r"(?s)no model at.*model_index\.json.*hf download"):
+        kv.edit_video(torch.zeros(3, 8, 32, 32), torch.zeros(32, 32), "x", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+
+
+def test_shards_and_variants_are_counted_once(tmp_path):
+    transformer = tiny_pipeline("wan").transformer
+    bytes_of = sum(p.numel() for p in transformer.parameters()) * 4
+    transformer.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+    assert load.weight_bytes(tmp_path, torch.float32, torch.float32) == {"transformer": bytes_of}
+    whole = tmp_path / "both"
+    transformer.save_pretrained(whole / "transformer")
+    transformer.half().save_pretrained(whole / "transformer", variant="fp16")
+    assert load.weight_bytes(whole, torch.float32, torch.float32) == {"transformer": bytes_of}
+
+
+def test_calibrating_on_a_folder_of_clips(folder, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("one", "two"):
+        (clips / f"{name}.mp4").write_bytes((folder / "clip.mp4").read_bytes())
+        (clips / f"{name}.mask.png").write_bytes((folder / "mask.png").read_bytes())
+        (clips / f"{name}.txt").write_text("noise")
+    words = ["calibrate", "-o", tmp_path / "mine.toml", "--model", folder / "wan", "--clips", clips, "--steps", 12]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert kv.load_policy(tmp_path / "mine.toml").threshold is not None
+    words[words.index(clips)] = "8"
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 2
+    assert "needs --clips FOLDER" in plain(result.output)

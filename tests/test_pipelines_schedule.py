@@ -1,0 +1,140 @@
+"""Schedulers of diffusers as noise levels: the scheduler's own, exactly, whatever the start."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvlock_sampling as kv
+from kvlock_sampling.compat import broken_torchvision_hidden
+from kvlock_sampling.pipelines import PipelineError
+from kvlock_sampling.pipelines.schedule import DiscreteClock, flow_times, levels
+from kvlock_sampling.testing.pipelines import tiny_pipeline
+
+with broken_torchvision_hidden():
+    import diffusers
+
+SCHEDULERS = {
+    "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+    "euler, karras": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0, use_karras_sigmas=True),
+    "heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=5.0),
+    "unipc": lambda: diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    ),
+    "dpm": lambda: diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    ),
+}
+
+
+def times(sigmas: torch.Tensor) -> torch.Tensor:
+    return sigmas / (1 + sigmas)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+def test_the_levels_are_the_schedulers(name, steps):
+    pipe = tiny_pipeline("wan")
+    pipe.scheduler = SCHEDULERS[name]()
+    before = pipe.scheduler.timesteps.clone()
+    sigmas = kv.from_pipeline(pipe).sigmas(steps)
+    own = SCHEDULERS[name]()
+    own.set_timesteps(steps)
+    expected = torch.as_tensor(own.sigmas).unique().flip(0)
+    expected = expected[expected > 0]
+    assert sigmas.dtype == torch.float32
+    assert len(sigmas) == len(expected) + 1
+    assert sigmas[-1] == 0
+    torch.testing.assert_close(times(sigmas[1:-1]), expected[1:].float(), rtol=1e-5, atol=1e-6)
+    assert float(times(sigmas[0])) == pytest.approx(min(float(expected[0]), 0.999), abs=1e-4)
+    assert torch.equal(pipe.scheduler.timesteps, before)  # the pipeline's own is left alone
+
+
+def test_ltx_shifts_by_the_size_of_the_clip():
+    pipe = tiny_pipeline("ltx")
+    small, large = torch.zeros(1, 3, 9, 32, 32), torch.zeros(1, 3, 65, 256, 256)
+    schedules = []
+    for clip in (small, large):
+        video = kv.from_pipeline(pipe).given(clip)
+        tokens = ((clip.shape[2] - 1) // 8 + 1) * (clip.shape[3] // 32) * (clip.shape[4] // 32)
+        own = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        mu = diffusers.pipelines.ltx.pipeline_ltx.calculate_shift(tokens, 1024, 4096, 0.95, 2.05)
+        own.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+        schedules.append(times(video.sigmas(4)))
+        torch.testing.assert_close(schedules[-1][1:], own.sigmas[1:], rtol=1e-5, atol=1e-6)
+    assert (schedules[1][1:3] > schedules[0][1:3]).all()
+
+
+def test_cogvideox_starts_at_its_last_step_and_asks_for_whole_ones():
+    pipe = tiny_pipeline("cogvideox")
+    video = kv.from_pipeline(pipe)
+    asked = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(float(kwargs["timestep"][0])), with_kwargs=True
+    )
+    sigmas = video.sigmas(5)
+    with torch.no_grad():
+        kv.samplers.euler(
+            video.denoiser, torch.randn(1, 4, 3, 8, 8) * sigmas[0], sigmas, extra_args={"cond": video.prompt("a")}
+        )
+    assert asked == pytest.approx([999, 799, 599, 399, 199], abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan"])
+@pytest.mark.parametrize("strength", [0.9, 0.5, 0.05])
+def test_a_start_part_way_keeps_the_number_of_steps_and_the_spacing(name, strength):
+    video = kv.from_pipeline(tiny_pipeline(name))
+    part, whole = times(video.sigmas(10, strength)), times(video.sigmas(1000))
+    assert len(part) == 11
+    assert float(part[0]) == pytest.approx(strength, abs=1e-4)
+    assert part[-1] == 0
+    assert (part[1:] < part[:-1]).all()
+    # Equal shares of the scheduler's own steps lie between its levels.
+    counts = [int(((whole <= high) & (whole > low)).sum()) for high, low in itertools.pairwise(part)]
+    assert max(counts) - min(counts) <= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.integers(1, 120),
+    strength=st.floats(0.01, 1.0),
+    shift=st.floats(0.3, 30.0),
+    t_max=st.floats(0.9, 0.9999),
+)
+def test_levels_always_fall_strictly_from_finite_to_zero(steps, strength, shift, t_max):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    sigmas = levels(lambda n: flow_times(scheduler, num_inference_steps=n), steps, strength, t_max)
+    assert torch.isfinite(sigmas).all()
+    assert (sigmas[1:] < sigmas[:-1]).all()
+    assert sigmas[-1] == 0
+    assert len(sigmas) == steps + 1
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(0, 1.0), (5, 0.0), (5, 1.5)])
+def test_no_schedule_at_all_is_refused(steps, strength):
+    with pytest.raises(PipelineError, match="expected steps >= 1 and 0 < strength <= 1"):
+        kv.from_pipeline(tiny_pipeline("wan")).sigmas(steps, strength)
+
+
+def test_a_scheduler_that_needs_more_is_told_of():
+    pipe = tiny_pipeline("wan")
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(PipelineError, match=r"(?s)mu.*kv\.from_pipeline\(pipe, shift=3\.0\)"):
+        kv.from_pipeline(pipe).sigmas(4)
+
+
+def test_the_discrete_clock_is_exact_at_whole_steps_and_clamped_outside():
+    alphas = tiny_pipeline("cogvideox").scheduler.alphas_cumprod
+    clock = DiscreteClock(alphas)
+    steps = torch.arange(1000)
+    back = clock.time(clock.sigma(steps).float())
+    torch.testing.assert_close(back, steps.float(), rtol=0, atol=2e-2)
+    assert clock.top == pytest.approx(2 * float(((1 - alphas[998]) / alphas[998]).sqrt()), rel=1e-6)
+    ends = clock.time(torch.tensor([0.0, 1e-9, 1e9]))
+    assert ends.tolist() == [0.0, 0.0, 999.0]
+    middle = clock.time((clock.sigma(torch.tensor([500])) * clock.sigma(torch.tensor([501]))).sqrt())
+    assert float(middle) == pytest.approx(500.5, abs=1e-3)

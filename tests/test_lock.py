@@ -39,10 +39,10 @@ def test_off_is_bit_identical_with_hooks_installed(setup, sampler):
     never = setup.lock(policy=kv.Constant(lock=0.0))
     with never:
         assert torch.equal(run(never, setup, sampler), bare)
-    # A policy that may lock, and does not: sites hooked, source held.
+    # A policy that may lock, and does not: the source is held, the sites are known, nothing stands at them.
     idle = setup.lock(policy=kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale)), composite=False)
     with idle:
-        assert setup.model.inner_model.transformer.blocks[0].attn1._forward_hooks
+        assert "forward" not in vars(setup.model.inner_model.transformer.blocks[0].attn1)
         assert torch.equal(run(idle, setup, sampler), bare)
     assert torch.equal(run(kv.CFGDenoiser(setup.model), setup, sampler), bare)
 

@@ -9,16 +9,16 @@ dense path's, to rounding. KV-Edit (arXiv 2502.17363) does so with K/V from an i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..types import SiteError
+from .doors import Arguments, Door
 from .frame import Frame, KeyValue
 from .fuse import fuse
 
@@ -151,40 +151,31 @@ class ForegroundFrame(Frame):
         return mask
 
 
-def install_narrowing(
-    stack: ExitStack, network: nn.Module, blocks: list[nn.Module], flow: TokenFlow, current: Callable[[], Frame | None]
-) -> None:
-    """Hooks that leave tokens out between the first block and `flow.leave`, while `current()` is such a frame."""
-
-    def narrowing() -> ForegroundFrame | None:
-        frame = current()
-        return frame if isinstance(frame, ForegroundFrame) and frame.mode == "inject" else None
-
-    def enter(block: nn.Module, args: Any, kwargs: Any) -> Any:
-        frame = narrowing()
-        if frame is None:
-            return None
-        bound = _signature(block).bind_partial(block, *args, **kwargs)
-        given = bound.arguments
-        for name in flow.tokens:
-            if isinstance(given.get(name), Tensor) and given[name].shape[1] == frame.ratio.shape[1]:
-                given[name] = given[name].index_select(1, frame.chosen.computed)
-        for table in flow.tables:
-            if given.get(table.name) is not None:
-                given[table.name] = _narrow(given[table.name], table, frame)
-        return bound.args[1:], bound.kwargs
-
-    def leave(module: nn.Module, args: Any) -> Any:
-        frame = narrowing()
-        if frame is None or args[0].shape[1] == frame.ratio.shape[1]:
-            return None
-        whole = args[0].new_zeros(len(args[0]), frame.ratio.shape[1], *args[0].shape[2:])
-        whole[:, frame.chosen.computed] = args[0]
-        return (whole, *args[1:])
-
+def narrowing(network: nn.Module, blocks: list[nn.Module], flow: TokenFlow, frame: ForegroundFrame) -> Iterator[Door]:
+    """Doors that leave tokens out between the first block and `flow.leave`."""
     for block in blocks:
-        stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-    stack.callback(network.get_submodule(flow.leave).register_forward_pre_hook(leave).remove)
+        yield Door(block, before=partial(_enter, block, flow, frame))
+    yield Door(network.get_submodule(flow.leave), before=partial(_leave, frame))
+
+
+def _enter(block: nn.Module, flow: TokenFlow, frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
+    bound = _signature(block).bind_partial(block, *args, **kwargs)
+    given = bound.arguments
+    for name in flow.tokens:
+        if isinstance(given.get(name), Tensor) and given[name].shape[1] == frame.ratio.shape[1]:
+            given[name] = given[name].index_select(1, frame.chosen.computed)
+    for table in flow.tables:
+        if given.get(table.name) is not None:
+            given[table.name] = _narrow(given[table.name], table, frame)
+    return bound.args[1:], bound.kwargs
+
+
+def _leave(frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
+    if args[0].shape[1] == frame.ratio.shape[1]:
+        return args, kwargs
+    whole = args[0].new_zeros(len(args[0]), frame.ratio.shape[1], *args[0].shape[2:])
+    whole[:, frame.chosen.computed] = args[0]
+    return (whole, *args[1:]), kwargs
 
 
 def _narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:

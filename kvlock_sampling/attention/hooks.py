@@ -1,9 +1,8 @@
-"""Hooks that exist only within a `with` block, and act only during the lock's own calls, in the lock's own thread.
+"""Hooks that exist only while a lock acts: for its own calls, in its own thread.
 
-`installed(sites)` registers forward hooks by handle and removes exactly those. A site's hook does nothing unless a
-`Frame` is active in this thread; then it watches `F.scaled_dot_product_attention` for the time the site runs, with a
-`TorchFunctionMode` (thread-local by construction). K and V are therefore seen after qk-norm and rotary embedding, for
-fused and plain projections alike, and everything outside the site runs untouched.
+`hooks.acting(frame, call)` opens a door (see `doors.py`) at every site, makes the call, and closes them. For the time a
+site runs its attention is watched (see `backends.py`). K and V are therefore seen after qk-norm and rotary embedding,
+for fused and plain projections alike, whatever computes attention, compiled or not; everything else runs untouched.
 """
 
 from __future__ import annotations
@@ -11,50 +10,65 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..types import SiteError
-from .foreground import TokenFlow, install_narrowing, parents
+from .backends import Rewrite, watching
+from .compiled import anything_compiled, refuses_to_stop, warn_uncompiled, without_compiler
+from .doors import Door, compiler_in_use, opened
+from .foreground import ForegroundFrame, narrowing, parents
 from .frame import Frame
 from .sites import Site, Sites
 
-Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
-"""query, key, value, mask -> key, value, mask that attention is to use instead; (rows, heads, length, dim) each.
-"""
-
-
-class _WatchAttention(TorchFunctionMode):
-    """Hands every scaled_dot_product_attention call's query, key, value and mask to `rewrite`, and uses its answer."""
-
-    def __init__(self, rewrite: Rewrite) -> None:
-        super().__init__()
-        self.rewrite = rewrite
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask")
-        given = dict(zip(names, args[:4], strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
-        key, value, mask = self.rewrite(given["query"], given["key"], given["value"], given.get("attn_mask"))
-        return func(given["query"], key, value, mask, *args[4:], **kwargs)
+T = TypeVar("T")
 
 
 class Hooks:
-    """The hooks of one run. `frame(...)` makes them act for the calls inside its block; otherwise they do nothing."""
+    """The hooks of one run. They act inside `acting` and `frame`; otherwise there are none."""
 
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
-        self._local = threading.local()
         self._worked = False
+        self._uncompiled = False
+
+    def acting(self, frame: Frame, call: Callable[[], T]) -> T:
+        """Make a call of the model on which the sites act.
+
+        Compiled code stops at the sites. Where it cannot, the call is made a second time without the compiler, and so
+        are those that follow; a warning says so.
+
+        Raises:
+            SiteError: no site has fired in the whole run, or one does not fit.
+        """
+        if not compiler_in_use():
+            with self.frame(frame):
+                return call()
+        if not self._uncompiled:
+            try:
+                with self.frame(frame):
+                    return call()
+            except SiteError:
+                if not anything_compiled():
+                    raise
+                why = "a lock cannot reach into the compiled model"
+            except Exception as error:
+                if not refuses_to_stop(error):
+                    raise
+                why = "the model is compiled as a graph that must not break (fullgraph=True)"
+            frame.fired.clear()
+            frame.passed_over.clear()
+        with without_compiler(), self.frame(frame):
+            out = call()
+        if not self._uncompiled:
+            self._uncompiled = True
+            warn_uncompiled(why)
+        return out
 
     @contextmanager
     def frame(self, frame: Frame) -> Iterator[Frame]:
@@ -65,23 +79,26 @@ class Hooks:
         Raises:
             SiteError: on leaving, if no site has fired in the whole run: the model never reached one.
         """
-        outer = getattr(self._local, "frame", None)
-        self._local.frame = frame
-        try:
+        with opened(self._doors(frame)):
             yield frame
-        finally:
-            self._local.frame = outer
         self._worked = self._worked or bool(frame.fired)
         if not self._worked:
             raise SiteError(self._never_fired(frame))
+
+    @contextmanager
+    def installed(self) -> Iterator[Hooks]:
+        """The length of a run."""
+        yield self
 
     def _never_fired(self, frame: Frame) -> str:
         sites = self.sites
         if sites.watch is None:
             return (
                 f"none of the model's {len(sites.sites)} sites fired during this evaluation, so nothing was locked.\n"
-                "  Is the model called through another copy (torch.compile, a replica, an exported graph)? "
-                "Pass sites= of the module that really runs."
+                "  Is the model called through another copy (a replica, an exported graph)? Pass sites= of the module "
+                "that really runs.\n"
+                "  Or is attention computed by a kernel of the model's own? A lock sees "
+                "F.scaled_dot_product_attention and every backend of diffusers: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(frame.passed_over)) or "none"
         after = "any" if sites.trailing is None else sites.trailing
@@ -93,54 +110,35 @@ class Hooks:
             "the model's patch size, layers= to calls that exist."
         )
 
-    @contextmanager
-    def installed(self) -> Iterator[Hooks]:
-        """Register the hooks; on leaving, remove exactly these, whatever happened inside."""
-        with ExitStack() as stack:
-            if self.sites.watch is not None:
-                self._install(stack, self.sites.watch, self._rewrite_any)
-            for network in self.sites.networks if self.sites.text_arguments else ():
-                count = functools.partial(self._count_text, self.sites.text_arguments)
-                stack.callback(network.register_forward_pre_hook(count, with_kwargs=True).remove)
-            if self.sites.narrows:
-                self._install_narrowing(stack, self.sites.flow)
-            for site in self.sites.sites:
-                self._install(stack, site.module, functools.partial(self._rewrite_site, site))
-            yield self
+    def _doors(self, frame: Frame) -> Iterator[Door]:
+        sites = self.sites
+        if sites.watch is not None:
+            yield Door(sites.watch, around=_watched(functools.partial(self._rewrite_any, frame)))
+        for network in sites.networks if sites.text_arguments else ():
+            yield Door(network, before=functools.partial(self._count_text, frame, network))
+        if isinstance(frame, ForegroundFrame) and frame.mode == "inject" and sites.flow is not None:
+            for network, blocks in self._blocks:
+                yield from narrowing(network, blocks, sites.flow, frame)
+        for site in sites.sites:
+            yield Door(site.module, around=_watched(functools.partial(self._rewrite_site, site, frame)))
 
-    def _install(self, stack: ExitStack, module: nn.Module, make: Callable[[Frame], Rewrite]) -> None:
-        local = self._local  # of this thread: the frame, and a stack of modes, since sites may nest
-
-        def enter(module: nn.Module, args: Any) -> None:
-            frame = getattr(local, "frame", None)
-            if frame is not None and not torch.jit.is_tracing():
-                mode = _WatchAttention(make(frame))
-                mode.__enter__()
-                local.modes = [*getattr(local, "modes", ()), mode]
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if getattr(local, "frame", None) is not None and getattr(local, "modes", None):
-                local.modes.pop().__exit__(None, None, None)
-
-        stack.callback(module.register_forward_pre_hook(enter).remove)
-        stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-
-    def _install_narrowing(self, stack: ExitStack, flow: TokenFlow | None) -> None:
-        assert flow is not None
+    @cached_property
+    def _blocks(self) -> list[tuple[nn.Module, list[nn.Module]]]:
+        """Of every network, the blocks that hold its sites."""
+        found = []
         for network in self.sites.networks:
-            inside = {id(part) for part in network.modules()}
             names = {id(part): name for name, part in network.named_modules()}
-            own = [names[id(s.module)] for s in self.sites.sites if id(s.module) in inside]
-            install_narrowing(stack, network, parents(own, network), flow, lambda: getattr(self._local, "frame", None))
+            own = [names[id(s.module)] for s in self.sites.sites if id(s.module) in names]
+            found.append((network, parents(own, network)))
+        return found
 
-    def _count_text(self, names: tuple[str, ...], network: nn.Module, args: Any, kwargs: Any) -> None:
+    def _count_text(self, frame: Frame, network: nn.Module, args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""
-        frame = getattr(self._local, "frame", None)
-        if frame is None:
-            return
         # Of the class: offloading and caches replace the instance's forward, and may hide its signature.
         bound = inspect.signature(type(network).forward).bind_partial(network, *args, **kwargs).arguments
-        frame.text = sum(bound[n].shape[1] for n in names if isinstance(bound.get(n), Tensor))
+        given = [bound.get(name) for name in self.sites.text_arguments]
+        frame.text = sum(text.shape[1] for text in given if isinstance(text, Tensor))
+        return args, kwargs
 
     def _rewrite_site(self, site: Site, frame: Frame) -> Rewrite:
         patch, extra = self.sites.patch, self.sites.extra
@@ -176,6 +174,16 @@ class Hooks:
             return *frame.process(f"call.{index}", key, value, start), mask
 
         return rewrite
+
+
+def _watched(make: Callable[[], Rewrite]) -> Any:
+    def around(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if torch.jit.is_tracing():
+            return call(*args, **kwargs)
+        with watching(make()):
+            return call(*args, **kwargs)
+
+    return around
 
 
 def video_start(site: Site, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:

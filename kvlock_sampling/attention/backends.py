@@ -1,0 +1,159 @@
+"""Seeing an attention call, whoever computes it: torch, or a backend of diffusers' attention dispatch.
+
+`watching(rewrite)` acts for its own thread only. Two ways lead to attention:
+- `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
+- diffusers' `dispatch_attention_fn`, which looks its backend up by name at every call: native, flex, flash, sage,
+  xformers or a kernel from the hub. While somebody watches, the entries of that table are wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..types import SiteError
+
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+"""query, key, value, mask -> key, value, mask that attention is to use instead; (rows, heads, length, dim) each.
+"""
+
+_here = threading.local()
+
+
+@contextmanager
+def watching(rewrite: Rewrite) -> Iterator[None]:
+    """Let `rewrite` change keys, values and mask of every attention call made inside this block, from this thread.
+
+    Where blocks are nested, the outer one sees a call with what the inner one made of it.
+    """
+    outer = _watcher()
+    _here.rewrite = rewrite if outer is None else functools.partial(_both, rewrite, outer)
+    try:
+        with _dispatch.watched(), _SeesTorch():
+            yield
+    finally:
+        _here.rewrite = outer
+
+
+def _watcher() -> Rewrite | None:
+    return getattr(_here, "rewrite", None)
+
+
+def _both(
+    inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return outer(query, *inner(query, key, value, mask))
+
+
+@contextmanager
+def _unwatched() -> Iterator[Rewrite | None]:
+    """Inside, this thread's attention is not watched: a call is rewritten once, whatever computes it in the end."""
+    rewrite = _watcher()
+    _here.rewrite = None
+    try:
+        yield rewrite
+    finally:
+        _here.rewrite = rewrite
+
+
+class _SeesTorch(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with _unwatched() as rewrite:
+            if rewrite is None:
+                return func(*args, **kwargs)
+            names = ("query", "key", "value", "attn_mask")
+            given = dict(zip(names, args[:4], strict=False)) | {n: kwargs.pop(n) for n in names if n in kwargs}
+            key, value, mask = rewrite(given["query"], given["key"], given["value"], given.get("attn_mask"))
+            return func(given["query"], key, value, mask, *args[4:], **kwargs)
+
+
+class _Dispatch:
+    """diffusers' table of attention backends, exchanged for one of wrappers while any thread is at a site.
+
+    The whole table is exchanged, by one assignment, and not its entries: between sites it is the very object it was,
+    so that compiled code which looked into it stays valid. (A replaced attention processor would lose the backend that
+    `set_attention_backend` chose for its model; a name of our own the table's enumeration does not take.)
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.own: dict[Any, Callable[..., Any]] = {}
+        self.wrapped: dict[Any, Callable[..., Any]] = {}
+        self.wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        module = sys.modules.get("diffusers.models.attention_dispatch")
+        registry = getattr(module, "_AttentionBackendRegistry", None)
+        if registry is None:
+            yield  # diffusers was never imported, or is older than its dispatch
+            return
+        with self.lock:
+            if not self.users:
+                self.own = registry._backends
+                self.wrapped = {name: self._wrapper(backend) for name, backend in self.own.items()}
+                registry._backends = self.wrapped
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    late = {n: b for n, b in self.wrapped.items() if n not in self.own}  # registered meanwhile
+                    registry._backends = self.own
+                    self.own.update(late)
+
+    def _wrapper(self, backend: Callable[..., Any]) -> Callable[..., Any]:
+        if backend not in self.wrappers:
+            self.wrappers[backend] = _seen(backend)
+        return self.wrappers[backend]
+
+
+def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A backend, (rows, length, heads, dim) in and out, whose keys and values the watcher of this thread rewrites."""
+    takes_mask = "attn_mask" in inspect.signature(backend).parameters
+
+    @functools.wraps(backend)
+    def seen(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _unwatched() as rewrite:
+            if rewrite is None:
+                return backend(query, key, value, *args, **kwargs)
+            mask: Any = kwargs.get("attn_mask")
+            flat = isinstance(mask, Tensor) and mask.ndim == 2  # a key mask (rows, length)
+            shown = mask[:, None, None] if flat else mask
+            new_key, new_value, new_mask = rewrite(
+                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), shown
+            )
+            if new_mask is not shown:
+                if not takes_mask:
+                    raise SiteError(
+                        f"the attention backend {backend.__name__.strip('_')!r} takes no mask, and the lock needs one "
+                        "here.\n  Choose one that does: model.set_attention_backend('native'), or 'flex'."
+                    )
+                kwargs["attn_mask"] = new_mask[:, 0, 0] if flat and new_mask is not None else new_mask
+            key, value = (_like(new.transpose(1, 2), old) for new, old in ((new_key, key), (new_value, value)))
+            return backend(query, key, value, *args, **kwargs)
+
+    return seen
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    """Kernels may count on the memory order that the model gave them."""
+    return new.contiguous() if old.is_contiguous() else new
+
+
+_dispatch = _Dispatch()

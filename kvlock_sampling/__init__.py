@@ -12,6 +12,7 @@ from typing import Any
 from . import masks, samplers
 from .attention import Architecture, SdpaSites, find_sites
 from .attention import register as register_architecture
+from .bank import Bank
 from .denoisers import CFGDenoiser, FlowDenoiser
 from .lock import KVLock
 from .policy import PID, Clamped, Constant, Early, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PID",
     "Architecture",
+    "Bank",
     "CFGDenoiser",
     "Clamped",
     "Constant",
@@ -48,6 +50,7 @@ __all__ = [
     "Trace",
     "TrajectoryVariance",
     "Windowed",
+    "diffusers",
     "edit_video",
     "find_sites",
     "from_pipeline",
@@ -69,6 +72,6 @@ def __getattr__(name: str) -> Any:
         return import_module(".edit", __name__).edit_video
     if name in ("from_pipeline", "load_pipeline"):
         return getattr(import_module(".pipelines", __name__), name)
-    if name == "testing":
-        return import_module(".testing", __name__)
+    if name in ("diffusers", "testing"):
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .attention import Frame, Hooks
-from .attention.foreground import ForegroundFrame, Selection
+from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
 from .attention.frame import Mode
 from .control import extremes
 from .guidance import guide, guide_rescaled
+from .keeping import OpenShelf
 from .rows import NotBatchable, join_calls
 from .types import Denoiser, RunError, Scalar
 
@@ -28,8 +29,8 @@ Branch = tuple[Tensor, dict[str, Any]]
 @dataclass
 class Call:
     """What both kinds share. `ratio` is the fusion ratio per token, None where nothing is locked now; `grid` is the
-    tokens' (time, height, width). With a `selection` the edit runs on its computed tokens alone, and the latents of
-    the others, `left_out`, are those of the `clean` source.
+    tokens' (time, height, width). With a `selection` only the K/V it needs are kept of the source, on a `shelf` if
+    there is one; with `left_out` the edit runs on its computed tokens alone, and those latents are `clean`, the source.
     """
 
     model: Denoiser
@@ -48,10 +49,16 @@ class Call:
     selection: Selection | None = None
     left_out: Tensor | None = None
     clean: Tensor | None = None
+    shelf: OpenShelf | None = None
     uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
-    _kept: tuple[Tensor, Frame] | None = field(default=None, init=False)
+    _kept: Frame | None = field(default=None, init=False)
     fused: int = field(default=0, init=False)
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that the edit runs on."""
+        return 1.0 if self.selection is None or self.left_out is None else self.selection.share
 
     def _evaluate(
         self, model: Denoiser, branches: Sequence[Branch], source: Branch | None, sigma: Tensor
@@ -68,14 +75,40 @@ class Call:
         return self._edit(model, branches, self._source_keys(model, source, sigma), sigma)
 
     def _source_keys(self, model: Denoiser, source: Branch, sigma: Tensor) -> Frame:
-        """The source's K/V at this noise level: from a pass of its own, once however often it is asked for."""
-        if self._kept is not None and self._kept[0] is sigma:
-            return self._kept[1]
+        """The source's K/V at this noise level, once however often they are asked for."""
+
+        def run() -> None:
+            model(source[0], sigma, **source[1])
+
+        if sigma is not self.sigma:
+            return self._captured(run)  # a probe at another noise level; not a level of the schedule
+        if self._kept is None:
+            self._kept = self._from_shelf(run, source[1])
+        return self._kept
+
+    def _captured(self, run: Callable[[], object]) -> Frame:
+        """The source's K/V from a pass of its own."""
         frame = self._frame("capture")
         with self._acting(frame):
-            model(source[0], sigma, **source[1])
+            run()
         self.passes += 1
-        self._kept = (sigma, frame)
+        return frame
+
+    def _from_shelf(self, run: Callable[[], object], arguments: Mapping[str, Any]) -> Frame:
+        """The source's K/V from the shelf, which is filled where it has none for this noise level."""
+        if self.shelf is None:
+            return self._captured(run)
+        shelf = self.shelf({name: value for name, value in arguments.items() if name != self.scale_arg})
+        level = shelf.lookup(self.level)
+        if level is None:
+            frame = self._captured(run)
+            assert isinstance(frame, SelectedFrame)
+            frame.keys = shelf.put(self.level, frame.store)
+            frame.store = {}
+            return frame
+        frame = self._frame("inject")
+        assert isinstance(frame, SelectedFrame)
+        frame.keys = level
         return frame
 
     def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
@@ -119,6 +152,8 @@ class Call:
     def _frame(self, mode: Mode) -> Frame:
         if self.selection is None:
             return Frame(mode, self._ratio, grid=self.grid)
+        if self.left_out is None:
+            return SelectedFrame(mode, self._ratio, grid=self.grid, selection=self.selection)
         assert self.hooks is not None
         text_first = self.hooks.sites.sites[0].text == "first"
         return ForegroundFrame(mode, self._ratio, grid=self.grid, selection=self.selection, text_first=text_first)
@@ -128,6 +163,8 @@ class Call:
             return None
         frame = self._frame("inject")
         frame.store = kept.store
+        if isinstance(frame, SelectedFrame) and isinstance(kept, SelectedFrame):
+            frame.keys = kept.keys
         return frame
 
     @contextmanager
@@ -207,21 +244,22 @@ class GuidedCall(Call):
         level = torch.full_like(self.sigma, sigma)
         return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
 
+    def source_call(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Denoiser]:
+        """What the source's own pass is called with, and of which denoiser."""
+        given = {**arguments, **self.source_args}
+        if self.branch is not None:
+            return {k: v for k, v in given.items() if k not in ("uncond", self.scale_arg)}, self.branch
+        if "cond" in given and "uncond" in given:
+            given["uncond"] = given["cond"]  # whatever chunk is kept, it is the source under its own prompt
+        return given, self.model
+
     def _locked(self, x: Tensor, sigma: Tensor, arguments: dict[str, Any]) -> Tensor:
         if self.z is None:
             self.passes += 1
             return self.model(x, sigma, **arguments)
-        given = {**arguments, **self.source_args}
-        kept = self._frame("capture")
-        with self._acting(kept):
-            if self.branch is not None:
-                drop = ("uncond", self.scale_arg)
-                self.branch(self.z, sigma, **{k: v for k, v in given.items() if k not in drop})
-            else:
-                if "cond" in given and "uncond" in given:
-                    given["uncond"] = given["cond"]  # whatever chunk is kept, it is the source under its own prompt
-                self.model(self.z, sigma, **given)
+        given, alone = self.source_call(arguments)
+        kept = self._source_keys(alone, (self.z, given), sigma)
         with self._acting(self._inject(kept)):
             out = self.model(x, sigma, **arguments)
-        self.passes += 2
+        self.passes += 1
         return self._filled(out)

@@ -96,6 +96,13 @@ class Preconditioned(Wrapper):
         """The model's own time at this noise level, shaped like sigma."""
         raise NotImplementedError
 
+    def expert(self, sigma: Tensor) -> Any:
+        """Which network answers at this noise level, for a model of several with a method `expert(time)` that says so;
+        None for any other.
+        """
+        inner = getattr(self.inner_model, "expert", None)
+        return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
+
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
         """The clean prediction x0-hat at (x, sigma): shape, dtype and device of x.
 

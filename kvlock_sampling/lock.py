@@ -7,22 +7,25 @@ sampler -> KVLock -> source at the same sigma -> attention sites -> model -> x0-
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import samplers
 from .attention import Hooks, Sites, find_sites, fusion_ratio, reachable_modules
+from .bank import Bank
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, extremes
 from .controller import Controller
+from .keeping import Keeper, check_bankable
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -74,7 +77,8 @@ class KVLock:
         estimator: how variance is measured; default: the preset's, or sigma-normalised trajectory variance.
         threshold: the variance at risk 1, a float or a function of sigma; default: the preset's or the estimator's.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}; default: the edit's.
-        noise: the source's fixed noise, shaped like `source`; default: the run's own.
+        noise: the source's fixed noise, shaped like `source`; "fixed" draws it from seed 0, the same in every run;
+            default: the run's own.
         composite: give `denoised` the source's background. Default: yes, unless the policy can never lock.
         rescale: s*-rescaled guidance (CFG-Zero*) instead of plain; default: the preset's, or plain.
         cfg_floor: lower bound of a scheduled cfg_scale; default: the preset's, or 1.
@@ -87,6 +91,9 @@ class KVLock:
             activation memory, the same result up to rounding.
         foreground: leave tokens that are locked in full out of the computation, the same result up to rounding.
             Default: wherever that can be done; False never, True with a warning where it cannot.
+        bank: keeps the source's K/V over steps and runs, see `Bank`: fewer passes of the source, close to the same
+            result. For runs of several seeds give `noise` too, e.g. noise="fixed", and for several prompts
+            `source_args`: K/V serve again only where nothing they depend on has changed.
 
     Raises:
         SourceError, MaskError, PolicyError, SiteError: at construction, wherever that is possible.
@@ -104,7 +111,7 @@ class KVLock:
         estimator: Estimator | None = None,
         threshold: Any = None,
         source_args: Mapping[str, Any] | None = None,
-        noise: Tensor | None = None,
+        noise: Tensor | Literal["fixed"] | None = None,
         composite: bool | None = None,
         rescale: bool | None = None,
         cfg_floor: float | None = None,
@@ -116,6 +123,7 @@ class KVLock:
         branch: Denoiser | None = None,
         batched: bool = True,
         foreground: bool | None = None,
+        bank: Bank | None = None,
     ) -> None:
         self.model = model
         self.policy: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
@@ -142,7 +150,8 @@ class KVLock:
         self.sites: Sites | None = None
         if locks:
             assert self.source is not None
-            self.sites = (sites or find_sites(model)).layers(layers)
+            chosen = bank.layers if isinstance(bank, Bank) and layers is None else layers
+            self.sites = (sites or find_sites(model)).layers(chosen)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
         self._schedule = None if sigmas is None else torch.as_tensor(sigmas).cpu()  # read at every evaluation
@@ -151,6 +160,9 @@ class KVLock:
         self.branch, self.batched = branch, batched
         self._narrows = self._can_narrow(foreground)
         self._expert = method_of(model, "expert")
+        self.bank = bank if self.sites is not None else None
+        if bank is not None and self.sites is not None:
+            check_bankable(bank, self.sites)
         self.trace = Trace()
         self._local = threading.local()
 
@@ -162,6 +174,9 @@ class KVLock:
         if self.sites is not None:
             hooks = stack.enter_context(Hooks(self.sites).installed())
         run = Run(hooks, stack, self._schedule)
+        if self.bank is not None:
+            assert self.sites is not None
+            run.keeper = Keeper(self.bank, self.model, self.sites, stack)
         self._local.runs = [*self._runs(), run]
         self.trace = run.trace
         return self
@@ -253,7 +268,7 @@ class KVLock:
             state = state._replace(estimator=self.estimator.init(), expert=expert)
         lock = LockRatio(state.lock, len(x), self.policy)
         seen = seen._replace(lock=lock.rows(x.device))
-        call = self._prepare(run, x, sigma, own, level, lock)
+        call = self._prepare(run, x, sigma, own, level, lock, expert)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used, state.cfg_scale is not None)
@@ -273,7 +288,7 @@ class KVLock:
             cfg_scale=as_rows(acted, seen.cfg_scale),
             evaluations=call.passes,
             fused_sites=call.fused,
-            computed=1.0 if call.selection is None else call.selection.share,
+            computed=call.share,
         )
         run.trace.steps.append(step)
         return denoised
@@ -337,10 +352,10 @@ class KVLock:
         return torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
 
     def _prepare(
-        self, run: Run, x: Tensor, sigma: Tensor, own: float, level: float, lock: LockRatio
+        self, run: Run, x: Tensor, sigma: Tensor, own: float, level: float, lock: LockRatio, expert: Any = None
     ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
-        ratio = grid = z = selection = left_out = clean = None
+        ratio = grid = z = selection = left_out = clean = shelf = None
         if lock.active:
             if self.source is None or self.sites is None or self.region is None:
                 raise SourceError(
@@ -354,6 +369,8 @@ class KVLock:
                 selection, left_out = self.region.selection(x, self.sites.patch, self.ring)
                 if selection.share > WORTH_NARROWING:
                     selection = left_out = None
+            if self.bank is not None and selection is None:
+                selection, _ = self.region.selection(x, self.sites.patch, self.ring)
         if self.source is not None and self.sites is not None and run.noise is None and own > 0:
             given = self.source.noise
             run.noise = self.source.implied_noise(x, own) if given is None else given.to(x)
@@ -362,6 +379,9 @@ class KVLock:
             assert run.noise is not None
             z = self.source.at(x, own, run.noise)
             clean = self.source.matching(x)
+            if run.keeper is not None:
+                assert selection is not None
+                shelf = functools.partial(run.keeper.shelf, self.source.latents, run.noise, selection, expert)
         kind = GuidedCall if self.scale_arg else OwnedCall
         return kind(
             self.model,
@@ -380,4 +400,5 @@ class KVLock:
             selection=selection,
             left_out=left_out,
             clean=clean,
+            shelf=shelf,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import Hooks
+from .keeping import Keeper
 from .presets import Preset
 from .timeline import Timeline
 from .trace import Trace
@@ -40,6 +41,7 @@ class Run:
         self.trace = Trace()
         self.noise: Tensor | None = None
         self.top = 0.0
+        self.keeper: Keeper | None = None
 
     def begin(self, level: float, x: Tensor) -> None:
         """Called where nothing is remembered above `level`. From the top, or with other clips, a run begins anew and
@@ -56,6 +58,8 @@ class Run:
     def restart(self, schedule: Tensor) -> None:
         """A sampler told its schedule: whatever came before in this block was another run."""
         self.schedule, self.timeline, self.noise, self.top = schedule, Timeline(), None, 0.0
+        if self.keeper is not None:
+            self.keeper.restart()
 
 
 DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)

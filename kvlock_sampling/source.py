@@ -7,7 +7,7 @@ the source's trajectory starts at the very same point, and where the background 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,28 @@ def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
     return x0 + sigma * noise
 
 
+def fixed_noise(latents: Tensor, word: str) -> Tensor:
+    """Unit noise like `latents` that is the same in every run, so that what is computed from it can be kept.
+
+    Raises:
+        SourceError: another word than "fixed".
+    """
+    if word != "fixed":
+        raise SourceError(f'noise={word!r}; expected a tensor like source, "fixed", or None for the run\'s own.')
+    drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return drawn.to(latents)
+
+
 class Source:
     """Clean source latents (batch or 1, ...) and the rule that noises them."""
 
-    def __init__(self, latents: Tensor, *, noise: Tensor | None = None, add_noise: AddNoise | None = None) -> None:
+    def __init__(
+        self,
+        latents: Tensor,
+        *,
+        noise: Tensor | Literal["fixed"] | None = None,
+        add_noise: AddNoise | None = None,
+    ) -> None:
         if not isinstance(latents, Tensor):
             raise SourceError(
                 f"source is a {type(latents).__name__}; expected the clean latents of the clip, a tensor of the shape "
@@ -35,6 +53,8 @@ class Source:
             raise SourceError(
                 f"source is of {latents.dtype}; expected floating latents, e.g. pixels.float() / 127.5 - 1."
             )
+        if isinstance(noise, str):
+            noise = fixed_noise(latents, noise)
         if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
             raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")
         latents = latents.detach()

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,47 +51,53 @@ class TokenFlow:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of a video's tokens are computed. `ratio` is the fusion ratio of all of them, (batch, tokens).
+    """Which of a video's tokens can come from the source. `weight` is how much of the lock each token takes, 0 where
+    it is edited: (batch, tokens) in [0, 1], see `Region.background`.
 
-    Clips of one batch share it: a token is left out where every clip locks it in full.
+    Clips of one batch share it: a token is left out where every clip locks it in full. Tensors are positions.
     """
 
-    ratio: Tensor
-
-    @cached_property
-    def computed(self) -> Tensor:
-        """Positions that are computed, (n,)."""
-        return (self.ratio < 1).any(0).nonzero().flatten()
+    weight: Tensor
 
     @cached_property
     def kept(self) -> Tensor:
-        """Positions that are the source's, (tokens - n,)."""
-        return (self.ratio >= 1).all(0).nonzero().flatten()
+        """The source's wherever the lock is 1."""
+        return (self.weight >= 1).all(0).nonzero().flatten()
 
     @cached_property
-    def blend(self) -> Tensor | None:
-        """Ratio of the computed tokens, (batch, n); None where none of them takes anything from the source."""
-        ratio = self.ratio[:, self.computed]
-        return ratio if bool((ratio > 0).any()) else None
+    def computed(self) -> Tensor:
+        """All others, which are computed whatever the lock is."""
+        return (self.weight < 1).any(0).nonzero().flatten()
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """Of the computed ones those that still take something from the source, for some clip, as indices of them."""
+        return (self.weight[:, self.computed] > 0).any(0).nonzero().flatten()
 
     @cached_property
     def stored(self) -> Tensor:
-        """Positions whose source K/V are needed: the kept ones first."""
-        return self.kept if self.blend is None else torch.cat([self.kept, self.computed])
+        """Tokens whose source K/V are needed at all: the kept ones, then the mixed ones."""
+        return torch.cat([self.kept, self.computed[self.mixed]])
 
     @property
     def share(self) -> float:
-        """Fraction of the tokens that is computed."""
-        return len(self.computed) / self.ratio.shape[1]
+        """Fraction of the tokens that is computed at full lock."""
+        return len(self.computed) / self.weight.shape[1]
+
+
+class Keys(Protocol):
+    """The source's K/V by site, at the tokens of a selection: a dict, or a level of a bank."""
+
+    def __contains__(self, site: object) -> bool: ...
+    def get(self, site: str) -> Any: ...
 
 
 @dataclass
-class ForegroundFrame(Frame):
-    """A frame whose captures hold only the tokens of a selection, and whose injections run on the others alone."""
+class SelectedFrame(Frame):
+    """A frame that handles the source's K/V at the tokens of a selection alone, and the edit on all of its own."""
 
     selection: Selection | None = None
-    text_first: bool = False
-    narrowed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys: Keys | None = None
 
     @property
     def chosen(self) -> Selection:
@@ -99,43 +105,68 @@ class ForegroundFrame(Frame):
         assert self.selection is not None
         return self.selection
 
+    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
+        """See `Frame.process`."""
+        if self.mode == "capture":
+            super().process(site, key, value, start, ratio)
+            whole_key, whole_value = self.store[site]
+            where = self.chosen.stored
+            self.store[site] = whole_key.index_select(-2, where), whole_value.index_select(-2, where)
+            return key, value
+        keys: Keys = self.store if self.keys is None else self.keys
+        if site not in keys:
+            return self._missing(site, key, value)
+        self.fired.add(site)
+        source_key, source_value = keys.get(site)
+        return self._joined(key, source_key, start), self._joined(value, source_value, start)
+
+    def _missing(self, site: str, key: Tensor, value: Tensor) -> KeyValue:
+        return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
+
+    def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
+        where, out = self.chosen.stored + start, own.clone()
+        out[..., where, :] = self._fused(own[..., where, :], source, self.ratio[:, self.chosen.stored])
+        return out
+
+    def _fused(self, own: Tensor, source: Tensor, ratio: Tensor) -> Tensor:
+        chunks = len(own) // self.batch
+        return fuse(own, source.to(own.dtype).repeat(chunks, *[1] * (own.ndim - 1)), ratio.repeat(chunks, 1))
+
+
+@dataclass
+class ForegroundFrame(SelectedFrame):
+    """At full lock: injections run on the computed tokens alone."""
+
+    text_first: bool = False
+    narrowed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
     @property
     def tokens(self) -> int | None:
         """The computed ones where the edit runs; all of them in the source's own pass."""
         return len(self.chosen.computed) if self.mode == "inject" else None
 
-    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
-        """See `Frame.process`."""
-        if self.mode == "capture":
-            super().process(site, key, value, start, ratio)
-            where = self.chosen.stored
-            self.store[site] = tuple(part.index_select(-2, where) for part in self.store[site])  # type: ignore[assignment]
-            return key, value
-        if site not in self.store:
-            raise SiteError(
-                f"site {site!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
-                "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
-            )
-        self.fired.add(site)
-        source_key, source_value = self.store[site]
-        return self._joined(key, source_key, start), self._joined(value, source_value, start)
+    def _missing(self, site: str, key: Tensor, value: Tensor) -> KeyValue:
+        raise SiteError(
+            f"site {site!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
+            "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
+        )
 
     def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
         """Text before, computed tokens, kept tokens from the source, text after: (rows, ..., length + kept, dim)."""
-        kept, end = len(self.chosen.kept), start + len(self.chosen.computed)
-        chunks = len(own) // self.batch
+        chosen = self.chosen
+        kept, end = len(chosen.kept), start + len(chosen.computed)
         out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])
         out[..., :end, :] = own[..., :end, :]
         out[..., end + kept :, :] = own[..., end:, :]
-        out[..., end : end + kept, :].unflatten(0, (chunks, self.batch)).copy_(source[..., :kept, :])
-        if self.chosen.blend is not None:
-            blended = fuse(
-                own[..., start:end, :],
-                source[..., kept:, :].to(own.dtype).repeat(chunks, *[1] * (own.ndim - 1)),
-                self.chosen.blend.repeat(chunks, 1),
-            )
-            out[..., start:end, :] = blended
+        out[..., end : end + kept, :].unflatten(0, (-1, self.batch)).copy_(source[..., :kept, :])
+        if len(chosen.mixed):
+            where = chosen.mixed + start
+            out[..., where, :] = self._fused(own[..., where, :], source[..., kept:, :], self._mixed_ratio)
         return out
+
+    @property
+    def _mixed_ratio(self) -> Tensor:
+        return self.ratio[:, self.chosen.computed[self.chosen.mixed]]
 
     def mask(self, mask: Tensor | None, start: int) -> Tensor | None:
         """Rows and columns of the mask in the order of the computed queries and of the joined keys."""

@@ -1,0 +1,84 @@
+"""A run's way to a bank: which shelf holds the K/V of this clip, noise, mask, prompt and network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor
+
+from .attention import Sites
+from .attention.foreground import Selection
+from .bank import Bank, BankKey
+from .bank.shelf import Shelf
+from .types import SiteError
+
+OpenShelf = Callable[[Mapping[str, Any]], Shelf]
+"""From the arguments of the source's pass to the shelf of its K/V."""
+
+
+class Keeper:
+    """Opens shelves for one run, and keeps the one in use: everything it belongs to stays the same over a run."""
+
+    def __init__(self, bank: Bank, model: Any, sites: Sites, stack: ExitStack) -> None:
+        self.bank, self.model, self.sites, self.stack = bank, model, sites, stack
+        self._known: list[tuple[tuple[Any, ...], Shelf]] = []
+
+    def shelf(
+        self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
+    ) -> Shelf:
+        """The shelf of the source noised so, at the tokens of a selection, under these arguments."""
+        names = sorted(arguments)
+        parts = (clip, noise, selection.weight, *names, *(arguments[n] for n in names))
+        for known, shelf in self._known:
+            # The same objects, not merely equal ones: comparing is then free. What is equal has an equal key anyway.
+            if known[0] == expert and list(map(id, known[1:])) == list(map(id, parts)):
+                return shelf
+        key = BankKey.of(
+            model=self.model,
+            clip=clip,
+            noise=noise,
+            background=selection.weight,
+            sites=self._names(expert),
+            arguments=arguments,
+            dtype=noise.dtype,
+        )
+        shelf = self.stack.enter_context(self.bank.opened(key, device=noise.device))
+        self._known.append(((expert, *parts), shelf))
+        return shelf
+
+    def restart(self) -> None:
+        """Another run begins in the same block."""
+        for _, shelf in self._known:
+            shelf.restart()
+
+    def _names(self, expert: Any) -> list[str]:
+        """Names of the sites that one evaluation reaches: of several experts those of one."""
+        names, networks = [site.name for site in self.sites.sites], self.sites.networks
+        if len(networks) < 2:
+            return names
+        index = next((i for i, network in enumerate(networks) if expert is network or expert == i), None)
+        if index is None:
+            raise SiteError(
+                f"this model has {len(networks)} networks, and a bank must know which one runs; expert(sigma) said "
+                f"{expert!r}.\n  Give the denoiser a method expert(sigma) that returns the network, or its index."
+            )
+        return [name for name in names if name.startswith(f"{index}.")]
+
+
+def check_bankable(bank: Any, sites: Sites) -> None:
+    """Whether K/V of these sites can be kept in a bank.
+
+    Raises:
+        SiteError: says what is in the way.
+    """
+    if not isinstance(bank, Bank):
+        raise SiteError(f"bank={bank!r}; expected a Bank, e.g. bank=kv.Bank('kv-bank', budget='4GB').")
+    if sites.watch is not None:
+        raise SiteError(
+            "a bank keeps K/V under the names of sites, and a watched model has none; declare it:\n"
+            "  sites=kv.Architecture('mine', ('package.module:Class',), sites=('blocks.*.attn',), patch=...).find(net)"
+        )
+    if sites.rows_apart or any(s.patch is not None for s in sites.sites):
+        raise SiteError(f"K/V of architecture {sites.architecture!r} cannot be kept in a bank; leave bank= away.")

@@ -1,0 +1,140 @@
+"""A lock with a bank: fewer passes of the source, the same shelf for the same run, another one for anything else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kvlock_sampling as kv
+from kvlock_sampling.types import SiteError, SourceError
+
+FULL = kv.Constant(lock=1.0)
+
+
+def run(setup, bank, **options):
+    """One run with a bank: result, passes of the source, trace."""
+    options = {"policy": FULL, "noise": "fixed", **options}
+    x, sampler = options.pop("x", setup.x), options.pop("sampler", "euler")
+    lock = setup.lock(bank=bank, **options)
+    out = lock.sample(sampler, x, setup.sigmas, extra_args=setup.cfg)
+    return out, sum(s.evaluations - 2 for s in lock.trace), lock.trace
+
+
+@pytest.mark.parametrize("policy", [FULL, kv.Constant(lock=0.6)])
+@pytest.mark.parametrize("foreground", [None, False])
+def test_kept_exactly_and_asked_every_time_it_changes_nothing(setup, policy, foreground):
+    bank = kv.Bank(format=None, every=1)
+    plain = setup.lock(policy=policy, noise="fixed", foreground=False)
+    expected = plain.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    out, passes, trace = run(setup, bank, policy=policy, foreground=foreground)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+    assert passes == len(trace)
+    again, passes, _ = run(setup, bank, policy=policy, foreground=foreground)
+    assert passes == 0
+    torch.testing.assert_close(again, out)
+
+
+def test_every_third_evaluation_runs_the_source(setup):
+    _, passes, trace = run(setup, kv.Bank(every=3, ratio=None))
+    assert [s.evaluations for s in trace] == [3, 2, 2, 3, 2, 2]
+    assert passes == 2
+
+
+def test_a_directory_serves_another_process_and_another_seed(setup, tmp_path):
+    first, passes, _ = run(setup, kv.Bank(tmp_path, every=1))
+    assert passes == 6
+    again, passes, _ = run(setup, kv.Bank(tmp_path, every=1))
+    assert passes == 0
+    torch.testing.assert_close(again, first)
+    _, passes, _ = run(setup, kv.Bank(tmp_path, every=1), x=setup.x.flip(-1))
+    assert passes == 0  # the source's noise is fixed, whatever the edit starts from
+
+
+def test_what_changes_the_source_is_another_shelf(setup, tmp_path):
+    run(setup, kv.Bank(tmp_path, every=2, ratio=None))
+    for change in (
+        {"source": setup.source + 0.1},
+        {"mask": setup.mask.flip(-1)},
+        {"source_args": {"cond": setup.cond + 1}},
+        {"noise": torch.randn_like(setup.source)},
+    ):
+        assert run(setup, kv.Bank(tmp_path, every=2, ratio=None), **change)[1] == 3, change
+    with torch.no_grad():
+        next(setup.model.parameters()).add_(0.1)
+    assert run(setup, kv.Bank(tmp_path, every=2, ratio=None))[1] == 3
+
+
+def test_several_runs_in_one_block_share_what_they_can(setup):
+    with setup.lock(policy=FULL, noise="fixed", bank=kv.Bank(every=1)) as lock:
+        first = kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args=setup.cfg)
+        count = len(lock.trace)
+        again = kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args=setup.cfg)
+    torch.testing.assert_close(again, first)
+    assert [s.evaluations for s in lock.trace][count:] == [2] * count
+
+
+def test_a_guided_model_keeps_its_source_under_any_scale(setup):
+    bank = kv.Bank(every=1)
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale * (1 + obs.sigma / 1e4)))
+    passes = []
+    for _ in range(2):
+        lock = kv.KVLock(
+            kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, policy=policy, noise="fixed", bank=bank
+        )
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        passes.append([s.evaluations for s in lock.trace])
+    assert passes == [[1, 1, 2, 2, 2, 2], [1] * 6]  # nothing is locked before a risk is known
+
+
+def test_heun_asks_at_every_noise_level_once(setup):
+    _, passes, trace = run(setup, kv.Bank(every=1), sampler="heun")
+    assert passes == len({round(s.sigma, 6) for s in trace if s.lock.max() > 0})
+
+
+def test_the_bank_of_layers_locks_those_layers(setup):
+    _, _, trace = run(setup, kv.Bank(every=1, layers=[1]))
+    assert {s.fused_sites for s in trace} == {1}
+    assert {s.computed for s in trace} == {1.0}
+
+
+class Two(nn.Module):
+    """Two experts, the first for high noise."""
+
+    def __init__(self, setup) -> None:
+        super().__init__()
+        import copy
+
+        self.transformer = setup.model.inner_model
+        self.transformer_2 = copy.deepcopy(setup.model.inner_model)
+        with torch.no_grad():
+            for p in self.transformer_2.parameters():
+                p.mul_(1.05)
+
+    def expert(self, time):
+        return int(float(time.max()) < 0.5)
+
+    def forward(self, z, t, cond):
+        return (self.transformer, self.transformer_2)[self.expert(t)](z, t, cond)
+
+
+def test_two_experts_have_shelves_of_their_own(setup):
+    setup.model = kv.FlowDenoiser(Two(setup)).eval()
+    bank = kv.Bank(every=1)
+    out, passes, trace = run(setup, bank)
+    assert passes == len(trace)
+    again, passes, _ = run(setup, bank)
+    assert passes == 0
+    torch.testing.assert_close(again, out)
+    plain = setup.lock(policy=FULL, noise="fixed", foreground=False)
+    expected = plain.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    torch.testing.assert_close(run(setup, kv.Bank(format=None, every=1))[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_cannot_be_kept_says_so(setup):
+    with pytest.raises(SiteError, match="expected a Bank"):
+        setup.lock(bank="kv-bank")
+    with pytest.raises(SiteError, match="declare it"):
+        setup.lock(bank=kv.Bank(), sites=kv.SdpaSites(setup.model, patch=(1, 2, 2)))
+    with pytest.raises(SourceError, match="noise='fix'; expected a tensor like source, \"fixed\""):
+        setup.lock(noise="fix")

@@ -11,7 +11,7 @@ from .control import check_control, check_finite, floored, steps_left
 from .policy import Policy
 from .region import Region
 from .run import State
-from .types import Control, Evaluation, Observation, PolicyError, RunError, Scalar
+from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, RunError, Scalar
 from .variance import Estimator
 
 
@@ -98,6 +98,15 @@ class Controller:
         return None if control.cfg_scale is seen.cfg_scale else floored(control.cfg_scale, self.cfg_floor)
 
     def _checked(self, control: Any, seen: Observation, method: str) -> Control:
+        lock: Any = getattr(control, "lock", None)
+        per_token = isinstance(lock, Tensor) and lock.ndim == 2 and lock.shape == seen.risk.shape
+        # A lock made elementwise of the risk has the risk's fault, not the policy's.
+        if per_token and self.tokens not in (None, lock.shape[1]):
+            raise EstimatorError(
+                f"{self.estimator!r} measures {lock.shape[1]} tokens per clip, the model has {self.tokens}; expected "
+                "the same where the policy locks token by token.\n"
+                "  Give the estimator the model's own patch (time, height, width), e.g. patch=(1, 2, 2)."
+            )
         checked = check_control(self.policy, control, len(seen.cfg_scale), self.tokens, method)
         check_finite(self.policy, checked, method)
         return checked

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling import samplers
+from kvlock_sampling import samplers, tiny
 from kvlock_sampling.presets import load_policy
 from kvlock_sampling.testing import GaussianDenoiser, check_estimator
 from kvlock_sampling.testing.estimator import CheckModel
@@ -288,6 +288,30 @@ def test_a_local_estimator_agrees_with_the_mean_of_its_tokens():
     for bad in ((1, 2), (0, 1, 1), 2, "122"):
         with pytest.raises(EstimatorError, match="patch="):
             TrajectoryVariance(patch=bad)
+
+
+def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
+    """A policy that passes on what it was given is not blamed for its shape."""
+    video = tiny.load()
+    clip = torch.zeros(1, 3, video.frames, *video.size)
+    mask = torch.zeros(1, 1, video.frames, *video.size)
+    mask[..., :8, :8] = 1
+
+    def sample(policy, patch):
+        estimator = TrajectoryVariance(window=None, normalise=True, patch=patch)
+        lock = kv.KVLock(video.denoiser, source=clip, mask=mask, policy=policy, estimator=estimator)
+        lock.sample("euler", clip + 1.0, video.sigmas(3), extra_args={"cond": video.prompt("")})
+        return lock.trace.steps[-1].lock.shape
+
+    per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale))
+    with pytest.raises(EstimatorError, match=r"patch=\(4, 4, 4\).* measures 128 tokens per clip, the model has 256"):
+        sample(per_token, (4, 4, 4))
+    assert sample(per_token, video.patch) == (1, 256)
+    pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1), cfg_scale=obs.cfg_scale))
+    assert sample(pooled, (4, 4, 4)) == (1,)  # any patch will do for a policy that wants one number
+    wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7), cfg_scale=obs.cfg_scale))
+    with pytest.raises(kv.KVLockError, match=r"returned lock of shape \(1, 7\)"):
+        sample(wrong, (4, 4, 4))
 
 
 def test_region_only_leaves_the_background_as_the_sampler_has_it():

@@ -1,12 +1,23 @@
-"""For users' own tests: the suites that every built-in policy and estimator passes, and denoisers with exact answers.
+"""For users' own tests: the suites that every built-in passes, denoisers with exact answers, small random networks.
 
-from kvlock_sampling.testing import check_estimator, check_policy
+from kvlock_sampling.testing import check_estimator, check_policy, check_sites
 def test_mine(): check_policy(Hysteresis(on=1.2, off=0.8))
 def test_my_measure(): check_estimator(FrameVariance())
+def test_my_network(): check_sites(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts})
 """
 
 from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
+from .networks import random_network
 from .policy import check_policy
+from .sites import check_sites
 
-__all__ = ["GaussianDenoiser", "MixtureDenoiser", "check_estimator", "check_policy", "toy_denoisers"]
+__all__ = [
+    "GaussianDenoiser",
+    "MixtureDenoiser",
+    "check_estimator",
+    "check_policy",
+    "check_sites",
+    "random_network",
+    "toy_denoisers",
+]

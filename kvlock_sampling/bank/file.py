@@ -90,13 +90,15 @@ def _header(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
     sums: Sequence[int],
 ) -> bytes:
-    about = {
+    about: dict[str, Any] = {
         "version": VERSION,
         "key": fingerprint,
         "sigma": sigma.hex(),
-        "sites": [[site, *([f, str(d).removeprefix("torch.")] for f, d, _ in kinds[site])] for site in kinds],
-        "crc": "".join(f"{s:08x}" for s in sums),
+        "sites": [
+            [site, *([f, str(d).removeprefix("torch."), list(shape)] for f, d, shape in kinds[site])] for site in kinds
+        ],
     }
+    about["crc"] = "".join(f"{s:08x}" for s in (_sum(about), *sums))
     entries: dict[str, Any] = {"__metadata__": {_ENTRY: json.dumps(about)}}
     at = 0
     for name, dtype, shape in tensors:
@@ -113,6 +115,11 @@ def _header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _sum(about: Mapping[str, Any]) -> int:
+    """Checksum of what the header says, the checksums themselves apart."""
+    return zlib.crc32(json.dumps([about[name] for name in ("version", "key", "sigma", "sites")]).encode())
 
 
 def _padded(size: int) -> int:
@@ -146,19 +153,21 @@ class LevelFile:
             about = json.loads((self._file.metadata() or {})[_ENTRY])
             version, key = about["version"], about["key"]
             self.sigma = float.fromhex(about["sigma"])
-            self._kinds = {
-                site: tuple((f, getattr(torch, dtype)) for f, dtype in sides) for site, *sides in about["sites"]
+            self._kinds: dict[str, Kinds] = {
+                site: tuple((f, getattr(torch, dtype), tuple(shape)) for f, dtype, shape in sides)
+                for site, *sides in about["sites"]
             }
             sums = about["crc"]
-            self._sums = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
+            own, *self._sums = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
+            whole = own == _sum(about)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise BadFile(f"it cannot be read ({str(error).splitlines()[0] if str(error) else error!r})") from error
         if version != VERSION:
             raise BadFile(f"it is of version {version} of the format; this is version {VERSION}")
         if key != fingerprint:
             raise BadFile("it was made for another model, clip or setting")
-        if path.name != name_of(self.sigma) or tuple(self._kinds) != tuple(sites):
-            raise BadFile("its header does not fit its name or its sites")
+        if not whole or path.name != name_of(self.sigma) or tuple(self._kinds) != tuple(sites):
+            raise BadFile("its header is damaged, or does not fit its name or its sites")
         self.nbytes = path.stat().st_size
 
     def sound(self) -> bool:
@@ -171,9 +180,9 @@ class LevelFile:
     def _check(self) -> bool:
         sums = iter(self._sums)
         try:
-            for site in self._kinds:
-                for packed in self.read(site):
-                    if not well_formed(packed):
+            for site, kinds in self._kinds.items():
+                for packed, (_, _, shape) in zip(self.read(site), kinds, strict=True):
+                    if packed.shape != shape or not well_formed(packed):
                         return False
                     for name in layout(packed.shape, packed.dtype, packed.format):
                         if next(sums, None) != zlib.crc32(_bytes(packed.parts[name])):
@@ -186,7 +195,7 @@ class LevelFile:
         """Keys and values of one site, memory-mapped on the CPU."""
         key, value = (
             Packed(format, dtype, {part: self._file.get_tensor(f"{site}/{side}/{part}") for part in _parts(format)})
-            for side, (format, dtype) in zip(_SIDES, self._kinds[site], strict=True)
+            for side, (format, dtype, _) in zip(_SIDES, self._kinds[site], strict=True)
         )
         return key, value
 

@@ -1,0 +1,44 @@
+"""Keys and K/V for the tests of the bank: cheap, and told by the noise level they stand for."""
+
+from __future__ import annotations
+
+import torch
+
+from kvlock_sampling.bank import BankKey
+
+SITES = ("blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1")
+SHAPE = (2, 2, 6, 8)  # clips, heads, kept tokens, dim
+SITE_BYTES = 2 * 2 * 2 * 6 * 8 * 4  # key and value in float32
+LEVEL_BYTES = len(SITES) * SITE_BYTES
+
+
+def key(clip: str = "clip", sites: tuple[str, ...] = SITES) -> BankKey:
+    return BankKey(model="model", clip=clip, noise="noise", tokens="tokens", sites=sites)
+
+
+def store(sigma: float, *, shape: tuple[int, ...] = SHAPE, sites: tuple[str, ...] = SITES) -> dict:
+    """K/V of a source pass at sigma: random, and the same whenever they are computed."""
+    kv = {}
+    for i, site in enumerate(sites):
+        g = torch.Generator().manual_seed(int(sigma * 1e6) * 31 + i)
+        kv[site] = (torch.randn(shape, generator=g), torch.randn(shape, generator=g) * sigma)
+    return kv
+
+
+def run(shelf, sigmas, **kwargs) -> list[float]:
+    """Ask for each noise level, put where nothing serves. Returns where the source pass ran."""
+    passes = []
+    for sigma in sigmas:
+        if shelf.lookup(sigma) is None:
+            shelf.put(sigma, store(sigma, **kwargs))
+            passes.append(sigma)
+    return passes
+
+
+def contents(level) -> list[torch.Tensor]:
+    """Everything a level holds, copied."""
+    return [x.clone() for site in level.sites for x in level.get(site)]
+
+
+def equal(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .attention import Frame, Hooks
+from .attention.caches import StepCaches
 from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
 from .attention.frame import Mode
 from .control import extremes
@@ -24,6 +24,7 @@ from .rows import NotBatchable, join_calls
 from .types import Denoiser, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,10 +51,12 @@ class Call:
     left_out: Tensor | None = None
     clean: Tensor | None = None
     shelf: OpenShelf | None = None
+    caches: StepCaches = field(default_factory=lambda: StepCaches(()))
     uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
     _kept: Frame | None = field(default=None, init=False)
     fused: int = field(default=0, init=False)
+    _probing: bool = field(default=False, init=False)
 
     @property
     def share(self) -> float:
@@ -67,7 +70,8 @@ class Call:
         if source is None:
             return self._edit(model, branches, None, sigma)
         assert self.hooks is not None
-        if self.batched and self.selection is None and not self.hooks.sites.rows_apart:
+        alone = self.selection is not None or self.hooks.sites.rows_apart or self.caches.active
+        if self.batched and not alone:
             try:
                 return self._together(model, [*branches, source], self._frame("lockstep"), sigma)[: len(branches)]
             except NotBatchable:
@@ -89,8 +93,7 @@ class Call:
     def _captured(self, run: Callable[[], object]) -> Frame:
         """The source's K/V from a pass of its own."""
         frame = self._frame("capture")
-        with self._acting(frame):
-            run()
+        self._run(frame, run)
         self.passes += 1
         return frame
 
@@ -133,8 +136,7 @@ class Call:
             latents, levels = branches[0][0], sigma
         else:
             latents, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
-        with self._acting(frame):
-            out = model(latents, levels, **arguments)
+        out = self._run(frame, lambda: model(latents, levels, **arguments), self._kind(branches))
         self.passes += len(branches)
         return [self._filled(part) for part in out.split(batch)]
 
@@ -167,17 +169,26 @@ class Call:
             frame.keys = kept.keys
         return frame
 
-    @contextmanager
-    def _acting(self, frame: Frame | None) -> Iterator[None]:
-        """Let the sites act on the calls inside, and count those that did; without a frame nothing is touched."""
-        if frame is None:
-            yield
-            return
-        assert self.hooks is not None
-        with self.hooks.frame(frame):
-            yield
+    def _kind(self, branches: Sequence[Branch]) -> tuple[str, ...] | None:
+        """What a call of these branches is to a step cache: one in a series of its kind, or None."""
+        return None
+
+    def _run(self, frame: Frame | None, call: Callable[[], T], kind: tuple[str, ...] | None = None) -> T:
+        """Make a call of the model; with a frame the sites act on it, and those that did are counted."""
+        with self.caches.passed_by() if kind is None else self.caches.apart(self._layout(frame, kind), kind):
+            if frame is None:
+                return call()
+            assert self.hooks is not None
+            out = self.hooks.acting(frame, call)
         if frame.mode != "capture":
             self.fused = max(self.fused, len(frame.fired))
+        return out
+
+    def _layout(self, frame: Frame | None, kind: tuple[str, ...]) -> Hashable:
+        """Calls that run on other tokens cannot share a step cache's memory."""
+        if not self.caches.active or not isinstance(frame, ForegroundFrame):
+            return kind
+        return kind, tuple(frame.chosen.computed.tolist())
 
 
 class OwnedCall(Call):
@@ -215,7 +226,16 @@ class OwnedCall(Call):
         chunks = [(rows, self.cond_args) for rows in x.split(len(self.x))]
         # At this evaluation's own noise level the very same tensor, so that the source's K/V serve again.
         level = self.sigma if sigma == self.level else torch.full_like(self.sigma, sigma)
-        return torch.cat(self._locked(chunks, level))
+        self._probing = True
+        try:
+            return torch.cat(self._locked(chunks, level))
+        finally:
+            self._probing = False
+
+    def _kind(self, branches: Sequence[Branch]) -> tuple[str, ...] | None:
+        if self._probing:
+            return None
+        return tuple("uncond" if arguments is self.uncond_args else "cond" for _, arguments in branches)
 
     def _locked(self, branches: Sequence[Branch], sigma: Tensor) -> list[Tensor]:
         source = None if self.z is None else (self.z, {**self.cond_args, **self.source_args})
@@ -242,7 +262,11 @@ class GuidedCall(Call):
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The model's x0-hat at other points, one batch after another."""
         level = torch.full_like(self.sigma, sigma)
-        return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
+        self._probing = True
+        try:
+            return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
+        finally:
+            self._probing = False
 
     def source_call(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Denoiser]:
         """What the source's own pass is called with, and of which denoiser."""
@@ -254,12 +278,11 @@ class GuidedCall(Call):
         return given, self.model
 
     def _locked(self, x: Tensor, sigma: Tensor, arguments: dict[str, Any]) -> Tensor:
-        if self.z is None:
-            self.passes += 1
-            return self.model(x, sigma, **arguments)
-        given, alone = self.source_call(arguments)
-        kept = self._source_keys(alone, (self.z, given), sigma)
-        with self._acting(self._inject(kept)):
-            out = self.model(x, sigma, **arguments)
+        kept = None
+        if self.z is not None:
+            given, alone = self.source_call(arguments)
+            kept = self._source_keys(alone, (self.z, given), sigma)
+        kind = None if self._probing else ("guided",)
+        out = self._run(self._inject(kept), lambda: self.model(x, sigma, **arguments), kind)
         self.passes += 1
         return self._filled(out)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import samplers
 from .attention import Hooks, Sites, find_sites, fusion_ratio, reachable_modules
+from .attention.caches import StepCaches
 from .bank import Bank
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, extremes
@@ -382,6 +383,8 @@ class KVLock:
             if run.keeper is not None:
                 assert selection is not None
                 shelf = functools.partial(run.keeper.shelf, self.source.latents, run.noise, selection, expert)
+        if run.caches is None:
+            run.caches = StepCaches([*reachable_modules(self.model), *(self.sites.networks if self.sites else ())])
         kind = GuidedCall if self.scale_arg else OwnedCall
         return kind(
             self.model,
@@ -400,5 +403,6 @@ class KVLock:
             selection=selection,
             left_out=left_out,
             clean=clean,
+            caches=run.caches,
             shelf=shelf,
         )

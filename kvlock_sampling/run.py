@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .attention import Hooks
+from .attention.caches import StepCaches
 from .keeping import Keeper
 from .presets import Preset
 from .timeline import Timeline
@@ -42,6 +43,7 @@ class Run:
         self.noise: Tensor | None = None
         self.top = 0.0
         self.keeper: Keeper | None = None
+        self.caches: StepCaches | None = None
 
     def begin(self, level: float, x: Tensor) -> None:
         """Called where nothing is remembered above `level`. From the top, or with other clips, a run begins anew and
@@ -52,12 +54,13 @@ class Run:
             or (self.noise is not None and self.noise.shape[1:] != x.shape[1:])
             or (self.noise is not None and len(self.noise) not in (1, len(x)))
         ):
-            self.noise = None
+            self.noise = self.caches = None
         self.top = max(self.top, level)
 
     def restart(self, schedule: Tensor) -> None:
         """A sampler told its schedule: whatever came before in this block was another run."""
-        self.schedule, self.timeline, self.noise, self.top = schedule, Timeline(), None, 0.0
+        self.schedule, self.timeline, self.top = schedule, Timeline(), 0.0
+        self.noise = self.caches = None
         if self.keeper is not None:
             self.keeper.restart()
 

@@ -36,16 +36,17 @@ class StepCaches:
         return next(self._hooks(), None) is not None
 
     @contextmanager
-    def apart(self, kind: Hashable, *, pair: bool = True) -> Iterator[None]:
+    def apart(self, kind: Hashable, branches: tuple[str, ...] = ("guided",)) -> Iterator[None]:
         """Calls inside this block are of one kind: they remember what earlier calls of that kind did, in this run.
 
-        Unless they are a `pair` of branches, unconditional first, FasterCache, which derives one from the other, is
-        passed by.
+        branches: the call's rows, or that the model arranges them itself. FasterCache derives one branch from the
+            other: it is passed by where they are not there both, the unconditional one first.
         """
+        pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
             seen: set[int] = set()
             for hook in self._hooks():
-                if not pair and getattr(hook, "is_guidance_distilled", True) is False:
+                if not pair and getattr(hook, "is_guidance_distilled", True) is False:  # FasterCache's
                     _pass_by(stack, hook)
                 for name, memory in _memories(hook):
                     manager = hasattr(memory, "_state_cache")

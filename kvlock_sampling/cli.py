@@ -125,6 +125,8 @@ def edit(
     offload: Annotated[
         str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
     ] = "none",
+    tile_vae: Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")] = False,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch reads.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift in place of the pipeline's schedule.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
@@ -136,7 +138,7 @@ def edit(
         from .models import open_model
         from .plot import figure_format
         from .samplers import get
-        from .video import check_suffix, write_clip
+        from .video import check_suffix, read_clip, write_clip
 
         check_suffix(output)
         if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
@@ -145,10 +147,17 @@ def edit(
             figure_format(trace)
         get(sampler)
         sides = _size(size)
-        video = open_model(model, dtype=dtype, offload=offload, negative_prompt=negative_prompt, shift=shift)
+        video = open_model(
+            model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
+        )
         if model_is_tiny := video.frames is not None:
             video.prompt([prompt, source_prompt or ""])  # its few words are known; a wrong one is told before anything
         source, region = read_pair(video, clip, mask, frames=frames, size=sides)
+        if image is not None:
+            if not hasattr(video, "starting_from"):
+                raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is none.")
+            _, _, height, width = source.pixels.shape
+            video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
         with _progress("sampling", steps) as advance:
             result = edit_video(
                 source.pixels,

@@ -279,6 +279,10 @@ REFUSED = {
     "unknown option": (lambda: model("wan", shfit=3.0), "'shfit' is no option.*Did you mean shift"),
     "another family's option": (lambda: model("wan", frame_rate=24.0), "'frame_rate' is no option for WanPipeline"),
     "size": (lambda: model("wan")[0].given(torch.zeros(1, 3, 8, 64, 60)), r"frames=5, size=\(64, 48\)"),
+    "mask": (
+        lambda: model("wan")[0].given(make_clip(), torch.ones(9, 32, 32)),
+        r"masks\.resize\(mask, 9, 64, 64\)",
+    ),
     "channels": (
         lambda: model("wan")[0].denoiser(torch.zeros(1, 3, 3, 8, 8), torch.tensor(1.0), cond={}),
         r"expected latents \(batch, 16, time",

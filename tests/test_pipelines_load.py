@@ -253,3 +253,42 @@ def test_calibrating_on_a_folder_of_clips(folder, tmp_path):
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2
     assert "needs --clips FOLDER" in plain(result.output)
+
+
+def test_a_first_frame_from_a_file(folder, tmp_path):
+    tiny_pipeline("wan-image-ti2v").save_pretrained(tmp_path / "image")
+    write_clip(tmp_path / "red.png", torch.tensor([1.0, -1, -1]).view(3, 1, 1, 1).expand(3, 1, 48, 72))
+    words = ("--image", tmp_path / "red.png", "--policy", "half")
+    said = edit(folder, "moved.mp4", *words, model=tmp_path / "image")
+    assert "9 model passes" in said
+    assert "image-to-video" in edit(folder, "never.mp4", *words, code=2)
+    video = kv.load_pipeline(tmp_path / "image")
+    picture = read_clip(tmp_path / "red.png", size=(48, 64)).pixels[:, 0]
+    clip = read_pair(video, folder / "clip.mp4", folder / "mask.png")[0].pixels
+    frame = video.starting_from(picture).given(clip).prompt("x")["frame"]
+    assert torch.equal(frame, video.encode(picture[None, :, None]))
+    assert not torch.equal(frame, video.given(clip).prompt("x")["frame"])
+
+
+def test_the_vae_may_work_in_tiles(folder):
+    assert kv.load_pipeline(folder / "wan", tile_vae=True).pipe.vae.use_tiling
+    assert not kv.load_pipeline(folder / "wan").pipe.vae.use_tiling
+    edit(folder, "tiled.mp4", "--tile-vae")
+
+
+def test_an_expert_that_is_done_leaves_the_device_also_on_the_way_back_up():
+    pipe = tiny_pipeline("wan-2.2")
+    load.place_pipeline(pipe, "cpu", "model")
+    video = kv.from_pipeline(pipe)
+    moved = []
+    for name in ("transformer", "transformer_2"):
+        part = getattr(pipe, name)
+        inner = part.to
+        part.to = lambda *a, name=name, inner=inner, **k: (moved.append(name), inner(*a, **k))[1]
+    x, cond = torch.randn(1, 16, 3, 8, 8), video.prompt("a red square")
+    moved.clear()
+    with torch.no_grad():
+        for sigma, gone in ((20.0, "transformer_2"), (1.0, "transformer"), (20.0, "transformer_2")):
+            video.denoiser(x * sigma, torch.tensor(sigma), cond=cond)
+            assert gone in moved
+            moved.clear()

@@ -178,6 +178,12 @@ class PipelineVideo:
                 f"  clip = video.read_clip(path, frames={fitting[0]}, size={fitting[1:]}, pad=True).pixels"
             )
         region = torch.ones(1, 1, frames, height, width) if mask is None else as_mask(mask, frames=frames).float()
+        if region.shape[2:] != clips.shape[2:] or len(region) not in (1, len(clips)):
+            raise PipelineError(
+                f"the mask has shape {tuple(region.shape)}; expected that of the clip's pixels, (batch or 1, 1, "
+                f"{frames}, {height}, {width}).\n"
+                f"  mask = kv.masks.resize(mask, {frames}, {height}, {width})"
+            )
         bound = copy.copy(self)
         bound._shape = tuple(clips.shape)
         with torch.no_grad():

@@ -26,6 +26,7 @@ OFFLOADS: tuple[Offload, ...] = ("none", "model", "group")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model_index.json"
 GB = 1e9
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def load_pipeline(
@@ -35,6 +36,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     offload: Offload = "none",
     vae_dtype: torch.dtype = torch.float32,
+    tile_vae: bool = False,
     **options: Any,
 ) -> PipelineVideo:
     """Load a pipeline from a folder and make it a model to edit with.
@@ -47,6 +49,7 @@ def load_pipeline(
         offload: "none": everything on the device. "model": one network at a time, the others in host memory.
             "group": one layer at a time, the least device memory and the slowest. Results are the same.
         vae_dtype: of the VAE; float32, since its round trip is the ceiling of every edit.
+        tile_vae: encode and decode in overlapping tiles: less memory for large clips, faint seams.
         options: as `from_pipeline` takes.
 
     Raises:
@@ -78,6 +81,8 @@ def load_pipeline(
     except (OSError, ValueError, TypeError, KeyError) as error:  # whatever a damaged folder makes diffusers raise
         raise PipelineError(f"{folder} could not be loaded as {kind}: {str(error).strip()[:500]}") from error
     pipe.set_progress_bar_config(disable=True)
+    if tile_vae:
+        pipe.vae.enable_tiling()
     place_pipeline(pipe, place, offload)
     return from_pipeline(pipe, **options)
 
@@ -158,7 +163,11 @@ def memory_of(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return min(whole, int(CONTAINER_LIMIT.read_text()))
+        except (OSError, ValueError):  # no container, or one without a limit: "max"
+            return whole
     return None
 
 

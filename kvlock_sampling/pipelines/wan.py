@@ -34,10 +34,14 @@ class WanBranch(Branch):
         self.per_token = per_token
 
     def expert(self, time: Tensor) -> nn.Module:
-        # One noise level per call: a lock asks for that, and samplers do nothing else.
-        if self.boundary is None or self.transformer_2 is None or float(time.max()) >= self.boundary:
+        if self.boundary is None or self.transformer_2 is None:
             return self.transformer
-        return self.transformer_2
+        # One noise level per call: a lock asks for that, and samplers do nothing else.
+        high, low = self.transformer, self.transformer_2
+        chosen, other = (high, low) if float(time.max()) >= self.boundary else (low, high)
+        if type(getattr(other, "_hf_hook", None)).__name__ == "CpuOffload":
+            other.to("cpu")  # offloading looks ahead only, and a run may go back up the noise levels
+        return chosen
 
     def call(self, network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         times = self._times(network, z, time) if self.per_token else time

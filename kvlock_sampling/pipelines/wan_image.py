@@ -9,6 +9,7 @@ Source: diffusers `pipelines/wan/pipeline_wan_i2v.py`.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -64,6 +65,12 @@ class WanImageVideo(WanVideo):
     def __init__(self, pipe: Any, *, image: Tensor | None = None, **options: Any) -> None:
         self.image = image
         super().__init__(pipe, **options)
+
+    def starting_from(self, image: Tensor) -> WanImageVideo:
+        """The same model with another frame to start from; see `image`."""
+        other = copy.copy(self)
+        other.image, other._clips = image, {}
+        return other
 
     def _denoiser(self) -> Any:
         denoiser = super()._denoiser()

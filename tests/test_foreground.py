@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, _narrow
+from kvlock_sampling.testing.networks import FAMILIES, random_network
+from kvlock_sampling.types import KVLockError
 
 FULL = kv.Constant(lock=1.0)
 
@@ -134,9 +136,17 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
     columns = torch.cat([torch.arange(start), video, selection.kept + start, torch.arange(start + tokens, length)])
     assert torch.equal(key, dense[:, :, columns])
     expected = mask[..., columns][..., order, :]
-    assert torch.equal(frame.mask(mask, start), expected)
-    assert torch.equal(frame.mask(mask[..., :1, :], start), mask[..., :1, :][..., columns])
-    assert frame.mask(None, start) is None
+    narrow = len(order)
+    assert torch.equal(frame.mask(mask, start, narrow), expected)
+    assert torch.equal(frame.mask(mask[..., :1, :], start, narrow), mask[..., :1, :][..., columns])
+    assert frame.mask(None, start, narrow) is None
+    for own_mask in (mask[..., order], torch.randn(rows, 1, 1, narrow, generator=g)):  # made where tokens are left out
+        joined = frame.mask(own_mask, start, narrow)
+        end = start + len(selection.computed)
+        kept = joined[..., end : end + len(selection.kept)]
+        assert kept.all() if kept.dtype == torch.bool else not kept.any()
+        rest = torch.cat([joined[..., :end], joined[..., end + len(selection.kept) :]], -1)
+        assert torch.equal(rest, own_mask)
 
 
 def test_tables_are_cut_to_the_computed_tokens():
@@ -150,3 +160,38 @@ def test_tables_are_cut_to_the_computed_tokens():
     frame.narrowed.clear()
     assert _narrow(joint, Table("rope", 0), frame).flatten().tolist() == [0, 3, 5, 6]
     assert _narrow(joint, Table("rope", 0, ndim=3), frame) is joint
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
+    try:
+        network = random_network(name, grid=(2, 4, 4), clips=2)
+    except KVLockError as missing:
+        pytest.skip(str(missing))
+    if not network.sites.narrows:
+        pytest.skip("declares no flow: every token is always computed")
+    latents = network.x
+    mask = torch.zeros(2, 1, *latents.shape[2:])
+    mask[0, ..., : latents.shape[-1] // 4] = 1
+    mask[1, ..., latents.shape[-2] // 2 :, : latents.shape[-1] // 2] = 1
+    source = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    sigmas = torch.tensor([1.5, 0.9, 0.4, 0.0])
+    results = []
+    for foreground in (False, True, None):
+        bank = None if foreground is not None else kv.Bank(every=1, format=None)
+        lock = kv.KVLock(
+            network.denoiser,
+            source=source,
+            mask=mask,
+            policy=FULL,
+            sites=network.sites,
+            foreground=foreground,
+            bank=bank,
+        )
+        results.append(lock.sample("euler", latents * sigmas[0], sigmas, extra_args=network.extra_args))
+        assert (lock.trace.steps[0].computed < 1) == (foreground is not False)
+    off = kv.KVLock(network.denoiser, source=source, mask=mask, policy=kv.Constant(lock=0.0), composite=True)
+    plain = off.sample("euler", latents * sigmas[0], sigmas, extra_args=network.extra_args)
+    effect = (plain - results[0]).abs().max()
+    for narrow in results[1:]:
+        assert (narrow - results[0]).abs().max() < 0.01 * effect

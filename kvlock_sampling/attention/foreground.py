@@ -25,12 +25,13 @@ from .fuse import fuse
 
 class Table(NamedTuple):
     """A block's argument with one entry per token along `axis`: a rotary table, a modulation per token. Of one that
-    has other forms too only those with `ndim` axes are meant.
+    has other forms too only those with `ndim` axes are meant; of a tuple with a table for the text only `item`.
     """
 
     name: str
     axis: int
     ndim: int | None = None
+    item: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,22 @@ class ForegroundFrame(SelectedFrame):
     def _mixed_ratio(self) -> Tensor:
         return self.ratio[:, self.chosen.computed[self.chosen.mixed]]
 
-    def mask(self, mask: Tensor | None, start: int) -> Tensor | None:
-        """Rows and columns of the mask in the order of the computed queries and of the joined keys."""
+    def mask(self, mask: Tensor | None, start: int, length: int) -> Tensor | None:
+        """Rows and columns of the mask in the order of the computed queries and of the joined keys.
+
+        Some networks make their masks before the blocks, for all tokens; others in each block, for those that run.
+        """
         if self.mode != "inject" or mask is None:
             return mask
-        tokens = self.ratio.shape[1]
-        device = mask.device
-        before, after = torch.arange(start, device=device), torch.arange(start + tokens, mask.shape[-1], device=device)
-        computed, kept = self.chosen.computed.to(device) + start, self.chosen.kept.to(device) + start
+        chosen, tokens = self.chosen, self.ratio.shape[1]
+        end = start + len(chosen.computed)
+        if mask.shape[-1] == length:  # of those that run: what is kept may be seen by all
+            shape = (*mask.shape[:-1], len(chosen.kept))
+            visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+            return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
+        before = torch.arange(start, device=mask.device)
+        after = torch.arange(start + tokens, mask.shape[-1], device=mask.device)
+        computed, kept = (where.to(mask.device) + start for where in (chosen.computed, chosen.kept))
         mask = mask.index_select(-1, torch.cat([before, computed, kept, after]))
         if mask.shape[-2] > 1:
             mask = mask.index_select(-2, torch.cat([before, computed, after]))
@@ -212,7 +221,9 @@ def _leave(frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
 def _narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:
     """A table, or a tuple of them, for the computed tokens alone."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_narrow(part, table, frame) for part in value)
+        whole = table._replace(item=None)
+        chosen = range(len(value)) if table.item is None else (table.item,)
+        return type(value)(_narrow(part, whole, frame) if i in chosen else part for i, part in enumerate(value))
     tokens, text = frame.ratio.shape[1], frame.text or 0
     if not isinstance(value, Tensor) or value.ndim <= table.axis or table.ndim not in (None, value.ndim):
         return value

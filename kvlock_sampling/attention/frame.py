@@ -48,8 +48,8 @@ class Frame:
         """How many of the video's tokens are in the sequences of this call; None: as many as `ratio` says."""
         return None
 
-    def mask(self, mask: Tensor | None, start: int) -> Tensor | None:
-        """The attention mask that goes with the keys `process` returns."""
+    def mask(self, mask: Tensor | None, start: int, length: int) -> Tensor | None:
+        """The attention mask that goes with the keys `process` returns for a sequence of `length`."""
         return mask
 
     def ratio_at(self, factor: tuple[int, int, int]) -> Tensor:

@@ -151,7 +151,7 @@ class Hooks:
             start = video_start(site, key.shape[-2], frame.tokens or ratio.shape[1], frame.text, extra)
             if self.sites.rows_apart:
                 return *frame.process_row(site.name, next(rows), key, value, start), mask
-            return *frame.process(site.name, key, value, start, ratio), frame.mask(mask, start)
+            return *frame.process(site.name, key, value, start, ratio), frame.mask(mask, start, key.shape[-2])
 
         return rewrite
 

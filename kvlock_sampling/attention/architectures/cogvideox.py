@@ -1,6 +1,7 @@
 """CogVideoX, also 1.5 with two frames per token, and ConsisID (diffusers): joint attention, text first."""
 
 from ..architecture import Architecture
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="cogvideox",
@@ -16,4 +17,10 @@ ARCHITECTURE = Architecture(
     ),
     text="first",
     axes="b t c h w",
+    # ConsisID adds what it knows of a face to all tokens between the blocks.
+    flow=TokenFlow(
+        "norm_final",
+        tables=(Table("image_rotary_emb", 0),),
+        supported=lambda network: type(network).__name__ == "CogVideoXTransformer3DModel",
+    ),
 )

@@ -5,6 +5,7 @@ Kontext's reference stands after: sites=kv.find_sites(model).with_extra(after=it
 """
 
 from ..architecture import Architecture, Layers
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="flux",
@@ -17,4 +18,5 @@ ARCHITECTURE = Architecture(
     patch=(1, 2, 2),
     text="first",
     axes="b tokens c",
+    flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 0),)),
 )

@@ -4,6 +4,7 @@ FramePack packs frames of the past before the video: sites=kv.find_sites(model).
 """
 
 from ..architecture import Architecture, Layers
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="hunyuan-video",
@@ -15,4 +16,10 @@ ARCHITECTURE = Architecture(
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "image_embeds"),
+    flow=TokenFlow(
+        "norm_out",
+        tables=(Table("freqs_cis", 0), Table("image_rotary_emb", 0)),
+        # Where the first frame is given its own timestep, blocks tell its tokens by their place.
+        supported=lambda network: getattr(network.config, "image_condition_type", None) != "token_replace",
+    ),
 )

@@ -1,6 +1,7 @@
 """HunyuanVideo 1.5 (diffusers): joint attention, video first, then two texts and an image."""
 
 from ..architecture import Architecture
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="hunyuan-video-1.5",
@@ -9,4 +10,5 @@ ARCHITECTURE = Architecture(
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+    flow=TokenFlow("norm_out", tables=(Table("freqs_cis", 0),)),
 )

@@ -5,6 +5,7 @@ Conditions that are appended stand after: sites=kv.find_sites(model).with_extra(
 """
 
 from ..architecture import Architecture
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="ltx",
@@ -12,4 +13,5 @@ ARCHITECTURE = Architecture(
     sites=("transformer_blocks.*.attn1",),
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     axes="b tokens c",
+    flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 1), Table("temb", 1))),
 )

@@ -5,6 +5,7 @@ Pictures to edit stand after: sites=kv.find_sites(model).with_extra(after=their 
 """
 
 from ..architecture import Architecture
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="qwen-image",
@@ -13,4 +14,5 @@ ARCHITECTURE = Architecture(
     patch=(1, 2, 2),
     text="first",
     axes="b tokens c",
+    flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 0, item=0), Table("modulate_index", 1))),
 )

@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5 (diffusers): joint attention, the picture first; 3.5 medium has `attn2` for it alone."""
 
 from ..architecture import Architecture, Layers
+from ..foreground import TokenFlow
 
 ARCHITECTURE = Architecture(
     name="sd3",
@@ -9,4 +10,5 @@ ARCHITECTURE = Architecture(
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="last",
     axes="b c h w",
+    flow=TokenFlow("norm_out"),
 )

@@ -4,6 +4,7 @@ Wan Animate's reference image is the first latent frame of the latents.
 """
 
 from ..architecture import Architecture
+from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="wan-like",
@@ -15,4 +16,11 @@ ARCHITECTURE = Architecture(
     ),
     sites=("blocks.*.attn1",),
     patch=lambda network: network.config.patch_size,
+    flow=TokenFlow(
+        "norm_out",
+        tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4)),
+        supported=lambda network: (
+            type(network).__name__ in ("SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel")
+        ),
+    ),
 )

@@ -45,6 +45,10 @@ class Called(nn.Module):
         super().__init__()
         self.network, self.call = network, call
 
+    def expert(self, time: Tensor) -> nn.Module:
+        """The network in charge, which a lock asks for."""
+        return self.network.at(time) if isinstance(self.network, Experts) else self.network
+
     def forward(self, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return self.call(self.network, z, time, cond)
 

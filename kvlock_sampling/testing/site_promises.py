@@ -140,9 +140,12 @@ class Promises:
         self._same(self._bare(self.x), self.plain, "the bare model after the block", advice)
 
     def _self_consistent(self) -> None:
-        plain, rounding = self._bare(self.z), 0.0
+        # One prompt for both branches, where the model guides itself: what the source's are locked to is one of them.
+        arguments = {**self.extra_args, "uncond": self.extra_args["cond"]} if self._guides else self.extra_args
+        plain, rounding = self.model(self.z, self.sigma, **arguments), 0.0
         for lock in (0.5, 1.0):
-            out = self._locked(lock, x=self.z)
+            with self._lock(Constant(lock=lock)) as locked:
+                out = locked(self.z, self.sigma, **arguments)
             rounding = max(rounding, self._apart(out, plain))
             self._close(
                 out,
@@ -163,7 +166,7 @@ class Promises:
         advice = "Rows must come as chunks of whole batches, [uncond, cond, source], and leave in the same order."
         one, two = self._locked(0.6), self._locked(0.6, batched=False)
         self._close(one, two, "the source as rows of the same call, and in a pass of its own, gave two answers", advice)
-        if "cond" in self.extra_args and "uncond" not in self.extra_args and not names_parameter(self.model, "uncond"):
+        if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
             order = torch.arange(len(self.x)).flip(0)
             more = {"uncond": take(self.extra_args["cond"], order, len(self.x)), "cond_scale": 2.0}
             one, two = self._locked(0.6, **more), self._locked(0.6, batched=False, **more)
@@ -186,16 +189,22 @@ class Promises:
     def _left_out(self) -> None:
         if not self.sites.narrows:
             return
+        advice = "The architecture's flow= is not right: name every argument of a block that has one entry per token."
         every = self._locked(1.0, composite=True, foreground=False)
-        fewer = self._locked(1.0, composite=True)
-        self._close(
-            fewer,
-            every,
-            "leaving fully locked tokens out of the computation changed the edit",
-            "The architecture's flow= is not right: name every argument of a block that has one entry per token.",
-        )
+        try:
+            fewer = self._locked(1.0, composite=True)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise SiteError(
+                f"leaving fully locked tokens out of the computation fails: {str(error).splitlines()[0]}\n  {advice}"
+            ) from error
+        self._close(fewer, every, "leaving fully locked tokens out of the computation changed the edit", advice)
 
     # -- means --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _guides(self) -> bool:
+        """Whether the model does its own guidance."""
+        return "cond" in self.extra_args and "uncond" in self.extra_args
 
     def _noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         return Source(clean, add_noise=method_of(self.model, "add_noise")).at(clean, self.level, noise)
@@ -214,10 +223,10 @@ class Promises:
         with KVLock(self.model, policy=policy, **{**given, "composite": False, **options}) as lock:
             yield lock
 
-    def _locked(self, lock: float, x: Tensor | None = None, **options: Any) -> Tensor:
+    def _locked(self, lock: float, **options: Any) -> Tensor:
         more = {name: options.pop(name) for name in ("uncond", "cond_scale") if name in options}
         with self._lock(Constant(lock=lock), **options) as locked:
-            return locked(self.x if x is None else x, self.sigma, **self.extra_args, **more)
+            return locked(self.x, self.sigma, **self.extra_args, **more)
 
     def _spy(self, mode: Any, x: Tensor, kept: SpyFrame | None = None) -> SpyFrame:
         ratio = Region(self.mask).background(x, self.sites.patch).expand(len(x), -1)

@@ -1,0 +1,410 @@
+"""Every architecture keeps what a lock promises; whatever does not is told so."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kvlock_sampling as kv
+from kvlock_sampling.attention import Architecture, Frame, Site, find_sites, frame
+from kvlock_sampling.attention.architecture import Layers, architectures
+from kvlock_sampling.attention.foreground import TokenFlow
+from kvlock_sampling.testing import check_sites, random_network
+from kvlock_sampling.testing.networks import FAMILIES
+from kvlock_sampling.types import KVLockError, SiteError
+
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
+
+FUSED = {"wan-vace": 3, "sd3.5": 3, "k-diffusion-v2": 3}
+"""Sites of one evaluation; two everywhere else."""
+
+ODD = (3, 3, 5)
+
+
+def network(name: str, **options):
+    try:
+        return random_network(name, **options)
+    except KVLockError as error:
+        if name != "k-diffusion-v2":
+            raise
+        pytest.skip(str(error).splitlines()[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_architecture_keeps_every_promise(name):
+    """At odd sizes, two clips, with texts of two lengths, in single and half precision."""
+    made = network(name, grid=ODD)
+    sigma = (2.0, 0.5) if name == "wan-2.2" else 0.7
+    # Kandinsky embeds time in float32 under CUDA's autocast: its class has no half precision elsewhere.
+    half = None if name == "kandinsky5" else torch.bfloat16
+    check_sites(
+        made.denoiser,
+        made.x,
+        made.extra_args,
+        sites=made.sites,
+        expected=FUSED.get(name, 2),
+        sigma=sigma,
+        half=half,
+    )
+
+
+def test_every_architecture_is_tried():
+    tried = {type(module) for name in FAMILIES if name != "k-diffusion-v2" for module in parts(random_network(name))}
+    known = {entry.partition(":")[2] for family in architectures() for entry in family.classes}
+    known -= {"ImageTransformerDenoiserModelV2"}
+    # Wan's own attention in a network that also reads a face, which takes a motion encoder of 512 x 512 pixels.
+    known -= {"WanAnimateTransformer3DModel"}
+    assert known == {kind.__name__ for kind in tried} & known
+
+
+def parts(made):
+    return [module for module in made.denoiser.modules() if any(family.matches(module) for family in architectures())]
+
+
+@pytest.mark.parametrize(
+    ("name", "sites"),
+    [
+        ("wan-vace", ["vace_blocks.0.attn1", "blocks.0.attn1", "blocks.1.attn1"]),
+        ("hunyuan-video", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]),
+        ("ltx-2", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]),
+        ("sd3.5", ["transformer_blocks.0.attn", "transformer_blocks.1.attn", "transformer_blocks.0.attn2"]),
+        ("z-image", ["layers.0.attention", "layers.1.attention"]),
+        ("wan-2.2", ["0.blocks.0.attn1", "0.blocks.1.attn1", "1.blocks.0.attn1", "1.blocks.1.attn1"]),
+    ],
+)
+def test_sites_are_self_attention_alone(name, sites):
+    assert [site.name for site in random_network(name).sites.sites] == sites
+
+
+def test_layers_of_experts_are_counted_in_each():
+    made = random_network("wan-2.2")
+    assert [s.name for s in made.sites.layers([-1]).sites] == ["0.blocks.1.attn1", "1.blocks.1.attn1"]
+    check_sites(
+        made.denoiser, made.x, made.extra_args, sites=made.sites.layers([1]), expected=1, sigma=(2, 0.5), half=None
+    )
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-vace", "wan-image", "cogvideox", "flux", "sd3", "qwen-image"])
+def test_fused_projections_keep_every_promise_too(name):
+    made = random_network(name)
+    before = made.denoiser(made.x, torch.ones(2), **made.extra_args)
+    made.denoiser.inner_model.network.fuse_qkv_projections()
+    torch.testing.assert_close(made.denoiser(made.x, torch.ones(2), **made.extra_args), before, rtol=1e-4, atol=1e-4)
+    check_sites(made.denoiser, made.x, made.extra_args, expected=FUSED.get(name, 2), half=None)
+
+
+class Packed(nn.Module):
+    """A denoiser of packed tokens, as pipelines of LTX and Flux have them."""
+
+    def __init__(self, made) -> None:
+        super().__init__()
+        self.inner_model, self.like = made.denoiser, made.x.shape[1:]
+        self.patch = 2 if made.x.ndim == 4 else 1
+
+    def forward(self, x, sigma, cond):
+        from kvlock_sampling.testing.networks.base import packed, unpacked
+
+        z = unpacked(x, torch.empty(len(x), *self.like), self.patch)
+        return packed(self.inner_model(z, sigma, cond=cond), self.patch)
+
+
+@pytest.mark.parametrize("name", ["ltx", "flux", "qwen-image"])
+def test_packed_latents_keep_every_promise(name):
+    from kvlock_sampling.testing.networks.base import packed
+
+    made = random_network(name)
+    x = packed(made.x, 2 if made.x.ndim == 4 else 1)
+    assert x.ndim == 3
+    check_sites(Packed(made), x, made.extra_args, expected=2, half=None)
+
+
+def test_a_model_that_guides_itself_keeps_every_promise():
+    made = random_network("cogvideox")
+    cond = made.extra_args["cond"]
+    guided = {"cond": cond, "uncond": {"text": 0 * cond["text"]}, "cond_scale": 3.0}
+    check_sites(kv.CFGDenoiser(made.denoiser), made.x, guided, expected=2, half=None)
+
+
+class FlowClock(nn.Module):
+    """A flow model under its own clock: x = sigma * noise + (1 - sigma) * x0, sigma in (0, 1]."""
+
+    def __init__(self, inner_model) -> None:
+        super().__init__()
+        self.inner_model = inner_model
+
+    def forward(self, x, sigma, cond):
+        return x - sigma.view(-1, 1, 1, 1, 1) * self.inner_model(x, sigma, cond)
+
+    def add_noise(self, x0, noise, sigma):
+        return sigma * noise + (1 - sigma) * x0
+
+    def to_ve(self, sigma):
+        return sigma / (1 - sigma)
+
+
+def test_a_model_with_its_own_clock_keeps_every_promise():
+    made = random_network("wan")
+    check_sites(FlowClock(made.denoiser.inner_model), made.x, made.extra_args, expected=2)
+
+
+# -- what does not fit -------------------------------------------------------------------------------------------------
+
+
+def refused(made, match: str, denoiser=None, **options) -> None:
+    given = {"sites": made.sites, "half": None, **options}
+    with pytest.raises(SiteError, match=match):
+        check_sites(denoiser or made.denoiser, made.x, made.extra_args, **given)
+
+
+def with_text(sites, text):
+    return replace(sites, sites=tuple(replace(site, text=text) for site in sites.sites))
+
+
+def also(made, *names: str):
+    modules = dict(made.denoiser.inner_model.network.named_modules())
+    return replace(made.sites, sites=(*made.sites.sites, *(Site(name, modules[name]) for name in names)))
+
+
+def test_a_wrong_patch():
+    made = random_network("wan", grid=(2, 3, 4))
+    refused(made, "attends over 24 tokens; expected the mask's 48", sites=replace(made.sites, patch=(1, 2, 1)))
+    # As many tokens, in other places.
+    refused(made, r"(?s)moves position .* patch= is not the network's", sites=replace(made.sites, patch=(2, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "match"),
+    [
+        ("hunyuan-video", "first", 'comes first: declare text="last"'),
+        ("sd3", "first", 'comes first: declare text="last"'),
+        ("flux", "last", 'comes last: declare text="first"'),
+        ("cogvideox", "last", 'comes last: declare text="first"'),
+        ("cogvideox", "none", "attends over 29 tokens; expected the mask's 24"),
+    ],
+)
+def test_a_wrong_place_of_the_text(name, wrong, match):
+    made = random_network(name)
+    refused(made, match, sites=with_text(made.sites, wrong))
+
+
+def test_cross_attention_and_refiners():
+    made = random_network("wan")
+    refused(made, r"'blocks.0.attn2' attends over 5 tokens", sites=also(made, "blocks.0.attn2"))
+    made.extra_args["cond"]["text"] = torch.randn(2, 24, 8)  # as many words as the video has tokens
+    refused(made, "(?s)attn2': its keys and values do not change.*cross-attention", sites=also(made, "blocks.0.attn2"))
+    made = random_network("hunyuan-video")
+    refiner = "context_embedder.token_refiner.refiner_blocks.0.attn"
+    refused(made, "refiner_blocks.0.attn' attends over 5 tokens", sites=also(made, refiner))
+
+
+def test_sites_that_never_run():
+    made = random_network("wan")
+    refused(made, "none of the model's 2 sites fired", sites=find_sites(copy.deepcopy(made.denoiser)))
+    idle = Site("idle", nn.Identity())
+    refused(
+        made,
+        r"1 of 3 sites never ran at sigma=\[0.7\]: idle",
+        sites=replace(made.sites, sites=(*made.sites.sites, idle)),
+    )
+    refused(made, "2 sites were fused in one evaluation.*\n?.*expected 3", expected=3)
+    made = random_network("wan-2.2")
+    refused(made, r"(?s)2 of 4 sites never ran at sigma=\[2.0\].*sigma=\(8.0, 0.5\)", sigma=2.0)
+
+
+@pytest.mark.parametrize("name", ["flux-kontext", "qwen-image-edit", "ltx-guided", "framepack"])
+def test_tokens_that_nobody_declared(name):
+    made = random_network(name)
+    before, after = made.sites.extra
+    match = rf"If {before + after} of them are reference frames or guides"
+    if name == "ltx-guided":
+        match = rf"(?s)attends over 36 tokens; expected the mask's 24.*with_extra\(after={after}\)"
+    refused(made, match, sites=replace(made.sites, extra=(0, 0)))
+    elsewhere = "comes first.*with_extra.after" if name == "ltx-guided" else "another order"
+    refused(made, f"(?s)moves position.*{elsewhere}", sites=replace(made.sites, extra=(after, before)))
+
+
+class Changed(nn.Module):
+    """A network whose input and output are changed by the way."""
+
+    def __init__(self, inner_model, before=lambda x: x, after=lambda x: x) -> None:
+        super().__init__()
+        self.inner_model, self.before, self.after = inner_model, before, after
+
+    def forward(self, x, sigma, cond):
+        turned = {name: self.before(value) for name, value in cond.items()}
+        return self.after(self.inner_model(self.before(x), sigma, cond=turned))
+
+
+def test_rows_in_another_order():
+    made = random_network("wan")
+    flipped = Changed(made.denoiser, before=lambda x: x.flip(0), after=lambda x: x.flip(0))
+    refused(made, "(?s)moves position.*rows of its batch are in another order", flipped)
+
+
+def test_clips_that_are_mixed():
+    made = random_network("wan")
+    refused(made, "gives clip 0 alone another answer", Changed(made.denoiser, after=lambda x: x - x.mean(0)))
+
+
+def test_a_model_that_draws_its_own_noise():
+    made = random_network("wan")
+    noisy = Changed(made.denoiser, after=lambda x: x + 0.1 * torch.randn_like(x))
+    refused(made, "the same call gave another answer", noisy)
+
+
+def test_a_network_in_which_attention_has_no_say():
+    made = random_network("wan")
+    for block in made.denoiser.inner_model.network.blocks:
+        block.attn1.to_out[0].weight.zero_()
+    refused(made, r"(?s)lock 1 to another clip changed the output by .*Attention has no say")
+
+
+def test_a_model_that_leaves_hooks_behind():
+    made = random_network("wan")
+
+    def leave(x):
+        made.denoiser.inner_model.network.blocks[0].register_forward_hook(lambda *_: None)
+        return x
+
+    refused(made, "something stayed behind on WanTransformerBlock", Changed(made.denoiser, after=leave))
+
+
+def test_a_token_flow_that_leaves_something_out():
+    made = random_network("wan")
+    assert made.sites.narrows
+    refused(made, "leaving fully locked tokens out.* fails", sites=replace(made.sites, flow=TokenFlow("norm_out")))
+
+
+def test_arguments_that_tell_nothing():
+    made = random_network("wan")
+    with pytest.raises(SiteError, match="expected floating latents of two clips or more"):
+        check_sites(made.denoiser, made.x[:1], made.extra_args)
+    one = random_network("wan", grid=(1, 1, 1))
+    with pytest.raises(SiteError, match=r"has 1 token of .* expected two or more"):
+        check_sites(one.denoiser, one.x, one.extra_args)
+    with pytest.raises(KVLockError, match="no random network is called 'wann'"):
+        random_network("wann")
+
+
+# What the library itself might do wrong is seen as well.
+
+
+def test_a_fusion_that_is_not_exact(monkeypatch):
+    made = random_network("cogvideox")
+    fuse = frame.fuse
+    monkeypatch.setattr(frame, "fuse", lambda edit, source, ratio: fuse(edit, source, ratio * 0.999))
+    refused(made, "keys of background tokens are not exactly the source's")
+    monkeypatch.setattr(frame, "fuse", lambda edit, source, ratio: fuse(edit, source, ratio.clamp(min=0.01)))
+    refused(made, "keys of edited or text tokens are not exactly the edit's own")
+
+
+def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
+    made = random_network("cogvideox")
+    process = Frame.process
+
+    def wrong(self, site, key, value, start, ratio=None):
+        if self.mode == "lockstep":
+            order = torch.arange(len(key)).view(-1, self.batch).flip(1).flatten()
+            process(self, site, key, value, start, ratio)
+            swapped = process(self, site, key[order], value[order], start, ratio)
+            return swapped[0][order], swapped[1][order]
+        return process(self, site, key, value, start, ratio)
+
+    monkeypatch.setattr(Frame, "process", wrong)
+    refused(made, "the source as rows of the same call, and in a pass of its own, gave two answers")
+
+
+# -- models that nobody declared ---------------------------------------------------------------------------------------
+
+
+class Foreign(nn.Module):
+    """Joint attention, text first, rows of h, then w; one cross-attention beside it."""
+
+    def __init__(self, window: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = nn.ParameterList(torch.randn(4, 4, generator=generator) for _ in range(3))
+        self.window = window
+
+    def forward(self, x, sigma, cond):
+        tokens = x.flatten(2).transpose(1, 2)
+        joint = torch.cat([cond, tokens], 1)
+        for weight in self.weights:
+            q = k = (joint @ weight).unsqueeze(1)
+            joint = joint + F.scaled_dot_product_attention(q, k, joint.unsqueeze(1))[:, 0]
+            if self.window:
+                F.scaled_dot_product_attention(q[..., :3, :], k[..., :3, :], k[..., :3, :])
+        return joint[:, 2:].transpose(1, 2).reshape(x.shape)
+
+
+def test_any_module_that_calls_attention():
+    model, x = Foreign(window=True).requires_grad_(False), torch.randn(2, 4, 2, 3, 3)
+    cond = {"cond": torch.randn(2, 2, 4)}
+    check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=2), expected=3, sigma=0.2)
+    check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=2, layers=[2]), expected=1, sigma=0.2)
+    with pytest.raises(SiteError, match=r'(?s)video comes last: declare text="first"'):
+        check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=0, trailing=2))
+    with pytest.raises(SiteError, match="no attention call fitted"):
+        check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=1))
+
+
+def test_a_declaration_is_checked_where_it_is_made():
+    with pytest.raises(SiteError, match=r"sites='blocks.\*.attn' is one string; expected a tuple"):
+        Architecture("mine", ("a:B",), sites="blocks.*.attn", patch=(1, 1, 1))
+    with pytest.raises(SiteError, match=r'text=\'before\'; expected "none", "first" or "last"'):
+        Architecture("mine", ("a:B",), sites=("x", Layers("y", text="before")), patch=(1, 1, 1))
+
+
+class Mine(nn.Module):
+    def __init__(self, kinds=(nn.Linear, nn.Bilinear)) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": k(2, 2) if k is nn.Linear else k(2, 2, 2)}) for k in kinds)
+
+
+def test_patterns_say_more_than_a_name():
+    def sites(*patterns):
+        return [
+            (s.name, s.text) for s in Architecture("mine", ("a:B",), patterns, (1, 1, 1), "last").find(Mine()).sites
+        ]
+
+    assert sites("blocks.*.attn") == [("blocks.0.attn", "last"), ("blocks.1.attn", "last")]
+    assert sites(Layers("blocks.*.attn", kind="Linear", text="none")) == [("blocks.0.attn", "none")]
+    assert sites("blocks.1.attn", Layers("more.*.attn", optional=True)) == [("blocks.1.attn", "last")]
+    with pytest.raises(SiteError, match=r"(?s)is named 'more.\*.attn'.*last name: blocks.0.attn \(Linear\)"):
+        sites("more.*.attn")
+    with pytest.raises(SiteError, match=r"is named 'blocks.\*.attn' and is a Conv2d"):
+        sites(Layers("blocks.*.attn", kind="Conv2d", optional=True))
+
+
+def test_a_class_is_known_by_where_it_was_defined():
+    class Derived(Mine):
+        pass
+
+    def matches(*classes):
+        return Architecture("mine", classes, ("blocks.*.attn",), (1, 1, 1)).matches(Derived())
+
+    assert matches(f"{__name__}:Mine")  # a subclass is of the family
+    assert matches(f"*{__name__[-4:]}:Mine")
+    assert not matches("elsewhere:Mine")
+    assert not matches(f"{__name__}:Min")
+
+
+def test_kandinsky_in_blocks_is_refused():
+    made = random_network("kandinsky5")
+    made.denoiser.inner_model.network.register_to_config(attention_type="nabla")
+    with pytest.raises(SiteError, match="attention_type='nabla', which puts tokens in the order of 8 x 8 blocks"):
+        find_sites(made.denoiser)
+
+
+def test_a_pyramid_of_windows_alone_is_refused():
+    made = network("k-diffusion-v2")
+    for level in (made.denoiser.inner_model.network.down_levels, made.denoiser.inner_model.network.up_levels):
+        del level[1][0]
+    del made.denoiser.inner_model.network.mid_level[0]
+    with pytest.raises(SiteError, match=r"(?s)is a SelfAttentionBlock.*ShiftedWindowSelfAttentionBlock"):
+        find_sites(made.denoiser)

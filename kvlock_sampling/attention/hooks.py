@@ -24,6 +24,7 @@ from .compiled import anything_compiled, refuses_to_stop, warn_uncompiled, witho
 from .doors import Door, compiler_in_use, opened
 from .foreground import ForegroundFrame, narrowing, parents
 from .frame import Frame
+from .parallel import localiser, refuse_unknown
 from .sites import Site, Sites
 
 T = TypeVar("T")
@@ -113,6 +114,7 @@ class Hooks:
     def _doors(self, frame: Frame) -> Iterator[Door]:
         sites = self.sites
         if sites.watch is not None:
+            refuse_unknown(sites.watch)
             yield Door(sites.watch, around=_watched(functools.partial(self._rewrite_any, frame)))
         for network in sites.networks if sites.text_arguments else ():
             yield Door(network, before=functools.partial(self._count_text, frame, network))
@@ -143,12 +145,14 @@ class Hooks:
     def _rewrite_site(self, site: Site, frame: Frame) -> Rewrite:
         patch, extra = self.sites.patch, self.sites.extra
         t, h, w = (a // b for a, b in zip(site.patch or patch, patch, strict=True))
-        ratio, rows = frame.ratio_at((t, h, w)), itertools.count()
+        whole, rows = frame.ratio_at((t, h, w)), itertools.count()
+        local = localiser(self.sites, site, frame)
 
         def rewrite(
             query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
         ) -> tuple[Tensor, Tensor, Tensor | None]:
-            start = video_start(site, key.shape[-2], frame.tokens or ratio.shape[1], frame.text, extra)
+            ratio, text = local(whole, key.shape[-2], frame.text)
+            start = video_start(site, key.shape[-2], frame.tokens or ratio.shape[1], text, extra)
             if self.sites.rows_apart:
                 return *frame.process_row(site.name, next(rows), key, value, start), mask
             return *frame.process(site.name, key, value, start, ratio), frame.mask(mask, start, key.shape[-2])

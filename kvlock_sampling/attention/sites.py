@@ -15,6 +15,7 @@ from torch import nn
 from ..types import SiteError
 from .foreground import TokenFlow
 from .grid import token_grid
+from .parallel import is_cut
 from .reachable import reachable_modules
 
 Patch = tuple[int, int, int]
@@ -66,7 +67,8 @@ class Sites:
     def narrows(self) -> bool:
         """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
         alike = all(s.patch is None for s in self.sites)
-        return self.flow is not None and self.whole and alike and not self.rows_apart and self.extra == (0, 0)
+        apart = self.rows_apart or is_cut(self.networks)
+        return self.flow is not None and self.whole and alike and not apart and self.extra == (0, 0)
 
     def layers(self, chosen: Iterable[int] | slice | None) -> Sites:
         """Keep only some layers: indices (negative ones count from the end) or a slice. None keeps all.

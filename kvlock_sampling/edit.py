@@ -180,8 +180,8 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
     if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         raise SourceError(
-            f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width) = "
-            f"(batch, {sides}).\n"
+            f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width)"
+            f"{' such as' if video.frames is None else ' ='} (batch, {sides}).\n"
             f"  clip = video.read_clip(path, frames={frames}, size={size}).pixels"
         )
     if not torch.isfinite(clips).all():

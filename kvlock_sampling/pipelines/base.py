@@ -261,10 +261,14 @@ class PipelineVideo:
         """Where the pipeline computes, also while its weights are offloaded."""
         return torch.device(self.pipe._execution_device)
 
+    @property
+    def train_steps(self) -> float:
+        """What flow time 1 is called in the transformer's own time."""
+        return float(self.pipe.scheduler.config.get("num_train_timesteps", 1000))
+
     def _flow(self, branch: Branch) -> FlowDenoiser:
         # The branch casts to the weights' dtype itself; until there everything is float32.
-        train_steps = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
-        return FlowDenoiser(branch, time_scale=float(train_steps), model_dtype=torch.float32)
+        return FlowDenoiser(branch, time_scale=self.train_steps, model_dtype=torch.float32)
 
     def _component(self, name: str) -> Any:
         found = getattr(self.pipe, name, None)

@@ -19,6 +19,7 @@ FAMILIES = {
     "CogVideoXPipeline": "cogvideox:CogVideoXVideo",
     "CogVideoXVideoToVideoPipeline": "cogvideox:CogVideoXVideo",
     "HunyuanVideoPipeline": "hunyuan:HunyuanVideo",
+    "MochiPipeline": "mochi:MochiVideo",
 }
 
 
@@ -37,7 +38,8 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
     Raises:
         PipelineError: an unknown class, an unknown option, or a scheduler that the model cannot mean.
     """
-    family = family_of(type(pipe).__name__)
+    names = [kind.__name__ for kind in type(pipe).__mro__]  # also a subclass of somebody's own
+    family = family_of(next((name for name in names if name in FAMILIES), names[0]))
     known = _options(family)
     if wrong := sorted(options.keys() - known):
         near = difflib.get_close_matches(wrong[0], known, n=1)

@@ -54,6 +54,8 @@ def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
             "  Give the shift yourself: kv.from_pipeline(pipe, shift=3.0)."
         ) from error
     times = torch.as_tensor(own.sigmas[: len(own.timesteps)], dtype=torch.float64).cpu()
+    if scheduler.config.get("invert_sigmas"):  # Mochi's counts what is signal
+        times = 1 - times
     # Schedulers of second order repeat every time; the levels themselves are what a k-diffusion sampler wants.
     times = times[times > 0].unique().flip(0)
     if not len(times) or times[0] > 1 + 1e-5:  # shifting in float32 ends up that near to 1

@@ -27,11 +27,12 @@ class WanBranch(Branch):
         transformer_2: nn.Module | None = None,
         boundary: float | None = None,
         per_token: bool = False,
+        train_steps: float = 1000.0,
     ) -> None:
         super().__init__(transformer, channels)
         self.transformer_2 = transformer_2
         self.boundary = boundary if transformer_2 is not None else None
-        self.per_token = per_token
+        self.per_token, self.train_steps = per_token, train_steps
 
     def expert(self, time: Tensor) -> nn.Module:
         if self.boundary is None or self.transformer_2 is None:
@@ -66,13 +67,13 @@ class WanVideo(PipelineVideo):
     def _denoiser(self) -> Any:
         config = self.pipe.config
         ratio = config.get("boundary_ratio")
-        train_steps = self.pipe.scheduler.config.get("num_train_timesteps", 1000)
         branch = self.branch(
             self.transformer,
             channels=self.pipe.vae.config.z_dim,
             transformer_2=getattr(self.pipe, "transformer_2", None),
-            boundary=None if ratio is None else ratio * train_steps,
+            boundary=None if ratio is None else ratio * self.train_steps,
             per_token=bool(config.get("expand_timesteps")),
+            train_steps=self.train_steps,
         )
         return self._flow(branch)
 

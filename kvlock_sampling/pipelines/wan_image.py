@@ -41,8 +41,6 @@ class WanImageBranch(WanBranch):
         t = (time / self.train_steps).clamp(min=torch.finfo(torch.float32).tiny).view(-1, 1, 1, 1, 1)
         return torch.cat([(z[:, :, :1] - known) / t, velocity[:, :, 1:].to(z)], dim=2)
 
-    train_steps: float = 1000.0
-
     def _ask(self, network: nn.Module, z: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
         return network(
             hidden_states=z,
@@ -71,11 +69,6 @@ class WanImageVideo(WanVideo):
         other = copy.copy(self)
         other.image, other._clips = image, {}
         return other
-
-    def _denoiser(self) -> Any:
-        denoiser = super()._denoiser()
-        denoiser.inner_model.train_steps = denoiser.time_scale
-        return denoiser
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         first = clips[:, :, :1]

@@ -22,7 +22,8 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """A small pipeline of diffusers with random weights.
 
     name: "wan", "wan-2.2" (two experts), "wan-ti2v" (a time per token), "wan-image", "wan-image-ti2v", "wan-vace",
-        "ltx", "cogvideox", "cogvideox-1.5", "hunyuan".  seed: of the weights; torch's global generator is left alone.
+        "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "mochi".
+    seed: of the weights; torch's global generator is left alone.
 
     >>> pipe = tiny_pipeline("ltx")
     >>> type(pipe).__name__, sum(p.numel() for p in pipe.transformer.parameters()) < 50_000
@@ -323,6 +324,31 @@ def _hunyuan() -> Any:
     )
 
 
+def _mochi() -> Any:
+    from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
+
+    vae = AutoencoderKLMochi(
+        latent_channels=4,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        latents_mean=(0.1, 0.0, -0.1, 0.2),
+        latents_std=(0.9, 1.0, 1.1, 0.8),
+    )
+    transformer = MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=TEXT,
+        time_embed_dim=4,
+        max_sequence_length=256,
+    )
+    return MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, _t5("T5"), _tokenizer(), transformer)
+
+
 _BUILDERS: dict[str, Callable[[], Any]] = {
     "wan": _wan,
     "wan-2.2": _wan_two,
@@ -334,4 +360,5 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "cogvideox": _cogvideox,
     "cogvideox-1.5": lambda: _cogvideox(patch_t=2),
     "hunyuan": _hunyuan,
+    "mochi": _mochi,
 }

@@ -12,7 +12,8 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import Architecture, Frame, Site, find_sites, frame
-from kvlock_sampling.attention.architecture import Layers, architectures
+from kvlock_sampling.attention.architecture import Layers
+from kvlock_sampling.attention.architectures import BUILT_IN
 from kvlock_sampling.attention.foreground import TokenFlow
 from kvlock_sampling.testing import check_sites, random_network
 from kvlock_sampling.testing.networks import FAMILIES
@@ -55,7 +56,7 @@ def test_every_architecture_keeps_every_promise(name):
 
 def test_every_architecture_is_tried():
     tried = {type(module) for name in FAMILIES if name != "k-diffusion-v2" for module in parts(random_network(name))}
-    known = {entry.partition(":")[2] for family in architectures() for entry in family.classes}
+    known = {entry.partition(":")[2] for family in BUILT_IN for entry in family.classes}
     known -= {"ImageTransformerDenoiserModelV2"}
     # Wan's own attention in a network that also reads a face, which takes a motion encoder of 512 x 512 pixels.
     known -= {"WanAnimateTransformer3DModel"}
@@ -63,7 +64,7 @@ def test_every_architecture_is_tried():
 
 
 def parts(made):
-    return [module for module in made.denoiser.modules() if any(family.matches(module) for family in architectures())]
+    return [module for module in made.denoiser.modules() if any(family.matches(module) for family in BUILT_IN)]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,9 @@ def test_arguments_that_tell_nothing():
     one = random_network("wan", grid=(1, 1, 1))
     with pytest.raises(SiteError, match=r"has 1 token of .* expected two or more"):
         check_sites(one.denoiser, one.x, one.extra_args)
+    kandinsky = random_network("kandinsky5")
+    with pytest.raises(SiteError, match=r"(?s)a copy of the denoiser in torch.bfloat16 fails: .*half=None"):
+        check_sites(kandinsky.denoiser, kandinsky.x, kandinsky.extra_args)
     with pytest.raises(KVLockError, match="no random network is called 'wann'"):
         random_network("wann")
 

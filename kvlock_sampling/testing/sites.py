@@ -69,6 +69,7 @@ def check_sites(
     if half is not None and isinstance(denoiser, nn.Module):
         other, its_sites = copy.deepcopy((denoiser, sites))
         precisions.append((other.to(half), its_sites, x.to(half), in_precision(extra_args, half)))
+        _runs(*precisions[-1], levels[0])
     with torch.no_grad():
         for index, (model, its_sites, latents, arguments) in enumerate(precisions):
             fired: set[str] = set()
@@ -82,3 +83,15 @@ def check_sites(
                     "  Leave out layers that the model skips. If another expert is in charge at other noise levels "
                     "name those too: check_sites(..., sigma=(8.0, 0.5))."
                 )
+
+
+def _runs(model: Denoiser, sites: Sites, x: Tensor, extra_args: dict[str, Any], level: float) -> None:
+    """A network that cannot run in half precision is not one whose sites are wrong."""
+    try:
+        with torch.no_grad():
+            model(x, torch.full((len(x),), level, device=x.device), **extra_args)
+    except RuntimeError as error:
+        raise SiteError(
+            f"a copy of the denoiser in {x.dtype} fails: {str(error).splitlines()[0]}\n"
+            "  Does it cast time and text to the weights' dtype? If it need not run so: check_sites(..., half=None)."
+        ) from error

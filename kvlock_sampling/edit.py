@@ -131,7 +131,8 @@ def edit_video(
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, source_args=source_args, **lock_options)
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()
-    with torch.inference_mode():
+    # Weights that offloading moves in inference mode would come out of it as inference tensors, of no use for training.
+    with torch.no_grad() if getattr(video, "offloaded", False) else torch.inference_mode():
         latents = lock.sample(
             sampler,
             x,

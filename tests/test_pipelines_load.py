@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -76,13 +77,16 @@ def test_offloading_changes_no_bit_and_its_hooks_are_there(folder, offload):
         "model": hasattr(transformer, "_hf_hook"),
         "group": any(hasattr(m, "_diffusers_hook") for m in transformer.modules()),
     }
-    assert hooked[offload] == (offload != "none")
+    assert hooked[offload] == video.offloaded == (offload != "none")
+    modes = []
+    transformer.blocks[0].register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     memory = kv.from_pipeline(tiny_pipeline("wan"))
     source, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
     options = {"steps": 3, "policy": "half", "source_prompt": "noise"}
     theirs, ours = (kv.edit_video(source.pixels, mask, "a red square", model=m, **options) for m in (video, memory))
     assert torch.equal(theirs.pixels, ours.pixels)
     assert [s.fused_sites for s in theirs.trace.steps] == [2, 2, 2]
+    assert set(modes) == {offload == "none"}  # weights moved in inference mode would be of no other use afterwards
 
 
 def test_edit_video_takes_the_folder_itself(folder):
@@ -224,6 +228,12 @@ def test_a_folder_that_is_no_pipeline(folder, tmp_path):
         kv.load_pipeline(tmp_path)
     with pytest.raises(kv.KVLockError, match=r"(?s)no model at.*model_index\.json.*hf download"):
         kv.edit_video(torch.zeros(3, 8, 32, 32), torch.zeros(32, 32), "x", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+
+
+def test_packages_that_are_missing_are_named_with_the_command(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(PipelineError, match=r"(?s)needs transformers.*pip install 'kvlock-sampling\[pipelines\]'"):
+        kv.load_pipeline(folder / "wan")
 
 
 def test_shards_and_variants_are_counted_once(tmp_path):

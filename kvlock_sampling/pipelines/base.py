@@ -266,6 +266,12 @@ class PipelineVideo:
         """What flow time 1 is called in the transformer's own time."""
         return float(self.pipe.scheduler.config.get("num_train_timesteps", 1000))
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights move while the model runs: diffusers' or accelerate's hooks are on some part."""
+        parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
+        return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for part in parts for m in part.modules())
+
     def _flow(self, branch: Branch) -> FlowDenoiser:
         # The branch casts to the weights' dtype itself; until there everything is float32.
         return FlowDenoiser(branch, time_scale=self.train_steps, model_dtype=torch.float32)

@@ -61,7 +61,7 @@ def test_heun_asking_twice_does_not_age_a_level():
 
 
 def test_churn_goes_up_a_little_and_is_served_from_below():
-    with Bank(format=None, every=2, ratio=1.2).opened(key()) as shelf:
+    with Bank(format=None, every=2, ratio=1.2, interpolate=False).opened(key()) as shelf:
         run(shelf, [8.0])
         assert shelf.lookup(8.4).sigma == 8.0
         run(shelf, [6.0])
@@ -70,7 +70,7 @@ def test_churn_goes_up_a_little_and_is_served_from_below():
 
 
 def test_a_rejected_step_taken_back_finds_its_levels_as_they_were():
-    with Bank(format=None, every=3, ratio=1.5).opened(key()) as shelf:
+    with Bank(format=None, every=3, ratio=1.5, interpolate=False).opened(key()) as shelf:
         assert run(shelf, [8.0, 7.0, 6.0, 5.0, 4.0]) == [8.0, 5.0]
         assert run(shelf, [8.0, 7.0, 6.0, 5.0, 4.0]) == []  # far more than `every` calls later
         assert shelf.lookup(7.0).sigma == 8.0
@@ -79,7 +79,7 @@ def test_a_rejected_step_taken_back_finds_its_levels_as_they_were():
 
 
 def test_the_nearest_level_in_log_sigma_serves():
-    with Bank(format=None, every=None, ratio=4.0).opened(key()) as shelf:
+    with Bank(format=None, every=None, ratio=4.0, interpolate=False).opened(key()) as shelf:
         shelf.put(8.0, store(8.0))
         shelf.put(2.0, store(2.0))
         assert shelf.lookup(4.1).sigma == 8.0
@@ -91,18 +91,20 @@ def test_the_nearest_level_in_log_sigma_serves():
     st.lists(st.floats(0.01, 80), min_size=1, max_size=20),
     st.one_of(st.none(), st.integers(1, 5)),
     st.one_of(st.none(), st.floats(1, 3)),
+    st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_a_run_repeated_needs_no_source_pass(sigmas, every, ratio):
+def test_a_run_repeated_needs_no_source_pass(sigmas, every, ratio, interpolate):
     if every is None and ratio is None:
         every = 1
-    bank = Bank(format=None, every=every, ratio=ratio, budget=None)
+    bank = Bank(format=None, every=every, ratio=ratio, budget=None, interpolate=interpolate)
     one = ("site",)
     with bank.opened(key(sites=one)) as shelf:
         first = run(shelf, sigmas, shape=(1, 1, 1, 1), sites=one)
         assert len(first) == shelf.stats.stored
         assert shelf.stats.served == len(sigmas) - len(first)
-        assert expected_levels(sigmas, every=every, ratio=ratio) == len(first)
+        if not interpolate or sigmas == sorted(sigmas, reverse=True):
+            assert expected_levels(sigmas, every=every, ratio=ratio) == len(first)
     with bank.opened(key(sites=one)) as shelf:
         assert run(shelf, sigmas, shape=(1, 1, 1, 1), sites=one) == []
     for sigma in sigmas:  # and within the ratio it promised
@@ -134,8 +136,39 @@ def test_interpolation_is_exact_at_the_nodes_and_linear_in_log_sigma_between():
                 torch.testing.assert_close(got, (low + high) / 2)
         quarter = shelf.lookup(2.0 * 4**0.25).get(SITES[0])[0]
         torch.testing.assert_close(quarter, 0.75 * store(2.0)[SITES[0]][0] + 0.25 * store(8.0)[SITES[0]][0])
-        assert shelf.lookup(10.0).sigmas == (8.0,)  # nothing above: the nearest
-        assert shelf.lookup(7.0).sigmas == (8.0,)  # the lower one is out of reach
+
+
+def straight(sigma):
+    """K/V that are linear in log sigma."""
+    return {
+        site: (torch.full(SHAPE, math.log(sigma) + i), torch.full(SHAPE, -math.log(sigma)))
+        for i, site in enumerate(SITES)
+    }
+
+
+def test_beyond_the_last_level_the_line_goes_on_but_not_far():
+    bank = Bank(format=None, every=None, ratio=2.0, interpolate=True)
+    with bank.opened(key()) as shelf:
+        shelf.put(8.0, straight(8.0))
+        assert shelf.lookup(6.0).sigmas == (8.0,)  # one level is no line
+        shelf.put(5.0, straight(5.0))
+        for sigma, through in ((4.0, (8.0, 5.0)), (3.5, (8.0, 5.0)), (10.0, (5.0, 8.0))):
+            level = shelf.lookup(sigma)
+            assert level.sigmas == through
+            for site in SITES:
+                for got, expected in zip(level.get(site), straight(sigma)[site], strict=True):
+                    torch.testing.assert_close(got, expected)
+        assert shelf.lookup(2.4) is None  # the last level does not serve
+        shelf.put(4.8, straight(4.8))
+        level = shelf.lookup(3.0)  # 4.8 and 5 are too close to say much of 3: as far beyond as they are apart
+        assert level.sigmas == (5.0, 4.8)
+        torch.testing.assert_close(level.get(SITES[0])[0], straight(4.8**2 / 5)[SITES[0]][0])
+    with Bank(format=None, every=None, ratio=1.5, interpolate=True).opened(key()) as shelf:
+        shelf.put(8.0, straight(8.0))
+        shelf.put(4.0, straight(4.0))
+        assert shelf.lookup(3.0).sigmas == (4.0,)  # 8 is more than 1.5^2 away
+        assert shelf.lookup(5.6).sigmas == (4.0, 8.0)  # both within 1.5
+        assert shelf.lookup(5.0).sigmas == (4.0,)  # 8 is not
 
 
 # -- what comes back --------------------------------------------------------------------------------------------------
@@ -158,6 +191,18 @@ def test_put_returns_what_every_later_lookup_returns(format, dtype):
         assert equal(contents(shelf.lookup(3.0)), put)
     with bank.opened(key()) as shelf:
         assert equal(contents(shelf.lookup(3.0)), put)
+
+
+@pytest.mark.parametrize("format", [None, "float32", "bf16", "int8", "fp8"])
+def test_what_one_run_stores_in_inference_mode_serves_another_that_takes_gradients(tmp_path, format):
+    for bank in (Bank(format=format), Bank(tmp_path, format=format)):
+        with torch.inference_mode(), bank.opened(key()) as shelf:
+            shelf.put(3.0, store(3.0))
+        x = torch.ones(SHAPE, requires_grad=True)
+        with bank.opened(key()) as shelf:
+            k, _ = shelf.lookup(3.0).get(SITES[0])
+            (x * k).sum().backward()
+        assert torch.equal(x.grad, k)
 
 
 def test_keys_do_not_mix_and_sites_not_named_are_passed_over():

@@ -43,7 +43,9 @@ class Bank:
     format: "int8" (1 byte, 0.4% off), "fp8" (1 byte, 2.6%), "bf16" (2 bytes, 0.2%), "float32", or None: as they come.
     every: at most so many evaluations per level in a first run; None is no limit. See `clock` for both rules.
     ratio: a level serves noise levels within this ratio; None is no limit.
-    interpolate: between two stored levels take neither but both, weighted by log sigma.
+    interpolate: serve points of the line in log sigma through two levels, between them (a second edit) or beyond the
+        last one (a first run, where sigma falls), instead of the nearest level. What the bank changes in an edit falls
+        to a half in a first run and to a third or less in a second; the room for two levels is used.
     layers: which layers the lock reaches, in the form `Sites.layers` takes; None is all. Fewer need less room.
     tier: where memory is: "host" (pinned, prefetched, where there is CUDA) or "device".
 
@@ -59,7 +61,7 @@ class Bank:
         format: str | None = "int8",
         every: int | None = 3,
         ratio: float | None = 1.5,
-        interpolate: bool = False,
+        interpolate: bool = True,
         layers: Iterable[int] | slice | None = None,
         tier: str = "host",
     ) -> None:

@@ -62,6 +62,10 @@ class Refresh:
         """The first condition. The tolerance is `SAME`, so that a ratio of 1 serves the level itself."""
         return self.ratio is None or max(stored / sigma, sigma / stored) <= self.ratio * (1 + SAME)
 
+    def reaches(self, stored: float, sigma: float) -> bool:
+        """Whether a level may be the farther of two that K/V are extrapolated from: within ratio^2, or a ratio of 4."""
+        return max(stored / sigma, sigma / stored) <= (4.0 if self.ratio is None else self.ratio**2) * (1 + SAME)
+
     def serves(self, stored: float, sigma: float, clock: Clock | None) -> bool:
         """Both conditions. `clock` is that of the run which stored the level, None for an earlier run's."""
         if not self.near(stored, sigma):
@@ -95,7 +99,7 @@ def distance(a: float, b: float) -> float:
 
 
 def expected_levels(sigmas: Iterable[float], *, every: int | None = 3, ratio: float | None = 1.5) -> int:
-    """How many levels a run over this schedule stores, starting with nothing; a final 0 is passed over."""
+    """How many levels a run over this falling schedule stores, starting with nothing; a final 0 is passed over."""
     rule, clock, stored = Refresh(every, ratio), Clock(), list[float]()
     for sigma in (float(s) for s in sigmas):
         if sigma > 0:

@@ -128,13 +128,15 @@ def format_for(x: Tensor, format: str) -> str:
     return format if x.numel() and bool(x.detach().abs().amax() < _LARGEST) else VERBATIM
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def pack(x: Tensor, format: str | None) -> Packed:
-    """Store a tensor (..., tokens, dim). The result shares no memory with `x`.
+    """Store a tensor (..., tokens, dim). The result shares no memory with `x`, nor its inference mode: another run may
+    take gradients.
 
     Raises:
         BankError: not a floating tensor, or no such format.
     """
-    x = x.detach() if isinstance(x, Tensor) else x
     format = format_for(x, check_format(format))
     if format == VERBATIM or format in _PLAIN:
         values = x.to(_PLAIN.get(format, x.dtype), memory_format=torch.contiguous_format, copy=True)

@@ -17,6 +17,7 @@ def is_copied(tier: str, device: torch.device) -> bool:
     return device.type != "cpu" if tier == "device" else torch.cuda.is_available()
 
 
+@torch.inference_mode(False)
 def placed(packed: Packed, tier: str, device: torch.device) -> Packed:
     """Parts where the tier keeps them: on the device of the evaluation, or on the host, pinned beside CUDA."""
     return _moved(packed, device) if tier == "device" else packed.each(_to_host)

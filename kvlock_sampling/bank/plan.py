@@ -65,9 +65,10 @@ class Plan:
         if held == self.levels:
             return "Everything fits in memory: the next edit of this clip needs no source pass."
         if held:
+            enough = "enough for one run" if held > 1 else "enough for one run, but two serve it better (interpolate)"
             return (
-                f"{held} of {self.levels} levels fit in memory: enough for one run; for the next edit of this clip "
-                "without a source pass give the bank a directory."
+                f"{held} of {self.levels} levels fit in memory: {enough}; for the next edit of this clip without a "
+                "source pass give the bank a directory."
             )
         smaller = next((f for f in ("bf16", "int8") if self._fitting(self.per_level_as(f))), None)
         advice = f'format="{smaller}"' if smaller else "fewer layers=..."

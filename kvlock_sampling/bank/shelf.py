@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .clock import Clock, Refresh, check_sigma, neighbours, same
+from .clock import Clock, Refresh, check_sigma, distance, neighbours, same
 from .errors import BankError, BankWarning
 from .file import Kinds, Pair
 from .format import Packed, format_for, layout, nbytes, pack
@@ -58,13 +58,14 @@ class Shelf:
         """The level that serves this noise level, or None: run the source pass at `sigma`, then `put`.
 
         sigma: variance exploding, > 0. See `clock` for the rule. Of the levels that serve the nearest in log sigma is
-        taken, or two neighbours, interpolated in log sigma, where the bank interpolates and both are within `ratio`.
+        taken; where the bank interpolates, a point of the line in log sigma through the two levels on either side, both
+        within `ratio`, or, beyond the last level, through that one, which must serve, and the one behind it.
         """
         sigma = self._begin(sigma)
         self._clock.ask(sigma)
         with self._pool.lock:
             while True:
-                parts = self._between(sigma) if self._interpolate else ()
+                parts = self._line(sigma) if self._interpolate else ()
                 parts = parts or self._nearest(sigma)
                 broken = [stored for stored, _ in parts if not self._usable(stored)]
                 if not broken:
@@ -96,15 +97,30 @@ class Shelf:
                 return ((stored, 1.0),)
         return ()
 
-    def _between(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
+    def _line(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
+        """Two levels and their weights on the line through them in log sigma: neighbours, or the last two."""
         at = {stored.sigma: stored for stored in self._drawer.levels}
         low, high = neighbours(list(at), sigma)
-        if low is None or high is None or same(low, sigma) or same(high, sigma):
+        if any(s is not None and same(s, sigma) for s in (low, high)):
             return ()
-        if not (self._refresh.near(low, sigma) and self._refresh.near(high, sigma)):
+        near = self._refresh.near
+        if low is not None and high is not None and near(low, sigma) and near(high, sigma):
+            weight = math.log(sigma / low) / math.log(high / low)
+            return (at[low], 1 - weight), (at[high], weight)
+        served = self._nearest(sigma)
+        if not served:
             return ()
-        weight = math.log(sigma / low) / math.log(high / low)
-        return (at[low], 1 - weight), (at[high], weight)
+        last = served[0][0]
+        behind = min(
+            (s for s in at if (s - last.sigma) * (last.sigma - sigma) > 0 and self._refresh.reaches(s, sigma)),
+            key=lambda s: distance(s, last.sigma),
+            default=None,
+        )
+        if behind is None:
+            return served
+        # As far beyond the last level as the two are apart, at most: two close levels tell little of what is far away.
+        weight = min(math.log(sigma / behind) / math.log(last.sigma / behind), 2.0)
+        return (at[behind], 1 - weight), (last, weight)
 
     def _usable(self, stored: Stored) -> bool:
         """Read a file's bytes once, before anything is computed with them; a damaged one is no longer a level."""

@@ -31,7 +31,8 @@ from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.types import Control, Observation
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST_SCENE = 730_000
+FIRST_SCENE, CONFIRMING_SCENE = 730_000, 740_000
+CONFIRMED = 1.0  # the end of guidance that did best on the first scenes
 STEPS = 20
 FULL = kv.Constant(lock=1.0)
 MOVES = kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)
@@ -114,10 +115,10 @@ def row(idea: str, against: str, mine: Result, other: Result) -> dict[str, Any]:
     }
 
 
-def timing(task: Task, video: TinyVideo, full: Result) -> list[dict[str, Any]]:
+def timing(task: Task, video: TinyVideo, full: Result, ends: tuple[float, ...] = (0.5, 1.0)) -> list[dict[str, Any]]:
     """No guidance at low noise, against guidance throughout, also at the same mean scale."""
     rows = []
-    for low in (0.5, 1.0):
+    for low in ends:
         title, high = f"sigma >= {low:g}", math.inf
         edit, mine = done(task, video, policy=interval(low, high))
         scale = mean_scale(edit)
@@ -204,21 +205,33 @@ def finished(task: Task, video: TinyVideo, latents: Tensor, lock: kv.KVLock) -> 
     return Edit(pixels, lock.trace, 0.0, lock.trace.evaluations, nothing, nothing)
 
 
+def edits(first: int, count: int) -> Task:
+    return make_task([sample_edit(first + i, EDITS[i % len(EDITS)]) for i in range(count)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--scenes", type=int, default=24)
+    parser.add_argument(
+        "--confirm", type=int, metavar="SCENES", help="only repeat the best one on so many other scenes"
+    )
     given = parser.parse_args()
-    task = make_task([sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(given.scenes)])
-    video = load()
+    path, video = ROOT / "benchmarks/results/ideas.json", load()
+    if given.confirm:
+        task = edits(CONFIRMING_SCENE, given.confirm)
+        rows = timing(task, video, done(task, video, policy=FULL)[1], ends=(CONFIRMED,))
+        record = json.loads(path.read_text()) | {"confirmed": {"scenes": given.confirm, "rows": rows}}
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+        return
+    task = edits(FIRST_SCENE, given.scenes)
     full = done(task, video, policy=FULL)[1]
-    rows: list[dict[str, Any]] = []
-    parts = (partial(timing, full=full), local, chosen, sent_back, partial(stochastic, full=full))
-    for part in parts:
+    rows = []
+    for part in (partial(timing, full=full), local, chosen, sent_back, partial(stochastic, full=full)):
         found = part(task, video)
         rows += found
         print("\n".join(map(json.dumps, found)), flush=True)
         record = {"scenes": given.scenes, "first_scene": FIRST_SCENE, "steps": STEPS, "rows": rows}
-        write_atomically(ROOT / "benchmarks/results/ideas.json", json.dumps(record, indent=1) + "\n")
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

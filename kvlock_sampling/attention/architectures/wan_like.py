@@ -18,7 +18,8 @@ ARCHITECTURE = Architecture(
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow(
         "norm_out",
-        tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4)),
+        # Modulation per token is (rows, tokens, 6, dim), but (rows, 6, tokens, dim) in SkyReels' diffusion forcing.
+        tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4), Table("temb", 2, ndim=4)),
         supported=lambda network: (
             type(network).__name__ in ("SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel")
         ),

@@ -105,6 +105,9 @@ def _three_texts(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
 
 FAMILIES = {
     "hunyuan-video": Family(_hunyuan, _call_hunyuan, halved, pooled),
+    "hunyuan-video-image": Family(
+        partial(_hunyuan, image_condition_type="token_replace"), _call_hunyuan, halved, pooled
+    ),
     "framepack": Family(
         partial(
             _hunyuan,

@@ -82,7 +82,7 @@ def _after(grid: Grid) -> tuple[int, int]:
 # -- Qwen-Image --------------------------------------------------------------------------------------------------------
 
 
-def _qwen() -> nn.Module:
+def _qwen(**more: Any) -> nn.Module:
     return build(
         "QwenImageTransformer2DModel",
         in_channels=4 * CHANNELS,
@@ -92,6 +92,7 @@ def _qwen() -> nn.Module:
         num_attention_heads=2,
         joint_attention_dim=TEXT,
         axes_dims_rope=(4, 6, 6),
+        **more,
     )
 
 
@@ -259,6 +260,7 @@ FAMILIES = {
     ),
     "qwen-image": Family(_qwen, _call_qwen, _halved, masked),
     "qwen-image-edit": Family(_qwen, _call_qwen, _halved, _qwen_edit, _after),
+    "qwen-image-edit-2511": Family(partial(_qwen, zero_cond_t=True), _call_qwen, _halved, _qwen_edit, _after),
     "sd3": Family(_sd3, _call_sd3, _halved, pooled),
     "sd3.5": Family(partial(_sd3, dual_attention_layers=(0,), qk_norm="rms_norm"), _call_sd3, _halved, pooled),
     "cogview4": Family(_cogview4, _call_cogview4, _halved, plain),

@@ -72,6 +72,15 @@ def _call_ltx(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor])
     return unpacked(network(packed(z), *arguments, return_dict=False)[0], z)
 
 
+def _call_ltx_image(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """The first frame is known: its tokens are at time 0."""
+    t, h, w = z.shape[2:]
+    times = (time * 1000)[:, None].repeat(1, t * h * w)
+    times[:, : h * w] = 0
+    arguments = cond["text"], times, cond["valid"].to(z.dtype), t, h, w
+    return unpacked(network(packed(z), *arguments, return_dict=False)[0], z)
+
+
 def _call_ltx_guided(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     """A frame that is known stands after the video, at time 0."""
     t, h, w = z.shape[2:]
@@ -254,6 +263,7 @@ FAMILIES = {
     ),
     "consisid": Family(partial(_cogvideox, "ConsisIDTransformer3DModel"), _call_cogvideox, halved, plain),
     "ltx": Family(_ltx, _call_ltx, whole, masked),
+    "ltx-image": Family(_ltx, _call_ltx_image, whole, masked),
     "ltx-guided": Family(_ltx, _call_ltx_guided, whole, _guide, lambda grid: (0, grid[1] * grid[2])),
     "ltx-2": Family(_ltx2, _call_ltx2, whole, _sound),
     "mochi": Family(_mochi, _call_mochi, halved, masked),

@@ -60,6 +60,13 @@ def _call_vace(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]
     return network(z, time * 1000, cond["text"], control_hidden_states=control, return_dict=False)[0]
 
 
+def _call_forcing(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Diffusion forcing: every frame has a time of its own; the first is known."""
+    times = (time * 1000)[:, None].repeat(1, z.shape[2])
+    times[:, 0] = 0
+    return network(z, times, cond["text"], enable_diffusion_forcing=True, return_dict=False)[0]
+
+
 def _call_anyflow(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     times = (time * 1000)[:, None].expand(-1, z.shape[2])  # one per frame
     return network(z.transpose(1, 2), times, times / 2, cond["text"], return_dict=False)[0].transpose(1, 2)
@@ -93,6 +100,7 @@ FAMILIES = {
         _control,
     ),
     "skyreels-v2": Family(partial(_build, "SkyReelsV2Transformer3DModel"), _call, halved, plain),
+    "skyreels-v2-df": Family(partial(_build, "SkyReelsV2Transformer3DModel"), _call_forcing, halved, plain),
     "chronoedit": Family(partial(_build, "ChronoEditTransformer3DModel"), _call, halved, plain),
     "anyflow": Family(partial(_build, "AnyFlowTransformer3DModel"), _call_anyflow, halved, plain),
 }

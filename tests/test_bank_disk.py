@@ -351,6 +351,12 @@ def test_processes_that_share_a_folder_do_no_harm(tmp_path):
         assert not list(shelf.directory.glob(".*"))
 
 
+def test_levels_of_another_shape_do_not_join_those_on_disk(tmp_path):
+    filled(tmp_path, [4.0])
+    with Bank(tmp_path).opened(key()) as shelf, pytest.raises(BankError, match="other levels of this key"):
+        shelf.put(1.0, store(1.0, shape=(1, 2, 6, 8)))
+
+
 def test_files_taken_away_while_a_shelf_is_open_stay_readable(tmp_path):
     path = filled(tmp_path, format=None)
     with Bank(tmp_path, format=None).opened(key()) as shelf:

@@ -170,6 +170,11 @@ class LevelFile:
             raise BadFile("its header is damaged, or does not fit its name or its sites")
         self.nbytes = path.stat().st_size
 
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Shapes of the key and value of each site."""
+        return {site: tuple(shape for _, _, shape in kinds) for site, kinds in self._kinds.items()}
+
     def sound(self) -> bool:
         """Whether every byte is as it was written. The answer is kept: a file of this name is never changed."""
         with self._lock:

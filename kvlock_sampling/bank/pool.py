@@ -77,15 +77,12 @@ class Drawer:
 
     def __init__(self, sites: tuple[str, ...], folder: Folder | None) -> None:
         self.sites, self.folder = sites, folder
-        self.levels = [] if folder is None else [Stored(self, file.sigma, file) for file in folder.levels()]
+        files = [] if folder is None else folder.levels()
+        self.levels = [Stored(self, file.sigma, file) for file in files]
+        self.shapes: Any = files[0].shapes if files else None
         self.readers = 0
         self.now: float | None = None
         self.touched = 0
-        self.shapes: Any = None
-
-    def nearest(self, sigma: float) -> list[Stored]:
-        """Levels by their distance from `sigma` in logarithms; of two as far, the noisier first."""
-        return sorted(self.levels, key=lambda level: (distance(level.sigma, sigma), -level.sigma))
 
 
 class Pool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .clock import Clock, Refresh, check_sigma, distance, neighbours, same
+from .choice import choose
+from .clock import Clock, Refresh, check_sigma, same
 from .errors import BankError, BankWarning
 from .file import Kinds, Pair
-from .format import Packed, format_for, layout, nbytes, pack
+from .format import Packed, pack
+from .incoming import Store, check_room, check_shapes, describe, shapes_of, sizes_of
 from .level import Level
 from .place import Mover, is_copied, placed
 from .pool import Drawer, Pool, Stored, readable
@@ -65,8 +66,7 @@ class Shelf:
         self._clock.ask(sigma)
         with self._pool.lock:
             while True:
-                parts = self._line(sigma) if self._interpolate else ()
-                parts = parts or self._nearest(sigma)
+                parts = self._choose(sigma)
                 broken = [stored for stored, _ in parts if not self._usable(stored)]
                 if not broken:
                     break
@@ -90,37 +90,16 @@ class Shelf:
     def _placed(self, packed: Packed) -> Packed:
         return placed(packed, self._tier, self.device)
 
-    def _nearest(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
-        for stored in self._drawer.nearest(sigma):
-            clock = self._clock if stored in self._fresh else None
-            if same(stored.sigma, sigma) or self._refresh.serves(stored.sigma, sigma, clock):
-                return ((stored, 1.0),)
-        return ()
-
-    def _line(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
-        """Two levels and their weights on the line through them in log sigma: neighbours, or the last two."""
+    def _choose(self, sigma: float) -> tuple[tuple[Stored, float], ...]:
         at = {stored.sigma: stored for stored in self._drawer.levels}
-        low, high = neighbours(list(at), sigma)
-        if any(s is not None and same(s, sigma) for s in (low, high)):
-            return ()
-        near = self._refresh.near
-        if low is not None and high is not None and near(low, sigma) and near(high, sigma):
-            weight = math.log(sigma / low) / math.log(high / low)
-            return (at[low], 1 - weight), (at[high], weight)
-        served = self._nearest(sigma)
-        if not served:
-            return ()
-        last = served[0][0]
-        behind = min(
-            (s for s in at if (s - last.sigma) * (last.sigma - sigma) > 0 and self._refresh.reaches(s, sigma)),
-            key=lambda s: distance(s, last.sigma),
-            default=None,
+        weights = choose(
+            list(at),
+            sigma,
+            self._refresh,
+            lambda level: self._clock if at[level] in self._fresh else None,
+            self._interpolate,
         )
-        if behind is None:
-            return served
-        # As far beyond the last level as the two are apart, at most: two close levels tell little of what is far away.
-        weight = min(math.log(sigma / behind) / math.log(last.sigma / behind), 2.0)
-        return (at[behind], 1 - weight), (last, weight)
+        return tuple((at[level], weight) for level, weight in weights)
 
     def _usable(self, stored: Stored) -> bool:
         """Read a file's bytes once, before anything is computed with them; a damaged one is no longer a level."""
@@ -134,7 +113,7 @@ class Shelf:
 
     # -- storing ------------------------------------------------------------------------------------------------------
 
-    def put(self, sigma: float, store: Mapping[str, tuple[Tensor, Tensor]]) -> Level:
+    def put(self, sigma: float, store: Store) -> Level:
         """Keep K/V at this noise level, and return them as they will be read: the first edit sees what the second does.
 
         store: site -> (key, value), (clips, heads, kept tokens, dim); sites the key does not name are passed over. A
@@ -144,12 +123,16 @@ class Shelf:
             BankError: a site is missing, shapes differ from the other levels', or there is no room for one level.
         """
         sigma = self._begin(sigma)
-        kinds = self._kinds(store)
-        sizes = {site: sum(nbytes(layout(s, d, f)) for f, d, s in sides) for site, sides in kinds.items()}
-        there = self._there(sigma)
-        if there is not None:
-            return there
-        self._check_room(sizes)
+        kinds = describe(store, self._drawer.sites, self._format)
+        sizes, shapes = sizes_of(kinds), shapes_of(kinds)
+        with self._pool.lock:
+            check_shapes(shapes, self._drawer.shapes or shapes)
+            there = self._there(sigma)
+            if there is not None:
+                return there
+            if self._folder is None:
+                check_room(self._pool, sizes, self._format)
+            self._drawer.shapes = shapes
         stored = Stored(self._drawer, sigma)
         stored.pins += 1
         try:
@@ -172,51 +155,15 @@ class Shelf:
 
     def _there(self, sigma: float) -> Level | None:
         with self._pool.lock:
-            for stored in [s for s in self._drawer.nearest(sigma) if same(s.sigma, sigma)]:
+            for stored in [s for s in self._drawer.levels if same(s.sigma, sigma)]:
                 if self._usable(stored):
                     return self._level(stored.sigma, ((stored, 1.0),))
         return None
 
-    def _kinds(self, store: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Kinds]:
-        missing = [site for site in self._drawer.sites if site not in store]
-        if missing:
-            raise BankError(
-                f"put was given no K/V of {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; it had "
-                f"{', '.join(list(store)[:4]) or 'none'}.\n"
-                "  Did the source pass skip layers, say under a step cache? Name those that fire: BankKey(sites=...)."
-            )
-        kinds: dict[str, Kinds] = {}
-        for site in self._drawer.sites:
-            kinds[site] = tuple((format_for(x, self._format), x.dtype, tuple(x.shape)) for x in store[site])
-        shapes = {site: tuple(shape for _, _, shape in sides) for site, sides in kinds.items()}
-        with self._pool.lock:
-            self._drawer.shapes = self._drawer.shapes or shapes
-            known = self._drawer.shapes
-        wrong = next((site for site in shapes if shapes[site] != known[site]), None)
-        if wrong is not None:
-            raise BankError(
-                f"K/V of site {wrong!r} have shapes {shapes[wrong]}; other levels of this key have {known[wrong]}.\n"
-                "  Another batch, crop or mask is another key: open a shelf with its own BankKey."
-            )
-        return kinds
-
-    def _check_room(self, sizes: Mapping[str, int]) -> None:
-        total, pool = sum(sizes.values()), self._pool
-        room = math.inf if pool.budget is None else pool.budget - pool.in_use()
-        if self._folder is not None or total <= room:
-            return
-        held = f", of which {readable(pool.in_use())} are in use by other runs" if pool.in_use() else ""
-        raise BankError(
-            f"one level needs {readable(total)} ({len(sizes)} sites as {self._format}); the budget is "
-            f"{readable(pool.budget or 0)}{held}.\n"
-            f'  Raise it: Bank(budget="{math.ceil(total / 1e8) / 10:g}GB"); keep less: format="int8", layers=...; '
-            'or let the rest go to disk: directory="kv-bank".'
-        )
-
     def _keep(
         self,
         stored: Stored,
-        store: Mapping[str, tuple[Tensor, Tensor]],
+        store: Store,
         kinds: Mapping[str, Kinds],
         sizes: Mapping[str, int],
     ) -> None:

@@ -72,6 +72,12 @@ def _call_anyflow(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tens
     return network(z.transpose(1, 2), times, times / 2, cond["text"], return_dict=False)[0].transpose(1, 2)
 
 
+def _call_animate(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    both = torch.cat([z, cond["control"].to(z)], 1)
+    given = {"pose_hidden_states": cond["pose"].to(z), "face_pixel_values": cond["face"].to(z)}
+    return network(both, time * 1000, cond["text"], cond["image"], return_dict=False, **given)[0]
+
+
 def _control(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
     shape = clips, CONTROL, *halved(grid)[1:]
     return {"text": text(generator, clips), "control": torch.randn(shape, generator=generator)}
@@ -81,6 +87,15 @@ def _image(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
     # The layers take the last 512 tokens for text, whatever stands before them for the image.
     embedding = {"image": text(generator, clips, IMAGE), "text": text(generator, clips, 512)}
     return {**_control(generator, clips, grid), **embedding}
+
+
+def _animated(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
+    """The reference is the first latent frame: a pose for each of the others, four pictures of a face for each."""
+    frames, height, width = halved(grid)[1:]
+    pose = torch.randn(clips, CHANNELS, frames - 1, height, width, generator=generator)
+    face = torch.randn(clips, 3, 4 * (frames - 2) + 1, 8, 8, generator=generator)
+    control = torch.randn(clips, CHANNELS + 4, frames, height, width, generator=generator)
+    return {**_image(generator, clips, grid), "control": control, "pose": pose, "face": face}
 
 
 FAMILIES = {
@@ -102,5 +117,26 @@ FAMILIES = {
     "skyreels-v2": Family(partial(_build, "SkyReelsV2Transformer3DModel"), _call, halved, plain),
     "skyreels-v2-df": Family(partial(_build, "SkyReelsV2Transformer3DModel"), _call_forcing, halved, plain),
     "chronoedit": Family(partial(_build, "ChronoEditTransformer3DModel"), _call, halved, plain),
+    "wan-animate": Family(
+        partial(
+            _build,
+            "WanAnimateTransformer3DModel",
+            in_channels=2 * CHANNELS + 4,
+            latent_channels=CHANNELS,
+            image_dim=TEXT,
+            added_kv_proj_dim=24,
+            motion_encoder_channel_sizes={"4": 4, "8": 4},
+            motion_encoder_size=8,
+            motion_style_dim=8,
+            motion_dim=4,
+            motion_encoder_dim=8,
+            face_encoder_hidden_dim=8,
+            face_encoder_num_heads=2,
+            inject_face_latents_blocks=2,
+        ),
+        _call_animate,
+        halved,
+        _animated,
+    ),
     "anyflow": Family(partial(_build, "AnyFlowTransformer3DModel"), _call_anyflow, halved, plain),
 }

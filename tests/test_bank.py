@@ -176,9 +176,10 @@ def test_beyond_the_last_level_the_line_goes_on_but_not_far():
 
 @pytest.mark.parametrize("format", [None, "float32", "bf16", "int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_put_returns_what_every_later_lookup_returns(format, dtype):
+@pytest.mark.parametrize("tier", ["host", "device"])
+def test_put_returns_what_every_later_lookup_returns(format, dtype, tier):
     kv = {site: (k.to(dtype), v.to(dtype)) for site, (k, v) in store(3.0).items()}
-    bank = Bank(format=format)
+    bank = Bank(format=format, tier=tier)
     with bank.opened(key()) as shelf:
         put = contents(shelf.put(3.0, kv))
         assert equal(contents(shelf.lookup(3.0)), put)

@@ -24,9 +24,10 @@ def placed(packed: Packed, tier: str, device: torch.device) -> Packed:
 
 
 def _to_host(part: Tensor) -> Tensor:
-    host = part.cpu()
+    if not torch.cuda.is_available():
+        return part.cpu()
     # CUDA's allocator rounds pinned blocks up to a power of two: what is counted is what is stored.
-    return host.pin_memory() if torch.cuda.is_available() and not host.is_pinned() else host
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part)
 
 
 class Mover:

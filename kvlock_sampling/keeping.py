@@ -12,6 +12,7 @@ from .attention import Sites
 from .attention.foreground import Selection
 from .bank import Bank, BankKey
 from .bank.shelf import Shelf
+from .presets import Preset
 from .types import SiteError
 
 OpenShelf = Callable[[Mapping[str, Any]], Shelf]
@@ -67,18 +68,31 @@ class Keeper:
         return [name for name in names if name.startswith(f"{index}.")]
 
 
-def check_bankable(bank: Any, sites: Sites) -> None:
-    """Whether K/V of these sites can be kept in a bank.
+def chosen_bank(bank: Any, advice: Preset | None, sites: Sites) -> Bank | None:
+    """The bank that was given, or the one a preset asks for, where these sites can have one.
 
     Raises:
         SiteError: says what is in the way.
     """
+    if bank is None:
+        if advice is None or not advice.bank or why_not(sites):
+            return None
+        return Bank(**dict(advice.bank))
     if not isinstance(bank, Bank):
         raise SiteError(f"bank={bank!r}; expected a Bank, e.g. bank=kv.Bank('kv-bank', budget='4GB').")
+    why = why_not(sites)
+    if why:
+        raise SiteError(why)
+    return bank
+
+
+def why_not(sites: Sites) -> str | None:
+    """What keeps the K/V of these sites from being kept; None if nothing does."""
     if sites.watch is not None:
-        raise SiteError(
+        return (
             "a bank keeps K/V under the names of sites, and a watched model has none; declare it:\n"
             "  sites=kv.Architecture('mine', ('package.module:Class',), sites=('blocks.*.attn',), patch=...).find(net)"
         )
     if sites.rows_apart or any(s.patch is not None for s in sites.sites):
-        raise SiteError(f"K/V of architecture {sites.architecture!r} cannot be kept in a bank; leave bank= away.")
+        return f"K/V of architecture {sites.architecture!r} cannot be kept in a bank; leave bank= away."
+    return None

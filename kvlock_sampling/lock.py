@@ -26,7 +26,7 @@ from .bank import Bank
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, extremes
 from .controller import Controller
-from .keeping import Keeper, check_bankable
+from .keeping import Keeper, chosen_bank
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -151,7 +151,7 @@ class KVLock:
         self.sites: Sites | None = None
         if locks:
             assert self.source is not None
-            chosen = bank.layers if isinstance(bank, Bank) and layers is None else layers
+            chosen = getattr(bank, "layers", None) if layers is None else layers
             self.sites = (sites or find_sites(model)).layers(chosen)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
@@ -161,9 +161,7 @@ class KVLock:
         self.branch, self.batched = branch, batched
         self._narrows = self._can_narrow(foreground)
         self._expert = method_of(model, "expert")
-        self.bank = bank if self.sites is not None else None
-        if bank is not None and self.sites is not None:
-            check_bankable(bank, self.sites)
+        self.bank = None if self.sites is None else chosen_bank(bank, advice, self.sites)
         self.trace = Trace()
         self._local = threading.local()
 

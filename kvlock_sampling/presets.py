@@ -5,6 +5,8 @@ A file holds a `[policy]` table, `type` = its class and the fields of that class
     threshold = 0.01                # variance at which risk is 1; without it the calibrated one
     cfg_floor = 0.0                 # least guidance scale that a schedule may reach
     rescale = true                  # s*-rescaled guidance
+    [bank]                          # keep the source's K/V from one evaluation to the next: settings of a Bank
+    every = 3
     [estimator]                     # how to measure
     type = "TrajectoryVariance"
     window = 10
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bank import Bank
 from .files import write_atomically
 from .policy import Policy, Wrapper
 from .policy.fields import flag, number
@@ -28,7 +31,7 @@ from .policy.table import from_table, nearest, to_table
 from .types import PolicyError
 from .variance.curve import ThresholdCurve
 
-_ADVICE = ("threshold", "cfg_floor", "rescale", "estimator")
+_ADVICE = ("threshold", "cfg_floor", "rescale", "bank", "estimator")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Preset(Wrapper):
     policy: the policy. threshold: variance at risk 1, > 0, in the estimator's units: a number, or a curve over sigma
         (in TOML a table of `sigmas` and `values`); None = the estimator's own.
     cfg_floor: lower bound of a scheduled cfg_scale; None = the lock's default. rescale: s*-rescaled guidance, or None.
+    bank: settings of a `Bank` in memory as (key, value) pairs, used where none is given; () = none.
     estimator: `type` and settings of the estimator as (key, value) pairs, `dict(preset.estimator)`; () = the default.
     Raises PolicyError for advice that cannot be meant.
     """
@@ -45,6 +49,7 @@ class Preset(Wrapper):
     threshold: float | ThresholdCurve | None = None
     cfg_floor: float | None = None
     rescale: bool | None = None
+    bank: tuple[tuple[str, Any], ...] = ()
     estimator: tuple[tuple[str, Any], ...] = ()
 
     outermost = True
@@ -58,6 +63,7 @@ class Preset(Wrapper):
         number(self, "cfg_floor", at_least=0.0, optional=True)
         if self.rescale is not None:
             flag(self, "rescale")
+        object.__setattr__(self, "bank", _bank_settings(self.bank))
         try:
             estimator = {key: _frozen(value) for key, value in dict(self.estimator).items()}
         except (TypeError, ValueError):
@@ -138,6 +144,8 @@ def to_toml(policy: Policy) -> str:
     parts = [_table_text(advice, "")] if advice else []
     if curve is not None:
         parts.append(_table_text({"sigmas": curve.sigmas, "values": curve.values}, "threshold"))
+    if policy.bank:
+        parts.append(_table_text(dict(policy.bank), "bank"))
     if policy.estimator:
         parts.append(_table_text(_thawed(policy.estimator), "estimator"))
     return "\n".join([*parts, _table_text(to_table(policy.policy), "policy")])
@@ -176,6 +184,17 @@ def _classes(policy: Policy) -> str:
         return _classes(policy.policy)
     inner = f"({_classes(policy.policy)})" if isinstance(policy, Wrapper) else ""
     return type(policy).__name__ + inner
+
+
+def _bank_settings(given: Any) -> tuple[tuple[str, Any], ...]:
+    """Settings of a bank that a file may hold: everything but where it keeps things."""
+    settings = dict(given)
+    known = ("every", "ratio", "format", "interpolate", "budget", "tier")
+    for key in settings:
+        if key not in known:
+            raise PolicyError(f"bank: {key} is not a setting that a preset may give; {nearest(key, known)}")
+    Bank(**settings)  # refuses what cannot be meant, with its own message
+    return tuple((key, _frozen(value)) for key, value in settings.items())
 
 
 def _curve(table: Mapping[str, Any]) -> ThresholdCurve:

@@ -193,7 +193,7 @@ def test_rooms_keep_to_themselves():
             if name == one or name.startswith(one + "."):
                 others = [f"kvlock_sampling.{o}" for o in pure if o != one] + ["kvlock_sampling.lock"]
                 assert not [n for n in names if any(n == o or n.startswith(o + ".") for o in others)], name
-        if name.split(".")[0] not in ("tiny", "pipelines", "testing", "guider"):
+        if name.split(".")[0] not in ("tiny", "pipelines", "testing", "diffusers"):
             assert not [n for n in names if n.split(".")[0] == "diffusers"], name
         if name != "samplers":
             assert not [n for n in names if n.split(".")[0] == "k_diffusion"], name

@@ -33,7 +33,7 @@ from kvlock_sampling.presets import (
     to_toml,
 )
 from kvlock_sampling.testing import check_policy
-from kvlock_sampling.types import Control, Observation, PolicyError
+from kvlock_sampling.types import Control, KVLockError, Observation, PolicyError
 
 ROOT = Path(__file__).parent.parent
 SHELF = sorted((ROOT / "policies").glob("*.toml"))
@@ -50,6 +50,7 @@ BUILT_IN = [
     Early(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
     Clamped(Smoothed(Windowed(Threshold(), above=1.0), half_life=1.0), cfg=(1.0, 8.0)),
     Preset(PID(), threshold=0.02),
+    Preset(Constant(lock=1.0), bank={"every": 2, "ratio": 1.25, "format": "bf16", "budget": "1GB"}),
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
     Preset(Linear(), estimator={"type": "X", "k": 3, "s": 'a "b"\\\n', "at": [0.1, 0.2], "in": {"type": "Y", "n": 1}}),
 ]
@@ -146,6 +147,10 @@ def test_estimator_advice_is_a_table():
     assert dict(preset.estimator) == {"type": "RenoiseVariance", "draws": 2}
     with pytest.raises(PolicyError, match="names its class"):
         Preset(PID(), estimator={"window": 10})
+    with pytest.raises(PolicyError, match="directory is not a setting that a preset may give"):
+        Preset(Constant(lock=1.0), bank={"directory": "x"})
+    with pytest.raises(KVLockError, match="every=0"):
+        Preset(Constant(lock=1.0), bank={"every": 0})
 
 
 # -- reading and writing ----------------------------------------------------------------------------------------------

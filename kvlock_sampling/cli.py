@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -130,9 +130,14 @@ def edit(
     negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch reads.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift in place of the pipeline's schedule.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
+    bank: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the source's K/V: the next edit of this clip is cheap.")
+    ] = None,
+    bank_memory: Annotated[str, typer.Option(help="Memory the bank may use, e.g. 4GB.")] = "4GB",
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with _readable_errors():
+        from .bank import Bank
         from .edit import edit_video
         from .inputs import read_pair
         from .models import open_model
@@ -146,6 +151,7 @@ def edit(
         if trace is not None:
             figure_format(trace)
         get(sampler)
+        options: dict[str, Any] = {} if bank is None else {"bank": Bank(bank, budget=bank_memory)}
         sides = _size(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
@@ -172,6 +178,8 @@ def edit(
                 strength=strength,
                 seed=seed,
                 on_step=advance,
+                on_plan=lambda plan: err.print(str(plan), highlight=False),
+                **options,
             )
         write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (8 if model_is_tiny else 1))
         if trace is not None:

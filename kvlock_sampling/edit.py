@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import masks, samplers
+from .bank import Plan
 from .lock import KVLock
 from .metrics import masked_psnr
 from .models import open_model
@@ -86,6 +87,7 @@ def edit_video(
     paste: bool = True,
     feather: float = 2.0,
     on_step: Callable[[int], None] | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
     **lock_options: Any,
 ) -> Edit:
     """Edit clips.
@@ -101,7 +103,10 @@ def edit_video(
         strength: 1 starts from noise; lower starts from the clip noised to flow time `strength`.
         paste: put the source's own pixels back outside the mask, feathered over `feather` pixels. With compositing
             off (composite=False) nothing is pasted.
-        lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator.
+        on_plan: called before sampling with what the bank will hold, where there is one.
+        lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator, bank. With a bank the source has
+            a noise of its own, so that what is kept serves every seed, and its branch reads `source_prompt` or nothing,
+            so that it serves every prompt.
 
     Raises:
         KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
@@ -117,6 +122,9 @@ def edit_video(
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
     if not math.isfinite(scale):
         raise KVLockError(f"cfg_scale={scale}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
+    if lock_options.get("bank") is not None:
+        lock_options.setdefault("noise", "fixed")
+        source_prompt = "" if source_prompt is None else source_prompt
     source_args: Mapping[str, Any] = {}
     if source_prompt is not None:
         source_args = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
@@ -129,6 +137,8 @@ def edit_video(
     x = noise * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, source_args=source_args, **lock_options)
+    if on_plan is not None and lock.bank is not None:
+        on_plan(lock.plan(sigmas))
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()
     # Weights that offloading moves in inference mode would come out of it as inference tensors, of no use for training.

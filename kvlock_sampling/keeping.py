@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .attention import Sites
 from .attention.foreground import Selection
-from .bank import Bank, BankKey
+from .bank import Bank, BankError, BankKey, Plan, expected_levels, plan_for
 from .bank.shelf import Shelf
 from .presets import Preset
 from .types import SiteError
@@ -84,6 +85,43 @@ def chosen_bank(bank: Any, advice: Preset | None, sites: Sites) -> Bank | None:
     if why:
         raise SiteError(why)
     return bank
+
+
+def plan(
+    bank: Bank, sites: Sites, selection: Selection, levels: Iterable[float], dtype: torch.dtype | None = None
+) -> Plan:
+    """What a bank will hold of a run over these noise levels, before anything runs. Sizes are exact.
+
+    Raises:
+        BankError: the attention modules do not say how many heads they have.
+    """
+    per_network = len(sites.sites) // max(1, len(sites.networks))
+    heads, width, own = _heads(sites.sites[0].module)
+    return plan_for(
+        per_network,
+        heads,
+        width // heads,
+        selection.weight.shape[1],
+        len(selection.stored) / selection.weight.shape[1],
+        expected_levels(levels, every=bank.refresh.every, ratio=bank.refresh.ratio),
+        bank.format,
+        bank.budget,
+        clips=len(selection.weight),
+        dtype=dtype or own,
+    )
+
+
+def _heads(module: nn.Module) -> tuple[int, int, torch.dtype]:
+    """Heads, their width together, and dtype of an attention module, by the names that diffusers and others use."""
+    heads = next((getattr(module, n) for n in ("heads", "num_heads", "n_heads") if hasattr(module, n)), None)
+    for name, share in (("to_k", 1), ("k_proj", 1), ("to_qkv", 3), ("qkv_proj", 3)):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Linear) and isinstance(heads, int):
+            return heads, projection.out_features // share, projection.weight.dtype
+    raise BankError(
+        f"{type(module).__name__} does not say how many heads it has and how wide they are.\n"
+        "  Plan from counts: kvlock_sampling.bank.plan_for(sites, heads, dim, tokens, background_fraction, levels)."
+    )
 
 
 def why_not(sites: Sites) -> str | None:

@@ -22,11 +22,11 @@ from torch import Tensor
 from . import samplers
 from .attention import Hooks, Sites, find_sites, fusion_ratio, reachable_modules
 from .attention.caches import StepCaches
-from .bank import Bank
+from .bank import Bank, Plan
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, extremes
 from .controller import Controller
-from .keeping import Keeper, chosen_bank
+from .keeping import Keeper, chosen_bank, plan
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -189,6 +189,17 @@ class KVLock:
         with self:
             self.on_schedule(sigmas)
             return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
+
+    def plan(self, sigmas: Tensor) -> Plan:
+        """What the bank will hold of a run over these noise levels, before anything runs: print it.
+
+        Raises:
+            RunError: this lock has no bank.
+        """
+        if self.bank is None or self.sites is None or self.region is None or self.source is None:
+            raise RunError("this lock keeps nothing, so there is nothing to plan; give it a bank: bank=kv.Bank(...).")
+        selection, _ = self.region.selection(self.source.latents, self.sites.patch, self.ring)
+        return plan(self.bank, self.sites, selection, torch.as_tensor(sigmas).tolist())
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.types import SiteError, SourceError
+from kvlock_sampling.tiny import world
+from kvlock_sampling.types import RunError, SiteError, SourceError
 
 FULL = kv.Constant(lock=1.0)
 
@@ -138,3 +139,36 @@ def test_what_cannot_be_kept_says_so(setup):
         setup.lock(bank=kv.Bank(), sites=kv.SdpaSites(setup.model, patch=(1, 2, 2)))
     with pytest.raises(SourceError, match="noise='fix'; expected a tensor like source, \"fixed\""):
         setup.lock(noise="fix")
+
+
+def test_a_plan_is_what_the_run_then_holds(setup):
+    bank = kv.Bank(every=3, ratio=None, format="bf16")
+    lock = setup.lock(policy=FULL, noise="fixed", bank=bank)
+    plan = lock.plan(setup.sigmas)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert plan.levels == 2
+    assert bank.used == plan.total
+    assert "2 sites x 2 heads x 12" in str(plan)
+    with pytest.raises(RunError, match=r"bank=kv.Bank"):
+        setup.lock().plan(setup.sigmas)
+
+
+def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
+    """Through the main door: another prompt, another seed, another process's bank."""
+    before, _ = world.sample_edit(7, "replace")
+    clip, mask = world.render([before]), world.edit_mask(*world.sample_edit(7, "replace"))
+    plans, evaluations = [], []
+    for seed, prompt in enumerate(("a red circle moving left", "a blue square moving right")):
+        edit = kv.edit_video(
+            clip,
+            mask,
+            prompt,
+            policy="full",
+            steps=4,
+            seed=seed,
+            bank=kv.Bank(tmp_path, every=2, ratio=None),
+            on_plan=plans.append,
+        )
+        evaluations.append(edit.evaluations)
+    assert evaluations == [4 * 2 + 2, 4 * 2]
+    assert [p.levels for p in plans] == [2, 2]

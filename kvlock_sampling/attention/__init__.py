@@ -1,6 +1,6 @@
 """Where the source's keys and values meet the edit's: fusion, hooks and sites."""
 
-from .architecture import Architecture, register
+from .architecture import Architecture, Layers, register
 from .frame import Frame
 from .fuse import fuse, fusion_ratio
 from .hooks import Hooks
@@ -11,6 +11,7 @@ __all__ = [
     "Architecture",
     "Frame",
     "Hooks",
+    "Layers",
     "SdpaSites",
     "Site",
     "Sites",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Hooks
+from ..attention.caches import StepCaches
 from ..lock import KVLock
 from ..pipelines.errors import PipelineError
 from ..run import Run
@@ -76,6 +77,7 @@ class Session:
         self.busy = False
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
+        self._caches: dict[int, StepCaches | None] = {}  # what each expert's step caches remember, in this run
         for network in networks:
             self.expert(network)
 
@@ -85,17 +87,7 @@ class Session:
         return Trace() if self.run is None else self.run.trace
 
     def expert(self, network: nn.Module) -> Expert:
-        """This transformer's lock, made when it is first seen.
-
-        Raises:
-            PipelineError: the transformer reuses results of earlier steps.
-            KVLockError: whatever `KVLock` refuses.
-        """
-        if getattr(network, "is_cache_enabled", False):
-            raise PipelineError(
-                f"{type(network).__name__} reuses results of earlier steps (enable_cache), so keys and values are not "
-                "there to lock.\n  pipe.transformer.disable_cache()"
-            )
+        """This transformer's lock, made when it is first seen. Raises KVLockError: whatever `KVLock` refuses."""
         if id(network) not in self._experts:
             calls = FlowCalls(network, index=len(self._experts))
             lock = PipelineLock(calls, **self.options)
@@ -107,6 +99,7 @@ class Session:
     def begin(self, times: Tensor | None) -> None:
         """A new sampling run begins.  times: its flow times, falling, for policies that count steps."""
         self.run = Run(None, ExitStack(), None if times is None else levels_of(times))
+        self._caches = {}
 
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, asked: float, latents: Tensor | None = None
@@ -129,11 +122,13 @@ class Session:
             text = self.source_embeds.to(x.device, cond.arguments["encoder_hidden_states"].dtype)
             lock.source_args = {"cond": {**branches["cond"], "encoder_hidden_states": text}}
         self.busy = True
+        self.run.caches = self._caches.get(calls.index)
         try:
             with lock.resumed(self.run, expert.hooks):
                 denoised = lock(x, sigma, **branches)
         finally:
             self.busy = False
+            self._caches[calls.index] = self.run.caches
         raw = [calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond")]
         if self._untouched(lock, asked, uncond is not None, raw):
             return Answer(None, raw[0], raw[1])

@@ -71,8 +71,9 @@ def test_locked_equals_eager_and_off_is_the_compiled_model_again(kind):
     got = outputs(setup, sigmas=(1.0,), model=model)
     torch.testing.assert_close(got[0], expected)
     assert got[1] == fused == [2]
-    assert torch.equal(bare(model, setup), before)
     graphs = backend.graphs
+    assert torch.equal(bare(model, setup), before)
+    assert backend.graphs == graphs  # what was compiled before the lock is in use again
     again = outputs(setup, sigmas=(1.0,), model=model)
     assert torch.equal(again[0], got[0])
     assert torch.equal(bare(model, setup), before)

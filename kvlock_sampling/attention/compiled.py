@@ -46,7 +46,12 @@ def anything_compiled() -> bool:
 def refuses_to_stop(error: BaseException) -> bool:
     """Whether the compiler raised this because the graph may not break, or not be compiled another time."""
     exceptions = getattr(sys.modules.get("torch._dynamo"), "exc", None)
-    return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
+    if exceptions is None:
+        return False
+    # Of a graph that would be nothing but the break the compiler complains without a class of its own.
+    return isinstance(error, exceptions.TorchDynamoException) or (
+        type(error) is RuntimeError and "fullgraph=True" in str(error)
+    )
 
 
 def warn_uncompiled(why: str) -> None:

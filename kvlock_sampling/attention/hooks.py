@@ -116,8 +116,11 @@ class Hooks:
         if sites.watch is not None:
             refuse_unknown(sites.watch)
             yield Door(sites.watch, around=_watched(functools.partial(self._rewrite_any, frame)))
-        for network in sites.networks if sites.text_arguments else ():
-            yield Door(network, before=functools.partial(self._count_text, frame, network))
+        for network in sites.networks:
+            # Also where there is no text to count. A network's forward is a loop over its blocks; the compiler gives up
+            # for good on a function that has to stop inside a loop, and the user's own calls would be slower ever
+            # after. So that function is not compiled while a lock acts. Blocks compiled by themselves stay compiled.
+            yield Door(network, around=functools.partial(self._counting_text, frame, network))
         if isinstance(frame, ForegroundFrame) and frame.mode == "inject" and sites.flow is not None:
             for network, blocks in self._blocks:
                 yield from narrowing(network, blocks, sites.flow, frame)
@@ -134,13 +137,14 @@ class Hooks:
             found.append((network, parents(own, network)))
         return found
 
-    def _count_text(self, frame: Frame, network: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _counting_text(self, frame: Frame, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""
-        # Of the class: offloading and caches replace the instance's forward, and may hide its signature.
-        bound = inspect.signature(type(network).forward).bind_partial(network, *args, **kwargs).arguments
-        given = [bound.get(name) for name in self.sites.text_arguments]
-        frame.text = sum(text.shape[1] for text in given if isinstance(text, Tensor))
-        return args, kwargs
+        if self.sites.text_arguments:
+            # Of the class: offloading and caches replace the instance's forward, and may hide its signature.
+            bound = inspect.signature(type(network).forward).bind_partial(network, *args, **kwargs).arguments
+            given = [bound.get(name) for name in self.sites.text_arguments]
+            frame.text = sum(text.shape[1] for text in given if isinstance(text, Tensor))
+        return call(*args, **kwargs)
 
     def _rewrite_site(self, site: Site, frame: Frame) -> Rewrite:
         patch, extra = self.sites.patch, self.sites.extra

@@ -18,7 +18,7 @@ with broken_torchvision_hidden():
     import diffusers
 
 WANS = ["wan", "wan-2.2", "wan-ti2v", "wan-image", "wan-image-ti2v", "wan-vace"]
-NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "mochi"]
+NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "hunyuan-1.5", "mochi"]
 ALMOST_ONE = 1 - 1e-9
 """Where the pipelines start at t = 1: near enough that what is missing is below rounding (with a float64 state)."""
 
@@ -72,6 +72,8 @@ def pipelines_own(name, pipe, clip, mask, noise, steps, scale):
         call["latents"] = noise.transpose(1, 2)
     elif name == "hunyuan":
         call |= {"true_cfg_scale": scale, "guidance_scale": 6.0}
+    elif name == "hunyuan-1.5":
+        pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=call.pop("guidance_scale"))
     elif name.startswith("wan-image"):
         call["image"] = pictures(pipe, clip[0])[0]
     elif name == "wan-vace":
@@ -100,7 +102,7 @@ def test_euler_through_the_denoiser_is_the_pipelines_own_run(name):
         x = noise.double() * sigmas[0]
         ours = kv.samplers.euler(kv.CFGDenoiser(video.denoiser), x, sigmas, extra_args=prompts)
     # Some magnify the rounding of float32 times, such as 900.359, in layers of random weights.
-    allowed = 1e-3 if name in (*WANS, "mochi") else 1e-5
+    allowed = 1e-3 if name in (*WANS, "mochi") else 3e-5
     assert float(theirs.std()) > 1
     assert float((ours - theirs).abs().max() / theirs.std()) < allowed
 
@@ -219,18 +221,22 @@ def test_vace_sees_the_clip_outside_the_mask_and_grey_inside():
     assert set(folded.unique().tolist()) == {0.0, 1.0}
 
 
-def test_weights_in_bfloat16_with_a_state_in_float32():
-    full, clip, mask = model("wan")
-    pipe = tiny_pipeline("wan")
-    pipe.transformer.to(torch.bfloat16)
-    pipe.text_encoder.to(torch.bfloat16)
-    half = kv.from_pipeline(pipe).given(clip, mask)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_in_bfloat16_with_a_state_in_float32(name):
+    # HunyuanVideo reads its guidance, times 1000, in the weights' precision, which has 4000 and not 6000.
+    options = {"embedded_guidance": 4.0} if name == "hunyuan" else {}
+    full, clip, mask = model(name, **options)
+    pipe = tiny_pipeline(name)
+    for part in ("transformer", "transformer_2", "text_encoder"):
+        if getattr(pipe, part, None) is not None:
+            getattr(pipe, part).to(torch.bfloat16)
+    half = kv.from_pipeline(pipe, **options).given(clip, mask)
     x = torch.randn(full.encode(clip).shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         exact, rounded = (m.denoiser(x, torch.tensor(1.0), cond=m.prompt("a red square")) for m in (full, half))
     assert rounded.dtype == torch.float32
     error = float((exact - rounded).std() / exact.std())
-    assert 1e-4 < error < 0.05  # rounded, and near
+    assert 1e-4 < error < 0.1  # rounded, and near
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -318,6 +324,7 @@ REFUSED = {
         lambda: kv.from_pipeline(tiny_pipeline("wan-vace")).given(make_clip(batch=2)).prompt(["a"] * 3),
         "3 prompts for 2 clips",
     ),
+    "texts of another length": (lambda: model("hunyuan-1.5", max_sequence_length=64), "tokenizer_max_length = 64"),
     "reactive": (lambda: model("wan-vace", reactive="gray"), "'grey' .inpainting."),
 }
 

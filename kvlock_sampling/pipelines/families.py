@@ -19,6 +19,7 @@ FAMILIES = {
     "CogVideoXPipeline": "cogvideox:CogVideoXVideo",
     "CogVideoXVideoToVideoPipeline": "cogvideox:CogVideoXVideo",
     "HunyuanVideoPipeline": "hunyuan:HunyuanVideo",
+    "HunyuanVideo15Pipeline": "hunyuan15:Hunyuan15Video",
     "MochiPipeline": "mochi:MochiVideo",
 }
 

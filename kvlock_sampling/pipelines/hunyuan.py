@@ -38,7 +38,25 @@ class HunyuanBranch(Branch):
         )[0]
 
 
-class HunyuanVideo(PipelineVideo):
+class HunyuanFlow(PipelineVideo):
+    """What HunyuanVideo and HunyuanVideo 1.5 share: patches, schedule, and the scale of latents."""
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        config = self.transformer.config
+        return config.patch_size_t, config.patch_size, config.patch_size
+
+    def _times(self, steps: int) -> Tensor:
+        return flow_times(self.pipe.scheduler, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        return latents * self.pipe.vae.config.scaling_factor
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        return latents / self.pipe.vae.config.scaling_factor
+
+
+class HunyuanVideo(HunyuanFlow):
     """HunyuanVideo, text to video.
 
     embedded_guidance: the scale the transformer reads; default: the pipeline's.
@@ -60,11 +78,6 @@ class HunyuanVideo(PipelineVideo):
         self.embedded_guidance, self.prompt_template = embedded_guidance, prompt_template
         super().__init__(pipe, **options)
 
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        config = self.transformer.config
-        return config.patch_size_t, config.patch_size, config.patch_size
-
     def _denoiser(self) -> Any:
         scale = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
         return self._flow(HunyuanBranch(self.transformer, self.transformer.config.in_channels, float(scale)))
@@ -75,13 +88,3 @@ class HunyuanVideo(PipelineVideo):
             [text], max_sequence_length=self.max_sequence_length, device=self.device, **template
         )
         return {"text": embeds, "mask": mask, "pooled": pooled}
-
-    def _times(self, steps: int) -> Tensor:
-        sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1]
-        return flow_times(self.pipe.scheduler, sigmas=sigmas)
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipe.vae.config.scaling_factor
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor

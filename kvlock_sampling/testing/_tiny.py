@@ -194,6 +194,64 @@ def hunyuan() -> Any:
     )
 
 
+def hunyuan15() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        ClassifierFreeGuidance,
+        FlowMatchEulerDiscreteScheduler,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from transformers import ByT5Tokenizer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel, T5Config, T5EncoderModel
+
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, scaling_factor=1.03682
+    )
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_refiner_layers=1,
+        mlp_ratio=2.0,
+        text_embed_dim=TEXT,
+        text_embed_2_dim=TEXT,
+        image_embed_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        task_type="t2v",
+    )
+    language = Qwen2_5_VLTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=TEXT,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
+    glyphs = T5Config(
+        vocab_size=384, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=4, is_encoder_decoder=False
+    )
+    words = tokenizer()
+    # The system message is long, and characters are many tokens: the real one's fits into the 108 that are cut away.
+    words.chat_template = "{{ '%' * 107 }}{% for message in messages[1:] %}{{ message['content'] }}{% endfor %}"
+    return HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(language),
+        tokenizer=words,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=T5EncoderModel(glyphs),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+
+
 def mochi() -> Any:
     from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, MochiPipeline, MochiTransformer3DModel
 

@@ -13,14 +13,14 @@ import torch
 
 from ..compat import broken_torchvision_hidden
 from ..types import KVLockError
-from ._tiny import TEXT, cogvideox, hunyuan, ltx, mochi, t5, tokenizer
+from ._tiny import TEXT, cogvideox, hunyuan, hunyuan15, ltx, mochi, t5, tokenizer
 
 
 def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """A small pipeline of diffusers with random weights.
 
     name: "wan", "wan-2.2" (two experts), "wan-ti2v" (a time per token), "wan-image", "wan-image-ti2v", "wan-vace",
-        "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "mochi".
+        "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "hunyuan-1.5", "mochi".
     seed: of the weights; torch's global generator is left alone.
 
     >>> pipe = tiny_pipeline("ltx")
@@ -147,5 +147,6 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
     "cogvideox": cogvideox,
     "cogvideox-1.5": lambda: cogvideox(patch_t=2),
     "hunyuan": hunyuan,
+    "hunyuan-1.5": hunyuan15,
     "mochi": mochi,
 }

@@ -126,6 +126,23 @@ def test_strided_tensors_and_gradients_are_stored_as_plain_values():
         assert not unpack(packed).requires_grad
 
 
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (5, 6, 8), (6, 8)])
+def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, format, shape):
+    from kvlock_sampling.bank import format as module
+
+    x, seen, real = numbers(shape, 1), [], module._in_8_bits
+    whole = pack(x, format)
+    monkeypatch.setattr(module, "_AT_ONCE", 2 * x.numel() // 5)
+    monkeypatch.setattr(
+        module, "_in_8_bits", lambda piece, f, to: (seen.append(tuple(piece.shape)), real(piece, f, to))[1]
+    )
+    pieces = pack(x, format)
+    assert [s[-3] for s in seen] == [2, 2, 1] if len(shape) > 2 else seen == [shape]
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in pieces.parts.items()} == layout(shape, x.dtype, format)
+    torch.testing.assert_close(unpack(pieces), unpack(whole), rtol=1e-2, atol=1e-6)
+
+
 def test_formats_by_name():
     assert check_format(None) == VERBATIM
     with pytest.raises(BankError, match='Did you mean "int8"'):

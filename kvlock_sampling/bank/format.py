@@ -49,6 +49,9 @@ _TINY = torch.finfo(torch.float32).tiny
 _LARGEST = 2.0**100
 """Products of scales stay finite below this. NaN is not below it either."""
 
+_AT_ONCE = 2**24
+"""Numbers that are brought into 8 bits together."""
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -140,22 +143,37 @@ def pack(x: Tensor, format: str | None) -> Packed:
     if format == VERBATIM or format in _PLAIN:
         values = x.to(_PLAIN.get(format, x.dtype), memory_format=torch.contiguous_format, copy=True)
         return Packed(format, x.dtype, {"values": values.contiguous()})
-    # One working copy, changed in place: K/V of a layer are large, and every pass over them counts.
+    parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
+    # Some heads at a time: what is computed on the way takes several times the room of what is stored.
+    if x.ndim < 3:
+        _in_8_bits(x, format, parts)
+    else:
+        heads = x.shape[-3]
+        step = max(1, _AT_ONCE * heads // x.numel())
+        for start in range(0, heads, step):
+            some = slice(start, start + step)
+            _in_8_bits(x[..., some, :, :], format, {name: part[..., some, :, :] for name, part in parts.items()})
+    return Packed(format, x.dtype, parts)
+
+
+def _in_8_bits(x: Tensor, format: str, parts: Mapping[str, Tensor]) -> None:
+    """Fill `parts`. One working copy is changed in place: K/V of a layer are large, and every pass over them counts."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
     if format == "fp8":
         channel = torch.linalg.vector_norm(wide, float("inf"), -2, keepdim=True).float().clamp_min_(_TINY)
         # Rounding may lead past 1 by an ulp, and what e4m3 cannot hold becomes NaN.
-        values = wide.div_(channel).clamp_(-1, 1).mul_(_FP8_MAX).to(_FP8)
-        return Packed(format, x.dtype, {"channel": channel, "values": values})
+        parts["values"].copy_(wide.div_(channel).clamp_(-1, 1).mul_(_FP8_MAX))
+        parts["channel"].copy_(channel)
+        return
     size = wide.abs()
     usual = size.mean(-2, keepdim=True).clamp_min_(_TINY)
     loudness = (size @ usual.reciprocal().transpose(-1, -2)).div_(x.shape[-1]).clamp_min_(_TINY)
     channel = size.div_(loudness).amax(-2, keepdim=True).float().clamp_min_(_TINY)
     token = torch.linalg.vector_norm(wide.div_(channel), float("inf"), -1, keepdim=True)
     # Rounded up, so that no token exceeds its scale.
-    token = token.mul_(1 + 2**-8).clamp_min_(_TINY).bfloat16()
-    values = wide.mul_(_INT8_MAX / token.to(wide.dtype)).round_().to(torch.int8)
-    return Packed(format, x.dtype, {"channel": channel, "token": token, "values": values})
+    parts["token"].copy_(token.mul_(1 + 2**-8).clamp_min_(_TINY))
+    parts["values"].copy_(wide.mul_(_INT8_MAX / parts["token"].to(wide.dtype)).round_())
+    parts["channel"].copy_(channel)
 
 
 def unpack(packed: Packed) -> Tensor:

@@ -102,7 +102,7 @@ def arguments_fingerprint(arguments: Mapping[str, Any]) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Of a denoiser: class, configuration, and of every weight and buffer the name, shape, dtype and a sample.
+    """Of a denoiser: class, configuration, and of every weight and saved buffer the name, shape, dtype and a sample.
 
     Adapters count as well, fused (the weights change) or not (there are more of them, and their scales). Weights that
     were offloaded to the meta device have no numbers to read; those are told by name and shape alone.
@@ -129,7 +129,10 @@ def model_fingerprint(model: Any) -> str:
             if isinstance(value, (dict, list, str, bool)):
                 about.append(f"{name}={value}")
         _add(digest, about, "")
-        for name, weight in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        # What is not saved with the weights is derived from them, or a cache that fills up while the model runs.
+        derived = module._non_persistent_buffers_set
+        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
+        for name, weight in (*module.named_parameters(recurse=False), *buffers):
             _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
             _add_tensor(digest, _sample(weight))
     return digest.hexdigest()

@@ -411,9 +411,34 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
         pass
     with pytest.raises(SourceError, match=r"height=\.\.\."), locked(parts, **EDIT):
         run(parts, height=32, latents=None)
+    with pytest.raises(kv.KVLockError, match="source_prompt="), locked(parts, **EDIT, source_args={"cond": 1}):
+        pass
     both = {"source_prompt": "a", "source_embeds": noise(0, (1, 512, 32))}
     with pytest.raises(kv.KVLockError, match="pass one of them"), locked(parts, **EDIT, **both):
         pass
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2"])
+def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlock_sampling.bank import BankKey
+
+    pipe, bank = classic(name), kv.Bank(format=None, every=1, interpolate=False)
+    made = BankKey.of
+    keys: list[BankKey] = []
+    monkeypatch.setattr(BankKey, "of", lambda **given: keys.append(made(**given)) or keys[-1])
+    options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
+    with locked(pipe, **options):
+        wanted = run(pipe)
+    for passes, experts in ((15, 1 + (name == "wan-2.2")), (10, 2 * (1 + (name == "wan-2.2")))):
+        with locked(pipe, **options, bank=bank) as session:
+            assert far_apart(run(pipe), wanted) < 1e-4
+        assert session.trace.evaluations == passes
+        assert len(keys) == experts  # told once per run and expert, not once per step
+    guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
+    if name == "wan":
+        sample = modular(pipe, guider=guider.edit(bank=bank))
+        first, kept = sample(), guider.trace.evaluations
+        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.evaluations) == (15, True, 10)
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])

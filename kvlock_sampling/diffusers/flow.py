@@ -30,6 +30,7 @@ class FlowCalls:
     def __init__(self, network: nn.Module, index: int = 0, train_steps: float = 1000.0) -> None:
         self.transformer, self.index, self.train_steps = network, index, train_steps
         self._shared: dict[str, Any] = {}
+        self._branches: list[dict[str, Tensor]] = []
         self.raw: dict[int, Tensor] = {}
 
     def expert(self, sigma: Tensor) -> int:
@@ -55,7 +56,15 @@ class FlowCalls:
         """What a branch is told beside latents and time, one row per clip."""
         rows = self._rows(call)
         beside = call.hidden[:, call.channels :]
-        return rows | ({"beside": beside} if beside.shape[1] else {})
+        return self.known(rows | ({"beside": beside} if beside.shape[1] else {}))
+
+    def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same branch as an earlier one, if it is: a bank knows its arguments again by identity."""
+        for other in self._branches:
+            if other.keys() == branch.keys() and all(other[name] is branch[name] for name in branch):
+                return other
+        self._branches = [branch, *self._branches[:3]]
+        return branch
 
     def _rows(self, call: Call) -> dict[str, Tensor]:
         skip = (*_ASKED_HERE, *_NOT_PER_CLIP)

@@ -27,7 +27,7 @@ with broken_torchvision_hidden():
     from diffusers.guiders import ClassifierFreeGuidance
     from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 
-_GIVEN = ("source", "mask", "noise", "source_embeds", "scheduler", "estimator", "sites", "threshold")
+_GIVEN = ("source", "mask", "noise", "source_embeds", "scheduler", "estimator", "sites", "threshold", "bank")
 
 
 class KVLockGuider(ClassifierFreeGuidance):
@@ -42,7 +42,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         mask: 1 = edit, at the clip's or the latents' size.
         scheduler: the pipeline's. Needed where timesteps are integers (UniPC), which do not tell the noise level.
         source_embeds: text of the source's own pass, (1 or batch, tokens, dim); default: the edit's prompt.
-        noise, estimator, threshold, composite, rescale, cfg_floor, layers, ring, sites, foreground: as in `KVLock`.
+        noise, estimator, threshold, composite, rescale, cfg_floor, layers, ring, sites, foreground, bank: as in
+            `KVLock`.
         batched: True runs branches and source as rows of one call; False one after another; default: True if the
             policy may lock, else as the pipeline does.
         start, stop, enabled: as in `ClassifierFreeGuidance`: outside of these steps there is no guidance, while the
@@ -83,6 +84,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         estimator: Any = None,
         threshold: Any = None,
         sites: Any = None,
+        bank: Any = None,
     ) -> None:
         # Not ClassifierFreeGuidance's own: it would note settings that are none of this guider's.
         BaseGuidance.__init__(self, start, stop, enabled)
@@ -114,13 +116,14 @@ class KVLockGuider(ClassifierFreeGuidance):
             estimator=estimator,
             threshold=threshold,
             sites=sites,
+            bank=bank,
         )
 
     # -- what is edited -----------------------------------------------------------------------------------------------
 
     def edit(self, **given: Any) -> KVLockGuider:
-        """Set source, mask, noise, source_embeds, scheduler, estimator, threshold or sites; the others stay. Returns
-        the guider.
+        """Set source, mask, noise, source_embeds, scheduler, estimator, threshold, sites or bank; the others stay.
+        Returns the guider.
         """
         if wrong := sorted(given.keys() - set(_GIVEN)):
             raise TypeError(f"edit() takes {', '.join(_GIVEN)}; got {', '.join(wrong)}")
@@ -198,6 +201,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         uncond = calls[1] if len(calls) == 2 else None
         asked = 1.0 if uncond is None else float(self.guidance_scale)
         answer = session.evaluate(calls[0], uncond, time=time, asked=asked, latents=self._latents)
+        if self._step == self._num_inference_steps - 1:
+            session.end()
         if answer.guided is None:
             assert answer.cond is not None
             return super().forward(answer.cond, answer.uncond)

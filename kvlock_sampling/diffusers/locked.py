@@ -70,6 +70,7 @@ def locked(
     )
     steps = _Steps(pipe, session)
     with ExitStack() as stack:
+        stack.callback(session.end)
         for network in networks:
             stack.enter_context(intercepted(network, Interception(steps.answer, steps.passing)))
         yield session

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import Hooks
 from ..attention.caches import StepCaches
+from ..keeping import Keeper
 from ..lock import KVLock
 from ..pipelines.errors import PipelineError
 from ..run import Run
@@ -19,6 +20,8 @@ from ..types import RunError, SourceError
 from .calls import Call
 from .clock import levels_of
 from .flow import FlowCalls
+
+_DECIDED_HERE = {"sigmas", "scale_arg", "source_args", "branch"}
 
 
 class PipelineLock(KVLock):
@@ -73,11 +76,19 @@ class Session:
         batched: bool | None = None,
         **options: Any,
     ) -> None:
+        if wrong := sorted(_DECIDED_HERE & options.keys()):
+            raise PipelineError(
+                f"{wrong[0]}= is for a lock around a denoiser; inside a pipeline of diffusers the schedule, the scale "
+                "and the arguments are the pipeline's.\n"
+                "  The source's own prompt is source_prompt='...' or source_embeds=...; leave the rest away."
+            )
         self.source_embeds, self.batched, self.options = source_embeds, batched, options
         self.busy = False
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
-        self._caches: dict[int, StepCaches | None] = {}  # what each expert's step caches remember, in this run
+        # Of this run, by expert: what step caches remember, and what the bank holds.
+        self._caches: dict[int, StepCaches | None] = {}
+        self._keepers: dict[int, Keeper] = {}
         for network in networks:
             self.expert(network)
 
@@ -98,8 +109,14 @@ class Session:
 
     def begin(self, times: Tensor | None) -> None:
         """A new sampling run begins.  times: its flow times, falling, for policies that count steps."""
+        self.end()
         self.run = Run(None, ExitStack(), None if times is None else levels_of(times))
-        self._caches = {}
+        self._caches, self._keepers = {}, {}
+
+    def end(self) -> None:
+        """The run is over: what it held open is let go. Its trace stays."""
+        if self.run is not None:
+            self.run.stack.close()
 
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, asked: float, latents: Tensor | None = None
@@ -118,11 +135,9 @@ class Session:
         branches: dict[str, Any] = {"cond": calls.branch(cond)}
         if uncond is not None:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": asked}
-        if self.source_embeds is not None:
-            text = self.source_embeds.to(x.device, cond.arguments["encoder_hidden_states"].dtype)
-            lock.source_args = {"cond": {**branches["cond"], "encoder_hidden_states": text}}
+        lock.source_args = self._source_args(expert, branches["cond"])
         self.busy = True
-        self.run.caches = self._caches.get(calls.index)
+        self.run.caches, self.run.keeper = self._caches.get(calls.index), self._keeper(expert, self.run)
         try:
             with lock.resumed(self.run, expert.hooks):
                 denoised = lock(x, sigma, **branches)
@@ -133,6 +148,22 @@ class Session:
         if self._untouched(lock, asked, uncond is not None, raw):
             return Answer(None, raw[0], raw[1])
         return Answer(calls.velocity(denoised), raw[0], raw[1])
+
+    def _source_args(self, expert: Expert, cond: dict[str, Tensor]) -> dict[str, Any]:
+        if self.source_embeds is None:
+            return {}
+        text = self.source_embeds
+        if (text.device, text.dtype) != (place := (expert.calls.x.device, cond["encoder_hidden_states"].dtype)):
+            text = self.source_embeds = text.to(*place)
+        return {"cond": expert.calls.known({**cond, "encoder_hidden_states": text})}
+
+    def _keeper(self, expert: Expert, run: Run) -> Keeper | None:
+        lock = expert.lock
+        if lock.bank is None or lock.sites is None:
+            return None
+        if expert.calls.index not in self._keepers:
+            self._keepers[expert.calls.index] = Keeper(lock.bank, lock.model, lock.sites, run.stack)
+        return self._keepers[expert.calls.index]
 
     def _untouched(self, lock: PipelineLock, asked: float, guided: bool, raw: list[Tensor | None]) -> bool:
         """Whether this evaluation is the pipeline's own: then its own arithmetic gives its own bits."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvlock_sampling import samplers
 
 FLAGS = ("trajectory, sigma window", "renoise x1 at 0.1", "renoise x2 at 0.06", "posterior x1 at 0.06")
-REDONE = ((0.02, 0.5), (0.04, 0.5), (0.06, 0.5), (0.08, 0.3), (0.12, 0.3))
+REDONE = ((0.01, 0.5), (0.02, 0.5), (0.04, 0.5), (0.06, 0.5), (0.08, 0.3), (0.12, 0.3))
 """Share of the samples that is sampled again, and the noise level it goes back to."""
 
 

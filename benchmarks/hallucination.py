@@ -51,22 +51,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--std", type=float, choices=(0.05, 0.02), help="one of the two grids only; keeps the other's")
+    parser.add_argument("--std", type=float, choices=(0.05, 0.02), help="one of the two grids; keeps the other's rows")
+    parser.add_argument("--only", choices=("detection", "paper", "control"), help="one part; keeps the other rows")
     given = parser.parse_args()
-    results = json.loads(RESULT.read_text()) if given.std and RESULT.exists() else {}
+    results = json.loads(RESULT.read_text()) if (given.std or given.only) and RESULT.exists() else {}
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    parts = {
+        "detection": lambda grid: detect(grid, given.seeds, given.samples, say),
+        "paper": lambda grid: paper_setting(grid, given.seeds, 2 * given.samples),
+        "control": lambda grid: control(grid, given.seeds, given.samples, say),
+    }
     for grid in (Grid(), SHARP):
-        if given.std not in (None, grid.std):
-            continue
-
-        def say(line: str) -> None:
-            print(line, flush=True)
-
-        results[f"std {grid.std}, betas {grid.beta_start} to {grid.beta_end}"] = {
-            "training_steps": grid.training,
-            "detection": detect(grid, given.seeds, given.samples, say),
-            "paper": paper_setting(grid, given.seeds, 2 * given.samples),
-            "control": control(grid, given.seeds, given.samples, say),
-        }
+        if given.std in (None, grid.std):
+            rows = results.setdefault(f"std {grid.std}, betas {grid.beta_start} to {grid.beta_end}", {})
+            rows["training_steps"] = grid.training
+            rows |= {name: part(grid) for name, part in parts.items() if given.only in (None, name)}
     write_atomically(RESULT, json.dumps(results, indent=1) + "\n")
 
 

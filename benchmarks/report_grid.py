@@ -18,8 +18,10 @@ SHOWN = (
     "solver disagreement, last",
     "renoise x1 at 0.1",
     "renoise x2 at 0.06",
+    "renoise x2 at 0.1",
     "renoise x4 at 0.1",
     "renoise x32 at 0.1",
+    "posterior x1 at 0.04",
     "posterior x1 at 0.06",
     "posterior x2 at 0.06",
 )
@@ -132,6 +134,54 @@ def paper(title: str, rows: list[dict]) -> str:
         f"variance of the last predictions, {rows[0]['samples']:,} samples of each network; by network. Hallucinated: "
         f"{rates}.\n\n{table(header, body)}"
     )
+
+
+def verdict(title: str, parts: dict[str, list[dict]]) -> str:
+    """What holds on which network, in three sentences of figures."""
+    networks = len({r["seed"] for r in parts["paper"]})
+    recalls = {w: [r["recall_at_96_retention"] for r in parts["paper"] if r["window"] == w] for w in windows(parts)}
+    best = max(recalls, key=lambda w: float(np.mean(recalls[w])))
+
+    def claim(window: str) -> str:
+        values = recalls[window]
+        listed = " / ".join(f"{v:.1%}" for v in values)
+        return f"{listed} in the window *{window}* (above 95% on {sum(v > 0.95 for v in values)} of {networks})"
+
+    found = []
+    for sampler in ("euler", "euler_ancestral", "dpmpp_2m"):
+        rows = [r for r in parts["detection"] if r["sampler"] == sampler and r["steps"] == 50]
+        affordable = [r for r in rows if r["extra_evaluations"] <= COST]
+        scores = {
+            e: [r["auroc"] for r in affordable if r["estimator"] == e] for e in {r["estimator"] for r in affordable}
+        }
+        name = max(sorted(scores), key=lambda e: min(scores[e]))
+        good = sum(v >= 0.99 for v in scores[name])
+        listed = " / ".join(f"{v:.3f}" for v in scores[name])
+        found.append(f"{sampler} {listed} (*{name}*, at least 0.99 on {good} of {networks})")
+    controls = []
+    for sampler in ("euler", "dpmpp_2m"):
+        mine = [r for r in parts["control"] if r["sampler"] == sampler]
+        base = {r["seed"]: r for r in mine if r["control"] == "none"}
+        wins = {}
+        for row in mine:
+            wins[row["control"]] = wins.get(row["control"], 0) + holds(row, base[row["seed"]])
+        most = max(wins.values())
+        names = "; ".join(f"*{name}*" for name, count in wins.items() if count == most)
+        controls.append(f"{sampler} on {most} of {networks} with {names if most else 'none'}")
+    claims = ["last 10 (paper)"] if best == "last 10 (paper)" else ["last 10 (paper)", best]
+    lines = [
+        "Recall above 95% at 96% retention under the paper's own sampler, its claim, by network: "
+        + ", ".join(map(claim, claims)),
+        f"AUROC of the best estimator at {COST:+.0%} evaluations or fewer, 50 steps, by network: " + "; ".join(found),
+        f"The rate at most halved at {COST:+.0%} evaluations or fewer, the spread within {SPREAD:.0%} and the counts "
+        "no further from equal: " + ". ".join(controls),
+    ]
+    return f"### {title}: what holds\n\n" + "\n".join(f"- {line}." for line in lines)
+
+
+def windows(parts: dict[str, list[dict]]) -> list[str]:
+    """The windows that were read, in their order."""
+    return list(dict.fromkeys(r["window"] for r in parts["paper"]))
 
 
 def figure(results: dict) -> None:

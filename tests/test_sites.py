@@ -25,6 +25,9 @@ FUSED = {"wan-vace": 3, "sd3.5": 3, "k-diffusion-v2": 3}
 
 ODD = (3, 3, 5)
 
+AGAIN = ("-2.2", "-ti2v", "-df", "-2b", "-1.5", "-image", "-guided", "-kontext", "-edit", "-2511", "3.5", "-refiner")
+"""Endings of the second and third form of a class: half precision is tried once for each class."""
+
 
 def network(name: str, **options):
     try:
@@ -41,7 +44,8 @@ def test_every_architecture_keeps_every_promise(name):
     made = network(name, grid=ODD)
     sigma = (2.0, 0.5) if name == "wan-2.2" else 0.7
     # Kandinsky embeds time in float32 under CUDA's autocast: its class has no half precision elsewhere.
-    half = None if name == "kandinsky5" else torch.bfloat16
+    again = name.endswith(AGAIN) and name not in ("hunyuan-image", "hunyuan-video-1.5", "qwen-image", "z-image")
+    half = None if again or name == "kandinsky5" else torch.bfloat16
     check_sites(
         made.denoiser,
         made.x,
@@ -87,7 +91,7 @@ def test_layers_of_experts_are_counted_in_each():
     )
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-vace", "wan-image", "cogvideox", "flux", "sd3", "qwen-image"])
+@pytest.mark.parametrize("name", ["wan", "wan-vace", "cogvideox", "flux", "qwen-image"])
 def test_fused_projections_keep_every_promise_too(name):
     made = random_network(name)
     before = made.denoiser(made.x, torch.ones(2), **made.extra_args)

@@ -3,8 +3,9 @@
     var = mean of the inner variance over the edited region / quantile of it over the background's tokens
 Compositing holds the background to the source: nothing can go wrong there. How much the prediction still moves *there*
 is therefore what a calm prediction does in this run, under this sampler, with this schedule, at this noise level.
-Renewed noise, longer steps and another scale of the latents move both regions alike and cancel; what the two show
-does not. Dimensionless, range >= 0, cost: the inner estimator's.
+Longer steps, another deterministic solver and another scale of the latents move both regions alike and cancel; what
+the two show does not, and renewed noise only in part (benchmarks/transfer.py). Dimensionless,
+range >= 0, cost: the inner estimator's.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class Relative(Wrapper):
 
     estimator: measures every token: give it a `patch`, e.g. Relative(TrajectoryVariance(patch=(1, 2, 2))).
     quantile: of the background's tokens, in [0, 1]. High, because the edit is content and most of a background is not:
-        under renewed noise flat tokens move far more than they do without, and only those with content keep in step.
-        0.5 compares with the typical token. Tokens that the mask's edge crosses are no reference.
+        under renewed noise flat tokens move far more than they do without, and those with content come closest to
+        keeping in step; a stochastic sampler still deserves its own threshold. 0.5 compares with the typical token.
+        Tokens that the mask's edge crosses are no reference.
     local: False = one value per clip, (batch,); True = every token's own ratio, (batch, tokens).
 
     The reference is as good as the background: with compositing off, or a background that was never right, it is only

@@ -8,6 +8,7 @@ pipeline asks for guidance: source K/V, risk, policy, guidance and compositing i
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         source: clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
         scheduler: the pipeline's. Needed where timesteps are integers (UniPC), which do not tell the noise level.
-        source_embeds: text of the source's own pass, (1 or batch, tokens, dim); default: the edit's prompt.
+        source_embeds: text of the source's own pass, (1 or batch, tokens, dim), or several of the transformer's
+            arguments by name, e.g. with their masks; default: the edit's prompt.
         noise, estimator, threshold, composite, rescale, cfg_floor, layers, ring, sites, foreground, bank: as in
             `KVLock`.
         batched: True runs branches and source as rows of one call; False one after another; default: True if the
@@ -79,7 +81,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         source: Tensor | None = None,
         mask: Any = None,
         noise: Tensor | None = None,
-        source_embeds: Tensor | None = None,
+        source_embeds: Tensor | Mapping[str, Tensor] | None = None,
         scheduler: Any = None,
         estimator: Any = None,
         threshold: Any = None,

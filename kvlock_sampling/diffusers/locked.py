@@ -9,7 +9,7 @@ pipeline's own line  u + w (c - u)  uses, it gives v, exactly; that line reads a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def locked(
     source: Tensor | None = None,
     mask: Any = None,
     source_prompt: str | None = None,
-    source_embeds: Tensor | None = None,
+    source_embeds: Tensor | Mapping[str, Tensor] | None = None,
     policy: Any = "default",
     batched: bool | None = None,
     **options: Any,
@@ -46,7 +46,8 @@ def locked(
         source: clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
         source_prompt: what the clip shows now; the source's own pass reads it (default: the edit's prompt). Or
-            `source_embeds`, encoded already, (1 or batch, tokens, dim).
+            `source_embeds`, encoded already: (1 or batch, tokens, dim), or several of the transformer's arguments by
+            name.
         policy: a Policy, a function of an Observation, or the name or path of a preset.
         batched: True runs branches and source as rows of one call, False one after another with the source's K/V kept
             for one step; default: True if the policy may lock, else as the pipeline does.
@@ -95,6 +96,8 @@ def _networks(pipe: Any) -> list[Any]:
         raise PipelineError(
             f"{type(pipe).__name__} cannot be locked from outside; {', '.join(PIPELINES)} can. LTX, CogVideoX and "
             "Mochi run both branches of guidance as one batch, HunyuanVideo and Flux guide by an embedded scale.\n"
+            "  Does its pipeline have a guider, as HunyuanVideo 1.5 does? "
+            "pipe.register_modules(guider=kv.diffusers.KVLockGuider(...)).\n"
             "  Edit with the same weights through a k-diffusion sampler: "
             "kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -63,7 +63,8 @@ class Expert(NamedTuple):
 class Session:
     """The lock of one pipeline, over one sampling run after another; one state, also where two experts take turns.
 
-    source_embeds: what the source's own pass reads as text, (1 or batch, tokens, dim); None: the edit's prompt.
+    source_embeds: what the source's own pass reads as text, (1 or batch, tokens, dim), or several of the transformer's
+        arguments by name, with their masks, say; None: the edit's prompt.
     options: of `KVLock`. `batched` None: branches run one after another, as the pipeline runs them, unless the policy
         may lock; then the source rides along as rows of one call, and nothing has to be kept.
     """
@@ -72,7 +73,7 @@ class Session:
         self,
         networks: Sequence[nn.Module] = (),
         *,
-        source_embeds: Tensor | None = None,
+        source_embeds: Tensor | Mapping[str, Tensor] | None = None,
         batched: bool | None = None,
         **options: Any,
     ) -> None:
@@ -83,6 +84,7 @@ class Session:
                 "  The source's own prompt is source_prompt='...' or source_embeds=...; leave the rest away."
             )
         self.source_embeds, self.batched, self.options = source_embeds, batched, options
+        self._placed: dict[tuple[str, int], Tensor] = {}
         self.busy = False
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
@@ -152,10 +154,21 @@ class Session:
     def _source_args(self, expert: Expert, cond: dict[str, Tensor]) -> dict[str, Any]:
         if self.source_embeds is None:
             return {}
-        text = self.source_embeds
-        if (text.device, text.dtype) != (place := (expert.calls.x.device, cond["encoder_hidden_states"].dtype)):
-            text = self.source_embeds = text.to(*place)
-        return {"cond": expert.calls.known({**cond, "encoder_hidden_states": text})}
+        given = self.source_embeds
+        if isinstance(given, Tensor):
+            given = {"encoder_hidden_states": given}
+        if wrong := sorted(given.keys() - cond.keys()):
+            raise PipelineError(
+                f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
+                f"{', '.join(sorted(cond))}."
+            )
+        for name, value in given.items():
+            if (name, id(value)) not in self._placed:
+                like = cond[name]
+                dtype = like.dtype if value.is_floating_point() else value.dtype
+                self._placed[name, id(value)] = value.to(like.device, dtype)
+        placed = {name: self._placed[name, id(value)] for name, value in given.items()}
+        return {"cond": expert.calls.known({**cond, **placed})}
 
     def _keeper(self, expert: Expert, run: Run) -> Keeper | None:
         lock = expert.lock

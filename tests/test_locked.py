@@ -1,0 +1,313 @@
+"""The lock inside a classic pipeline: what the sampler gives, its own bits when off, nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from in_diffusers import (
+    CALL,
+    EDIT,
+    MASK,
+    POLICIES,
+    SOURCE,
+    START,
+    by_sampler,
+    classic,
+    far_apart,
+    modular,
+    noise,
+    run,
+)
+
+import kvlock_sampling as kv
+from kvlock_sampling.diffusers import KVLockGuider, encode_clip, locked
+from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.types import RunError, SourceError
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return classic()
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("batched", [None, False])
+def test_a_locked_pipeline_gives_what_the_sampler_gives(pipe: Any, policy: Any, batched: bool | None) -> None:
+    wanted, trace = by_sampler(pipe, policy)
+    with locked(pipe, **EDIT, policy=policy, batched=batched) as session:
+        got = run(pipe)
+    assert far_apart(got, wanted) < 2e-4
+    assert far_apart(wanted, run(pipe)) > 0.1  # the lock did something
+    for ours, theirs in zip(session.trace.rows(), trace.rows(), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6, nan_ok=True)
+
+
+def test_estimators_that_ask_again_get_the_same_answers(pipe: Any) -> None:
+    options = {"estimator": kv.PosteriorVariance(method="finite"), "policy": kv.Linear(), "threshold": 0.01}
+    _, trace = by_sampler(pipe, **options)
+    with locked(pipe, **EDIT, **options) as session:
+        run(pipe)
+    assert session.trace.evaluations == trace.evaluations > 3 * 5
+    for ours, theirs in zip(session.trace.rows(), trace.rows(), strict=True):
+        assert ours["variance"] == pytest.approx(theirs["variance"], rel=0.02, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_is_the_same_bits_in_a_classic_pipeline(dtype: torch.dtype) -> None:
+    pipe = tiny_pipeline("wan")  # with the scheduler it comes with, UniPC
+    pipe.transformer.to(dtype)
+    plain = run(pipe)
+    with locked(pipe, policy=kv.Constant(lock=0.0)) as session:
+        assert torch.equal(run(pipe), plain)
+    assert len(session.trace) == 5
+    assert session.trace.evaluations == 10
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=0.0), composite=False):
+        assert torch.equal(run(pipe), plain)
+
+
+def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
+    plain = run(pipe)
+    inside = dict(pipe.transformer.__dict__)
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
+    ]
+    with locked(pipe, **EDIT):
+        run(pipe)
+        with pytest.raises(RunError, match="under a lock already"), locked(pipe, **EDIT):
+            pass
+
+        def stop(*_: Any) -> Any:
+            raise KeyError("stop")
+
+        with pytest.raises(KeyError, match="stop"):
+            run(pipe, callback_on_step_end=stop)
+        run(pipe)  # a run that broke off does not confuse the next
+    with pytest.raises(KeyError, match="stop"), locked(pipe, **EDIT):
+        run(pipe, callback_on_step_end=stop)
+    assert pipe.transformer.__dict__.keys() == inside.keys()
+    assert [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
+    ] == hooks
+    assert torch.equal(run(pipe), plain)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-ti2v", "wan-image", "wan-vace"])
+def test_the_background_is_the_sources_and_the_sites_fire(name: str) -> None:
+    from PIL import Image
+
+    pipe = tiny_pipeline(name)
+    more = {"image": Image.new("RGB", (64, 64), "blue")} if name == "wan-image" else {}
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0), source_prompt="a circle") as session:
+        got = run(pipe, **more)
+    assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
+    assert far_apart(got * MASK, SOURCE * MASK) > 0.1
+    assert all(step.fused_sites >= 2 for step in session.trace)
+
+
+def test_without_composite_the_background_is_the_models(pipe: Any) -> None:
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0), composite=False):
+        got = run(pipe)
+    assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) > 1e-2
+
+
+def test_the_source_has_its_own_prompt(pipe: Any) -> None:
+    results = []
+    for prompt in (None, CALL["prompt"], "something else altogether"):
+        with locked(pipe, **EDIT, policy=kv.Constant(lock=0.5), source_prompt=prompt):
+            results.append(run(pipe))
+    assert far_apart(results[0], results[1]) < 1e-5
+    assert far_apart(results[1], results[2]) > 1e-3
+
+
+def test_the_policy_sets_the_scale_whatever_the_pipeline_was_called_with(pipe: Any) -> None:
+    wanted = run(pipe, guidance_scale=2.0)
+    policy = kv.Constant(lock=0.0, cfg_scale=2.0)
+    for asked in (1.5, 4.0, 9.0):
+        with locked(pipe, policy=policy) as session:
+            got = run(pipe, guidance_scale=asked)
+        assert far_apart(got, wanted) < 1e-4
+        assert all(float(step.cfg_scale) == 2.0 for step in session.trace)
+    guider = KVLockGuider(9.0, policy=policy, scheduler=pipe.scheduler)
+    assert far_apart(modular(pipe, guider=guider)(), wanted) < 1e-4
+
+
+def test_a_scale_of_one_costs_no_unconditional_pass(pipe: Any) -> None:
+    with locked(pipe, policy=kv.Constant(lock=0.0, cfg_scale=1.0)) as session:
+        got = run(pipe)
+    assert session.trace.evaluations == 5
+    assert far_apart(got, run(pipe, guidance_scale=1.0)) < 1e-5
+
+
+def test_a_pipeline_without_guidance_is_locked_too(pipe: Any) -> None:
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0)) as session:
+        got = run(pipe, guidance_scale=1.0)
+    assert session.trace.evaluations == 10  # the edit and the source
+    assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
+
+
+def test_every_call_of_the_pipeline_is_a_run(pipe: Any) -> None:
+    with locked(pipe, **EDIT) as session:
+        assert len(session.trace) == 0
+        first = run(pipe)
+        kept = session.trace
+        run(pipe, latents=noise(7))
+        assert session.trace is not kept
+        again = run(pipe)
+    assert torch.equal(first, again)
+    assert len(kept) == len(session.trace) == 5
+
+
+def test_in_bfloat16_the_background_is_the_sources_to_the_latents_rounding() -> None:
+    pipe = tiny_pipeline("wan")
+    pipe.transformer.to(torch.bfloat16)
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0)):
+        got = run(pipe)
+    assert got.dtype == torch.float32
+    assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 2e-2
+    pipe.text_encoder.to(torch.bfloat16)  # a modular pipeline computes in its dtype
+    # A guider knows the latents themselves.
+    guided = modular(pipe, guider=KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler))()
+    assert far_apart(guided * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
+
+
+def test_a_video_to_video_pipeline_starts_part_way() -> None:
+    from diffusers import WanVideoToVideoPipeline
+
+    parts = tiny_pipeline("wan")
+    names = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
+    pipe = WanVideoToVideoPipeline(**{n: getattr(parts, n) for n in names})
+    pipe.set_progress_bar_config(disable=True)
+    clip = torch.rand(1, 3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    source = encode_clip(pipe.vae, clip)
+    video = ((clip[0] + 1) / 2).permute(1, 2, 3, 0).numpy()
+    with locked(pipe, source=source, mask=MASK, policy=kv.Constant(lock=1.0)) as session:
+        got = pipe(
+            video=list(video),
+            prompt="a red square",
+            height=64,
+            width=64,
+            num_inference_steps=6,
+            strength=0.5,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+    assert len(session.trace) == 3
+    assert session.trace.steps[0].sigma < 20
+    assert far_apart(got * (1 - MASK), source * (1 - MASK)) < 1e-4
+
+
+def test_one_lock_spans_two_experts() -> None:
+    """Boundary at t = 0.875: two steps above it, three below; what is measured begins anew there."""
+    pipe = classic("wan-2.2")
+    wanted, trace = by_sampler(pipe, "paper")
+    with locked(pipe, **EDIT, policy="paper") as session:
+        got = run(pipe)
+    assert far_apart(got, wanted) < 2e-4
+    known = [not bool(step.variance.isnan().any()) for step in session.trace]
+    assert known == [not bool(step.variance.isnan().any()) for step in trace] == [False, True, False, True, True]
+    assert all(step.fused_sites == 2 for step in session.trace if float(step.lock.max()) > 0)
+
+    second = kv.Constant(lock=1.0)
+    with locked(pipe, **EDIT, policy=second) as session:
+        run(pipe, guidance_scale=4.0, guidance_scale_2=2.0)
+    assert [float(step.cfg_scale) for step in session.trace] == [4, 4, 2, 2, 2]
+
+
+def test_a_denoiser_of_a_pipeline_says_which_expert_it_asks() -> None:
+    denoiser = kv.from_pipeline(classic("wan-2.2")).denoiser
+    high, low = (denoiser.expert(torch.tensor([t / (1 - t)])) for t in (0.9, 0.8))
+    assert high is denoiser.inner_model.transformer
+    assert low is denoiser.inner_model.transformer_2
+
+
+def test_pipelines_where_it_cannot_work_are_refused() -> None:
+    with pytest.raises(kv.KVLockError, match=r"one batch(.|\n)*from_pipeline"), locked(tiny_pipeline("ltx")):
+        pass
+    with pytest.raises(kv.KVLockError, match="from_pipeline"), locked(tiny_pipeline("wan-image-ti2v")):
+        pass
+    parts = tiny_pipeline("wan")
+    with pytest.raises(kv.KVLockError, match="KVLockGuider"), locked(modular(parts).pipe):  # type: ignore[attr-defined]
+        pass
+    with pytest.raises(SourceError, match=r"height=\.\.\."), locked(parts, **EDIT):
+        run(parts, height=32, latents=None)
+    with pytest.raises(kv.KVLockError, match="source_prompt="), locked(parts, **EDIT, source_args={"cond": 1}):
+        pass
+    both = {"source_prompt": "a", "source_embeds": noise(0, (1, 512, 32))}
+    with pytest.raises(kv.KVLockError, match="pass one of them"), locked(parts, **EDIT, **both):
+        pass
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2"])
+def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvlock_sampling.bank import BankKey
+
+    pipe, bank = classic(name), kv.Bank(format=None, every=1, interpolate=False)
+    made = BankKey.of
+    keys: list[BankKey] = []
+    monkeypatch.setattr(BankKey, "of", lambda **given: keys.append(made(**given)) or keys[-1])
+    options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
+    with locked(pipe, **options):
+        wanted = run(pipe)
+    for passes, experts in ((15, 1 + (name == "wan-2.2")), (10, 2 * (1 + (name == "wan-2.2")))):
+        with locked(pipe, **options, bank=bank) as session:
+            assert far_apart(run(pipe), wanted) < 1e-4
+        assert session.trace.evaluations == passes
+        assert len(keys) == experts  # told once per run and expert, not once per step
+    guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
+    if name == "wan":
+        sample = modular(pipe, guider=guider.edit(bank=bank))
+        first, kept = sample(), guider.trace.evaluations
+        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.evaluations) == (15, True, 10)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-2.2"])
+def test_step_caches_go_on_beside_the_lock(name: str) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = classic(name, times=(0.97, 0.95, 0.9, 0.6, 0.5, 0.25))
+    plain = run(pipe)
+    for network in filter(None, (pipe.transformer, pipe.transformer_2)):
+        network.enable_cache(FirstBlockCacheConfig(threshold=50.0))  # whatever comes, the second block is skipped
+    cached = run(pipe)
+    assert far_apart(cached, plain) > 0.1
+    with locked(pipe, policy=kv.Constant(lock=0.0)):
+        assert torch.equal(run(pipe), cached)
+    for batched in (None, False):
+        with locked(pipe, **EDIT, policy=kv.Constant(lock=0.5), batched=batched) as session:
+            got = run(pipe)
+        assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
+        fired = [step.fused_sites for step in session.trace]
+        # Every network computes its first step whole, and afterwards one block of two.
+        assert fired == ([2, 1, 1, 1, 1, 1] if name == "wan" else [2, 1, 1, 2, 1, 1])
+    assert torch.equal(run(pipe), cached)
+
+
+def test_calls_that_are_not_the_pipelines_pass(pipe: Any) -> None:
+    arguments = {
+        "hidden_states": START,
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": noise(3, (1, 4, 32)),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        plain = pipe.transformer(**arguments)[0]
+        with locked(pipe, **EDIT):
+            assert torch.equal(pipe.transformer(**arguments)[0], plain)
+
+
+def test_two_clips_are_two_edits() -> None:
+    """Each clip's result is its own, whoever is beside it."""
+    pipe = classic()
+    starts, sources = torch.cat([noise(4), noise(5)]), torch.cat([noise(6), noise(7)])
+    prompts = ["a red square", "a circle"]
+    alone = []
+    for i in range(2):
+        with locked(pipe, source=sources[i : i + 1], mask=MASK, policy="paper"):
+            alone.append(run(pipe, prompt=prompts[i : i + 1], latents=starts[i : i + 1].clone()))
+    with locked(pipe, source=sources, mask=MASK, policy="paper"):
+        both = run(pipe, prompt=prompts, latents=starts.clone())
+    for one, part in itertools.zip_longest(alone, both.split(1)):
+        assert far_apart(one, part) < 2e-4

@@ -1,4 +1,4 @@
-"""Fusing keys as the paper writes it, or at the attention call:  python benchmarks/fuse_before_norm.py [--scenes 32]
+"""Fusing keys as the paper writes it, or at the attention call:  python benchmarks/fuse_before_norm.py [--scenes 16]
 
 The paper fuses K = W_K h, before qk-norm and rotary embedding; this library fuses what attention is given, after both.
 V has neither, so V is the same. For a lock strictly between 0 and 1 the keys differ. Measured on the embedded model,
@@ -221,7 +221,7 @@ def _rms(values: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--scenes", type=int, default=32)
+    parser.add_argument("--scenes", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from .attention import Frame, Hooks
 from .attention.caches import StepCaches
-from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
-from .attention.frame import Mode
+from .attention.foreground import ForegroundFrame, SelectedFrame
 from .control import extremes
 from .guidance import guide, guide_rescaled
-from .keeping import OpenShelf
+from .locking import Locking
 from .rows import NotBatchable, join_calls
 from .types import Denoiser, RunError, Scalar
 
@@ -29,28 +28,19 @@ T = TypeVar("T")
 
 @dataclass
 class Call:
-    """What both kinds share. `ratio` is the fusion ratio per token, None where nothing is locked now; `grid` is the
-    tokens' (time, height, width). With a `selection` only the K/V it needs are kept of the source, on a `shelf` if
-    there is one; with `left_out` the edit runs on its computed tokens alone, and those latents are `clean`, the source.
-    """
+    """What both kinds share. `locking` is what is taken of the source, None where nothing is locked now."""
 
     model: Denoiser
     x: Tensor
     sigma: Tensor
     level: float
     hooks: Hooks | None
-    ratio: Tensor | None
-    grid: tuple[int, int, int] | None
-    z: Tensor | None
+    locking: Locking | None
     source_args: Mapping[str, Any]
     batched: bool = True
     rescale: bool = False
     branch: Denoiser | None = None
     scale_arg: str | None = None
-    selection: Selection | None = None
-    left_out: Tensor | None = None
-    clean: Tensor | None = None
-    shelf: OpenShelf | None = None
     caches: StepCaches = field(default_factory=lambda: StepCaches(()))
     uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
@@ -61,7 +51,7 @@ class Call:
     @property
     def share(self) -> float:
         """Share of the tokens that the edit runs on."""
-        return 1.0 if self.selection is None or self.left_out is None else self.selection.share
+        return 1.0 if self.locking is None else self.locking.share
 
     def _evaluate(
         self, model: Denoiser, branches: Sequence[Branch], source: Branch | None, sigma: Tensor
@@ -69,11 +59,12 @@ class Call:
         """Run branches of `len(x)` rows each, with the source beside them if it is given; as one call if possible."""
         if source is None:
             return self._edit(model, branches, None, sigma)
-        assert self.hooks is not None
-        alone = self.selection is not None or self.hooks.sites.rows_apart or self.caches.active
+        alone = self._locking.selection is not None or self._locking.sites.rows_apart or self.caches.active
         if self.batched and not alone:
             try:
-                return self._together(model, [*branches, source], self._frame("lockstep"), sigma)[: len(branches)]
+                return self._together(model, [*branches, source], self._locking.frame("lockstep"), sigma)[
+                    : len(branches)
+                ]
             except NotBatchable:
                 pass  # say, the source's own prompt is of another length
         return self._edit(model, branches, self._source_keys(model, source, sigma), sigma)
@@ -92,16 +83,16 @@ class Call:
 
     def _captured(self, run: Callable[[], object]) -> Frame:
         """The source's K/V from a pass of its own."""
-        frame = self._frame("capture")
+        frame = self._locking.frame("capture")
         self._run(frame, run)
         self.passes += 1
         return frame
 
     def _from_shelf(self, run: Callable[[], object], arguments: Mapping[str, Any]) -> Frame:
         """The source's K/V from the shelf, which is filled where it has none for this noise level."""
-        if self.shelf is None:
+        if self._locking.shelf is None:
             return self._captured(run)
-        shelf = self.shelf({name: value for name, value in arguments.items() if name != self.scale_arg})
+        shelf = self._locking.shelf({name: value for name, value in arguments.items() if name != self.scale_arg})
         level = shelf.lookup(self.level)
         if level is None:
             frame = self._captured(run)
@@ -109,7 +100,7 @@ class Call:
             frame.keys = shelf.put(self.level, frame.store)
             frame.store = {}
             return frame
-        frame = self._frame("inject")
+        frame = self._locking.frame("inject")
         assert isinstance(frame, SelectedFrame)
         frame.keys = level
         return frame
@@ -141,33 +132,15 @@ class Call:
         return [self._filled(part) for part in out.split(batch)]
 
     def _filled(self, out: Tensor) -> Tensor:
-        """A prediction, with the source where nothing was computed."""
-        if self.left_out is None or self.clean is None:
-            return out
-        return torch.where(self.left_out, self.clean, out)
+        return out if self.locking is None else self.locking.filled(out)
 
     @property
-    def _ratio(self) -> Tensor:
-        assert self.ratio is not None
-        return self.ratio
-
-    def _frame(self, mode: Mode) -> Frame:
-        if self.selection is None:
-            return Frame(mode, self._ratio, grid=self.grid)
-        if self.left_out is None:
-            return SelectedFrame(mode, self._ratio, grid=self.grid, selection=self.selection)
-        assert self.hooks is not None
-        text_first = self.hooks.sites.sites[0].text == "first"
-        return ForegroundFrame(mode, self._ratio, grid=self.grid, selection=self.selection, text_first=text_first)
+    def _locking(self) -> Locking:
+        assert self.locking is not None
+        return self.locking
 
     def _inject(self, kept: Frame | None) -> Frame | None:
-        if kept is None:
-            return None
-        frame = self._frame("inject")
-        frame.store = kept.store
-        if isinstance(frame, SelectedFrame) and isinstance(kept, SelectedFrame):
-            frame.keys = kept.keys
-        return frame
+        return None if kept is None else self._locking.injecting(kept)
 
     def _kind(self, branches: Sequence[Branch]) -> tuple[str, ...] | None:
         """What a call of these branches is to a step cache: one in a series of its kind, or None."""
@@ -238,7 +211,7 @@ class OwnedCall(Call):
         return tuple("uncond" if arguments is self.uncond_args else "cond" for _, arguments in branches)
 
     def _locked(self, branches: Sequence[Branch], sigma: Tensor) -> list[Tensor]:
-        source = None if self.z is None else (self.z, {**self.cond_args, **self.source_args})
+        source = None if self.locking is None else (self.locking.z, {**self.cond_args, **self.source_args})
         return self._evaluate(self.model, branches, source, sigma)
 
 
@@ -279,9 +252,9 @@ class GuidedCall(Call):
 
     def _locked(self, x: Tensor, sigma: Tensor, arguments: dict[str, Any]) -> Tensor:
         kept = None
-        if self.z is not None:
+        if self.locking is not None:
             given, alone = self.source_call(arguments)
-            kept = self._source_keys(alone, (self.z, given), sigma)
+            kept = self._source_keys(alone, (self.locking.z, given), sigma)
         kind = None if self._probing else ("guided",)
         out = self._run(self._inject(kept), lambda: self.model(x, sigma, **arguments), kind)
         self.passes += 1

@@ -7,11 +7,9 @@ sampler -> KVLock -> source at the same sigma -> attention sites -> model -> x0-
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
 import threading
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -20,13 +18,14 @@ import torch
 from torch import Tensor
 
 from . import samplers
-from .attention import Hooks, Sites, find_sites, fusion_ratio, reachable_modules
+from .attention import Hooks, Sites, find_sites, reachable_modules
 from .attention.caches import StepCaches
 from .bank import Bank, Plan
 from .call import GuidedCall, OwnedCall
 from .control import LockRatio, extremes
 from .controller import Controller
 from .keeping import Keeper, chosen_bank, plan
+from .locking import Locker, can_narrow
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
@@ -53,9 +52,6 @@ from .types import (
     StepInfo,
 )
 from .variance import Estimator
-
-WORTH_NARROWING = 0.9
-"""Where more than this share of the tokens must be computed, gathering them costs what it saves."""
 
 _RETURNS_SELF = frozenset(
     ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
@@ -159,7 +155,17 @@ class KVLock:
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
-        self._narrows = self._can_narrow(foreground)
+        self._narrows = self.sites is not None and can_narrow(
+            foreground,
+            {
+                "it needs composite=True": not self.composite,
+                f"{self.estimator!r} measures the background too": self.estimator.needs_background,
+                "rescaled guidance measures the whole prediction": self.rescale,
+                f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked": (
+                    not self.sites.narrows
+                ),
+            },
+        )
         self._expert = method_of(model, "expert")
         self.bank = None if self.sites is None else chosen_bank(bank, advice, self.sites)
         self.trace = Trace()
@@ -303,30 +309,18 @@ class KVLock:
         run.trace.steps.append(step)
         return denoised
 
-    def _can_narrow(self, foreground: bool | None) -> bool:
-        """Whether tokens at full lock need not be computed: all there is of them must come from the source."""
-        if foreground is False or self.sites is None:
-            return False
-        why = (
-            "it needs composite=True"
-            if not self.composite
-            else f"{self.estimator!r} measures the background too"
-            if self.estimator.needs_background
-            else "rescaled guidance measures the whole prediction"
-            if self.rescale
-            else f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked"
-            if not self.sites.narrows
-            else None
-        )
-        if foreground and why:
-            warnings.warn(f"foreground=True: every token is computed all the same; {why}.", stacklevel=4)
-        return why is None
-
     def _controller(self) -> Controller:
         tokens = None
         if self.sites is not None and self.source is not None:
             tokens = math.prod(self.sites.grid(self.source.latents.shape))
         return Controller(self.policy, self.estimator, self.threshold, self.cfg_floor, self.region, tokens)
+
+    @property
+    def locker(self) -> Locker | None:
+        """What there is to lock to; None without a source, or with a policy that never locks."""
+        if self.source is None or self.region is None or self.sites is None:
+            return None
+        return Locker(self.source, self.region, self.sites, self.ring, self._narrows)
 
     def _levels(self, sigma: Tensor) -> tuple[float, float]:
         """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
@@ -365,33 +359,19 @@ class KVLock:
         self, run: Run, x: Tensor, sigma: Tensor, own: float, level: float, lock: LockRatio, expert: Any = None
     ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
-        ratio = grid = z = selection = left_out = clean = shelf = None
-        if lock.active:
-            if self.source is None or self.sites is None or self.region is None:
-                raise SourceError(
-                    f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
-                    "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
-                )
-            background = self.region.background(x, self.sites.patch, self.ring)
-            grid = self.sites.grid(x.shape)
-            ratio = fusion_ratio(lock.rows(x.device), background.expand(len(x), -1))
-            if lock.low == 1 and self._narrows:
-                selection, left_out = self.region.selection(x, self.sites.patch, self.ring)
-                if selection.share > WORTH_NARROWING:
-                    selection = left_out = None
-            if self.bank is not None and selection is None:
-                selection, _ = self.region.selection(x, self.sites.patch, self.ring)
-        if self.source is not None and self.sites is not None and run.noise is None and own > 0:
-            given = self.source.noise
-            run.noise = self.source.implied_noise(x, own) if given is None else given.to(x)
-        if ratio is not None:
-            assert self.source is not None
-            assert run.noise is not None
-            z = self.source.at(x, own, run.noise)
-            clean = self.source.matching(x)
-            if run.keeper is not None:
-                assert selection is not None
-                shelf = functools.partial(run.keeper.shelf, self.source.latents, run.noise, selection, expert)
+        if lock.active and self.locker is None:
+            raise SourceError(
+                f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
+                "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
+            )
+        locking = None
+        if self.locker is not None:
+            if run.noise is None and own > 0:
+                given = self.locker.source.noise
+                run.noise = self.locker.source.implied_noise(x, own) if given is None else given.to(x)
+            if lock.active:
+                assert run.noise is not None
+                locking = self.locker.at(x, own, lock, run.noise, run.keeper, expert)
         if run.caches is None:
             run.caches = StepCaches([*reachable_modules(self.model), *(self.sites.networks if self.sites else ())])
         kind = GuidedCall if self.scale_arg else OwnedCall
@@ -401,17 +381,11 @@ class KVLock:
             sigma,
             level,
             run.hooks,
-            ratio,
-            grid,
-            z,
+            locking,
             self.source_args,
             batched=self.batched,
             rescale=self.rescale,
             branch=self.branch,
             scale_arg=self.scale_arg,
-            selection=selection,
-            left_out=left_out,
-            clean=clean,
             caches=run.caches,
-            shelf=shelf,
         )

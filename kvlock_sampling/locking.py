@@ -1,0 +1,112 @@
+"""What one evaluation takes of the source: at which noise level, for which tokens, how much, and from where."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import Frame, Sites, fusion_ratio
+from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
+from .attention.frame import Mode
+from .control import LockRatio
+from .keeping import Keeper, OpenShelf
+from .region import Region
+from .source import Source
+
+WORTH_NARROWING = 0.9
+"""Where more than this share of the tokens must be computed, gathering them costs what it saves."""
+
+
+@dataclass(frozen=True)
+class Locking:
+    """`ratio` is the fusion ratio per token (batch, tokens) and `grid` the tokens' (time, height, width); `z` is the
+    source at this noise level, `clean` the source itself.
+
+    With a `selection` only the K/V it needs are kept of the source, on a `shelf` if there is one. With `left_out`, the
+    latents of the tokens that are not computed, the edit runs on the others alone.
+    """
+
+    sites: Sites
+    ratio: Tensor
+    grid: tuple[int, int, int]
+    z: Tensor
+    clean: Tensor
+    selection: Selection | None = None
+    left_out: Tensor | None = None
+    shelf: OpenShelf | None = None
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that the edit runs on."""
+        return 1.0 if self.selection is None or self.left_out is None else self.selection.share
+
+    def frame(self, mode: Mode) -> Frame:
+        """What the sites are to do in one call of the model."""
+        if self.selection is None:
+            return Frame(mode, self.ratio, grid=self.grid)
+        if self.left_out is None:
+            return SelectedFrame(mode, self.ratio, grid=self.grid, selection=self.selection)
+        text_first = self.sites.sites[0].text == "first"
+        return ForegroundFrame(mode, self.ratio, grid=self.grid, selection=self.selection, text_first=text_first)
+
+    def injecting(self, kept: Frame) -> Frame:
+        """A frame that fuses in what another has kept."""
+        frame = self.frame("inject")
+        frame.store = kept.store
+        if isinstance(frame, SelectedFrame) and isinstance(kept, SelectedFrame):
+            frame.keys = kept.keys
+        return frame
+
+    def filled(self, prediction: Tensor) -> Tensor:
+        """A prediction, with the source where nothing was computed."""
+        return prediction if self.left_out is None else torch.where(self.left_out, self.clean, prediction)
+
+
+@dataclass(frozen=True)
+class Locker:
+    """The settings from which each evaluation's `Locking` follows. narrows: tokens may be left out at full lock."""
+
+    source: Source
+    region: Region
+    sites: Sites
+    ring: tuple[float, float] | None = None
+    narrows: bool = False
+
+    def at(self, x: Tensor, own: float, lock: LockRatio, noise: Tensor, keeper: Keeper | None, expert: Any) -> Locking:
+        """What this evaluation takes of the source, at the model's own noise level `own`, under `noise`."""
+        patch = self.sites.patch
+        background = self.region.background(x, patch, self.ring)
+        selection = left_out = shelf = None
+        if lock.low == 1 and self.narrows:
+            selection, left_out = self.region.selection(x, patch, self.ring)
+            if selection.share > WORTH_NARROWING:
+                selection = left_out = None
+        if keeper is not None:
+            selection, _ = self.region.selection(x, patch, self.ring)
+            shelf = functools.partial(keeper.shelf, self.source.latents, noise, selection, expert)
+        return Locking(
+            sites=self.sites,
+            ratio=fusion_ratio(lock.rows(x.device), background.expand(len(x), -1)),
+            grid=self.sites.grid(x.shape),
+            z=self.source.at(x, own, noise),
+            clean=self.source.matching(x),
+            selection=selection,
+            left_out=left_out,
+            shelf=shelf,
+        )
+
+
+def can_narrow(asked: bool | None, reasons: dict[str, bool]) -> bool:
+    """Whether tokens at full lock need not be computed. reasons: what would be in the way, and whether it is.
+
+    Warns where it was asked for and cannot be.
+    """
+    why = next((reason for reason, holds in reasons.items() if holds), None)
+    if asked and why:
+        warnings.warn(f"foreground=True: every token is computed all the same; {why}.", stacklevel=4)
+    return asked is not False and why is None

@@ -3,8 +3,9 @@
 A Wan transformer of the 1.3B model's width (dim 1536, 12 heads, feed-forward 8960) with 2 of its 30 layers, random
 weights, float32, CPU. One evaluation is a guided prediction: [uncond, cond]. Every way of evaluating takes its turn in
 each round, and is compared with the bare model's time of the same round, so that a machine that is busy for a while
-slows both. Then the same on the full depth of 30 layers at a tenth of a per mille of the arithmetic: what remains is
-the fixed cost of an evaluation, in milliseconds. Writes benchmarks/results/overhead.json and prints a table.
+slows both. Then the same on the full depth of 30 layers with next to no arithmetic: what remains is the fixed cost of
+an evaluation in milliseconds, that of launching further passes included, where there are some. Writes
+benchmarks/results/overhead.json and prints a table.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="of the wide model; at least 2")
+    parser.add_argument("--rounds", type=int, default=5, help="of the wide model; at least 2")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="tokens along time, height, width")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")

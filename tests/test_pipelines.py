@@ -243,11 +243,11 @@ def test_weights_in_bfloat16_with_a_state_in_float32(name):
 def test_an_edit_locks_every_layer_and_keeps_the_background(name):
     video = kv.from_pipeline(tiny_pipeline(name))
     clip, mask = make_clip(frames_of(name)), make_mask(frames_of(name))
-    options = {"model": video, "steps": 3, "sampler": "euler", "cfg_scale": 2.0, "seed": 1}
+    options = {"model": video, "steps": 2, "sampler": "euler", "cfg_scale": 2.0, "seed": 1}
     free = kv.edit_video(clip, mask, "a red square", policy="off", composite=True, **options)
     locked = kv.edit_video(clip, mask, "a red square", policy="full", source_prompt="noise", **options)
     assert min(step.fused_sites for step in locked.trace.steps) >= 2
-    assert locked.evaluations == 3 * 3  # cond, uncond, source
+    assert locked.evaluations == 2 * 3  # cond, uncond, source
     keep = mask[:, None].expand_as(clip) == 0
     far = kv.masks.grow(mask, radius=8).expand_as(clip) == 0
     assert torch.equal(locked.pixels[far], clip[far])  # pasted

@@ -71,6 +71,7 @@ class PipelineVideo:
         shift: a static flow shift in place of the scheduler's schedule.
         max_sequence_length: text tokens per prompt, padded or cut; default: the pipeline's.
         t_max: flow time at which schedules begin that would begin at pure noise, t = 1, which is sigma = infinity.
+            The default is sigma = 9999; from about 1e6 on, rounding of a float32 state costs more than it brings.
 
     denoiser: `denoiser(x, sigma, cond=video.prompt(text)) -> x0-hat`, for any k-diffusion sampler and for `KVLock`.
     """
@@ -89,7 +90,7 @@ class PipelineVideo:
         negative_prompt: str | None = None,
         shift: float | None = None,
         max_sequence_length: int | None = None,
-        t_max: float = 0.999,
+        t_max: float = 0.9999,
     ) -> None:
         self.pipe = pipe
         self.transformer = self._component("transformer")

@@ -311,3 +311,27 @@ def test_two_clips_are_two_edits() -> None:
         both = run(pipe, prompt=prompts, latents=starts.clone())
     for one, part in itertools.zip_longest(alone, both.split(1)):
         assert far_apart(one, part) < 2e-4
+
+
+def test_offloading_may_renew_its_hooks_between_two_calls() -> None:
+    """As `enable_model_cpu_offload` does at the end of every call of a pipeline."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    pipe = classic()
+    with locked(pipe, **EDIT) as session:
+        wanted = run(pipe)
+    passes = session.trace.evaluations
+    plain = run(pipe)
+    add_hook_to_module(pipe.transformer, ModelHook())
+    with locked(pipe, **EDIT) as session:
+        for _ in range(3):
+            assert torch.equal(run(pipe), wanted)
+            assert session.trace.evaluations == passes
+            remove_hook_from_module(pipe.transformer)
+            add_hook_to_module(pipe.transformer, ModelHook())
+    assert torch.equal(run(pipe), plain)
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(run(pipe), plain)
+    assert (
+        "forward" not in vars(pipe.transformer) or pipe.transformer.forward.__func__ is type(pipe.transformer).forward
+    )

@@ -58,12 +58,19 @@ class Interception(ModelHook):
         super().__init__()
         self.answer, self.passing = answer, passing
         self.found_registry = False
+        self.reached: list[bool] = []  # of the calls that are under way: whether they came through here
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the transformer's forward, outermost of all hooks there are now."""
+        if self.reached:
+            self.reached[-1] = True
         if self.passing():
             forward: Any = self.fn_ref.original_forward
             return forward(*args, **kwargs)
+        return self.answered(module, args, kwargs)
+
+    def answered(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The answer in the form in which the transformer gives its own."""
         # Of the class: other hooks replace the instance's forward.
         arguments = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         arguments.pop(next(iter(arguments)))
@@ -108,9 +115,31 @@ def release(network: nn.Module) -> None:
 
 @contextmanager
 def intercepted(network: nn.Module, hook: Interception) -> Iterator[None]:
-    """The hook, for the length of a block."""
+    """The hook, for the length of a block, whatever others do to the transformer's forward meanwhile.
+
+    Offloading takes its own hooks away at the end of every call of a pipeline and sets new ones; ours, which was
+    around them, is then gone. A call that did not come through here is answered all the same, at the price of one
+    pass in vain, and the hook is set anew.
+    """
+
+    def before(module: nn.Module, args: Any) -> None:
+        hook.reached.append(False)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not hook.reached or hook.reached.pop() or hook.passing() or output is None:
+            return None
+        release(module)
+        intercept(module, hook)
+        return hook.answered(module, args, kwargs)
+
     intercept(network, hook)
+    handles = [
+        network.register_forward_pre_hook(before),
+        network.register_forward_hook(after, with_kwargs=True, always_call=True),
+    ]
     try:
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         release(network)

@@ -14,7 +14,7 @@ from ..attention.caches import StepCaches
 from ..keeping import Keeper
 from ..lock import KVLock
 from ..pipelines.errors import PipelineError
-from ..run import Run
+from ..run import Run, as_schedule
 from ..trace import Trace
 from ..types import RunError, SourceError
 from .calls import Call
@@ -112,7 +112,7 @@ class Session:
     def begin(self, times: Tensor | None) -> None:
         """A new sampling run begins.  times: its flow times, falling, for policies that count steps."""
         self.end()
-        self.run = Run(None, ExitStack(), None if times is None else levels_of(times))
+        self.run = Run(None, ExitStack(), None if times is None else as_schedule(levels_of(times)))
         self._caches, self._keepers = {}, {}
 
     def end(self) -> None:
@@ -130,8 +130,8 @@ class Session:
         """
         if self.run is None:
             raise RunError("the lock saw a step before the run began; start the pipeline anew.")
-        self._check(cond)
         expert = self.expert(cond.network)
+        self._check(cond)
         calls, lock = expert.calls, expert.lock
         x, sigma = calls.at(cond, time, latents)
         branches: dict[str, Any] = {"cond": calls.branch(cond)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import Frame, Hooks
 from .attention.caches import StepCaches
 from .attention.foreground import ForegroundFrame, SelectedFrame
-from .control import extremes
+from .control import HostReads
 from .guidance import guide, guide_rescaled
 from .locking import Locking
 from .rows import NotBatchable, join_calls
@@ -41,6 +41,7 @@ class Call:
     rescale: bool = False
     branch: Denoiser | None = None
     scale_arg: str | None = None
+    reads: HostReads = field(default_factory=HostReads)
     caches: StepCaches = field(default_factory=lambda: StepCaches(()))
     uncond: Tensor | None = field(default=None, init=False)
     passes: int = field(default=0, init=False)
@@ -169,7 +170,7 @@ class OwnedCall(Call):
 
     def conditional(self, extra_args: Mapping[str, Any], expected: Scalar, scheduled: bool) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        if "uncond" not in extra_args and extremes(extra_args.get("cond_scale", 1.0)) != (1.0, 1.0):
+        if "uncond" not in extra_args and self.reads.extremes(extra_args.get("cond_scale", 1.0)) != (1.0, 1.0):
             raise RunError(
                 f"cond_scale={extra_args['cond_scale']} was given without uncond, so there is nothing to guide with.\n"
                 '  Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": ...}, or leave cond_scale away.'
@@ -177,7 +178,7 @@ class OwnedCall(Call):
         shared = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
         self.cond_args = shared
         self.uncond_args = {**shared, "cond": extra_args["uncond"]} if "uncond" in extra_args else None
-        if self.uncond_args is not None and extremes(expected) != (1.0, 1.0):
+        if self.uncond_args is not None and self.reads.extremes(expected) != (1.0, 1.0):
             self.uncond, cond = self._locked([(self.x, self.uncond_args), (self.x, self.cond_args)], self.sigma)
             return cond
         return self._locked([(self.x, self.cond_args)], self.sigma)[0]
@@ -187,7 +188,7 @@ class OwnedCall(Call):
         if self.uncond_args is None:
             return cond
         if self.uncond is None:
-            if extremes(scale) == (1.0, 1.0):
+            if self.reads.extremes(scale) == (1.0, 1.0):
                 return cond
             self.uncond = self._locked([(self.x, self.uncond_args)], self.sigma)[0]
         if self.rescale:
@@ -223,7 +224,7 @@ class GuidedCall(Call):
         assert self.scale_arg is not None
         self.arguments = dict(extra_args)
         if scheduled:
-            low, high = extremes(expected)
+            low, high = self.reads.extremes(expected)
             rows = expected.view(-1, *[1] * (self.x.ndim - 1)) if isinstance(expected, Tensor) else expected
             self.arguments[self.scale_arg] = high if low == high else rows
         return self._locked(self.x, self.sigma, self.arguments)

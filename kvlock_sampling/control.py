@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,40 @@ from torch import Tensor
 
 from .types import Control, PolicyError, Scalar
 
+Extremes = tuple[float, float]
 
-def extremes(value: Scalar) -> tuple[float, float]:
+
+class HostReads:
+    """Ranges of tensors as floats, read from their device together: one wait for it, however many there are.
+
+    One object serves one evaluation: a tensor that was read is not read again, whatever becomes of it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Extremes]] = {}
+
+    def together(self, *values: Any) -> None:
+        """Read the ranges of those that are tensors and not known yet."""
+        new = {id(v): v for v in values if isinstance(v, Tensor) and v.numel() and id(v) not in self._known}
+        for device in {v.device for v in new.values()}:
+            here = [v for v in new.values() if v.device == device]
+            # Through float64, which holds every float32 exactly; where a device has none its own numbers stay alone.
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            ends = torch.stack([end.to(wide) for v in here for end in v.detach().aminmax()]).tolist()
+            for v, low, high in zip(here, ends[::2], ends[1::2], strict=True):
+                self._known[id(v)] = v, (low, high)
+
+    def extremes(self, value: Scalar) -> Extremes:
+        """Smallest and largest entry."""
+        if not isinstance(value, Tensor):
+            return float(value), float(value)
+        self.together(value)
+        return self._known[id(value)][1]
+
+
+def extremes(value: Scalar) -> Extremes:
     """Smallest and largest entry as floats: one read from the device for a tensor, none for a float."""
-    if isinstance(value, Tensor):
-        low, high = torch.stack(value.aminmax()).tolist()
-        return low, high
-    return float(value), float(value)
+    return HostReads().extremes(value)
 
 
 class LockRatio:
@@ -26,9 +54,9 @@ class LockRatio:
         PolicyError: out of range, or not a number.
     """
 
-    def __init__(self, value: Scalar, batch: int, policy: Any) -> None:
+    def __init__(self, value: Scalar, batch: int, policy: Any, reads: HostReads | None = None) -> None:
         self.value, self.batch = value, batch
-        self.low, self.high = extremes(value)
+        self.low, self.high = (reads or HostReads()).extremes(value)
         if not (self.low >= 0 and self.high <= 1):
             what = (
                 "NaN (is x0-hat finite? with uses_risk=False risk is NaN)"
@@ -104,13 +132,13 @@ def floored(scale: Scalar, floor: float) -> Scalar:
     return scale.clamp_min(floor) if isinstance(scale, Tensor) else max(float(scale), floor)
 
 
-def steps_left(schedule: Tensor | None, sigma: float) -> int | None:
+def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
     """Steps of the schedule that remain at this noise level, counting the present one; None without a schedule.
 
     A noise level between two of the schedule belongs to the step that began at the higher one.
     """
     if schedule is None:
         return None
-    levels = [s for s in schedule.tolist() if s > 0]
+    levels = [s for s in schedule if s > 0]
     begun = sum(s >= sigma * (1 - 1e-4) for s in levels)
     return len(levels) - max(begun, 1) + 1

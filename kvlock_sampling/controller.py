@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,7 @@ class Controller:
         self.policy, self.estimator, self.threshold = policy, estimator, threshold
         self.cfg_floor, self.region, self.tokens = cfg_floor, region, tokens
 
-    def watch(self, x: Tensor, level: float, asked: Scalar, schedule: Tensor | None) -> Observation:
+    def watch(self, x: Tensor, level: float, asked: Scalar, schedule: Sequence[float] | None) -> Observation:
         """An observation with nothing measured yet."""
         base = torch.as_tensor(asked, dtype=torch.float32, device=x.device).reshape(-1)
         if len(base) not in (1, len(x)):

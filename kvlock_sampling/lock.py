@@ -22,7 +22,7 @@ from .attention import Hooks, Sites, find_sites, reachable_modules
 from .attention.caches import StepCaches
 from .bank import Bank, Plan
 from .call import GuidedCall, OwnedCall
-from .control import LockRatio, extremes
+from .control import HostReads, LockRatio
 from .controller import Controller
 from .keeping import Keeper, chosen_bank, plan
 from .locking import Locker, can_narrow
@@ -35,6 +35,7 @@ from .run import (
     Run,
     advised_estimator,
     as_rows,
+    as_schedule,
     check_threshold,
     default_of,
     default_threshold,
@@ -151,7 +152,7 @@ class KVLock:
             self.sites = (sites or find_sites(model)).layers(chosen)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
-        self._schedule = None if sigmas is None else torch.as_tensor(sigmas).cpu()  # read at every evaluation
+        self._schedule = None if sigmas is None else as_schedule(sigmas)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
@@ -225,7 +226,7 @@ class KVLock:
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
-        self._run().restart(torch.as_tensor(sigmas).cpu())
+        self._run().restart(as_schedule(sigmas))
 
     def _runs(self) -> list[Run]:
         return getattr(self._local, "runs", [])
@@ -268,12 +269,14 @@ class KVLock:
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         run = self._run()
         sigma = torch.as_tensor(sigma, device=x.device)
-        own, level = self._levels(sigma)
         asked = self._asked(extra_args)
+        reads, last = HostReads(), run.timeline.last
+        reads.together(sigma, asked, *(() if last is None else (last.lock, last.cfg_scale)))
+        own, level = self._levels(reads.extremes(sigma))
         control = self._controller()
         seen = control.watch(x, level, asked, run.schedule)
         if level == 0:
-            return self._at_zero(run, x, sigma, extra_args, asked)
+            return self._at_zero(run, reads, x, sigma, extra_args, asked)
         expert = None if self._expert is None else self._expert(sigma)
         state = run.timeline.rewind(level)
         if state is None:
@@ -282,9 +285,9 @@ class KVLock:
         elif state.expert != expert:
             # Another network took over: how far its prediction is from the other's is no sign of doubt.
             state = state._replace(estimator=self.estimator.init(), expert=expert)
-        lock = LockRatio(state.lock, len(x), self.policy)
+        lock = LockRatio(state.lock, len(x), self.policy, reads)
         seen = seen._replace(lock=lock.rows(x.device))
-        call = self._prepare(run, x, sigma, own, level, lock, expert)
+        call = self._prepare(run, reads, x, sigma, own, level, lock, expert)
         used = asked if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used, state.cfg_scale is not None)
@@ -322,9 +325,9 @@ class KVLock:
             return None
         return Locker(self.source, self.region, self.sites, self.ring, self._narrows)
 
-    def _levels(self, sigma: Tensor) -> tuple[float, float]:
+    def _levels(self, sigma: tuple[float, float]) -> tuple[float, float]:
         """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
-        low, high = extremes(sigma)
+        low, high = sigma
         if not (low >= 0 and math.isfinite(high)):
             raise RunError(f"sigma is {low if low == high else (low, high)}; expected a noise level >= 0, finite.")
         if high - low > 1e-4 * high:
@@ -342,9 +345,11 @@ class KVLock:
             raise RunError(f"{name}={asked}; expected a finite number.")
         return asked
 
-    def _at_zero(self, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar) -> Tensor:
+    def _at_zero(
+        self, run: Run, reads: HostReads, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar
+    ) -> Tensor:
         """At sigma 0 x is clean already: nothing is measured, decided or locked."""
-        call = self._prepare(run, x, sigma, 0.0, 0.0, LockRatio(0.0, len(x), self.policy))
+        call = self._prepare(run, reads, x, sigma, 0.0, 0.0, LockRatio(0.0, len(x), self.policy))
         denoised = call.guided(call.conditional(extra_args, asked, False), asked)
         return self._composited(denoised)
 
@@ -356,7 +361,15 @@ class KVLock:
         return torch.lerp(self.source.matching(denoised), denoised, self.region.latent(denoised))
 
     def _prepare(
-        self, run: Run, x: Tensor, sigma: Tensor, own: float, level: float, lock: LockRatio, expert: Any = None
+        self,
+        run: Run,
+        reads: HostReads,
+        x: Tensor,
+        sigma: Tensor,
+        own: float,
+        level: float,
+        lock: LockRatio,
+        expert: Any = None,
     ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
         if lock.active and self.locker is None:
@@ -387,5 +400,6 @@ class KVLock:
             rescale=self.rescale,
             branch=self.branch,
             scale_arg=self.scale_arg,
+            reads=reads,
             caches=run.caches,
         )

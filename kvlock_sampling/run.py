@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class State(NamedTuple):
 class Run:
     """Everything that lives within one `with` block."""
 
-    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Tensor | None) -> None:
+    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Sequence[float] | None) -> None:
         self.hooks, self.stack, self.schedule = hooks, stack, schedule
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
@@ -57,7 +58,7 @@ class Run:
             self.noise = self.caches = None
         self.top = max(self.top, level)
 
-    def restart(self, schedule: Tensor) -> None:
+    def restart(self, schedule: Sequence[float]) -> None:
         """A sampler told its schedule: whatever came before in this block was another run."""
         self.schedule, self.timeline, self.top = schedule, Timeline(), 0.0
         self.noise = self.caches = None
@@ -83,6 +84,11 @@ def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
 def first_given(*values: Any) -> Any:
     """The first that is not None."""
     return next(v for v in values if v is not None)
+
+
+def as_schedule(sigmas: Any) -> tuple[float, ...]:
+    """Noise levels on the host, once: they are looked at in every evaluation."""
+    return tuple(torch.as_tensor(sigmas).tolist())
 
 
 def as_rows(value: Scalar, like: Tensor) -> Tensor:

@@ -26,6 +26,11 @@ class Timeline(Generic[State]):
             self._entries.pop()
         return self._entries[-1][1] if self._entries else None
 
+    @property
+    def last(self) -> State | None:
+        """The newest state, from which the next evaluation most likely continues."""
+        return self._entries[-1][1] if self._entries else None
+
     def append(self, sigma: float, state: State) -> None:
         """Add the state reached at `sigma`, which must be below all kept ones (call `rewind` first)."""
         self._entries.append((sigma, state))

@@ -152,7 +152,7 @@ class KVLock:
             self.sites = (sites or find_sites(model)).layers(chosen)
             self.sites.grid(self.source.latents.shape)
         self.ring = ring
-        self._schedule = None if sigmas is None else as_schedule(sigmas)
+        self._schedule = None if sigmas is None else as_schedule(sigmas, model)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
@@ -226,7 +226,7 @@ class KVLock:
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Called by this library's samplers: the noise schedule of the run, ending in 0 or not."""
-        self._run().restart(as_schedule(sigmas))
+        self._run().restart(as_schedule(sigmas, self.model))
 
     def _runs(self) -> list[Run]:
         return getattr(self._local, "runs", [])

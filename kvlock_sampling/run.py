@@ -86,9 +86,11 @@ def first_given(*values: Any) -> Any:
     return next(v for v in values if v is not None)
 
 
-def as_schedule(sigmas: Any) -> tuple[float, ...]:
-    """Noise levels on the host, once: they are looked at in every evaluation."""
-    return tuple(torch.as_tensor(sigmas).tolist())
+def as_schedule(sigmas: Any, model: Any = None) -> tuple[float, ...]:
+    """Noise levels on the host and on the policies' clock, once: they are looked at in every evaluation."""
+    levels = torch.as_tensor(sigmas).tolist()
+    to_ve = method_of(model, "to_ve")
+    return tuple(levels if to_ve is None else (float(to_ve(s)) for s in levels))
 
 
 def as_rows(value: Scalar, like: Tensor) -> Tensor:

@@ -42,11 +42,6 @@ class Branch(nn.Module):
                 "width). Start from torch.randn_like(video.encode(clip)) * sigmas[0]."
             )
         network = self.expert(time)
-        if getattr(network, "is_cache_enabled", False):
-            raise PipelineError(
-                f"{type(network).__name__} reuses results of earlier steps (enable_cache), so keys and values are not "
-                "there to lock.\n  pipe.transformer.disable_cache()"
-            )
         dtype = getattr(network, "dtype", z.dtype)
         # Masks and indices keep their type; what was encoded in another precision takes the weights'.
         own = {k: v.to(z.device, dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}

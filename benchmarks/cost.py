@@ -26,7 +26,7 @@ FREE, FULL = kv.Constant(lock=0.0), kv.Constant(lock=1.0)
 
 
 def bank(**options: Any) -> dict[str, Any]:
-    # The run's own noise, unlike what edit_video gives a bank: then nothing differs from the full lock but what is kept.
+    # The run's own noise, unlike what edit_video gives a bank: then only what is kept differs from the full lock.
     return {
         "policy": FULL,
         "noise": None,

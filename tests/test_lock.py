@@ -427,3 +427,37 @@ def test_going_far_back_up_keeps_the_runs_noise(setup):
         assert lock._run().noise is first
         lock(setup.x * 2, setup.sigmas[:1], **setup.cfg)  # from the top again: another run
         assert not torch.equal(lock._run().noise, first)
+
+
+def test_the_schedule_is_on_the_clock_of_the_policies(setup):
+    """A model that keeps flow time t is told a schedule of t; policies count the steps in sigma."""
+
+    class FlowForm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner_model = setup.model
+
+        def to_ve(self, t):
+            return t / (1 - t)
+
+        def add_noise(self, x0, noise, t):
+            return (1 - t) * x0 + t * noise
+
+        def forward(self, z, t, **extra_args):
+            return setup.model(z / (1 - t), t / (1 - t), **extra_args)
+
+    seen = []
+
+    @kv.stateless
+    def watching(obs):
+        seen.append((obs.sigma, obs.steps_left))
+        return kv.Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+    times = torch.tensor([0.9, 0.7, 0.5, 0.2, 0.0])
+    lock = kv.KVLock(FlowForm(), policy=watching)
+    with lock:
+        lock.on_schedule(times)
+        for t in times[:-1]:
+            lock(setup.x * 0.1, t, cond=setup.cond)
+    assert [left for _, left in seen] == [3, 2, 1]  # a policy is asked from the second evaluation on
+    assert seen[0][0] == pytest.approx(0.7 / 0.3)

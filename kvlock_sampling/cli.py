@@ -139,6 +139,7 @@ def edit(
     with _readable_errors():
         from .bank import Bank
         from .edit import edit_video
+        from .files import check_writable
         from .inputs import read_pair
         from .models import open_model
         from .plot import figure_format
@@ -148,8 +149,10 @@ def edit(
         check_suffix(output)
         if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
             raise KVLockError(f"-o {output} is an input of this edit and would be overwritten. Name another file.")
+        check_writable(output)
         if trace is not None:
             figure_format(trace)
+            check_writable(trace)
         get(sampler)
         options: dict[str, Any] = {} if bank is None else {"bank": Bank(bank, budget=bank_memory)}
         sides = _size(size)

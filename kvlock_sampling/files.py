@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .types import KVLockError
 
 
 @contextmanager
@@ -23,6 +26,30 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Make sure that a file can be written there, before the work that fills it. Missing folders are made.
+
+    Raises:
+        KVLockError: it cannot, and why.
+    """
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with atomic(path) as temporary:
+            temporary.touch()
+            raise _Tried
+    except _Tried:
+        return
+    except OSError as error:
+        raise KVLockError(
+            f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.\n  Name a file in a folder of yours."
+        ) from error
+
+
+class _Tried(Exception):  # noqa: N818 - leaves `atomic` without the file coming to be
+    pass
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

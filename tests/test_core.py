@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 import kvlock_sampling as kv
 from kvlock_sampling.control import steps_left
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.files import check_writable, write_atomically
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.region import Region
 from kvlock_sampling.rows import NotBatchable, join
 from kvlock_sampling.source import Source
 from kvlock_sampling.timeline import Timeline
 from kvlock_sampling.trace import Trace
-from kvlock_sampling.types import MaskError, SourceError, StepInfo
+from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
 
 PACKAGE = Path(kv.__file__).parent
 
@@ -215,3 +215,13 @@ def test_every_public_name_exists_and_has_a_docstring():
     for name in kv.__all__:
         assert (getattr(kv, name).__doc__ or "").strip(), name
     assert math.isclose(float(kv.__version__.split(".")[0]), 0)
+
+
+def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
+    check_writable(tmp_path / "new" / "clip.mp4")
+    assert not (tmp_path / "new" / "clip.mp4").exists()
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file" / "clip.mp4", tmp_path):
+        with pytest.raises(KVLockError, match="cannot be written"):
+            check_writable(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from report_cost import page, quality, speed
 from report_grid import control, detection, figure, paper, table, verdict
 
 from kvlock_sampling.files import write_atomically
@@ -127,6 +128,7 @@ def ideas() -> str:
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
+    page(load("speed"), load("cost"))
     parts = [
         "# Measured\n\nEvery number on this page is written by a script in `benchmarks/`, as it came out; "
         "`python benchmarks/report.py` makes the page from `benchmarks/results/`.",
@@ -144,6 +146,11 @@ def main() -> None:
         "*default* is the default estimator, *relative* is "
         "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)))`.\n\n" + transfer(),
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
+        "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
+        "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. 32 further scenes, full lock, 30 "
+        "steps. Gain over compositing; against the full lock, both paired by scene and noise, ± standard error; and how "
+        "far pixels move from the full lock's, over how far the lock itself moves them, on average and at most.\n\n"
+        + quality(load("cost")),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here ("
         + " and ".join(f"{parts['training_steps']:,}" for parts in grid.values())

@@ -148,8 +148,8 @@ def main() -> None:
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. 32 further scenes, full lock, 30 "
-        "steps. Gain over compositing; against the full lock, both paired by scene and noise, ± standard error; and how "
-        "far pixels move from the full lock's, over how far the lock itself moves them, on average and at most.\n\n"
+        "steps. Gain over compositing; against the full lock, both paired by scene and noise, ± standard error; and "
+        "how far pixels move from the full lock's, over how far the lock itself moves them, on average and at most.\n\n"
         + quality(load("cost")),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here ("

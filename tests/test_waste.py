@@ -62,12 +62,14 @@ def test_nothing_grows_over_steps(setup, policy):
     lock = setup.lock(policy=policy)
     alive = []
     with lock, torch.inference_mode():
-        for sigma in torch.logspace(2, -1, 30):
+        for i, sigma in enumerate(torch.logspace(2, -1, 24)):
             lock(setup.x, sigma[None], **setup.cfg)
+            if i not in (19, 23):  # by then the timeline is as deep as it gets
+                continue
             gc.collect()
             # By type, not isinstance: that would wake every lazy object of every library.
             alive.append(sum(t.numel() for t in gc.get_objects() if type(t) is Tensor))
-    grown = alive[-1] - alive[-5]
+    grown = alive[1] - alive[0]
     assert grown <= 4 * 16  # a step's row of the trace: a number each per clip
 
 

@@ -211,7 +211,7 @@ class KVLock:
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""
         part = copy.copy(self)
-        part._local, part.trace = threading.local(), Trace()
+        part.trace = Trace()
         if self.source is not None:
             source = self.source
             noise = take(source.noise, index, batch)
@@ -241,6 +241,14 @@ class KVLock:
                 "  or in one line: x0 = lock.sample('dpmpp_2m', x, sigmas, extra_args=...)"
             )
         return runs[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Runs belong to a thread, and are not copied: a copied or unpickled lock is the same lock at rest.
+        return {name: value for name, value in self.__dict__.items() if name != "_local"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
 
     def __getattr__(self, name: str) -> Any:
         # Samplers look for attributes of the model they were given; a wrapper hands them on.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -172,3 +175,15 @@ def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
         evaluations.append(edit.evaluations)
     assert evaluations == [4 * 2 + 2, 4 * 2]
     assert [p.levels for p in plans] == [2, 2]
+
+
+def test_a_lock_and_its_bank_can_be_copied_and_pickled(setup, tmp_path):
+    lock = setup.lock(policy=FULL, noise="fixed", bank=kv.Bank(tmp_path, every=1))
+    first = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    shared = copy.deepcopy(lock)
+    assert shared.bank is lock.bank
+    for other in (shared, pickle.loads(pickle.dumps(lock))):
+        again = other.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        torch.testing.assert_close(again, first)
+        assert [s.evaluations for s in other.trace] == [2] * 6
+    assert repr(pickle.loads(pickle.dumps(kv.Bank(every=2, format=None)))) == repr(kv.Bank(every=2, format=None))

@@ -14,6 +14,7 @@ an inversion; KV-Lock (arXiv 2603.09657) over one step.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ import torch
 from .clock import Refresh
 from .errors import BankError
 from .folder import Folder, check_directory
-from .format import check_format
+from .format import VERBATIM, check_format
 from .key import BankKey
 from .pool import Drawer, Pool, parse_bytes, readable
 from .shelf import Shelf
@@ -134,6 +135,23 @@ class Bank:
                 drawers[name] = Drawer(key.sites, folder)
             drawers[name].readers += 1
             return drawers[name]
+
+    def __deepcopy__(self, memo: Any) -> Bank:
+        """Itself: a copy of a lock shares its bank."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Settings travel, what is held in memory does not."""
+        settings: dict[str, Any] = {
+            "budget": self.budget,
+            "format": None if self.format == VERBATIM else self.format,
+            "every": self.refresh.every,
+            "ratio": self.refresh.ratio,
+            "interpolate": self.interpolate,
+            "layers": self.layers,
+            "tier": self.tier,
+        }
+        return functools.partial(Bank, self.directory, **settings), ()
 
     def clear(self) -> None:
         """Let go of everything in memory that no open shelf is using. Files stay: delete the directory for that."""

@@ -44,6 +44,7 @@ from .run import (
     names_parameter,
 )
 from .source import Source
+from .stand_in import StandIn
 from .trace import Trace
 from .types import (
     Denoiser,
@@ -54,13 +55,8 @@ from .types import (
 )
 from .variance import Estimator
 
-_RETURNS_SELF = frozenset(
-    ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
-)
-"""Methods of a module that return the module: of a lock they return the lock, or it would be lost in a chain."""
 
-
-class KVLock:
+class KVLock(StandIn):
     """Wrap a denoiser so that it can be handed to any k-diffusion style sampler.
 
     Args:
@@ -241,32 +237,6 @@ class KVLock:
                 "  or in one line: x0 = lock.sample('dpmpp_2m', x, sigmas, extra_args=...)"
             )
         return runs[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Runs belong to a thread, and are not copied: a copied or unpickled lock is the same lock at rest.
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._local = threading.local()
-
-    def __getattr__(self, name: str) -> Any:
-        # Samplers look for attributes of the model they were given; a wrapper hands them on.
-        if name.startswith("__") or "model" not in self.__dict__:
-            raise AttributeError(name)
-        found = getattr(self.model, name)
-        if name in _RETURNS_SELF and callable(found):
-
-            def applied(*arguments: Any, **options: Any) -> KVLock:
-                found(*arguments, **options)
-                return self
-
-            return applied
-        return found
-
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """The same as calling the lock."""
-        return self(x, sigma, **extra_args)
 
     def __repr__(self) -> str:
         sites = "no sites" if self.sites is None else f"{len(self.sites.sites) or 'watched'} sites"

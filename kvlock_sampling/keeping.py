@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .attention import Sites
 from .attention.foreground import Selection
-from .bank import Bank, BankError, BankKey, Plan, expected_levels, plan_for
+from .bank import (
+    Bank,
+    BankError,
+    BankKey,
+    Plan,
+    arguments_fingerprint,
+    expected_levels,
+    model_fingerprint,
+    plan_for,
+    tensor_fingerprint,
+)
 from .bank.shelf import Shelf
 from .presets import Preset
 from .types import SiteError
@@ -21,39 +32,62 @@ OpenShelf = Callable[[Mapping[str, Any]], Shelf]
 
 
 class Keeper:
-    """Opens shelves for one run, and keeps the one in use: everything it belongs to stays the same over a run."""
+    """Opens shelves for one run, and keeps the few in use: what they belong to mostly stays the same over a run."""
+
+    OPEN = 4
+    """Shelves open at once: one for each expert, and some more for prompts that change on the way."""
 
     def __init__(self, bank: Bank, model: Any, sites: Sites, stack: ExitStack) -> None:
-        self.bank, self.model, self.sites, self.stack = bank, model, sites, stack
-        self._known: list[tuple[tuple[Any, ...], Shelf]] = []
+        self.bank, self.model, self.sites = bank, model, sites
+        self._shelves: dict[str, tuple[Shelf, ExitStack]] = {}
+        self._keys: list[tuple[tuple[Any, Any], str]] = []
+        self._prints: dict[Any, tuple[Tensor, str]] = {}
+        self._model: str | None = None
+        stack.callback(self.restart)
 
     def shelf(
         self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
     ) -> Shelf:
         """The shelf of the source noised so, at the tokens of a selection, under these arguments."""
-        names = sorted(arguments)
-        parts = (clip, noise, selection.weight, *names, *(arguments[n] for n in names))
-        for known, shelf in self._known:
-            # The same objects, not merely equal ones: comparing is then free. What is equal has an equal key anyway.
-            if known[0] == expert and list(map(id, known[1:])) == list(map(id, parts)):
-                return shelf
-        key = BankKey.of(
-            model=self.model,
-            clip=clip,
-            noise=noise,
-            background=selection.weight,
-            sites=self._names(expert),
-            arguments=arguments,
-            dtype=noise.dtype,
+        leaves = tree_leaves([clip, noise, selection.weight, *(arguments[name] for name in sorted(arguments))])
+        parts = (expert, *sorted(arguments), *leaves)
+        marks = (*map(_mark, parts), _precision(noise.device))
+        for (known, _), name in self._keys:
+            if known == marks and name in self._shelves:
+                return self._shelves[name][0]  # the very same objects, unchanged: nothing has to be read
+        if self._model is None:
+            self._model = model_fingerprint(self.model)
+        key = BankKey(
+            model=self._model,
+            clip=self._print(clip),
+            noise=self._print(noise),
+            tokens=self._print(selection.weight),
+            sites=tuple(self._names(expert)),
+            arguments=arguments_fingerprint(arguments),
+            dtype=f"{noise.dtype} {_precision(noise.device)}".removeprefix("torch."),
         )
-        shelf = self.stack.enter_context(self.bank.opened(key, device=noise.device))
-        self._known.append(((expert, *parts), shelf))
-        return shelf
+        name = key.fingerprint()
+        if name not in self._shelves:
+            while len(self._shelves) >= self.OPEN:
+                self._shelves.pop(next(iter(self._shelves)))[1].close()
+            stack = ExitStack()
+            self._shelves[name] = stack.enter_context(self.bank.opened(key, device=noise.device)), stack
+        # The objects are kept beside their marks: as long as they live their ids are their own.
+        self._keys = [*self._keys[1 - 2 * self.OPEN :], ((marks, parts), name)]
+        return self._shelves[name][0]
+
+    def _print(self, tensor: Tensor) -> str:
+        """A tensor's fingerprint, taken once for as long as it is that tensor, unchanged."""
+        mark = _mark(tensor)
+        if mark not in self._prints:
+            self._prints[mark] = tensor, tensor_fingerprint(tensor)
+        return self._prints[mark][1]
 
     def restart(self) -> None:
-        """Another run begins in the same block."""
-        for _, shelf in self._known:
-            shelf.restart()
+        """Another run begins in the same block, or the block ends: nothing is in use, all is looked at anew."""
+        for _, stack in self._shelves.values():
+            stack.close()
+        self._shelves, self._keys, self._prints, self._model = {}, [], {}, None
 
     def _names(self, expert: Any) -> list[str]:
         """Names of the sites that one evaluation reaches: of several experts those of one."""
@@ -67,6 +101,19 @@ class Keeper:
                 f"{expert!r}.\n  Give the denoiser a method expert(sigma) that returns the network, or its index."
             )
         return [name for name in names if name.startswith(f"{index}.")]
+
+
+def _mark(part: Any) -> Any:
+    """What tells an object from another one, and from itself after a change in place, without reading it."""
+    if not isinstance(part, Tensor):
+        return part if isinstance(part, (str, int, float, bool, type(None))) else id(part)
+    return id(part), None if part.is_inference() else part._version
+
+
+def _precision(device: torch.device) -> str:
+    """The precision that autocast computes in, "" without it."""
+    on = torch.is_autocast_enabled(device.type)
+    return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""
 
 
 def chosen_bank(bank: Any, advice: Preset | None, sites: Sites) -> Bank | None:

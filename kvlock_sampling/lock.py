@@ -156,7 +156,7 @@ class KVLock(StandIn):
             foreground,
             {
                 "it needs composite=True": not self.composite,
-                f"{self.estimator!r} measures the background too": self.estimator.needs_background,
+                f"{self.estimator!r} measures the background too": self.estimator.reads_background,
                 "rescaled guidance measures the whole prediction": self.rescale,
                 f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked": (
                     not self.sites.narrows

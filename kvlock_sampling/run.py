@@ -56,6 +56,8 @@ class Run:
             or (self.noise is not None and len(self.noise) not in (1, len(x)))
         ):
             self.noise = self.caches = None
+            if self.keeper is not None:
+                self.keeper.restart()
         self.top = max(self.top, level)
 
     def restart(self, schedule: Sequence[float]) -> None:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
+from kvlock_sampling.bank import model_fingerprint
 from kvlock_sampling.tiny import world
 from kvlock_sampling.types import RunError, SiteError, SourceError
+from kvlock_sampling.variance import Max
 
 FULL = kv.Constant(lock=1.0)
 
@@ -187,3 +189,69 @@ def test_a_lock_and_its_bank_can_be_copied_and_pickled(setup, tmp_path):
         torch.testing.assert_close(again, first)
         assert [s.evaluations for s in other.trace] == [2] * 6
     assert repr(pickle.loads(pickle.dumps(kv.Bank(every=2, format=None)))) == repr(kv.Bank(every=2, format=None))
+
+
+def test_conditioning_made_anew_at_every_call_is_the_same_shelf(setup):
+    bank = kv.Bank(every=1, format=None)
+    lock = setup.lock(policy=FULL, bank=bank)
+    with lock:
+        lock.on_schedule(setup.sigmas)
+        for sigma in setup.sigmas[:-1]:
+            lock(setup.x, sigma[None], **{**setup.cfg, "cond": setup.cond.clone()})
+    assert [s.evaluations for s in lock.trace] == [3] * 6
+    assert len(bank._pool.drawers) == 1
+
+
+def test_a_small_budget_serves_any_number_of_runs_in_one_block(setup):
+    bank = kv.Bank(budget="40kB")
+    with setup.lock(policy=FULL, bank=bank) as lock:
+        for seed in range(6):
+            x = torch.randn(setup.x.shape, generator=torch.Generator().manual_seed(seed)) * setup.sigmas[0]
+            kv.samplers.run("euler", lock, x, setup.sigmas, extra_args=setup.cfg)
+    assert 0 < bank.peak <= 40_000
+
+
+def test_changes_in_place_are_noticed_within_a_block(setup):
+    cond, bank = setup.cond.clone(), kv.Bank(every=1)
+    linear = next(m for m in setup.model.modules() if isinstance(m, nn.Linear))
+    passes = []
+    with setup.lock(policy=FULL, noise="fixed", bank=bank) as lock:
+        for change in (lambda: None, lambda: cond.add_(1), lambda: linear.weight.data[1].mul_(1.5), lambda: None):
+            change()
+            kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args={**setup.cfg, "cond": cond})
+            passes.append(sum(s.evaluations for s in lock.trace) - sum(passes))
+    assert passes == [18, 18, 18, 12]
+
+
+def test_what_the_denoiser_holds_beside_weights_counts(setup):
+    bank, passes = kv.Bank(every=1), []
+    for strength in (1.0, 0.5, 1.0):
+        inner = setup.model.inner_model
+        model = kv.FlowDenoiser(inner, call=lambda m, z, t, cond, s=strength: m(z, t, cond=cond * s))
+        lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy=FULL, noise="fixed", bank=bank)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        passes.append(lock.trace.evaluations)
+    assert passes == [18, 18, 12]
+    setup.model.extra = 2.0
+    assert model_fingerprint(setup.model) != (setattr(setup.model, "extra", 3.0) or model_fingerprint(setup.model))
+
+
+def test_autocast_has_a_shelf_of_its_own(setup):
+    bank = kv.Bank(every=1, format=None)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(setup, bank)
+    out, passes, trace = run(setup, bank)
+    assert passes == len(trace)
+    torch.testing.assert_close(out, run(setup, kv.Bank(every=1, format=None))[0])
+
+
+def test_what_measures_every_token_gets_every_token(setup):
+    for estimator in (
+        kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
+        Max((kv.TrajectoryVariance(window=3), kv.RenoiseVariance(patch=(1, 2, 2)))),
+    ):
+        lock = setup.lock(policy=FULL, estimator=estimator)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert {s.computed for s in lock.trace} == {1.0}
+        with pytest.warns(UserWarning, match="measures the background too"):
+            setup.lock(policy=FULL, estimator=estimator, foreground=True)

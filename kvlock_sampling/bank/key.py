@@ -1,15 +1,16 @@
 """What K/V belong to: fingerprints of the model, the clip, its noise, the kept tokens and the source's arguments.
 
-All are SHA-256, the same in every process and on every machine, and small enough to be taken at each run: of a model
-only a sample of the weights is read.
+All are SHA-256, the same in every process and on every machine, and small enough to be taken at each run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
@@ -118,6 +119,8 @@ def model_fingerprint(model: Any) -> str:
         )
     digest = hashlib.sha256()
     _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
+    if not isinstance(model, nn.Module):
+        _add(digest, _settings({"model": model, **getattr(model, "__dict__", {})}), "")
     for module in modules:
         config = getattr(module, "config", None)
         about = [type(module).__qualname__, module.extra_repr()]
@@ -128,14 +131,49 @@ def model_fingerprint(model: Any) -> str:
             value = getattr(module, name, None)
             if isinstance(value, (dict, list, str, bool)):
                 about.append(f"{name}={value}")
-        _add(digest, about, "")
+        _add(digest, [*about, *_settings(vars(module))], "")
         # What is not saved with the weights is derived from them, or a cache that fills up while the model runs.
         derived = module._non_persistent_buffers_set
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
         for name, weight in (*module.named_parameters(recurse=False), *buffers):
             _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
+            _add(digest, _checksum(weight), "")
             _add_tensor(digest, _sample(weight))
     return digest.hexdigest()
+
+
+def _settings(attributes: Mapping[str, Any]) -> list[str]:
+    """Plain values among attributes, and what functions among them close over: a guidance, a frame rate, a scale."""
+    found = []
+    for name, value in sorted(attributes.items()):
+        if name.startswith("_") or name == "training":
+            continue
+        if _is_plain(value):
+            found.append(f"{name}={value!r}")
+        elif isinstance(value, functools.partial):
+            found += _settings({f"{name}.func": value.func, f"{name}.args": value.args, f"{name}.kw": value.keywords})
+        elif isinstance(value, types.FunctionType):
+            cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+            inside = {f"{name}.{n}": cell.cell_contents for n, cell in cells.items() if n != name}
+            found += _settings(inside | {f"{name}.defaults": value.__defaults__})
+    return found
+
+
+def _is_plain(value: Any, depth: int = 3) -> bool:
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
+        return True
+    if depth and isinstance(value, (list, tuple)):
+        return all(_is_plain(item, depth - 1) for item in value)
+    return bool(depth) and type(value) is dict and all(_is_plain(item, depth - 1) for item in value.values())
+
+
+def _checksum(weight: Tensor) -> int:
+    """Sum of a weight's bytes taken as whole numbers: exact, whatever the order, so any change of one number tells."""
+    weight = weight.detach()
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
+    if weight.is_meta or not weight.numel() or whole is None or type(weight) not in (Tensor, nn.Parameter):
+        return 0
+    return int(weight.view(whole).sum(dtype=torch.int64)) if not weight.is_complex() else 0
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -34,6 +34,14 @@ class Estimator(ABC):
     needs_background: bool = False
     """Whether it raises an EstimatorError where there is no mask, or one that leaves nothing outside."""
 
+    @property
+    def reads_background(self) -> bool:
+        """Whether what it measures depends on the prediction outside the mask: it then needs every token computed.
+
+        A local estimator, one with a `patch`, measures every token.
+        """
+        return self.needs_background or getattr(self, "patch", None) is not None
+
     def init(self) -> Any:
         """The state before the first evaluation."""
         return None

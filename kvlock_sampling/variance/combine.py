@@ -64,6 +64,11 @@ class Several(Estimator):
         """Whether any part does."""
         return any(e.needs_background for e in self.estimators)
 
+    @property
+    def reads_background(self) -> bool:
+        """Whether any part does."""
+        return any(e.reads_background for e in self.estimators)
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """The same over the parts, bound."""
         modules = tuple(modules)

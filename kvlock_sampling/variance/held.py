@@ -42,6 +42,11 @@ class Wrapper(Estimator):
         """The inner estimator's."""
         return self.estimator.needs_background
 
+    @property
+    def reads_background(self) -> bool:
+        """The inner estimator's."""
+        return self.estimator.reads_background
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """The same around the inner estimator, bound."""
         return dataclasses.replace(self, estimator=self.estimator.bound(modules))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from .control import HostReads
 from .guidance import guide, guide_rescaled
 from .locking import Locking
 from .rows import NotBatchable, join_calls
-from .types import Denoiser, RunError, Scalar
+from .types import Denoiser, RunError, Scalar, SiteError
 
 Branch = tuple[Tensor, dict[str, Any]]
 T = TypeVar("T")
@@ -156,7 +157,31 @@ class Call:
             out = self.hooks.acting(frame, call)
         if frame.mode != "capture":
             self.fused = max(self.fused, len(frame.fired))
+            if not self.caches.active:
+                self._check_fired(frame)
         return out
+
+    def _check_fired(self, frame: Frame) -> None:
+        """Every site of the network that ran must have acted, unless a step cache skipped it.
+
+        Raises:
+            SiteError: one did not, and the edit ran on a part of the tokens: that layer saw no others.
+        """
+        sites = self._locking.sites
+        expected = len(sites.sites) // max(1, len(sites.networks))
+        if len(frame.fired) >= expected:
+            return
+        silent = [site.name for site in sites.sites if site.name not in frame.fired][:3]
+        text = (
+            f"{len(frame.fired)} of {expected} sites saw their attention; not {', '.join(silent)}. Is it computed by a "
+            "kernel of the model's own, or was the layer skipped?"
+        )
+        if isinstance(frame, ForegroundFrame):
+            raise SiteError(
+                f"{text} With only the edited tokens computed such a layer misses the rest.\n"
+                "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
+            )
+        warnings.warn(f"{text} The others are not locked.", stacklevel=2)
 
     def _layout(self, frame: Frame | None, kind: tuple[str, ...]) -> Hashable:
         """Calls that run on other tokens cannot share a step cache's memory."""

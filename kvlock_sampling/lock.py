@@ -10,6 +10,7 @@ import copy
 import math
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -147,6 +148,15 @@ class KVLock(StandIn):
             chosen = getattr(bank, "layers", None) if layers is None else layers
             self.sites = (sites or find_sites(model)).layers(chosen)
             self.sites.grid(self.source.latents.shape)
+            assert self.region is not None
+            edited = self.region.tokens(self.source.latents, self.sites.patch)
+            if bool(edited.all()):
+                warnings.warn(
+                    f"no token is left to lock: with tokens of {self.sites.patch} latents the mask reaches into every "
+                    "one of them. Nothing will be locked; a smaller mask, or a larger clip, leaves some.",
+                    stacklevel=2,
+                )
+                self.sites = None
         self.ring = ring
         self._schedule = None if sigmas is None else as_schedule(sigmas, model)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
@@ -193,8 +203,11 @@ class KVLock(StandIn):
             self.on_schedule(sigmas)
             return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
 
-    def plan(self, sigmas: Tensor) -> Plan:
+    def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
         """What the bank will hold of a run over these noise levels, before anything runs: print it.
+
+        sampler: some evaluate between the levels too, and store more. A policy that does not lock all the time stores
+            less, and so may an adaptive sampler, which chooses its levels as it goes.
 
         Raises:
             RunError: this lock has no bank.
@@ -202,7 +215,14 @@ class KVLock(StandIn):
         if self.bank is None or self.sites is None or self.region is None or self.source is None:
             raise RunError("this lock keeps nothing, so there is nothing to plan; give it a bank: bank=kv.Bank(...).")
         selection, _ = self.region.selection(self.source.latents, self.sites.patch, self.ring)
-        return plan(self.bank, self.sites, selection, torch.as_tensor(sigmas).tolist())
+        levels: list[float] = []
+
+        def noting(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+            levels.append(float(sigma.max()))
+            return x * 0
+
+        samplers.run(sampler, noting, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), seed=0)
+        return plan(self.bank, self.sites, selection, levels)
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""
@@ -350,19 +370,20 @@ class KVLock(StandIn):
         expert: Any = None,
     ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
-        if lock.active and self.locker is None:
+        locker = self.locker
+        if lock.active and self.source is None:
             raise SourceError(
                 f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
                 "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
             )
         locking = None
-        if self.locker is not None:
+        if locker is not None:
             if run.noise is None and own > 0:
-                given = self.locker.source.noise
-                run.noise = self.locker.source.implied_noise(x, own) if given is None else given.to(x)
+                given = locker.source.noise
+                run.noise = locker.source.implied_noise(x, own) if given is None else given.to(x)
             if lock.active:
                 assert run.noise is not None
-                locking = self.locker.at(x, own, lock, run.noise, run.keeper, expert)
+                locking = locker.at(x, own, lock, run.noise, run.keeper, expert)
         if run.caches is None:
             run.caches = StepCaches([*reachable_modules(self.model), *(self.sites.networks if self.sites else ())])
         kind = GuidedCall if self.scale_arg else OwnedCall

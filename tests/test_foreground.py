@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kvlock_sampling as kv
 from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, _narrow
 from kvlock_sampling.testing.networks import FAMILIES, random_network
-from kvlock_sampling.types import KVLockError
+from kvlock_sampling.types import KVLockError, SiteError
 
 FULL = kv.Constant(lock=1.0)
 
@@ -195,3 +195,45 @@ def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
     effect = (plain - results[0]).abs().max()
     for narrow in results[1:]:
         assert (narrow - results[0]).abs().max() < 0.01 * effect
+
+
+class ByHand:
+    """Attention past every door a lock knows."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        q, k, v = (
+            f(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        out = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def test_a_layer_whose_attention_is_not_seen_is_told(setup):
+    setup.model.inner_model.transformer.blocks[1].attn1.set_processor(ByHand())
+    lock = setup.lock(policy=FULL)
+    with pytest.raises(SiteError, match=r"(?s)1 of 2 sites.*not blocks.1.attn1.*foreground=False"):
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    lock = setup.lock(policy=FULL, foreground=False)
+    with pytest.warns(UserWarning, match="The others are not locked"):
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert {s.fused_sites for s in lock.trace} == {1}
+
+
+def test_a_mask_that_leaves_no_token_locks_nothing_and_says_so(setup):
+    mask = torch.ones_like(setup.mask)
+    mask[..., ::2] = 0  # half of every token is kept, and no token
+    with pytest.warns(UserWarning, match="no token is left to lock"):
+        lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=FULL, composite=True)
+    out = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    off = kv.KVLock(setup.model, source=setup.source, mask=mask, policy="off", composite=True)
+    assert torch.equal(out, off.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg))
+    assert {(s.fused_sites, s.evaluations) for s in lock.trace} == {(0, 2)}
+
+
+def test_gradient_checkpointing_is_refused(setup):
+    setup.model.inner_model.transformer.enable_gradient_checkpointing()
+    lock = setup.lock(policy=FULL)
+    with lock, torch.enable_grad(), pytest.raises(SiteError, match="disable_gradient_checkpointing"):
+        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+    with torch.no_grad():
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)

@@ -255,3 +255,12 @@ def test_what_measures_every_token_gets_every_token(setup):
         assert {s.computed for s in lock.trace} == {1.0}
         with pytest.warns(UserWarning, match="measures the background too"):
             setup.lock(policy=FULL, estimator=estimator, foreground=True)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2m", "lms"])
+def test_the_plan_counts_what_the_sampler_asks(setup, sampler):
+    bank = kv.Bank(every=2, format="bf16")
+    lock = setup.lock(policy=FULL, noise="fixed", bank=bank)
+    plan = lock.plan(setup.sigmas, sampler)
+    lock.sample(sampler, setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert bank.used == plan.total

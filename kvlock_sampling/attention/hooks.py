@@ -47,6 +47,11 @@ class Hooks:
         Raises:
             SiteError: no site has fired in the whole run, or one does not fit.
         """
+        if torch.is_grad_enabled() and any(getattr(n, "gradient_checkpointing", False) for n in self.sites.networks):
+            raise SiteError(
+                "gradient checkpointing runs layers again in backward, where no lock acts: gradients would be wrong.\n"
+                "  transformer.disable_gradient_checkpointing(), or sample under torch.no_grad()."
+            )
         if not compiler_in_use():
             with self.frame(frame):
                 return call()

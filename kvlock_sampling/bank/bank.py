@@ -128,8 +128,8 @@ class Bank:
         name = key.fingerprint(self.format)
         with self._pool.lock:
             drawers = self._pool.drawers
-            for other in [n for n, d in drawers.items() if n != name and not d.readers and not any(d.levels)]:
-                del drawers[other]
+            for other in [n for n, d in drawers.items() if n != name and not d.readers and not _holds(d)]:
+                del drawers[other]  # what its folder has is found again when it is opened
             if name not in drawers:
                 folder = None if self.directory is None else Folder(self.directory, key, self.format)
                 drawers[name] = Drawer(key.sites, folder)
@@ -161,6 +161,11 @@ class Bank:
         where = "memory" if self.directory is None else repr(str(self.directory))
         budget = "no limit" if self.budget is None else readable(self.budget)
         return f"Bank({where}, {self.format}, {readable(self.used)} of {budget} used)"
+
+
+def _holds(drawer: Drawer) -> bool:
+    """Whether letting go of it would lose anything: levels without a file, or parts in memory."""
+    return any(stored.held or stored.file is None for stored in drawer.levels)
 
 
 def _indexed(device: Any) -> torch.device:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import masks, samplers
 from .bank import Plan
+from .clips import as_clips, check_floats, check_pixels
 from .lock import KVLock
 from .metrics import masked_psnr
 from .models import open_model
 from .trace import Trace
-from .types import Denoiser, KVLockError, SourceError
+from .types import Denoiser, KVLockError, SamplerError, SourceError
 
 
 class VideoModel(Protocol):
@@ -64,15 +67,13 @@ class Edit:
 
 def start_noise(like: Tensor, seed: int | Sequence[int]) -> Tensor:
     """Unit noise shaped like `like`, one seed per clip: clip i of an int seed uses seed + i, alone or in a batch."""
-    seeds = [seed + i for i in range(len(like))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(like):
-        raise SourceError(f"seed has {len(seeds)} entries for {len(like)} clips; give one int, or one per clip.")
+    seeds = _seeds(seed, len(like))
     rows = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows).to(like)
 
 
 def edit_video(
-    clip: Tensor,
+    clip: Tensor | np.ndarray,
     mask: Any,
     prompt: str | Sequence[str],
     *,
@@ -93,7 +94,8 @@ def edit_video(
     """Edit clips.
 
     Args:
-        clip: (3, frames, height, width) or (batch, 3, ...), in [-1, 1].  mask: 1 = edit, as `masks.as_mask` reads.
+        clip: (3, frames, height, width) or (batch, 3, ...), in [-1, 1], a tensor or an array.
+        mask: 1 = edit, as `masks.as_mask` reads.
         prompt: what the masked region shall show, one text or one per clip.  source_prompt: what the clip shows now;
             the source's own branch reads it (default: `prompt`).
         model: "tiny", a folder of its weights, a folder of a diffusers pipeline, or any `VideoModel`, e.g.
@@ -112,16 +114,16 @@ def edit_video(
         KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
     """
     video = open_model(model) if isinstance(model, str) else model
-    clips = clip if clip.ndim == 5 else clip.unsqueeze(0)
-    texts = _texts(prompt, len(clips), "prompt")
+    clips = as_clips(clip)
     _check_clip(clips, video)
+    texts = _texts(prompt, len(clips), "prompt")
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
     negative = [getattr(video, "negative_prompt", "")] * len(clips)
     conditioning = {"cond": video.prompt(texts), "uncond": video.prompt(negative)}
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
-    if not math.isfinite(scale):
-        raise KVLockError(f"cfg_scale={scale}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
+    if not (isinstance(scale, Real) and math.isfinite(scale)):
+        raise KVLockError(f"cfg_scale={scale!r}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
     if lock_options.get("bank") is not None:
         lock_options.setdefault("noise", "fixed")
         source_prompt = "" if source_prompt is None else source_prompt
@@ -129,8 +131,8 @@ def edit_video(
     if source_prompt is not None:
         source_args = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
 
-    if not 0 < strength <= 1:
-        raise KVLockError(f"strength={strength}; expected 0 < strength <= 1, where 1 starts from noise.")
+    if not (isinstance(strength, Real) and 0 < strength <= 1):
+        raise KVLockError(f"strength={strength!r}; expected 0 < strength <= 1, where 1 starts from noise.")
     source = video.encode(clips)
     sigmas = _schedule(video, steps, strength, sampler)
     noise = start_noise(source, seed)
@@ -138,7 +140,7 @@ def edit_video(
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, source_args=source_args, **lock_options)
     if on_plan is not None and lock.bank is not None:
-        on_plan(lock.plan(sigmas))
+        on_plan(lock.plan(sigmas, sampler))
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()
     # Weights that offloading moves in inference mode would come out of it as inference tensors, of no use for training.
@@ -148,7 +150,7 @@ def edit_video(
             x,
             sigmas,
             extra_args={**conditioning, "cond_scale": scale},
-            seed=[seed + i for i in range(len(clips))] if isinstance(seed, int) else list(seed),
+            seed=_seeds(seed, len(clips)),
             callback=callback,
         )
         seconds = time.perf_counter() - started
@@ -171,22 +173,35 @@ def edit_video(
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
     """The model's noise levels. dpm_fast and dpm_adaptive stop at the last one above 0, so theirs nears 0."""
-    sigmas = video.sigmas(steps, strength)
+    if not isinstance(steps, Integral):
+        raise SamplerError(f"steps={steps!r}; expected how many noise levels, a whole number n >= 1, e.g. steps=30.")
+    sigmas = video.sigmas(int(steps), strength)
     if samplers.is_ranged(samplers.get(sampler) if isinstance(sampler, str) else sampler):
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])])
     return sigmas
 
 
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed]
+    if not all(isinstance(s, Integral) for s in seeds):
+        raise SourceError(f"seed={seed!r}; expected one int, or a list of one per clip, e.g. seed=0.")
+    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(map(int, seeds))
+    if len(seeds) != count:
+        raise SourceError(f"seed has {len(seeds)} entries for {count} clips; give one int, or one per clip.")
+    return seeds
+
+
 def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
-    texts = [given] * count if isinstance(given, str) else list(given)
+    texts = [given] * count if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise SourceError(f'{name}={given!r}; expected a text, or a list of one per clip, e.g. {name}="a red square".')
     if len(texts) != count:
         raise SourceError(f"{name} has {len(texts)} entries for {count} clips; give one text, or one per clip.")
     return texts
 
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
-    if not clips.is_floating_point():
-        raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
+    check_floats(clips)
     frames, size = editable(video, *clips.shape[2:]) if clips.ndim == 5 else (video.frames, video.size)
     if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
@@ -195,13 +210,7 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
             f"{' such as' if video.frames is None else ' ='} (batch, {sides}).\n"
             f"  clip = video.read_clip(path, frames={frames}, size={size}).pixels"
         )
-    if not torch.isfinite(clips).all():
-        raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
-    if clips.abs().max() > 1.01:
-        raise SourceError(
-            f"clip runs from {float(clips.min()):.3g} to {float(clips.max()):.3g}; expected pixels in [-1, 1]: "
-            "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
-        )
+    check_pixels(clips)
 
 
 def editable(video: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -314,3 +315,21 @@ def test_an_expert_that_is_done_leaves_the_device_also_on_the_way_back_up():
             video.denoiser(x * sigma, torch.tensor(sigma), cond=cond)
             assert gone in moved
             moved.clear()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5676070424\n"
+
+
+@pytest.mark.parametrize("damage", ["header", "data", "empty", "pointer", "index"])
+def test_weights_that_did_not_arrive_are_named(folder, tmp_path, damage):
+    broken = tmp_path / "wan"
+    shutil.copytree(folder / "wan", broken)
+    (file,) = (broken / "transformer").glob("*.safetensors")
+    whole = file.read_bytes()
+    if damage == "index":
+        file = file.with_name("diffusion_pytorch_model.safetensors.index.json")
+        whole = b"{}"
+    file.write_bytes({"header": whole[:100], "data": whole[:-1], "empty": b"", "pointer": POINTER}.get(damage, whole))
+    with pytest.raises(PipelineError, match=r"is the download complete\?") as caught:
+        load.load_pipeline(broken)
+    assert str(file) in str(caught.value)

@@ -161,7 +161,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype, vae_dtype: torch.dtype) -> di
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = sorted(part.glob("*.safetensors"))
         if index := sorted(part.glob("*.safetensors.index.json")):
-            files = sorted({part / name for name in json.loads(index[0].read_text())["weight_map"].values()})
+            files = sorted(part / name for name in _shards(index[0]))
         else:
             files = [file for file in files if file.stem.count(".") == 0] or files[:1]  # not its variants as well
         if numbers := sum(_numbers(file) for file in files if file.is_file()):
@@ -184,10 +184,31 @@ def memory_of(device: torch.device) -> int | None:
 
 def _numbers(file: Path) -> int:
     """How many numbers a safetensors file holds. Its header: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:  # else the text of a git-lfs pointer asks for exabytes
+                raise ValueError(f"its header is said to be of {length} bytes")
+            header = json.loads(stream.read(length))
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        if size < end:
+            raise ValueError(f"its header tells of {end} bytes")
+        return sum(math.prod(entry["shape"]) for entry in entries)
+    except (ValueError, struct.error, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise PipelineError(
+            f"{file}, {size} bytes, is no safetensors file ({error}); is the download complete? Files of a few hundred "
+            "bytes of text are git-lfs pointers: git lfs pull, or\n  hf download NAME --local-dir FOLDER"
+        ) from error
+
+
+def _shards(index: Path) -> set[str]:
+    """The names of the files that hold a component's weights together."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{index} names no files ({error!r}); is the download complete?") from error
 
 
 def _class_name(folder: Path) -> str:

@@ -17,6 +17,7 @@ CogVideoX VAEs. Morphology (`grow`, `feather`, ...) runs in scipy on the CPU, fr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 
-def as_mask(mask: MaskLike, frames: int | None = None) -> Mask:
+def as_mask(mask: Any, frames: int | None = None) -> Mask:
     """Bring a mask into the normal form (batch, 1, frames, height, width), float, in [0, 1]; 1 = edit.
 
     Accepted shapes: (H, W), (T, H, W), (batch, T, H, W) and (batch, 1, T, H, W). Accepted values: bool, uint8 in 0..255
@@ -59,7 +60,7 @@ def as_mask(mask: MaskLike, frames: int | None = None) -> Mask:
     `frames`: repeat a still mask (T = 1) over this many frames; a moving mask must already have them.
     Raises MaskError for any other shape, dtype or value.
     """
-    values = _values(_tensor(mask))
+    values = _values(as_tensor(mask))
     if values.ndim == 4 and frames is not None and frames > 1 and values.shape[:2] == (frames, 1):
         raise MaskError(
             f"a mask of shape {_shape(values)} with frames={frames} can mean {frames} frames or {frames} clips: "
@@ -195,14 +196,14 @@ def from_keep_mask(mask: MaskLike, frames: int | None = None) -> Mask:
     return 1 - as_mask(mask, frames)
 
 
-def from_comfy(noise_mask: MaskLike, frames: int | None = None, *, threshold: float = 0.0) -> Mask:
+def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float = 0.0) -> Mask:
     """From ComfyUI's `noise_mask` or MASK (1 = regenerate), hardened to 0/1: edited where above `threshold`.
 
     As in ComfyUI's `reshape_mask` for video, (N, H, W) and (N, 1, H, W) are N *frames* of one clip; 5-D is taken as it
     is. ComfyUI resizes trilinearly, which leaves soft borders: the default 0 keeps every touched cell (ComfyUI
     regenerates it in part), 0.5 follows the outline.
     """
-    values = _tensor(noise_mask)
+    values = as_tensor(noise_mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
     return _harden(as_mask(values, frames), threshold)
@@ -214,21 +215,32 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
     `mask`: a PIL image or a list of them, one per frame; an array (H, W), (T, H, W), (H, W, C) or (T, H, W, C) with C
     1, 3 (RGB) or 4 (RGBA), or a list of (H, W) or (H, W, C); or a tensor as in `as_mask`.
     """
-    if isinstance(mask, Sequence):
+    if isinstance(mask, Sequence) and not isinstance(mask, str):
         if not mask:
             raise MaskError("from_diffusers got an empty list; expected one image per frame")
         pages = [_luminance(page) for page in mask]
         if len(sizes := {page.shape for page in pages}) > 1:
             raise MaskError(f"from_diffusers got frames of sizes {sorted(sizes)}; expected one size (height, width)")
         mask = np.stack(pages)
-    elif not isinstance(mask, Tensor):
+    elif not isinstance(mask, Tensor | str | os.PathLike):
         mask = _luminance(mask)
     return _harden(as_mask(mask, frames), threshold, inclusive=True)
 
 
-def _tensor(mask: MaskLike) -> Tensor:
-    """Torch takes no array that is read-only (from PIL) or has negative strides (flipped): those are copied."""
-    return mask if isinstance(mask, Tensor) else torch.from_numpy(np.require(mask, requirements=["C", "W"]))
+def as_tensor(mask: Any) -> Tensor:
+    """The mask as it is, as a tensor. Raises MaskError for a path, or what holds no values."""
+    # Torch takes no array that is read-only (from PIL) or has negative strides (flipped): those are copied.
+    if isinstance(mask, Tensor):
+        return mask
+    if isinstance(mask, str | os.PathLike):
+        raise MaskError(
+            f"mask is the path {os.fspath(mask)!r}; expected its values, 1 = edit, as masks.as_mask reads. Read it:\n"
+            f"  mask = kvlock_sampling.video.read_mask({os.fspath(mask)!r}, frames=..., size=(height, width))"
+        )
+    try:
+        return torch.from_numpy(np.require(mask, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise MaskError(f"mask is a {type(mask).__name__}; expected a tensor or array, 1 = edit ({error})") from None
 
 
 def _values(mask: Tensor) -> Tensor:

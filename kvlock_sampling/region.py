@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -10,17 +11,27 @@ from torch import Tensor
 
 from .attention.foreground import Selection
 from .attention.grid import token_grid
-from .masks import as_mask, check_mask, grow, latent_mask, token_mask
+from .masks import as_mask, as_tensor, check_mask, grow, latent_mask, token_mask
 from .types import MaskError
 
 T = TypeVar("T")
+
+
+def as_ring(ring: Any) -> tuple[float, float] | None:
+    """(width in tokens > 0, share of the lock in [0, 1]) from a pair of numbers. Raises MaskError for anything else."""
+    if ring is None:
+        return None
+    pair = tuple(ring) if isinstance(ring, list | tuple) else ()
+    if len(pair) != 2 or not all(isinstance(n, Real) for n in pair) or not (pair[0] > 0 and 0 <= pair[1] <= 1):
+        raise MaskError(f"ring={ring!r}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5).")
+    return float(pair[0]), float(pair[1])
 
 
 class Region:
     """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape."""
 
     def __init__(self, mask: Any) -> None:
-        self.given = mask
+        self.given = as_tensor(mask)
         self._known: dict[Any, Any] = {}  # a run asks for the same few again at every evaluation
 
     def latent(self, like: Tensor) -> Tensor:
@@ -42,7 +53,11 @@ class Region:
         """How much of the lock each token takes, (batch or 1, tokens), float in [0, 1]: 0 where edited, 1 elsewhere.
 
         ring: (width in tokens, share): background tokens within `width` of the edit take only `share` of the lock.
+
+        Raises:
+            MaskError: a ring that cannot be meant.
         """
+        ring = as_ring(ring)
         return self._remember((like.shape, like.device, patch, ring), lambda: self._background(like, patch, ring))
 
     def selection(
@@ -51,6 +66,7 @@ class Region:
         """Which tokens must be computed at full lock, and which latents belong to those that need not: broadcastable
         to `like`, bool.
         """
+        ring = as_ring(ring)
         return self._remember(
             (like.shape, like.device, patch, ring, "full"), lambda: self._selection(like, patch, ring)
         )
@@ -73,9 +89,7 @@ class Region:
         weight = (~edited).to(torch.float32)
         if ring is None:
             return weight
-        width, share = ring if isinstance(ring, tuple) and len(ring) == 2 else (0.0, 0.0)
-        if not (width > 0 and 0 <= share <= 1):
-            raise MaskError(f"ring={ring}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5).")
+        width, share = ring
         if like.ndim == 3:
             raise MaskError(
                 f"ring={ring} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave ring away."
@@ -136,7 +150,7 @@ class Region:
         """A mask for pictures: (height, width), (batch, height, width) or (batch, 1, height, width), of any whole
         compression factor; or one per channel, at the latents' size.
         """
-        mask = torch.as_tensor(self.given)
+        mask = self.given
         if mask.ndim == 4 and mask.shape[1] != 1:
             return self._broadcastable(like)
         if mask.ndim == 3:
@@ -146,7 +160,7 @@ class Region:
         ]
 
     def _broadcastable(self, like: Tensor) -> Tensor:
-        mask = torch.as_tensor(self.given)
+        mask = self.given
         fits = mask.ndim == like.ndim and all(m in (1, s) for m, s in zip(mask.shape, like.shape, strict=True))
         if not fits:
             raise MaskError(

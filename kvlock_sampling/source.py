@@ -22,14 +22,19 @@ def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
     return x0 + sigma * noise
 
 
+def check_noise(word: Any) -> None:
+    """Raises SourceError for what is no tensor and no word for one."""
+    if not (isinstance(word, str) and word == "fixed"):
+        raise SourceError(f'noise={word!r}; expected a tensor like source, "fixed", or None for the run\'s own.')
+
+
 def fixed_noise(latents: Tensor, word: str) -> Tensor:
     """Unit noise like `latents` that is the same in every run, so that what is computed from it can be kept.
 
     Raises:
         SourceError: another word than "fixed".
     """
-    if word != "fixed":
-        raise SourceError(f'noise={word!r}; expected a tensor like source, "fixed", or None for the run\'s own.')
+    check_noise(word)
     drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return drawn.to(latents)
 
@@ -53,7 +58,7 @@ class Source:
             raise SourceError(
                 f"source is of {latents.dtype}; expected floating latents, e.g. pixels.float() / 127.5 - 1."
             )
-        if isinstance(noise, str):
+        if noise is not None and not isinstance(noise, Tensor):
             noise = fixed_noise(latents, noise)
         if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
             raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")

@@ -178,6 +178,18 @@ BAD = {
         PolicyError,
         r"shape \(2, 9\)",
     ),
+    "path of a clip": ({"clip": "clip.mp4"}, SourceError, r"path 'clip.mp4'.*read_clip\('clip.mp4'\)"),
+    "no pixels": ({"clip": [0.0]}, SourceError, "clip is a list; expected pixels"),
+    "bytes": ({"clip": torch.zeros(3, 8, 32, 32, dtype=torch.uint8).numpy()}, SourceError, r"torch.uint8.*127.5"),
+    "a number": ({"clip": torch.tensor(1.0)}, SourceError, "this model edits"),
+    "path of a mask": ({"mask": "mask.png"}, MaskError, r"path 'mask.png'.*read_mask\('mask.png'"),
+    "prompt of no text": ({"prompt": 5}, SourceError, "prompt=5; expected a text"),
+    "prompts of no text": ({"source_prompt": [5]}, SourceError, r"source_prompt=\[5\]; expected a text"),
+    "half a step": ({"steps": 2.5}, SamplerError, "steps=2.5; expected"),
+    "seed of no number": ({"seed": 1.5}, SourceError, "seed=1.5; expected one int"),
+    "scale of no number": ({"cfg_scale": "7"}, KVLockError, "cfg_scale='7'; expected a finite number"),
+    "strength of no number": ({"strength": "1"}, KVLockError, "strength='1'; expected 0 < strength"),
+    "noise of no tensor": ({"noise": 1.0}, SourceError, "noise=1.0; expected a tensor"),
     "model that is not there": ({"model": "no/such/folder"}, KVLockError, "no model at 'no/such/folder'"),
 }
 
@@ -187,6 +199,13 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
     change, error, message = BAD[name]
     with pytest.raises(error, match=f"(?s){message}"):
         edit(**change)
+
+
+def test_arrays_are_clips_too(edit, task):
+    clip, mask = task.source[0].double().numpy(), task.mask[0, 0].numpy()
+    flipped = edit(clip=clip[..., ::-1], mask=mask[..., ::-1])
+    assert flipped.pixels.dtype == torch.float32
+    assert torch.equal(flipped.pixels, edit(clip=task.source[0].flip(-1), mask=task.mask[0, 0].flip(-1)).pixels)
 
 
 def test_a_model_without_attention_says_what_to_pass(edit, video):

@@ -22,9 +22,9 @@ from in_diffusers import (
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.diffusers import KVLockGuider
+from kvlock_sampling.diffusers import KVLockGuider, encode_clip
 from kvlock_sampling.testing.pipelines import tiny_pipeline
-from kvlock_sampling.types import PolicyError
+from kvlock_sampling.types import MaskError, PolicyError, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,22 @@ def test_hunyuan_video_15_takes_the_guider() -> None:
         sample(guider.edit(source_embeds={"text": other["encoder_hidden_states"]}))
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"source": "clip.mp4"}, SourceError, "source is a str; expected the clean latents"),
+        ({"mask": "mask.png"}, MaskError, "mask is the path 'mask.png'"),
+        ({"noise": 1.0}, SourceError, "noise=1.0; expected a tensor"),
+        ({"ring": 1}, MaskError, "ring=1; expected"),
+        ({"ring": (1, "a")}, MaskError, r"ring=\(1, 'a'\); expected"),
+    ],
+    ids=str,
+)
+def test_what_a_guider_cannot_use_is_refused_where_it_is_given(given: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        KVLockGuider(4.0, **{**EDIT, **given})
+
+
 def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
     for given in ("paper", kv.Early(kv.Linear(), above=2.0)):
         guider = KVLockGuider(3.0, policy=given, ring=(1.0, 0.5), layers=[0], rescale=True, start=0.1, **EDIT)
@@ -178,3 +194,23 @@ def test_the_noise_level_must_be_known_exactly() -> None:
     floats = classic()
     wanted = modular(floats, guider=KVLockGuider(4.0, **EDIT, scheduler=floats.scheduler))()
     assert far_apart(modular(floats, guider=KVLockGuider(4.0, **EDIT))(), wanted) < 1e-5
+
+
+def test_a_clip_that_the_vae_would_cut_is_not_encoded(pipe: Any) -> None:
+    clip = torch.rand(3, 9, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = encode_clip(pipe.vae, clip)
+    assert torch.equal(encode_clip(pipe.vae, clip[None].numpy()), latents)
+    assert latents.shape == (1, 16, 3, 8, 8)
+    for wrong, message in {
+        "bytes": (clip.byte(), r"torch.uint8; .*127.5"),
+        "range": (clip * 127, r"expected pixels in \[-1, 1\]"),
+        "nan": (clip / 0 * 0, "NaN or inf"),
+        "frames": (clip[:, :8], r"8 frames of 64 x 64; .* takes 1 \+ 4 \* n frames.*\n.*frames=5, size=\(64, 64\)"),
+        "sides": (clip[..., :60], r"9 frames of 64 x 60; .*sides of 8 \* n.*\n.*size=\(64, 56\)"),
+        "channels": (clip[:1], r"shape \(1, 1, 9, 64, 64\); expected \(3, frames"),
+        "order": (clip.transpose(0, 1), r"Frames first, as images come: clip.transpose\(0, 1\)"),
+        "picture": (clip[:, 0], r"shape \(3, 64, 64\); expected"),
+        "path": ("clip.mp4", r"path 'clip.mp4'"),
+    }.values():
+        with pytest.raises(SourceError, match=message):
+            encode_clip(pipe.vae, wrong)

@@ -1,5 +1,7 @@
 """Masks: pooling against brute force, laws of the morphology, converters, and what the errors say."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from kvlock_sampling import masks
+from kvlock_sampling.region import Region, as_ring
 from kvlock_sampling.types import MaskError
 
 quick = settings(max_examples=30, deadline=None)
@@ -56,6 +59,29 @@ def test_numpy_masks_may_be_flipped_or_read_only(recwarn):
     assert torch.equal(masks.as_mask(array[::-1]), masks.as_mask(torch.eye(4).flip(0)))
     assert torch.equal(masks.from_comfy(array), masks.as_mask(torch.eye(4)))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("mask", [Path("a/mask.png"), "a/mask.png"])
+def test_a_path_is_no_mask(mask):
+    for read in (masks.as_mask, masks.from_comfy, masks.from_diffusers, Region):
+        with pytest.raises(MaskError, match=r"(?s)path 'a/mask.png'.*read_mask\('a/mask.png'"):
+            read(mask)
+    with pytest.raises(MaskError, match="mask is a dict; expected a tensor or array"):
+        masks.as_mask({})
+
+
+@pytest.mark.parametrize("ring", [1, "ab", (1, "a"), [1], (0, 0.5), (1, 2), (float("nan"), 0.5)])
+def test_a_ring_is_a_pair_of_numbers(ring):
+    with pytest.raises(MaskError, match="expected \\(width in tokens > 0"):
+        as_ring(ring)
+    assert as_ring([1, 0.5]) == as_ring((1, 0.5)) == (1.0, 0.5)
+
+
+def test_a_ring_may_be_a_list():
+    like, region = torch.zeros(1, 4, 2, 8, 8), Region(torch.eye(8))
+    wanted = region.background(like, (1, 2, 2), (1, 0.5))
+    assert torch.equal(region.background(like, (1, 2, 2), [1, 0.5]), wanted)
+    assert torch.equal(region.selection(like, (1, 2, 2), [1, 0.5])[1], region.selection(like, (1, 2, 2), (1, 0.5))[1])
 
 
 def test_as_mask_holds_a_still_mask_over_the_frames():

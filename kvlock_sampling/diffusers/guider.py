@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ..compat import broken_torchvision_hidden
 from ..policy import Policy, as_policy
 from ..presets import load_policy, to_toml
+from ..region import Region, as_ring
+from ..source import Source, check_noise
 from ..trace import Trace
 from ..types import PolicyError, RunError
 from .calls import Call, Interception, intercept, release
@@ -56,6 +58,7 @@ class KVLockGuider(ClassifierFreeGuidance):
 
     Raises:
         PolicyError: a policy that is not there, or saving one that is code.
+        SourceError, MaskError: a source or noise that is no tensor, a path as mask, a ring that cannot be meant.
         RunError: at a step, an integer timestep without a scheduler, or another run's scheduler.
         KVLockError: at the first step, whatever `KVLock` refuses.
     """
@@ -100,7 +103,7 @@ class KVLockGuider(ClassifierFreeGuidance):
             "rescale": rescale,
             "cfg_floor": cfg_floor,
             "layers": layers,
-            "ring": None if ring is None else tuple(ring),
+            "ring": as_ring(ring),
             "foreground": foreground,
             "batched": batched,
         }
@@ -126,9 +129,19 @@ class KVLockGuider(ClassifierFreeGuidance):
     def edit(self, **given: Any) -> KVLockGuider:
         """Set source, mask, noise, source_embeds, scheduler, estimator, threshold, sites or bank; the others stay.
         Returns the guider.
+
+        Raises:
+            SourceError, MaskError: what is no tensor; whether shapes fit is known at the first step.
         """
         if wrong := sorted(given.keys() - set(_GIVEN)):
             raise TypeError(f"edit() takes {', '.join(_GIVEN)}; got {', '.join(wrong)}")
+        if given.get("source") is not None:
+            Source(given["source"])
+        noise = given.get("noise")
+        if noise is not None and not isinstance(noise, Tensor):
+            check_noise(noise)
+        if given.get("mask") is not None:
+            Region(given["mask"])
         self._given |= given
         self._run.session = None
         return self

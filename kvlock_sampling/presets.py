@@ -28,7 +28,7 @@ from .files import write_atomically
 from .policy import Policy, Wrapper
 from .policy.fields import flag, number
 from .policy.table import from_table, nearest, to_table
-from .types import PolicyError
+from .types import KVLockError, PolicyError
 from .variance.curve import ThresholdCurve
 
 _ADVICE = ("threshold", "cfg_floor", "rescale", "bank", "estimator")
@@ -188,12 +188,18 @@ def _classes(policy: Policy) -> str:
 
 def _bank_settings(given: Any) -> tuple[tuple[str, Any], ...]:
     """Settings of a bank that a file may hold: everything but where it keeps things."""
-    settings = dict(given)
+    try:
+        settings = dict(given)
+    except (TypeError, ValueError):
+        raise PolicyError(f"bank={given!r}; expected a table of settings, e.g.\n  [bank]\n  every = 3") from None
     known = ("every", "ratio", "format", "interpolate", "budget", "tier")
     for key in settings:
         if key not in known:
             raise PolicyError(f"bank: {key} is not a setting that a preset may give; {nearest(key, known)}")
-    Bank(**settings)  # refuses what cannot be meant, with its own message
+    try:
+        Bank(**settings)  # refuses what cannot be meant, with its own message
+    except (KVLockError, TypeError, ValueError) as error:
+        raise PolicyError(f"bank: {error}") from error
     return tuple((key, _frozen(value)) for key, value in settings.items())
 
 

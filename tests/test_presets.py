@@ -153,6 +153,17 @@ def test_estimator_advice_is_a_table():
         Preset(Constant(lock=1.0), bank={"every": 0})
 
 
+@pytest.mark.parametrize(
+    ("bank", "message"),
+    [("true", r"bank=True; expected a table"), ("{ every = 0 }", "bank: every=0"), ('{ every = "a" }', "every='a'")],
+)
+def test_a_bank_that_cannot_be_meant_is_told_with_its_file(tmp_path, bank, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'bank = {bank}\n[policy]\ntype = "Constant"\nlock = 1.0\n')
+    with pytest.raises(PolicyError, match=f"mine.toml: .*{message}"):
+        load_policy(path)
+
+
 # -- reading and writing ----------------------------------------------------------------------------------------------
 
 

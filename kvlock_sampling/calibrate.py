@@ -19,6 +19,8 @@ from .types import Control, Observation, SourceError
 from .variance import Estimator, estimator_table
 from .variance.calibration import Band, reference_bands, threshold_curve
 
+_NONE = "no clips to calibrate on; give a few dozen, e.g. --clips 32 for the embedded model."
+
 
 class Example(NamedTuple):
     """A clip whose ordinary run is calm: pixels (3, T, H, W), mask (1, T, H, W), and its own prompt."""
@@ -66,7 +68,7 @@ def calibrate(
         EstimatorError: too few measurements.  SourceError: no examples.
     """
     if not examples:
-        raise SourceError("no clips to calibrate on; give a few dozen, e.g. --clips 32 for the embedded model.")
+        raise SourceError(_NONE)
     base = load_policy(policy) if isinstance(policy, str) else policy
     inner = base.policy if isinstance(base, Preset) else base
     meter = estimator or advised_estimator(base if isinstance(base, Preset) else None)
@@ -103,9 +105,15 @@ def calibrate(
 
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
-    """Examples for the embedded model: scenes of its world, each re-made under its own prompt inside its mask."""
+    """Examples for the embedded model: scenes of its world, each re-made under its own prompt inside its mask.
+
+    Raises:
+        SourceError: a count below 1.
+    """
     from .tiny.world import edit_mask, render, sample_scene
 
+    if count < 1:
+        raise SourceError(_NONE)
     drawn = [sample_scene(first + i, empty=0.0) for i in range(count)]
     return [Example(c, edit_mask(s, s), s.prompt) for c, s in zip(render(drawn), drawn, strict=True)]
 

@@ -214,15 +214,17 @@ def calibrate(
     with _readable_errors():
         from .calibrate import calibrate as measure
         from .calibrate import folder, scenes
+        from .files import check_writable
         from .models import open_model
         from .presets import save_policy
         from .samplers import get
 
         get(sampler)
+        check_writable(output)
         video = open_model(model, dtype=dtype, offload=offload)
-        if video.frames is None and clips.isdigit():
+        if video.frames is None and clips.isdecimal():
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
-        examples = scenes(int(clips)) if clips.isdigit() else folder(Path(clips), video)
+        examples = scenes(int(clips)) if clips.isdecimal() else folder(Path(clips), video)
         with _progress("measuring", len(examples)) as advance:
             found = measure(
                 video,

@@ -127,6 +127,24 @@ def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
     assert not (tmp_path / "b.toml").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("a.toml", ["--clips", "0"], "no clips to calibrate on"),
+        (".", [], "cannot be written: it is a folder"),
+        ("file/a.toml", [], "cannot be written"),
+    ],
+)
+def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("kvlock_sampling.calibrate.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.chdir(tmp_path)
+    ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
+    assert ended.exit_code == 2, ended.output
+    assert message in " ".join(ended.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(

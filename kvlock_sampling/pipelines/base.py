@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +58,13 @@ class Branch(nn.Module):
         raise NotImplementedError
 
 
+def finite(name: str, value: Any) -> float:
+    """An option that is a number. Raises PipelineError for anything else."""
+    if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
+        raise PipelineError(f"{name}={value!r}; expected a finite number, e.g. {name}=6.0.")
+    return float(value)
+
+
 class PipelineVideo:
     """A diffusers pipeline as a `VideoModel`: hand it to `edit_video`, or use its parts in your own script.
 
@@ -90,7 +99,7 @@ class PipelineVideo:
         self.pipe = pipe
         self.transformer = self._component("transformer")
         self._component("vae")
-        self.cfg_scale = float(self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale)
+        self.cfg_scale = finite("cfg_scale", self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale)
         self.negative_prompt = negative_prompt or ""
         self.shift, self.t_max = shift, t_max
         self.max_sequence_length = max_sequence_length or self._default("max_sequence_length", 512)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import Branch, Conditioning, PipelineVideo
+from .base import Branch, Conditioning, PipelineVideo, finite
 from .schedule import flow_times
 
 
@@ -79,8 +79,9 @@ class HunyuanVideo(HunyuanFlow):
         super().__init__(pipe, **options)
 
     def _denoiser(self) -> Any:
-        scale = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
-        return self._flow(HunyuanBranch(self.transformer, self.transformer.config.in_channels, float(scale)))
+        asked = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
+        scale = finite("embedded_guidance", asked)
+        return self._flow(HunyuanBranch(self.transformer, self.transformer.config.in_channels, scale))
 
     def _encode_text(self, text: str) -> Conditioning:
         template = {} if self.prompt_template is None else {"prompt_template": self.prompt_template}

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .base import Branch, Conditioning, PipelineVideo
+from .base import Branch, Conditioning, PipelineVideo, finite
 from .errors import PipelineError
 from .schedule import flow_times
 
@@ -72,11 +72,12 @@ class LTXVideo(PipelineVideo):
         decode_noise_scale: float | None = None,
         **options: Any,
     ) -> None:
-        if not frame_rate > 0:
+        self.frame_rate = finite("frame_rate", frame_rate)
+        if not self.frame_rate > 0:
             raise PipelineError(f"frame_rate={frame_rate}; expected frames per second > 0, e.g. frame_rate=25.")
-        self.frame_rate = float(frame_rate)
-        self.decode_timestep = float(decode_timestep)
-        self.decode_noise_scale = self.decode_timestep if decode_noise_scale is None else float(decode_noise_scale)
+        self.decode_timestep = finite("decode_timestep", decode_timestep)
+        noise = self.decode_timestep if decode_noise_scale is None else decode_noise_scale
+        self.decode_noise_scale = finite("decode_noise_scale", noise)
         super().__init__(pipe, **options)
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Conditioning
+from .base import Conditioning, finite
 from .errors import PipelineError
 from .wan import WanBranch, WanVideo
 
@@ -58,7 +58,7 @@ class WanVaceVideo(WanVideo):
     ) -> None:
         if reactive not in ("grey", "clip"):
             raise PipelineError(f"reactive={reactive!r}; expected 'grey' (inpainting) or 'clip' (its old content).")
-        self.reactive, self.conditioning_scale = reactive, float(conditioning_scale)
+        self.reactive, self.conditioning_scale = reactive, finite("conditioning_scale", conditioning_scale)
         super().__init__(pipe, **options)
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:

@@ -85,6 +85,27 @@ class Boastful(Policy):
         return state, Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
 
 
+@dataclass(frozen=True)
+class Claiming(Policy):
+    """Guidance that falls with risk, below the range it names."""
+
+    cfg_range: tuple[float, float] = (0.0, 1.0)
+
+    def step(self, state, obs):
+        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale * (1 - obs.risk.clamp(max=9)))
+
+
+@dataclass(frozen=True)
+class Counting(Policy):
+    """Counts, at the start, steps that nobody has told."""
+
+    def start(self, obs):
+        return Control(lock=min(1.0, 1 / obs.steps_left), cfg_scale=obs.cfg_scale)
+
+    def step(self, state, obs):
+        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+
+
 BROKEN: list[tuple[str, Any, str]] = [
     (
         "wrong shape",
@@ -112,6 +133,13 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("crash", lock_by(lambda o: o.rsik), r"AttributeError(.|\n)*risk of shape \(3,\)"),
     ("start reads risk", Eager(), r"Eager\.start returned lock=(.|\n)*do not read them in start"),
     ("no measurement", lock_by(lambda o: o.risk.clamp(0, 1), uses_risk=False), r"start returned lock(.|\n)*are NaN"),
+    (
+        "schedule unknown",
+        lock_by(lambda o: 1.0 if o.steps_left > 3 else 0.0),
+        r"TypeError(.|\n)*steps_left was None(.|\n)*obs\.sigma",
+    ),
+    ("schedule unknown at the start", Counting(), r"Counting\.start raised TypeError(.|\n)*steps_left was None"),
+    ("guidance below its range", Claiming(), r"Claiming\.step returned cfg_scale=(.|\n)*cfg_range=\(0\.0, 1\.0\) has"),
     ("locks after all", Boastful(), r"never_locks is True; expected lock 0"),
 ]
 
@@ -125,6 +153,8 @@ def test_broken_policies_are_caught(policy, words):
 def test_good_policies_pass():
     check_policy(lambda obs: Control(obs.risk.clamp(0, 1), obs.cfg_scale), batch=1, seed=3)
     check_policy(lock_by(lambda obs: min(obs.sigma, 1.0), uses_risk=False), batch=5, tokens=2)
+    check_policy(lock_by(lambda obs: 1.0 if obs.steps_left is None or obs.steps_left > 3 else 0.0))
+    check_policy(stateless(lambda obs: Control(0.0, -obs.cfg_scale)))  # negative guidance is for who asks for it
     check_policy(lock_by(lambda obs: (obs.risk > 1).float()))  # float32 is always welcome
 
 

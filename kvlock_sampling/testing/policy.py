@@ -32,7 +32,8 @@ def check_policy(
     Checked: frozen settings and a readable repr; form (shape, dtype, device) and range of every control, for float32,
     float64 and bfloat16; the first evaluation, before anything is measured; the same answer to the same call, nothing
     changed in place; a restored state replays; a clip gets bit for bit the same alone as in a batch; sigma that does
-    not fall does no harm; `uses_risk` and `never_locks` tell the truth.
+    not fall does no harm, nor a schedule that is not known, where steps_left is None; `uses_risk`, `never_locks` and a
+    `cfg_range` tell the truth.
     Raises PolicyError naming the policy, the method, what was given, what was expected, and what to do.
     """
     policy = as_policy(policy)
@@ -44,6 +45,7 @@ def check_policy(
             states, controls = _play(policy, policy.init(), run)
             _check_rewind(policy, run, states, controls)
             _check_clips(policy, run, controls)
+            _check_unknown_schedule(policy, run)
             _check_standstill(policy, states[-1], run[-1])
 
 
@@ -100,6 +102,18 @@ def _check_standstill(policy: Policy, state: Any, obs: Observation) -> None:
         raise PolicyError(
             f"{error}\n  This was a second evaluation at the same sigma, where no time has passed on a policy's clock, "
             "-log(sigma): guard what divides by it."
+        ) from error
+
+
+def _check_unknown_schedule(policy: Policy, run: list[Observation]) -> None:
+    unknown = [obs._replace(steps_left=None) for obs in run]
+    try:
+        _check_values(policy, _attempt(policy, "start", unknown[0]), unknown[0], "start")
+        _play(policy, policy.init(), unknown)
+    except PolicyError as error:
+        raise PolicyError(
+            f"{error}\n  Here obs.steps_left was None, as it is where nobody told the schedule: ask for None before "
+            "you count, or go by obs.sigma, which is always there."
         ) from error
 
 
@@ -163,11 +177,25 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
                 f"{who} returned lock={value} {seen}; expected values in [0, 1].\n"
                 "  Return value.clamp(0, 1), or wrap the policy: Clamped(policy, lock=(0.0, 1.0))"
             )
+        if field == "cfg_scale" and flat.min() < 0 and (claimed := _claimed(policy)):
+            raise PolicyError(
+                f"{who} returned cfg_scale={value} {seen}, but {claimed} has nothing below 0; expected values >= 0.\n"
+                "  Clamp the share of guidance to the range before it is multiplied by obs.cfg_scale."
+            )
         if field == "lock" and policy.never_locks and flat.any():
             raise PolicyError(
                 f"{who} returned lock={value} {seen}, but never_locks is True; expected lock 0 always.\n"
                 "  Let never_locks return False wherever a setting allows a lock."
             )
+
+
+def _claimed(policy: Policy) -> str | None:
+    """A setting that says which guidance is in range, as built-in policies name it; None: anything may be meant."""
+    for name in ("cfg_range", "cfg"):
+        bounds = getattr(policy, name, None)
+        if isinstance(bounds, tuple) and bounds and all(isinstance(b, int | float) and b >= 0 for b in bounds):
+            return f"{name}={bounds}"
+    return None
 
 
 def _attempt(policy: Policy, method: str, *arguments: Any) -> Any:

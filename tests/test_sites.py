@@ -341,6 +341,32 @@ def test_arguments_that_tell_nothing():
         random_network("wann")
 
 
+def test_a_first_call_that_fails_is_told_from_a_broken_promise():
+    made = random_network("wan")
+    network = made.denoiser.inner_model.network
+    for denoiser, x, arguments, message in (
+        (made.denoiser, made.x, None, r"\(x, sigma\), x of shape .* raised TypeError.*extra_args"),
+        (network, made.x, None, r"raised TypeError: .*missing.*kv\.FlowDenoiser\(network"),
+        (
+            made.denoiser,
+            made.x[:, :, 0],
+            made.extra_args,
+            r"\(x, sigma, cond=\), x of shape \(\d+, \d+, \d+, \d+\), .*raised",
+        ),
+        (Changed(made.denoiser, after=lambda x: (x,)), made.x, made.extra_args, "returned something of type tuple"),
+        (Changed(made.denoiser, after=lambda x: x[:, :1]), made.x, made.extra_args, r"returned something of shape"),
+    ):
+        with pytest.raises(SiteError, match=f"(?s){message}.*") as caught:
+            check_sites(denoiser, x, arguments)
+        assert "x0-hat, shaped like x" in str(caught.value)
+
+
+def test_the_arguments_of_a_whole_run_are_welcome():
+    made = random_network("wan")
+    whole = {**made.extra_args, "uncond": made.extra_args["cond"], "cond_scale": 5.0}
+    check_sites(made.denoiser, made.x, whole, sites=made.sites, half=None)
+
+
 # What the library itself might do wrong is seen as well.
 
 

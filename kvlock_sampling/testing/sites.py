@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Sites, find_sites
-from ..types import Denoiser, SiteError
+from ..run import names_parameter
+from ..types import Denoiser, KVLockError, SiteError
 from .site_parts import in_precision, some
 from .site_promises import Promises
 
@@ -32,7 +33,8 @@ def check_sites(
     denoiser: as for KVLock, `denoiser(x, sigma, **extra_args)`.
     x: example latents of two clips or more, (batch, channels, time, height, width) or as the sampler has them, with two
         tokens or more along some axis. Their values do not matter; small ones are quick.
-    extra_args: of a call; what belongs to a clip has the batch first. With `cond` in it guidance is checked too.
+    extra_args: of a call; what belongs to a clip has the batch first. With `cond` in it guidance is checked too;
+        `uncond` and `cond_scale` are left away, as a lock does, unless the denoiser names one of them.
     sites: to be checked; default: those that are found.  expected: how many sites one evaluation should fuse.
     sigma: noise levels > 0 to check at. Of a model of several experts name one for each: sigma=(8.0, 0.5).
     half: a copy of the denoiser keeps the first five promises in this precision too, where it is a torch module; None:
@@ -58,13 +60,16 @@ def check_sites(
     >>> check_sites(network.denoiser, network.x, network.extra_args, expected=2)
     """
     extra_args = dict(extra_args or {})
-    sites = sites or find_sites(denoiser)
+    if "cond" in extra_args and not any(names_parameter(denoiser, name) for name in ("uncond", "cond_scale")):
+        extra_args = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
     levels = [float(s) for s in (sigma if isinstance(sigma, Sequence) else [sigma])]
     if x.ndim < 3 or len(x) < 2 or not x.is_floating_point():
         raise SiteError(
             f"check_sites got x of shape {tuple(x.shape)}, {x.dtype}; expected floating latents of two clips or more, "
             "e.g. torch.randn(2, 16, 3, 8, 8): whether clips stay apart shows only in a batch."
         )
+    sites = sites or find_sites(denoiser)
+    _answers(denoiser, x, extra_args, levels[0])
     precisions: list[tuple[Denoiser, Sites, Tensor, dict[str, Any]]] = [(denoiser, sites, x, extra_args)]
     if half is not None and isinstance(denoiser, nn.Module):
         other, its_sites = copy.deepcopy((denoiser, sites))
@@ -83,6 +88,28 @@ def check_sites(
                     "  Leave out layers that the model skips. If another expert is in charge at other noise levels "
                     "name those too: check_sites(..., sigma=(8.0, 0.5))."
                 )
+
+
+def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: float) -> None:
+    """A first call, so that what is no denoiser, or is given what it cannot take, is told from a broken promise."""
+    names = "".join(f", {name}=" for name in extra_args)
+    asked = f"{type(denoiser).__name__}(x, sigma{names}), x of shape {tuple(x.shape)}, sigma of shape ({len(x)},)"
+    advice = (
+        "Expected denoiser(x, sigma, **extra_args) -> x0-hat, shaped like x, of a video (batch, channels, time, "
+        "height, width).\n  A network itself becomes one by a wrapper, e.g. kv.FlowDenoiser(network, time_scale=1000, "
+        'call=...); what it reads belongs in extra_args: check_sites(denoiser, x, {"cond": text}).'
+    )
+    try:
+        with torch.no_grad():
+            out = denoiser(x, torch.full((len(x),), level, device=x.device), **extra_args)
+    except KVLockError:
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise SiteError(f"{asked} raised {type(error).__name__}: {said[0]}\n  {advice}") from error
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        given = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else f"type {type(out).__name__}"
+        raise SiteError(f"{asked} returned something of {given}.\n  {advice}")
 
 
 def _runs(model: Denoiser, sites: Sites, x: Tensor, extra_args: dict[str, Any], level: float) -> None:

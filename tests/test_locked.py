@@ -242,12 +242,11 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
 def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlock_sampling.bank import BankKey
+    from kvlock_sampling import keeping
 
     pipe, bank = classic(name), kv.Bank(format=None, every=1, interpolate=False)
-    made = BankKey.of
-    keys: list[BankKey] = []
-    monkeypatch.setattr(BankKey, "of", lambda **given: keys.append(made(**given)) or keys[-1])
+    made, keys = keeping.BankKey, []
+    monkeypatch.setattr(keeping, "BankKey", lambda **given: keys.append(made(**given)) or keys[-1])
     options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
     with locked(pipe, **options):
         wanted = run(pipe)

@@ -107,6 +107,8 @@ def _check_standstill(policy: Policy, state: Any, obs: Observation) -> None:
 
 def _check_unknown_schedule(policy: Policy, run: list[Observation]) -> None:
     unknown = [obs._replace(steps_left=None) for obs in run]
+    if _refuses(policy, unknown):
+        return  # a PolicyError of its own, which tells the user what is missing
     try:
         _check_values(policy, _attempt(policy, "start", unknown[0]), unknown[0], "start")
         _play(policy, policy.init(), unknown)
@@ -115,6 +117,19 @@ def _check_unknown_schedule(policy: Policy, run: list[Observation]) -> None:
             f"{error}\n  Here obs.steps_left was None, as it is where nobody told the schedule: ask for None before "
             "you count, or go by obs.sigma, which is always there."
         ) from error
+
+
+def _refuses(policy: Policy, run: list[Observation]) -> bool:
+    state = policy.init()
+    try:
+        policy.start(run[0])
+        for obs in run:
+            state, _ = policy.step(state, obs)
+    except PolicyError:
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def _play(policy: Policy, state: Any, run: list[Observation]) -> tuple[list[Any], list[Control]]:

@@ -67,7 +67,7 @@ def quality(rows: list[dict]) -> str:
 
 def _put(text: str, mark: str, content: str) -> str:
     """The text with what stands between a mark and its end replaced."""
-    pattern = re.compile(rf"<!-- {mark} -->.*?(<!-- /{mark} -->|(?=\n\n))", re.DOTALL)
+    pattern = re.compile(rf"<!-- {mark} -->(?:.*?<!-- /{mark} -->)?", re.DOTALL)
     assert pattern.search(text), f"docs/cost.md has no mark {mark}"
     return pattern.sub(lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->", text, count=1)
 

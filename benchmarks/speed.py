@@ -38,7 +38,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)
+SHARES = (0.05, 0.25, 0.5, 0.75)
 FULL = kv.Constant(lock=1.0)
 
 
@@ -248,7 +248,7 @@ def figure(tables: list[list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--latents", type=int, nargs=3, default=(5, 40, 64), metavar=("TIME", "HEIGHT", "WIDTH"))
+    parser.add_argument("--latents", type=int, nargs=3, default=(5, 32, 48), metavar=("TIME", "HEIGHT", "WIDTH"))
     parser.add_argument("--evaluations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu")

@@ -143,6 +143,7 @@ class KVLock(StandIn):
         if self.composite and self.source is None:
             raise SourceError("composite=True needs source= and mask=.")
         self.sites: Sites | None = None
+        self._nothing_left = False
         if locks:
             assert self.source is not None
             chosen = getattr(bank, "layers", None) if layers is None else layers
@@ -156,7 +157,7 @@ class KVLock(StandIn):
                     "one of them. Nothing will be locked; a smaller mask, or a larger clip, leaves some.",
                     stacklevel=2,
                 )
-                self.sites = None
+                self.sites, self._nothing_left = None, True
         self.ring = ring
         self._schedule = None if sigmas is None else as_schedule(sigmas, model)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
@@ -182,10 +183,7 @@ class KVLock(StandIn):
 
     def __enter__(self) -> KVLock:
         stack = ExitStack()
-        hooks = None
-        if self.sites is not None:
-            hooks = stack.enter_context(Hooks(self.sites).installed())
-        run = Run(hooks, stack, self._schedule)
+        run = Run(None if self.sites is None else Hooks(self.sites), stack, self._schedule)
         if self.bank is not None:
             assert self.sites is not None
             run.keeper = Keeper(self.bank, self.model, self.sites, stack)
@@ -275,7 +273,8 @@ class KVLock(StandIn):
         seen = control.watch(x, level, asked, run.schedule)
         if level == 0:
             return self._at_zero(run, reads, x, sigma, extra_args, asked)
-        expert = None if self._expert is None else self._expert(sigma)
+        # Asked on the host: to look at a noise level on the device would be another wait for it.
+        expert = None if self._expert is None else self._expert(torch.tensor(own))
         state = run.timeline.rewind(level)
         if state is None:
             run.begin(level, x)
@@ -371,7 +370,7 @@ class KVLock(StandIn):
     ) -> OwnedCall | GuidedCall:
         """The source at this noise level, and which tokens take how much of it."""
         locker = self.locker
-        if lock.active and self.source is None:
+        if lock.active and locker is None and not self._nothing_left:
             raise SourceError(
                 f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
                 "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Frame, Hooks, find_sites, fuse, fusion_ratio
+from kvlock_sampling.attention import Frame, find_sites, fuse, fusion_ratio
 from kvlock_sampling.types import SiteError
 
 
@@ -283,8 +283,9 @@ def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup
 
 
 def test_hooks_do_nothing_without_a_frame(setup):
-    sites = find_sites(setup.model)
     sigma = torch.ones(1)
     plain = setup.model(setup.x, sigma, cond=setup.cond)
-    with Hooks(sites).installed():
+    with setup.lock(policy=kv.Constant(lock=1.0)) as lock:
+        assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)
+        lock(setup.x, sigma, cond=setup.cond)
         assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)

@@ -461,3 +461,15 @@ def test_the_schedule_is_on_the_clock_of_the_policies(setup):
             lock(setup.x * 0.1, t, cond=setup.cond)
     assert [left for _, left in seen] == [3, 2, 1]  # a policy is asked from the second evaluation on
     assert seen[0][0] == pytest.approx(0.7 / 0.3)
+
+
+def test_a_policy_that_locks_although_it_never_does_is_told(setup):
+    class Liar(kv.Policy):
+        never_locks = True
+
+        def step(self, state, obs):
+            return state, kv.Control(lock=1.0, cfg_scale=obs.cfg_scale)
+
+    lock = setup.lock(policy=Liar())
+    with pytest.raises(SourceError, match="nothing to lock to"):
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)

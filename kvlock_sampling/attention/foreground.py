@@ -126,8 +126,12 @@ class SelectedFrame(Frame):
 
     def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
         where, out = self.chosen.stored + start, own.clone()
-        out[..., where, :] = self._fused(own[..., where, :], source, self.ratio[:, self.chosen.stored])
+        out[..., where, :] = self._fused(own[..., where, :], source, self._stored_ratio)
         return out
+
+    @cached_property
+    def _stored_ratio(self) -> Tensor:
+        return self.ratio[:, self.chosen.stored]
 
     def _fused(self, own: Tensor, source: Tensor, ratio: Tensor) -> Tensor:
         chunks = len(own) // self.batch
@@ -165,7 +169,7 @@ class ForegroundFrame(SelectedFrame):
             out[..., where, :] = self._fused(own[..., where, :], source[..., kept:, :], self._mixed_ratio)
         return out
 
-    @property
+    @cached_property
     def _mixed_ratio(self) -> Tensor:
         return self.ratio[:, self.chosen.computed[self.chosen.mixed]]
 
@@ -176,6 +180,12 @@ class ForegroundFrame(SelectedFrame):
         """
         if self.mode != "inject" or mask is None:
             return mask
+        known = self.narrowed.get((id(mask), -length))  # every site is given the same one
+        if known is None:
+            known = self.narrowed[id(mask), -length] = mask, self._cut(mask, start, length)
+        return known[1]
+
+    def _cut(self, mask: Tensor, start: int, length: int) -> Tensor:
         chosen, tokens = self.chosen, self.ratio.shape[1]
         end = start + len(chosen.computed)
         if mask.shape[-1] == length:  # of those that run: what is kept may be seen by all

@@ -91,11 +91,6 @@ class Hooks:
         if not self._worked:
             raise SiteError(self._never_fired(frame))
 
-    @contextmanager
-    def installed(self) -> Iterator[Hooks]:
-        """The length of a run."""
-        yield self
-
     def _never_fired(self, frame: Frame) -> str:
         sites = self.sites
         if sites.watch is None:

@@ -31,7 +31,7 @@ class PipelineLock(KVLock):
     def resumed(self, run: Run, hooks: Hooks | None) -> Iterator[None]:
         """Go on with a run inside the block."""
         with ExitStack() as stack:
-            run.hooks = None if hooks is None else stack.enter_context(hooks.installed())
+            run.hooks = hooks
             self._local.runs = [*self._runs(), run]
             stack.callback(self._local.runs.pop)
             yield

@@ -234,7 +234,7 @@ class Promises:
     def _spy(self, mode: Any, x: Tensor, kept: SpyFrame | None = None) -> SpyFrame:
         ratio = Region(self.mask).background(x, self.sites.patch).expand(len(x), -1)
         frame = SpyFrame(mode, ratio, {} if kept is None else kept.store, self.sites.grid(x.shape))
-        with Hooks(self.sites).installed() as hooks, hooks.frame(frame):
+        with Hooks(self.sites).frame(frame):
             self._bare(x)
         return frame
 

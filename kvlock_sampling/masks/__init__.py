@@ -1,0 +1,42 @@
+"""Masks, from pixels to tokens:  pixel mask --latent_mask--> latent mask --token_mask--> token mask.
+
+One polarity everywhere: 1 = edit (foreground), 0 = keep (background). `from_keep_mask`, `from_comfy` and
+`from_diffusers` bring other people's conventions into it. The normal form is a float tensor (batch, 1, frames, height,
+width) in [0, 1]; every function here accepts whatever `as_mask` accepts. Soft values are allowed, and every reduction
+is a maximum, so a small region is never lost: a cell that holds any edited pixel is edited.
+
+>>> import torch
+>>> video = torch.zeros(9, 64, 96)  # frames, height, width
+>>> video[:, 16:32, 40:56] = 1  # edit here
+>>> latent = latent_mask(video, temporal=4, spatial=8)
+>>> latent.shape, token_mask(latent, patch=(1, 2, 2)).sum()
+(torch.Size([1, 1, 3, 8, 12]), tensor(6))
+
+In this room: `form` (shapes, dtypes, values), `resolution` (latents, tokens, sizes), `morphology` (larger, smaller,
+softer), `conventions` (other people's masks).
+"""
+
+from .conventions import from_comfy, from_diffusers, from_keep_mask
+from .form import Mask, MaskLike, as_mask, as_tensor, check_mask
+from .morphology import feather, grow, ring, shrink
+from .resolution import LatentMask, latent_mask, resize, snap_to_patches, token_mask
+
+__all__ = [
+    "LatentMask",
+    "Mask",
+    "MaskLike",
+    "as_mask",
+    "as_tensor",
+    "check_mask",
+    "feather",
+    "from_comfy",
+    "from_diffusers",
+    "from_keep_mask",
+    "grow",
+    "latent_mask",
+    "resize",
+    "ring",
+    "shrink",
+    "snap_to_patches",
+    "token_mask",
+]

@@ -1,0 +1,55 @@
+"""A larger, smaller or softer region, at the same resolution, by each cell's distance to the nearest edited one.
+
+Runs in scipy on the CPU, frame by frame, and returns to the mask's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from einops import rearrange
+from scipy import ndimage
+from torch import Tensor
+
+from ..types import MaskError
+from .form import Mask, MaskLike, as_mask
+
+
+def grow(mask: MaskLike, radius: float) -> Mask:
+    """0/1 mask of the cells within `radius` cells (Euclidean, >= 0) of an edited one (value above 0), per frame."""
+    return _per_frame(mask, radius, lambda distance: distance <= radius)
+
+
+def shrink(mask: MaskLike, radius: float) -> Mask:
+    """0/1 mask of the cells further than `radius` cells from any kept one: the dual, 1 - grow(1 - mask, radius)."""
+    return 1 - grow(1 - as_mask(mask), radius)
+
+
+def feather(mask: MaskLike, radius: float) -> Mask:
+    """Soft mask for pasting pixels: 1 on edited cells, falling to 0 at `radius` cells outside, per frame.
+
+    weight = (1 + cos(pi * min(d / radius, 1))) / 2 at distance d from the nearest edited cell; radius 0: a hard mask.
+    """
+    if radius == 0:
+        return grow(mask, 0)
+    return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)
+
+
+def ring(mask: MaskLike, width: float) -> Mask:
+    """0/1 mask of the background within `width` cells of the edited region: grow(mask, width) minus the mask."""
+    return grow(mask, width) - grow(mask, 0)
+
+
+def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """Apply `weight` to each cell's distance to the nearest edited cell of its frame; 0 where the frame has none."""
+    if not radius >= 0:
+        raise MaskError(f"radius is {radius}; expected cells >= 0. Use masks.shrink to go inwards")
+    values = as_mask(mask)
+    edited = rearrange(values > 0, "b 1 t h w -> (b t) h w").cpu().numpy()
+    out = np.zeros(edited.shape, np.float32)
+    for page, frame in zip(out, edited, strict=True):
+        if frame.any():  # scipy's distance to nothing is not defined
+            page[:] = weight(ndimage.distance_transform_edt(~frame))
+    return rearrange(torch.from_numpy(out).to(values), "(b t) h w -> b 1 t h w", b=len(values))

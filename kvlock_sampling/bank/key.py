@@ -24,7 +24,10 @@ from ..attention.reachable import reachable_modules
 from .errors import BankError
 
 SAMPLED = 64
-"""Numbers read of each weight, evenly spread. A fused LoRA changes a whole matrix, so any of them tells."""
+"""Numbers of each weight that go into its fingerprint themselves, evenly spread: they tell an order, sums do not."""
+
+BLOCK = 8192
+"""Words of 8 bytes that one sum stands for."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def arguments_fingerprint(arguments: Mapping[str, Any]) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Of a denoiser: class, configuration, and of every weight and saved buffer the name, shape, dtype and a sample.
+    """Of a denoiser: class, configuration, and of every weight and saved buffer the name, shape, dtype, a sample, and
+    sums over all of its bytes, however it was written to. That takes as long as reading the weights once.
 
     Adapters count as well, fused (the weights change) or not (there are more of them, and their scales). Weights that
     were offloaded to the meta device have no numbers to read; those are told by name and shape alone.
@@ -137,7 +141,7 @@ def model_fingerprint(model: Any) -> str:
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
         for name, weight in (*module.named_parameters(recurse=False), *buffers):
             _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
-            _add(digest, _checksum(weight), "")
+            _add_tensor(digest, _checksums(weight))
             _add_tensor(digest, _sample(weight))
     return digest.hexdigest()
 
@@ -167,13 +171,32 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     return bool(depth) and type(value) is dict and all(_is_plain(item, depth - 1) for item in value.values())
 
 
-def _checksum(weight: Tensor) -> int:
-    """Sum of a weight's bytes taken as whole numbers: exact, whatever the order, so any change of one number tells."""
+def _checksums(weight: Tensor) -> Tensor:
+    """One sum for each `BLOCK` of a weight's bytes, taken as whole numbers of 8 bytes: exact, so the same on every
+    device, and any change of one number tells.
+
+    Every byte is read, at every run. To read again only what has changed, one would have to know: the version counter
+    of a tensor does not count writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the storage or a
+    fused optimizer, and inference tensors have none. Nor has reading to be avoided: whole words are summed as fast as
+    memory is read.
+    """
     weight = weight.detach()
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
-    if weight.is_meta or not weight.numel() or whole is None or type(weight) not in (Tensor, nn.Parameter):
-        return 0
-    return int(weight.view(whole).sum(dtype=torch.int64)) if not weight.is_complex() else 0
+    if weight.is_meta or not weight.numel():
+        return torch.empty(0, dtype=torch.int64)
+    if type(weight) not in (Tensor, nn.Parameter):
+        if not hasattr(weight, "__tensor_flatten__"):
+            return torch.empty(0, dtype=torch.int64)
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # a quantised weight and its scales
+        return torch.cat([_checksums(part) for part in parts])
+    if weight.is_complex():
+        weight = torch.view_as_real(weight.resolve_conj())
+    data = weight.resolve_neg().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 8 or data.data_ptr() % 8:
+        data = data.clone()  # words have to be aligned
+    whole = data.numel() // 8
+    words, rest = data[: 8 * whole].view(torch.int64), data[8 * whole :]
+    blocks = words[: whole // BLOCK * BLOCK].view(-1, BLOCK).sum(-1)
+    return torch.cat([blocks, words[len(blocks) * BLOCK :].sum()[None], rest.long()]).cpu()
 
 
 def _sample(weight: Tensor) -> Tensor:

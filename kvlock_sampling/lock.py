@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import samplers
+from . import options, samplers
 from .attention import Hooks, Sites, find_sites, reachable_modules
 from .attention.caches import StepCaches
 from .bank import Bank, Plan
@@ -30,7 +30,7 @@ from .locking import Locker, can_narrow
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
 from .presets import Preset, load_policy
-from .region import Region
+from .region import Region, as_ring
 from .rows import take
 from .run import (
     Run,
@@ -67,16 +67,18 @@ class KVLock(StandIn):
             `cond_scale` (or name it with `scale_arg`).
         source: clean latents of the clip being edited, (batch or 1, channels, time, height, width), in the sampler's
             space. None: nothing to lock; the policy then schedules guidance alone.
-        mask: 1 = edit, at the clip's or the latents' size; see `kvlock_sampling.masks`.
+        mask: 1 = edit, at the clip's or the latents' size; see `kvlock_sampling.masks`. Without a source it says where
+            to measure.
         policy: a Policy, a function of an Observation, or the name or path of a preset.
         estimator: how variance is measured; default: the preset's, or sigma-normalised trajectory variance.
         threshold: the variance at risk 1, a float or a function of sigma; default: the preset's or the estimator's.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}; default: the edit's.
         noise: the source's fixed noise, shaped like `source`; "fixed" draws it from seed 0, the same in every run;
-            default: the run's own.
+            default: the run's own. Source, mask and noise are copied: what is changed in place afterwards is not seen
+            (another clip, another lock). Prompts in `source_args` are read at every evaluation, as extra_args are.
         composite: give `denoised` the source's background. Default: yes, unless the policy can never lock.
         rescale: s*-rescaled guidance (CFG-Zero*) instead of plain; default: the preset's, or plain.
-        cfg_floor: lower bound of a scheduled cfg_scale; default: the preset's, or 1.
+        cfg_floor: lower bound, >= 0, of a scheduled cfg_scale; default: the preset's, or 1.
         sites: attention sites; default: found in the model.  layers: indices or a slice of them to lock.
         ring: (width in tokens, share): tokens that near the mask take only this share of the lock; default: no ring.
         sigmas: the noise schedule, for policies that count steps. Samplers of this library tell it by themselves.
@@ -90,8 +92,13 @@ class KVLock(StandIn):
             result. For runs of several seeds give `noise` too, e.g. noise="fixed", and for several prompts
             `source_args`: K/V serve again only where nothing they depend on has changed.
 
+    An option that can have no effect is refused, and where that hangs on the policy, told by a warning. A policy that
+    never locks, such as "off", sets aside what describes clip and model: source_args, noise, sites, branch.
+
     Raises:
-        SourceError, MaskError, PolicyError, SiteError: at construction, wherever that is possible.
+        SourceError, MaskError, PolicyError, EstimatorError, SiteError: at construction, wherever that is possible.
+        RunError: a lock around a lock, or a `scale_arg` that the model does not take.
+        KVLockError: the base of all these; a switch that is neither True nor False.
     """
 
     trace: Trace
@@ -120,17 +127,26 @@ class KVLock(StandIn):
         foreground: bool | None = None,
         bank: Bank | None = None,
     ) -> None:
+        options.check_unlocked(model, KVLock)
+        options.check_unlocked(branch, KVLock)
+        options.check_scale_arg(model, scale_arg)
+        options.check_flags(composite=composite, rescale=rescale, batched=batched, foreground=foreground)
         self.model = model
         self.policy: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
         if policy == "default" and source is None:
             self.policy = Clamped(self.policy, lock=(0.0, 0.0))  # nobody asked for a lock
         advice = self.policy if isinstance(self.policy, Preset) else None
+        options.check_estimator(estimator)
         self.estimator = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
         advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
         self.threshold = first_given(threshold, advised[0], default_threshold(self.estimator))
         check_threshold(self.threshold)
         self.rescale = bool(first_given(rescale, advised[1], False))
-        self.cfg_floor = float(first_given(cfg_floor, advised[2], 1.0))
+        self.cfg_floor = first_given(cfg_floor, advised[2], 1.0)
+        options.check_floor(self.cfg_floor)
+        if source is None:
+            about_source = {"source_args": source_args, "noise": noise, "sites": sites, "layers": layers}
+            options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground, bank=bank)
         if source is not None and mask is None:
             raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
         self.source = None if source is None else Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
@@ -138,6 +154,7 @@ class KVLock(StandIn):
         if self.source is not None and self.region is not None:
             self.region.latent(self.source.latents)
         self.source_args = dict(source_args or {})
+        self.ring = as_ring(ring)
         locks = self.source is not None and not self.policy.never_locks
         self.composite = locks if composite is None else composite
         if self.composite and self.source is None:
@@ -158,11 +175,19 @@ class KVLock(StandIn):
                     stacklevel=2,
                 )
                 self.sites, self._nothing_left = None, True
-        self.ring = ring
+        elif self.source is not None:
+            options.tell_never_locks(self.policy, layers=layers, ring=ring, foreground=foreground, bank=bank)
+        if self.ring is not None and self.sites is not None and self.region is not None and self.source is not None:
+            self.region.background(self.source.latents, self.sites.patch, self.ring)
         self._schedule = None if sigmas is None else as_schedule(sigmas, model)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
         self.branch, self.batched = branch, batched
+        options.check_branch(branch, self.scale_arg)
+        options.check_source_args(self.source_args, self.scale_arg)
+        options.tell_guided(self.scale_arg, rescale=self.rescale, batched=batched)
+        unread = mask if source is None else None
+        options.tell_unmeasured(self.policy, estimator=estimator, threshold=threshold, mask=unread)
         self._narrows = self.sites is not None and can_narrow(
             foreground,
             {
@@ -192,8 +217,12 @@ class KVLock(StandIn):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._run()
+        run = self._run()
         self._local.runs.pop().stack.close()
+        last = run.timeline.last
+        waited = self.policy.uses_risk and last is not None and not last.measured
+        if error[0] is None and waited and len(run.trace) > 2:  # one or two are no run: many estimators need a second
+            options.tell_never_measured(self.policy, self.estimator, len(run.trace))
 
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
         """One run in one line: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`, the schedule known."""
@@ -292,6 +321,8 @@ class KVLock(StandIn):
         scale = asked if after.cfg_scale is None else after.cfg_scale
         denoised = self._composited(call.guided(cond, scale))
 
+        if not run.trace.steps and self.scale_arg is None and after.cfg_scale is None:
+            options.tell_unguided(extra_args)
         run.timeline.append(level, after)
         acted = used if isinstance(call, GuidedCall) else scale if "uncond" in extra_args else 1.0
         step = StepInfo(

@@ -28,10 +28,12 @@ def as_ring(ring: Any) -> tuple[float, float] | None:
 
 
 class Region:
-    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape."""
+    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape. It is copied."""
 
     def __init__(self, mask: Any) -> None:
-        self.given = as_tensor(mask)
+        # What was fitted is remembered: a mask that is painted on afterwards would be half old, half new.
+        with torch.inference_mode(False):
+            self.given = as_tensor(mask).detach().clone()
         self._known: dict[Any, Any] = {}  # a run asks for the same few again at every evaluation
 
     def latent(self, like: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ def fixed_noise(latents: Tensor, word: str) -> Tensor:
 
 
 class Source:
-    """Clean source latents (batch or 1, ...) and the rule that noises them."""
+    """Clean source latents (batch or 1, ...), their noise if it is fixed, and the rule that noises them. Both are
+    copied: K/V that are kept, and latents placed on another device, would not follow a change in place.
+    """
 
     def __init__(
         self,
@@ -62,7 +64,9 @@ class Source:
             noise = fixed_noise(latents, noise)
         if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
             raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")
-        latents = latents.detach()
+        with torch.inference_mode(False):
+            latents = latents.detach().clone()
+            noise = None if noise is None else noise.detach().clone()
         if not torch.isfinite(latents).all():
             raise SourceError(
                 f"source latents hold {int((~torch.isfinite(latents)).sum())} non-finite values (NaN or inf).\n"

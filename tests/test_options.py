@@ -1,0 +1,231 @@
+"""Options at the door of a lock: what cannot be meant is refused, what would do nothing is told, nothing goes stale."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling import options
+from kvlock_sampling.types import EstimatorError, MaskError, PolicyError, RunError, SourceError
+from kvlock_sampling.variance import GuidanceGap
+
+OFF, HALF = kv.Constant(0.0), kv.Constant(0.5)
+
+
+def euler(lock, setup, **changes):
+    return lock.sample("euler", setup.x, setup.sigmas, extra_args={**setup.cfg, **changes})
+
+
+def told(recwarn) -> list[str]:
+    """What this library has said since the last look, nobody else's warnings."""
+    texts = [str(w.message) for w in recwarn.list if "without effect" in str(w.message) or "uncond" in str(w.message)]
+    recwarn.clear()
+    return texts
+
+
+# a lock around a lock
+
+
+def test_a_lock_around_a_lock_is_refused_however_it_is_wrapped(setup):
+    inner = setup.lock(policy=HALF)
+    with pytest.raises(RunError, match=r"^model is a KVLock; expected the denoiser itself.*\n.*KVLock\(lock.model"):
+        kv.KVLock(inner, source=setup.source, mask=setup.mask)
+    with pytest.raises(RunError, match=r"^model is a CFGDenoiser around a KVLock"):
+        kv.KVLock(kv.CFGDenoiser(inner))
+    with pytest.raises(RunError, match="is a KVLock"):
+        kv.KVLock(kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, branch=inner)
+    again = kv.KVLock(inner.model, source=setup.source, mask=setup.mask, policy=HALF)  # what the message says works
+    torch.testing.assert_close(euler(again, setup), euler(inner, setup), rtol=0, atol=0)
+
+
+# a source and a mask that are changed afterwards
+
+
+@pytest.mark.parametrize("policy", [HALF, kv.Constant(1.0)])
+def test_source_mask_and_noise_are_copied(setup, policy):
+    noise = torch.randn_like(setup.source)
+    expected = euler(setup.lock(policy=policy, noise=noise.clone()), setup)
+    source, mask = setup.source.clone(), setup.mask.clone()
+    lock = kv.KVLock(setup.model, source=source, mask=mask, noise=noise, policy=policy)
+    source.zero_(), noise.zero_(), mask.zero_()
+    assert torch.equal(euler(lock, setup), expected)
+    array = setup.mask.numpy().copy()
+    lock = kv.KVLock(setup.model, source=setup.source, mask=array, policy=policy)
+    array[:] = 1
+    assert torch.equal(lock.region.latent(setup.source), setup.mask)
+    assert torch.equal(lock.region.latent(torch.zeros(2, *setup.source.shape[1:]))[:1], setup.mask)
+
+
+def test_a_source_made_in_inference_mode_is_an_ordinary_tensor_in_the_lock(setup):
+    with torch.inference_mode():
+        lock = kv.KVLock(setup.model, source=setup.source * 1, mask=setup.mask * 1, noise=setup.x * 1)
+    assert not any(t.is_inference() for t in (lock.source.latents, lock.source.noise, lock.region.given))
+
+
+def test_prompts_are_read_at_every_evaluation(setup):
+    cond = setup.cond + 1
+    lock = setup.lock(policy=kv.Constant(1.0), source_args={"cond": cond})
+    before = euler(lock, setup)
+    cond.copy_(setup.cond)
+    assert torch.equal(euler(lock, setup), euler(setup.lock(policy=kv.Constant(1.0)), setup))
+    assert not torch.equal(euler(lock, setup), before)
+
+
+# without a source
+
+
+@pytest.mark.parametrize("name", ["source_args", "noise", "sites", "layers", "ring", "branch", "foreground", "bank"])
+def test_what_is_about_a_source_needs_one(setup, name):
+    value = {
+        "source_args": {"cond": setup.cond},
+        "noise": "fixed",
+        "sites": kv.find_sites(setup.model),
+        "layers": [0],
+        "ring": (1, 0.5),
+        "branch": setup.model,
+        "foreground": True,
+        "bank": kv.Bank(),
+    }[name]
+    with pytest.raises(SourceError, match=f"^{name}= without source=.*\n.*source=latents and mask=mask"):
+        kv.KVLock(setup.model, policy=OFF, **{name: value})
+
+
+def test_what_says_nothing_needs_no_source(setup, recwarn):
+    kv.KVLock(setup.model, policy=OFF, source_args={}, foreground=False, batched=False)
+    assert told(recwarn) == []
+
+
+def test_several_slips_are_named_together(setup):
+    with pytest.raises(SourceError, match=r"^layers=, ring= without source="):
+        kv.KVLock(setup.model, layers=[0], ring=(1, 0.5))
+
+
+def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
+    lock = kv.KVLock(setup.model, mask=setup.mask, policy="sigmoid")
+    everywhere = kv.KVLock(setup.model, policy=kv.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
+    inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.policy)
+    euler(everywhere, setup), euler(inside, setup)
+    assert told(recwarn) == []
+    assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
+    assert lock.region is not None
+    kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
+    assert told(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
+
+
+# under a policy that never locks, or never looks
+
+
+def test_off_sets_aside_what_describes_and_tells_of_what_was_asked_for(setup, recwarn):
+    described = {"source_args": {"cond": setup.cond}, "noise": "fixed", "sites": kv.find_sites(setup.model)}
+    off = setup.lock(policy="off", **described)
+    assert told(recwarn) == []
+    plain = kv.samplers.euler(kv.CFGDenoiser(setup.model), setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert torch.equal(euler(off, setup), plain)
+    off = setup.lock(policy="off", bank=kv.Bank(), layers=[0], ring=(1, 0.5), foreground=True)
+    assert [t.split(":")[0] for t in told(recwarn)] == ["layers=, ring=, foreground=, bank= without effect"]
+    assert off.bank is None
+
+
+@pytest.mark.parametrize("policy", [HALF, "off", "fast"])
+def test_measuring_for_a_policy_that_never_looks_is_told(setup, policy, recwarn):
+    lock = setup.lock(policy=policy, estimator=kv.RenoiseVariance(passes=1), threshold=0.5)
+    assert [t.split(":")[0] for t in told(recwarn)] == ["estimator=, threshold= without effect"]
+    euler(lock, setup)
+    assert all(torch.isnan(step.risk).all() for step in lock.trace)  # indeed
+
+
+def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn):
+    lock = setup.lock(policy=kv.PID(kp=0.0, ki=0.0, bias=0.5), estimator=kv.RenoiseVariance(passes=1))
+    euler(lock, setup)
+    assert told(recwarn) == []
+    assert all(torch.isfinite(step.risk).all() and float(step.lock) == 0.5 for step in lock.trace)
+
+
+def test_a_run_in_which_nothing_could_be_measured_is_told(setup):
+    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
+    with pytest.warns(UserWarning, match=r"nothing was measured in 6 evaluations, so Sigmoid.*GuidanceGap"):
+        gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        euler(gap, setup)
+        with gap:  # one evaluation is no run
+            gap(setup.x, setup.sigmas[:1], cond=setup.cond)
+
+
+# beside a model that does its own guidance
+
+
+def test_options_of_branches_are_told_where_the_model_has_its_own(setup, recwarn):
+    arguments = {"source": setup.source, "mask": setup.mask, "policy": HALF}
+    guided = kv.CFGDenoiser(setup.model)
+    kv.KVLock(guided, **arguments, branch=setup.model)
+    assert told(recwarn) == []
+    kv.KVLock(guided, **arguments, rescale=True, batched=False)
+    assert told(recwarn)[0].startswith("rescaled guidance, batched=False without effect: this model takes cond_scale")
+    kv.KVLock(guided, **{**arguments, "policy": "paper"})
+    assert "rescaled guidance without effect" in told(recwarn)[0]
+
+
+def test_a_branch_of_a_model_without_guidance_is_refused(setup):
+    with pytest.raises(SourceError, match=r"branch was given.*takes no cond_scale"):
+        setup.lock(policy=HALF, branch=setup.model)
+
+
+def test_a_scale_that_the_model_does_not_take_is_refused(setup):
+    def script(x, sigma, cond, guidance=3.0):
+        return setup.model(x, sigma, cond=cond)
+
+    assert kv.KVLock(script, scale_arg="guidance").scale_arg == "guidance"
+    with pytest.raises(RunError, match="scale_arg='scale' is no argument of function, which takes x, sigma, cond, gui"):
+        kv.KVLock(script, scale_arg="scale")
+
+
+def test_the_source_is_not_guided(setup):
+    with pytest.raises(SourceError, match="source_args holds uncond and cond_scale"):
+        setup.lock(policy=HALF, source_args=setup.cfg)
+
+
+def test_an_unconditional_prompt_without_a_scale_is_told_once(setup, recwarn):
+    prompts = {"cond": setup.cond, "uncond": setup.uncond}
+    lock = setup.lock(policy=HALF)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=prompts)
+    assert [t[:33] for t in told(recwarn)] == ["uncond was given without cond_sca"]
+    assert lock.trace.evaluations == 2 * 6  # indeed: cond and source
+    setup.lock(policy=kv.Constant(0.5, cfg_scale=3.0)).sample("euler", setup.x, setup.sigmas, extra_args=prompts)
+    euler(lock, setup, cond_scale=1.0)
+    assert told(recwarn) == []
+
+
+# values
+
+
+@pytest.mark.parametrize("name", ["composite", "rescale", "batched", "foreground"])
+def test_switches_are_true_or_false(setup, name):
+    with pytest.raises(kv.KVLockError, match=f"{name}='no'; expected True or False"):
+        setup.lock(**{name: "no"})
+
+
+@pytest.mark.parametrize("floor", ["x", float("nan"), -1, True])
+def test_a_floor_is_a_guidance_scale(setup, floor):
+    with pytest.raises(PolicyError, match=r"cfg_floor=.*finite number >= 0"):
+        setup.lock(cfg_floor=floor)
+
+
+@pytest.mark.parametrize("policy", [HALF, OFF])
+def test_a_ring_is_looked_at_when_the_lock_is_made(setup, policy):
+    with pytest.raises(MaskError, match=r"ring=\(-1, 0.5\); expected"):
+        setup.lock(policy=policy, ring=(-1, 0.5))
+
+
+@pytest.mark.parametrize(("given", "works"), [(kv.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.Reno")])
+def test_an_estimator_is_an_object(setup, given, works):
+    with pytest.raises(EstimatorError, match=rf"expected an Estimator, e\.g\. estimator={works}"):
+        setup.lock(estimator=given)
+
+
+def test_names_of_what_was_given():
+    assert options.named({"a": None, "b": False, "c": {}, "d": 0.0, "e": "x"}) == "d=, e="
+    assert options.named({}) == ""

@@ -15,7 +15,7 @@ from .inputs import read_pair
 from .policy import Policy, stateless
 from .presets import Preset, load_policy
 from .run import advised_estimator
-from .types import Control, Observation, SourceError
+from .types import Control, Observation, PolicyError, SourceError
 from .variance import Estimator, estimator_table
 from .variance.calibration import Band, reference_bands, threshold_curve
 
@@ -65,12 +65,17 @@ def calibrate(
     risk is then 1 where a run moves more than a share `quantile` of calm ones does at this noise level.
 
     Raises:
-        EstimatorError: too few measurements.  SourceError: no examples.
+        EstimatorError: too few measurements.  SourceError: no examples.  PolicyError: a policy that reads no risk.
     """
     if not examples:
         raise SourceError(_NONE)
     base = load_policy(policy) if isinstance(policy, str) else policy
     inner = base.policy if isinstance(base, Preset) else base
+    if not inner.uses_risk:
+        raise PolicyError(
+            f"policy={policy!r} reads no risk, so it has no use for a threshold; expected one that does, e.g. "
+            'policy="default" or policy="sigmoid".'
+        )
     meter = estimator or advised_estimator(base if isinstance(base, Preset) else None)
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
@@ -99,6 +104,7 @@ def calibrate(
         threshold=threshold_curve(rounded),
         cfg_floor=advice.cfg_floor,
         rescale=advice.rescale,
+        bank=advice.bank,
         estimator=estimator_table(meter),  # type: ignore[arg-type]  # frozen by Preset
     )
     return Calibration(preset, found, len(points))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -21,6 +22,9 @@ from .metrics import masked_psnr
 from .models import open_model
 from .trace import Trace
 from .types import Denoiser, KVLockError, SamplerError, SourceError
+
+FEATHER = 2.0
+"""Pixels around the mask over which the source's own are blended in, unless said otherwise."""
 
 
 class VideoModel(Protocol):
@@ -86,7 +90,7 @@ def edit_video(
     seed: int | Sequence[int] = 0,
     strength: float = 1.0,
     paste: bool = True,
-    feather: float = 2.0,
+    feather: float = FEATHER,
     on_step: Callable[[int], None] | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     **lock_options: Any,
@@ -102,9 +106,12 @@ def edit_video(
             `kv.from_pipeline(pipe)`.
         sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: noise levels.
         policy: a Policy, a preset's name, or a TOML file.  cfg_scale: guidance asked for; default: the model's.
+        seed: of the start, and of a stochastic sampler's noise; an int for clip 0, +1 for every further one, or one
+            per clip.
         strength: 1 starts from noise; lower starts from the clip noised to flow time `strength`.
-        paste: put the source's own pixels back outside the mask, feathered over `feather` pixels. With compositing
-            off (composite=False) nothing is pasted.
+        paste: put the source's own pixels back outside the mask, feathered over `feather` >= 0 pixels. With compositing
+            off (composite=False, or a policy that never locks) nothing is pasted.
+        on_step: called after every step with its index.
         on_plan: called before sampling with what the bank will hold, where there is one.
         lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator, bank. With a bank the source has
             a noise of its own, so that what is kept serves every seed, and its branch reads `source_prompt` or nothing,
@@ -124,6 +131,10 @@ def edit_video(
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
     if not (isinstance(scale, Real) and math.isfinite(scale)):
         raise KVLockError(f"cfg_scale={scale!r}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
+    if not (isinstance(feather, Real) and 0 <= feather < math.inf):
+        raise KVLockError(f"feather={feather!r}; expected pixels >= 0 around the mask, e.g. feather=2.0; 0 cuts hard.")
+    if feather != FEATHER and not paste:
+        warnings.warn(f"feather={feather} without effect: with paste=False nothing is pasted.", stacklevel=2)
     if lock_options.get("bank") is not None:
         lock_options.setdefault("noise", "fixed")
         source_prompt = "" if source_prompt is None else source_prompt

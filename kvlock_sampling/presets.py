@@ -43,7 +43,8 @@ class Preset(Wrapper):
     cfg_floor: lower bound of a scheduled cfg_scale; None = the lock's default. rescale: s*-rescaled guidance, or None.
     bank: settings of a `Bank` in memory as (key, value) pairs, used where none is given; () = none.
     estimator: `type` and settings of the estimator as (key, value) pairs, `dict(preset.estimator)`; () = the default.
-    Raises PolicyError for advice that cannot be meant.
+    Raises PolicyError for advice that cannot be meant, and for advice on what this policy never does: a threshold or
+    an estimator where it reads no risk, a bank where it never locks.
     """
 
     threshold: float | ThresholdCurve | None = None
@@ -74,6 +75,17 @@ class Preset(Wrapper):
                 'This works: estimator={"type": "TrajectoryVariance", "window": 10}'
             )
         object.__setattr__(self, "estimator", tuple(estimator.items()))
+        self._check_use()
+
+    def _check_use(self) -> None:
+        measuring = [name for name in ("threshold", "estimator") if getattr(self, name) not in (None, ())]
+        if measuring and not self.policy.uses_risk:
+            raise PolicyError(
+                f"{' and '.join(measuring)}: {self.policy!r} reads no risk, so nothing would be measured; leave that "
+                'away, or take a policy that does, e.g.\n  [policy]\n  type = "Sigmoid"'
+            )
+        if self.bank and self.policy.never_locks:
+            raise PolicyError(f"bank: {self.policy!r} never locks, so nothing would be kept; leave it away.")
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:

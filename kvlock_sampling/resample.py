@@ -62,12 +62,17 @@ def resample(
         lock: the lock that made `x`; its last trace says which clips are at risk.
         x: finished clips, (batch, ...).  sigmas: the schedule; the part at or below `back_to` is run again.
         back_to: noise level to return to: high enough to leave a wrong place, low enough to keep the rest of the clip.
-        rounds: how often a clip may be sent back; every round measures again.
+        limit: risk, dimensionless, above which a clip is sent back; 1 = at the threshold.
+        rounds: how often a clip may be sent back, >= 1; every round measures again.
+        seed: of the fresh noise and of a stochastic sampler; every clip draws its own from it.
         extra_args, arguments: as for the first run.
 
     Raises:
-        RunError: nothing was measured, or no noise level of the schedule lies at or below `back_to`.
+        RunError: nothing was measured, or no noise level of the schedule lies at or below `back_to`; no rounds, or a
+            limit that is no number.
     """
+    if rounds < 1 or limit != limit:
+        raise RunError(f"rounds={rounds}, limit={limit}; expected rounds >= 1 and a risk, e.g. rounds=1, limit=1.0.")
     levels = sigmas[sigmas <= back_to]
     if len(levels) < 2:
         raise RunError(

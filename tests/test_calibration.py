@@ -127,6 +127,20 @@ def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
     assert not (tmp_path / "b.toml").exists()
 
 
+def test_a_policy_that_reads_no_risk_has_no_threshold_to_calibrate(tmp_path):
+    ended = CliRunner().invoke(app, ["calibrate", "-o", str(tmp_path / "mine.toml"), "--policy", "half"])
+    assert ended.exit_code == 2
+    assert "policy='half' reads no risk" in " ".join(ended.output.split())
+    assert not (tmp_path / "mine.toml").exists()
+
+
+def test_a_bank_survives_calibration(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text('[bank]\nevery = 2\n[policy]\ntype = "Sigmoid"\n')
+    found = calibrate(load(), scenes(2), policy=str(path), steps=6, bands=2)
+    assert dict(found.preset.bank) == {"every": 2}
+
+
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -199,6 +200,20 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
     change, error, message = BAD[name]
     with pytest.raises(error, match=f"(?s){message}"):
         edit(**change)
+
+
+@pytest.mark.parametrize("feather", [-1.0, float("nan"), "2"])
+def test_a_feather_is_a_width(edit, feather):
+    with pytest.raises(KVLockError, match=r"feather=.*expected pixels >= 0"):
+        edit(feather=feather)
+
+
+def test_a_feather_without_pasting_is_told(edit):
+    with pytest.warns(UserWarning, match="feather=4.0 without effect: with paste=False"):
+        plain = edit(feather=4.0, paste=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(edit(paste=False).pixels, plain.pixels)
 
 
 def test_arrays_are_clips_too(edit, task):

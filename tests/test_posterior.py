@@ -170,6 +170,8 @@ def test_a_negative_estimate_is_zero():
         ({"probes": 0}, "probes=1"),
         ({"method": "reverse"}, '"auto", "finite" or "forward"'),
         ({"step_size": 0.0}, "units of sigma"),
+        ({"step_size": 0.1, "method": "forward"}, 'method="forward" takes none'),
+        ({"seed": 1, "seeds": (2, 3)}, "seed=1 beside seeds"),
     ],
 )
 def test_settings_are_checked(settings, words):

@@ -153,6 +153,17 @@ def test_estimator_advice_is_a_table():
         Preset(Constant(lock=1.0), bank={"every": 0})
 
 
+def test_advice_on_what_a_policy_never_does_is_refused():
+    for advice in ({"threshold": 0.1}, {"estimator": {"type": "RenoiseVariance"}}):
+        with pytest.raises(PolicyError, match=rf"{next(iter(advice))}: Constant\(lock=1.0.*reads no risk"):
+            Preset(Constant(lock=1.0), **advice)
+        assert Preset(PID(), **advice).uses_risk
+    with pytest.raises(PolicyError, match="never locks, so nothing would be kept"):
+        Preset(Constant(lock=0.0), bank={"every": 3})
+    with pytest.raises(PolicyError, match="text: threshold: "):
+        load_policy('threshold = 0.1\n[policy]\ntype = "Constant"\nlock = 1.0\n')
+
+
 @pytest.mark.parametrize(
     ("bank", "message"),
     [("true", r"bank=True; expected a table"), ("{ every = 0 }", "bank: every=0"), ('{ every = "a" }', "every='a'")],

@@ -88,6 +88,14 @@ def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
     assert 0 < result.sent_back.sum() < 3
 
 
+@pytest.mark.parametrize("slip", [{"rounds": 0}, {"limit": float("nan")}])
+def test_resampling_that_could_do_nothing_is_refused(pair, slip):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    with pytest.raises(RunError, match="expected rounds >= 1 and a risk"):
+        resample(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **slip)
+
+
 def test_one_step_is_enough_for_one_round(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)

@@ -184,6 +184,7 @@ def test_settings_are_checked():
         lambda: kv.TrajectoryVariance(span=0.5),
         lambda: kv.TrajectoryVariance(window=None),
         lambda: kv.RenoiseVariance(passes=0),
+        lambda: kv.RenoiseVariance(seed=1, seeds=(2, 3)),
         lambda: kv.RenoiseVariance(passes=1, around="mean"),
         lambda: kv.RenoiseVariance(around="median"),
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..types import Control, Observation
+from ..types import Control, Observation, PolicyError
 from .base import Policy
 from .fields import flag, number
 from .numeric import worst
@@ -22,8 +22,8 @@ class Linear(Policy):
 
     gain: > 0, lock per unit of risk. 1 locks fully at the threshold, 0.5 at twice the threshold.
     cfg_max: b >= 0, the largest multiple of the caller's guidance scale.
-    schedule_cfg: False leaves guidance as the caller asked.
-    Raises PolicyError for settings out of range.
+    schedule_cfg: False leaves guidance as the caller asked, and cfg_max unset.
+    Raises PolicyError for settings out of range, and for a cfg_max that nothing would reach.
     """
 
     gain: float = 1.0
@@ -34,6 +34,11 @@ class Linear(Policy):
         number(self, "gain", above=0.0)
         number(self, "cfg_max", at_least=0.0)
         flag(self, "schedule_cfg")
+        if not self.schedule_cfg and self.cfg_max != Linear.cfg_max:
+            raise PolicyError(
+                f"Linear(cfg_max={self.cfg_max:g}, schedule_cfg=False): guidance is not scheduled, so nothing would be "
+                f"limited. This works: Linear(gain={self.gain:g}, schedule_cfg=False)"
+            )
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         drive = self.gain * obs.risk

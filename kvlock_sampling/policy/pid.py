@@ -47,7 +47,8 @@ class PID(Policy):
     lock_range: limits of the lock, within [0, 1].
     cfg_range: multiple of the caller's guidance scale (at u = 0, at u = 1), >= 0; may fall. (1, 1) leaves it alone.
     bias: u at zero error, and the lock before the first measurement; within lock_range.
-    filter_width: > 0, time constant of the derivative filter, in units of log sigma (a 40-step run spans about 8).
+    filter_width: > 0, time constant of the derivative filter, in units of log sigma (a 40-step run spans about 8);
+        it matters where kd is not 0.
     slew: > 0, the most that u may move per unit of log sigma, beginning at the bias; None = no limit.
     Raises PolicyError for settings out of range.
     """

@@ -42,6 +42,19 @@ def draw(
     return values.reshape(passes * clips, *like.shape[1:])
 
 
+def check_seeds(seed: int, seeds: tuple[int, ...] | None) -> None:
+    """The door of an estimator that draws.
+
+    Raises:
+        EstimatorError: a seed for all clips beside one for each.
+    """
+    if seeds is not None and seed != 0:
+        raise EstimatorError(
+            f"seed={seed} beside seeds={seeds}; expected one of them: seed={seed} for all clips, or seeds with one per "
+            f"clip, e.g. seeds={tuple(seed + i for i in range(len(seeds)))}."
+        )
+
+
 def _orthogonal(values: Tensor) -> Tensor:
     """Gaussian draws (passes, 1, ...) made orthogonal, each keeping its length: every one stays Gaussian, for its
     direction is still uniform and its length independent of it, but together they cover space evenly.

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from ..precision import working
 from ..types import EstimatorError, Evaluation, KVLockError
 from .base import Estimator
-from .draws import copies, draw
+from .draws import check_seeds, copies, draw
 
 Method = Literal["auto", "finite", "forward"]
 
@@ -50,7 +50,7 @@ class PosteriorVariance(Estimator):
     method: "forward" differentiates exactly, in forward mode, and raises EstimatorError where the model cannot;
         "finite" takes differences; "auto" tries forward mode once per run, then takes differences. A model that leaves
         autograd on its way (inference_mode, detach) needs "finite": a part of its derivative would be missing.
-    seed, seeds: of the directions; one for all clips, or one per clip.
+    seed, seeds: of the directions; one for all clips, or in its place one per clip.
     step_size: of finite differences, in units of sigma, > 0; None: 1/8, which a model in bfloat16 survives. For a
         model in float32 0.01 has a smaller bias. Never less than a few roundings of the latents themselves.
 
@@ -71,8 +71,14 @@ class PosteriorVariance(Estimator):
             raise EstimatorError(f'method={self.method!r}; expected "auto", "finite" or "forward".')
         if self.step_size is not None and not self.step_size > 0:
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
+        if self.step_size is not None and self.method == "forward":
+            raise EstimatorError(
+                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it away, '
+                f'or try method="finite", step_size={self.step_size}.'
+            )
         if self.seeds is not None:
             object.__setattr__(self, "seeds", tuple(self.seeds))
+        check_seeds(self.seed, self.seeds)
 
     @property
     def cost(self) -> float:  # type: ignore[override]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..precision import working
 from ..types import EstimatorError, Evaluation
 from .base import Estimator, Patch, check_patch, pooled
-from .draws import copies, draw
+from .draws import check_seeds, copies, draw
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class RenoiseVariance(Estimator):
     passes: fresh noises per measurement, evaluated as one batch.
     around: "prediction" measures from x0-hat (one pass is enough, and a consistent bias counts);
         "mean" is the sample variance between passes (at least two).
-    seed: of the noise. Every clip of a batch gets the same noise, so that a clip alone and in a batch agree;
-        `seeds` gives each clip its own.
+    seed: of the noise. Every clip of a batch gets the same noise, so that a clip alone and in a batch agree.
+    seeds: in place of `seed`, one for each clip.
     region_only: the noise goes inside the mask only. Outside the model sees the edit's own present latents, as the
         sampler left them, so that what is measured is the foreground's doubt in its given surroundings.
     patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
@@ -44,6 +44,7 @@ class RenoiseVariance(Estimator):
         object.__setattr__(self, "patch", check_patch(self.patch))
         if self.seeds is not None:
             object.__setattr__(self, "seeds", tuple(self.seeds))
+        check_seeds(self.seed, self.seeds)
         if self.around not in ("prediction", "mean"):
             raise EstimatorError(f'around={self.around!r}; expected "prediction" or "mean".')
         if self.passes < (2 if self.around == "mean" else 1):

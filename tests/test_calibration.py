@@ -137,7 +137,7 @@ def test_a_policy_that_reads_no_risk_has_no_threshold_to_calibrate(tmp_path):
 def test_a_bank_survives_calibration(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text('[bank]\nevery = 2\n[policy]\ntype = "Sigmoid"\n')
-    found = calibrate(load(), scenes(2), policy=str(path), steps=6, bands=2)
+    found = calibrate(load(), scenes(4), policy=str(path), steps=8, bands=3)
     assert dict(found.preset.bank) == {"every": 2}
 
 

@@ -146,8 +146,12 @@ def SdpaSites(  # noqa: N802 - reads as the constructor it is
     """Sites of any module that calls `F.scaled_dot_product_attention`, with tokens in the order time, height, width.
 
     A call is a site when its key sequence holds exactly `start` tokens, the video's, and `trailing` tokens, and the
-    query sequence is as long (so cross-attention is left alone). `start` is the position of the first video token: 0
-    for video first, the length of the text for text first. `trailing` is what follows the video, None = any number.
+    query sequence is as long. So cross-attention is left alone, unless its text has exactly as many tokens: it cannot
+    be told apart then and is locked too; pad or cut the text by one token, or name the calls by `layers`.
+
+    `start` is the position of the first video token: 0 for video first, the length of the text for text first.
+    `trailing` is what follows the video, None = any number. `layers`: which of these calls, counted in call order
+    from 0; None = all.
 
     Raises:
         SiteError: not a module, or numbers that cannot be meant.

@@ -56,6 +56,24 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
+def _bank(folder: str | None, memory: str | None, disk: str | None) -> dict[str, Any]:
+    """The bank of an edit as an option of it, or none. What it may use means nothing without one."""
+    given = {"--bank-memory": memory, "--bank-disk": disk}
+    if folder is None:
+        for name, size in given.items():
+            if size is not None:
+                raise KVLockError(
+                    f"{name} {size} is for a bank, and there is none; name its folder: --bank kv-bank {name} {size}."
+                )
+        return {}
+    from .bank import Bank
+    from .bank.sizes import parse_bytes
+
+    for name, size in given.items():
+        parse_bytes(size, name)  # named as it was written
+    return {"bank": Bank(folder, budget=memory or "4GB", disk=disk)}
+
+
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -131,13 +149,16 @@ def edit(
     shift: Annotated[float | None, typer.Option(help="Flow shift in place of the pipeline's schedule.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
     bank: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the source's K/V: the next edit of this clip is cheap.")
+        str | None,
+        typer.Option(metavar="FOLDER", help="Keeps the source's K/V there: the next edit of this clip is cheap."),
     ] = None,
-    bank_memory: Annotated[str, typer.Option(help="Memory the bank may use, e.g. 4GB.")] = "4GB",
+    bank_memory: Annotated[str | None, typer.Option(help="Memory the bank may use; default: 4GB.")] = None,
+    bank_disk: Annotated[
+        str | None, typer.Option(help="Bytes its folder may take, e.g. 50GB; default: no limit.")
+    ] = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with _readable_errors():
-        from .bank import Bank
         from .edit import edit_video
         from .files import check_writable
         from .inputs import read_pair
@@ -154,7 +175,7 @@ def edit(
             figure_format(trace)
             check_writable(trace)
         get(sampler)
-        options: dict[str, Any] = {} if bank is None else {"bank": Bank(bank, budget=bank_memory)}
+        options = _bank(bank, bank_memory, bank_disk)
         sides = _size(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift

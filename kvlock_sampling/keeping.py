@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -116,22 +117,48 @@ def _precision(device: torch.device) -> str:
     return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""
 
 
-def chosen_bank(bank: Any, advice: Preset | None, sites: Sites) -> Bank | None:
+def chosen_bank(bank: Any, advice: Preset | None, sites: Sites | None, idle: str | None = None) -> Bank | None:
     """The bank that was given, or the one a preset asks for, where these sites can have one.
+
+    sites: None where nothing is ever locked; then `idle` says why, for a warning that the bank has nothing to keep.
 
     Raises:
         SiteError: says what is in the way.
     """
     if bank is None:
-        if advice is None or not advice.bank or why_not(sites):
+        if advice is None or not advice.bank or sites is None or why_not(sites):
             return None
         return Bank(**dict(advice.bank))
     if not isinstance(bank, Bank):
         raise SiteError(f"bank={bank!r}; expected a Bank, e.g. bank=kv.Bank('kv-bank', budget='4GB').")
+    if sites is None:
+        if idle:
+            warnings.warn(f"bank= has nothing to keep: {idle}.", stacklevel=3)
+        return None
     why = why_not(sites)
     if why:
         raise SiteError(why)
     return bank
+
+
+def chosen_layers(sites: Sites, layers: Iterable[int] | slice | None, bank: Any) -> Sites:
+    """The sites that are locked: those of the layers that the lock names, or its bank.
+
+    Raises:
+        SiteError: no such layers, or both name some and mean others.
+    """
+    named = getattr(bank, "layers", None)
+    if layers is None or named is None:
+        return sites.layers(named if layers is None else layers)
+    if not isinstance(layers, (slice, int)):
+        layers = list(layers)
+    chosen, other = sites.layers(layers), sites.layers(named)
+    if (chosen.sites, chosen.select) != (other.sites, other.select):
+        raise SiteError(
+            f"layers={layers!r} of the lock and layers={named!r} of its bank are not the same; what is kept is what is "
+            f"locked.\n  Name them once: KVLock(..., layers={layers!r}, bank=kv.Bank(...))."
+        )
+    return chosen
 
 
 def plan(
@@ -155,6 +182,8 @@ def plan(
         bank.budget,
         clips=len(selection.weight),
         dtype=dtype or own,
+        directory=bank.directory is not None,
+        disk=bank.disk,
     )
 
 

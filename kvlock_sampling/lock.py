@@ -25,7 +25,7 @@ from .bank import Bank, Plan
 from .call import GuidedCall, OwnedCall
 from .control import HostReads, LockRatio
 from .controller import Controller
-from .keeping import Keeper, chosen_bank, plan
+from .keeping import Keeper, chosen_bank, chosen_layers, plan
 from .locking import Locker, can_narrow
 from .masks import as_mask
 from .policy import Clamped, Policy, as_policy
@@ -163,8 +163,7 @@ class KVLock(StandIn):
         self._nothing_left = False
         if locks:
             assert self.source is not None
-            chosen = getattr(bank, "layers", None) if layers is None else layers
-            self.sites = (sites or find_sites(model)).layers(chosen)
+            self.sites = chosen_layers(sites or find_sites(model), layers, bank)
             self.sites.grid(self.source.latents.shape)
             assert self.region is not None
             edited = self.region.tokens(self.source.latents, self.sites.patch)
@@ -200,7 +199,8 @@ class KVLock(StandIn):
             },
         )
         self._expert = method_of(model, "expert")
-        self.bank = None if self.sites is None else chosen_bank(bank, advice, self.sites)
+        idle = None if locks else f"the policy {self.policy!r} never locks" if self.source else "there is no source="
+        self.bank = chosen_bank(bank, advice, self.sites, idle)
         self.trace = Trace()
         self._local = threading.local()
 

@@ -26,7 +26,7 @@ from kvlock_sampling.bank import (
     tensor_fingerprint,
 )
 from kvlock_sampling.bank.format import pack, unpack
-from kvlock_sampling.bank.pool import parse_bytes, readable
+from kvlock_sampling.bank.sizes import parse_bytes, readable
 
 FALLING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
 

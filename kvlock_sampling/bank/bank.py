@@ -13,7 +13,6 @@ an inversion; KV-Lock (arXiv 2603.09657) over one step.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Iterable, Iterator
@@ -24,14 +23,15 @@ from typing import Any
 import torch
 
 from .clock import Refresh
+from .disk import Disk
 from .errors import BankError
-from .folder import Folder, check_directory
+from .folder import Folder
 from .format import VERBATIM, check_format
 from .key import BankKey
-from .pool import Drawer, Pool, parse_bytes, readable
+from .pool import Drawer, Pool
+from .settings import check_directory, check_flag, check_layers, check_tier
 from .shelf import Shelf
-
-TIERS = ("host", "device")
+from .sizes import parse_bytes, readable
 
 
 class Bank:
@@ -40,7 +40,14 @@ class Bank:
     directory: also write every level to disk, DIR/<fingerprint>/, and read what is there: the next edit of the same
         clip, in any process, then runs no source pass. None keeps K/V in memory alone.
     budget: bytes held in memory, e.g. "4GB", "512MiB" or a number; None is no limit. Never exceeded: levels far from
-        where the run is give way, to disk if there is a directory. The disk is not limited.
+        where the run is give way, to disk if there is a directory.
+    disk: bytes that all files of the directory may take, of all clips and models together, e.g. "50GB"; None is no
+        limit. Never exceeded by what this bank writes: before a level is written whole levels are removed, those of
+        other clips and models first, least recently used first; never one that a shelf of this process is using. Where
+        too little may go the level is kept in memory alone, with a `BankWarning`. Threads, processes and other banks
+        that share the directory are counted in, also with what they are just writing; only on Windows, and on file
+        systems without locks, may processes that begin to write at the same moment exceed it. A bank without a limit
+        minds nobody's. A directory that holds more already is brought within the limit when a shelf is opened.
     format: "int8" (1 byte, 0.4% off), "fp8" (1 byte, 2.6%), "bf16" (2 bytes, 0.2%), "float32", or None: as they come.
     every: at most so many evaluations per level in a first run; None is no limit. See `clock` for both rules.
     ratio: a level serves noise levels within this ratio; None is no limit.
@@ -54,11 +61,14 @@ class Bank:
         BankError: a setting that cannot be meant, or a directory that cannot be written to.
     """
 
+    directory: Path | None
+
     def __init__(
         self,
         directory: str | os.PathLike[str] | None = None,
         *,
         budget: str | int | float | None = "4GB",
+        disk: str | int | float | None = None,
         format: str | None = "int8",
         every: int | None = 3,
         ratio: float | None = 1.5,
@@ -66,21 +76,23 @@ class Bank:
         layers: Iterable[int] | slice | None = None,
         tier: str = "host",
     ) -> None:
-        if tier not in TIERS:
-            near = difflib.get_close_matches(str(tier), TIERS, n=1)
-            raise BankError(
-                f"tier={tier!r}; expected {' or '.join(map(repr, TIERS))}, e.g. tier={(near or TIERS)[0]!r}."
-            )
+        self.tier = check_tier(tier)
         self.refresh = Refresh(every, ratio)
         self.format = check_format(format)
-        self.interpolate, self.tier = bool(interpolate), tier
-        self.layers = layers if layers is None or isinstance(layers, slice) else tuple(layers)
+        self.interpolate = check_flag("interpolate", interpolate)
+        self.layers = check_layers(layers)
         self._pool = Pool(parse_bytes(budget))
-        self.directory = None if directory is None else Path(directory).expanduser()
-        if self.directory is not None:
-            check_directory(self.directory)
-        elif self.budget == 0:
+        limit = parse_bytes(disk, "disk")
+        if limit is not None and directory is None:
+            raise BankError(
+                f'disk={disk!r} limits a directory, and none was given; expected e.g. Bank("kv-bank", disk="50GB").'
+            )
+        if limit == 0:
+            raise BankError(f"disk={disk!r} leaves no room for a file; pass no directory to keep K/V in memory alone.")
+        if directory is None and self.budget == 0:
             raise BankError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
+        self.directory = None if directory is None else check_directory(directory)
+        self._disk = None if self.directory is None else Disk(self.directory, limit, self._pool.forget)
 
     @property
     def budget(self) -> int | None:
@@ -96,6 +108,16 @@ class Bank:
     def peak(self) -> int:
         """The most bytes that were ever held in memory."""
         return self._pool.peak
+
+    @property
+    def disk(self) -> int | None:
+        """Bytes that the directory's files may take; None is no limit, or no directory."""
+        return None if self._disk is None else self._disk.limit
+
+    @property
+    def disk_used(self) -> int:
+        """Bytes that the directory's files take now, of all keys: those of other banks and processes as well."""
+        return 0 if self._disk is None else self._disk.used
 
     @contextmanager
     def opened(self, key: BankKey, *, device: torch.device | str = "cpu") -> Iterator[Shelf]:
@@ -131,8 +153,10 @@ class Bank:
             for other in [n for n, d in drawers.items() if n != name and not d.readers and not _holds(d)]:
                 del drawers[other]  # what its folder has is found again when it is opened
             if name not in drawers:
-                folder = None if self.directory is None else Folder(self.directory, key, self.format)
+                folder = None if self._disk is None else Folder(self._disk, key, self.format)
                 drawers[name] = Drawer(key.sites, folder)
+            elif not drawers[name].readers:
+                self._pool.look_again(drawers[name])
             drawers[name].readers += 1
             return drawers[name]
 
@@ -144,6 +168,7 @@ class Bank:
         """Settings travel, what is held in memory does not."""
         settings: dict[str, Any] = {
             "budget": self.budget,
+            "disk": self.disk,
             "format": None if self.format == VERBATIM else self.format,
             "every": self.refresh.every,
             "ratio": self.refresh.ratio,
@@ -160,7 +185,8 @@ class Bank:
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
         budget = "no limit" if self.budget is None else readable(self.budget)
-        return f"Bank({where}, {self.format}, {readable(self.used)} of {budget} used)"
+        disk = "" if self.disk is None else f", at most {readable(self.disk)} on disk"
+        return f"Bank({where}, {self.format}, {readable(self.used)} of {budget} used{disk})"
 
 
 def _holds(drawer: Drawer) -> bool:

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import atomic
 from .format import Layout, Packed, layout, well_formed
 
 VERSION = 1
@@ -50,27 +49,30 @@ def name_of(sigma: float) -> str:
     return f"sigma-{sigma:.16e}.safetensors"
 
 
+def file_size(fingerprint: str, sigma: float, kinds: Mapping[str, Kinds]) -> int:
+    """Bytes that `write_level` will write, exactly."""
+    tensors = _tensors(kinds)
+    header = _header(fingerprint, sigma, kinds, tensors, [0] * len(tensors))
+    return len(header) + sum(_padded(math.prod(shape) * dtype.itemsize) for _, dtype, shape in tensors)
+
+
 def write_level(
-    path: Path, fingerprint: str, sigma: float, kinds: Mapping[str, Kinds], pairs: Iterable[tuple[str, Pair]]
+    out: BinaryIO, fingerprint: str, sigma: float, kinds: Mapping[str, Kinds], pairs: Iterable[tuple[str, Pair]]
 ) -> None:
-    """Write a level whole or not at all. `kinds` says beforehand what `pairs` will hold, in the same order.
+    """Write a level. `kinds` says beforehand what `pairs` will hold, in the same order.
 
     Without fsync: a crash of the machine may leave a file of this name with other bytes, and the checksums tell.
-
-    Raises:
-        OSError: it could not be written; nothing is left behind.
     """
     tensors = _tensors(kinds)
-    with atomic(path) as temporary, open(temporary, "wb") as out:
-        out.write(_header(fingerprint, sigma, kinds, tensors, [0] * len(tensors)))
-        sums = []
-        for (site, pair), sides in zip(pairs, kinds.items(), strict=True):
-            assert site == sides[0]
-            for packed in pair:
-                for name in layout(packed.shape, packed.dtype, packed.format):
-                    sums.append(_write(out, packed.parts[name]))
-        out.seek(0)
-        out.write(_header(fingerprint, sigma, kinds, tensors, sums))
+    out.write(_header(fingerprint, sigma, kinds, tensors, [0] * len(tensors)))
+    sums = []
+    for (site, pair), sides in zip(pairs, kinds.items(), strict=True):
+        assert site == sides[0]
+        for packed in pair:
+            for name in layout(packed.shape, packed.dtype, packed.format):
+                sums.append(_write(out, packed.parts[name]))
+    out.seek(0)
+    out.write(_header(fingerprint, sigma, kinds, tensors, sums))
 
 
 def _tensors(kinds: Mapping[str, Kinds]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -203,10 +205,6 @@ class LevelFile:
             for side, (format, dtype, _) in zip(_SIDES, self._kinds[site], strict=True)
         )
         return key, value
-
-    def remove(self) -> None:
-        """Delete the file; maps of it stay readable."""
-        self.path.unlink(missing_ok=True)
 
 
 def _parts(format: str) -> Layout:

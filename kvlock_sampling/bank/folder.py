@@ -12,37 +12,35 @@ What is found there:
 
 from __future__ import annotations
 
+import errno
 import json
-import time
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ..files import write_atomically
 from .clock import same
+from .disk import MANIFEST, Disk, NoRoom, Reader
 from .errors import BankError, BankWarning
-from .file import VERSION, BadFile, Kinds, LevelFile, Pair, name_of, write_level
+from .file import VERSION, BadFile, Kinds, LevelFile, Pair, file_size, name_of, write_level
 from .key import BankKey
-
-STALE = 3600.0
-"""Seconds after which a temporary file belongs to nobody."""
 
 
 class Folder:
     """The part of a bank's directory that belongs to one key and format."""
 
-    def __init__(self, root: Path, key: BankKey, format: str) -> None:
-        self.key = key
+    def __init__(self, disk: Disk, key: BankKey, format: str) -> None:
+        self.disk, self.key = disk, key
         self.fingerprint = key.fingerprint(format, f"version {VERSION}")
-        self.path = root / self.fingerprint[:32]
+        self.path = disk.root / self.fingerprint[:32]
         self._bad: list[Path] = []
         self._check_manifest(format)
-        self._sweep()
+        disk.sweep(self.path)
+        disk.trim(self.path)
 
     def _check_manifest(self, format: str) -> None:
-        file = self.path / "manifest.json"
+        file = self.path / MANIFEST
         about = {"version": VERSION, "fingerprint": self.fingerprint, "format": format, "key": asdict(self.key)}
         try:
             found = json.loads(file.read_text()).get("fingerprint")
@@ -52,20 +50,15 @@ class Folder:
             warnings.warn(f"{file} is damaged ({error}) and is written again.", BankWarning, stacklevel=6)
             found = None
         if found is None:
-            write_atomically(file, json.dumps(about, indent=1))
+            text = json.dumps(about, indent=1).encode()
+            # For people alone: where there is no room for it there is none for a level either, and that is told.
+            with suppress(NoRoom), self.disk.writing(file, len(text)) as out:
+                out.write(text)
         elif found != self.fingerprint:
             raise BankError(
                 f"{self.path} holds the bank of another model, clip or setting ({str(found)[:32]}): was it renamed?\n"
                 "  Give it back its name, delete it, or pass another directory: Bank(directory=...)."
             )
-
-    def _sweep(self) -> None:
-        for temporary in self.path.glob(".*.tmp.*"):
-            try:
-                if time.time() - temporary.stat().st_mtime > STALE:
-                    temporary.unlink(missing_ok=True)
-            except OSError:
-                continue  # another process was faster
 
     def levels(self) -> list[LevelFile]:
         """Every readable level, from high to low noise. What cannot be read is warned of and left out."""
@@ -74,7 +67,8 @@ class Folder:
             try:
                 found.append(LevelFile(path, self.fingerprint, self.key.sites))
             except BadFile as bad:
-                self.reject(path, str(bad))
+                if path.exists():  # else another process has just made room
+                    self.reject(path, str(bad))
         return sorted(found, key=lambda level: -level.sigma)
 
     def reject(self, path: Path, why: str) -> None:
@@ -87,15 +81,33 @@ class Folder:
             stacklevel=6,
         )
 
-    def write(self, sigma: float, kinds: Mapping[str, Kinds], pairs: Iterable[tuple[str, Pair]]) -> LevelFile:
-        """Write a level and open it. Raises OSError where the disk has no room or no permission."""
+    def write(
+        self,
+        sigma: float,
+        kinds: Mapping[str, Kinds],
+        pairs: Iterable[tuple[str, Pair]],
+        reader: Reader,
+        *,
+        pressing: bool = False,
+    ) -> LevelFile:
+        """Write a level and open it; see `Disk.writing` for what goes to make room.
+
+        Raises:
+            NoRoom: the limit leaves none. `pairs` were not asked for.
+            OSError: the disk has no room, or gives no permission.
+        """
         path = self.path / name_of(sigma)
-        write_level(path, self.fingerprint, sigma, kinds, pairs)
         for bad in [b for b in self._bad if _stands_for(b, sigma)]:
             self._bad.remove(bad)
-            if bad != path:
-                bad.unlink(missing_ok=True)
-        return LevelFile(path, self.fingerprint, self.key.sites, sound=True)
+            bad.unlink(missing_ok=True)
+        reader.use(path)  # beforehand, so that nobody takes it away the moment it is there
+        size = file_size(self.fingerprint, sigma, kinds)
+        with self.disk.writing(path, size, reader, pressing=pressing) as out:
+            write_level(out, self.fingerprint, sigma, kinds, pairs)
+        try:
+            return LevelFile(path, self.fingerprint, self.key.sites, sound=True)
+        except BadFile as bad:
+            raise OSError(errno.ENOENT, f"the level was removed at once: {bad}") from bad
 
 
 def _stands_for(path: Path, sigma: float) -> bool:
@@ -103,21 +115,3 @@ def _stands_for(path: Path, sigma: float) -> bool:
         return same(float(path.stem.removeprefix("sigma-")), sigma)
     except ValueError:
         return False
-
-
-def check_directory(directory: Path) -> None:
-    """Make the directory and write to it once: better found now than after the first source pass.
-
-    Raises:
-        BankError: it cannot be made or written to.
-    """
-    probe = directory / f".probe.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise BankError(
-            f"directory={str(directory)!r} cannot be written to: {error.strerror or error}.\n"
-            "  Pass a folder of your own, e.g. Bank(directory='kv-bank'), or none to keep K/V in memory."
-        ) from error

@@ -11,7 +11,8 @@ from torch import Tensor
 from .errors import BankError
 from .file import Kinds
 from .format import format_for, layout, nbytes
-from .pool import Pool, readable
+from .pool import Pool
+from .sizes import readable
 
 Store = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -52,11 +53,16 @@ def check_shapes(shapes: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         )
 
 
+def room_for(pool: Pool, sizes: Mapping[str, int]) -> bool:
+    """Whether a level fits whole into memory beside those in use."""
+    return pool.budget is None or sum(sizes.values()) <= pool.budget - pool.in_use()
+
+
 def check_room(pool: Pool, sizes: Mapping[str, int], format: str) -> None:
-    """Without a disk a level must fit whole beside those in use. Raises BankError, with the numbers."""
-    total, used = sum(sizes.values()), pool.in_use()
-    if pool.budget is None or total <= pool.budget - used:
+    """Without a disk a level must fit whole into memory. Raises BankError, with the numbers."""
+    if pool.budget is None or room_for(pool, sizes):
         return
+    total, used = sum(sizes.values()), pool.in_use()
     held = f", of which {readable(used)} are in use by other runs" if used else ""
     raise BankError(
         f"one level needs {readable(total)} ({len(sizes)} sites as {format}); the budget is "

@@ -13,7 +13,7 @@ import torch
 
 from .errors import BankError
 from .format import FORMATS, VERBATIM, check_format, layout, nbytes
-from .pool import parse_bytes, readable
+from .sizes import parse_bytes, readable
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Plan:
     """Sizes in bytes. Print it.
 
     sites, clips, heads, dim: of the model. kept: background tokens of `tokens`. levels: noise levels that a run
-    stores. format: as in `Bank`. budget: memory, None is no limit. dtype: of the model's K/V.
+    stores. format: as in `Bank`. budget: memory, None is no limit. dtype: of the model's K/V. directory: whether there
+    is one; disk: what it may hold, None is no limit.
     """
 
     sites: int
@@ -34,6 +35,8 @@ class Plan:
     format: str
     budget: int | None
     dtype: torch.dtype
+    directory: bool = False
+    disk: int | None = None
 
     def per_level_as(self, format: str | None) -> int:
         """Bytes of one level in another format."""
@@ -55,15 +58,29 @@ class Plan:
         """Levels that the budget holds at once."""
         return self._fitting(self.per_level)
 
+    @property
+    def on_disk(self) -> int:
+        """Levels that the directory holds after a run, where those of others may all go; 0 without a directory."""
+        if not self.directory:
+            return 0
+        return self.levels if self.disk is None or not self.per_level else min(self.levels, self.disk // self.per_level)
+
     def _fitting(self, per_level: int) -> int:
         return self.levels if self.budget is None or not per_level else min(self.levels, self.budget // per_level)
 
     @property
     def verdict(self) -> str:
-        """What this means for a run, in one sentence."""
+        """What this means for a run, in a sentence or two."""
+        if self.directory and self.on_disk < self.levels:
+            return self._too_much_for_the_disk()
         held = self.in_memory
         if held == self.levels:
             return "Everything fits in memory: the next edit of this clip needs no source pass."
+        if self.directory:
+            return (
+                f"{held} of {self.levels} levels fit in memory, all of them on disk, {readable(self.total)}: the next "
+                "edit of this clip needs no source pass."
+            )
         if held:
             enough = "enough for one run" if held > 1 else "enough for one run, but two serve it better (interpolate)"
             return (
@@ -74,12 +91,23 @@ class Plan:
         advice = f'format="{smaller}"' if smaller else "fewer layers=..."
         return f"Not one level fits in memory: raise the budget, use {advice}, or give the bank a directory."
 
+    def _too_much_for_the_disk(self) -> str:
+        assert self.disk is not None
+        what = f"All levels take {readable(self.total)}, and disk={readable(self.disk)} is the limit"
+        enough = readable(1.005 * self.total)  # headers as well, and what three digits round away
+        cure = f"Raise it to {enough}, or store less: fewer layers=..., a larger every= or ratio=."
+        if not self.on_disk and not self.in_memory:
+            return f"{what}: not one fits, neither there nor in memory. {cure}"
+        rest = "the rest are kept in memory" if self.in_memory else "later ones take the place of earlier ones"
+        return f"{what}: {self.on_disk} of {self.levels} stay there, {rest}. {cure}"
+
     def __str__(self) -> str:
         budget = "no limit" if self.budget is None else readable(self.budget)
+        disk = "" if self.disk is None else f", disk limit {readable(self.disk)}"
         clips = f", {self.clips} clips" if self.clips != 1 else ""
         lines = [
             f"{self.sites} sites x {self.heads} heads x {self.dim}, {self.kept} of {self.tokens} tokens are "
-            f"background{clips}; {self.levels} levels; memory budget {budget}",
+            f"background{clips}; {self.levels} levels; memory budget {budget}{disk}",
             f"  {'format':<10}{'per level':>12}{'all levels':>12}{'in memory':>11}",
         ]
         for name in (VERBATIM, *FORMATS):
@@ -104,11 +132,14 @@ def plan_for(
     *,
     clips: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    directory: bool = False,
+    disk: str | int | float | None = None,
 ) -> Plan:
     """Plan a bank from counts alone.
 
     tokens: video tokens per clip. background_fraction: how many of them are kept, in [0, 1]; tokens are rounded up.
-    levels: noise levels stored, e.g. `expected_levels(sigmas, every=3, ratio=1.5)`.
+    levels: noise levels stored, e.g. `expected_levels(sigmas, every=3, ratio=1.5)`. directory, disk: whether there is
+    a directory, and what it may hold, as in `Bank`.
 
     Raises:
         BankError: a count below 1, a fraction outside [0, 1], no such format, or a budget that is no size.
@@ -132,4 +163,17 @@ def plan_for(
         )
     # A product such as 0.7 * 10 is 7.000000000000001: rounded before it is rounded up.
     kept = math.ceil(round(tokens * background_fraction, 6))
-    return Plan(sites_count, clips, heads, dim, tokens, kept, levels, check_format(format), parse_bytes(budget), dtype)
+    return Plan(
+        sites_count,
+        clips,
+        heads,
+        dim,
+        tokens,
+        kept,
+        levels,
+        check_format(format),
+        parse_bytes(budget),
+        dtype,
+        directory,
+        parse_bytes(disk, "disk"),
+    )

@@ -6,44 +6,14 @@ its way to the device, belong to the evaluation and not to the bank.
 
 from __future__ import annotations
 
-import re
 import threading
+from pathlib import Path
 from typing import Any
 
 from .clock import distance
 from .errors import BankError
 from .file import LevelFile, Pair
 from .folder import Folder
-
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}}
-_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-
-
-def parse_bytes(budget: Any) -> int | None:
-    """Bytes from a number or from text such as "4GB" (10^9) or "4GiB" (2^30); None is no limit.
-
-    Raises:
-        BankError: it cannot be read as a size.
-    """
-    if budget is None:
-        return None
-    if isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 <= budget < float("inf"):
-        return int(budget)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", budget, re.I) if isinstance(budget, str) else None
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if found is None or found[2].lower() not in units:
-        raise BankError(
-            f'budget={budget!r}; expected bytes, e.g. 4_000_000_000, "4GB" or "512MiB", or None for no limit.'
-        )
-    return int(float(found[1]) * units[found[2].lower()])
-
-
-def readable(count: int | float) -> str:
-    """Bytes as people write them, e.g. "2.1 GB"."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{int(count)} bytes"
 
 
 class Stored:
@@ -132,6 +102,25 @@ class Pool:
             stored.held.clear()
             if stored.file is None and stored in stored.drawer.levels:
                 stored.drawer.levels.remove(stored)
+
+    def forget(self, removed: set[Path]) -> None:
+        """These files are no more: levels that are whole in memory stay, the others are gone. Maps in use stay too."""
+        with self.lock:
+            for stored in self._levels():
+                if stored.file is not None and stored.file.path in removed and not stored.pins:
+                    self._lose_file(stored)
+
+    def look_again(self, drawer: Drawer) -> None:
+        """A drawer is opened again after a while: files may have been removed by other processes or banks."""
+        with self.lock:
+            for stored in list(drawer.levels):
+                if stored.file is not None and not stored.pins and not stored.file.path.exists():
+                    self._lose_file(stored)
+
+    def _lose_file(self, stored: Stored) -> None:
+        stored.file = None
+        if len(stored.held) < len(stored.drawer.sites):
+            self.drop(stored)
 
     def in_use(self) -> int:
         """Bytes of levels that are in use and cannot be given up."""

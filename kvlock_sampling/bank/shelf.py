@@ -12,13 +12,15 @@ from torch import Tensor
 
 from .choice import choose
 from .clock import Clock, Refresh, check_sigma, same
+from .disk import NoRoom
 from .errors import BankError, BankWarning
 from .file import Kinds, Pair
 from .format import Packed, pack
-from .incoming import Store, check_room, check_shapes, describe, shapes_of, sizes_of
+from .incoming import Store, check_room, check_shapes, describe, room_for, shapes_of, sizes_of
 from .level import Level
 from .place import Mover, is_copied, placed
-from .pool import Drawer, Pool, Stored, readable
+from .pool import Drawer, Pool, Stored
+from .sizes import readable
 
 
 class Served(NamedTuple):
@@ -51,6 +53,8 @@ class Shelf:
         self._fresh: set[Stored] = set()
         self._pinned: list[Stored] = []
         self._served = self._put = 0
+        self._reader = None if self._folder is None else self._folder.disk.opened(self._folder.path)
+        self._told = False
         self._open = True
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -174,25 +178,40 @@ class Shelf:
                 pair = stored.held.get(site) or self._pack(stored, site, store[site], kinds[site], sizes[site])
                 yield site, pair
 
-        failure = ""
-        if self._folder is None:
+        failure, full = "", None
+        # What this run has used stays on disk as long as the run can go on in memory: of a schedule longer than the
+        # disk has room for the next run then finds the first part, where it would find its last levels at its end.
+        for pressing in (False, True) if room_for(self._pool, sizes) else (True,):
+            try:
+                if self._folder is not None and self._reader is not None:
+                    stored.file = self._folder.write(stored.sigma, kinds, pairs(), self._reader, pressing=pressing)
+                    return
+            except NoRoom as error:
+                full = error
+            except OSError as error:
+                failure = f"{self._folder and self._folder.path} could not be written ({error.strerror or error})"
             for _ in pairs():
                 pass
-        else:
-            try:
-                stored.file = self._folder.write(stored.sigma, kinds, pairs())
-            except OSError as error:
-                failure = f"{self._folder.path} could not be written ({error.strerror or error})"
-                for _ in pairs():
-                    pass
-        if stored.file is None and len(stored.held) < len(kinds):
-            raise BankError(
-                f"{failure or 'other runs took the room meanwhile'}, and memory has room for {len(stored.held)} of "
-                f"{len(kinds)} sites of {readable(sum(sizes.values()))}.\n"
-                "  Free some disk space, or raise the budget."
-            )
+            if len(stored.held) == len(kinds):
+                return self._tell(failure, full)
+        raise BankError(
+            f"{failure or full or 'other runs took the room meanwhile'}; memory has room for {len(stored.held)} of "
+            f"{len(kinds)} sites of {readable(sum(sizes.values()))}.\n"
+            f"  {'Raise disk=' if full and not failure else 'Free some disk space'}, or raise the budget."
+        )
+
+    def _tell(self, failure: str, full: NoRoom | None) -> None:
+        """Warn that a level is kept in memory alone: of a limit once a run, it will not change on the way."""
         if failure:
-            warnings.warn(f"{failure}; this level is kept in memory alone.", BankWarning, stacklevel=4)
+            warnings.warn(f"{failure}; this level is kept in memory alone.", BankWarning, stacklevel=5)
+        elif full is not None and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{full}. This level, and others of this run that find no room, are kept in memory alone.\n"
+                "  Raise the limit, disk=..., or store less: fewer layers=..., a larger every= or ratio=.",
+                BankWarning,
+                stacklevel=5,
+            )
 
     def _pack(self, stored: Stored, site: str, tensors: tuple[Tensor, Tensor], kinds: Kinds, size: int) -> Pair:
         hold = self._pool.reserve(size)
@@ -211,12 +230,16 @@ class Shelf:
     def restart(self) -> None:
         """Another run begins within the block: what was stored so far counts as an earlier run's."""
         self._check_open()
-        self._clock, self._fresh = Clock(), set()
+        self._clock, self._fresh, self._told = Clock(), set(), False
+        if self._reader is not None:
+            self._reader.restart()
 
     def close(self) -> None:
         """Let go of the level in use. Called by leaving the block."""
         self._unpin()
         self._open = False
+        if self._reader is not None:
+            self._reader.close()
         with self._pool.lock:
             self._drawer.readers -= 1
             self._drawer.touched = self._pool.tick()
@@ -254,6 +277,8 @@ class Shelf:
             for stored, _ in parts:
                 stored.pins += 1
                 self._pinned.append(stored)
+                if stored.file is not None and self._reader is not None:
+                    self._reader.use(stored.file.path)
         return Level(sigma, parts, self._movers)
 
     def _unpin(self) -> None:

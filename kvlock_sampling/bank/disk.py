@@ -1,0 +1,261 @@
+"""How much a bank's directory may hold. Room is made, and claimed, before anything is written.
+
+What counts are the bytes of the bank's own files, of all keys: levels, manifests and temporaries. Room is made by
+removing whole levels, see `Disk.writing`. A claim is the temporary file itself, made at its full size while the
+directory is locked (`flock` on DIR/.lock): every thread and process that looks next counts what is still being written.
+
+A level that is removed while another process, or another bank of this one, has it mapped stays readable there (Windows
+refuses to remove it, and the next one goes); the file system has its room back when the last of them lets go.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from ..files import atomic
+from .sizes import readable
+
+if sys.platform != "win32":
+    import fcntl
+
+STALE = 3600.0
+"""Seconds after which a temporary file belongs to nobody."""
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"[0-9a-f]{32}")
+_LEVEL = re.compile(r"sigma-[\d.e+-]+\.safetensors")
+_TEMPORARY = re.compile(r"\..*\.tmp\..*")
+
+
+class NoRoom(Exception):  # noqa: N818 - a signal, the shelf decides what follows
+    """The limit leaves no room, whatever may be removed is removed; the text says it in numbers."""
+
+
+class File(NamedTuple):
+    """A file of the bank as it was found: its folder's name and its own, bytes, and when it was last used."""
+
+    folder: str
+    name: str
+    size: int
+    used: int
+
+    @property
+    def is_level(self) -> bool:
+        """Whether it is a level; else a manifest or a temporary."""
+        return _LEVEL.fullmatch(self.name) is not None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it has not been touched for so long that nobody is writing it."""
+        return time.time() - self.used / 1e9 > STALE
+
+
+@dataclass
+class _Directory:
+    """What this process knows of a directory, whatever the number of its banks: which shelves are open in it."""
+
+    writers: threading.Lock = field(default_factory=threading.Lock)
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
+
+
+_DIRECTORIES: dict[str, _Directory] = {}
+
+
+class Reader:
+    """An open shelf: the levels of its folder that its run has used stay while it is open."""
+
+    def __init__(self, directory: _Directory, folder: str) -> None:
+        self._directory, self._folder = directory, folder
+        self._names: set[str] = set()
+        with directory.guard:
+            directory.readers.setdefault(folder, []).append(self)
+
+    def use(self, path: Path) -> None:
+        """This level is used now: it is kept for this run, and the last to go for others."""
+        with self._directory.guard:
+            self._names.add(path.name)
+        now = time.time_ns()  # the clock of the file system is coarser than levels are quick
+        with suppress(OSError):
+            os.utime(path, ns=(now, now))
+
+    def restart(self) -> None:
+        """Another run begins: what was used so far may go like the levels of an earlier one."""
+        with self._directory.guard:
+            self._names.clear()
+
+    def close(self) -> None:
+        """The shelf is closed."""
+        with self._directory.guard:
+            others = self._directory.readers[self._folder]
+            others.remove(self)
+            if not others:
+                del self._directory.readers[self._folder]
+
+    def names(self) -> set[str]:
+        """The levels it has used. Called with the guard held."""
+        return self._names
+
+
+class Disk:
+    """A bank's directory and its limit in bytes; None is no limit. forget: told of levels that were removed."""
+
+    def __init__(self, root: Path, limit: int | None, forget: Callable[[set[Path]], None]) -> None:
+        self.root, self.limit, self._forget = root, limit, forget
+        self._directory = _DIRECTORIES.setdefault(os.path.realpath(root), _Directory())
+
+    @property
+    def used(self) -> int:
+        """Bytes of the bank's files now."""
+        return sum(file.size for file in self._files())
+
+    def opened(self, folder: Path) -> Reader:
+        """A shelf opens this folder."""
+        return Reader(self._directory, folder.name)
+
+    @contextmanager
+    def writing(
+        self, path: Path, size: int, reader: Reader | None = None, *, pressing: bool = False
+    ) -> Iterator[BinaryIO]:
+        """A file of exactly `size` bytes to write, for which there is room. It gets its name when the block ends well.
+
+        Levels that have to go: those of keys that no shelf of this process has open, least recently used first; then
+        those of this folder that no open shelf has used in its run. `pressing`: also those that `reader` itself has
+        used, where the run could not go on otherwise.
+
+        Raises:
+            NoRoom: nothing was written, and no level removed.
+            OSError: it could not be written; nothing is left behind.
+        """
+        with atomic(path) as temporary:
+            if self.limit is None:
+                with open(temporary, "wb") as out:
+                    yield out
+                return
+            self._claim(path.parent, size, reader, pressing, temporary)
+            with open(temporary, "r+b") as out:
+                yield out
+
+    def sweep(self, folder: Path) -> None:
+        """Remove what killed runs have left in this folder, limit or not."""
+        for name in _names(folder):
+            with suppress(OSError):  # another process was faster
+                if _TEMPORARY.fullmatch(name) and time.time() - (folder / name).stat().st_mtime > STALE:
+                    (folder / name).unlink(missing_ok=True)
+
+    def trim(self, folder: Path) -> None:
+        """Bring the directory within its limit, as far as levels may go; those of this folder go last."""
+        if self.limit is not None:
+            with suppress(OSError):
+                self._claim(folder, 0, None, False, None)
+
+    def _claim(self, folder: Path, size: int, reader: Reader | None, pressing: bool, temporary: Path | None) -> None:
+        removed: set[Path] = set()
+        try:
+            with self._locked():
+                self._make_room(folder.name, size, reader, pressing, removed)
+                if temporary is not None:
+                    folder.mkdir(exist_ok=True)  # another process may have found it empty
+                    with open(temporary, "wb") as out:
+                        out.truncate(size)
+        finally:
+            if removed:  # not under the lock: who is told takes locks of his own
+                self._forget(removed)
+
+    def _make_room(self, own: str, size: int, reader: Reader | None, pressing: bool, removed: set[Path]) -> None:
+        assert self.limit is not None
+        files = self._files()
+        excess = sum(file.size for file in files) + size - self.limit
+        if excess <= 0:
+            return
+        for file in self._rubbish(files, own):  # first, and whatever else comes of it
+            excess -= self._remove(file, removed)
+        able = self._removable(files, own, reader, pressing)
+        freed = sum(file.size for file in able)
+        if size and freed < excess:
+            raise NoRoom(
+                f"{self.root} may hold {readable(self.limit)} and this needs {readable(size)}, for which "
+                f"{readable(excess)} would have to go, and {readable(freed) if freed else 'nothing'} may"
+            )
+        for file in able:
+            if excess <= 0:
+                break
+            excess -= self._remove(file, removed)
+        for name in {path.parent.name for path in removed} - {own}:
+            self._remove_if_bare(name)
+        if size and excess > 0:
+            raise NoRoom(f"{self.root} may hold {readable(self.limit)}, and levels in it cannot be removed")
+
+    def _rubbish(self, files: list[File], own: str) -> Iterator[File]:
+        """Temporaries of killed runs, and manifests of keys that have no level."""
+        with self._directory.guard:
+            alive = {own, *self._directory.readers, *(file.folder for file in files if file.is_level)}
+        for file in files:
+            if not file.is_level and file.is_stale and (file.name != MANIFEST or file.folder not in alive):
+                yield file
+
+    def _removable(self, files: list[File], own: str, reader: Reader | None, pressing: bool) -> list[File]:
+        """Levels that may go, the first to go first."""
+        with self._directory.guard:
+            at_own = self._directory.readers.get(own, ())
+            used = set().union(*(r.names() for r in at_own if not (pressing and r is reader)))
+            closed = {file.folder for file in files} - {own, *self._directory.readers}
+        able = [
+            file
+            for file in files
+            if file.is_level and (file.folder in closed or (file.folder == own and file.name not in used))
+        ]
+        return sorted(able, key=lambda file: (file.folder == own, file.used, file.name))
+
+    def _remove(self, file: File, removed: set[Path]) -> int:
+        """Remove a file. Returns the bytes that are free now: 0 where it is held, as Windows does with mapped files."""
+        path = self.root / file.folder / file.name
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            return 0
+        removed.add(path)
+        return file.size
+
+    def _remove_if_bare(self, name: str) -> None:
+        """A folder that has lost its last level goes as well, unless a shelf has it open."""
+        folder = self.root / name
+        with suppress(OSError):
+            if name not in self._directory.readers and set(os.listdir(folder)) <= {MANIFEST}:
+                (folder / MANIFEST).unlink(missing_ok=True)
+                folder.rmdir()
+
+    def _files(self) -> list[File]:
+        """The bank's own files. What else is in the directory is none of its business."""
+        found = []
+        for name in _names(self.root):
+            for file in _names(self.root / name) if _FOLDER.fullmatch(name) else ():
+                if file == MANIFEST or _LEVEL.fullmatch(file) or _TEMPORARY.fullmatch(file):
+                    with suppress(OSError):  # gone meanwhile
+                        about = os.stat(self.root / name / file)
+                        found.append(File(name, file, about.st_size, about.st_mtime_ns))
+        return found
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._directory.writers, open(self.root / ".lock", "ab") as file:
+            if sys.platform != "win32":
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

@@ -128,9 +128,9 @@ class Windowed(Wrapper):
 class Clamped(Wrapper):
     """The inner control kept within limits.
 
-    lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone.
-    cfg: (lowest, highest) guidance scale, absolute; None = no limits.
-    Raises PolicyError for limits out of range, and without any.
+    lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone; (0, 1) is for a policy of your own
+        that overshoots.
+    cfg: (lowest, highest) guidance scale, absolute; None = no limits. Raises PolicyError for limits out of range.
     """
 
     lock: Range = (0.0, 1.0)
@@ -140,11 +140,6 @@ class Clamped(Wrapper):
         super().__post_init__()
         pair(self, "lock", at_least=0.0, at_most=1.0)
         pair(self, "cfg", optional=True)
-        if self.lock == Clamped.lock and self.cfg is None:
-            raise PolicyError(
-                f"Clamped({self.policy!r}): no limits given; a lock is within [0, 1] anyway. "
-                "This works: Clamped(policy, lock=(0.0, 0.8)), or for guidance Clamped(policy, cfg=(1.0, 8.0))"
-            )
 
     def adjust(self, control: Control, obs: Observation) -> Control:
         cfg_scale = control.cfg_scale if self.cfg is None else _clamp(control.cfg_scale, self.cfg)

@@ -178,7 +178,7 @@ class Disk:
         if excess <= 0:
             return
         for file in self._rubbish(files, own):  # first, and whatever else comes of it
-            excess -= self._remove(file, removed)
+            excess -= self._remove(file, removed) + self._remove_if_bare(file.folder, own)
         able = self._removable(files, own, reader, pressing)
         freed = sum(file.size for file in able)
         if size and freed < excess:
@@ -189,9 +189,7 @@ class Disk:
         for file in able:
             if excess <= 0:
                 break
-            excess -= self._remove(file, removed)
-        for name in {path.parent.name for path in removed} - {own}:
-            self._remove_if_bare(name)
+            excess -= self._remove(file, removed) + self._remove_if_bare(file.folder, own)
         if size and excess > 0:
             raise NoRoom(f"{self.root} may hold {readable(self.limit)}, and levels in it cannot be removed")
 
@@ -226,13 +224,17 @@ class Disk:
         removed.add(path)
         return file.size
 
-    def _remove_if_bare(self, name: str) -> None:
-        """A folder that has lost its last level goes as well, unless a shelf has it open."""
-        folder = self.root / name
+    def _remove_if_bare(self, name: str, own: str) -> int:
+        """A folder that has lost its last level goes as well, unless a shelf has it open. Returns the bytes freed."""
+        folder, size = self.root / name, 0
+        if name == own or name in self._directory.readers or not set(_names(folder)) <= {MANIFEST}:
+            return 0
         with suppress(OSError):
-            if name not in self._directory.readers and set(os.listdir(folder)) <= {MANIFEST}:
-                (folder / MANIFEST).unlink(missing_ok=True)
-                folder.rmdir()
+            size = (folder / MANIFEST).stat().st_size
+            (folder / MANIFEST).unlink()
+        with suppress(OSError):
+            folder.rmdir()
+        return size
 
     def _files(self) -> list[File]:
         """The bank's own files. What else is in the directory is none of its business."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .attention import Frame, Hooks
 from .attention.caches import StepCaches
+from .attention.ending import Ended
 from .attention.foreground import ForegroundFrame, SelectedFrame
 from .control import HostReads
 from .guidance import guide, guide_rescaled
@@ -86,9 +88,17 @@ class Call:
     def _captured(self, run: Callable[[], object]) -> Frame:
         """The source's K/V from a pass of its own."""
         frame = self._locking.frame("capture")
-        self._run(frame, run)
+        if self._source_is_first and self.hooks is not None:
+            frame.until = self.hooks.needed()
+        with suppress(Ended):
+            self._run(frame, run)
         self.passes += 1
         return frame
+
+    @property
+    def _source_is_first(self) -> bool:
+        """Whether the K/V of a source's pass are those of its first call of the network: it may make several."""
+        return True
 
     def _from_shelf(self, run: Callable[[], object], arguments: Mapping[str, Any]) -> Frame:
         """The source's K/V from the shelf, which is filled where it has none for this noise level."""
@@ -266,6 +276,10 @@ class GuidedCall(Call):
             return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
         finally:
             self._probing = False
+
+    @property
+    def _source_is_first(self) -> bool:
+        return self.branch is not None or ("cond" in self.arguments and "uncond" in self.arguments)
 
     def source_call(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Denoiser]:
         """What the source's own pass is called with, and of which denoiser."""

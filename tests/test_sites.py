@@ -372,10 +372,10 @@ def test_the_arguments_of_a_whole_run_are_welcome():
 
 def test_a_fusion_that_is_not_exact(monkeypatch):
     made = random_network("cogvideox")
-    fuse = frame.fuse
-    monkeypatch.setattr(frame, "fuse", lambda edit, source, ratio: fuse(edit, source, ratio * 0.999))
+    fuse = frame.fuse_chunks_
+    monkeypatch.setattr(frame, "fuse_chunks_", lambda edit, source, ratio: fuse(edit, source, ratio * 0.999))
     refused(made, "keys of background tokens are not exactly the source's")
-    monkeypatch.setattr(frame, "fuse", lambda edit, source, ratio: fuse(edit, source, ratio.clamp(min=0.01)))
+    monkeypatch.setattr(frame, "fuse_chunks_", lambda edit, source, ratio: fuse(edit, source, ratio.clamp(min=0.01)))
     refused(made, "keys of edited or text tokens are not exactly the edit's own")
 
 

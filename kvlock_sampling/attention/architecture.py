@@ -53,6 +53,9 @@ class Architecture:
     site_patch: for networks whose layers have larger tokens than the first, as in a pyramid: a function of the network
         and a site's name that gives that layer's patch; None where it is `patch`.
     rows_apart: attention is called once for each row of the batch, one after another.
+    rows_first: whatever a block is given or returns for each row of the batch has the rows as its first axis, and no
+        other tensor is as long there; or a function of the network that says so. The source's rows then leave a call
+        early, see `ending.py`.
     axes: order of the latents' axes as the network takes them; a note for those who write a denoiser around it.
     flow: how locked tokens may be left out of the network; None: they are not. See `foreground.TokenFlow`.
     """
@@ -65,6 +68,7 @@ class Architecture:
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
     site_patch: Callable[[Any, str], Sequence[int] | None] | None = None
     rows_apart: bool = False
+    rows_first: bool | Callable[[Any], bool] = False
     axes: str = "b c t h w"
     flow: TokenFlow | None = None
 
@@ -109,6 +113,7 @@ class Architecture:
         if not sites:
             raise SiteError(self._nothing(module, layers, names))
         joint = any(site.text != "none" for site in sites)
+        rows_first = self.rows_first(module) if callable(self.rows_first) else self.rows_first
         return Sites(
             patch=_three(self.patch(module) if callable(self.patch) else self.patch),
             sites=tuple(sites),
@@ -116,6 +121,8 @@ class Architecture:
             networks=(module,),
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
+            rows_first=rows_first,
+            blocks=tuple(names[parent] for parent in dict.fromkeys(s.name.rpartition(".")[0] for s in sites)),
             flow=self.flow if self.flow is None or self.flow.supported is None or self.flow.supported(module) else None,
         )
 

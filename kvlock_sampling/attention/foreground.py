@@ -9,7 +9,7 @@ dense path's, to rounding. KV-Edit (arXiv 2502.17363) does so with K/V from an i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
@@ -263,8 +263,3 @@ def _signature(module: nn.Module) -> inspect.Signature:
     if type(module) not in _signatures:
         _signatures[type(module)] = inspect.signature(type(module).forward)
     return _signatures[type(module)]
-
-
-def parents(sites: Iterable[str], network: nn.Module) -> list[nn.Module]:
-    """The blocks that hold the sites of these names."""
-    return [network.get_submodule(name) for name in dict.fromkeys(n.rpartition(".")[0] for n in sites)]

@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..types import SiteError
-from .fuse import fuse
+from .fuse import fuse_chunks, fuse_chunks_
 from .grid import coarser
 
 Mode = Literal["lockstep", "capture", "inject"]
@@ -26,7 +25,8 @@ KeyValue = tuple[Tensor, Tensor]
 @dataclass
 class Frame:
     """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
-    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known.
+    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known, and
+    `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`.
     """
 
     mode: Mode
@@ -36,6 +36,8 @@ class Frame:
     text: int | None = None
     fired: set[str] = field(default_factory=set)
     passed_over: list[tuple[int, int]] = field(default_factory=list)
+    until: frozenset[str] | None = None
+    rows: int = 0
     _coarser: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -85,7 +87,7 @@ class Frame:
             edit_rows = rows
         else:
             source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
-            edit_rows = rows - batch
+            self.rows, edit_rows = rows, rows - batch
         self.fired.add(site)
         return (
             _fuse_rows(key, source_key, ratio, video, edit_rows),
@@ -103,15 +105,8 @@ class Frame:
 
 
 def _fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
-    batch, tokens = ratio.shape
-    chunks = edit_rows // batch
-    if chunks != 1:
-        ratio = ratio.repeat(chunks, 1)
-        source = source.repeat(chunks, *([1] * (source.ndim - 1)))
-    whole = own.shape[-2] == tokens
-    fused = fuse(own[:edit_rows] if whole else own[:edit_rows, ..., video, :], source, ratio)
-    if whole:
-        return fused if edit_rows == own.shape[0] else torch.cat([fused, own[edit_rows:]])
+    if edit_rows == own.shape[0] and own.shape[-2] == ratio.shape[1]:
+        return fuse_chunks(own, source, ratio)
     mixed = own.clone()
-    mixed[:edit_rows, ..., video, :] = fused
+    fuse_chunks_(mixed[:edit_rows, ..., video, :], source, ratio)
     return mixed

@@ -33,6 +33,28 @@ def fuse(
     `ratio` is dimensionless in [0, 1]: 0 keeps the edit's own, 1 takes the source's, both exactly, bit for bit
     (`torch.lerp` counts from the nearer end, so neither end is rounded).
     """
+    return torch.lerp(edit, source, _weight(ratio, edit))
+
+
+def fuse_chunks(
+    edit: Float[Tensor, "rows *heads tokens dim"],
+    source: Float[Tensor, "batch *heads tokens dim"],
+    ratio: Float[Tensor, "batch tokens"],
+) -> Float[Tensor, "rows *heads tokens dim"]:
+    """`fuse` where the edit's rows are several chunks of the batch, e.g. two branches, and share one source."""
+    chunks = edit.unflatten(0, (-1, len(ratio)))
+    return torch.lerp(chunks, source, _weight(ratio, edit)).flatten(0, 1)
+
+
+def fuse_chunks_(
+    edit: Float[Tensor, "rows *heads tokens dim"],
+    source: Float[Tensor, "batch *heads tokens dim"],
+    ratio: Float[Tensor, "batch tokens"],
+) -> None:
+    """The same in place. (Not `torch.lerp(out=)`, which knows no derivatives.)"""
+    edit.unflatten(0, (-1, len(ratio))).lerp_(source, _weight(ratio, edit))
+
+
+def _weight(ratio: Tensor, edit: Tensor) -> Tensor:
     batch, tokens = ratio.shape
-    weight = ratio.to(edit.dtype).view(batch, *([1] * (edit.ndim - 3)), tokens, 1)
-    return torch.lerp(edit, source, weight)
+    return ratio.to(edit.dtype).view(batch, *([1] * (edit.ndim - 3)), tokens, 1)

@@ -22,7 +22,8 @@ from ..types import SiteError
 from .backends import Rewrite, watching
 from .compiled import anything_compiled, refuses_to_stop, warn_uncompiled, without_compiler
 from .doors import Door, compiler_in_use, opened
-from .foreground import ForegroundFrame, narrowing, parents
+from .ending import end_if_seen, ending, may_end
+from .foreground import ForegroundFrame, narrowing
 from .frame import Frame
 from .parallel import localiser, refuse_unknown
 from .sites import Site, Sites
@@ -123,19 +124,32 @@ class Hooks:
             yield Door(network, around=functools.partial(self._counting_text, frame, network))
         if isinstance(frame, ForegroundFrame) and frame.mode == "inject" and sites.flow is not None:
             for network, blocks in self._blocks:
-                yield from narrowing(network, blocks, sites.flow, frame)
+                yield from narrowing(network, list(blocks), sites.flow, frame)
+        if frame.mode == "lockstep" and sites.rows_first and not sites.rows_apart and not anything_compiled():
+            for _, blocks in self._blocks:
+                yield from ending(frozenset().union(*blocks.values()), blocks, frame)
         for site in sites.sites:
             yield Door(site.module, around=_watched(functools.partial(self._rewrite_site, site, frame)))
 
     @cached_property
-    def _blocks(self) -> list[tuple[nn.Module, list[nn.Module]]]:
-        """Of every network, the blocks that hold its sites."""
+    def _blocks(self) -> list[tuple[nn.Module, dict[nn.Module, frozenset[str]]]]:
+        """Of every network, its blocks with the names of the sites in each."""
         found = []
         for network in self.sites.networks:
-            names = {id(part): name for name, part in network.named_modules()}
-            own = [names[id(s.module)] for s in self.sites.sites if id(s.module) in names]
-            found.append((network, parents(own, network)))
+            own = set(network.modules())
+            found.append((network, {block: self._inside(block) for block in self.sites.blocks if block in own}))
         return found
+
+    def _inside(self, block: nn.Module) -> frozenset[str]:
+        parts = set(block.modules())
+        return frozenset(site.name for site in self.sites.sites if site.module in parts)
+
+    def needed(self) -> frozenset[str] | None:
+        """The sites after which a pass of the source has nothing more to tell; None where it must run to its end."""
+        sites = self.sites
+        if len(sites.networks) != 1 or sites.watch is not None or sites.rows_apart or not may_end(sites.networks[0]):
+            return None
+        return frozenset(site.name for site in sites.sites)
 
     def _counting_text(self, frame: Frame, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""
@@ -159,7 +173,9 @@ class Hooks:
             start = video_start(site, key.shape[-2], frame.tokens or ratio.shape[1], text, extra)
             if self.sites.rows_apart:
                 return *frame.process_row(site.name, next(rows), key, value, start), mask
-            return *frame.process(site.name, key, value, start, ratio), frame.mask(mask, start, key.shape[-2])
+            used = frame.process(site.name, key, value, start, ratio)
+            end_if_seen(frame)
+            return *used, frame.mask(mask, start, key.shape[-2])
 
         return rewrite
 

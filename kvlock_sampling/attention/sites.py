@@ -43,7 +43,8 @@ class Sites:
     text nor video, e.g. reference images.
 
     `flow` says how tokens may be left out on the way, None where that is unknown; `whole` is False where only some of
-    the layers are sites.
+    the layers are sites. `blocks` are the modules that hold them, and those whose layers are not locked; for
+    `rows_first` see `Architecture`.
 
     With `watch` set there is no list: every matching attention call inside that module is a site, numbered in call
     order (the generic route), and `select` picks among the numbers.
@@ -62,6 +63,8 @@ class Sites:
     extra: tuple[int, int] = (0, 0)
     flow: TokenFlow | None = None
     whole: bool = True
+    blocks: tuple[nn.Module, ...] = ()
+    rows_first: bool = False
 
     @property
     def narrows(self) -> bool:
@@ -215,4 +218,5 @@ def _together(found: list[Sites]) -> Sites:
     if len(alike) == 1:
         return first
     sites = [replace(s, name=f"{i}.{s.name}") for i, f in enumerate(alike) for s in f.sites]
-    return replace(first, sites=tuple(sites), networks=tuple(f.networks[0] for f in alike))
+    blocks = tuple(block for f in alike for block in f.blocks)
+    return replace(first, sites=tuple(sites), networks=tuple(f.networks[0] for f in alike), blocks=blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class Promises:
             self._same(self._bare(self.x), self.plain, "the same call", "model.eval() turns dropout off.")
             self._clips_apart()
             self._places()
+            self._source_leaves_early()
             self._off()
             self._keys_and_values()
             self._self_consistent()
@@ -131,6 +132,19 @@ class Promises:
                 f"  Fused: {some(sorted(edit.fired))}."
             )
 
+    def _source_leaves_early(self) -> None:
+        if not self.sites.rows_first or self.sites.rows_apart:
+            return
+        advice = "The architecture's rows_first=True is not right: something its blocks are given has other first axes."
+        whole = self._locked(0.6, sites=replace(self.sites, rows_first=False))
+        try:
+            early = self._locked(0.6)
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise SiteError(
+                f"letting the source's rows leave after the last site fails: {str(error).splitlines()[0]}\n  {advice}"
+            ) from error
+        self._close(early, whole, "letting the source's rows leave after the last site changed the edit", advice)
+
     def _off(self) -> None:
         advice = "A hook changes the model where it should do nothing: is the forward of a site called twice?"
         with self._lock(_Each((0.0,) * len(self.x))) as off:
@@ -165,8 +179,10 @@ class Promises:
 
     def _ways_agree(self) -> None:
         advice = "Rows must come as chunks of whole batches, [uncond, cond, source], and leave in the same order."
-        one, two = self._locked(0.6), self._locked(0.6, batched=False)
-        self._close(one, two, "the source as rows of the same call, and in a pass of its own, gave two answers", advice)
+        if not self._guides:  # a model that does is given the source in a pass of its own anyhow
+            one, two = self._locked(0.6), self._locked(0.6, batched=False)
+            what = "the source as rows of the same call, and in a pass of its own, gave two answers"
+            self._close(one, two, what, advice)
         if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
             order = torch.arange(len(self.x)).flip(0)
             more = {"uncond": take(self.extra_args["cond"], order, len(self.x)), "cond_scale": 2.0}

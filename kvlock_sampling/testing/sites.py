@@ -37,7 +37,7 @@ def check_sites(
         `uncond` and `cond_scale` are left away, as a lock does, unless the denoiser names one of them.
     sites: to be checked; default: those that are found.  expected: how many sites one evaluation should fuse.
     sigma: noise levels > 0 to check at. Of a model of several experts name one for each: sigma=(8.0, 0.5).
-    half: a copy of the denoiser keeps the first five promises in this precision too, where it is a torch module; None:
+    half: a copy of the denoiser keeps the first six promises in this precision too, where it is a torch module; None:
         that is not checked.
     tolerance: what counts as rounding, in standard deviations of the output; default: 0.001 in float32.
 
@@ -45,6 +45,7 @@ def check_sites(
     - the denoiser answers the same twice, and a clip alone as in a batch;
     - every site runs, and holds the video's tokens in the order, and at the place, that it is said to: one token of the
       latents is changed, and the keys and values that change most must be its own;
+    - where the architecture says that rows come first, the source's can leave a call after the last site;
     - off is identical bit for bit, inside the block and after it, and nothing stays behind on any module;
     - at lock 1 the background's keys and values are exactly the source's, the edit's own elsewhere, text included;
     - with the source's own noise and prompt any lock changes nothing; with another source it changes something;

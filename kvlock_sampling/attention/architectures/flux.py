@@ -15,6 +15,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_bria:BriaTransformer2DModel",
     ),
     sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    rows_first=True,
     patch=(1, 2, 2),
     text="first",
     axes="b tokens c",

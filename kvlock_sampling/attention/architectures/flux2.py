@@ -10,6 +10,7 @@ ARCHITECTURE = Architecture(
     name="flux-2",
     classes=("diffusers.models.transformers.transformer_flux2:Flux2Transformer2DModel",),
     sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    rows_first=True,
     patch=(1, 1, 1),
     text="first",
     axes="b tokens c",

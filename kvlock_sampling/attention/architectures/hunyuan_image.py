@@ -6,6 +6,7 @@ ARCHITECTURE = Architecture(
     name="hunyuan-image",
     classes=("diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel",),
     sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    rows_first=True,
     patch=lambda network: (1, 1, *network.config.patch_size)[-3:],
     text="last",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_2"),

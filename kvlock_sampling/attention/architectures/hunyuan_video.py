@@ -13,6 +13,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
     ),
     sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "image_embeds"),

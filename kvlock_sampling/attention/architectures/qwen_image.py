@@ -11,6 +11,8 @@ ARCHITECTURE = Architecture(
     name="qwen-image",
     classes=("diffusers.models.transformers.transformer_qwenimage:QwenImageTransformer2DModel",),
     sites=("transformer_blocks.*.attn",),
+    # Its second edit models give every block times for the reference beside those of the picture: twice the rows.
+    rows_first=lambda network: not getattr(network, "zero_cond_t", False),
     patch=(1, 2, 2),
     text="first",
     axes="b tokens c",

@@ -7,6 +7,7 @@ ARCHITECTURE = Architecture(
     name="sd3",
     classes=("diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",),
     sites=("transformer_blocks.*.attn", Layers("transformer_blocks.*.attn2", text="none", optional=True)),
+    rows_first=True,
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="last",
     axes="b c h w",

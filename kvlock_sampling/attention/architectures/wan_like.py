@@ -15,6 +15,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
     ),
     sites=("blocks.*.attn1",),
+    rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow(
         "norm_out",

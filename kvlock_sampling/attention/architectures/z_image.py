@@ -6,6 +6,7 @@ ARCHITECTURE = Architecture(
     name="z-image",
     classes=("diffusers.models.transformers.transformer_z_image:ZImageTransformer2DModel",),
     sites=("layers.*.attention",),
+    rows_first=True,
     patch=(1, 2, 2),
     text="last",
     text_arguments=(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -117,10 +116,8 @@ def _precision(device: torch.device) -> str:
     return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""
 
 
-def chosen_bank(bank: Any, advice: Preset | None, sites: Sites | None, idle: str | None = None) -> Bank | None:
-    """The bank that was given, or the one a preset asks for, where these sites can have one.
-
-    sites: None where nothing is ever locked; then `idle` says why, for a warning that the bank has nothing to keep.
+def chosen_bank(bank: Any, advice: Preset | None, sites: Sites | None) -> Bank | None:
+    """The bank that was given, or the one a preset asks for, where these sites can have one; None where there are none.
 
     Raises:
         SiteError: says what is in the way.
@@ -132,8 +129,6 @@ def chosen_bank(bank: Any, advice: Preset | None, sites: Sites | None, idle: str
     if not isinstance(bank, Bank):
         raise SiteError(f"bank={bank!r}; expected a Bank, e.g. bank=kv.Bank('kv-bank', budget='4GB').")
     if sites is None:
-        if idle:
-            warnings.warn(f"bank= has nothing to keep: {idle}.", stacklevel=3)
         return None
     why = why_not(sites)
     if why:

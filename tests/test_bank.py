@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import subprocess
 import sys
 import threading
@@ -249,13 +250,56 @@ def test_mistakes_are_named():
         ({"budget": "4 bananas"}, "4 bananas"),
         ({"budget": -1}, "-1"),
         ({"budget": 0}, "directory"),
+        ({"budget": True}, "budget=True; expected bytes"),
+        ({"every": True}, "every=True; expected a whole number >= 1, e.g. 3"),
+        ({"every": "3"}, "every='3'"),
+        ({"ratio": True}, "ratio=True; expected a number >= 1, e.g. 1.5"),
+        ({"ratio": "1.5"}, "ratio='1.5'"),
+        ({"every": None, "ratio": math.inf}, "ratio=inf; expected a number >= 1, e.g. 1.5, or None"),
+        ({"interpolate": 3}, "interpolate=3; expected True or False, e.g. interpolate=True"),
+        ({"interpolate": None}, "interpolate=None"),
+        ({"interpolate": "no"}, "interpolate='no'"),
+        ({"layers": (x / 2 for x in range(2))}, r"layers=\(0\.0, 0\.5\); expected at least one index"),
+        ({"layers": "all"}, "layers='all'; .*or None for all"),
+        ({"layers": []}, r"layers=\[\]; expected at least one"),
+        ({"layers": [True, False]}, r"layers=\(True, False\)"),
+        ({"layers": 1.5}, "layers=1.5"),
+        ({"layers": True}, "layers=True"),
+        ({"layers": slice("a")}, "layers=slice"),
+        ({"layers": slice(0, 4, 0)}, "layers=slice"),
+        ({"directory": ""}, r"directory='' names no folder; .*Bank\('kv-bank'\)[^$]*Bank\('\.'\)"),
+        ({"directory": " "}, "directory=' ' names no folder"),
+        ({"directory": 3}, r"directory=3; expected a path"),
+        ({"directory": b"kv-bank"}, "directory=b'kv-bank'; expected a path"),
+        ({"disk": "4GB"}, r'limits a directory, and none was given; expected e\.g\. Bank\("kv-bank", disk="50GB"\)'),
+        ({"disk": "4 bananas"}, "disk='4 bananas'; expected bytes, e.g. disk=4_000_000_000"),
+        ({"disk": -1, "directory": "made"}, "disk=-1"),
+        ({"disk": True, "directory": "made"}, "disk=True"),
+        ({"disk": 0, "directory": "made"}, "disk=0 leaves no room"),
         ({"format": "in8"}, 'Did you mean "int8"'),
         ({"tier": "devcie"}, "tier='device'"),
     ],
 )
-def test_settings_that_cannot_be_meant(arguments, message):
+def test_settings_that_cannot_be_meant(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BankError, match=message):
         Bank(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_are_kept_as_they_were_meant(tmp_path):
+    assert [Bank(layers=layers).layers for layers in (None, 3, range(1, 3), (i for i in (0, -1)), slice(2, None))] == [
+        None,
+        (3,),
+        (1, 2),
+        (0, -1),
+        slice(2, None),
+    ]
+    bank = Bank(tmp_path, disk="2GB", layers=[1])
+    assert (bank.disk, bank.disk_used) == (2 * 10**9, 0)
+    assert repr(bank).endswith("4 GB used, at most 2 GB on disk)")
+    other = pickle.loads(pickle.dumps(bank))
+    assert (other.disk, other.layers, other.directory) == (bank.disk, bank.layers, bank.directory)
 
 
 # -- the budget -------------------------------------------------------------------------------------------------------

@@ -149,6 +149,13 @@ BAD = {
     "figure of an unknown kind": ({"trace": "run.xyz"}, "expected .png, .svg or .pdf"),
     "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "expected a finite number"),
     "output in a file": ({"output": "mask.png/out.gif"}, "mask.png"),
+    "a bank in no folder": ({"bank": ""}, "directory='' names no folder"),
+    "memory of no bank": (
+        {"bank_memory": "1GB"},
+        "--bank-memory 1GB is for a bank, and there is none; name its folder",
+    ),
+    "disk of no bank": ({"bank_disk": "9GB"}, "--bank kv-bank --bank-disk 9GB"),
+    "disk that is no size": ({"bank": "mask.png", "bank_disk": "much"}, "--bank-disk='much'; expected bytes"),
     "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
     "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),
 }
@@ -228,6 +235,15 @@ def test_a_short_clip_holds_its_last_frame(kvlock: Kvlock, folder: Path) -> None
     result = kvlock(*edit_words(output="short.mp4", clip="three.gif"))
     assert result.exit_code == 0, result.output
     assert read_clip(folder / "short.mp4").pixels.shape[1] == 8
+
+
+def test_a_bank_keeps_to_its_size(kvlock: Kvlock, folder: Path) -> None:
+    words = edit_words(policy="full", bank="kv-bank", bank_disk="300kB", steps=4)
+    result = kvlock(*words)
+    assert result.exit_code == 0, result.output
+    assert "disk limit 300 kB" in plain(result.output)
+    kept = sum(path.stat().st_size for path in folder.glob("kv-bank/*/*"))
+    assert 0 < kept <= 300_000
 
 
 def test_an_edit_never_replaces_its_own_clip(kvlock: Kvlock, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.bank import model_fingerprint
+from kvlock_sampling.bank import BankWarning, model_fingerprint
 from kvlock_sampling.tiny import world
 from kvlock_sampling.types import RunError, SiteError, SourceError
 from kvlock_sampling.variance import Max
@@ -102,6 +102,42 @@ def test_the_bank_of_layers_locks_those_layers(setup):
     _, _, trace = run(setup, kv.Bank(every=1, layers=[1]))
     assert {s.fused_sites for s in trace} == {1}
     assert {s.computed for s in trace} == {1.0}
+
+
+def test_layers_of_a_lock_and_of_its_bank_must_be_the_same(setup):
+    for same in ([1], (i for i in [1]), slice(1, None), [-1], 1):
+        assert len(setup.lock(bank=kv.Bank(layers=[1]), layers=same).sites.sites) == 1
+    assert len(setup.lock(bank=kv.Bank(), layers=[0]).sites.sites) == 1
+    with pytest.raises(
+        SiteError, match=r"layers=\[0\] of the lock and layers=\(1,\) of its bank.*[^$]*layers=\[0\], bank="
+    ):
+        setup.lock(bank=kv.Bank(layers=[1]), layers=[0])
+    with pytest.raises(SiteError, match=r"layers=\[0\] of the lock and layers=slice"):
+        setup.lock(bank=kv.Bank(layers=slice(None)), layers=(i for i in [0]))
+
+
+def test_what_is_no_bank_is_refused_also_where_nothing_is_locked(setup):
+    for policy in ("full", "off"):
+        with pytest.raises(SiteError, match=r"bank='kv-bank'; expected a Bank"):
+            setup.lock(policy=policy, bank="kv-bank")
+
+
+def test_a_run_goes_on_from_memory_where_the_disk_has_no_room(setup, tmp_path):
+    free = kv.Bank(tmp_path / "free", every=1)
+    expected, passes, _ = run(setup, free)
+    limit = free.disk_used // 2
+    small = kv.Bank(tmp_path / "small", every=1, disk=limit)
+    lock = setup.lock(policy=FULL, noise="fixed", bank=small)
+    assert 0 < lock.plan(setup.sigmas).on_disk < passes
+    assert f"of {passes} stay there" in str(lock.plan(setup.sigmas))
+    with pytest.warns(BankWarning, match="memory alone") as told:
+        out = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert len(told) == 1
+    torch.testing.assert_close(out, expected)
+    assert 0 < small.disk_used <= limit
+    with pytest.warns(BankWarning):
+        _, again, _ = run(setup, kv.Bank(tmp_path / "small", every=1, disk=limit))
+    assert 0 < again < passes
 
 
 class Two(nn.Module):

@@ -51,7 +51,8 @@ class Refresh:
         every, ratio = self.every, self.ratio
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise BankError(f"every={every!r}; expected a whole number >= 1, e.g. 3, or None for no such limit.")
-        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1):
+        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if ratio is not None and not (number and 1 <= ratio < math.inf):
             raise BankError(f"ratio={ratio!r}; expected a number >= 1, e.g. 1.5, or None for no such limit.")
         if every is None and ratio is None:
             raise BankError(

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .console import decibels, err, out, progress, readable
 from .types import KVLockError
 
 app = typer.Typer(
@@ -23,27 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-out, err = Console(), Console(stderr=True)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Errors a user caused are printed as they were written, without a traceback; exit code 2."""
-    try:
-        yield
-    except (KVLockError, OSError) as error:
-        err.print("[bold red]error:[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except Exception as error:
-        torch = sys.modules.get("torch")  # whoever ran out of its memory has imported it
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
-            raise
-        err.print(
-            f"[bold red]error:[/] out of memory: {str(error).splitlines()[0]}\n"
-            "  Less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
-        )
-        raise typer.Exit(2) from None
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -74,14 +49,6 @@ def _bank(folder: str | None, memory: str | None, disk: str | None) -> dict[str,
     return {"bank": Bank(folder, budget=memory or "4GB", disk=disk)}
 
 
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda *_: bar.advance(task)
-
-
 @app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("demo"),
@@ -90,11 +57,11 @@ def demo(
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
 ) -> None:
     """Edit three clips with known right answers in five ways; write a side-by-side clip, a figure and a table."""
-    with _readable_errors():
+    with readable():
         from .demo import run_demo
         from .tiny.compare import DEMO_VARIANTS
 
-        with _progress("editing", len(DEMO_VARIANTS)) as advance:
+        with progress("editing", len(DEMO_VARIANTS)) as advance:
             result = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
         table = Table(title="Three edits against their true renders (means)", title_justify="left")
         table.add_column("variant", no_wrap=True)
@@ -113,7 +80,11 @@ def demo(
                 f"{row['seconds']:.1f} s",
             )
         out.print(table)
-        out.print("dB are PSNR. A background of 100 dB is exact: the model has no VAE, so compositing loses nothing.")
+        out.print(
+            "Background and in mask: PSNR against the true render, higher is better; a background of 100 dB is exact, "
+            "since this model has no VAE. Colour, shape: share of clips in which they came out right. Passes: of the "
+            "model, per clip."
+        )
         out.print(f"Done in {result.seconds:.0f} s. Look at:")
         for path in result.files:
             out.print(f"  {path}", highlight=False, soft_wrap=True)
@@ -125,28 +96,39 @@ def edit(
     mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
     prompt: Annotated[str, typer.Option(help="What the masked region shall show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
-    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows now.")] = None,
+    source_prompt: Annotated[
+        str | None, typer.Option(help="What the clip shows now, read by the source's own branch; default: --prompt.")
+    ] = None,
     model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1)] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
     policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
-    strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps more.")] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    strength: Annotated[
+        float, typer.Option(min=0.05, max=1.0, help="1 = start from noise; less keeps more of the clip.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     scale: Annotated[
         int | None,
         typer.Option(min=1, help="Enlarge the written clip by a whole factor; default: 8 for 'tiny', otherwise 1."),
     ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Pick so many, evenly; default: the first ones.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH to edit at; default: about the clip's.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16, float16.")] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many, picked evenly; default: the first ones, as many as the model makes."),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH to edit at, e.g. 480x832; default: about the clip's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")
+    ] = None,
     offload: Annotated[
         str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
     ] = "none",
     tile_vae: Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")] = False,
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch reads.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Flow shift in place of the pipeline's schedule.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from; for pipelines.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
     bank: Annotated[
         str | None,
@@ -158,7 +140,7 @@ def edit(
     ] = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
-    with _readable_errors():
+    with readable():
         from .edit import edit_video
         from .files import check_writable
         from .inputs import read_pair
@@ -188,7 +170,7 @@ def edit(
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is none.")
             _, _, height, width = source.pixels.shape
             video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
-        with _progress("sampling", steps) as advance:
+        with progress("sampling", steps) as advance:
             result = edit_video(
                 source.pixels,
                 region.unsqueeze(0),
@@ -209,8 +191,8 @@ def edit(
         if trace is not None:
             result.trace.plot(trace)
         out.print(
-            f"{output}: {result.evaluations} model passes in {result.seconds:.1f} s; background PSNR "
-            f"{float(result.background_psnr[0]):.1f} dB (ceiling of the codec {float(result.ceiling_psnr[0]):.1f} dB)",
+            f"{output}: {result.evaluations} model passes in {result.seconds:.1f} s; background PSNR: "
+            f"{decibels(result.background_psnr[0])} (ceiling of the codec: {decibels(result.ceiling_psnr[0])})",
             highlight=False,
         )
 
@@ -226,13 +208,15 @@ def calibrate(
     policy: Annotated[str, typer.Option(help="The policy the thresholds are for.")] = "default",
     quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Share of calm runs below risk 1.")] = 0.95,
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=4)] = 30,
-    seed: Annotated[int, typer.Option()] = 0,
-    dtype: Annotated[str | None, typer.Option(help="Of a pipeline's weights: float32, bfloat16, float16.")] = None,
+    steps: Annotated[int, typer.Option(min=4, help="Sampling steps.")] = 30,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")
+    ] = None,
     offload: Annotated[str, typer.Option(help="none, model, or group; see `kvlock edit --help`.")] = "none",
 ) -> None:
     """Measure what calm runs reach at every noise level, and write a preset whose risk is relative to that."""
-    with _readable_errors():
+    with readable():
         from .calibrate import calibrate as measure
         from .calibrate import folder, scenes
         from .files import check_writable
@@ -246,7 +230,7 @@ def calibrate(
         if video.frames is None and clips.isdecimal():
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
         examples = scenes(int(clips)) if clips.isdecimal() else folder(Path(clips), video)
-        with _progress("measuring", len(examples)) as advance:
+        with progress("measuring", len(examples)) as advance:
             found = measure(
                 video,
                 examples,
@@ -269,7 +253,7 @@ def calibrate(
 @app.command()
 def policies(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """List the presets: name, policy, when to use it."""
-    with _readable_errors():
+    with readable():
         from .presets import describe
 
         rows = describe()
@@ -285,7 +269,7 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Machine-reada
 @app.command()
 def samplers() -> None:
     """List the samplers of the installed k-diffusion."""
-    with _readable_errors():
+    with readable():
         from .samplers import names
 
         for name in names():

@@ -117,6 +117,9 @@ def edit_video(
             a noise of its own, so that what is kept serves every seed, and its branch reads `source_prompt` or nothing,
             so that it serves every prompt.
 
+    Under a policy that never locks, such as "off", the source's own branch is not evaluated, and `source_prompt` is
+    not read.
+
     Raises:
         KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
     """

@@ -146,7 +146,7 @@ class KVLock(StandIn):
         options.check_floor(self.cfg_floor)
         if source is None:
             about_source = {"source_args": source_args, "noise": noise, "sites": sites, "layers": layers}
-            options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground)
+            options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground, bank=bank)
         if source is not None and mask is None:
             raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
         self.source = None if source is None else Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
@@ -175,7 +175,7 @@ class KVLock(StandIn):
                 )
                 self.sites, self._nothing_left = None, True
         elif self.source is not None:
-            options.tell_never_locks(self.policy, layers=layers, ring=ring, foreground=foreground)
+            options.tell_never_locks(self.policy, layers=layers, ring=ring, foreground=foreground, bank=bank)
         if self.ring is not None and self.sites is not None and self.region is not None and self.source is not None:
             self.region.background(self.source.latents, self.sites.patch, self.ring)
         self._schedule = None if sigmas is None else as_schedule(sigmas, model)

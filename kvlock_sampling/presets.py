@@ -107,7 +107,8 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
         shelf = _shelf()
         if name not in shelf:
             raise PolicyError(
-                f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n  A file: load_policy('x.toml')"
+                f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n"
+                f"  A file is named with its suffix, e.g. {name + '.toml'!r}."
             )
         path = shelf[name]
     try:

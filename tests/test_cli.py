@@ -95,6 +95,21 @@ def test_outside_the_mask_the_written_clip_is_the_source(kvlock: Kvlock) -> None
     assert float(difference.mean()) < 0.1  # 256 colours of a gif
 
 
+def test_a_warning_is_words_without_code(kvlock: Kvlock) -> None:
+    result = kvlock(*edit_words("out.gif", policy="off", bank="kept"))
+    assert result.exit_code == 0, result.output
+    said = plain(result.output)
+    assert "warning: bank= without effect: the policy Constant(lock=0.0" in said
+    assert ".py" not in said
+    assert "UserWarning" not in said
+
+
+def test_an_exact_background_is_called_so(kvlock: Kvlock) -> None:
+    said = plain(kvlock(*edit_words("out.gif", policy="half")).output)
+    assert "background PSNR: exact (ceiling of the codec: exact)" in said
+    assert "PSNR: exact" not in plain(kvlock(*edit_words("out.gif", policy="off")).output)
+
+
 def test_the_same_command_writes_the_same_file(kvlock: Kvlock) -> None:
     for name in ("a.gif", "b.gif"):
         assert kvlock(*edit_words(name, seed=3)).exit_code == 0

@@ -61,7 +61,7 @@ def test_a_saved_pipeline_edits_a_film_with_offloading_on_and_off(folder, model)
     for offload in ("none", "model", "group"):
         name = f"{model}-{offload}.png"  # lossless; the encoder of films may differ from run to run
         said = edit(folder, name, "--offload", offload, "--policy", "half", *sides, model=model)
-        assert re.search(r"9 model passes .* background PSNR \S+ dB \(ceiling of the codec \S+ dB\)", said)
+        assert re.search(r"9 model passes .* background PSNR: \S+ dB \(ceiling of the codec: \S+ dB\)", said)
         films[offload] = (folder / name).read_bytes()
     assert films["none"] == films["model"] == films["group"]
     edit(folder, "edited.mp4", "--policy", "half", *sides, model=model)

@@ -75,4 +75,4 @@ def nearest(given: Any, known: Iterable[str]) -> str:
     known = list(known)
     folded = {name.lower(): name for name in known}
     close = difflib.get_close_matches(str(given).lower(), folded, n=1, cutoff=0.5)
-    return f"{f'did you mean {folded[close[0]]!r}? ' if close else ''}Known: {', '.join(known) or 'none'}"
+    return f"{f'did you mean {folded[close[0]]!r}? Known' if close else 'known'}: {', '.join(known) or 'none'}"

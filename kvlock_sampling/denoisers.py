@@ -136,7 +136,11 @@ class FlowDenoiser(Preconditioned):
 
     prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v;  or "x0".
     time_scale: the model is called as `inner_model(z_t, t * time_scale, **extra_args)`; 1000 for diffusers' models.
+    inner_model: called on latents shaped like x, (batch, ...), and times, (batch,), with the sampler's extra_args.
     call, model_dtype: see `Preconditioned`.  Schedules: `samplers.flow_sigmas`.
+
+    Raises:
+        DenoiserError: settings that cannot be meant; in a call, another shape of sigma or of the model's answer.
 
     >>> model = FlowDenoiser(lambda z, t: torch.zeros_like(z))  # velocity 0: z_t is x0 already
     >>> model(torch.full((1, 2), 8.0), torch.tensor([3.0]))
@@ -220,7 +224,11 @@ class VDenoiser(EpsDenoiser):
 class CFGDenoiser(Wrapper):
     """Classifier-free guidance as in the Stable Diffusion scripts: one call on the doubled batch [uncond, cond].
 
-    `inner_model(x, sigma, cond=...)` is a denoiser.  Result: D_u + (D_c - D_u) * cond_scale.
+    `inner_model(x, sigma, cond=...)` is a denoiser.  Result: D_u + (D_c - D_u) * cond_scale, shaped like x,
+    (batch, ...).
+
+    Raises:
+        DenoiserError: in a call, prompts cond and uncond that differ in shape or keys.
     """
 
     def forward(

@@ -95,16 +95,16 @@ def edit_video(
     on_plan: Callable[[Plan], None] | None = None,
     **lock_options: Any,
 ) -> Edit:
-    """Edit clips.
+    """Edit the masked part of clips after a prompt, and keep the rest. Returns an `Edit`: pixels, trace, PSNR.
 
     Args:
         clip: (3, frames, height, width) or (batch, 3, ...), in [-1, 1], a tensor or an array.
-        mask: 1 = edit, as `masks.as_mask` reads.
+        mask: 1 = edit, 0 = keep, at the clip's height and width, as `masks.as_mask` reads: still, or of its frames.
         prompt: what the masked region shall show, one text or one per clip.  source_prompt: what the clip shows now;
             the source's own branch reads it (default: `prompt`).
         model: "tiny", a folder of its weights, a folder of a diffusers pipeline, or any `VideoModel`, e.g.
             `kv.from_pipeline(pipe)`.
-        sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: noise levels.
+        sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: of it, >= 1.
         policy: a Policy, a preset's name, or a TOML file.  cfg_scale: guidance asked for; default: the model's.
         seed: of the start, and of a stochastic sampler's noise; an int for clip 0, +1 for every further one, or one
             per clip.

@@ -60,6 +60,10 @@ from .variance import Estimator
 class KVLock(StandIn):
     """Wrap a denoiser so that it can be handed to any k-diffusion style sampler.
 
+    Inside its `with` block a lock is called as the model is, `lock(x, sigma, **extra_args) -> denoised`, shaped like x,
+    guided and with the source's background; `lock.sample(sampler, x, sigmas, ...)` is block and run in one. `trace`
+    then tells, evaluation by evaluation, what was measured and done.
+
     Args:
         model: the denoiser, `model(x, sigma, **extra_args) -> x0-hat`. With `cond`, `uncond` and `cond_scale` in the
             sampler's extra_args the lock does the guidance itself, and `model` is called with `cond=` alone, on
@@ -97,7 +101,7 @@ class KVLock(StandIn):
 
     Raises:
         SourceError, MaskError, PolicyError, EstimatorError, SiteError: at construction, wherever that is possible.
-        RunError: a lock around a lock, or a `scale_arg` that the model does not take.
+        RunError: a lock around a lock, a `scale_arg` that the model does not take; a call outside the `with` block.
         KVLockError: the base of all these; a switch that is neither True nor False.
     """
 
@@ -291,6 +295,13 @@ class KVLock(StandIn):
     # -- one evaluation -----------------------------------------------------------------------------------------------
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """One evaluation: measured, locked by the last decision, guided by this one, composited.
+
+        x: (batch, ...), x0 + sigma * noise.  sigma: one noise level >= 0, () or (batch,).  Returns a tensor like x.
+
+        Raises:
+            RunError: outside the `with` block, or arguments that cannot be meant.  KVLockError: see the class.
+        """
         run = self._run()
         sigma = torch.as_tensor(sigma, device=x.device)
         asked = self._asked(extra_args)

@@ -91,6 +91,7 @@ class Preset(Wrapper):
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
     """A policy from the shelf by name ("paper"), from a file ("mine.toml"), or from TOML text (has a line break).
 
+    name_or_path: which of these; a name with the suffix .toml or with a separator in it is a path.
     Returns the bare policy, or a Preset, which is a policy too, where the file also advises on measuring. Names are
     looked up in the folders that the environment variable KVLOCK_POLICIES lists, then on the shelf of this package.
     Raises PolicyError for an unknown name, key or type, naming the nearest known one.

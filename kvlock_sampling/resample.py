@@ -58,6 +58,8 @@ def resample(
 ) -> Resampled:
     """Sample clips again whose risk exceeded `limit` at the end of the run that `lock.trace` holds.
 
+    Returns `Resampled`: all clips, (batch, ...), those at risk made anew; which these were; traces of the extra rounds.
+
     Args:
         lock: the lock that made `x`; its last trace says which clips are at risk.
         x: finished clips, (batch, ...).  sigmas: the schedule; the part at or below `back_to` is run again.

@@ -27,7 +27,15 @@ def _per_clip(value: Any, clip: int) -> float:
 
 
 class Trace:
-    """The steps of one run, in the order they happened. Tensors stay on their device until somebody reads them."""
+    """The steps of one run, in the order they happened. Tensors stay on their device until somebody reads them.
+
+    steps: one `StepInfo` per evaluation, also by iterating over the trace: sigma, variance, risk, lock, next_lock and
+        cfg_scale, (batch,); model passes, fused sites, share of the tokens that was computed. `rows()` has the same as
+        plain numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
+
+    Raises:
+        KVLockError: a figure of another kind than png, svg or pdf.  OSError: a file that cannot be written.
+    """
 
     def __init__(self) -> None:
         self.steps: list[StepInfo] = []

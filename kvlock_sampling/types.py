@@ -90,7 +90,9 @@ class StepInfo(NamedTuple):
 
 
 class KVLockError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error this library raises on purpose: of MaskError, SourceError, PolicyError, EstimatorError,
+    SiteError, RunError, SamplerError and, each in its module, DenoiserError, BankError, VideoError and PipelineError.
+    """
 
 
 class MaskError(KVLockError, ValueError):

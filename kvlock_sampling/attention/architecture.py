@@ -155,7 +155,7 @@ _registered: list[Architecture] = []
 
 
 def register(architecture: Architecture) -> Architecture:
-    """Let `find_sites`, and so every KVLock, know a family of models. The latest wins. Returns what it was given."""
+    """Let `find_sites`, and so every KVLock, know a family of models. Returns `architecture`; the latest wins."""
     if not isinstance(architecture, Architecture):
         raise SiteError(
             f"register got a {type(architecture).__name__}; expected an Architecture, e.g.\n"

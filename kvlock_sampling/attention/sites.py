@@ -152,6 +152,7 @@ def SdpaSites(  # noqa: N802 - reads as the constructor it is
     query sequence is as long. So cross-attention is left alone, unless its text has exactly as many tokens: it cannot
     be told apart then and is locked too; pad or cut the text by one token, or name the calls by `layers`.
 
+    `patch` is the patch size (time, height, width) in latents, >= 1 each, that turns latents into tokens.
     `start` is the position of the first video token: 0 for video first, the length of the text for text first.
     `trailing` is what follows the video, None = any number. `layers`: which of these calls, counted in call order
     from 0; None = all.

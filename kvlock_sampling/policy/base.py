@@ -31,6 +31,9 @@ class Policy(ABC):
 
     uses_risk: False says that the policy never reads `obs.risk` or `obs.variance`. Nothing is measured then, and both
         are NaN. A class attribute, so write `uses_risk = False` in the class body.
+
+    The least that works is `step(self, state, obs) -> (state, Control)`; `kv.testing.check_policy` tries the rest.
+    Raises PolicyError where a class is written whose `step` takes other arguments.
     """
 
     uses_risk: ClassVar[bool] = True
@@ -108,6 +111,8 @@ def stateless(
 ) -> Callable[[Callable[[Observation], Control]], Stateless]: ...
 def stateless(function: Callable[[Observation], Control] | None = None, *, uses_risk: bool = True) -> Any:
     """Makes a policy of a one-line function. `@stateless(uses_risk=False)` for one that needs no measurement.
+
+    function: from an Observation to a Control, whose tensors are (batch,). Raises PolicyError for anything else.
 
     >>> from kvlock_sampling.types import Control
     >>> @stateless

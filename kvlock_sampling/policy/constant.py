@@ -20,7 +20,7 @@ class Constant(Policy):
 
     lock: in [0, 1]. 0 never locks, 1 locks fully.
     cfg_scale: absolute guidance scale; None = what the caller asked for.
-    Raises PolicyError for a lock outside [0, 1].
+    Raises PolicyError for a lock outside [0, 1], or a scale that is not finite.
     """
 
     lock: float = 0.0

@@ -23,7 +23,13 @@ Patch = tuple[int, int, int]
 
 
 class Estimator(ABC):
-    """Base of all estimators. Subclasses are frozen dataclasses."""
+    """Base of all estimators. Subclasses are frozen dataclasses; the least they define is `step(state, evaluation)`,
+    which returns the next state and the variance, (batch,), >= 0, or None while that is unknown. In what units is its
+    own affair: divided by its threshold it is risk. `kv.testing.check_estimator` tries the rest.
+
+    Raises:
+        EstimatorError: in a run, by a lock, for what breaks the contract.
+    """
 
     cost: float = 0.0
     """Extra evaluations of the model per clip and measurement."""

@@ -45,7 +45,7 @@ class PosteriorState(NamedTuple):
 class PosteriorVariance(Estimator):
     """Mean posterior variance of the masked elements, in latent units squared. Costs `probes` evaluations.
 
-    probes: random directions per measurement, evaluated as one batch. The relative standard error of one is about
+    probes: random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is about
         sqrt(2 / effective number of independent elements): for a video one is enough.
     method: "forward" differentiates exactly, in forward mode, and raises EstimatorError where the model cannot;
         "finite" takes differences; "auto" tries forward mode once per run, then takes differences. A model that leaves
@@ -56,6 +56,9 @@ class PosteriorVariance(Estimator):
 
     What bfloat16 adds to differences averages out over elements and clips, not over probes: D(x) is rounded once.
     Negative estimates, which only rounding or a Jacobian that is no covariance can give, are reported as 0.
+
+    Raises:
+        EstimatorError: settings out of range, or that exclude one another; in a run, a model that `method` cannot ask.
     """
 
     probes: int = 1

@@ -23,7 +23,7 @@ from .draws import check_seeds, copies, draw
 class RenoiseVariance(Estimator):
     """Variance over stochastic passes, in latent units squared. Costs `passes` evaluations of the conditional model.
 
-    passes: fresh noises per measurement, evaluated as one batch.
+    passes: fresh noises per measurement, >= 1, evaluated as one batch.
     around: "prediction" measures from x0-hat (one pass is enough, and a consistent bias counts);
         "mean" is the sample variance between passes (at least two).
     seed: of the noise. Every clip of a batch gets the same noise, so that a clip alone and in a batch agree.
@@ -31,6 +31,9 @@ class RenoiseVariance(Estimator):
     region_only: the noise goes inside the mask only. Outside the model sees the edit's own present latents, as the
         sampler left them, so that what is measured is the foreground's doubt in its given surroundings.
     patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
+
+    Raises:
+        EstimatorError: settings out of range, both kinds of seed; in a run, seeds for another number of clips.
     """
 
     passes: int = 2

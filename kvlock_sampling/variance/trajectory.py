@@ -41,13 +41,16 @@ class Entry(NamedTuple):
 class TrajectoryVariance(Estimator):
     """Variance of x0-hat along the trajectory.
 
-    window: how many predictions at different sigmas to keep; None = no limit.
-    span: keep predictions at sigmas up to `span` times the present one, and always the one before; None = no limit.
+    window: how many predictions at different sigmas to keep, >= 2; None = no limit.
+    span: keep predictions at sigmas up to `span` > 1 times the present one, and always the one before; None = no limit.
         This is the window that means the same for any number of steps and any sampler.
     normalise: False = the paper's sample variance, in latent units squared; True = the sum of squared moves over
         sigma squared, dimensionless.
     integral: with `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
     patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
+
+    Raises:
+        EstimatorError: settings out of range, or the paper's form without any window.
     """
 
     window: int | None = 10

@@ -1,11 +1,12 @@
 """What a lock costs beside the model: when it does nothing, and when it locks.  python benchmarks/overhead.py
 
 A Wan transformer of the 1.3B model's width (dim 1536, 12 heads, feed-forward 8960) with 2 of its 30 layers, random
-weights, float32, CPU. One evaluation is a guided prediction: [uncond, cond]. Every way of evaluating takes its turn in
-each round, and is compared with the bare model's time of the same round, so that a machine that is busy for a while
-slows both. Then the same on the full depth of 30 layers with next to no arithmetic: what remains is the fixed cost of
-an evaluation in milliseconds, that of launching further passes included, where there are some. Writes
-benchmarks/results/overhead.json and prints a table.
+weights, float32, CPU. One evaluation is a guided prediction: [uncond, cond]. Every way of evaluating takes its turn
+in each round, and is compared with the bare model's time of the same round, so that a machine that is busy for a
+while slows both. (Of two layers a lock saves the source most of one; `speed.py` says what that is of thirty.) Then
+the same on the full depth of 30 layers with next to no arithmetic: what remains is the fixed cost of an evaluation in
+milliseconds, that of launching further passes included, where there are some. Writes benchmarks/results/overhead.json
+and prints a table.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from measuring import keep_freed_memory
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
@@ -114,8 +116,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--grid", type=int, nargs=3, default=(8, 16, 16), help="tokens along time, height, width")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/overhead.json")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(chosen.threads)
+    keep_freed_memory()
     grid = tuple(chosen.grid)
 
     with torch.no_grad(), ExitStack() as stack:
@@ -143,7 +147,12 @@ def main() -> None:
             "tokens": grid[0] * grid[1] * grid[2],
         },
         "rounds": chosen.rounds,
-        "machine": {"threads": 2, "cores": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
+        "machine": {
+            "threads": chosen.threads,
+            "cores": os.cpu_count(),
+            "processor": platform.machine(),
+            "torch": torch.__version__,
+        },
         "load_average": os.getloadavg()[0],
         "ways": rows,
     }

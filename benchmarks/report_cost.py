@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MEAN, MOST = "mean change / the lock's", "max change / the lock's"
 WAYS = {
     "plain": "plain guidance, no lock",
+    "one more row": "plain guidance with one more row that does nothing",
     "procedure": "the published procedure: source pass, all K/V kept, two branches",
     "lockstep": "the source in lockstep",
     "foreground": "the foreground alone",
@@ -25,10 +26,18 @@ def _cell(row: dict) -> str:
     return f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
 
 
+def _models(record: dict) -> dict[str, list[dict]]:
+    """Rows by what they were measured on."""
+    models: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        depth = "" if row["layers"] is None else f", {row['layers']} layers"
+        models.setdefault(f"{row['model']}{depth}", []).append(row)
+    return models
+
+
 def speed(record: dict) -> str:
     parts = []
-    for model in dict.fromkeys(r["model"] for r in record["rows"]):
-        mine = [r for r in record["rows"] if r["model"] == model]
+    for model, mine in _models(record).items():
         shares = sorted({r["share"] for r in mine if r["share"] is not None})
         body = []
         for way, said in WAYS.items():
@@ -38,8 +47,9 @@ def speed(record: dict) -> str:
             memory = max(r["memory_ratio"] for r in own)
             body.append([said, *cells, f"{memory:.2f}"])
         base = next(r for r in mine if r["way"] == "plain")
+        how = " Read off the line through the two above, round by round." if base["computed"] else ""
         parts.append(
-            f"{model}; plain guidance takes {base['seconds']:.3g} s per evaluation.\n\n"
+            f"{model}; plain guidance takes {base['seconds']:.3g} s per evaluation.{how}\n\n"
             + table(["way", *(f"{s:.0%} edited" for s in shares), "memory"], body)
         )
     about = record["about"]
@@ -72,15 +82,27 @@ def _put(text: str, mark: str, content: str) -> str:
     return pattern.sub(lambda _: f"<!-- {mark} -->\n\n{content}\n\n<!-- /{mark} -->", text, count=1)
 
 
+def _ends(record: dict) -> tuple[int, int]:
+    """The fewest and the most layers of the network of which there are several depths."""
+    depths = [row["layers"] for row in record["rows"] if row["layers"] is not None]
+    return min(depths), max(depths)
+
+
 def page(record: dict, rows: list[dict]) -> None:
     """Write the figures that docs/cost.md shows."""
-    large = [r for r in record["rows"] if r["model"] == record["rows"][0]["model"]]
-    quarter = [next(r for r in large if r["way"] == w and r["share"] in (None, 0.25)) for w in WAYS]
+    few, deep = (rows for model, rows in _models(record).items() if rows[0]["layers"] in _ends(record))
+    quarter = [[next(r for r in m if r["way"] == w and r["share"] in (None, 0.25)) for w in WAYS] for m in (few, deep)]
     short = table(
-        ["way", "time", "memory"],
-        [[WAYS[r["way"]], f"{r['ratio']:.2f}", f"{r['memory_ratio']:.2f}"] for r in quarter],
+        ["way", f"time, {few[0]['layers']} layers", f"time, {deep[0]['layers']} layers", "memory"],
+        [
+            [WAYS[a["way"]], f"{a['ratio']:.2f}", f"{b['ratio']:.2f}", f"{b['memory_ratio']:.2f}"]
+            for a, b in zip(*quarter, strict=True)
+        ],
     )
-    about = f"At {large[0]['model']}, a quarter of the tokens edited, over plain guidance:"
+    about = (
+        f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
+        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths:"
+    )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")
     write_atomically(path, _put(text, "quality", quality(rows)))

@@ -1,38 +1,38 @@
 """What a locked edit costs, as ratios within one run:  python benchmarks/speed.py
 
-Per evaluation of the sampler: plain guidance without any lock; the published procedure written plainly (a full pass of
-the source, K/V of all layers kept, then both branches); the source in lockstep; only the foreground, alone and with a
-bank that is refreshed every third evaluation, or was filled by an earlier edit. At Wan-1.3B's geometry with random
-weights, few layers and few thousand tokens; and on the embedded model. Writes benchmarks/results/speed.json and
-docs/images/speed.png. On a GPU: --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104
+Per evaluation of the sampler: plain guidance without any lock, and with one more row, which does nothing; the published
+procedure written plainly (a full pass of the source, K/V of all layers kept, then both branches); the source in
+lockstep; only the foreground, alone and with a bank that is refreshed every third evaluation, or was filled by an
+earlier edit. At Wan-1.3B's geometry with random weights, few layers and few thousand tokens; and on the embedded model.
+
+A lock saves most of one layer of the source, which is much of two layers and little of thirty. So two depths are
+measured in turn, and what the full depth takes is read off the line through them. Writes benchmarks/results/speed.json
+and docs/images/speed.png. On a GPU: --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import statistics
 import sys
-import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import torch
+from measuring import keep_freed_memory, peak_bytes, seconds
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.compat import broken_torchvision_hidden
 from kvlock_sampling.files import write_atomically
+from kvlock_sampling.rows import join_calls
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -42,38 +42,11 @@ SHARES = (0.05, 0.25, 0.5, 0.75)
 FULL = kv.Constant(lock=1.0)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive: those made inside, until their storage is freed. Keeps the peak."""
-
-    def __init__(self, there_before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in there_before}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known and size:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
 class Subject(NamedTuple):
-    """A denoiser with what one evaluation of it needs."""
+    """A denoiser with what one evaluation of it needs. layers: where only some of a deeper network's are built."""
 
     name: str
+    layers: int | None
     model: nn.Module
     source: Tensor
     x: Tensor
@@ -122,8 +95,10 @@ def wan(layers: int, latents: tuple[int, int, int], evaluations: int, device: st
     sigmas = torch.logspace(1, -0.5, evaluations).tolist()
     cfg = {"cond": texts[0].to(device), "uncond": texts[1].to(device), "cond_scale": 5.0}
     tokens = latents[0] * latents[1] * latents[2] // 4
-    name = f"Wan-1.3B geometry, {layers} layers, {tokens} tokens"
-    return Subject(name, model, source.to(device), (source + sigmas[0] * noise).to(device), cfg, sigmas, (1, 2, 2))
+    name = f"Wan-1.3B geometry, {tokens} tokens"
+    return Subject(
+        name, layers, model, source.to(device), (source + sigmas[0] * noise).to(device), cfg, sigmas, (1, 2, 2)
+    )
 
 
 def embedded(evaluations: int) -> Subject:
@@ -133,7 +108,7 @@ def embedded(evaluations: int) -> Subject:
     noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
     sigmas = [float(s) for s in video.sigmas(evaluations)[:-1]]
     cfg = {"cond": video.prompt([after.prompt]), "uncond": video.prompt([""]), "cond_scale": 3.0}
-    return Subject("embedded model", video.denoiser, source, source + sigmas[0] * noise, cfg, sigmas, (2, 4, 4))
+    return Subject("embedded model", None, video.denoiser, source, source + sigmas[0] * noise, cfg, sigmas, (2, 4, 4))
 
 
 @contextmanager
@@ -148,6 +123,18 @@ def evaluations(denoiser: Any, subject: Subject) -> Iterator[Callable[[], None]]
     yield run
 
 
+class OneMoreRow:
+    """Guidance on [uncond, cond, cond], whose last row nobody looks at: what a row of a source must cost at least."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, x: Tensor, sigma: Tensor, *, cond: Any, uncond: Any, cond_scale: float) -> Tensor:
+        rows = join_calls([{"cond": uncond}, {"cond": cond}, {"cond": cond}], len(x))
+        empty, full, _ = self.model(torch.cat([x] * 3), torch.cat([sigma] * 3), **rows).chunk(3)
+        return empty + cond_scale * (full - empty)
+
+
 def ways(subject: Subject, share: float | None) -> dict[str, Callable[[], Any]]:
     """How to make the denoiser of each way to edit, anew for each run. Without a share: those it does not matter to."""
 
@@ -158,6 +145,7 @@ def ways(subject: Subject, share: float | None) -> dict[str, Callable[[], Any]]:
     if share is None:
         return {
             "plain": lambda: kv.CFGDenoiser(subject.model),
+            "one more row": lambda: OneMoreRow(subject.model),
             "procedure": lambda: lock(batched=False, foreground=False),
             "lockstep": lambda: lock(foreground=False),
         }
@@ -169,64 +157,85 @@ def ways(subject: Subject, share: float | None) -> dict[str, Callable[[], Any]]:
     }
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextmanager
+def prepared(subject: Subject, way: str) -> Iterator[None]:
+    """The published procedure runs the source's pass to its end, as a lock does while somebody looks at whole calls."""
+    if way != "procedure":
+        yield
+        return
+    handles = [network.register_forward_hook(lambda *_: None) for network in kv.find_sites(subject.model).networks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def seconds(run: Callable[[], None], device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - start
+Row = dict[str, Any]
+Key = tuple[int, float | None, str]
 
 
-def peak(run: Callable[[], None], subject: Subject) -> int:
-    """Most bytes alive at once beyond what was there before."""
-    gc.collect()
-    device = subject.x.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    held = [*subject.model.parameters(), *subject.model.buffers(), subject.x, subject.source]
-    held += [leaf for leaf in tree_leaves(subject.cfg) if isinstance(leaf, Tensor)]
-    with LiveBytes(held) as live:
-        run()
-    return live.peak
-
-
-def measure(subject: Subject, rounds: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    device = subject.x.device
-    rows: list[dict[str, Any]] = []
-    makers = [(None, way, make) for way, make in ways(subject, None).items()]
-    makers += [(share, way, make) for share in SHARES for way, make in ways(subject, share).items()]
-    times: dict[tuple[float | None, str], list[float]] = {}
+def measure(subjects: list[Subject], depth: int | None, rounds: int, say: Callable[[str], None]) -> list[Row]:
+    """Rows of every subject, and with two of them those of a network of `depth` layers. Subjects take turns."""
+    device = subjects[0].x.device
+    makers = [
+        (index, share, way, make)
+        for index, subject in enumerate(subjects)
+        for share in (None, *SHARES)
+        for way, make in ways(subject, share).items()
+    ]
+    times: dict[Key, list[float]] = {(index, share, way): [] for index, share, way, _ in makers}
+    peaks: dict[Key, float] = {}
     for turn in range(rounds + 1):  # the first turn warms up, fills the banks, and measures memory
-        for share, way, make in makers:
-            with evaluations(make(), subject) as run:
+        for index, share, way, make in makers:
+            subject = subjects[index]
+            with evaluations(make(), subject) as run, prepared(subject, way):
                 if turn == 0:
-                    rows.append({"model": subject.name, "share": share, "way": way, "peak_bytes": peak(run, subject)})
+                    held = (*subject.model.parameters(), *subject.model.buffers(), subject.x, subject.source)
+                    peaks[index, share, way] = peak_bytes(run, device, (*held, subject.cfg))
                 else:
-                    times.setdefault((share, way), []).append(seconds(run, device) / len(subject.sigmas))
-            say(f"{subject.name}: turn {turn}, {way} {'' if share is None else share}")
-    base = statistics.median(times[None, "plain"])
-    base_bytes = rows[0]["peak_bytes"]
-    for row in rows:
-        mine = times[row["share"], row["way"]]
-        row |= {
-            "seconds": statistics.median(mine),
-            "ratio": statistics.median(mine) / base,
-            "low": min(mine) / base,
-            "high": max(mine) / base,
-            "memory_ratio": row["peak_bytes"] / base_bytes,
-        }
+                    times[index, share, way].append(seconds(run, device) / len(subject.sigmas))
+            say(f"{subject.name}, {subject.layers} layers: turn {turn}, {way} {'' if share is None else share}")
+    labels = [(subject.layers, False) for subject in subjects]
+    if depth is not None and len(subjects) == 2:
+        labels.append((depth, True))
+        few, more = (subject.layers or 0 for subject in subjects)
+        beyond = (depth - few) / (more - few)
+        for _, share, way, _ in makers[: len(makers) // 2]:
+            pairs = zip(times[0, share, way], times[1, share, way], strict=True)
+            times[2, share, way] = [a + beyond * (b - a) for a, b in pairs]
+            peaks[2, share, way] = peaks[0, share, way] * (1 - beyond) + peaks[1, share, way] * beyond
+    rows = []
+    for (index, share, way), mine in times.items():
+        plain = (index, None, "plain")
+        ratios = [own / base for own, base in zip(mine, times[plain], strict=True)]
+        layers, computed = labels[index]
+        rows.append(
+            {
+                "model": subjects[0].name,
+                "layers": layers,
+                "computed": computed,
+                "share": share,
+                "way": way,
+                "seconds": statistics.median(mine),
+                "ratio": statistics.median(ratios),
+                "low": min(ratios),
+                "high": max(ratios),
+                "peak_bytes": round(peaks[index, share, way]),
+                "memory_ratio": peaks[index, share, way] / peaks[plain],
+            }
+        )
     return rows
 
 
-def figure(tables: list[list[dict[str, Any]]], path: Path) -> None:
+def title(row: Row) -> str:
+    """Of the model that a row is about."""
+    if row["layers"] is None:
+        return str(row["model"])
+    return f"{row['model']}, {row['layers']} layers{' (from the two)' if row['computed'] else ''}"
+
+
+def figure(tables: list[list[Row]], path: Path) -> None:
     fig, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False)
     colours = {"procedure": "tab:red", "lockstep": "tab:orange", "plain": "0.4"}
     for axis, rows in zip(axes[0], tables, strict=True):
@@ -236,7 +245,7 @@ def figure(tables: list[list[dict[str, Any]]], path: Path) -> None:
         for way in ("foreground", "foreground, bank every 3", "foreground, filled bank"):
             curve = [r for r in rows if r["way"] == way]
             axis.plot([r["share"] for r in curve], [r["ratio"] for r in curve], "o-", label=way)
-        axis.set(title=rows[0]["model"], xlabel="share of the tokens that is edited", ylabel="time / plain guidance")
+        axis.set(title=title(rows[0]), xlabel="share of the tokens that is edited", ylabel="time / plain guidance")
         axis.set(ylim=(0, None), xlim=(0, 0.8))
         axis.legend(fontsize=8)
     fig.tight_layout()
@@ -247,7 +256,8 @@ def figure(tables: list[list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, nargs="+", default=(2, 4), help="one depth, or two to read a third off")
+    parser.add_argument("--depth", type=int, default=30, help="of the whole network, where two depths are measured")
     parser.add_argument("--latents", type=int, nargs=3, default=(5, 32, 48), metavar=("TIME", "HEIGHT", "WIDTH"))
     parser.add_argument("--evaluations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -257,24 +267,28 @@ def main() -> None:
     parser.add_argument("--name", default="speed", help="of the results' files")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     dtype = getattr(torch, given.dtype)
-    large = wan(given.layers, tuple(given.latents), given.evaluations, given.device, dtype)
-    tables = [measure(large, given.rounds, say)]
+    large = [wan(n, tuple(given.latents), given.evaluations, given.device, dtype) for n in given.layers[:2]]
+    rows = measure(large, given.depth, given.rounds, say)
+    deepest = rows[-1]["layers"]
+    tables = [[row for row in rows if row["layers"] == deepest]]
     if given.device == "cpu":
-        tables.append(measure(embedded(6), 3 * given.rounds, say))
+        tables.append(measure([embedded(6)], None, 3 * given.rounds, say))
+        rows += tables[-1]
     about = {"device": given.device, "dtype": given.dtype, "threads": given.threads, "torch": torch.__version__}
     about["machine"] = platform.machine() if given.device == "cpu" else torch.cuda.get_device_name()
-    results = {"about": about, "rows": [row for rows in tables for row in rows]}
+    results = {"about": about, "rows": rows}
     write_atomically(ROOT / f"benchmarks/results/{given.name}.json", json.dumps(results, indent=1) + "\n")
     figure(tables, ROOT / f"docs/images/{given.name}.png")
-    for row in results["rows"]:
+    for row in rows:
         share = "" if row["share"] is None else f"{row['share']:.0%}"
         print(
-            f"{row['model']:46} {share:>4} {row['way']:26} {row['seconds']:8.3f} s  x{row['ratio']:.2f} "
+            f"{title(row):58} {share:>4} {row['way']:26} {row['seconds']:8.3f} s  x{row['ratio']:.2f} "
             f"({row['low']:.2f} to {row['high']:.2f})  memory x{row['memory_ratio']:.2f}"
         )
 

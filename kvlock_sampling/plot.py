@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,10 @@ def figure_format(path: str | os.PathLike[str]) -> str:
 
 
 def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-    """Write the figure of `trace` to `path` (PNG, SVG or PDF by suffix). One thin line per clip, at most eight."""
+    """Write the figure of `trace` to `path` (PNG, SVG or PDF by suffix). One thin line per clip, at most eight.
+
+    A panel says "not measured" where the run measured nothing, under a policy that reads no risk for one.
+    """
     suffix = figure_format(path)
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -52,6 +56,9 @@ def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None 
         axis.grid(alpha=0.25)
         if name in ("variance", "risk") and any(r[name] > 0 for r in rows):
             axis.set_yscale("log")
+        if rows and all(math.isnan(r[name]) for r in rows):
+            axis.set_yticks([])  # a scale of nothing would look like a measured 0
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.45")
     if any(r["risk"] > 0 for r in rows):
         axes[1].axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
         axes[1].annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")

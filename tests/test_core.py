@@ -126,6 +126,11 @@ def test_a_region_takes_masks_at_any_whole_scale():
         Region(flat).latent(torch.zeros(2, 4))
 
 
+def svg_text(path: Path) -> str:
+    """What a figure says: matplotlib notes each text beside its outlines."""
+    return " ".join(re.findall(r"<!-- (.*?) -->", path.read_text()))
+
+
 def a_trace() -> Trace:
     trace = Trace()
     for i in range(4):
@@ -151,6 +156,11 @@ def test_a_trace_reads_as_rows_json_csv_and_figure(tmp_path):
     for suffix in ("png", "svg", "pdf"):
         trace.plot(tmp_path / f"t.{suffix}")
         assert (tmp_path / f"t.{suffix}").stat().st_size > 5000
+    assert "not measured" not in svg_text(tmp_path / "t.svg")
+    for step in trace.steps:
+        step.variance[:] = step.risk[:] = float("nan")
+    trace.plot(tmp_path / "constant.svg")
+    assert svg_text(tmp_path / "constant.svg").count("not measured") == 2
     Trace().plot(tmp_path / "empty.png")
     assert "4 evaluations" in repr(trace)
 

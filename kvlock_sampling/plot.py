@@ -34,7 +34,7 @@ def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None 
     """
     suffix = figure_format(path)
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = trace.rows()
     clips = sorted({int(r["clip"]) for r in rows})[:8]
@@ -56,11 +56,16 @@ def plot_trace(trace: Trace, path: str | os.PathLike[str], *, title: str | None 
         axis.grid(alpha=0.25)
         if name in ("variance", "risk") and any(r[name] > 0 for r in rows):
             axis.set_yscale("log")
+            if name == "risk":  # a ratio, read as 0.2 or 5
+                axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
         if rows and all(math.isnan(r[name]) for r in rows):
             axis.set_yticks([])  # a scale of nothing would look like a measured 0
             axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.45")
     if any(r["risk"] > 0 for r in rows):
         axes[1].axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
+        axes[1].set_ylim(top=max(axes[1].get_ylim()[1], 2.0))  # room for the word
         axes[1].annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     axes[2].set_ylim(-0.04, 1.04)
     if rows:

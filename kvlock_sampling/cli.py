@@ -101,7 +101,7 @@ def edit(
     ] = None,
     model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
     sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive chooses its own.")] = 30,
     policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
     strength: Annotated[

@@ -104,7 +104,8 @@ def edit_video(
             the source's own branch reads it (default: `prompt`).
         model: "tiny", a folder of its weights, a folder of a diffusers pipeline, or any `VideoModel`, e.g.
             `kv.from_pipeline(pipe)`.
-        sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: of it, >= 1.
+        sampler: a name of `samplers.names()` or a callable of k-diffusion's signature.  steps: of it, >= 1;
+            dpm_adaptive chooses its own.
         policy: a Policy, a preset's name, or a TOML file.  cfg_scale: guidance asked for; default: the model's.
         seed: of the start, and of a stochastic sampler's noise; an int for clip 0, +1 for every further one, or one
             per clip.

@@ -195,7 +195,9 @@ class KVLock(StandIn):
             foreground,
             {
                 "it needs composite=True": not self.composite,
-                f"{self.estimator!r} measures the background too": self.estimator.reads_background,
+                f"{self.estimator!r} measures the background too": (
+                    self.estimator.reads_background and self.policy.uses_risk
+                ),
                 "rescaled guidance measures the whole prediction": self.rescale,
                 f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked": (
                     not self.sites.narrows

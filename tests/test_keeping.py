@@ -286,11 +286,16 @@ def test_what_measures_every_token_gets_every_token(setup):
         kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
         Max((kv.TrajectoryVariance(window=3), kv.RenoiseVariance(patch=(1, 2, 2)))),
     ):
-        lock = setup.lock(policy=FULL, estimator=estimator)
+        measuring = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # locks as FULL does, and measures
+        lock = setup.lock(policy=measuring, estimator=estimator)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         assert {s.computed for s in lock.trace} == {1.0}
         with pytest.warns(UserWarning, match="measures the background too"):
-            setup.lock(policy=FULL, estimator=estimator, foreground=True)
+            setup.lock(policy=measuring, estimator=estimator, foreground=True)
+        with pytest.warns(UserWarning, match="estimator= without effect"):  # so it is in nobody's way
+            idle = setup.lock(policy=FULL, estimator=estimator, foreground=True)
+        idle.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert max(s.computed for s in idle.trace) < 1.0
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2m", "lms"])

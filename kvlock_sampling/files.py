@@ -5,25 +5,29 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from .types import KVLockError
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(
+    path: str | os.PathLike[str], *, renaming: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[Path]:
     """A temporary path beside `path`; it becomes `path` when the block ends well, and is removed when it does not.
 
-    Missing folders are made. The temporary name keeps the suffix, for writers that look at it.
+    Missing folders are made. The temporary name keeps the suffix, for writers that look at it. renaming: a context in
+    which the temporary gets its name, a lock, say.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        with renaming():
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

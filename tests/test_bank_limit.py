@@ -20,6 +20,9 @@ from hypothesis import strategies as st
 
 from kvlock_sampling.bank import Bank, BankError, BankWarning, plan_for
 from kvlock_sampling.bank import disk as module
+from kvlock_sampling.bank import folder as folder_module
+from kvlock_sampling.bank import shelf as shelf_module
+from kvlock_sampling.bank.format import pack
 from kvlock_sampling.bank.incoming import describe
 
 SLACK = 4000  # headers and manifests
@@ -141,7 +144,6 @@ def test_threads_and_banks_on_one_directory_keep_it(tmp_path):
             failures.append(error)
 
     def watch():
-        # One file may be replaced by its equal between two looks: each look is taken under the directory's lock.
         while not done.is_set():
             with banks[0]._disk._locked():
                 most[0] = max(most[0], on_disk(tmp_path))
@@ -155,7 +157,7 @@ def test_threads_and_banks_on_one_directory_keep_it(tmp_path):
         done.set()
         watcher.join()
     assert failures == []
-    assert 2 * FILE < most[0] <= banks[0].disk
+    assert 2 * FILE < max(most[0], on_disk(tmp_path)) <= banks[0].disk
     assert not list(tmp_path.rglob(".*.tmp.*"))
 
 
@@ -191,6 +193,7 @@ def test_processes_on_one_directory_keep_it(tmp_path):
         with bank._disk._locked():
             most = max(most, on_disk(tmp_path))
     assert [(process.wait(), process.stderr.read()) for process in processes] == [(0, ""), (0, "")]
+    most = max(most, on_disk(tmp_path))
     assert 2 * FILE < most <= bank.disk
 
 
@@ -308,6 +311,50 @@ def test_two_shelves_of_one_key_keep_each_others_levels(tmp_path):
         assert levels(a) == [8.0, 3.0]
 
 
+def test_a_level_is_in_use_the_moment_it_is_there(tmp_path, monkeypatch):
+    real = folder_module.LevelFile
+    with bank_of(tmp_path, 1).opened(key()) as a, bank_of(tmp_path, 1, budget=0).opened(key()) as b:
+
+        def meanwhile(*args, **options):
+            monkeypatch.undo()
+            with pytest.raises(BankError, match="nothing may"):
+                b.put(4.0, store(4.0))
+            return real(*args, **options)
+
+        monkeypatch.setattr(folder_module, "LevelFile", meanwhile)
+        a.put(8.0, store(8.0))
+        assert levels(a) == [8.0]
+
+
+def test_a_level_at_hand_stays_readable_whatever_becomes_of_its_file(tmp_path):
+    bank = bank_of(tmp_path, 1, budget=0)
+    with bank.opened(key()) as a, bank.opened(key()) as b:
+        level = a.put(8.0, store(8.0))
+        a.restart()  # a new run: the level may go, but somebody still reads it
+        b.put(4.0, store(4.0))
+        assert levels(a) == [4.0]
+        assert equal(contents(level), [x for pair in store(8.0).values() for x in pair])
+
+
+def test_what_another_bank_removed_is_not_served_from_a_map_of_it(tmp_path):
+    ours, theirs = bank_of(tmp_path, 1, keys=2, budget=0), bank_of(tmp_path, 1, keys=2)
+    with ours.opened(key("a")) as a:
+        run(a, [8.0])
+    with theirs.opened(key("b")) as b:
+        run(b, [8.0])
+    with ours.opened(key("a")) as a:
+        assert a.sigmas == ()
+        assert run(a, [8.0]) == [8.0]
+
+
+def test_without_memory_a_level_is_packed_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(shelf_module, "pack", lambda x, format: calls.append(x) or pack(x, format))
+    with bank_of(tmp_path, 2, budget=0).opened(key()) as shelf:
+        run(shelf, SIGMAS)
+    assert len(calls) == 2 * len(SITES) * len(SIGMAS)
+
+
 def test_a_level_that_went_but_is_whole_in_memory_stays_there(tmp_path):
     bank = bank_of(tmp_path, 1, keys=2)
     with bank.opened(key("a")) as a:
@@ -373,6 +420,21 @@ def test_levels_that_vanish_meanwhile_are_no_harm(tmp_path, monkeypatch):
         assert run(a, [8.0]) == [8.0]
 
 
+def test_a_level_that_vanishes_while_a_folder_is_read_is_none(tmp_path, monkeypatch):
+    with bank_of(tmp_path, 3).opened(key()) as shelf:
+        run(shelf, [8.0, 4.0])
+    real = folder_module.LevelFile
+
+    def vanished(path, *args, **options):
+        if path.name.startswith("sigma-8"):
+            path.unlink()
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(folder_module, "LevelFile", vanished)
+    with bank_of(tmp_path, 3).opened(key()) as shelf:  # and nobody is warned of a damaged file
+        assert shelf.sigmas == (4.0,)
+
+
 def test_files_that_cannot_be_removed_are_passed_over(tmp_path, monkeypatch):
     """As on Windows, where a mapped file stays."""
     bank = bank_of(tmp_path, 3, keys=2)
@@ -411,6 +473,17 @@ def test_what_killed_runs_left_goes_first(tmp_path):
         assert (levels(a.directory), levels(b)) == ([8.0], [8.0])
     assert not left.exists()
     assert not bare.exists()
+
+
+def test_what_others_are_writing_counts_and_stays(tmp_path):
+    bank = bank_of(tmp_path, 2)
+    with bank.opened(key()) as shelf:
+        theirs = shelf.directory / ".sigma-1.0.abcdef01.tmp.safetensors"
+        theirs.write_bytes(b"x" * FILE)
+        with pytest.warns(BankWarning, match="nothing may"):
+            run(shelf, [8.0, 4.0])
+        assert levels(shelf) == [8.0]
+    assert theirs.exists()
 
 
 def test_a_damaged_level_makes_room_for_its_successor(tmp_path, stack):

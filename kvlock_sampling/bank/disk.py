@@ -136,11 +136,12 @@ class Disk:
             NoRoom: nothing was written, and no level removed.
             OSError: it could not be written; nothing is left behind.
         """
-        with atomic(path) as temporary:
-            if self.limit is None:
-                with open(temporary, "wb") as out:
-                    yield out
-                return
+        if self.limit is None:
+            with atomic(path) as temporary, open(temporary, "wb") as out:
+                yield out
+            return
+        # Under the lock as well: whoever counts meanwhile would find the file under neither name, or both.
+        with atomic(path, renaming=self._locked) as temporary:
             self._claim(path.parent, size, reader, pressing, temporary)
             with open(temporary, "r+b") as out:
                 yield out

@@ -125,6 +125,11 @@ def edit_video(
         KVLockError: bad input, with the fix; see `kvlock_sampling.types`.
     """
     video = open_model(model) if isinstance(model, str) else model
+    if taken := sorted({"source", "source_args"} & lock_options.keys()):
+        raise SourceError(
+            f"{taken[0]}= is made here, of clip and source_prompt; expected those two instead.\n"
+            "  For a source of your own make the lock yourself: KVLock(model, source=..., source_args=..., mask=...)."
+        )
     clips = as_clips(clip)
     _check_clip(clips, video)
     texts = _texts(prompt, len(clips), "prompt")
@@ -223,7 +228,7 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
         raise SourceError(
             f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width)"
             f"{' such as' if video.frames is None else ' ='} (batch, {sides}).\n"
-            f"  clip = video.read_clip(path, frames={frames}, size={size}).pixels"
+            f"  clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
         )
     check_pixels(clips)
 

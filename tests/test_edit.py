@@ -202,6 +202,12 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
         edit(**change)
 
 
+@pytest.mark.parametrize("name", ["source", "source_args"])
+def test_the_source_is_the_clip(edit, task, name):
+    with pytest.raises(SourceError, match=f"^{name}= is made here, of clip and source_prompt"):
+        edit(**{name: task.source})
+
+
 @pytest.mark.parametrize("feather", [-1.0, float("nan"), "2"])
 def test_a_feather_is_a_width(edit, feather):
     with pytest.raises(KVLockError, match=r"feather=.*expected pixels >= 0"):

@@ -53,7 +53,7 @@ def _check_shape(clips: Tensor, vae: Any) -> None:
         raise SourceError(
             f"clip has {frames} frames of {height} x {width}; {type(vae).__name__} takes 1 + {time} * n frames and "
             f"sides of {space} * n, so it would cut this one. The next it takes: {fits[0]} of {fits[1]} x {fits[2]}.\n"
-            f"  clip = video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
+            f"  clip = kvlock_sampling.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
         )
 
 

@@ -213,6 +213,20 @@ def test_what_is_being_written_is_counted(tmp_path, monkeypatch):
     assert set(seen) == {FILE + MANIFEST}
 
 
+def test_a_level_gets_its_name_while_nobody_counts(tmp_path, monkeypatch):
+    """Else a level that is renamed while a directory is listed is found under neither name."""
+    bank, held, real = bank_of(tmp_path, 3), [], os.replace
+
+    def renamed(*args):
+        held.append(bank._disk._directory.writers.locked())
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", renamed)
+    with bank.opened(key()) as shelf:
+        run(shelf, [8.0, 4.0])
+    assert held == [True, True, True]  # a manifest and two levels
+
+
 @pytest.mark.parametrize("format", [None, "float32", "bf16", "int8", "fp8"])
 def test_the_size_of_a_file_is_known_beforehand(tmp_path, format):
     from kvlock_sampling.bank.file import file_size

@@ -180,7 +180,8 @@ class PipelineVideo:
             raise PipelineError(
                 f"a clip of {frames} frames of {height} x {width}; {self.family} edits e.g. {fitting[0]} of "
                 f"{fitting[1]} x {fitting[2]}.\n"
-                f"  clip = kvlock_sampling.video.read_clip(path, frames={fitting[0]}, size={fitting[1:]}, pad=True).pixels"
+                f"  clip = kvlock_sampling.video.read_clip(path, frames={fitting[0]}, size={fitting[1:]}, pad=True)"
+                ".pixels"
             )
         region = torch.ones(1, 1, frames, height, width) if mask is None else as_mask(mask, frames=frames).float()
         if region.shape[2:] != clips.shape[2:] or len(region) not in (1, len(clips)):

@@ -128,7 +128,7 @@ def ideas() -> str:
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
-    page(load("speed"), load("cost"))
+    page(load("speed"), load("cost"), load("where_time_goes"))
     parts = [
         "# Measured\n\nEvery number on this page is written by a script in `benchmarks/`, as it came out; "
         "`python benchmarks/report.py` makes the page from `benchmarks/results/`.",

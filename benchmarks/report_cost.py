@@ -88,7 +88,14 @@ def _ends(record: dict) -> tuple[int, int]:
     return min(depths), max(depths)
 
 
-def page(record: dict, rows: list[dict]) -> None:
+def where(record: dict) -> str:
+    kinds = [name for name in record["rows"][0] if name not in ("way", "seconds")]
+    body = [[WAYS[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
+    about = f"{record['model']}, a quarter of the tokens edited, {record['threads']} threads, by torch's profiler:"
+    return f"{about}\n\n{table(['way', *kinds], body)}"
+
+
+def page(record: dict, rows: list[dict], profile: dict) -> None:
     """Write the figures that docs/cost.md shows."""
     few, deep = (rows for model, rows in _models(record).items() if rows[0]["layers"] in _ends(record))
     quarter = [[next(r for r in m if r["way"] == w and r["share"] in (None, 0.25)) for w in WAYS] for m in (few, deep)]
@@ -105,4 +112,5 @@ def page(record: dict, rows: list[dict]) -> None:
     )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")
+    text = _put(text, "where", where(profile))
     write_atomically(path, _put(text, "quality", quality(rows)))

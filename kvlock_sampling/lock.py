@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping
@@ -26,34 +25,16 @@ from .call import GuidedCall, OwnedCall
 from .control import HostReads, LockRatio
 from .controller import Controller
 from .keeping import Keeper, chosen_bank, chosen_layers, plan
-from .locking import Locker, can_narrow
+from .locking import Locker, can_narrow, why_not_narrow
 from .masks import as_mask
-from .policy import Clamped, Policy, as_policy
-from .presets import Preset, load_policy
 from .region import Region, as_ring
 from .rows import take
-from .run import (
-    Run,
-    advised_estimator,
-    as_rows,
-    as_schedule,
-    check_threshold,
-    default_of,
-    default_threshold,
-    first_given,
-    method_of,
-    names_parameter,
-)
+from .run import Run, as_rows, as_schedule, default_of, method_of, names_parameter
+from .settings import asked_scale, judgement, noise_levels
 from .source import Source
 from .stand_in import StandIn
 from .trace import Trace
-from .types import (
-    Denoiser,
-    RunError,
-    Scalar,
-    SourceError,
-    StepInfo,
-)
+from .types import Denoiser, RunError, Scalar, SourceError, StepInfo
 from .variance import Estimator
 
 
@@ -136,18 +117,15 @@ class KVLock(StandIn):
         options.check_scale_arg(model, scale_arg)
         options.check_flags(composite=composite, rescale=rescale, batched=batched, foreground=foreground)
         self.model = model
-        self.policy: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
-        if policy == "default" and source is None:
-            self.policy = Clamped(self.policy, lock=(0.0, 0.0))  # nobody asked for a lock
-        advice = self.policy if isinstance(self.policy, Preset) else None
-        options.check_estimator(estimator)
-        self.estimator = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
-        advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
-        self.threshold = first_given(threshold, advised[0], default_threshold(self.estimator))
-        check_threshold(self.threshold)
-        self.rescale = bool(first_given(rescale, advised[1], False))
-        self.cfg_floor = first_given(cfg_floor, advised[2], 1.0)
-        options.check_floor(self.cfg_floor)
+        self.policy, self.estimator, self.threshold, self.rescale, self.cfg_floor, advice = judgement(
+            model,
+            policy,
+            estimator=estimator,
+            threshold=threshold,
+            rescale=rescale,
+            cfg_floor=cfg_floor,
+            locks=source is not None,
+        )
         if source is None:
             about_source = {"source_args": source_args, "noise": noise, "sites": sites, "layers": layers}
             options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground, bank=bank)
@@ -191,18 +169,9 @@ class KVLock(StandIn):
         options.tell_guided(self.scale_arg, rescale=self.rescale, batched=batched)
         unread = mask if source is None else None
         options.tell_unmeasured(self.policy, estimator=estimator, threshold=threshold, mask=unread)
+        measures = self.estimator if self.policy.uses_risk else None
         self._narrows = self.sites is not None and can_narrow(
-            foreground,
-            {
-                "it needs composite=True": not self.composite,
-                f"{self.estimator!r} measures the background too": (
-                    self.estimator.reads_background and self.policy.uses_risk
-                ),
-                "rescaled guidance measures the whole prediction": self.rescale,
-                f"architecture {self.sites.architecture!r} declares no token flow, or not every layer is locked": (
-                    not self.sites.narrows
-                ),
-            },
+            foreground, why_not_narrow(self.sites, measures, composite=self.composite, rescale=self.rescale)
         )
         self._expert = method_of(model, "expert")
         self.bank = chosen_bank(bank, advice, self.sites)
@@ -306,10 +275,10 @@ class KVLock(StandIn):
         """
         run = self._run()
         sigma = torch.as_tensor(sigma, device=x.device)
-        asked = self._asked(extra_args)
+        asked = asked_scale(extra_args, self.scale_arg or "cond_scale", self._default_scale)
         reads, last = HostReads(), run.timeline.last
         reads.together(sigma, asked, *(() if last is None else (last.lock, last.cfg_scale)))
-        own, level = self._levels(reads.extremes(sigma))
+        own, level = noise_levels(reads.extremes(sigma), self.model)
         control = self._controller()
         seen = control.watch(x, level, asked, run.schedule)
         if level == 0:
@@ -364,26 +333,6 @@ class KVLock(StandIn):
         if self.source is None or self.region is None or self.sites is None:
             return None
         return Locker(self.source, self.region, self.sites, self.ring, self._narrows)
-
-    def _levels(self, sigma: tuple[float, float]) -> tuple[float, float]:
-        """This evaluation's noise level in the model's own form, and the clock: the same in variance-exploding form."""
-        low, high = sigma
-        if not (low >= 0 and math.isfinite(high)):
-            raise RunError(f"sigma is {low if low == high else (low, high)}; expected a noise level >= 0, finite.")
-        if high - low > 1e-4 * high:
-            raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
-        to_ve = method_of(self.model, "to_ve")
-        return high, high if to_ve is None else float(to_ve(high))
-
-    def _asked(self, extra_args: Mapping[str, Any]) -> Scalar:
-        """The guidance scale the caller asked for: given, or the default of a model that does its own guidance."""
-        name = self.scale_arg or "cond_scale"
-        asked = extra_args.get(name, self._default_scale)
-        if not isinstance(asked, (int, float, Tensor)) or isinstance(asked, bool):
-            raise RunError(f"{name}={asked!r}; expected a number, or a tensor of one number per clip.")
-        if isinstance(asked, (int, float)) and not math.isfinite(asked):
-            raise RunError(f"{name}={asked}; expected a finite number.")
-        return asked
 
     def _at_zero(
         self, run: Run, reads: HostReads, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar

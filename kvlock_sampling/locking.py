@@ -17,6 +17,7 @@ from .control import LockRatio
 from .keeping import Keeper, OpenShelf
 from .region import Region
 from .source import Source
+from .variance import Estimator
 
 WORTH_NARROWING = 0.9
 """Where more than this share of the tokens must be computed, gathering them costs what it saves."""
@@ -101,12 +102,24 @@ class Locker:
         )
 
 
-def can_narrow(asked: bool | None, reasons: dict[str, bool]) -> bool:
-    """Whether tokens at full lock need not be computed. reasons: what would be in the way, and whether it is.
+def why_not_narrow(sites: Sites, estimator: Estimator | None, *, composite: bool, rescale: bool) -> str | None:
+    """Why tokens at full lock must be computed all the same; None where they need not. estimator: if one measures."""
+    if not composite:
+        return "it needs composite=True"
+    if estimator is not None and estimator.reads_background:
+        return f"{estimator!r} measures the background too"
+    if rescale:
+        return "rescaled guidance measures the whole prediction"
+    if not sites.narrows:
+        return f"architecture {sites.architecture!r} declares no token flow, or not every layer is locked"
+    return None
+
+
+def can_narrow(asked: bool | None, why: str | None) -> bool:
+    """Whether tokens at full lock are left out. why: the reason if they cannot be.
 
     Warns where it was asked for and cannot be.
     """
-    why = next((reason for reason, holds in reasons.items() if holds), None)
     if asked and why:
         warnings.warn(f"foreground=True: every token is computed all the same; {why}.", stacklevel=4)
     return asked is not False and why is None

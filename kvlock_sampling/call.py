@@ -31,7 +31,9 @@ T = TypeVar("T")
 
 @dataclass
 class Call:
-    """What both kinds share. `locking` is what is taken of the source, None where nothing is locked now."""
+    """What both kinds share. `locking` is what is taken of the source, None where nothing is locked now; `probes` is
+    whether the model is evaluated at further points.
+    """
 
     model: Denoiser
     x: Tensor
@@ -41,6 +43,7 @@ class Call:
     locking: Locking | None
     source_args: Mapping[str, Any]
     batched: bool = True
+    probes: bool = False
     rescale: bool = False
     branch: Denoiser | None = None
     scale_arg: str | None = None
@@ -63,8 +66,7 @@ class Call:
         """Run branches of `len(x)` rows each, with the source beside them if it is given; as one call if possible."""
         if source is None:
             return self._edit(model, branches, None, sigma)
-        alone = self._locking.selection is not None or self._locking.sites.rows_apart or self.caches.active
-        if self.batched and not alone:
+        if self.batched and not self._source_runs_alone():
             try:
                 return self._together(model, [*branches, source], self._locking.frame("lockstep"), sigma)[
                     : len(branches)
@@ -72,6 +74,15 @@ class Call:
             except NotBatchable:
                 pass  # say, the source's own prompt is of another length
         return self._edit(model, branches, self._source_keys(model, source, sigma), sigma)
+
+    def _source_runs_alone(self) -> bool:
+        """Whether the source needs a pass of its own: its K/V serve further calls, or it runs on other tokens."""
+        locking = self._locking
+        if locking.sites.rows_apart or self.caches.active or locking.shelf is not None:
+            return True
+        if locking.left_out is None:
+            return locking.selection is not None
+        return self.probes or self.hooks is None or not self.hooks.takes_both()
 
     def _source_keys(self, model: Denoiser, source: Branch, sigma: Tensor) -> Frame:
         """The source's K/V at this noise level, once however often they are asked for."""

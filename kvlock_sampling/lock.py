@@ -387,6 +387,7 @@ class KVLock(StandIn):
             locking,
             self.source_args,
             batched=self.batched,
+            probes=self.policy.uses_risk and self.estimator.cost > 0,
             rescale=self.rescale,
             branch=self.branch,
             scale_arg=self.scale_arg,

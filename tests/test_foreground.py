@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, _narrow
+from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, narrow
 from kvlock_sampling.testing.networks import FAMILIES, random_network
 from kvlock_sampling.types import KVLockError, SiteError
 
@@ -153,13 +153,13 @@ def test_tables_are_cut_to_the_computed_tokens():
     ratio = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]])
     frame = ForegroundFrame("inject", ratio, selection=Selection(ratio), text=2, text_first=True)
     joint, video = torch.arange(7)[:, None], torch.arange(5)[:, None]
-    assert _narrow((joint, video), Table("rope", 0), frame)[0].flatten().tolist() == [0, 1, 2, 5]
-    assert _narrow((joint, video), Table("rope", 0), frame)[1].flatten().tolist() == [0, 3]
-    assert _narrow(joint, Table("rope", 0), frame) is _narrow(joint, Table("rope", 0), frame)
+    assert narrow((joint, video), Table("rope", 0), frame)[0].flatten().tolist() == [0, 1, 2, 5]
+    assert narrow((joint, video), Table("rope", 0), frame)[1].flatten().tolist() == [0, 3]
+    assert narrow(joint, Table("rope", 0), frame) is narrow(joint, Table("rope", 0), frame)
     frame.text_first = False
     frame.narrowed.clear()
-    assert _narrow(joint, Table("rope", 0), frame).flatten().tolist() == [0, 3, 5, 6]
-    assert _narrow(joint, Table("rope", 0, ndim=3), frame) is joint
+    assert narrow(joint, Table("rope", 0), frame).flatten().tolist() == [0, 3, 5, 6]
+    assert narrow(joint, Table("rope", 0, ndim=3), frame) is joint
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -193,8 +193,8 @@ def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
     off = kv.KVLock(network.denoiser, source=source, mask=mask, policy=kv.Constant(lock=0.0), composite=True)
     plain = off.sample("euler", latents * sigmas[0], sigmas, extra_args=network.extra_args)
     effect = (plain - results[0]).abs().max()
-    for narrow in results[1:]:
-        assert (narrow - results[0]).abs().max() < 0.01 * effect
+    for fewer in results[1:]:
+        assert (fewer - results[0]).abs().max() < 0.01 * effect
 
 
 class ByHand:

@@ -62,14 +62,14 @@ def _without_source(
     missing = sites - frame.fired
     rows, edit = frame.rows, frame.rows - frame.batch
     here = frame.mode == "lockstep" and edit > 0 and missing <= inside
-    if not here or _ambiguous(rows, frame) or not _is_plain(given) or not may_end(block):
+    if not here or ambiguous(rows, frame) or not is_plain(given) or not may_end(block):
         return call(*given[0], **given[1])
     try:
-        if missing and not _captured(call, _cut(given, rows, slice(edit, rows)), sites, frame):
+        if missing and not _captured(call, cut(given, rows, slice(edit, rows)), sites, frame):
             frame.mode = "lockstep"
             return call(*given[0], **given[1])
         frame.mode = "inject"
-        args, kwargs = _cut(given, rows, slice(0, edit))
+        args, kwargs = cut(given, rows, slice(0, edit))
         return _padded(call(*args, **kwargs), edit, rows)
     finally:
         frame.mode = "lockstep"
@@ -91,26 +91,26 @@ def _captured(call: Callable[..., Any], given: Any, sites: frozenset[str], frame
     return False
 
 
-def _ambiguous(rows: int, frame: Frame) -> bool:
+def ambiguous(rows: int, frame: Frame) -> bool:
     """Whether something else may be as long: a table of positions, of all tokens or along one axis."""
     tokens, text = frame.ratio.shape[1], frame.text or 0
     return rows in (*(frame.grid or ()), tokens, text, tokens + text)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether `_cut` can look into it: an object might hold rows of its own."""
+def is_plain(value: Any) -> bool:
+    """Whether `cut` can look into it: an object might hold rows of its own."""
     if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
+        return all(map(is_plain, value.values()))
+    return all(map(is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
 
 
-def _cut(value: Any, rows: int, part: slice) -> Any:
+def cut(value: Any, rows: int, part: slice) -> Any:
     """Some of the rows, of every tensor that has one entry for each."""
     if isinstance(value, Tensor):
         return value[part] if value.ndim > 1 and len(value) == rows else value
     if isinstance(value, dict):
-        return {name: _cut(each, rows, part) for name, each in value.items()}
-    return _rebuilt(value, lambda each: _cut(each, rows, part))
+        return {name: cut(each, rows, part) for name, each in value.items()}
+    return rebuilt(value, lambda each: cut(each, rows, part))
 
 
 def _padded(value: Any, edit: int, rows: int) -> Any:
@@ -119,10 +119,10 @@ def _padded(value: Any, edit: int, rows: int) -> Any:
         if not value.ndim or len(value) != edit:
             return value
         return torch.cat([value, value.new_zeros(rows - edit, *value.shape[1:])])
-    return _rebuilt(value, lambda each: _padded(each, edit, rows))
+    return rebuilt(value, lambda each: _padded(each, edit, rows))
 
 
-def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     """A tuple or list with each of its parts changed; anything else as it is."""
     if not isinstance(value, (tuple, list)):
         return value

@@ -209,14 +209,14 @@ def narrowing(network: nn.Module, blocks: list[nn.Module], flow: TokenFlow, fram
 
 
 def _enter(block: nn.Module, flow: TokenFlow, frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
-    bound = _signature(block).bind_partial(block, *args, **kwargs)
+    bound = signature(block).bind_partial(block, *args, **kwargs)
     given = bound.arguments
     for name in flow.tokens:
         if isinstance(given.get(name), Tensor) and given[name].shape[1] == frame.ratio.shape[1]:
             given[name] = given[name].index_select(1, frame.chosen.computed)
     for table in flow.tables:
         if given.get(table.name) is not None:
-            given[table.name] = _narrow(given[table.name], table, frame)
+            given[table.name] = narrow(given[table.name], table, frame)
     return bound.args[1:], bound.kwargs
 
 
@@ -228,37 +228,45 @@ def _leave(frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
     return (whole, *args[1:]), kwargs
 
 
-def _narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:
+def narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:
     """A table, or a tuple of them, for the computed tokens alone."""
     if isinstance(value, (tuple, list)):
         whole = table._replace(item=None)
         chosen = range(len(value)) if table.item is None else (table.item,)
-        return type(value)(_narrow(part, whole, frame) if i in chosen else part for i, part in enumerate(value))
-    tokens, text = frame.ratio.shape[1], frame.text or 0
+        return type(value)(narrow(part, whole, frame) if i in chosen else part for i, part in enumerate(value))
     if not isinstance(value, Tensor) or value.ndim <= table.axis or table.ndim not in (None, value.ndim):
-        return value
-    length = value.shape[table.axis]
-    if length == tokens:
-        first = 0
-    elif text and length == tokens + text:
-        first = text if frame.text_first else 0
-    else:
         return value
     known = frame.narrowed.get((id(value), table.axis))
     if known is None:
-        video = torch.arange(first, first + tokens, device=value.device)[frame.chosen.computed]
-        before = torch.arange(first, device=value.device)
-        after = torch.arange(first + tokens, length, device=value.device)
+        where = running(value.shape[table.axis], frame, value.device)
+        if where is None:
+            return value
         # The original is kept beside: as long as it lives its id is its own.
-        known = value, value.index_select(table.axis, torch.cat([before, video, after]))
+        known = value, value.index_select(table.axis, where)
         frame.narrowed[id(value), table.axis] = known
     return known[1]
+
+
+def running(length: int, frame: ForegroundFrame, device: torch.device) -> Tensor | None:
+    """Which positions of a sequence of this length are not left out: of the video's, or of it and the text. None where
+    it is neither.
+    """
+    tokens, text = frame.ratio.shape[1], frame.text or 0
+    if length == tokens:
+        return frame.chosen.computed
+    if not text or length != tokens + text:
+        return None
+    first = text if frame.text_first else 0
+    video = frame.chosen.computed + first
+    before = torch.arange(first, device=device)
+    after = torch.arange(first + tokens, length, device=device)
+    return torch.cat([before, video, after])
 
 
 _signatures: dict[type, inspect.Signature] = {}
 
 
-def _signature(module: nn.Module) -> inspect.Signature:
+def signature(module: nn.Module) -> inspect.Signature:
     # Of the class: offloading replaces the instance's forward, and may hide its signature.
     if type(module) not in _signatures:
         _signatures[type(module)] = inspect.signature(type(module).forward)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..types import SiteError
 from .backends import Rewrite, watching
+from .beside import side_by_side
 from .compiled import anything_compiled, refuses_to_stop, warn_uncompiled, without_compiler
 from .doors import Door, compiler_in_use, opened
 from .ending import end_if_seen, ending, may_end
@@ -127,7 +128,11 @@ class Hooks:
                 yield from narrowing(network, list(blocks), sites.flow, frame)
         if frame.mode == "lockstep" and sites.rows_first and not sites.rows_apart and not anything_compiled():
             for _, blocks in self._blocks:
-                yield from ending(frozenset().union(*blocks.values()), blocks, frame)
+                names = frozenset[str]().union(*blocks.values())
+                if isinstance(frame, ForegroundFrame) and sites.flow is not None:
+                    yield from side_by_side(names, blocks, sites.flow, frame)
+                else:
+                    yield from ending(names, blocks, frame)
         for site in sites.sites:
             yield Door(site.module, around=_watched(functools.partial(self._rewrite_site, site, frame)))
 
@@ -143,6 +148,10 @@ class Hooks:
     def _inside(self, block: nn.Module) -> frozenset[str]:
         parts = set(block.modules())
         return frozenset(site.name for site in self.sites.sites if site.module in parts)
+
+    def takes_both(self) -> bool:
+        """Whether a lockstep call may take the source on all tokens and the edit on some, see `beside.py`."""
+        return self.sites.rows_first and self.sites.narrows and all(map(may_end, self.sites.networks))
 
     def needed(self) -> frozenset[str] | None:
         """The sites after which a pass of the source has nothing more to tell; None where it must run to its end."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from .attention import Frame, Hooks
 from .attention.caches import StepCaches
-from .attention.ending import Ended
 from .attention.foreground import ForegroundFrame, SelectedFrame
 from .control import HostReads
 from .guidance import guide, guide_rescaled
@@ -99,17 +97,9 @@ class Call:
     def _captured(self, run: Callable[[], object]) -> Frame:
         """The source's K/V from a pass of its own."""
         frame = self._locking.frame("capture")
-        if self._source_is_first and self.hooks is not None:
-            frame.until = self.hooks.needed()
-        with suppress(Ended):
-            self._run(frame, run)
+        self._run(frame, run)
         self.passes += 1
         return frame
-
-    @property
-    def _source_is_first(self) -> bool:
-        """Whether the K/V of a source's pass are those of its first call of the network: it may make several."""
-        return True
 
     def _from_shelf(self, run: Callable[[], object], arguments: Mapping[str, Any]) -> Frame:
         """The source's K/V from the shelf, which is filled where it has none for this noise level."""
@@ -120,13 +110,23 @@ class Call:
         if level is None:
             frame = self._captured(run)
             assert isinstance(frame, SelectedFrame)
-            frame.keys = shelf.put(self.level, frame.store)
+            self._check_once(frame)
+            frame.keys = shelf.put(self.level, frame.latest())
             frame.store = {}
             return frame
         frame = self._locking.frame("inject")
         assert isinstance(frame, SelectedFrame)
         frame.keys = level
         return frame
+
+    def _check_once(self, frame: Frame) -> None:
+        """Raises SiteError where a bank, which keeps one pair of K/V per site, cannot serve."""
+        again = [site for site, times in frame.times.items() if times > 1]
+        if again and isinstance(self, OwnedCall):
+            raise SiteError(
+                f"site {again[0]!r} acts {frame.times[again[0]]} times in one evaluation; expected once: a bank keeps "
+                "one pair of keys and values for each.\n  Leave bank= away, or lock other layers: layers=[...]."
+            )
 
     def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
         """The branches alone, with the source's K/V of `kept` fused in; one after another where they cannot share."""
@@ -287,10 +287,6 @@ class GuidedCall(Call):
             return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
         finally:
             self._probing = False
-
-    @property
-    def _source_is_first(self) -> bool:
-        return self.branch is not None or ("cond" in self.arguments and "uncond" in self.arguments)
 
     def source_call(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Denoiser]:
         """What the source's own pass is called with, and of which denoiser."""

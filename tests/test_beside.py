@@ -82,7 +82,7 @@ def test_the_edit_is_that_of_the_dense_way(name, stored):
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2", "flux", "hunyuan-video", "wan-vace"])
 def test_guided_and_with_a_ring(name, stored):
-    made = network(name, grid=(2, 4, 5), clips=1)
+    made = network(name, grid=(4, 5, 6), clips=1)
     cond = made.extra_args["cond"]
     more = {"uncond": {k: v.flip(-1) if v.is_floating_point() else v for k, v in cond.items()}, "cond_scale": 3.0}
     out, step = evaluated(made, extra_args=more, ring=(1, 0.5))

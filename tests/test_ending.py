@@ -11,6 +11,7 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import ending
+from kvlock_sampling.compat import broken_torchvision_hidden
 from kvlock_sampling.testing import check_sites, random_network
 from kvlock_sampling.testing.networks import FAMILIES, wan
 from kvlock_sampling.testing.networks.base import Called, build, enliven
@@ -18,8 +19,8 @@ from kvlock_sampling.types import KVLockError, SiteError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 
-WHOLE = {"mochi", "qwen-image-edit-2511", "k-diffusion-v2"}
-"""Whose rows do not come first, or whose attention is computed row by row."""
+WHOLE = {"anyflow", "mochi", "qwen-image-edit-2511", "k-diffusion-v2"}
+"""Whose rows do not come first, or stand in a mapping, or whose attention is computed row by row."""
 
 
 @pytest.fixture(autouse=True)
@@ -105,29 +106,15 @@ def test_guided_rows_of_several_clips():
     torch.testing.assert_close(early, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [{"batched": False}, {"foreground": True, "composite": True}, {"bank": True}])
-def test_a_pass_of_the_source_is_broken_off_there(way):
+@pytest.mark.parametrize("way", [{"batched": False}, {"bank": True}])
+def test_a_pass_of_the_source_by_itself_is_whole(way):
+    """A wrapper around the network may have more to do after it than the lock can know."""
     made, network = deep(3)
     if "bank" in way:
         way = {"bank": kv.Bank(format=None)}
-    with rows_of(network.blocks[1].ffn) as middle, rows_of(network.blocks[2].ffn) as last:
-        early = evaluated(made, lock=1.0, **way)
-    assert (len(middle), len(last)) == (2, 1)
-    if "bank" in way:
-        way = {"bank": kv.Bank(format=None)}
-    handle = network.register_forward_hook(lambda *_: None)
     with rows_of(network.blocks[2].ffn) as last:
-        whole = evaluated(made, lock=1.0, **way)
-    handle.remove()
-    assert len(last) == 2  # somebody looks at whole calls
-    torch.testing.assert_close(early, whole, rtol=0, atol=1e-6)
-
-
-def test_a_source_is_not_needed_beyond_the_last_locked_layer():
-    made, network = deep()
-    with rows_of(network.blocks[1].attn1.to_k) as inside, rows_of(network.blocks[2].attn1.to_k) as beyond:
-        evaluated(made, layers=[0, 1], batched=False)
-    assert (len(inside), len(beyond)) == (2, 1)
+        evaluated(made, lock=1.0, **way)
+    assert len(last) == 2
 
 
 class Guides(nn.Module):
@@ -179,18 +166,32 @@ def test_a_hook_inside_the_last_block_sees_whole_calls():
     assert seen == [4]
 
 
+def test_a_step_cache_that_was_taken_away_is_no_hook():
+    with broken_torchvision_hidden():
+        from diffusers.hooks import FirstBlockCacheConfig
+    _, network = deep(2)
+    network.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    assert not ending.may_end(network)
+    network.disable_cache()
+    assert ending.may_end(network)
+
+
 def test_what_cannot_be_cut_is_left_whole():
     class Rows:
         pass
 
-    assert ending.is_plain(((torch.ones(2), None, {"a": [1.0, "b", True]}), {"c": torch.float16}))
-    assert not ending.is_plain(((torch.ones(2), Rows()), {}))
+    plain = [torch.ones(4, 2), torch.ones(3), None, {}, [], (torch.ones(4, 2), "b", True), torch.float16]
+    assert all(ending.is_plain(each, 4) for each in plain)
+    others = [Rows(), torch.ones(4), [torch.ones(4, 2)], {"rows": torch.ones(4, 2)}, (1.0, 2.0, 3.0, 4.0), (Rows(),)]
+    assert not any(ending.is_plain(each, 4) for each in others)
     table = torch.ones(5, 3)
-    cut = ending.cut({"a": (torch.arange(8).view(4, 2), [table, 4]), "b": torch.ones(4)}, 4, slice(0, 3))
-    assert cut["a"][0].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert cut["a"][1][0] is table
-    assert cut["a"][1][1] == 4
-    assert len(cut["b"]) == 4  # four numbers need not be one for each row
+    args, kwargs = ending.cut_call(
+        (((torch.arange(8).view(4, 2), (table, 4)),), {"b": torch.ones(4, 1)}), 4, slice(0, 3)
+    )
+    assert args[0][0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert args[0][1][0] is table
+    assert args[0][1][1] == 4
+    assert len(kwargs["b"]) == 3
 
 
 @pytest.mark.parametrize("grid", [(4, 2, 3), (2, 4, 3), (2, 3, 4), (1, 2, 2)])
@@ -241,3 +242,96 @@ def test_a_wrong_declaration_is_told():
     made = random_network("qwen-image-edit-2511", grid=(3, 3, 5))
     with pytest.raises(SiteError, match="letting the source's rows leave after the last site fails"):
         check_sites(made.denoiser, made.x, made.extra_args, sites=replace(made.sites, rows_first=True), half=None)
+
+
+# -- networks that are called, or whose layers act, more than once -----------------------------------------------------
+
+
+def twice(made, how):
+    """A denoiser that calls its network twice, with other latents, in each evaluation."""
+    inner = made.denoiser
+    call = {"chained": lambda x, s, c: inner(inner(x, s, cond=c), s, cond=c),
+            "beside": lambda x, s, c: 0.5 * (inner(x, s, cond=c) + inner(x.flip(-1), s, cond=c))}[how]  # fmt: skip
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, sigma, cond):
+            return call(x, sigma, cond)
+
+    return made._replace(denoiser=Twice())
+
+
+def tied(made, network):
+    network.blocks[3] = network.blocks[2] = network.blocks[1]
+    return made._replace(sites=kv.find_sites(made.denoiser))
+
+
+def again(made, network):
+    """The last block's attention acts twice within the block."""
+    attention = network.blocks[3].attn1
+    forward = attention.forward
+    attention.forward = lambda x, *args, **kwargs: forward(forward(x, *args, **kwargs), *args, **kwargs)
+    return made
+
+
+@pytest.mark.parametrize("how", ["chained", "beside", "tied", "again"])
+@pytest.mark.parametrize("way", [{}, {"batched": False}, {"foreground": True, "composite": True}])
+def test_what_acts_again_is_locked_again(how, way):
+    made, network = deep(4)
+    made = twice(made, how) if how in ("chained", "beside") else {"tied": tied, "again": again}[how](made, network)
+    whole = {**way, "foreground": False, "batched": True, "sites": replace(made.sites, rows_first=False)}
+    dense = evaluated(made, lock=1.0, **whole)
+    out = evaluated(made, lock=1.0, **way)
+    torch.testing.assert_close(out, dense, rtol=0, atol=2e-5 * float(dense.std()))
+    off = evaluated(made, lock=0.0, **{k: v for k, v in way.items() if k == "composite"})
+    assert (off - dense).abs().max() > 0.01
+
+
+def test_a_bank_refuses_what_acts_again():
+    made = twice(deep(2)[0], "beside")
+    with pytest.raises(SiteError, match="acts 2 times in one evaluation; expected once"):
+        evaluated(made, lock=1.0, bank=kv.Bank(format=None))
+
+
+def test_a_weaker_look_of_a_model_that_guides_itself_is_locked_to_the_sources_weaker_look():
+    made, _ = deep(3)
+
+    class Auto(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = made.denoiser
+
+        def forward(self, x, sigma, cond, uncond=None, cond_scale=1.0):
+            weak = self.inner(0.9 * x, sigma, cond=uncond or cond)
+            return weak + cond_scale * (self.inner(x, sigma, cond=cond) - weak)
+
+    text = {"text": made.extra_args["cond"]["text"].flip(0)}
+    own = made._replace(denoiser=Auto(), extra_args={**made.extra_args, "uncond": text, "cond_scale": 2.0})
+    own = own._replace(sites=kv.find_sites(own.denoiser))
+    # Locked in full to what it is itself, under its own prompt, every look is what it was.
+    generator = torch.Generator().manual_seed(1)
+    source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
+    x = source + noise
+    arguments = {**own.extra_args, "uncond": own.extra_args["cond"]}
+    plain = own.denoiser(x, torch.ones(2), **arguments)
+    mask = torch.zeros_like(x[:, :1])
+    mask[..., :4] = 1
+    with kv.KVLock(
+        own.denoiser, policy=kv.Constant(lock=1.0), source=source, noise=noise, mask=mask, composite=False
+    ) as lock:
+        out = lock(x, torch.ones(2), **arguments)
+    torch.testing.assert_close(out, plain, rtol=0, atol=1e-4)
+
+
+def test_gradients_do_not_meet_rows_without_a_direction():
+    made, network = deep(2)
+    norm = network.norm_out.forward
+    network.norm_out.forward = lambda x, *args, **kwargs: norm(x / x.norm(dim=-1, keepdim=True), *args, **kwargs)
+    network.proj_out.weight.requires_grad_()
+    for way in ({}, {"foreground": True, "composite": True}):
+        network.proj_out.weight.grad = None
+        evaluated(made, lock=1.0, **way).square().sum().backward()
+        assert network.proj_out.weight.grad.isfinite().all()

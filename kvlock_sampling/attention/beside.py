@@ -3,7 +3,7 @@
 Each block is called twice: for the source's rows, then, at the computed tokens alone, for the edit's, with the source's
 K/V of this one block. So no more than one layer's are ever kept, where a pass of the source by itself keeps all layers'
 for the edit's pass: at full depth several times the memory of an evaluation. Between the blocks the rows are together
-again, with zeros where nothing was computed.
+again, with copies of others where nothing was computed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..rows import NotBatchable
 from .doors import Door
-from .ending import Ended, ambiguous, cut, is_plain, rebuilt
-from .foreground import ForegroundFrame, TokenFlow, narrow, running, signature
+from .ending import Ended, ambiguous, containers, cut_call, is_plain, plain_call, rebuilt
+from .foreground import ForegroundFrame, TokenFlow, narrow, running, scattered, signature
+from .frame import Repeats
 
 
 def side_by_side(
@@ -27,13 +29,14 @@ def side_by_side(
 
     The call raises NotBatchable, before its first block has run, where rows cannot be told from other things.
     """
-    for block in blocks:
-        yield Door(block, around=partial(_both, block, sites, flow, frame))
+    for block, inside in blocks.items():
+        yield Door(block, around=partial(_both, block, sites, inside, flow, frame))
 
 
 def _both(
     block: nn.Module,
     sites: frozenset[str],
+    inside: frozenset[str],
     flow: TokenFlow,
     frame: ForegroundFrame,
     call: Callable[..., Any],
@@ -45,12 +48,17 @@ def _both(
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
     edit = rows - frame.batch
     _check(rows, edit, given, frame)
+    if sites <= frame.fired and inside:
+        raise Repeats
+    empty = containers((*given[0], *given[1].values()))
     try:
         source = None
         if not sites <= frame.fired:
             frame.mode, frame.until = "capture", sites
-            source = _run(call, cut(given, rows, slice(edit, rows)))
-        frame.mode, frame.until = "inject", None
+            frame.times.clear()
+            source = _run(call, cut_call(given, rows, slice(edit, rows)))
+        frame.mode, frame.until, frame.partial = "inject", None, True
+        frame.times.clear()
         for name in flow.tokens:
             part = bound.arguments.get(name)
             if isinstance(part, Tensor) and (where := running(part.shape[1], frame, part.device)) is not None:
@@ -60,12 +68,14 @@ def _both(
                 bound.arguments[table.name] = narrow(bound.arguments[table.name], table, frame)
         # Tables are the same objects in every block; what is cut from them for this one is not to be remembered.
         known = dict(frame.narrowed)
-        args, kwargs = cut((bound.args[1:], bound.kwargs), rows, slice(0, edit))
+        args, kwargs = cut_call((bound.args[1:], bound.kwargs), rows, slice(0, edit))
         changed = call(*args, **kwargs)
         frame.narrowed = known
+        if any(empty) or not is_plain(changed, -1):
+            raise NotBatchable  # it hands results on by another way than its output
         return _together(changed, source, rows, frame)
     finally:
-        frame.mode, frame.until = "lockstep", None
+        frame.mode, frame.until, frame.partial = "lockstep", None, False
         frame.store.clear()
 
 
@@ -80,13 +90,14 @@ def _run(call: Callable[..., Any], given: Any) -> Any:
 def _check(rows: int, edit: int, given: Any, frame: ForegroundFrame) -> None:
     computed, text = len(frame.chosen.computed), frame.text or 0
     chunks = edit > 0 and rows % frame.batch == 0
-    told_apart = not ambiguous(rows, frame) and rows not in (computed, computed + text) and computed != text
-    if not (chunks and told_apart and is_plain(given)):
+    counts = {computed, computed + text}
+    told_apart = not ambiguous(rows, edit, frame) and not counts & {rows, edit} and computed != text
+    if not (chunks and told_apart and plain_call(given, rows)):
         raise NotBatchable
 
 
 def _together(changed: Any, source: Any, rows: int, frame: ForegroundFrame) -> Any:
-    """The edit's output and the source's as that of all rows, zeros where there is none."""
+    """The edit's output and the source's as that of all rows, copies where there is none."""
     if not isinstance(changed, Tensor):
         parts = iter(source) if isinstance(source, (tuple, list)) else None
         return rebuilt(changed, lambda each: _together(each, None if parts is None else next(parts), rows, frame))
@@ -94,15 +105,9 @@ def _together(changed: Any, source: Any, rows: int, frame: ForegroundFrame) -> A
     if changed.ndim < 2 or len(changed) != edit:
         return changed
     length = _whole_length(changed.shape[1], frame) if source is None else source.shape[1]
-    whole = changed.new_zeros(rows, length, *changed.shape[2:])
     where = None if length == changed.shape[1] else running(length, frame, changed.device)
-    if where is None:
-        whole[:edit] = changed
-    else:
-        whole[:edit].index_copy_(1, where, changed)
-    if source is not None:
-        whole[edit:] = source
-    return whole
+    whole = changed if where is None else scattered(changed, where, length)
+    return torch.cat([whole, whole[: rows - edit].detach() if source is None else source])
 
 
 def _whole_length(length: int, frame: ForegroundFrame) -> int:

@@ -1,11 +1,12 @@
 """The source is computed as far as it is needed: nothing of it matters after its last keys and values.
 
-A pass of the source by itself is broken off there, by an exception. Where the source rides as rows of the edit's call,
-the block with the last site is called twice: for the source's rows alone, as far as their keys and values, and for the
-edit's rows with those fused in. That block and those after it return zeros for the source.
+Where the source rides as rows of the edit's call, the block with the last site is called twice: for the source's rows
+alone, as far as their keys and values, and for the edit's rows with those fused in. That block and those after it
+return copies of the edit's rows for the source. It saves the source most of its last layer: half of its cost in a
+network of two layers, a thirtieth of it in one of thirty, and half again where only the earlier half of the layers is
+locked.
 
-Both save the source most of its last layer: half of its cost in a network of two layers, a thirtieth of it in one of
-thirty, and half again where only the earlier half of the layers is locked.
+Should a site act once more after that, the call is made again, whole, and so are those that follow: see `Repeats`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..rows import NotBatchable
 from .compiled import anything_compiled
 from .doors import Door
-from .frame import Frame
+from .frame import Frame, Repeats
 
 _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, type(None))
 
@@ -53,7 +55,13 @@ def may_end(module: nn.Module) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     own = module.__dict__
-    return bool(module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or own.get("_diffusers_hook"))
+    registry = own.get("_diffusers_hook")  # stays when its hooks are taken away
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or own.get("_hf_hook")
+        or (registry is not None and getattr(registry, "hooks", True))
+    )
 
 
 def _without_source(
@@ -62,17 +70,24 @@ def _without_source(
     missing = sites - frame.fired
     rows, edit = frame.rows, frame.rows - frame.batch
     here = frame.mode == "lockstep" and edit > 0 and missing <= inside
-    if not here or ambiguous(rows, frame) or not is_plain(given) or not may_end(block):
+    if not here or ambiguous(rows, edit, frame) or not plain_call(given, rows) or not may_end(block):
         return call(*given[0], **given[1])
+    if inside and not missing:
+        raise Repeats
+    empty = containers((*given[0], *given[1].values()))
     try:
-        if missing and not _captured(call, cut(given, rows, slice(edit, rows)), sites, frame):
+        if missing and not _captured(call, cut_call(given, rows, slice(edit, rows)), sites, frame):
             frame.mode = "lockstep"
             return call(*given[0], **given[1])
-        frame.mode = "inject"
-        args, kwargs = cut(given, rows, slice(0, edit))
-        return _padded(call(*args, **kwargs), edit, rows)
+        frame.mode, frame.partial = "inject", True
+        frame.times.clear()
+        args, kwargs = cut_call(given, rows, slice(0, edit))
+        out = call(*args, **kwargs)
+        if any(empty) or not is_plain(out, -1):
+            raise NotBatchable  # it hands results on by another way than its output
+        return _padded(out, edit, rows)
     finally:
-        frame.mode = "lockstep"
+        frame.mode, frame.partial = "lockstep", False
         frame.store.clear()
 
 
@@ -80,6 +95,7 @@ def _captured(call: Callable[..., Any], given: Any, sites: frozenset[str], frame
     """The source's K/V at the sites that are still missing; False where one of them did not act."""
     before = set(frame.fired)
     frame.mode, frame.until = "capture", sites
+    frame.times.clear()
     try:
         call(*given[0], **given[1])
     except Ended:
@@ -91,40 +107,63 @@ def _captured(call: Callable[..., Any], given: Any, sites: frozenset[str], frame
     return False
 
 
-def ambiguous(rows: int, frame: Frame) -> bool:
+def ambiguous(rows: int, edit: int, frame: Frame) -> bool:
     """Whether something else may be as long: a table of positions, of all tokens or along one axis."""
     tokens, text = frame.ratio.shape[1], frame.text or 0
-    return rows in (*(frame.grid or ()), tokens, text, tokens + text)
+    return bool({rows, edit} & {*(frame.grid or ()), tokens, text, tokens + text})
 
 
-def is_plain(value: Any) -> bool:
-    """Whether `cut` can look into it: an object might hold rows of its own."""
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return all(map(is_plain, value)) if isinstance(value, (tuple, list)) else isinstance(value, _PLAIN)
+def plain_call(given: Any, rows: int) -> bool:
+    """Whether the rows of a block's arguments can be told, see `is_plain`."""
+    return all(is_plain(each, rows) for each in (*given[0], *given[1].values()))
+
+
+def cut_call(given: Any, rows: int, part: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments for some of the rows."""
+    args, kwargs = given
+    return tuple(cut(a, rows, part) for a in args), {name: cut(a, rows, part) for name, a in kwargs.items()}
+
+
+def is_plain(value: Any, rows: int) -> bool:
+    """Whether `cut` can tell a block's rows: not inside an object, nor where there is one number for each. What a block
+    may write to, lists and dicts, must be empty, and stay so.
+    """
+    if isinstance(value, (list, dict)):
+        return not value
+    if isinstance(value, tuple):
+        numbers = len(value) == rows and not all(isinstance(each, (Tensor, tuple, dict)) for each in value)
+        return not numbers and all(is_plain(each, rows) for each in value)
+    if isinstance(value, Tensor):
+        return value.ndim != 1 or len(value) != rows
+    return isinstance(value, _PLAIN)
+
+
+def containers(value: Any) -> list[Any]:
+    """The lists and dicts in it."""
+    if isinstance(value, tuple):
+        return [found for each in value for found in containers(each)]
+    return [value] if isinstance(value, (list, dict)) else []
 
 
 def cut(value: Any, rows: int, part: slice) -> Any:
     """Some of the rows, of every tensor that has one entry for each."""
     if isinstance(value, Tensor):
         return value[part] if value.ndim > 1 and len(value) == rows else value
-    if isinstance(value, dict):
-        return {name: cut(each, rows, part) for name, each in value.items()}
     return rebuilt(value, lambda each: cut(each, rows, part))
 
 
 def _padded(value: Any, edit: int, rows: int) -> Any:
-    """The output with zeros for the source: what comes after the blocks still counts on all rows."""
+    """The output with some of its rows once more, for the source: what comes after the blocks still counts on all."""
     if isinstance(value, Tensor):
         if not value.ndim or len(value) != edit:
             return value
-        return torch.cat([value, value.new_zeros(rows - edit, *value.shape[1:])])
+        return torch.cat([value, value[: rows - edit].detach()])
     return rebuilt(value, lambda each: _padded(each, edit, rows))
 
 
 def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A tuple or list with each of its parts changed; anything else as it is."""
-    if not isinstance(value, (tuple, list)):
+    """A tuple with each of its parts changed; anything else as it is."""
+    if not isinstance(value, tuple):
         return value
     parts = map(change, value)
     return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)

@@ -109,17 +109,17 @@ class SelectedFrame(Frame):
     def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
         """See `Frame.process`."""
         if self.mode == "capture":
-            super().process(site, key, value, start, ratio)
-            whole_key, whole_value = self.store[site]
-            where = self.chosen.stored
-            self.store[site] = whole_key.index_select(-2, where), whole_value.index_select(-2, where)
-            return key, value
+            return super().process(site, key, value, start, ratio)
         keys: Keys = self.store if self.keys is None else self.keys
-        if site not in keys:
+        name = self._kept(site, keys)
+        if name is None:
             return self._missing(site, key, value)
         self.fired.add(site)
-        source_key, source_value = keys.get(site)
+        source_key, source_value = keys.get(name)
         return self._joined(key, source_key, start), self._joined(value, source_value, start)
+
+    def _selected(self, source: Tensor) -> Tensor:
+        return source.index_select(-2, self.chosen.stored)
 
     def _missing(self, site: str, key: Tensor, value: Tensor) -> KeyValue:
         return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
@@ -223,9 +223,16 @@ def _enter(block: nn.Module, flow: TokenFlow, frame: ForegroundFrame, args: Any,
 def _leave(frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
     if args[0].shape[1] == frame.ratio.shape[1]:
         return args, kwargs
-    whole = args[0].new_zeros(len(args[0]), frame.ratio.shape[1], *args[0].shape[2:])
-    whole[:, frame.chosen.computed] = args[0]
-    return (whole, *args[1:]), kwargs
+    return (scattered(args[0], frame.chosen.computed, frame.ratio.shape[1]), *args[1:]), kwargs
+
+
+def scattered(tokens: Tensor, where: Tensor, length: int) -> Tensor:
+    """Tokens (rows, some, ...) at these places of `length`. The others are filled with one that is there: zeros, which
+    nobody looks at either, have no direction, and a norm would make the gradients of everything NaN.
+    """
+    whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
+    whole.index_copy_(1, where, tokens)
+    return whole
 
 
 def narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:

@@ -9,14 +9,21 @@ Rows come in chunks of `batch` clips, e.g. [uncond, cond] or [uncond, cond, sour
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
+from ..rows import NotBatchable
 from ..types import SiteError
 from .fuse import fuse_chunks, fuse_chunks_
 from .grid import coarser
+
+
+class Repeats(NotBatchable):
+    """A site acts again, after the source has left the call."""
+
 
 Mode = Literal["lockstep", "capture", "inject"]
 KeyValue = tuple[Tensor, Tensor]
@@ -26,7 +33,9 @@ KeyValue = tuple[Tensor, Tensor]
 class Frame:
     """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
     (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known, and
-    `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`.
+    `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`: what is
+    kept of it is `partial`. `times` counts how often a site has acted in this call; K/V of a site that acts several
+    times, in a model that calls its network twice, say, are kept apart.
     """
 
     mode: Mode
@@ -38,6 +47,8 @@ class Frame:
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     until: frozenset[str] | None = None
     rows: int = 0
+    partial: bool = False
+    times: dict[str, int] = field(default_factory=dict)
     _coarser: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -78,12 +89,14 @@ class Frame:
         if self.mode == "capture":
             # Whatever chunks a guided denoiser makes of the source, they hold the same prompt: the last one serves.
             self.fired.add(site)
-            self.store[site] = (key[-batch:, ..., video, :], value[-batch:, ..., video, :])
+            kept = self._selected(key[-batch:, ..., video, :]), self._selected(value[-batch:, ..., video, :])
+            self.store[self._named(site)] = kept
             return key, value
         if self.mode == "inject":
-            if site not in self.store:
+            name = self._kept(site, self.store)
+            if name is None:
                 return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
-            source_key, source_value = self.store[site]
+            source_key, source_value = self.store[name]
             edit_rows = rows
         else:
             source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
@@ -93,6 +106,35 @@ class Frame:
             _fuse_rows(key, source_key, ratio, video, edit_rows),
             _fuse_rows(value, source_value, ratio, video, edit_rows),
         )
+
+    def _selected(self, source: Tensor) -> Tensor:
+        """Of the source's keys or values what is kept."""
+        return source
+
+    def _named(self, site: str) -> str:
+        """The name of a site's K/V, this time that it acts."""
+        count = self.times.get(site, 0)
+        self.times[site] = count + 1
+        return f"{site}#{count}" if count else site
+
+    def _kept(self, site: str, keys: Container[str]) -> str | None:
+        """The name under which the K/V for this time are kept; None: the site never acted in the source's pass.
+
+        Where it acted less often there, as of a single branch, the last ones serve the rest.
+
+        Raises:
+            Repeats: the source was only followed until the site had acted once.
+        """
+        count = self.times.get(site, 0)
+        name = self._named(site)
+        if name not in keys and site in keys and self.partial:
+            raise Repeats
+        names = (name, *(f"{site}#{n}" for n in range(count - 1, 0, -1)), site)
+        return next((n for n in names if n in keys), None)
+
+    def latest(self) -> dict[str, KeyValue]:
+        """What is kept, under the sites' own names: of those that acted several times the last."""
+        return {name.partition("#")[0]: kept for name, kept in self.store.items()}
 
     def process_row(self, site: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
         """The same where attention is called for each row by itself: this is row `index` of the batch."""

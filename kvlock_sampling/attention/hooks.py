@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..rows import NotBatchable
 from ..types import SiteError
 from .backends import Rewrite, watching
 from .beside import side_by_side
@@ -39,6 +40,7 @@ class Hooks:
         self.sites = sites
         self._worked = False
         self._uncompiled = False
+        self._whole = False
 
     def acting(self, frame: Frame, call: Callable[[], T]) -> T:
         """Make a call of the model on which the sites act.
@@ -87,8 +89,12 @@ class Hooks:
         Raises:
             SiteError: on leaving, if no site has fired in the whole run: the model never reached one.
         """
-        with opened(self._doors(frame)):
-            yield frame
+        try:
+            with opened(self._doors(frame)):
+                yield frame
+        except NotBatchable:
+            self._whole = True  # so it is with the next call, too
+            raise
         self._worked = self._worked or bool(frame.fired)
         if not self._worked:
             raise SiteError(self._never_fired(frame))
@@ -126,7 +132,11 @@ class Hooks:
         if isinstance(frame, ForegroundFrame) and frame.mode == "inject" and sites.flow is not None:
             for network, blocks in self._blocks:
                 yield from narrowing(network, list(blocks), sites.flow, frame)
-        if frame.mode == "lockstep" and sites.rows_first and not sites.rows_apart and not anything_compiled():
+        if (
+            frame.mode == "lockstep"
+            and sites.rows_first
+            and not (sites.rows_apart or self._whole or anything_compiled())
+        ):
             for _, blocks in self._blocks:
                 names = frozenset[str]().union(*blocks.values())
                 if isinstance(frame, ForegroundFrame) and sites.flow is not None:
@@ -151,14 +161,9 @@ class Hooks:
 
     def takes_both(self) -> bool:
         """Whether a lockstep call may take the source on all tokens and the edit on some, see `beside.py`."""
-        return self.sites.rows_first and self.sites.narrows and all(map(may_end, self.sites.networks))
-
-    def needed(self) -> frozenset[str] | None:
-        """The sites after which a pass of the source has nothing more to tell; None where it must run to its end."""
-        sites = self.sites
-        if len(sites.networks) != 1 or sites.watch is not None or sites.rows_apart or not may_end(sites.networks[0]):
-            return None
-        return frozenset(site.name for site in sites.sites)
+        return (
+            self.sites.rows_first and self.sites.narrows and not self._whole and all(map(may_end, self.sites.networks))
+        )
 
     def _counting_text(self, frame: Frame, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has: its sequences hold them beside the video's."""

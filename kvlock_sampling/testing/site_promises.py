@@ -143,7 +143,16 @@ class Promises:
             raise SiteError(
                 f"letting the source's rows leave after the last site fails: {str(error).splitlines()[0]}\n  {advice}"
             ) from error
-        self._close(early, whole, "letting the source's rows leave after the last site changed the edit", advice)
+        what = "letting the source's rows leave after the last site changed the edit"
+        self._close(early, whole, what, advice)
+        if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
+            # One clip, guided: three rows, of which what there are three of, say axes, could be taken for.
+            more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0}
+            with self._lock(Constant(lock=0.6), 0, sites=replace(self.sites, rows_first=False)) as lock:
+                whole = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
+            with self._lock(Constant(lock=0.6), 0) as lock:
+                early = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
+            self._close(early, whole, what, advice)
 
     def _off(self) -> None:
         advice = "A hook changes the model where it should do nothing: is the forward of a site called twice?"

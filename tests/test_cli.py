@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -259,6 +260,17 @@ def test_a_bank_keeps_to_its_size(kvlock: Kvlock, folder: Path) -> None:
     assert "disk limit 300 kB" in plain(result.output)
     kept = sum(path.stat().st_size for path in folder.glob("kv-bank/*/*"))
     assert 0 < kept <= 300_000
+
+
+@pytest.mark.parametrize("where", [{}, {"bank": "kv-bank"}])
+def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: dict[str, object]) -> None:
+    words = edit_words(policy="fast", steps=4, **where)
+    first, second = plain(kvlock(*words).output), plain(kvlock(*words).output)
+    assert "Everything fits in memory" in first
+    promised = "the next edit of this clip needs no source pass" in first
+    passes = [int(re.findall(r"(\d+) model passes", said)[0]) for said in (first, second)]
+    assert promised == (passes[1] < passes[0]) == bool(where)
+    assert ("--bank DIR" in first) == (not where)
 
 
 def test_an_edit_never_replaces_its_own_clip(kvlock: Kvlock, folder: Path) -> None:

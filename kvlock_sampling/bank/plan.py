@@ -74,19 +74,23 @@ class Plan:
         if self.directory and self.on_disk < self.levels:
             return self._too_much_for_the_disk()
         held = self.in_memory
-        if held == self.levels:
-            return "Everything fits in memory: the next edit of this clip needs no source pass."
+        if self.directory and held == self.levels:
+            return "Everything fits in memory, and on disk: the next edit of this clip needs no source pass."
         if self.directory:
             return (
                 f"{held} of {self.levels} levels fit in memory, all of them on disk, {readable(self.total)}: the next "
                 "edit of this clip needs no source pass."
             )
+        beyond = (
+            "for the next edit of this clip without a source pass give the bank a directory "
+            '(bank=Bank("DIR"), --bank DIR).'
+        )
+        if held == self.levels:
+            # An object in memory: another Bank, and so another process, starts empty.
+            return f"Everything fits in memory, for this run and others with this Bank; beyond them, {beyond}"
         if held:
             enough = "enough for one run" if held > 1 else "enough for one run, but two serve it better (interpolate)"
-            return (
-                f"{held} of {self.levels} levels fit in memory: {enough}; for the next edit of this clip without a "
-                "source pass give the bank a directory."
-            )
+            return f"{held} of {self.levels} levels fit in memory: {enough}; {beyond}"
         smaller = next((f for f in ("bf16", "int8") if self._fitting(self.per_level_as(f))), None)
         advice = f'format="{smaller}"' if smaller else "fewer layers=..."
         return f"Not one level fits in memory: raise the budget, use {advice}, or give the bank a directory."

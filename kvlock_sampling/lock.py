@@ -82,6 +82,8 @@ class KVLock(StandIn):
 
     Raises:
         SourceError, MaskError, PolicyError, EstimatorError, SiteError: at construction, wherever that is possible.
+            Without a source a Constant that locks is refused there; of any other policy only the run shows that it
+            asks for a lock, and the first evaluation that would have to be locked raises SourceError.
         RunError: a lock around a lock, a `scale_arg` that the model does not take; a call outside the `with` block.
         KVLockError: the base of all these; a switch that is neither True nor False.
     """
@@ -129,6 +131,7 @@ class KVLock(StandIn):
         if source is None:
             about_source = {"source_args": source_args, "noise": noise, "sites": sites, "layers": layers}
             options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground, bank=bank)
+            options.check_needs_no_lock(self.policy)
         if source is not None and mask is None:
             raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
         self.source = None if source is None else Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
@@ -193,10 +196,9 @@ class KVLock(StandIn):
     def __exit__(self, *error: Any) -> None:
         run = self._run()
         self._local.runs.pop().stack.close()
-        last = run.timeline.last
-        waited = self.policy.uses_risk and last is not None and not last.measured
-        if error[0] is None and waited and len(run.trace) > 2:  # one or two are no run: many estimators need a second
-            options.tell_never_measured(self.policy, self.estimator, len(run.trace))
+        # One evaluation or two are no run: many estimators need a second.
+        if error[0] is None and self.policy.uses_risk and run.waited > 2:
+            options.tell_never_measured(self.policy, self.estimator, run.waited)
 
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
         """One run in one line: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`, the schedule known."""
@@ -304,7 +306,7 @@ class KVLock(StandIn):
 
         if not run.trace.steps and self.scale_arg is None and after.cfg_scale is None:
             options.tell_unguided(extra_args)
-        run.timeline.append(level, after)
+        run.advance(level, after)
         acted = used if isinstance(call, GuidedCall) else scale if "uncond" in extra_args else 1.0
         step = StepInfo(
             call=len(run.trace),
@@ -363,10 +365,7 @@ class KVLock(StandIn):
         """The source at this noise level, and which tokens take how much of it."""
         locker = self.locker
         if lock.active and locker is None and not self._nothing_left:
-            raise SourceError(
-                f"the policy {self.policy!r} asks for lock {lock.high:.3g}, but there is nothing to lock to.\n"
-                "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
-            )
+            raise options.nothing_to_lock_to(self.policy, lock.high)
         locking = None
         if locker is not None:
             if run.noise is None and own > 0:

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from .policy import Policy
+from .policy import Constant, Policy
+from .presets import Preset
 from .types import EstimatorError, KVLockError, PolicyError, RunError, SourceError
 from .variance import Estimator
 
@@ -95,6 +96,26 @@ def check_needs_source(**given: Any) -> None:
         )
 
 
+def nothing_to_lock_to(policy: Policy, lock: float) -> SourceError:
+    """The error of a policy that asks for `lock`, in (0, 1], where there is no source."""
+    bare = "policy.policy" if isinstance(policy, Preset) else "policy"  # a Preset cannot be wrapped
+    return SourceError(
+        f"the policy {policy!r} asks for lock {lock:.3g}, but there is nothing to lock to.\n"
+        f"  Pass source=latents, mask=mask, or forbid locking: Clamped({bare}, lock=(0.0, 0.0))."
+    )
+
+
+def check_needs_no_lock(policy: Policy) -> None:
+    """Raises SourceError, where there is no source, for a Constant that locks, from a preset or not.
+
+    Nothing else is certain before the run: an Early lock never acts in a run that begins below it, a Windowed one not
+    outside its window, and what reads risk may find none.
+    """
+    bare = policy.policy if isinstance(policy, Preset) else policy
+    if type(bare) is Constant and bare.lock > 0:  # a subclass may step otherwise
+        raise nothing_to_lock_to(policy, bare.lock)
+
+
 def check_branch(branch: Any, scale_arg: str | None) -> None:
     """Raises SourceError for the inner denoiser of a model that has none."""
     if branch is not None and scale_arg is None:
@@ -147,10 +168,11 @@ def tell_unguided(extra_args: Mapping[str, Any]) -> None:
 
 
 def tell_never_measured(policy: Policy, estimator: Any, evaluations: int) -> None:
-    """Warn of a run in which the policy waited for a measurement that never came."""
+    """Warn of a run in which the policy waited for a measurement that never came. evaluations: of that run."""
     _tell(
-        f"nothing was measured in {evaluations} evaluations, so {policy!r} was never asked: {estimator!r} did not "
-        "report. A gap needs uncond and a guidance other than 1; Sparse needs noise levels within the schedule."
+        f"nothing was measured in a run of {evaluations} evaluations, so {policy!r} never took a step in it: "
+        f"{estimator!r} did not report. A gap needs uncond and a guidance other than 1; Sparse needs noise levels "
+        "within the schedule."
     )
 
 

@@ -45,6 +45,18 @@ class Run:
         self.top = 0.0
         self.keeper: Keeper | None = None
         self.caches: StepCaches | None = None
+        self._evaluations, self._measured, self._waited = 0, False, 0
+
+    @property
+    def waited(self) -> int:
+        """Evaluations of the longest run in this block in which nothing was ever measured; 0 without such a run."""
+        return max(self._waited, 0 if self._measured else self._evaluations)
+
+    def advance(self, level: float, state: State) -> None:
+        """An evaluation at `level` is done, and leaves `state` for the next."""
+        self.timeline.append(level, state)
+        self._evaluations += 1
+        self._measured |= state.measured
 
     def begin(self, level: float, x: Tensor) -> None:
         """Called where nothing is remembered above `level`. From the top, or with other clips, a run begins anew and
@@ -55,14 +67,16 @@ class Run:
             or (self.noise is not None and self.noise.shape[1:] != x.shape[1:])
             or (self.noise is not None and len(self.noise) not in (1, len(x)))
         ):
-            self.noise = self.caches = None
-            if self.keeper is not None:
-                self.keeper.restart()
+            self._anew()
         self.top = max(self.top, level)
 
     def restart(self, schedule: Sequence[float]) -> None:
         """A sampler told its schedule: whatever came before in this block was another run."""
         self.schedule, self.timeline, self.top = schedule, Timeline(), 0.0
+        self._anew()
+
+    def _anew(self) -> None:
+        self._waited, self._evaluations, self._measured = self.waited, 0, False
         self.noise = self.caches = None
         if self.keeper is not None:
             self.keeper.restart()

@@ -206,7 +206,7 @@ def test_the_paper_preset_is_the_papers():
 def test_variance_control_without_a_source(setup):
     lock = kv.KVLock(setup.model, policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)))
     assert torch.isfinite(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)).all()
-    greedy = kv.KVLock(setup.model, policy=kv.Constant(1.0))
+    greedy = kv.KVLock(setup.model, policy=kv.Early(kv.Linear(), above=1e-3))
     with greedy, pytest.raises(SourceError, match=r"asks for lock 1, but there is nothing to lock to.*\n.*Clamped"):
         greedy(setup.x, setup.sigmas[:1], **setup.cfg)
 

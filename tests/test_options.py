@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -115,6 +116,24 @@ def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     assert told(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
 
+@pytest.mark.parametrize("policy", [HALF, "half", "full", "fast"])
+def test_a_constant_lock_without_a_source_is_refused_before_the_run(setup, policy):
+    with pytest.raises(SourceError, match=r"asks for lock (1|0\.5), but there is nothing to lock to.*\n.*") as error:
+        kv.KVLock(setup.model, mask=setup.mask, policy=policy)
+    policy = kv.load_policy(policy) if isinstance(policy, str) else policy
+    written = re.search(r"Clamped\(.*\)\)", str(error.value))
+    forbidden = eval(written[0], {"Clamped": kv.Clamped, "policy": policy})  # what the message says works
+    lock = kv.KVLock(setup.model, policy=forbidden)
+    assert torch.equal(euler(lock, setup), euler(kv.KVLock(setup.model, policy=OFF), setup))
+
+
+@pytest.mark.parametrize("policy", ["paper", "early", kv.Early(HALF, above=4.0), kv.Windowed(HALF, last=2)])
+def test_a_lock_that_only_the_run_can_show_is_told_there(setup, policy):
+    lock = kv.KVLock(setup.model, policy=policy)
+    with pytest.raises(SourceError, match="but there is nothing to lock to"):
+        euler(lock, setup)
+
+
 # under a policy that never locks, or never looks
 
 
@@ -146,13 +165,35 @@ def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn
 
 def test_a_run_in_which_nothing_could_be_measured_is_told(setup):
     gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
-    with pytest.warns(UserWarning, match=r"nothing was measured in 6 evaluations, so Sigmoid.*GuidanceGap"):
+    with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*GuidanceGap"):
         gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         euler(gap, setup)
         with gap:  # one evaluation is no run
             gap(setup.x, setup.sigmas[:1], cond=setup.cond)
+
+
+def runs(lock, setup, *lengths, told_schedule):
+    """Several runs in one block, each over the first noise levels; the sampler tells its schedule or does not."""
+    model = lock if told_schedule else lambda x, sigma, **args: lock(x, sigma, **args)
+    with lock:
+        for steps in lengths:
+            kv.samplers.euler(model, setup.x, setup.sigmas[: steps + 1], extra_args={"cond": setup.cond})
+
+
+@pytest.mark.parametrize("told_schedule", [True, False])
+def test_runs_of_one_block_are_looked_at_one_by_one(setup, told_schedule):
+    lock = setup.lock(policy="sigmoid")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs(lock, setup, 6, 1, told_schedule=told_schedule)  # the second is too short to measure in, the first is not
+        assert any(torch.isfinite(step.variance).all() for step in lock.trace)
+        runs(lock, setup, 1, 1, 1, told_schedule=told_schedule)
+        assert len(lock.trace) == 3
+    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
+    with pytest.warns(UserWarning, match="nothing was measured in a run of 5 evaluations"):
+        runs(gap, setup, 3, 5, 1, told_schedule=told_schedule)
 
 
 # beside a model that does its own guidance

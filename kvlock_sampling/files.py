@@ -6,7 +6,7 @@ import errno
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from .types import KVLockError
@@ -22,7 +22,7 @@ def atomic(
     which the temporary gets its name, a lock, say.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
@@ -30,6 +30,18 @@ def atomic(
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those it is in, also where another process removes an empty one at the same moment.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for _ in range(10):
+        with suppress(FileExistsError, FileNotFoundError):  # it was there, and is not any more
+            return folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

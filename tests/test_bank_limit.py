@@ -18,8 +18,9 @@ from banks import LEVEL_BYTES, SHAPE, SITES, contents, equal, key, run, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlock_sampling.bank import Bank, BankError, BankWarning, plan_for
+from kvlock_sampling.bank import Bank, BankError, BankWarning, own, plan_for
 from kvlock_sampling.bank import disk as module
+from kvlock_sampling.bank import file as file_module
 from kvlock_sampling.bank import folder as folder_module
 from kvlock_sampling.bank import shelf as shelf_module
 from kvlock_sampling.bank.format import pack
@@ -27,6 +28,7 @@ from kvlock_sampling.bank.incoming import describe
 
 SLACK = 4000  # headers and manifests
 SIGMAS = [8.0, 6.0, 4.0, 3.0, 2.0, 1.0]
+TEMPORARY = ".sigma-1.0000000000000000e+00.abcdef01.tmp.safetensors"
 
 
 def on_disk(folder):
@@ -199,8 +201,6 @@ def test_processes_on_one_directory_keep_it(tmp_path):
 
 def test_what_is_being_written_is_counted(tmp_path, monkeypatch):
     """The claim is there at full size before the first byte, so that nobody else takes the same room."""
-    from kvlock_sampling.bank import file as file_module
-
     real, seen = file_module._write, []
 
     def watched(out, part):
@@ -474,12 +474,11 @@ def test_what_killed_runs_left_goes_first(tmp_path):
     bank = bank_of(tmp_path, 2, keys=2)
     with bank.opened(key("a")) as a:
         run(a, [8.0])
-        left = a.directory / ".sigma-1.0.abcdef01.tmp.safetensors"
+        left = a.directory / TEMPORARY
         left.write_bytes(b"x" * FILE)
-    bare = tmp_path / ("e" * 32)
-    bare.mkdir()
-    (bare / "manifest.json").write_bytes(b"x" * MANIFEST)
-    long_ago = time.time() - module.STALE - 10
+    with bank.opened(key("c")) as c:  # killed between its manifest and its first level
+        bare = c.directory
+    long_ago = time.time() - own.STALE - 10
     for path in (left, bare / "manifest.json"):
         os.utime(path, (long_ago, long_ago))
     with bank.opened(key("b")) as b:
@@ -491,13 +490,63 @@ def test_what_killed_runs_left_goes_first(tmp_path):
 
 def test_what_others_are_writing_counts_and_stays(tmp_path):
     bank = bank_of(tmp_path, 2)
-    with bank.opened(key()) as shelf:
-        theirs = shelf.directory / ".sigma-1.0.abcdef01.tmp.safetensors"
+    with bank.opened(key()) as shelf, ExitStack() as until:
+        theirs = shelf.directory / TEMPORARY
         theirs.write_bytes(b"x" * FILE)
+        with open(theirs, "r+b") as out:
+            own.hold(out, until)
         with pytest.warns(BankWarning, match="nothing may"):
             run(shelf, [8.0, 4.0])
         assert levels(shelf) == [8.0]
     assert theirs.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_what_a_killed_writer_claimed_is_free_at_once(tmp_path):
+    bank = bank_of(tmp_path, 2)
+    with bank.opened(key()) as shelf:
+        left = shelf.directory / TEMPORARY
+        left.write_bytes(b"x" * FILE)  # a moment ago, and nobody has it locked
+        run(shelf, [8.0, 4.0])
+        assert levels(shelf) == [8.0, 4.0]
+    assert not left.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_claim_is_marked_until_it_has_its_name(tmp_path, monkeypatch, limited):
+    """While it is written, and also while it is renamed, when its writer has closed it."""
+    seen, real, write = [], os.replace, file_module._write
+
+    def look():
+        return [own.is_abandoned(tmp_path, f) for f in own.files_in(tmp_path) if f.name.startswith(".")]
+
+    monkeypatch.setattr(os, "replace", lambda *args: (seen.append(look()), real(*args)))
+    monkeypatch.setattr(file_module, "_write", lambda *args: (seen.append(look()), write(*args))[1])
+    bank = bank_of(tmp_path, 3) if limited else Bank(tmp_path, format=None)
+    with bank.opened(key()) as shelf:
+        shelf.put(8.0, store(8.0))
+    assert seen == [[False]] * len(seen)
+    assert len(seen) == 2 + 2 * len(SITES)  # a manifest and a level renamed, keys and values written
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+def test_where_files_have_no_locks_a_claim_stands_for_an_hour(tmp_path, monkeypatch):
+    def without(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(own.fcntl, "flock", without)
+    bank = bank_of(tmp_path, 2)
+    with bank.opened(key()) as shelf:
+        left = shelf.directory / TEMPORARY
+        left.write_bytes(b"x" * FILE)
+        with pytest.warns(BankWarning, match="nothing may"):
+            run(shelf, [8.0, 4.0])
+        assert left.exists()
+        os.utime(left, (time.time() - own.STALE - 10,) * 2)
+        assert run(shelf, [8.0, 4.0, 2.0]) == [2.0]
+        assert levels(shelf) == [8.0, 2.0]
+    assert not left.exists()
 
 
 def test_a_damaged_level_makes_room_for_its_successor(tmp_path, stack):

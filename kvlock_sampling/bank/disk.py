@@ -1,8 +1,10 @@
 """How much a bank's directory may hold. Room is made, and claimed, before anything is written.
 
-What counts are the bytes of the bank's own files, of all keys: levels, manifests and temporaries. Room is made by
-removing whole levels, see `Disk.writing`. A claim is the temporary file itself, made at its full size while the
-directory is locked (`flock` on DIR/.lock): every thread and process that looks next counts what is still being written.
+What counts are the bytes of files with the bank's names, of all keys: levels, manifests and temporaries. Room is made
+by removing whole levels, see `Disk.writing`, and only what is the bank's own, see `own`. A claim is the temporary file
+itself, made at its full size while the directory is locked (`flock` on DIR/.lock): every thread and process that looks
+next counts what is still being written. Its writer holds a lock on it, so that a killed writer's claim is known for
+one and removed at once; without locks (Windows, some network file systems) it stands for an hour.
 
 A level that is removed while another process, or another bank of this one, has it mapped stays readable there (Windows
 refuses to remove it, and the next one goes); the file system has its room back when the last of them lets go.
@@ -11,52 +13,25 @@ refuses to remove it, and the next one goes); the file system has its room back 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-from ..files import atomic
+from ..files import atomic, make_folder
+from .own import MANIFEST, File, files_in, files_of, has_manifest, hold, is_abandoned, is_own_level, names_in
 from .sizes import readable
 
 if sys.platform != "win32":
     import fcntl
 
-STALE = 3600.0
-"""Seconds after which a temporary file belongs to nobody."""
-
-MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"[0-9a-f]{32}")
-_LEVEL = re.compile(r"sigma-[\d.e+-]+\.safetensors")
-_TEMPORARY = re.compile(r"\..*\.tmp\..*")
-
 
 class NoRoom(Exception):  # noqa: N818 - a signal, the shelf decides what follows
     """The limit leaves no room, whatever may be removed is removed; the text says it in numbers."""
-
-
-class File(NamedTuple):
-    """A file of the bank as it was found: its folder's name and its own, bytes, and when it was last used."""
-
-    folder: str
-    name: str
-    size: int
-    used: int
-
-    @property
-    def is_level(self) -> bool:
-        """Whether it is a level; else a manifest or a temporary."""
-        return _LEVEL.fullmatch(self.name) is not None
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether it has not been touched for so long that nobody is writing it."""
-        return time.time() - self.used / 1e9 > STALE
 
 
 @dataclass
@@ -116,7 +91,7 @@ class Disk:
     @property
     def used(self) -> int:
         """Bytes of the bank's files now."""
-        return sum(file.size for file in self._files())
+        return sum(file.size for file in files_in(self.root))
 
     def opened(self, folder: Path) -> Reader:
         """A shelf opens this folder."""
@@ -136,45 +111,57 @@ class Disk:
             NoRoom: nothing was written, and no level removed.
             OSError: it could not be written; nothing is left behind.
         """
-        if self.limit is None:
-            with atomic(path) as temporary, open(temporary, "wb") as out:
-                yield out
-            return
         # Under the lock as well: whoever counts meanwhile would find the file under neither name, or both.
-        with atomic(path, renaming=self._locked) as temporary:
-            self._claim(path.parent, size, reader, pressing, temporary)
-            with open(temporary, "r+b") as out:
-                yield out
+        renaming = nullcontext if self.limit is None else self._locked
+        with (
+            ExitStack() as end,
+            atomic(path, renaming=renaming) as temporary,
+            self._claim(path.parent, size, reader, pressing, temporary, end) as out,
+        ):
+            yield out
 
     def sweep(self, folder: Path) -> None:
         """Remove what killed runs have left in this folder, limit or not."""
-        for name in _names(folder):
-            with suppress(OSError):  # another process was faster
-                if _TEMPORARY.fullmatch(name) and time.time() - (folder / name).stat().st_mtime > STALE:
-                    (folder / name).unlink(missing_ok=True)
+        for file in files_of(self.root, folder.name):
+            if is_abandoned(self.root, file):
+                self._remove(file, set())
 
     def trim(self, folder: Path) -> None:
         """Bring the directory within its limit, as far as levels may go; those of this folder go last."""
         if self.limit is not None:
-            with suppress(OSError):
-                self._claim(folder, 0, None, False, None)
+            with suppress(OSError), self._room(folder, 0, None, False):
+                pass
 
-    def _claim(self, folder: Path, size: int, reader: Reader | None, pressing: bool, temporary: Path | None) -> None:
+    def _claim(
+        self, folder: Path, size: int, reader: Reader | None, pressing: bool, temporary: Path, end: ExitStack
+    ) -> BinaryIO:
+        """Open the temporary, at its full size where there is a limit, and marked as being written until `end`."""
+        with nullcontext() if self.limit is None else self._room(folder, size, reader, pressing):
+            out = _create(temporary)
+            try:
+                hold(out, end)
+                if self.limit is not None:
+                    out.truncate(size)
+            except BaseException:
+                out.close()
+                raise
+            return out
+
+    @contextmanager
+    def _room(self, folder: Path, size: int, reader: Reader | None, pressing: bool) -> Iterator[None]:
+        """Room for so many bytes, and the directory locked, so that it can be taken."""
         removed: set[Path] = set()
         try:
             with self._locked():
                 self._make_room(folder.name, size, reader, pressing, removed)
-                if temporary is not None:
-                    folder.mkdir(exist_ok=True)  # another process may have found it empty
-                    with open(temporary, "wb") as out:
-                        out.truncate(size)
+                yield
         finally:
             if removed:  # not under the lock: who is told takes locks of his own
                 self._forget(removed)
 
     def _make_room(self, own: str, size: int, reader: Reader | None, pressing: bool, removed: set[Path]) -> None:
         assert self.limit is not None
-        files = self._files()
+        files = files_in(self.root)
         excess = sum(file.size for file in files) + size - self.limit
         if excess <= 0:
             return
@@ -199,7 +186,8 @@ class Disk:
         with self._directory.guard:
             alive = {own, *self._directory.readers, *(file.folder for file in files if file.is_level)}
         for file in files:
-            if not file.is_level and file.is_stale and (file.name != MANIFEST or file.folder not in alive):
+            left = file.name == MANIFEST and file.is_stale and file.folder not in alive
+            if (left and has_manifest(self.root / file.folder)) or is_abandoned(self.root, file):
                 yield file
 
     def _removable(self, files: list[File], own: str, reader: Reader | None, pressing: bool) -> list[File]:
@@ -207,11 +195,14 @@ class Disk:
         with self._directory.guard:
             at_own = self._directory.readers.get(own, ())
             used = set().union(*(r.names() for r in at_own if not (pressing and r is reader)))
-            closed = {file.folder for file in files} - {own, *self._directory.readers}
+            closed = {file.folder for file in files if file.is_level} - {own, *self._directory.readers}
+        ours = {folder for folder in {own, *closed} if has_manifest(self.root / folder)}
         able = [
             file
             for file in files
-            if file.is_level and (file.folder in closed or (file.folder == own and file.name not in used))
+            if file.is_level
+            and (file.folder in closed or (file.folder == own and file.name not in used))
+            and (file.folder in ours or is_own_level(self.root / file.folder / file.name))
         ]
         return sorted(able, key=lambda file: (file.folder == own, file.used, file.name))
 
@@ -228,25 +219,15 @@ class Disk:
     def _remove_if_bare(self, name: str, own: str) -> int:
         """A folder that has lost its last level goes as well, unless a shelf has it open. Returns the bytes freed."""
         folder, size = self.root / name, 0
-        if name == own or name in self._directory.readers or not set(_names(folder)) <= {MANIFEST}:
+        if name == own or name in self._directory.readers or not set(names_in(folder)) <= {MANIFEST}:
             return 0
-        with suppress(OSError):
-            size = (folder / MANIFEST).stat().st_size
-            (folder / MANIFEST).unlink()
+        if has_manifest(folder):
+            with suppress(OSError):
+                size = (folder / MANIFEST).stat().st_size
+                (folder / MANIFEST).unlink()
         with suppress(OSError):
             folder.rmdir()
         return size
-
-    def _files(self) -> list[File]:
-        """The bank's own files. What else is in the directory is none of its business."""
-        found = []
-        for name in _names(self.root):
-            for file in _names(self.root / name) if _FOLDER.fullmatch(name) else ():
-                if file == MANIFEST or _LEVEL.fullmatch(file) or _TEMPORARY.fullmatch(file):
-                    with suppress(OSError):  # gone meanwhile
-                        about = os.stat(self.root / name / file)
-                        found.append(File(name, file, about.st_size, about.st_mtime_ns))
-        return found
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -257,8 +238,10 @@ class Disk:
             yield
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
+def _create(path: Path) -> BinaryIO:
+    """A new file. Its folder is made again where another process has found it empty, and removed it."""
+    for _ in range(10):
+        make_folder(path.parent)
+        with suppress(FileNotFoundError):
+            return open(path, "wb")
+    return open(path, "wb")

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .format import Layout, Packed, layout, well_formed
+from .own import ENTRY
 
 VERSION = 1
-_ENTRY = "kvlock_bank"
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -101,7 +101,7 @@ def _header(
         ],
     }
     about["crc"] = "".join(f"{s:08x}" for s in (_sum(about), *sums))
-    entries: dict[str, Any] = {"__metadata__": {_ENTRY: json.dumps(about)}}
+    entries: dict[str, Any] = {"__metadata__": {ENTRY: json.dumps(about)}}
     at = 0
     for name, dtype, shape in tensors:
         size = math.prod(shape) * dtype.itemsize
@@ -143,7 +143,7 @@ class LevelFile:
     """A level on disk, checked as far as its header goes. `read` maps one site at a time, `sound` reads all bytes.
 
     Raises:
-        BadFile: truncated, of another key or version, renamed, or not a file of this format.
+        BadFile: truncated, of another key or version, renamed, gone, or not a file of this format.
     """
 
     def __init__(self, path: Path, fingerprint: str, sites: Sequence[str], *, sound: bool | None = None) -> None:
@@ -152,7 +152,7 @@ class LevelFile:
         self._sound = sound
         try:
             self._file = safe_open(path, framework="pt")
-            about = json.loads((self._file.metadata() or {})[_ENTRY])
+            about = json.loads((self._file.metadata() or {})[ENTRY])
             version, key = about["version"], about["key"]
             self.sigma = float.fromhex(about["sigma"])
             self._kinds: dict[str, Kinds] = {
@@ -162,7 +162,9 @@ class LevelFile:
             sums = about["crc"]
             own, *self._sums = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
             whole = own == _sum(about)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            self.nbytes = path.stat().st_size
+        # RuntimeError: torch maps the file after its header is read, and another process may have removed it by then.
+        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise BadFile(f"it cannot be read ({str(error).splitlines()[0] if str(error) else error!r})") from error
         if version != VERSION:
             raise BadFile(f"it is of version {version} of the format; this is version {VERSION}")
@@ -170,7 +172,6 @@ class LevelFile:
             raise BadFile("it was made for another model, clip or setting")
         if not whole or path.name != name_of(self.sigma) or tuple(self._kinds) != tuple(sites):
             raise BadFile("its header is damaged, or does not fit its name or its sites")
-        self.nbytes = path.stat().st_size
 
     @property
     def shapes(self) -> dict[str, Any]:

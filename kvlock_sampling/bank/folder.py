@@ -5,7 +5,9 @@
 
 What is found there:
 - a truncated, damaged or foreign level file is ignored with a `BankWarning`, and written again when it is needed;
-- temporaries of a killed run are ignored, and removed once they are an hour old (a younger one may be being written);
+- temporaries of a killed run are ignored, and removed; without file locks once they are an hour old, as a younger one
+  may be being written;
+- a manifest that cannot be written is a `BankWarning`: no level needs it;
 - a manifest that names another key than the folder does is a `BankError`: somebody renamed the folder;
 - two processes at once are no harm: files get their names whole, and both would write the same bytes.
 """
@@ -21,10 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .clock import same
-from .disk import MANIFEST, Disk, NoRoom, Reader
+from .disk import Disk, NoRoom, Reader
 from .errors import BankError, BankWarning
 from .file import VERSION, BadFile, Kinds, LevelFile, Pair, file_size, name_of, write_level
 from .key import BankKey
+from .own import MANIFEST
 
 
 class Folder:
@@ -42,18 +45,23 @@ class Folder:
     def _check_manifest(self, format: str) -> None:
         file = self.path / MANIFEST
         about = {"version": VERSION, "fingerprint": self.fingerprint, "format": format, "key": asdict(self.key)}
+        damage = ""
         try:
             found = json.loads(file.read_text()).get("fingerprint")
         except FileNotFoundError:
             found = None
         except (ValueError, AttributeError, OSError) as error:
-            warnings.warn(f"{file} is damaged ({error}) and is written again.", BankWarning, stacklevel=6)
-            found = None
+            found, damage = None, f"is damaged ({error}) and is written again"
         if found is None:
             text = json.dumps(about, indent=1).encode()
-            # For people alone: where there is no room for it there is none for a level either, and that is told.
-            with suppress(NoRoom), self.disk.writing(file, len(text)) as out:
-                out.write(text)
+            try:
+                # Where there is no room for it there is none for a level either, and that is told.
+                with suppress(NoRoom), self.disk.writing(file, len(text)) as out:
+                    out.write(text)
+            except OSError as error:  # for people alone: the edit goes on
+                damage = f"cannot be written ({error.strerror or error}); levels are kept without it where that can be"
+            if damage:
+                warnings.warn(f"{file} {damage}.", BankWarning, stacklevel=6)
         elif found != self.fingerprint:
             raise BankError(
                 f"{self.path} holds the bank of another model, clip or setting ({str(found)[:32]}): was it renamed?\n"

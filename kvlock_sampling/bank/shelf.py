@@ -54,7 +54,7 @@ class Shelf:
         self._pinned: list[Stored] = []
         self._served = self._put = 0
         self._reader = None if self._folder is None else self._folder.disk.opened(self._folder.path)
-        self._told = False
+        self._told: set[str] = set()
         self._open = True
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -201,11 +201,14 @@ class Shelf:
         )
 
     def _tell(self, failure: str, full: NoRoom | None) -> None:
-        """Warn that a level is kept in memory alone: of a limit once a run, it will not change on the way."""
+        """Warn that a level is kept in memory alone: once a run of each reason, it will not change on the way."""
+        reason = failure or "limit"
+        if reason in self._told or not (failure or full):
+            return
+        self._told.add(reason)
         if failure:
             warnings.warn(f"{failure}; this level is kept in memory alone.", BankWarning, stacklevel=5)
-        elif full is not None and not self._told:
-            self._told = True
+        else:
             warnings.warn(
                 f"{full}. This level, and others of this run that find no room, are kept in memory alone.\n"
                 "  Raise the limit, disk=..., or store less: fewer layers=..., a larger every= or ratio=.",
@@ -230,7 +233,7 @@ class Shelf:
     def restart(self) -> None:
         """Another run begins within the block: what was stored so far counts as an earlier run's."""
         self._check_open()
-        self._clock, self._fresh, self._told = Clock(), set(), False
+        self._clock, self._fresh, self._told = Clock(), set(), set()
         if self._reader is not None:
             self._reader.restart()
 

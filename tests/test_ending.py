@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import kvlock_sampling as kv
@@ -288,6 +289,60 @@ def test_what_acts_again_is_locked_again(how, way):
     torch.testing.assert_close(out, dense, rtol=0, atol=2e-5 * float(dense.std()))
     off = evaluated(made, lock=0.0, **{k: v for k, v in way.items() if k == "composite"})
     assert (off - dense).abs().max() > 0.01
+
+
+def test_a_network_that_is_called_twice_keeps_every_promise():
+    made = twice(deep(2)[0], "chained")
+    check_sites(made.denoiser, made.x, made.extra_args, half=None)
+
+
+class Mix(nn.Module):
+    def __init__(self, generator):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, generator=generator))
+
+    def forward(self, h):
+        q = k = (h @ self.weight).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, k, h.unsqueeze(1))[:, 0]
+
+
+class Layer(nn.Module):
+    def __init__(self, generator):
+        super().__init__()
+        self.mix = Mix(generator)
+
+    def forward(self, h, table):
+        return h + self.mix(h) * table.mean()
+
+
+class Tabled(nn.Module):
+    """Hands its layers a table with three rows, which are not those of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(Layer(generator) for _ in range(3))
+        self.table = nn.Parameter(torch.tensor([[1.0], [2.0], [6.0]]))
+
+    def forward(self, x, sigma, cond):
+        h = x.flatten(2).transpose(1, 2) + cond.mean(1, keepdim=True)
+        for layer in self.layers:
+            h = layer(h, self.table)
+        return h.transpose(1, 2).reshape(x.shape)
+
+
+def test_a_table_of_three_is_found_by_three_rows():
+    """With two clips it would pass for what it is."""
+    model, x = Tabled().requires_grad_(False), torch.randn(2, 4, 4, 5, 6)
+    arguments = {"cond": torch.randn(2, 3, 4)}
+    for rows_first in (False, True):
+        mine = kv.Architecture("mine", (f"{__name__}:Tabled",), ("layers.*.mix",), (1, 1, 1), rows_first=rows_first)
+        given = {"sites": mine.find(model), "half": None, "sigma": 0.2}
+        if not rows_first:
+            check_sites(model, x, arguments, **given)
+            continue
+        with pytest.raises(SiteError, match="source's rows leave after the last site changed the edit"):
+            check_sites(model, x, arguments, **given)
 
 
 def test_a_bank_refuses_what_acts_again():

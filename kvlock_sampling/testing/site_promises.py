@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from ..run import method_of, names_parameter
 from ..source import Source
 from ..types import Control, Denoiser, Observation, SiteError
 from .site_parts import Hit, check_hits, coarsest, hit, module_state, moved, some, two_masks
-from .spy import SpyFrame
+from .spy import Seen, SpyFrame
 
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest deviation that counts as rounding, in standard deviations of the output."""
@@ -36,6 +37,14 @@ class _Each(Policy):
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         return state, Control(torch.tensor(self.locks), obs.cfg_scale)
+
+
+def _turns(seen: Sequence[Seen]) -> Iterator[tuple[Seen, int]]:
+    """Each with how often its site had acted before."""
+    times: Counter[str] = Counter()
+    for one in seen:
+        yield one, times[one.site]
+        times[one.site] += 1
 
 
 class Promises:
@@ -112,12 +121,17 @@ class Promises:
     def _keys_and_values(self) -> None:
         source = self._spy("capture", self.z)
         edit = self._spy("inject", self.x, source)
-        theirs = {(seen.site, clip): (seen, row) for seen in source.seen for row, clip in enumerate(seen.clips)}
-        for seen in edit.seen:
+        # A site may act several times: in a network that is called twice, or a layer that is used twice.
+        theirs = {
+            (seen.site, turn, clip): (seen, row)
+            for seen, turn in _turns(source.seen)
+            for row, clip in enumerate(seen.clips)
+        }
+        for seen, turn in _turns(edit.seen):
             for row, clip in enumerate(seen.clips):
                 kept = torch.zeros(seen.own[0].shape[-2], dtype=torch.bool, device=seen.ratio.device)
                 kept[seen.start : seen.start + seen.ratio.shape[1]] = seen.ratio[row] > 0
-                from_source = theirs.get((seen.site, clip))
+                from_source = theirs.get((seen.site, turn, clip))
                 for which, own, used in zip(("keys", "values"), seen.own, seen.used, strict=True):
                     self._equal(used[row][..., ~kept, :], own[row][..., ~kept, :], seen.site, which, "edited or text")
                     if from_source is not None:

@@ -135,14 +135,43 @@ def test_a_level_that_is_removed_while_it_is_opened_is_absent(tmp_path, monkeypa
         assert run(shelf, [8.0, 4.0]) == [8.0]
 
 
+def test_a_folder_that_is_removed_while_it_is_listed_has_no_levels(tmp_path, monkeypatch):
+    real = os.scandir
+
+    def scandir(path="."):
+        for name in os.listdir(path) if Path(path).parent == tmp_path else ():
+            (Path(path) / name).unlink()
+        if Path(path).parent == tmp_path:
+            Path(path).rmdir()
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with level_bank(tmp_path).opened(key()) as shelf:
+        assert run(shelf, [8.0]) == [8.0]
+
+
+def test_a_level_that_is_removed_as_soon_as_it_is_there_is_kept_in_memory(tmp_path, monkeypatch):
+    real = os.replace
+
+    def replaced(source, target):
+        real(source, target)
+        if Path(target).name != "manifest.json":
+            Path(target).unlink()  # another process makes room
+
+    monkeypatch.setattr(os, "replace", replaced)
+    bank = level_bank(tmp_path)
+    edit(bank)  # and nobody is warned
+    assert bank.used == len(SIGMAS) * LEVEL_BYTES
+
+
 @pytest.mark.parametrize("limit", [None, "1MB"])
 def test_a_folder_that_is_removed_before_its_file_comes_is_made_again(tmp_path, monkeypatch, limit):
     real, removed = disk_module._create, []
 
-    def create(path):
+    def create(path, end):
         path.parent.rmdir() if not any(path.parent.iterdir()) else None
         removed.append(not path.parent.exists())
-        return real(path)
+        return real(path, end)
 
     monkeypatch.setattr(disk_module, "_create", create)
     with level_bank(tmp_path, disk=limit).opened(key()) as shelf:

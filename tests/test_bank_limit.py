@@ -519,15 +519,33 @@ def test_a_claim_is_marked_until_it_has_its_name(tmp_path, monkeypatch, limited)
     seen, real, write = [], os.replace, file_module._write
 
     def look():
-        return [own.is_abandoned(tmp_path, f) for f in own.files_in(tmp_path) if f.name.startswith(".")]
+        return [own.remove_abandoned(tmp_path, f) for f in own.files_in(tmp_path) if f.name.startswith(".")]
 
     monkeypatch.setattr(os, "replace", lambda *args: (seen.append(look()), real(*args)))
     monkeypatch.setattr(file_module, "_write", lambda *args: (seen.append(look()), write(*args))[1])
     bank = bank_of(tmp_path, 3) if limited else Bank(tmp_path, format=None)
     with bank.opened(key()) as shelf:
         shelf.put(8.0, store(8.0))
-    assert seen == [[False]] * len(seen)
+    assert seen == [[0]] * len(seen)
     assert len(seen) == 2 + 2 * len(SITES)  # a manifest and a level renamed, keys and values written
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_claim_that_goes_before_it_is_marked_is_made_again(tmp_path, monkeypatch, limited):
+    real, gone = own.hold, []
+
+    def late(out, until):
+        if len(gone) < 2:
+            gone.extend(own.remove_abandoned(tmp_path, f._replace(size=1)) for f in own.files_in(tmp_path))
+        return real(out, until)
+
+    monkeypatch.setattr(module, "hold", late)
+    bank = bank_of(tmp_path, 3) if limited else Bank(tmp_path, format=None)
+    with bank.opened(key()) as shelf:
+        shelf.put(8.0, store(8.0))
+        assert levels(shelf) == [8.0]
+    assert gone == [1, 1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")

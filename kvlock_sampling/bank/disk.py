@@ -12,6 +12,7 @@ refuses to remove it, and the next one goes); the file system has its room back 
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..files import atomic, make_folder
-from .own import MANIFEST, File, files_in, files_of, has_manifest, hold, is_abandoned, is_own_level, names_in
+from .own import MANIFEST, File, files_in, files_of, has_manifest, hold, is_own_level, names_in, remove_abandoned
 from .sizes import readable
 
 if sys.platform != "win32":
@@ -123,8 +124,7 @@ class Disk:
     def sweep(self, folder: Path) -> None:
         """Remove what killed runs have left in this folder, limit or not."""
         for file in files_of(self.root, folder.name):
-            if is_abandoned(self.root, file):
-                self._remove(file, set())
+            remove_abandoned(self.root, file)
 
     def trim(self, folder: Path) -> None:
         """Bring the directory within its limit, as far as levels may go; those of this folder go last."""
@@ -137,9 +137,8 @@ class Disk:
     ) -> BinaryIO:
         """Open the temporary, at its full size where there is a limit, and marked as being written until `end`."""
         with nullcontext() if self.limit is None else self._room(folder, size, reader, pressing):
-            out = _create(temporary)
+            out = _create(temporary, end)
             try:
-                hold(out, end)
                 if self.limit is not None:
                     out.truncate(size)
             except BaseException:
@@ -165,8 +164,7 @@ class Disk:
         excess = sum(file.size for file in files) + size - self.limit
         if excess <= 0:
             return
-        for file in self._rubbish(files, own):  # first, and whatever else comes of it
-            excess -= self._remove(file, removed) + self._remove_if_bare(file.folder, own)
+        excess -= self._remove_rubbish(files, own, removed)  # first, and whatever else comes of it
         able = self._removable(files, own, reader, pressing)
         freed = sum(file.size for file in able)
         if size and freed < excess:
@@ -181,14 +179,19 @@ class Disk:
         if size and excess > 0:
             raise NoRoom(f"{self.root} may hold {readable(self.limit)}, and levels in it cannot be removed")
 
-    def _rubbish(self, files: list[File], own: str) -> Iterator[File]:
-        """Temporaries of killed runs, and manifests of keys that have no level."""
+    def _remove_rubbish(self, files: list[File], own: str, removed: set[Path]) -> int:
+        """Remove temporaries of killed runs, and manifests of keys that have no level. Returns the bytes freed."""
         with self._directory.guard:
             alive = {own, *self._directory.readers, *(file.folder for file in files if file.is_level)}
+        total = 0
         for file in files:
             left = file.name == MANIFEST and file.is_stale and file.folder not in alive
-            if (left and has_manifest(self.root / file.folder)) or is_abandoned(self.root, file):
-                yield file
+            if left and has_manifest(self.root / file.folder):
+                freed = self._remove(file, removed)
+            else:
+                freed = remove_abandoned(self.root, file)
+            total += freed + (self._remove_if_bare(file.folder, own) if freed else 0)
+        return total
 
     def _removable(self, files: list[File], own: str, reader: Reader | None, pressing: bool) -> list[File]:
         """Levels that may go, the first to go first."""
@@ -238,10 +241,13 @@ class Disk:
             yield
 
 
-def _create(path: Path) -> BinaryIO:
-    """A new file. Its folder is made again where another process has found it empty, and removed it."""
+def _create(path: Path, end: ExitStack) -> BinaryIO:
+    """A new file, marked as being written until `end`; made again where others remove it or its folder before it is."""
     for _ in range(10):
         make_folder(path.parent)
         with suppress(FileNotFoundError):
-            return open(path, "wb")
-    return open(path, "wb")
+            out = open(path, "wb")  # noqa: SIM115 - whoever asked closes it
+            if hold(out, end):
+                return out
+            out.close()
+    raise FileNotFoundError(errno.ENOENT, "it is removed whenever it is made", os.fspath(path))

@@ -27,7 +27,11 @@ from .disk import Disk, NoRoom, Reader
 from .errors import BankError, BankWarning
 from .file import VERSION, BadFile, Kinds, LevelFile, Pair, file_size, name_of, write_level
 from .key import BankKey
-from .own import MANIFEST
+from .own import MANIFEST, names_in
+
+
+class RemovedAtOnce(OSError):  # noqa: N818 - a signal: no fault, the level is only not on disk
+    """Others removed the level before it was opened."""
 
 
 class Folder:
@@ -71,7 +75,9 @@ class Folder:
     def levels(self) -> list[LevelFile]:
         """Every readable level, from high to low noise. What cannot be read is warned of and left out."""
         found: list[LevelFile] = []
-        for path in sorted(self.path.glob("sigma-*.safetensors")):
+        # Not by `glob`, which fails where the folder goes meanwhile.
+        names = (n for n in names_in(self.path) if n.startswith("sigma-") and n.endswith(".safetensors"))
+        for path in [self.path / name for name in sorted(names)]:
             try:
                 found.append(LevelFile(path, self.fingerprint, self.key.sites))
             except BadFile as bad:
@@ -102,7 +108,8 @@ class Folder:
 
         Raises:
             NoRoom: the limit leaves none. `pairs` were not asked for.
-            OSError: the disk has no room, or gives no permission.
+            RemovedAtOnce: others made room with it.
+        OSError: the disk has no room, or gives no permission.
         """
         path = self.path / name_of(sigma)
         for bad in [b for b in self._bad if _stands_for(b, sigma)]:
@@ -115,7 +122,7 @@ class Folder:
         try:
             return LevelFile(path, self.fingerprint, self.key.sites, sound=True)
         except BadFile as bad:
-            raise OSError(errno.ENOENT, f"the level was removed at once: {bad}") from bad
+            raise RemovedAtOnce(errno.ENOENT, f"the level was removed at once: {bad}") from bad
 
 
 def _stands_for(path: Path, sigma: float) -> bool:

@@ -103,26 +103,37 @@ def _names(fingerprint: Any, folder: Path) -> bool:
     return isinstance(fingerprint, str) and fingerprint[:32] == folder.name
 
 
-def hold(out: BinaryIO, until: ExitStack) -> None:
+def hold(out: BinaryIO, until: ExitStack) -> bool:
     """Mark a temporary as being written, also while it gets its name: its lock goes when `until` ends, or the process.
 
-    Of a temporary of a killed process everybody then knows that nobody writes it: see `is_abandoned`.
+    Returns whether it is there: somebody may have taken it for a killed writer's before it was marked.
     """
-    if sys.platform != "win32":
-        kept = os.dup(out.fileno())  # one lock with `out`, which is closed before the file is renamed
-        until.callback(os.close, kept)
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(kept, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def is_abandoned(root: Path, file: File) -> bool:
-    """Whether nobody is writing this temporary: by its lock; by its age on Windows, and where files have no locks."""
-    if not _TEMPORARY.fullmatch(file.name):
-        return False
-    if file.is_stale:
+    if sys.platform == "win32":
         return True
-    if sys.platform != "win32":
-        with suppress(OSError), open(root / file.folder / file.name, "r+b") as claim:
-            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    return False
+    kept = os.dup(out.fileno())  # one lock with `out`, which is closed before the file is renamed
+    until.callback(os.close, kept)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(kept, fcntl.LOCK_EX)
+    return os.fstat(kept).st_nlink > 0
+
+
+def remove_abandoned(root: Path, file: File) -> int:
+    """Remove a temporary that nobody is writing: by its lock; by its age on Windows, and where files have no locks.
+
+    Returns the bytes that are free now: 0 where it stays, and for files of other kinds.
+    """
+    if not _TEMPORARY.fullmatch(file.name):
+        return 0
+    path = root / file.folder / file.name
+    try:
+        if file.is_stale:
+            path.unlink()
+            return file.size
+        if sys.platform != "win32":
+            with open(path, "r+b") as claim:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()  # with the lock held: a writer that is about to mark it sees that it is gone
+            return file.size
+    except OSError:  # it is being written, or others were faster
+        pass
+    return 0

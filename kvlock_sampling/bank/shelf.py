@@ -15,6 +15,7 @@ from .clock import Clock, Refresh, check_sigma, same
 from .disk import NoRoom
 from .errors import BankError, BankWarning
 from .file import Kinds, Pair
+from .folder import RemovedAtOnce
 from .format import Packed, pack
 from .incoming import Store, check_room, check_shapes, describe, room_for, shapes_of, sizes_of
 from .level import Level
@@ -188,6 +189,8 @@ class Shelf:
                     return
             except NoRoom as error:
                 full = error
+            except RemovedAtOnce:
+                pass  # nobody's fault, and nothing to be told of
             except OSError as error:
                 failure = f"{self._folder and self._folder.path} could not be written ({error.strerror or error})"
             for _ in pairs():

@@ -90,7 +90,8 @@ def _ends(record: dict) -> tuple[int, int]:
 
 def where(record: dict) -> str:
     kinds = [name for name in record["rows"][0] if name not in ("way", "seconds")]
-    body = [[WAYS[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
+    named = WAYS | {"foreground, bank every 3": "the foreground alone, with a bank asked every third evaluation"}
+    body = [[named[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
     about = f"{record['model']}, a quarter of the tokens edited, {record['threads']} threads, by torch's profiler:"
     return f"{about}\n\n{table(['way', *kinds], body)}"
 
@@ -108,7 +109,8 @@ def page(record: dict, rows: list[dict], profile: dict) -> None:
     )
     about = (
         f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
-        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths:"
+        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths. Memory is at the latter, "
+        "with what the bank holds:"
     )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")

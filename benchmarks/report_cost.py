@@ -109,8 +109,8 @@ def page(record: dict, rows: list[dict], profile: dict) -> None:
     )
     about = (
         f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
-        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths. Memory is at the latter, "
-        "with what the bank holds:"
+        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths. Memory is that of "
+        "the latter, with what the bank holds:"
     )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")

@@ -291,6 +291,17 @@ def test_what_acts_again_is_locked_again(how, way):
     assert (off - dense).abs().max() > 0.01
 
 
+def test_what_acts_again_is_seen_also_where_its_block_could_not_be_called_apart(monkeypatch):
+    """Say, a tool hangs its hooks between two calls of the network: the rows that stand for the source are not it."""
+    made = twice(deep(3)[0], "chained")
+    asked, may_end = [], ending.may_end
+    monkeypatch.setattr(ending, "may_end", lambda block: asked.append(block) or (len(asked) == 1 and may_end(block)))
+    out = evaluated(made)
+    assert len(asked) > 0
+    monkeypatch.setattr(ending, "may_end", may_end)
+    torch.testing.assert_close(out, evaluated(made, sites=replace(made.sites, rows_first=False)), rtol=0, atol=1e-5)
+
+
 def test_a_network_that_is_called_twice_keeps_every_promise():
     made = twice(deep(2)[0], "chained")
     check_sites(made.denoiser, made.x, made.extra_args, half=None)

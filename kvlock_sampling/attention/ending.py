@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..rows import NotBatchable
 from .compiled import anything_compiled
 from .doors import Door
-from .frame import Frame, Repeats
+from .frame import Frame
 
 _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, type(None))
 
@@ -69,11 +69,10 @@ def _without_source(
 ) -> Any:
     missing = sites - frame.fired
     rows, edit = frame.rows, frame.rows - frame.batch
-    here = frame.mode == "lockstep" and edit > 0 and missing <= inside
+    # The last block with a site that is still missing, or one without any behind it.
+    here = frame.mode == "lockstep" and edit > 0 and (missing <= inside if missing else not inside)
     if not here or ambiguous(rows, edit, frame) or not plain_call(given, rows) or not may_end(block):
         return call(*given[0], **given[1])
-    if inside and not missing:
-        raise Repeats
     empty = containers((*given[0], *given[1].values()))
     try:
         if missing and not _captured(call, cut_call(given, rows, slice(edit, rows)), sites, frame):
@@ -85,6 +84,7 @@ def _without_source(
         out = call(*args, **kwargs)
         if any(empty) or not is_plain(out, -1):
             raise NotBatchable  # it hands results on by another way than its output
+        frame.left = True
         return _padded(out, edit, rows)
     finally:
         frame.mode, frame.partial = "lockstep", False

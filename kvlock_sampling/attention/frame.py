@@ -32,10 +32,11 @@ KeyValue = tuple[Tensor, Tensor]
 @dataclass
 class Frame:
     """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
-    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known, and
-    `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`: what is
-    kept of it is `partial`. `times` counts how often a site has acted in this call; K/V of a site that acts several
-    times, in a model that calls its network twice, say, are kept apart.
+    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known,
+    and `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`:
+    what is kept of it is `partial`. The source's rows have `left` a lockstep call where they are no longer
+    computed. `times` counts how often a site has acted in this call; K/V of a site that acts several times, in a
+    model that calls its network twice, say, are kept apart.
     """
 
     mode: Mode
@@ -48,6 +49,7 @@ class Frame:
     until: frozenset[str] | None = None
     rows: int = 0
     partial: bool = False
+    left: bool = False
     times: dict[str, int] = field(default_factory=dict)
     _coarser: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
@@ -98,6 +100,8 @@ class Frame:
                 return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
             source_key, source_value = self.store[name]
             edit_rows = rows
+        elif self.left:
+            raise Repeats
         else:
             source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
             self.rows, edit_rows = rows, rows - batch

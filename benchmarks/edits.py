@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from kvlock_sampling.files import write_atomically
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import VARIANTS, Score, compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE = 700_000

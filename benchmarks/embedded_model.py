@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from kvlock_sampling import CFGDenoiser, samplers
-from kvlock_sampling.edit import start_noise
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.judge import attribute_accuracy, judge
 from kvlock_sampling.tiny.sheet import sample_sheet
 from kvlock_sampling.tiny.world import FRAMES, SIZE, sample_scene
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
-from kvlock_sampling.files import write_atomically
-from kvlock_sampling.metrics import masked_psnr
-from kvlock_sampling.region import Region
+from kvlock_sampling.masks.fitted import Region
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import Task, make_task
 from kvlock_sampling.tiny.judge import judge
 from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.utils.files import write_atomically
+from kvlock_sampling.video.metrics import masked_psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE = 740_000

@@ -18,7 +18,7 @@ from grid_control import control
 from grid_paper import paper_setting
 from grid_runs import PROBES, detection, karras, read, run
 
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.utils.files import write_atomically
 
 RESULT = Path(__file__).resolve().parent / "results/hallucination.json"
 

@@ -19,16 +19,16 @@ from torch import Tensor
 
 import kvlock_sampling as kv
 from kvlock_sampling import masks
-from kvlock_sampling.edit import Edit, start_noise
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.app.edit import Edit, start_noise
 from kvlock_sampling.policy import Policy
-from kvlock_sampling.resample import last_risk
+from kvlock_sampling.restart import last_risk
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import Score, Task, compare, make_task, score
 from kvlock_sampling.tiny.load import TinyVideo
 from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.types import Control, Observation
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE, CONFIRMING_SCENE = 730_000, 740_000

@@ -17,8 +17,7 @@ import torch
 from scipy import stats
 
 import kvlock_sampling as kv
-from kvlock_sampling.edit import Edit
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.app.edit import Edit
 from kvlock_sampling.policy import Policy
 from kvlock_sampling.run import DEFAULT_ESTIMATOR
 from kvlock_sampling.tiny import load
@@ -26,6 +25,7 @@ from kvlock_sampling.tiny.compare import Score, compare, make_task
 from kvlock_sampling.tiny.judge import judge
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.types import Control, Observation
+from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,8 +26,8 @@ from measuring import keep_freed_memory
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.compat import broken_torchvision_hidden
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.utils.files import write_atomically
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
     from diffusers import WanTransformer3DModel

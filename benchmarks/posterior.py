@@ -21,9 +21,9 @@ from scipy import stats
 from torch import Tensor, nn
 
 from kvlock_sampling import FlowDenoiser
-from kvlock_sampling.files import write_atomically
 from kvlock_sampling.testing import MixtureDenoiser
 from kvlock_sampling.types import Evaluation
+from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import PosteriorVariance
 from kvlock_sampling.variance.posterior import STEP
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from report_cost import page, quality, speed
 from report_grid import control, detection, figure, paper, table, verdict
 
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from report_grid import table
 
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN, MOST = "mean change / the lock's", "max change / the lock's"

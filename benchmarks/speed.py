@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
-from kvlock_sampling.compat import broken_torchvision_hidden
-from kvlock_sampling.files import write_atomically
-from kvlock_sampling.rows import join_calls
+from kvlock_sampling.batching import join_calls
+from kvlock_sampling.utils.files import write_atomically
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,7 +17,7 @@ from measuring import keep_freed_memory
 from speed import evaluations, wan, ways
 from torch.profiler import ProfilerActivity, profile
 
-from kvlock_sampling.files import write_atomically
+from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {

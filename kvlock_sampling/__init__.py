@@ -12,12 +12,12 @@ from typing import Any
 from . import masks, samplers
 from .attention import Architecture, SdpaSites, find_sites
 from .attention import register as register_architecture
-from .bank import Bank
 from .denoisers import CFGDenoiser, FlowDenoiser
+from .kv_cache import Bank
 from .lock import KVLock
 from .policy import PID, Clamped, Constant, Early, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
 from .presets import load_policy, to_toml
-from .resample import resample
+from .restart import resample
 from .trace import Trace
 from .types import Control, KVLockError, Observation
 from .variance import Estimator, PosteriorVariance, Relative, RenoiseVariance, TrajectoryVariance
@@ -69,9 +69,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Loaded on first use: they bring video codecs and the embedded model along.
     if name == "edit_video":
-        return import_module(".edit", __name__).edit_video
+        return import_module(".app.edit", __name__).edit_video
     if name in ("from_pipeline", "load_pipeline"):
-        return getattr(import_module(".pipelines", __name__), name)
-    if name in ("diffusers", "testing"):
-        return import_module(f".{name}", __name__)
+        return getattr(import_module(".integrations.diffusers.models", __name__), name)
+    if name == "diffusers":
+        return import_module(".integrations.diffusers", __name__)
+    if name == "testing":
+        return import_module(".testing", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .control import check_control, check_finite, floored, steps_left
+from .masks.fitted import Region
 from .policy import Policy
-from .region import Region
 from .run import State
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, RunError, Scalar
 from .variance import Estimator

@@ -10,7 +10,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from .precision import working
+from .utils.precision import working
 
 
 def guide(

@@ -19,20 +19,20 @@ from torch import Tensor
 
 from . import options, samplers
 from .attention import Hooks, Sites, find_sites, reachable_modules
-from .attention.caches import StepCaches
-from .bank import Bank, Plan
-from .call import GuidedCall, OwnedCall
+from .attention.compat.step_caches import StepCaches
+from .batching import take
+from .branches import GuidedCall, OwnedCall
 from .control import HostReads, LockRatio
 from .controller import Controller
-from .keeping import Keeper, chosen_bank, chosen_layers, plan
+from .kv_cache import Bank, Plan
+from .kv_cache.session import Keeper, chosen_bank, chosen_layers, plan
 from .locking import Locker, can_narrow, why_not_narrow
 from .masks import as_mask
-from .region import Region, as_ring
-from .rows import take
+from .masks.fitted import Region, as_ring
+from .proxy import StandIn
 from .run import Run, as_rows, as_schedule, default_of, method_of, names_parameter
 from .settings import asked_scale, judgement, noise_levels
 from .source import Source
-from .stand_in import StandIn
 from .trace import Trace
 from .types import Denoiser, RunError, Scalar, SourceError, StepInfo
 from .variance import Estimator

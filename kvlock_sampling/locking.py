@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .attention import Frame, Sites, fusion_ratio
+from .attention.context import Mode
 from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
-from .attention.frame import Mode
 from .control import LockRatio
-from .keeping import Keeper, OpenShelf
-from .region import Region
+from .kv_cache.session import Keeper, OpenShelf
+from .masks.fitted import Region
 from .source import Source
 from .variance import Estimator
 

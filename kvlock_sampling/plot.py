@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .files import write_atomically
 from .types import KVLockError
+from .utils.files import write_atomically
 
 if TYPE_CHECKING:
     from .trace import Trace

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .bank import Bank
-from .files import write_atomically
+from .kv_cache import Bank
 from .policy import Policy, Wrapper
-from .policy.fields import flag, number
+from .policy._checks import flag, number
 from .policy.table import from_table, nearest, to_table
 from .types import KVLockError, PolicyError
-from .variance.curve import ThresholdCurve
+from .utils.files import write_atomically
+from .variance.thresholds import ThresholdCurve
 
 _ADVICE = ("threshold", "cfg_floor", "rescale", "bank", "estimator")
 

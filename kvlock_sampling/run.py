@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from .attention import Hooks
-from .attention.caches import StepCaches
-from .keeping import Keeper
+from .attention.compat.step_caches import StepCaches
+from .kv_cache.session import Keeper
 from .presets import Preset
 from .timeline import Timeline
 from .trace import Trace
 from .types import EstimatorError, Scalar
 from .variance import Estimator, TrajectoryVariance, make_estimator
-from .variance.curve import ThresholdCurve
+from .variance.thresholds import ThresholdCurve
 
 
 class State(NamedTuple):

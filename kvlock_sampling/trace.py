@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import write_atomically
 from .types import StepInfo
+from .utils.files import write_atomically
 
 _OF_CLIPS = ("variance", "risk", "lock", "next_lock", "cfg_scale")
 _OF_STEPS = ("evaluations", "fused_sites", "computed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvlock_sampling.bank import BankKey
+from kvlock_sampling.kv_cache import BankKey
 
 SITES = ("blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1")
 SHAPE = (2, 2, 6, 8)  # clips, heads, kept tokens, dim

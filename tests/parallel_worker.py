@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.compat import broken_torchvision_hidden
 from kvlock_sampling.testing.networks import random_network
 from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 CASES: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
     "wan, ulysses": ("wan", (2, 2, 4), {"ulysses_degree": 2}),

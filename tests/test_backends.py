@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import Frame, Hooks, find_sites
-from kvlock_sampling.attention.doors import Door, opened
+from kvlock_sampling.attention.forwards import Door, opened
 from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import SiteError
 

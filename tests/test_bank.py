@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kvlock_sampling.bank import (
+from kvlock_sampling.kv_cache import (
     Bank,
     BankError,
     BankKey,
@@ -26,8 +26,8 @@ from kvlock_sampling.bank import (
     plan_for,
     tensor_fingerprint,
 )
-from kvlock_sampling.bank.format import pack, unpack
-from kvlock_sampling.bank.sizes import parse_bytes, readable
+from kvlock_sampling.kv_cache.format import pack, unpack
+from kvlock_sampling.kv_cache.sizes import parse_bytes, readable
 
 FALLING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
 
@@ -373,7 +373,7 @@ def test_a_level_in_use_is_not_taken_away_by_another_run():
 
 
 def test_a_failure_while_packing_gives_its_bytes_back(monkeypatch):
-    from kvlock_sampling.bank import shelf as module
+    from kvlock_sampling.kv_cache import shelf as module
 
     bank, calls = Bank(format=None), []
 

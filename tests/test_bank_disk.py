@@ -15,8 +15,8 @@ import torch
 from banks import LEVEL_BYTES, SITE_BYTES, SITES, contents, equal, key, run, store
 from safetensors.torch import load_file
 
-from kvlock_sampling.bank import Bank, BankError, BankWarning, own
-from kvlock_sampling.bank.format import pack
+from kvlock_sampling.kv_cache import Bank, BankError, BankWarning, own
+from kvlock_sampling.kv_cache.format import pack
 
 SIGMAS = [8.0, 6.5, 4.0, 3.5, 2.0, 1.0, 0.3]
 
@@ -117,7 +117,7 @@ def test_a_level_larger_than_the_budget_is_held_in_part(tmp_path):
 
 
 def test_levels_on_disk_are_held_where_that_is_nearer_to_the_device(tmp_path, monkeypatch):
-    from kvlock_sampling.bank import shelf as module
+    from kvlock_sampling.kv_cache import shelf as module
 
     filled(tmp_path, format=None)
     monkeypatch.setattr(module, "is_copied", lambda tier, device: True)  # as beside an accelerator
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_level_in_memory_or_says_that_there_is_no_room(tm
             raise OSError(28, "No space left on device")
         return real(out, part)
 
-    from kvlock_sampling.bank import file as module
+    from kvlock_sampling.kv_cache import file as module
 
     real = module._write
     monkeypatch.setattr(module, "_write", full)
@@ -286,8 +286,8 @@ WRITER = """
 import sys, time
 sys.path.insert(0, "tests")
 from banks import *
-from kvlock_sampling.bank import Bank, file
-from kvlock_sampling.bank.clock import same
+from kvlock_sampling.kv_cache import Bank, file
+from kvlock_sampling.kv_cache.clock import same
 real = file._write
 def slow(out, part):
     result = real(out, part)

@@ -13,10 +13,10 @@ import pytest
 from banks import LEVEL_BYTES, contents, equal, key, run, store
 from safetensors import safe_open
 
-from kvlock_sampling.bank import Bank, BankWarning, own
-from kvlock_sampling.bank import disk as disk_module
-from kvlock_sampling.bank import file as file_module
-from kvlock_sampling.files import make_folder
+from kvlock_sampling.kv_cache import Bank, BankWarning, own
+from kvlock_sampling.kv_cache import disk as disk_module
+from kvlock_sampling.kv_cache import file as file_module
+from kvlock_sampling.utils.files import make_folder
 
 SIGMAS = [8.0, 4.0, 2.0]
 LEVEL_NAME = "sigma-1.0000000000000000e+00.safetensors"

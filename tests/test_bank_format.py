@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlock_sampling.bank import BankError
-from kvlock_sampling.bank.format import FORMATS, VERBATIM, check_format, layout, nbytes, pack, unpack, well_formed
+from kvlock_sampling.kv_cache import BankError
+from kvlock_sampling.kv_cache.format import FORMATS, VERBATIM, check_format, layout, nbytes, pack, unpack, well_formed
 
 ALL = (VERBATIM, *FORMATS)
 shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 7), st.integers(1, 9))
@@ -129,7 +129,7 @@ def test_strided_tensors_and_gradients_are_stored_as_plain_values():
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", [(2, 5, 6, 8), (5, 6, 8), (6, 8)])
 def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, format, shape):
-    from kvlock_sampling.bank import format as module
+    from kvlock_sampling.kv_cache import format as module
 
     x, seen, real = numbers(shape, 1), [], module._in_8_bits
     whole = pack(x, format)

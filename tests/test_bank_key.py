@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kvlock_sampling.bank import key as module
-from kvlock_sampling.bank import model_fingerprint
+from kvlock_sampling.kv_cache import fingerprint as module
+from kvlock_sampling.kv_cache import model_fingerprint
 
 
 def network(dtype=torch.float32):

@@ -18,13 +18,13 @@ from banks import LEVEL_BYTES, SHAPE, SITES, contents, equal, key, run, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlock_sampling.bank import Bank, BankError, BankWarning, own, plan_for
-from kvlock_sampling.bank import disk as module
-from kvlock_sampling.bank import file as file_module
-from kvlock_sampling.bank import folder as folder_module
-from kvlock_sampling.bank import shelf as shelf_module
-from kvlock_sampling.bank.format import pack
-from kvlock_sampling.bank.incoming import describe
+from kvlock_sampling.kv_cache import Bank, BankError, BankWarning, own, plan_for
+from kvlock_sampling.kv_cache import disk as module
+from kvlock_sampling.kv_cache import file as file_module
+from kvlock_sampling.kv_cache import folder as folder_module
+from kvlock_sampling.kv_cache import shelf as shelf_module
+from kvlock_sampling.kv_cache.format import pack
+from kvlock_sampling.kv_cache.incoming import describe
 
 SLACK = 4000  # headers and manifests
 SIGMAS = [8.0, 6.0, 4.0, 3.0, 2.0, 1.0]
@@ -168,7 +168,7 @@ import sys, warnings
 sys.path.insert(0, "tests")
 warnings.simplefilter("ignore")
 from banks import *
-from kvlock_sampling.bank import Bank
+from kvlock_sampling.kv_cache import Bank
 bank = Bank(sys.argv[1], disk=int(sys.argv[2]), format=None, every=1, ratio=1.1)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -229,7 +229,7 @@ def test_a_level_gets_its_name_while_nobody_counts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format", [None, "float32", "bf16", "int8", "fp8"])
 def test_the_size_of_a_file_is_known_beforehand(tmp_path, format):
-    from kvlock_sampling.bank.file import file_size
+    from kvlock_sampling.kv_cache.file import file_size
 
     with Bank(tmp_path, format=format).opened(key()) as shelf:
         shelf.put(0.1, store(0.1, shape=(*SHAPE[:-1], 7)))

@@ -9,11 +9,11 @@ import pytest
 import torch
 from banks import LEVEL_BYTES, SITES, contents, equal, key, run, store
 
-from kvlock_sampling.bank import Bank
-from kvlock_sampling.bank import place as module
-from kvlock_sampling.bank.format import pack
-from kvlock_sampling.bank.place import Mover
-from kvlock_sampling.bank.pool import Drawer, Stored
+from kvlock_sampling.kv_cache import Bank
+from kvlock_sampling.kv_cache import place as module
+from kvlock_sampling.kv_cache.format import pack
+from kvlock_sampling.kv_cache.place import Mover
+from kvlock_sampling.kv_cache.pool import Drawer, Stored
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import beside, ending
+from kvlock_sampling.attention import ending
+from kvlock_sampling.attention import interleaved as beside
 from kvlock_sampling.testing import random_network
 from kvlock_sampling.testing.networks import FAMILIES
 from kvlock_sampling.types import KVLockError

@@ -8,8 +8,8 @@ from conftest import PromptedWan, Setup
 from test_backends import outputs
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention.caches import StepCaches
-from kvlock_sampling.compat import broken_torchvision_hidden
+from kvlock_sampling.attention.compat.step_caches import StepCaches
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.variance import RenoiseVariance
 
 with broken_torchvision_hidden():

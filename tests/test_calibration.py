@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.calibrate import calibrate, folder, scenes
-from kvlock_sampling.cli import app
+from kvlock_sampling.app.calibrate import calibrate, folder, scenes
+from kvlock_sampling.app.cli import app
 from kvlock_sampling.presets import Preset
 from kvlock_sampling.tiny import load
 from kvlock_sampling.types import EstimatorError, PolicyError
@@ -24,7 +24,7 @@ from kvlock_sampling.variance import (
     make_estimator,
 )
 from kvlock_sampling.variance.calibration import reference_bands, roc_cut, threshold_curve
-from kvlock_sampling.variance.curve import ThresholdCurve
+from kvlock_sampling.variance.thresholds import ThresholdCurve
 from kvlock_sampling.video import write_clip
 
 
@@ -151,7 +151,7 @@ def test_a_bank_survives_calibration(tmp_path):
 )
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("kvlock_sampling.calibrate.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("kvlock_sampling.app.calibrate.calibrate", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kvlock_sampling import load_policy, samplers
-from kvlock_sampling.cli import app
+from kvlock_sampling.app.cli import app
 from kvlock_sampling.presets import preset_names
 from kvlock_sampling.video import read_clip
 

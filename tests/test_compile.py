@@ -14,7 +14,7 @@ from conftest import Setup
 from test_backends import outputs
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention.compiled import without_compiler
+from kvlock_sampling.attention.compat.torch_compile import without_compiler
 from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import SiteError
 

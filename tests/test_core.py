@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
+from kvlock_sampling.batching import NotBatchable, join
 from kvlock_sampling.control import steps_left
-from kvlock_sampling.files import check_writable, write_atomically
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
-from kvlock_sampling.region import Region
-from kvlock_sampling.rows import NotBatchable, join
+from kvlock_sampling.masks.fitted import Region
 from kvlock_sampling.source import Source
 from kvlock_sampling.timeline import Timeline
 from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
+from kvlock_sampling.utils.files import check_writable, write_atomically
 
 PACKAGE = Path(kv.__file__).parent
 

@@ -25,7 +25,7 @@ import typer
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.cli import app
+from kvlock_sampling.app.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "policies" / "README.md"]

@@ -11,7 +11,7 @@ import torch
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
-from kvlock_sampling.edit import start_noise
+from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import Task, make_task
 from kvlock_sampling.tiny.world import sample_edit

@@ -12,11 +12,11 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import ending
-from kvlock_sampling.compat import broken_torchvision_hidden
 from kvlock_sampling.testing import check_sites, random_network
 from kvlock_sampling.testing.networks import FAMILIES, wan
 from kvlock_sampling.testing.networks.base import Called, build, enliven
 from kvlock_sampling.types import KVLockError, SiteError
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 

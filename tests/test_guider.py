@@ -22,7 +22,7 @@ from in_diffusers import (
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.diffusers import KVLockGuider, encode_clip
+from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
 from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import MaskError, PolicyError, SourceError
 

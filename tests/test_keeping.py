@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.bank import BankWarning, model_fingerprint
+from kvlock_sampling.kv_cache import BankWarning, model_fingerprint
 from kvlock_sampling.tiny import world
 from kvlock_sampling.types import RunError, SiteError, SourceError
 from kvlock_sampling.variance import Max

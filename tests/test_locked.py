@@ -23,7 +23,8 @@ from in_diffusers import (
 )
 
 import kvlock_sampling as kv
-from kvlock_sampling.diffusers import KVLockGuider, encode_clip, locked
+from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
+from kvlock_sampling.integrations.diffusers import pipeline as locked
 from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import RunError, SourceError
 
@@ -242,7 +243,7 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
 def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlock_sampling import keeping
+    from kvlock_sampling.kv_cache import session as keeping
 
     pipe, bank = classic(name), kv.Bank(format=None, every=1, interpolate=False)
     made, keys = keeping.BankKey, []

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from kvlock_sampling import masks
-from kvlock_sampling.region import Region, as_ring
+from kvlock_sampling.masks.fitted import Region, as_ring
 from kvlock_sampling.types import MaskError
 
 quick = settings(max_examples=30, deadline=None)

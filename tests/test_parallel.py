@@ -13,7 +13,7 @@ import parallel_worker
 import pytest
 import torch
 
-from kvlock_sampling.attention.parallel import Shard
+from kvlock_sampling.attention.compat.context_parallel import Shard
 
 WORKER = Path(parallel_worker.__file__)
 SECONDS = 240

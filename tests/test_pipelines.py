@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling.compat import broken_torchvision_hidden
-from kvlock_sampling.pipelines import PipelineError
+from kvlock_sampling.integrations.diffusers.models import PipelineError
 from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
     import diffusers
@@ -261,7 +261,7 @@ def test_an_edit_locks_every_layer_and_keeps_the_background(name):
 def test_off_is_the_model_alone_bit_for_bit(name):
     video, clip, mask = model(name)
     edit = kv.edit_video(clip, mask, "a red square", model=video, policy="off", steps=3, sampler="euler", cfg_scale=2.0)
-    from kvlock_sampling.edit import start_noise
+    from kvlock_sampling.app.edit import start_noise
 
     sigmas = video.sigmas(3)
     prompts = {"cond": video.prompt("a red square"), "uncond": video.prompt(""), "cond_scale": 2.0}

@@ -14,11 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.cli import app
-from kvlock_sampling.compat import broken_torchvision_hidden
-from kvlock_sampling.inputs import read_pair
-from kvlock_sampling.pipelines import PipelineError, load
+from kvlock_sampling.app.cli import app
+from kvlock_sampling.app.inputs import read_pair
+from kvlock_sampling.integrations.diffusers.models import PipelineError, load
 from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.video import read_clip, write_clip
 
 with broken_torchvision_hidden():
@@ -168,7 +168,7 @@ def test_out_of_memory_is_no_traceback(folder, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr("kvlock_sampling.edit.edit_video", full)
+    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", full)
     said = edit(folder, "never.mp4", code=2)
     assert "out of memory: tried to allocate 20 GiB" in said
     assert "--offload model" in said

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
-from kvlock_sampling.compat import broken_torchvision_hidden
-from kvlock_sampling.pipelines import PipelineError
-from kvlock_sampling.pipelines.schedule import DiscreteClock, flow_times, levels
+from kvlock_sampling.integrations.diffusers.models import PipelineError
+from kvlock_sampling.integrations.diffusers.schedule import DiscreteClock, flow_times, levels
 from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
     import diffusers

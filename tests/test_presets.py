@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvlock_sampling import files, presets
+from kvlock_sampling import presets
 from kvlock_sampling.policy import (
     PID,
     Clamped,
@@ -23,17 +23,10 @@ from kvlock_sampling.policy import (
     Windowed,
     stateless,
 )
-from kvlock_sampling.presets import (
-    Preset,
-    describe,
-    load_policy,
-    load_policy_text,
-    preset_names,
-    save_policy,
-    to_toml,
-)
+from kvlock_sampling.presets import Preset, describe, load_policy, load_policy_text, preset_names, save_policy, to_toml
 from kvlock_sampling.testing import check_policy
 from kvlock_sampling.types import Control, KVLockError, Observation, PolicyError
+from kvlock_sampling.utils import files
 
 ROOT = Path(__file__).parent.parent
 SHELF = sorted((ROOT / "policies").glob("*.toml"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling.resample import last_risk, resample
-from kvlock_sampling.rows import take
+from kvlock_sampling.batching import take
+from kvlock_sampling.restart import last_risk, resample
 from kvlock_sampling.types import RunError
 
 

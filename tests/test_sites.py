@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Architecture, Frame, Layers, Site, find_sites, frame
+from kvlock_sampling.attention import Architecture, Frame, Layers, Site, find_sites
+from kvlock_sampling.attention import context as frame
 from kvlock_sampling.attention.architectures import BUILT_IN
 from kvlock_sampling.attention.foreground import TokenFlow
 from kvlock_sampling.testing import check_sites, random_network

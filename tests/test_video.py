@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kvlock_sampling import _media, files
-from kvlock_sampling.metrics import masked_psnr
 from kvlock_sampling.tiny.world import render, sample_scene
+from kvlock_sampling.utils import files
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
+from kvlock_sampling.video import _codecs as _media
+from kvlock_sampling.video.metrics import masked_psnr
 
 CLIP = render([sample_scene(3)])[0]
 

@@ -1,11 +1,11 @@
 """Where the source's keys and values meet the edit's: fusion, hooks and sites."""
 
+from ..utils.modules import reachable_modules
 from .architecture import Architecture, Layers, register
-from .frame import Frame
+from .context import Frame
 from .fuse import fuse, fusion_ratio
 from .hooks import Hooks
-from .reachable import reachable_modules
-from .sites import SdpaSites, Site, Sites, find_sites
+from .layers import SdpaSites, Site, Sites, find_sites
 
 __all__ = [
     "Architecture",

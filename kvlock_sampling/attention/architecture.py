@@ -16,7 +16,7 @@ from torch import nn
 
 from ..types import SiteError
 from .foreground import TokenFlow
-from .sites import Patch, Site, Sites
+from .layers import Patch, Site, Sites
 
 Text = Literal["none", "first", "last"]
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..rows import NotBatchable
-from .compiled import anything_compiled
-from .doors import Door
-from .frame import Frame
+from ..batching import NotBatchable
+from .compat.torch_compile import anything_compiled
+from .context import Frame
+from .forwards import Door
 
 _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, type(None))
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..types import SiteError
-from .doors import Arguments, Door
-from .frame import Frame, KeyValue
+from .context import Frame, KeyValue
+from .forwards import Arguments, Door
 from .fuse import fuse
 
 

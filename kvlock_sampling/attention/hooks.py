@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..rows import NotBatchable
+from ..batching import NotBatchable
 from ..types import SiteError
-from .backends import Rewrite, watching
-from .beside import side_by_side
-from .compiled import anything_compiled, refuses_to_stop, warn_uncompiled, without_compiler
-from .doors import Door, compiler_in_use, opened
+from .compat.context_parallel import localiser, refuse_unknown
+from .compat.torch_compile import anything_compiled, refuses_to_stop, warn_uncompiled, without_compiler
+from .context import Frame
 from .ending import end_if_seen, ending, may_end
 from .foreground import ForegroundFrame, narrowing
-from .frame import Frame
-from .parallel import localiser, refuse_unknown
-from .sites import Site, Sites
+from .forwards import Door, compiler_in_use, opened
+from .interception import Rewrite, watching
+from .interleaved import side_by_side
+from .layers import Site, Sites
 
 T = TypeVar("T")
 

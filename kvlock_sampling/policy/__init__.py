@@ -1,13 +1,13 @@
 """Policies: from what was observed to what to do. One per file, formula on top; combinators wrap any of them."""
 
 from .base import Policy, Stateless, as_policy, stateless
-from .combine import Clamped, Smoothed, Windowed, Wrapper
 from .constant import Constant
-from .early import Early
 from .linear import Linear
+from .lock_above import Early
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
+from .wrappers import Clamped, Smoothed, Windowed, Wrapper
 
 __all__ = [
     "PID",

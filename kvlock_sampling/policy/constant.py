@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
+from ._checks import number
 from .base import Policy
-from .fields import number
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation, PolicyError
+from ._checks import flag, number
+from ._math import worst
 from .base import Policy
-from .fields import flag, number
-from .numeric import worst
 
 
 @dataclass(frozen=True)

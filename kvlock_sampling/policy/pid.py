@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
+from ._checks import Range, number, pair
+from ._math import elapsed, scaled_cfg, working
 from .base import Policy
-from .fields import Range, number, pair
-from .numeric import elapsed, scaled_cfg, working
 
 RISK_RANGE: Range = (1e-3, 1e3)
 

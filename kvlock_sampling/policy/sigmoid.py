@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
+from ._checks import Range, number, pair
+from ._math import between, scaled_cfg, working
 from .base import Policy
-from .fields import Range, number, pair
-from .numeric import between, scaled_cfg, working
 
 
 @dataclass(frozen=True)

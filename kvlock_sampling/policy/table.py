@@ -9,13 +9,13 @@ from typing import Any
 
 from ..types import PolicyError
 from .base import Policy
-from .combine import Clamped, Smoothed, Windowed
 from .constant import Constant
-from .early import Early
 from .linear import Linear
+from .lock_above import Early
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
+from .wrappers import Clamped, Smoothed, Windowed
 
 TYPES: dict[str, type[Policy]] = {
     kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, Early, Smoothed, Clamped)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
+from ._checks import number
+from ._math import scaled_cfg
 from .base import Policy
-from .fields import number
-from .numeric import scaled_cfg
 
 
 @dataclass(frozen=True)

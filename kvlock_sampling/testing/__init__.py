@@ -8,9 +8,9 @@ def test_my_network(): check_sites(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond
 
 from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
+from .layers import check_sites
 from .networks import random_network
 from .policy import check_policy
-from .sites import check_sites
 
 __all__ = [
     "GaussianDenoiser",

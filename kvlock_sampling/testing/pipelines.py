@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..compat import broken_torchvision_hidden
 from ..types import KVLockError
+from ..utils.torchvision import broken_torchvision_hidden
 from ._tiny import TEXT, cogvideox, hunyuan, hunyuan15, ltx, mochi, t5, tokenizer
 
 

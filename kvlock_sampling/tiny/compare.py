@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..edit import Edit, VideoModel, edit_video
-from ..metrics import masked_psnr, masked_ssim, temporal_error
+from ..app.edit import Edit, VideoModel, edit_video
 from ..policy import Constant, Early, Windowed
+from ..video.metrics import masked_psnr, masked_ssim, temporal_error
 from .judge import judge
 from .world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
 

@@ -8,7 +8,7 @@ An object of palette colour C with coverage a in [0, 1] therefore shows up as
 so the best render minimises  sum |D - a (chroma(C) - m)|^2;  `match` finds it. One colour, shape and radius hold for
 the clip, the centre is free in every frame. Inside the object its brightness is checked too.
 
-Grey things outside the object are invisible here; compare backgrounds with `kvlock_sampling.metrics` instead.
+Grey things outside the object are invisible here; compare backgrounds with `kvlock_sampling.video.metrics` instead.
 """
 
 from __future__ import annotations

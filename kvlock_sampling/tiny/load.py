@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..denoisers import FlowDenoiser
-from ..files import atomic
 from ..samplers import flow_sigmas
 from ..types import KVLockError
+from ..utils.files import atomic
 from .model import PATCH, TinyWan, tokenize
 from .world import FRAMES, SIZE
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..compat import broken_torchvision_hidden
 from ..types import KVLockError
+from ..utils.torchvision import broken_torchvision_hidden
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
 
 with broken_torchvision_hidden():

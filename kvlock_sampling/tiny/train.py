@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic
+from ..utils.files import atomic
 from .load import save
 from .model import TinyWan, tokenize
 from .world import render, sample_scene

@@ -5,18 +5,18 @@ PosteriorVariance, DropoutVariance. Around others: Sparse, Held, Relative, Max, 
 """
 
 from .base import Estimator, masked_mean
-from .combine import Max, Mean, Weighted
+from .combined import Max, Mean, Weighted
 from .disagreement import SolverDisagreement
 from .dropout import DropoutVariance
 from .dropout_hooks import dropout_hooks
 from .gap import GuidanceGap
-from .held import Held
 from .posterior import PosteriorVariance
 from .relative import Relative
 from .renoise import RenoiseVariance
 from .sparse import Sparse
 from .table import ESTIMATORS, estimator_table, make_estimator
 from .trajectory import TrajectoryVariance
+from .wrappers import Held
 
 __all__ = [
     "ESTIMATORS",

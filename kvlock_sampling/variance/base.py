@@ -15,8 +15,8 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
 
 Patch = tuple[int, int, int]
 """Latents per token along (time, height, width)."""

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from ..types import EstimatorError
-from .curve import ThresholdCurve
+from .thresholds import ThresholdCurve
 
 
 class Band(NamedTuple):

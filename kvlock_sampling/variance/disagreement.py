@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, pooled
 from .trajectory import SAME_SIGMA
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, pooled
 from .dropout_hooks import dropout_hooks, droppable
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation, KVLockError
+from ..utils.precision import working
+from ._noise import check_seeds, copies, draw
 from .base import Estimator
-from .draws import check_seeds, copies, draw
 
 Method = Literal["auto", "finite", "forward"]
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
 from .base import Estimator, Patch, pooled
-from .held import Wrapper
+from .wrappers import Wrapper
 
 
 class RelativeState(NamedTuple):

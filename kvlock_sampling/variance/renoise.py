@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
+from ._noise import check_seeds, copies, draw
 from .base import Estimator, Patch, check_patch, pooled
-from .draws import check_seeds, copies, draw
 
 
 @dataclass(frozen=True)

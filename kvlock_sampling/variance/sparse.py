@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..types import EstimatorError, Evaluation
-from .held import Wrapper
 from .trajectory import SAME_SIGMA
+from .wrappers import Wrapper
 
 
 class SparseState(NamedTuple):

@@ -13,16 +13,16 @@ from typing import Any
 
 from ..types import EstimatorError
 from .base import Estimator
-from .combine import Max, Mean, Weighted
+from .combined import Max, Mean, Weighted
 from .disagreement import SolverDisagreement
 from .dropout import DropoutVariance
 from .gap import GuidanceGap
-from .held import Held
 from .posterior import PosteriorVariance
 from .relative import Relative
 from .renoise import RenoiseVariance
 from .sparse import Sparse
 from .trajectory import TrajectoryVariance
+from .wrappers import Held
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     kind.__name__: kind

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..precision import working
 from ..types import EstimatorError, Evaluation
+from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, pooled
 
 SAME_SIGMA = 1e-4

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...attention import Sites, find_sites
-from ...compat import broken_torchvision_hidden
 from ...denoisers import FlowDenoiser
 from ...types import KVLockError
+from ...utils.torchvision import broken_torchvision_hidden
 from . import hunyuan, image, k_diffusion, video, wan
 from .base import Called, enliven
 

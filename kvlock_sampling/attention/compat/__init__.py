@@ -1,0 +1,1 @@
+"""What else acts on a model beside a lock: context parallelism, step caches, torch.compile."""

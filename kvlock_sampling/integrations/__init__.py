@@ -1,0 +1,1 @@
+"""Hosts that a lock can work in, one folder each."""

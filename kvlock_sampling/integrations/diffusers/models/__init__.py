@@ -1,0 +1,8 @@
+"""Pipelines of diffusers as models to edit with: `from_pipeline(pipe)`, `load_pipeline(folder)`."""
+
+from ..errors import PipelineError
+from .base import PipelineVideo
+from .families import FAMILIES, from_pipeline
+from .load import load_pipeline
+
+__all__ = ["FAMILIES", "PipelineError", "PipelineVideo", "from_pipeline", "load_pipeline"]

@@ -1,0 +1,5 @@
+"""Clips and masks as files and as tensors."""
+
+from .files import Clip, check_suffix, read_clip, read_mask, side_by_side, write_clip
+
+__all__ = ["Clip", "check_suffix", "read_clip", "read_mask", "side_by_side", "write_clip"]

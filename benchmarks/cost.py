@@ -1,7 +1,7 @@
 """What keeping the source's K/V costs in quality:  python benchmarks/cost.py [--scenes 32]
 
-Held-out scenes of the embedded world, full lock from the same noise: exact, with K/V served from a bank in several
-formats and at several rates of refresh, from a fixed noise, and from a bank that another seed filled; and what each
+Held-out scenes of the embedded world, full lock from the same noise: exact, with K/V served from a KV cache in several
+formats and at several rates of refresh, from a fixed noise, and from a KV cache that another seed filled; and what each
 changes in the result, beside what the lock itself changes. Writes benchmarks/results/cost.json.
 """
 
@@ -25,31 +25,31 @@ FIRST_SCENE = 760_000
 FREE, FULL = kv.Constant(lock=0.0), kv.Constant(lock=1.0)
 
 
-def bank(**options: Any) -> dict[str, Any]:
-    # The run's own noise, unlike what edit_video gives a bank: then only what is kept differs from the full lock.
+def kv_cache(**options: Any) -> dict[str, Any]:
+    # The run's own noise, unlike what edit_video gives a kv_cache: then only what is kept differs from the full lock.
     return {
         "policy": FULL,
         "noise": None,
-        "bank": kv.Bank(budget=None, **{"ratio": None, "every": 1, "format": None, **options}),
+        "kv_cache": kv.KVCache(budget=None, **{"ratio": None, "every": 1, "format": None, **options}),
     }
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    filled = kv.Bank(budget=None, ratio=None, every=3, format="int8")
+    filled = kv.KVCache(budget=None, ratio=None, every=3, format="int8")
     return {
         "composited": {"policy": FREE, "composite": True},
         "full lock": {"policy": FULL},
-        "bf16": bank(format="bf16"),
-        "fp8": bank(format="fp8"),
-        "int8": bank(format="int8"),
-        "every 2": bank(every=2),
-        "every 3, the nearest level": bank(every=3, interpolate=False),
-        "every 3": bank(every=3),
-        "every 3, within a ratio of 1.5": bank(every=3, ratio=1.5),
-        "every 5": bank(every=5),
+        "bf16": kv_cache(format="bf16"),
+        "fp8": kv_cache(format="fp8"),
+        "int8": kv_cache(format="int8"),
+        "every 2": kv_cache(every=2),
+        "every 3, the nearest level": kv_cache(every=3, interpolate=False),
+        "every 3": kv_cache(every=3),
+        "every 3, within a ratio of 1.5": kv_cache(every=3, ratio=1.5),
+        "every 5": kv_cache(every=5),
         "fixed noise": {"policy": FULL, "noise": "fixed"},
-        "fixed noise, int8, every 3": {"policy": FULL, "noise": "fixed", "bank": filled},
-        "the same, filled by another seed": {"policy": FULL, "noise": "fixed", "bank": filled},
+        "fixed noise, int8, every 3": {"policy": FULL, "noise": "fixed", "kv_cache": filled},
+        "the same, filled by another seed": {"policy": FULL, "noise": "fixed", "kv_cache": filled},
         "source without a prompt": {"policy": FULL, "source_prompt": ""},
         "source under the edit's prompt": {"policy": FULL, "source_prompt": None},
         "preset fast": {"policy": "fast"},
@@ -65,8 +65,8 @@ def main() -> None:
     video, rows, results = load(), [], {}
     for name, options in variants().items():
         if name.startswith("the same, filled"):
-            other = {k: v for k, v in options.items() if k != "bank"} | {"bank": options["bank"]}
-            assert options["bank"].used > 0
+            other = {k: v for k, v in options.items() if k != "kv_cache"} | {"kv_cache": options["kv_cache"]}
+            assert options["kv_cache"].used > 0
             compare(task, video, {name: other}, steps=given.steps, seed=FIRST_SCENE + 5000)
         edit, score = compare(task, video, {name: options}, steps=given.steps, seed=FIRST_SCENE)[name]
         results[name] = (edit.pixels, score)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
-from kvlock_sampling.masks.fitted import Region
+from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.compare import Task, make_task
 from kvlock_sampling.tiny.judge import judge
@@ -47,7 +47,7 @@ class FusedBeforeNorm(nn.Module):
         super().__init__()
         self.model, self.blocks = model, blocks
         self.source, self.noise, self.lock = source, noise, 0.0
-        region = Region(mask)
+        region = FittedMask(mask)
         self.edited = region.latent(source)
         self.background = region.background(source, patch)
 
@@ -134,7 +134,7 @@ def keys(setting: Setting, lock: float, sigma: float) -> list[dict[str, float]]:
     setting.model(both, torch.full((len(both),), sigma), cond=setting.extra_args["cond"].repeat(2, 1))
     for hook in hooks:
         hook.remove()
-    kept = Region(setting.task.mask).background(x, setting.patch).expand(len(x), -1) > 0
+    kept = FittedMask(setting.task.mask).background(x, setting.patch).expand(len(x), -1) > 0
     rows = []
     for block, out in zip(setting.blocks, raw, strict=True):
         edit, source = out.chunk(2)

@@ -179,7 +179,7 @@ def sent_back(task: Task, video: TinyVideo, back_to: float = 2.0, share: float =
     with torch.inference_mode():
         x = lock.sample("dpmpp_2m", start_noise(task.source, seeds) * sigmas[0], sigmas, extra_args=arguments)
         risk, passes = last_risk(lock.trace), lock.trace.evaluations
-        again = kv.resample(lock, "dpmpp_2m", x, sigmas, back_to=back_to, limit=-1.0, extra_args=arguments)
+        again = kv.restart(lock, "dpmpp_2m", x, sigmas, back_to=back_to, limit=-1.0, extra_args=arguments)
     extra = sum(t.evaluations for t in again.traces)
     first, second = (result(score(task, finished(task, video, z, lock))) for z in (x, again.x))
     flagged = torch.zeros(len(risk)).index_fill(0, risk.topk(round(share * len(risk))).indices, 1.0)

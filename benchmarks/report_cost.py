@@ -17,8 +17,8 @@ WAYS = {
     "procedure": "the published procedure: source pass, all K/V kept, two branches",
     "lockstep": "the source in lockstep",
     "foreground": "the foreground alone",
-    "foreground, bank every 3": "the same, with a bank asked anew every third evaluation",
-    "foreground, filled bank": "the same, with a bank that an earlier edit filled",
+    "foreground, KV cache every 3": "the same, with a KV cache asked anew every third evaluation",
+    "foreground, filled KV cache": "the same, with a KV cache that an earlier edit filled",
 }
 
 
@@ -57,7 +57,7 @@ def speed(record: dict) -> str:
     return (
         f"Time per evaluation over that of plain guidance, median of interleaved rounds (least to most), on {where}. "
         "Memory is the peak of what is alive beyond weights and inputs, over plain guidance's; the largest of the row, "
-        "what the bank holds included.\n\n" + "\n\n".join(parts)
+        "what the KV cache holds included.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -90,7 +90,9 @@ def _ends(record: dict) -> tuple[int, int]:
 
 def where(record: dict) -> str:
     kinds = [name for name in record["rows"][0] if name not in ("way", "seconds")]
-    named = WAYS | {"foreground, bank every 3": "the foreground alone, with a bank asked every third evaluation"}
+    named = WAYS | {
+        "foreground, KV cache every 3": "the foreground alone, with a KV cache asked every third evaluation"
+    }
     body = [[named[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
     about = f"{record['model']}, a quarter of the tokens edited, {record['threads']} threads, by torch's profiler:"
     return f"{about}\n\n{table(['way', *kinds], body)}"
@@ -110,7 +112,7 @@ def page(record: dict, rows: list[dict], profile: dict) -> None:
     about = (
         f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
         f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths. Memory is that of "
-        "the latter, with what the bank holds:"
+        "the latter, with what the KV cache holds:"
     )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")

@@ -2,7 +2,7 @@
 
 Per evaluation of the sampler: plain guidance without any lock, and with one more row, which does nothing; the published
 procedure written plainly (a full pass of the source, K/V of all layers kept, then both branches); the source in
-lockstep; only the foreground, alone and with a bank that is refreshed every third evaluation, or was filled by an
+lockstep; only the foreground, alone and with a KV cache that is refreshed every third evaluation, or was filled by an
 earlier edit. At Wan-1.3B's geometry with random weights, few layers and few thousand tokens; and on the embedded model.
 
 A lock saves most of one layer of the source, which is much of two layers and little of thirty. So two depths are
@@ -149,11 +149,13 @@ def ways(subject: Subject, share: float | None) -> dict[str, Callable[[], Any]]:
             "procedure": lambda: lock(batched=False, foreground=False),
             "lockstep": lambda: lock(foreground=False),
         }
-    filled = kv.Bank(budget=None, format=None, every=3, ratio=None)
+    filled = kv.KVCache(budget=None, format=None, every=3, ratio=None)
     return {
         "foreground": lambda: lock(foreground=True),
-        "foreground, bank every 3": lambda: lock(foreground=True, bank=kv.Bank(budget=None, every=3, ratio=None)),
-        "foreground, filled bank": lambda: lock(foreground=True, bank=filled),
+        "foreground, KV cache every 3": lambda: lock(
+            foreground=True, kv_cache=kv.KVCache(budget=None, every=3, ratio=None)
+        ),
+        "foreground, filled KV cache": lambda: lock(foreground=True, kv_cache=filled),
     }
 
 
@@ -163,7 +165,7 @@ def prepared(subject: Subject, way: str) -> Iterator[None]:
     if way != "procedure":
         yield
         return
-    handles = [network.register_forward_hook(lambda *_: None) for network in kv.find_sites(subject.model).networks]
+    handles = [network.register_forward_hook(lambda *_: None) for network in kv.find_layers(subject.model).networks]
     try:
         yield
     finally:
@@ -186,7 +188,7 @@ def measure(subjects: list[Subject], depth: int | None, rounds: int, say: Callab
     ]
     times: dict[Key, list[float]] = {(index, share, way): [] for index, share, way, _ in makers}
     peaks: dict[Key, float] = {}
-    for turn in range(rounds + 1):  # the first turn warms up, fills the banks, and measures memory
+    for turn in range(rounds + 1):  # the first turn warms up, fills the KV caches, and measures memory
         for index, share, way, make in makers:
             subject = subjects[index]
             with evaluations(make(), subject) as run, prepared(subject, way):
@@ -242,7 +244,7 @@ def figure(tables: list[list[Row]], path: Path) -> None:
         for way, colour in colours.items():
             level = next(r["ratio"] for r in rows if r["way"] == way)
             axis.axhline(level, color=colour, ls="--", lw=1.2, label=way)
-        for way in ("foreground", "foreground, bank every 3", "foreground, filled bank"):
+        for way in ("foreground", "foreground, KV cache every 3", "foreground, filled KV cache"):
             curve = [r for r in rows if r["way"] == way]
             axis.plot([r["share"] for r in curve], [r["ratio"] for r in curve], "o-", label=way)
         axis.set(title=title(rows[0]), xlabel="share of the tokens that is edited", ylabel="time / plain guidance")

@@ -24,10 +24,10 @@ FREE, FULL = kv.Constant(lock=0.0), kv.Constant(lock=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "composited": {"policy": FREE, "composite": True},
     "full lock": {"policy": FULL},
-    "sigma >= 1 only": {"policy": kv.Early(FREE, above=1.0)},
-    "sigma >= 4 only": {"policy": kv.Early(FREE, above=4.0)},
+    "sigma >= 1 only": {"policy": kv.LockAbove(FREE, above=1.0)},
+    "sigma >= 4 only": {"policy": kv.LockAbove(FREE, above=4.0)},
     "sigma < 4 only": {"policy": kv.Windowed(FULL, below=4.0)},
-    "half near the mask": {"policy": FULL, "ring": (1, 0.5)},
+    "half near the mask": {"policy": FULL, "transition": (1, 0.5)},
     "first three layers": {"policy": FULL, "layers": range(3)},
     "last three layers": {"policy": FULL, "layers": range(3, 6)},
     "full, guidance 2": {"policy": kv.Constant(lock=1.0, cfg_scale=2.0)},

@@ -1,7 +1,7 @@
 """Where the time of an evaluation goes, by kind of work:  python benchmarks/where_time_goes.py
 
 The network of speed.py at one depth, a quarter of the tokens edited, under torch's profiler: plain guidance, the source
-in lockstep, and the foreground alone with a bank that is refreshed every third evaluation. Writes
+in lockstep, and the foreground alone with a KV cache that is refreshed every third evaluation. Writes
 benchmarks/results/where_time_goes.json.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     made = ways(subject, None) | ways(subject, 0.25)
     on_gpu = given.device != "cpu"
     rows = []
-    for way in ("plain", "lockstep", "foreground, bank every 3"):
+    for way in ("plain", "lockstep", "foreground, KV cache every 3"):
         with evaluations(made[way](), subject) as run:
             run()
         with (

@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import Any
 
 from . import masks, samplers
-from .attention import Architecture, SdpaSites, find_sites
+from .attention import Architecture, find_layers, sdpa_layers
 from .attention import register as register_architecture
 from .denoisers import CFGDenoiser, FlowDenoiser
-from .kv_cache import Bank
+from .kv_cache import KVCache
 from .lock import KVLock
-from .policy import PID, Clamped, Constant, Early, Linear, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
+from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
 from .presets import load_policy, to_toml
-from .restart import resample
+from .restart import restart
 from .trace import Trace
 from .types import Control, KVLockError, Observation
 from .variance import Estimator, PosteriorVariance, Relative, RenoiseVariance, TrajectoryVariance
@@ -27,23 +27,22 @@ __version__ = "0.1.0"
 __all__ = [
     "PID",
     "Architecture",
-    "Bank",
     "CFGDenoiser",
     "Clamped",
     "Constant",
     "Control",
-    "Early",
     "Estimator",
     "FlowDenoiser",
+    "KVCache",
     "KVLock",
     "KVLockError",
     "Linear",
+    "LockAbove",
     "Observation",
     "Policy",
     "PosteriorVariance",
     "Relative",
     "RenoiseVariance",
-    "SdpaSites",
     "Sigmoid",
     "Smoothed",
     "Threshold",
@@ -52,14 +51,15 @@ __all__ = [
     "Windowed",
     "diffusers",
     "edit_video",
-    "find_sites",
+    "find_layers",
     "from_pipeline",
     "load_pipeline",
     "load_policy",
     "masks",
     "register_architecture",
-    "resample",
+    "restart",
     "samplers",
+    "sdpa_layers",
     "stateless",
     "testing",
     "to_toml",

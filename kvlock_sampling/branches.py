@@ -21,7 +21,7 @@ from .batching import NotBatchable, join_calls
 from .control import HostReads
 from .guidance import guide, guide_rescaled
 from .locking import Locking
-from .types import Denoiser, RunError, Scalar, SiteError
+from .types import AttentionError, Denoiser, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Call:
     def _source_runs_alone(self) -> bool:
         """Whether the source needs a pass of its own: its K/V serve further calls, or it runs on other tokens."""
         locking = self._locking
-        if locking.sites.rows_apart or self.caches.active or locking.shelf is not None:
+        if locking.layers.rows_apart or self.caches.active or locking.shelf is not None:
             return True
         if locking.left_out is None:
             return locking.selection is not None
@@ -120,12 +120,12 @@ class Call:
         return frame
 
     def _check_once(self, frame: Frame) -> None:
-        """Raises SiteError where a bank, which keeps one pair of K/V per site, cannot serve."""
-        again = [site for site, times in frame.times.items() if times > 1]
+        """Raises AttentionError where a KV cache, which keeps one pair of K/V per layer, cannot serve."""
+        again = [layer for layer, times in frame.times.items() if times > 1]
         if again and isinstance(self, OwnedCall):
-            raise SiteError(
-                f"site {again[0]!r} acts {frame.times[again[0]]} times in one evaluation; expected once: a bank keeps "
-                "one pair of keys and values for each.\n  Leave bank= away, or lock other layers: layers=[...]."
+            raise AttentionError(
+                f"layer {again[0]!r} acts {frame.times[again[0]]} times in one evaluation; expected once: a KV cache keeps "
+                "one pair of keys and values for each.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
             )
 
     def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
@@ -170,7 +170,7 @@ class Call:
         return None
 
     def _run(self, frame: Frame | None, call: Callable[[], T], kind: tuple[str, ...] | None = None) -> T:
-        """Make a call of the model; with a frame the sites act on it, and those that did are counted."""
+        """Make a call of the model; with a frame the layers act on it, and those that did are counted."""
         with self.caches.passed_by() if kind is None else self.caches.apart(self._layout(frame, kind), kind):
             if frame is None:
                 return call()
@@ -183,22 +183,22 @@ class Call:
         return out
 
     def _check_fired(self, frame: Frame) -> None:
-        """Every site of the network that ran must have acted, unless a step cache skipped it.
+        """Every layer of the network that ran must have acted, unless a step cache skipped it.
 
         Raises:
-            SiteError: one did not, and the edit ran on a part of the tokens: that layer saw no others.
+            AttentionError: one did not, and the edit ran on a part of the tokens: that layer saw no others.
         """
-        sites = self._locking.sites
-        expected = len(sites.sites) // max(1, len(sites.networks))
+        layers = self._locking.layers
+        expected = len(layers.layers) // max(1, len(layers.networks))
         if len(frame.fired) >= expected:
             return
-        silent = [site.name for site in sites.sites if site.name not in frame.fired][:3]
+        silent = [layer.name for layer in layers.layers if layer.name not in frame.fired][:3]
         text = (
-            f"{len(frame.fired)} of {expected} sites saw their attention; not {', '.join(silent)}. Is it computed by a "
+            f"{len(frame.fired)} of {expected} layers saw their attention; not {', '.join(silent)}. Is it computed by a "
             "kernel of the model's own, or was the layer skipped?"
         )
         if isinstance(frame, ForegroundFrame):
-            raise SiteError(
+            raise AttentionError(
                 f"{text} With only the edited tokens computed such a layer misses the rest.\n"
                 "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .control import check_control, check_finite, floored, steps_left
-from .masks.fitted import Region
+from .masks.fitted import FittedMask
 from .policy import Policy
 from .run import State
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, RunError, Scalar
@@ -38,15 +38,15 @@ class Controller:
         estimator: Estimator,
         threshold: Any,
         cfg_floor: float,
-        region: Region | None,
+        region: FittedMask | None,
         tokens: int | None,
     ) -> None:
         self.policy, self.estimator, self.threshold = policy, estimator, threshold
         self.cfg_floor, self.region, self.tokens = cfg_floor, region, tokens
 
-    def watch(self, x: Tensor, level: float, asked: Scalar, schedule: Sequence[float] | None) -> Observation:
+    def watch(self, x: Tensor, level: float, requested: Scalar, schedule: Sequence[float] | None) -> Observation:
         """An observation with nothing measured yet."""
-        base = torch.as_tensor(asked, dtype=torch.float32, device=x.device).reshape(-1)
+        base = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)
         if len(base) not in (1, len(x)):
             raise RunError(
                 f"the guidance scale has {len(base)} entries for {len(x)} clips; pass a float, or one per clip."

@@ -1,6 +1,6 @@
 """KVLock: a denoiser that measures, decides and locks. The one stateful object, and the only one that knows the order.
 
-sampler -> KVLock -> source at the same sigma -> attention sites -> model -> x0-hat -> variance -> policy
+sampler -> KVLock -> source at the same sigma -> attention layers -> model -> x0-hat -> variance -> policy
         <- denoised <- composite <- guidance <- cfg_scale (this evaluation), lock (the next one)
 """
 
@@ -18,27 +18,27 @@ import torch
 from torch import Tensor
 
 from . import options, samplers
-from .attention import Hooks, Sites, find_sites, reachable_modules
+from .attention import AttentionLayers, Hooks, find_layers, reachable_modules
 from .attention.compat.step_caches import StepCaches
 from .batching import take
 from .branches import GuidedCall, OwnedCall
 from .control import HostReads, LockRatio
 from .controller import Controller
-from .kv_cache import Bank, Plan
-from .kv_cache.session import Keeper, chosen_bank, chosen_layers, plan
+from .kv_cache import KVCache, Plan
+from .kv_cache.session import Keeper, chosen_cache, plan
 from .locking import Locker, can_narrow, why_not_narrow
 from .masks import as_mask
-from .masks.fitted import Region, as_ring
-from .proxy import StandIn
+from .masks.fitted import FittedMask, as_transition
+from .proxy import DenoiserProxy
 from .run import Run, as_rows, as_schedule, default_of, method_of, names_parameter
-from .settings import asked_scale, judgement, noise_levels
+from .settings import judgement, noise_levels, requested_scale
 from .source import Source
 from .trace import Trace
 from .types import Denoiser, RunError, Scalar, SourceError, StepInfo
 from .variance import Estimator
 
 
-class KVLock(StandIn):
+class KVLock(DenoiserProxy):
     """Wrap a denoiser so that it can be handed to any k-diffusion style sampler.
 
     Inside its `with` block a lock is called as the model is, `lock(x, sigma, **extra_args) -> denoised`, shaped like x,
@@ -64,7 +64,7 @@ class KVLock(StandIn):
         composite: give `denoised` the source's background. Default: yes, unless the policy can never lock.
         rescale: s*-rescaled guidance (CFG-Zero*) instead of plain; default: the preset's, or plain.
         cfg_floor: lower bound, >= 0, of a scheduled cfg_scale; default: the preset's, or 1.
-        sites: attention sites; default: found in the model.  layers: indices or a slice of them to lock.
+        layers: attention layers; default: found in the model.  layers: indices or a slice of them to lock.
         ring: (width in tokens, share): tokens that near the mask take only this share of the lock; default: no ring.
         sigmas: the noise schedule, for policies that count steps. Samplers of this library tell it by themselves.
         scale_arg: name of the guidance scale of a model that does its own guidance; the lock then sets it.
@@ -73,15 +73,15 @@ class KVLock(StandIn):
             activation memory, the same result up to rounding.
         foreground: leave tokens that are locked in full out of the computation, the same result up to rounding.
             Default: wherever that can be done; False never, True with a warning where it cannot.
-        bank: keeps the source's K/V over steps and runs, see `Bank`: fewer passes of the source, close to the same
+        kv_cache: keeps the source's K/V over steps and runs, see `KVCache`: fewer passes of the source, close to the same
             result. For runs of several seeds give `noise` too, e.g. noise="fixed", and for several prompts
             `source_args`: K/V serve again only where nothing they depend on has changed.
 
     An option that can have no effect is refused, and where that hangs on the policy, told by a warning. A policy that
-    never locks, such as "off", sets aside what describes clip and model: source_args, noise, sites, branch.
+    never locks, such as "off", sets aside what describes clip and model: source_args, noise, layers, branch.
 
     Raises:
-        SourceError, MaskError, PolicyError, EstimatorError, SiteError: at construction, wherever that is possible.
+        SourceError, MaskError, PolicyError, EstimatorError, AttentionError: at construction, wherever that is possible.
             Without a source a Constant that locks is refused there; of any other policy only the run shows that it
             asks for a lock, and the first evaluation that would have to be locked raises SourceError.
         RunError: a lock around a lock, a `scale_arg` that the model does not take; a call outside the `with` block.
@@ -104,15 +104,14 @@ class KVLock(StandIn):
         composite: bool | None = None,
         rescale: bool | None = None,
         cfg_floor: float | None = None,
-        sites: Sites | None = None,
-        layers: Iterable[int] | slice | None = None,
-        ring: tuple[float, float] | None = None,
+        layers: AttentionLayers | Iterable[int] | slice | None = None,
+        transition: tuple[float, float] | None = None,
         sigmas: Tensor | None = None,
         scale_arg: str | None = None,
         branch: Denoiser | None = None,
         batched: bool = True,
         foreground: bool | None = None,
-        bank: Bank | None = None,
+        kv_cache: KVCache | None = None,
     ) -> None:
         options.check_unlocked(model, KVLock)
         options.check_unlocked(branch, KVLock)
@@ -129,40 +128,49 @@ class KVLock(StandIn):
             locks=source is not None,
         )
         if source is None:
-            about_source = {"source_args": source_args, "noise": noise, "sites": sites, "layers": layers}
-            options.check_needs_source(**about_source, ring=ring, branch=branch, foreground=foreground, bank=bank)
+            about_source = {"source_args": source_args, "noise": noise, "layers": layers}
+            options.check_needs_source(
+                **about_source, transition=transition, branch=branch, foreground=foreground, kv_cache=kv_cache
+            )
             options.check_needs_no_lock(self.policy)
         if source is not None and mask is None:
             raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
         self.source = None if source is None else Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
-        self.region = None if mask is None else Region(mask)
+        self.region = None if mask is None else FittedMask(mask)
         if self.source is not None and self.region is not None:
             self.region.latent(self.source.latents)
         self.source_args = dict(source_args or {})
-        self.ring = as_ring(ring)
+        self.transition = as_transition(transition)
         locks = self.source is not None and not self.policy.never_locks
         self.composite = locks if composite is None else composite
         if self.composite and self.source is None:
             raise SourceError("composite=True needs source= and mask=.")
-        self.sites: Sites | None = None
+        self.layers: AttentionLayers | None = None
         self._nothing_left = False
         if locks:
             assert self.source is not None
-            self.sites = chosen_layers(sites or find_sites(model), layers, bank)
-            self.sites.grid(self.source.latents.shape)
+            self.layers = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
+            self.layers.grid(self.source.latents.shape)
             assert self.region is not None
-            edited = self.region.tokens(self.source.latents, self.sites.patch)
+            edited = self.region.tokens(self.source.latents, self.layers.patch)
             if bool(edited.all()):
                 warnings.warn(
-                    f"no token is left to lock: with tokens of {self.sites.patch} latents the mask reaches into every "
+                    f"no token is left to lock: with tokens of {self.layers.patch} latents the mask reaches into every "
                     "one of them. Nothing will be locked; a smaller mask, or a larger clip, leaves some.",
                     stacklevel=2,
                 )
-                self.sites, self._nothing_left = None, True
+                self.layers, self._nothing_left = None, True
         elif self.source is not None:
-            options.tell_never_locks(self.policy, layers=layers, ring=ring, foreground=foreground, bank=bank)
-        if self.ring is not None and self.sites is not None and self.region is not None and self.source is not None:
-            self.region.background(self.source.latents, self.sites.patch, self.ring)
+            options.tell_never_locks(
+                self.policy, layers=layers, transition=transition, foreground=foreground, kv_cache=kv_cache
+            )
+        if (
+            self.transition is not None
+            and self.layers is not None
+            and self.region is not None
+            and self.source is not None
+        ):
+            self.region.background(self.source.latents, self.layers.patch, self.transition)
         self._schedule = None if sigmas is None else as_schedule(sigmas, model)
         self.scale_arg = scale_arg or ("cond_scale" if names_parameter(model, "cond_scale") else None)
         self._default_scale = default_of(model, self.scale_arg or "cond_scale")
@@ -173,11 +181,11 @@ class KVLock(StandIn):
         unread = mask if source is None else None
         options.tell_unmeasured(self.policy, estimator=estimator, threshold=threshold, mask=unread)
         measures = self.estimator if self.policy.uses_risk else None
-        self._narrows = self.sites is not None and can_narrow(
-            foreground, why_not_narrow(self.sites, measures, composite=self.composite, rescale=self.rescale)
+        self._narrows = self.layers is not None and can_narrow(
+            foreground, why_not_narrow(self.layers, measures, composite=self.composite, rescale=self.rescale)
         )
         self._expert = method_of(model, "expert")
-        self.bank = chosen_bank(bank, advice, self.sites)
+        self.kv_cache = chosen_cache(kv_cache, advice, self.layers)
         self.trace = Trace()
         self._local = threading.local()
 
@@ -185,10 +193,10 @@ class KVLock(StandIn):
 
     def __enter__(self) -> KVLock:
         stack = ExitStack()
-        run = Run(None if self.sites is None else Hooks(self.sites), stack, self._schedule)
-        if self.bank is not None:
-            assert self.sites is not None
-            run.keeper = Keeper(self.bank, self.model, self.sites, stack)
+        run = Run(None if self.layers is None else Hooks(self.layers), stack, self._schedule)
+        if self.kv_cache is not None:
+            assert self.layers is not None
+            run.keeper = Keeper(self.kv_cache, self.model, self.layers, stack)
         self._local.runs = [*self._runs(), run]
         self.trace = run.trace
         return self
@@ -207,17 +215,19 @@ class KVLock(StandIn):
             return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
 
     def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
-        """What the bank will hold of a run over these noise levels, before anything runs: print it.
+        """What the KV cache will hold of a run over these noise levels, before anything runs: print it.
 
         sampler: some evaluate between the levels too, and store more. A policy that does not lock all the time stores
             less, and so may an adaptive sampler, which chooses its levels as it goes.
 
         Raises:
-            RunError: this lock has no bank.
+            RunError: this lock has no KV cache.
         """
-        if self.bank is None or self.sites is None or self.region is None or self.source is None:
-            raise RunError("this lock keeps nothing, so there is nothing to plan; give it a bank: bank=kv.Bank(...).")
-        selection, _ = self.region.selection(self.source.latents, self.sites.patch, self.ring)
+        if self.kv_cache is None or self.layers is None or self.region is None or self.source is None:
+            raise RunError(
+                "this lock keeps nothing, so there is nothing to plan; give it a kv_cache: kv_cache=kv.KVCache(...)."
+            )
+        selection, _ = self.region.selection(self.source.latents, self.layers.patch, self.transition)
         levels: list[float] = []
 
         def noting(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
@@ -225,7 +235,7 @@ class KVLock(StandIn):
             return x * 0
 
         samplers.run(sampler, noting, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), seed=0)
-        return plan(self.bank, self.sites, selection, levels)
+        return plan(self.kv_cache, self.layers, selection, levels)
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for some clips of a batch of `batch`: source, mask and the source's arguments cut to them."""
@@ -239,7 +249,7 @@ class KVLock(StandIn):
             given = self.region.given
             if self.source is not None and self.source.latents.ndim == 5:
                 given = as_mask(given)  # then its first axis is the clips, whatever it was
-            part.region = Region(take(given, index, batch))
+            part.region = FittedMask(take(given, index, batch))
         part.source_args = take(self.source_args, index, batch)
         return part
 
@@ -262,8 +272,8 @@ class KVLock(StandIn):
         return runs[-1]
 
     def __repr__(self) -> str:
-        sites = "no sites" if self.sites is None else f"{len(self.sites.sites) or 'watched'} sites"
-        return f"KVLock({type(self.model).__name__}, {self.policy!r}, {self.estimator!r}, {sites})"
+        layers = "no layers" if self.layers is None else f"{len(self.layers.layers) or 'watched'} layers"
+        return f"KVLock({type(self.model).__name__}, {self.policy!r}, {self.estimator!r}, {layers})"
 
     # -- one evaluation -----------------------------------------------------------------------------------------------
 
@@ -277,14 +287,14 @@ class KVLock(StandIn):
         """
         run = self._run()
         sigma = torch.as_tensor(sigma, device=x.device)
-        asked = asked_scale(extra_args, self.scale_arg or "cond_scale", self._default_scale)
+        requested = requested_scale(extra_args, self.scale_arg or "cond_scale", self._default_scale)
         reads, last = HostReads(), run.timeline.last
-        reads.together(sigma, asked, *(() if last is None else (last.lock, last.cfg_scale)))
+        reads.together(sigma, requested, *(() if last is None else (last.lock, last.cfg_scale)))
         own, level = noise_levels(reads.extremes(sigma), self.model)
         control = self._controller()
-        seen = control.watch(x, level, asked, run.schedule)
+        seen = control.watch(x, level, requested, run.schedule)
         if level == 0:
-            return self._at_zero(run, reads, x, sigma, extra_args, asked)
+            return self._at_zero(run, reads, x, sigma, extra_args, requested)
         # Asked on the host: to look at a noise level on the device would be another wait for it.
         expert = None if self._expert is None else self._expert(torch.tensor(own))
         state = run.timeline.rewind(level)
@@ -297,11 +307,11 @@ class KVLock(StandIn):
         lock = LockRatio(state.lock, len(x), self.policy, reads)
         seen = seen._replace(lock=lock.rows(x.device))
         call = self._prepare(run, reads, x, sigma, own, level, lock, expert)
-        used = asked if state.cfg_scale is None else state.cfg_scale
+        used = requested if state.cfg_scale is None else state.cfg_scale
 
         cond = call.conditional(extra_args, used, state.cfg_scale is not None)
         after, seen, answer = control.decide(state, call, cond, seen)
-        scale = asked if after.cfg_scale is None else after.cfg_scale
+        scale = requested if after.cfg_scale is None else after.cfg_scale
         denoised = self._composited(call.guided(cond, scale))
 
         if not run.trace.steps and self.scale_arg is None and after.cfg_scale is None:
@@ -317,7 +327,7 @@ class KVLock(StandIn):
             next_lock=as_rows(answer.lock, seen.cfg_scale),
             cfg_scale=as_rows(acted, seen.cfg_scale),
             evaluations=call.passes,
-            fused_sites=call.fused,
+            fused_layers=call.fused,
             computed=call.share,
         )
         run.trace.steps.append(step)
@@ -325,23 +335,23 @@ class KVLock(StandIn):
 
     def _controller(self) -> Controller:
         tokens = None
-        if self.sites is not None and self.source is not None:
-            tokens = math.prod(self.sites.grid(self.source.latents.shape))
+        if self.layers is not None and self.source is not None:
+            tokens = math.prod(self.layers.grid(self.source.latents.shape))
         return Controller(self.policy, self.estimator, self.threshold, self.cfg_floor, self.region, tokens)
 
     @property
     def locker(self) -> Locker | None:
         """What there is to lock to; None without a source, or with a policy that never locks."""
-        if self.source is None or self.region is None or self.sites is None:
+        if self.source is None or self.region is None or self.layers is None:
             return None
-        return Locker(self.source, self.region, self.sites, self.ring, self._narrows)
+        return Locker(self.source, self.region, self.layers, self.transition, self._narrows)
 
     def _at_zero(
-        self, run: Run, reads: HostReads, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], asked: Scalar
+        self, run: Run, reads: HostReads, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any], requested: Scalar
     ) -> Tensor:
         """At sigma 0 x is clean already: nothing is measured, decided or locked."""
         call = self._prepare(run, reads, x, sigma, 0.0, 0.0, LockRatio(0.0, len(x), self.policy))
-        denoised = call.guided(call.conditional(extra_args, asked, False), asked)
+        denoised = call.guided(call.conditional(extra_args, requested, False), requested)
         return self._composited(denoised)
 
     def _composited(self, denoised: Tensor) -> Tensor:
@@ -375,7 +385,7 @@ class KVLock(StandIn):
                 assert run.noise is not None
                 locking = locker.at(x, own, lock, run.noise, run.keeper, expert)
         if run.caches is None:
-            run.caches = StepCaches([*reachable_modules(self.model), *(self.sites.networks if self.sites else ())])
+            run.caches = StepCaches([*reachable_modules(self.model), *(self.layers.networks if self.layers else ())])
         kind = GuidedCall if self.scale_arg else OwnedCall
         return kind(
             self.model,

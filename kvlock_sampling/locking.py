@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Frame, Sites, fusion_ratio
+from .attention import AttentionLayers, Frame, fusion_ratio
 from .attention.context import Mode
 from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
 from .control import LockRatio
 from .kv_cache.session import Keeper, OpenShelf
-from .masks.fitted import Region
+from .masks.fitted import FittedMask
 from .source import Source
 from .variance import Estimator
 
@@ -32,7 +32,7 @@ class Locking:
     latents of the tokens that are not computed, the edit runs on the others alone.
     """
 
-    sites: Sites
+    layers: AttentionLayers
     ratio: Tensor
     grid: tuple[int, int, int]
     z: Tensor
@@ -47,12 +47,12 @@ class Locking:
         return 1.0 if self.selection is None or self.left_out is None else self.selection.share
 
     def frame(self, mode: Mode) -> Frame:
-        """What the sites are to do in one call of the model."""
+        """What the layers are to do in one call of the model."""
         if self.selection is None:
             return Frame(mode, self.ratio, grid=self.grid)
         if self.left_out is None:
             return SelectedFrame(mode, self.ratio, grid=self.grid, selection=self.selection)
-        text_first = self.sites.sites[0].text == "first"
+        text_first = self.layers.layers[0].text == "first"
         return ForegroundFrame(mode, self.ratio, grid=self.grid, selection=self.selection, text_first=text_first)
 
     def injecting(self, kept: Frame) -> Frame:
@@ -73,27 +73,27 @@ class Locker:
     """The settings from which each evaluation's `Locking` follows. narrows: tokens may be left out at full lock."""
 
     source: Source
-    region: Region
-    sites: Sites
-    ring: tuple[float, float] | None = None
+    region: FittedMask
+    layers: AttentionLayers
+    transition: tuple[float, float] | None = None
     narrows: bool = False
 
     def at(self, x: Tensor, own: float, lock: LockRatio, noise: Tensor, keeper: Keeper | None, expert: Any) -> Locking:
         """What this evaluation takes of the source, at the model's own noise level `own`, under `noise`."""
-        patch = self.sites.patch
-        background = self.region.background(x, patch, self.ring)
+        patch = self.layers.patch
+        background = self.region.background(x, patch, self.transition)
         selection = left_out = shelf = None
         if lock.low == 1 and self.narrows:
-            selection, left_out = self.region.selection(x, patch, self.ring)
+            selection, left_out = self.region.selection(x, patch, self.transition)
             if selection.share > WORTH_NARROWING:
                 selection = left_out = None
         if keeper is not None:
-            selection, _ = self.region.selection(x, patch, self.ring)
+            selection, _ = self.region.selection(x, patch, self.transition)
             shelf = functools.partial(keeper.shelf, self.source.latents, noise, selection, expert)
         return Locking(
-            sites=self.sites,
+            layers=self.layers,
             ratio=fusion_ratio(lock.rows(x.device), background.expand(len(x), -1)),
-            grid=self.sites.grid(x.shape),
+            grid=self.layers.grid(x.shape),
             z=self.source.at(x, own, noise),
             clean=self.source.matching(x),
             selection=selection,
@@ -102,7 +102,9 @@ class Locker:
         )
 
 
-def why_not_narrow(sites: Sites, estimator: Estimator | None, *, composite: bool, rescale: bool) -> str | None:
+def why_not_narrow(
+    layers: AttentionLayers, estimator: Estimator | None, *, composite: bool, rescale: bool
+) -> str | None:
     """Why tokens at full lock must be computed all the same; None where they need not. estimator: if one measures."""
     if not composite:
         return "it needs composite=True"
@@ -110,16 +112,16 @@ def why_not_narrow(sites: Sites, estimator: Estimator | None, *, composite: bool
         return f"{estimator!r} measures the background too"
     if rescale:
         return "rescaled guidance measures the whole prediction"
-    if not sites.narrows:
-        return f"architecture {sites.architecture!r} declares no token flow, or not every layer is locked"
+    if not layers.narrows:
+        return f"architecture {layers.architecture!r} declares no token flow, or not every layer is locked"
     return None
 
 
-def can_narrow(asked: bool | None, why: str | None) -> bool:
+def can_narrow(requested: bool | None, why: str | None) -> bool:
     """Whether tokens at full lock are left out. why: the reason if they cannot be.
 
     Warns where it was asked for and cannot be.
     """
-    if asked and why:
+    if requested and why:
         warnings.warn(f"foreground=True: every token is computed all the same; {why}.", stacklevel=4)
-    return asked is not False and why is None
+    return requested is not False and why is None

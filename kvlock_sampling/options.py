@@ -1,8 +1,8 @@
 """The options of a lock that cannot be meant, or would do nothing. What is certainly a slip is refused; what is only
 without effect under this policy is told.
 
-Clip and model may be described to a lock that never locks (`source_args`, `noise`, `sites`, `branch`): a script that
-compares with policy="off" changes one word. What asks for something (`bank`, `layers`, `ring`, `foreground=True`) is
+Clip and model may be described to a lock that never locks (`source_args`, `noise`, `layers`, `branch`): a script that
+compares with policy="off" changes one word. What asks for something (`KV cache`, `layers`, `ring`, `foreground=True`) is
 told there that it will not have it.
 """
 
@@ -65,7 +65,7 @@ def check_unlocked(model: Any, kind: type) -> None:
             raise RunError(
                 f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"
                 "  Make one lock of it: KVLock(lock.model, source=..., mask=..., policy=...)\n"
-                "  Two policies in one: kv.Early(kv.Sigmoid(), above=4.0)."
+                "  Two policies in one: kv.LockAbove(kv.Sigmoid(), above=4.0)."
             )
         held = [vars(inside), vars(inside).get("_modules", {})] if hasattr(inside, "__dict__") else []
         inside = next((place[name] for name in _INSIDE for place in held if name in place), None)
@@ -153,9 +153,9 @@ def tell_unmeasured(policy: Policy, **given: Any) -> None:
 
 def tell_guided(scale_arg: str | None, *, rescale: bool, batched: bool) -> None:
     """Warn of options that are about branches, for a model that evaluates its branches itself."""
-    asked = ", ".join(["rescaled guidance"] * rescale + ["batched=False"] * (not batched))
-    if scale_arg is not None and asked:
-        _tell(f"{asked} without effect: this model takes {scale_arg} and does its own guidance.")
+    requested = ", ".join(["rescaled guidance"] * rescale + ["batched=False"] * (not batched))
+    if scale_arg is not None and requested:
+        _tell(f"{requested} without effect: this model takes {scale_arg} and does its own guidance.")
 
 
 def tell_unguided(extra_args: Mapping[str, Any]) -> None:

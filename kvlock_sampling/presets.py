@@ -5,7 +5,7 @@ A file holds a `[policy]` table, `type` = its class and the fields of that class
     threshold = 0.01                # variance at which risk is 1; without it the calibrated one
     cfg_floor = 0.0                 # least guidance scale that a schedule may reach
     rescale = true                  # s*-rescaled guidance
-    [bank]                          # keep the source's K/V from one evaluation to the next: settings of a Bank
+    [kv_cache]                          # keep the source's K/V from one evaluation to the next: settings of a KVCache
     every = 3
     [estimator]                     # how to measure
     type = "TrajectoryVariance"
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .kv_cache import Bank
+from .kv_cache import KVCache
 from .policy import Policy, Wrapper
 from .policy._checks import flag, number
 from .policy.table import from_table, nearest, to_table
@@ -31,7 +31,7 @@ from .types import KVLockError, PolicyError
 from .utils.files import write_atomically
 from .variance.thresholds import ThresholdCurve
 
-_ADVICE = ("threshold", "cfg_floor", "rescale", "bank", "estimator")
+_ADVICE = ("threshold", "cfg_floor", "rescale", "kv_cache", "estimator")
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Preset(Wrapper):
     policy: the policy. threshold: variance at risk 1, > 0, in the estimator's units: a number, or a curve over sigma
         (in TOML a table of `sigmas` and `values`); None = the estimator's own.
     cfg_floor: lower bound of a scheduled cfg_scale; None = the lock's default. rescale: s*-rescaled guidance, or None.
-    bank: settings of a `Bank` in memory as (key, value) pairs, used where none is given; () = none.
+    kv_cache: settings of a `KVCache` in memory as (key, value) pairs, used where none is given; () = none.
     estimator: `type` and settings of the estimator as (key, value) pairs, `dict(preset.estimator)`; () = the default.
     Raises PolicyError for advice that cannot be meant, and for advice on what this policy never does: a threshold or
-    an estimator where it reads no risk, a bank where it never locks.
+    an estimator where it reads no risk, a KV cache where it never locks.
     """
 
     threshold: float | ThresholdCurve | None = None
     cfg_floor: float | None = None
     rescale: bool | None = None
-    bank: tuple[tuple[str, Any], ...] = ()
+    kv_cache: tuple[tuple[str, Any], ...] = ()
     estimator: tuple[tuple[str, Any], ...] = ()
 
     outermost = True
@@ -64,7 +64,7 @@ class Preset(Wrapper):
         number(self, "cfg_floor", at_least=0.0, optional=True)
         if self.rescale is not None:
             flag(self, "rescale")
-        object.__setattr__(self, "bank", _bank_settings(self.bank))
+        object.__setattr__(self, "kv_cache", _bank_settings(self.kv_cache))
         try:
             estimator = {key: _frozen(value) for key, value in dict(self.estimator).items()}
         except (TypeError, ValueError):
@@ -84,8 +84,8 @@ class Preset(Wrapper):
                 f"{' and '.join(measuring)}: {self.policy!r} reads no risk, so nothing would be measured; leave that "
                 'away, or take a policy that does, e.g.\n  [policy]\n  type = "Sigmoid"'
             )
-        if self.bank and self.policy.never_locks:
-            raise PolicyError(f"bank: {self.policy!r} never locks, so nothing would be kept; leave it away.")
+        if self.kv_cache and self.policy.never_locks:
+            raise PolicyError(f"kv_cache: {self.policy!r} never locks, so nothing would be kept; leave it away.")
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
@@ -158,8 +158,8 @@ def to_toml(policy: Policy) -> str:
     parts = [_table_text(advice, "")] if advice else []
     if curve is not None:
         parts.append(_table_text({"sigmas": curve.sigmas, "values": curve.values}, "threshold"))
-    if policy.bank:
-        parts.append(_table_text(dict(policy.bank), "bank"))
+    if policy.kv_cache:
+        parts.append(_table_text(dict(policy.kv_cache), "kv_cache"))
     if policy.estimator:
         parts.append(_table_text(_thawed(policy.estimator), "estimator"))
     return "\n".join([*parts, _table_text(to_table(policy.policy), "policy")])
@@ -201,19 +201,21 @@ def _classes(policy: Policy) -> str:
 
 
 def _bank_settings(given: Any) -> tuple[tuple[str, Any], ...]:
-    """Settings of a bank that a file may hold: everything but where it keeps things."""
+    """Settings of a KV cache that a file may hold: everything but where it keeps things."""
     try:
         settings = dict(given)
     except (TypeError, ValueError):
-        raise PolicyError(f"bank={given!r}; expected a table of settings, e.g.\n  [bank]\n  every = 3") from None
+        raise PolicyError(
+            f"kv_cache={given!r}; expected a table of settings, e.g.\n  [kv_cache]\n  every = 3"
+        ) from None
     known = ("every", "ratio", "format", "interpolate", "budget", "tier")
     for key in settings:
         if key not in known:
-            raise PolicyError(f"bank: {key} is not a setting that a preset may give; {nearest(key, known)}")
+            raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
     try:
-        Bank(**settings)  # refuses what cannot be meant, with its own message
+        KVCache(**settings)  # refuses what cannot be meant, with its own message
     except (KVLockError, TypeError, ValueError) as error:
-        raise PolicyError(f"bank: {error}") from error
+        raise PolicyError(f"kv_cache: {error}") from error
     return tuple((key, _frozen(value)) for key, value in settings.items())
 
 

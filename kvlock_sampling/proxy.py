@@ -15,7 +15,7 @@ _RETURNS_SELF = frozenset(
 """Methods of a module that return the module: of a lock they return the lock, or it would be lost in a chain."""
 
 
-class StandIn:
+class DenoiserProxy:
     """Answers for every attribute of `model` that it does not have itself, can be copied and pickled, and has a
     `forward` like a module. What belongs to a thread is in `_local`.
     """
@@ -41,7 +41,7 @@ class StandIn:
         found = getattr(self.model, name)
         if name in _RETURNS_SELF and callable(found):
 
-            def applied(*arguments: Any, **options: Any) -> StandIn:
+            def applied(*arguments: Any, **options: Any) -> DenoiserProxy:
                 found(*arguments, **options)
                 return self
 

@@ -43,7 +43,7 @@ def last_risk(trace: Trace) -> Tensor:
     )
 
 
-def resample(
+def restart(
     lock: KVLock,
     sampler: Any,
     x: Tensor,

@@ -73,15 +73,15 @@ def noise_levels(sigma: tuple[float, float], model: Any) -> tuple[float, float]:
     return high, high if to_ve is None else float(to_ve(high))
 
 
-def asked_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
+def requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
     """The guidance scale the caller asked for: given, or the default of a model that does its own guidance.
 
     Raises:
         RunError: it is no finite number, and no tensor.
     """
-    asked = extra_args.get(name, default)
-    if not isinstance(asked, (int, float, Tensor)) or isinstance(asked, bool):
-        raise RunError(f"{name}={asked!r}; expected a number, or a tensor of one number per clip.")
-    if isinstance(asked, (int, float)) and not math.isfinite(asked):
-        raise RunError(f"{name}={asked}; expected a finite number.")
-    return asked
+    requested = extra_args.get(name, default)
+    if not isinstance(requested, (int, float, Tensor)) or isinstance(requested, bool):
+        raise RunError(f"{name}={requested!r}; expected a number, or a tensor of one number per clip.")
+    if isinstance(requested, (int, float)) and not math.isfinite(requested):
+        raise RunError(f"{name}={requested}; expected a finite number.")
+    return requested

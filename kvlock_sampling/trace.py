@@ -17,7 +17,7 @@ from .types import StepInfo
 from .utils.files import write_atomically
 
 _OF_CLIPS = ("variance", "risk", "lock", "next_lock", "cfg_scale")
-_OF_STEPS = ("evaluations", "fused_sites", "computed")
+_OF_STEPS = ("evaluations", "fused_layers", "computed")
 COLUMNS = ("call", "clip", "sigma", *_OF_CLIPS, *_OF_STEPS)
 
 
@@ -30,7 +30,7 @@ class Trace:
     """The steps of one run, in the order they happened. Tensors stay on their device until somebody reads them.
 
     steps: one `StepInfo` per evaluation, also by iterating over the trace: sigma, variance, risk, lock, next_lock and
-        cfg_scale, (batch,); model passes, fused sites, share of the tokens that was computed. `rows()` has the same as
+        cfg_scale, (batch,); model passes, fused layers, share of the tokens that was computed. `rows()` has the same as
         plain numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The words every room shares: what a policy sees and says, what an estimator sees, and the errors users meet.
+"""The shared vocabulary: what a policy sees and returns, what an estimator sees, one row of the trace, and the errors.
 
-Shape letters: batch = independent clips, tokens = video tokens, "..." = the latent's own axes, e.g. channels time
-height width. Every tensor here that says (batch,) may also be (batch, tokens) where an estimator is local.
+Shapes: `batch` counts independent clips, `tokens` counts video tokens, `...` stands for the latent's own axes, usually
+channels, time, height, width. Where a tensor is documented as (batch,), a local estimator may make it (batch, tokens).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Scalar: TypeAlias = float | Tensor
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """k-diffusion's only contract: `denoised = model(x, sigma, **extra_args)`, x = x0 + sigma * noise."""
+    """The k-diffusion contract: `denoised = model(x, sigma, **extra_args)` with x = x0 + sigma * noise."""
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor: ...
 
@@ -24,43 +24,55 @@ class Denoiser(Protocol):
 class Observation(NamedTuple):
     """What a policy sees, once per evaluation of the model.
 
-    sigma: noise level of this evaluation, a float > 0 (variance exploding). The clock of every policy.
-    variance: estimate of Var[x0-hat] over the masked region, (batch,), latent units squared, >= 0.
-    risk: variance divided by its threshold at this sigma, (batch,), dimensionless, 1 = at the threshold.
-    lock: the lock in force during this evaluation, (batch,), in [0, 1].
-    cfg_scale: the guidance scale the caller asked for, (batch,). Scale it or pass it on.
-    steps_left: steps of the schedule after this noise level, counting this one; None where the schedule is unknown.
+    Attributes:
+        sigma: Noise level of this evaluation, a float > 0 (variance exploding). The clock of every policy.
+        variance: Estimate of Var[x0-hat] over the masked region, (batch,), latent units squared, >= 0. NaN before the
+            first measurement.
+        risk: Variance divided by its threshold at this sigma, (batch,), dimensionless; 1 = at the threshold. NaN before
+            the first measurement.
+        lock: The lock in force during this evaluation, (batch,), in [0, 1].
+        requested_cfg_scale: The guidance scale that the caller passed, (batch,). A policy may return a multiple of it.
+        steps_left: Steps of the schedule that remain at this noise level, counting this one; None if the schedule is
+            unknown.
     """
 
     sigma: float
     variance: Tensor
     risk: Tensor
     lock: Tensor
-    cfg_scale: Tensor
+    requested_cfg_scale: Tensor
     steps_left: int | None = None
 
 
 class Control(NamedTuple):
-    """What a policy says: `cfg_scale` acts on this evaluation, `lock` on the next one.
+    """What a policy returns. `None` leaves that actuator as it is.
 
-    lock: fusion ratio in [0, 1]; 0 = the edit's own K/V, 1 = the source's, for background tokens. (batch,) or a float.
-    cfg_scale: guidance weight w in  eps = (1 - w) * s * eps_u + w * eps_c;  1 = conditional only. (batch,) or a float.
+    Attributes:
+        lock: Fusion ratio in [0, 1] for background tokens, a float, (batch,) or (batch, tokens): 0 keeps the edit's own
+            K/V, 1 takes the source's. Acts on the next evaluation. None keeps the lock in force.
+        cfg_scale: Guidance weight w in  eps = (1 - w) * s * eps_u + w * eps_c,  a float or (batch,); 1 = conditional
+            only. Acts on this evaluation. None uses the scale that the caller requested, unchanged.
+        composite: Weight in [0, 1] of the source in the background of `denoised`, a float or (batch,): 1 = exactly the
+            source, 0 = the edit's own prediction. Acts on this evaluation. None uses the lock's `composite` option.
     """
 
-    lock: Scalar
-    cfg_scale: Scalar
+    lock: Scalar | None = None
+    cfg_scale: Scalar | None = None
+    composite: Scalar | None = None
 
 
 class Evaluation(NamedTuple):
     """What an estimator sees, once per evaluation of the model.
 
-    sigma: noise level, a float > 0.
-    x: the sampler's input, (batch, ...).
-    denoised: conditional x0-hat before guidance and compositing, (batch, ...).
-    mask: latent mask broadcastable to `x`, 1 = edit; None means everywhere.
-    probe: evaluates the conditional model again, `probe(x, sigma) -> x0-hat`; rows may be any multiple of batch,
-        clip-major copies as made by `x.repeat(k, ...)`. Every row is counted and paid for.
-    uncond: unconditional x0-hat at the same point, (batch, ...); None where it was not evaluated.
+    Attributes:
+        sigma: Noise level, a float > 0.
+        x: The sampler's input, (batch, ...).
+        denoised: Conditional x0-hat before guidance and compositing, (batch, ...).
+        mask: Latent mask broadcastable to `x`, 1 = edit; None means everywhere.
+        probe: Evaluates the conditional model again: `probe(x, sigma) -> x0-hat`. The rows of x may be any multiple of
+            batch, in the order of `x.repeat(k, ...)`. Every row counts as one function evaluation.
+        uncond: Unconditional x0-hat at the same point, (batch, ...); None if it was not evaluated.
+        source: The source's x0-hat at the same sigma and noise, (batch, ...); None if it was not evaluated.
     """
 
     sigma: float
@@ -69,12 +81,25 @@ class Evaluation(NamedTuple):
     mask: Tensor | None
     probe: Callable[[Tensor, float], Tensor]
     uncond: Tensor | None = None
+    source: Tensor | None = None
 
 
 class StepInfo(NamedTuple):
-    """One row of the trace: everything that happened in one evaluation. Tensors are (batch,).
+    """One row of the trace: everything that happened in one evaluation.
 
-    computed: the share of the video's tokens that the edit's branches ran on; 1 = all of them.
+    Attributes:
+        call: Index of the evaluation in its run, from 0.
+        sigma: Noise level (variance exploding).
+        variance: Estimate of Var[x0-hat], (batch,), latent units squared; NaN before the first measurement.
+        risk: Variance over its threshold, (batch,), dimensionless; NaN before the first measurement.
+        lock: The lock that acted in this evaluation, (batch,), in [0, 1].
+        next_lock: The lock for the next evaluation, (batch,), in [0, 1].
+        cfg_scale: The guidance scale that was used, (batch,).
+        composite: The weight of the source in the background of the result, (batch,), in [0, 1].
+        nfe: Function evaluations: model passes per clip, counting cond, uncond, source and probes.
+        fused_layers: Attention layers in which source K/V were fused.
+        route: How the source was evaluated, a `Route` by name.
+        computed: Fraction of the video's tokens that the edit's branches ran on; 1 = all of them.
     """
 
     call: int
@@ -84,40 +109,44 @@ class StepInfo(NamedTuple):
     lock: Tensor
     next_lock: Tensor
     cfg_scale: Tensor
-    evaluations: int
-    fused_sites: int
+    composite: Tensor
+    nfe: int
+    fused_layers: int
+    route: str
     computed: float = 1.0
 
 
 class KVLockError(Exception):
-    """Base of every error this library raises on purpose: of MaskError, SourceError, PolicyError, EstimatorError,
-    SiteError, RunError, SamplerError and, each in its module, DenoiserError, BankError, VideoError and PipelineError.
+    """Base of every error that this library raises on purpose.
+
+    Subclasses are MaskError, SourceError, PolicyError, EstimatorError, AttentionError, RunError and SamplerError, and,
+    each in its own module, DenoiserError, KVCacheError, VideoError and PipelineError.
     """
 
 
 class MaskError(KVLockError, ValueError):
-    """A mask that cannot be meant: wrong shape, wrong polarity, not in [0, 1]."""
+    """The mask has a wrong shape, a wrong polarity, or values outside [0, 1]."""
 
 
 class SourceError(KVLockError, ValueError):
-    """Source latents that do not fit the run: wrong shape, not finite."""
+    """The source latents have a wrong shape, or are not finite."""
 
 
 class PolicyError(KVLockError, ValueError):
-    """A policy, or a preset file, that breaks the contract."""
+    """A policy, or a preset file, breaks the contract."""
 
 
 class EstimatorError(KVLockError, ValueError):
-    """An estimator that breaks the contract."""
+    """An estimator breaks the contract."""
 
 
-class SiteError(KVLockError, RuntimeError):
-    """No attention site, a site that never fired, or tokens that do not fit the mask."""
+class AttentionError(KVLockError, RuntimeError):
+    """No attention layer was found, a layer never fired, or its tokens do not fit the mask."""
 
 
 class RunError(KVLockError, RuntimeError):
-    """A lock used outside its `with` block, or twice at once."""
+    """A lock was called outside its `with` block, or with arguments that do not fit."""
 
 
 class SamplerError(KVLockError, ValueError):
-    """A sampler or schedule that is not there."""
+    """A sampler or schedule does not exist or cannot be used."""

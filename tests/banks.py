@@ -1,10 +1,10 @@
-"""Keys and K/V for the tests of the bank: cheap, and told by the noise level they stand for."""
+"""Keys and K/V for the tests of the kv_cache: cheap, and told by the noise level they stand for."""
 
 from __future__ import annotations
 
 import torch
 
-from kvlock_sampling.kv_cache import BankKey
+from kvlock_sampling.kv_cache import KVCacheKey
 
 SITES = ("blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1")
 SHAPE = (2, 2, 6, 8)  # clips, heads, kept tokens, dim
@@ -12,16 +12,16 @@ SITE_BYTES = 2 * 2 * 2 * 6 * 8 * 4  # key and value in float32
 LEVEL_BYTES = len(SITES) * SITE_BYTES
 
 
-def key(clip: str = "clip", sites: tuple[str, ...] = SITES) -> BankKey:
-    return BankKey(model="model", clip=clip, noise="noise", tokens="tokens", sites=sites)
+def key(clip: str = "clip", layers: tuple[str, ...] = SITES) -> KVCacheKey:
+    return KVCacheKey(model="model", clip=clip, noise="noise", tokens="tokens", layers=layers)
 
 
-def store(sigma: float, *, shape: tuple[int, ...] = SHAPE, sites: tuple[str, ...] = SITES) -> dict:
+def store(sigma: float, *, shape: tuple[int, ...] = SHAPE, layers: tuple[str, ...] = SITES) -> dict:
     """K/V of a source pass at sigma: random, and the same whenever they are computed."""
     kv = {}
-    for i, site in enumerate(sites):
+    for i, layer in enumerate(layers):
         g = torch.Generator().manual_seed(int(sigma * 1e6) * 31 + i)
-        kv[site] = (torch.randn(shape, generator=g), torch.randn(shape, generator=g) * sigma)
+        kv[layer] = (torch.randn(shape, generator=g), torch.randn(shape, generator=g) * sigma)
     return kv
 
 
@@ -37,7 +37,7 @@ def run(shelf, sigmas, **kwargs) -> list[float]:
 
 def contents(level) -> list[torch.Tensor]:
     """Everything a level holds, copied."""
-    return [x.clone() for site in level.sites for x in level.get(site)]
+    return [x.clone() for layer in level.layers for x in level.get(layer)]
 
 
 def equal(a, b) -> bool:

@@ -61,10 +61,10 @@ class Edit:
             cond["valid"] = torch.ones_like(cond["valid"])
         self.args = {"cond": cond}
         if name == "ltx":  # its masks of the text have rows per head, which Ulysses does not cut
-            self.network.sites.networks[0].register_forward_pre_hook(lambda _, args: (*args[:3], None, *args[4:]))
+            self.network.layers.networks[0].register_forward_pre_hook(lambda _, args: (*args[:3], None, *args[4:]))
 
     def lock(self, **options: Any) -> kv.KVLock:
-        given = {"source": self.source, "mask": self.mask, "sites": self.network.sites, **options}
+        given = {"source": self.source, "mask": self.mask, "layers": self.network.layers, **options}
         return kv.KVLock(self.network.denoiser, **given)
 
     def run(self, lock: kv.KVLock) -> Tensor:
@@ -124,20 +124,20 @@ def refusals() -> dict[str, str]:
 
     how = {"ulysses_degree": 2}
     deaf = Edit("cogvideox", (2, 2, 4))
-    cut(deaf.network.sites.networks[0], how, cp_plan={"proj_out": ContextParallelOutput(gather_dim=1)})
+    cut(deaf.network.layers.networks[0], how, cp_plan={"proj_out": ContextParallelOutput(gather_dim=1)})
     ask("attention that does not communicate", deaf.lock(policy=kv.Constant(lock=1.0)), deaf)
 
     edit = Edit("wan", (2, 2, 4))
     before = edit.lock(policy=kv.Constant(lock=1.0))
-    cut(edit.network.sites.networks[0], how)
+    cut(edit.network.layers.networks[0], how)
     ask("a lock from before", before, edit)
-    ask("a bank", edit.lock(policy=kv.Constant(lock=1.0), bank=kv.Bank()), edit)
-    sites = kv.SdpaSites(edit.network.sites.networks[0], patch=(1, 2, 2))
-    ask("sites known as calls", edit.lock(policy=kv.Constant(lock=1.0), sites=sites), edit)
-    extra = edit.network.sites.with_extra(after=2)
-    ask("extra tokens", edit.lock(policy=kv.Constant(lock=1.0), sites=extra), edit)
+    ask("a bank", edit.lock(policy=kv.Constant(lock=1.0), kv_cache=kv.KVCache()), edit)
+    layers = kv.sdpa_layers(edit.network.layers.networks[0], patch=(1, 2, 2))
+    ask("layers known as calls", edit.lock(policy=kv.Constant(lock=1.0), layers=layers), edit)
+    extra = edit.network.layers.with_extra(after=2)
+    ask("extra tokens", edit.lock(policy=kv.Constant(lock=1.0), layers=extra), edit)
     try:
-        cut(random_network("wan-vace", grid=(2, 2, 4)).sites.networks[0], how)
+        cut(random_network("wan-vace", grid=(2, 2, 4)).layers.networks[0], how)
     except ValueError as error:
         said["no plan"] = str(error)
     return said
@@ -195,7 +195,7 @@ def cut_in_two() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (network, grid, how) in CASES.items():
         edit = Edit(network, grid)
-        for part in edit.network.sites.networks:
+        for part in edit.network.layers.networks:
             cut(part, how)
         found[name] = edit.results()
     return found | {"pipeline": pipeline(), "refusals": refusals()}

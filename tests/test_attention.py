@@ -1,4 +1,4 @@
-"""Fusion, frames, sites and hooks: exact at both ends, silent elsewhere, gone afterwards."""
+"""Fusion, frames, layers and hooks: exact at both ends, silent elsewhere, gone afterwards."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Frame, find_sites, fuse, fusion_ratio
-from kvlock_sampling.types import SiteError
+from kvlock_sampling.attention import Frame, find_layers, fuse, fusion_ratio
+from kvlock_sampling.types import AttentionError
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31), st.booleans())
@@ -55,7 +55,7 @@ def test_lockstep_equals_capture_and_inject():
 
 
 def test_rows_that_are_no_whole_batches_are_refused():
-    with pytest.raises(SiteError, match="3 rows; expected a multiple of the batch of 2"):
+    with pytest.raises(AttentionError, match="3 rows; expected a multiple of the batch of 2"):
         Frame("lockstep", torch.ones(2, 5)).process("a", torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 2), 0)
 
 
@@ -64,16 +64,16 @@ def hooks_of(model: nn.Module) -> list:
 
 
 def test_wan_sites_are_its_self_attention(setup):
-    sites = find_sites(setup.model)
-    assert [s.name for s in sites.sites] == ["blocks.0.attn1", "blocks.1.attn1"]
-    assert sites.patch == (1, 2, 2)
-    assert sites.grid(setup.source.shape) == (3, 4, 4)
-    assert [s.name for s in sites.layers([-1]).sites] == ["blocks.1.attn1"]
-    assert [s.name for s in sites.layers(slice(0, 1)).sites] == ["blocks.0.attn1"]
-    with pytest.raises(SiteError, match=r"this model has 2 sites, 0 to 1"):
-        sites.layers([2])
-    with pytest.raises(SiteError, match="multiple of its patch size"):
-        sites.grid((1, 4, 3, 7, 8))
+    layers = find_layers(setup.model)
+    assert [s.name for s in layers.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert layers.patch == (1, 2, 2)
+    assert layers.grid(setup.source.shape) == (3, 4, 4)
+    assert [s.name for s in layers.select([-1]).layers] == ["blocks.1.attn1"]
+    assert [s.name for s in layers.select(slice(0, 1)).layers] == ["blocks.0.attn1"]
+    with pytest.raises(AttentionError, match=r"this model has 2 layers, 0 to 1"):
+        layers.select([2])
+    with pytest.raises(AttentionError, match="multiple of its patch size"):
+        layers.grid((1, 4, 3, 7, 8))
 
 
 def test_sites_are_found_behind_functions_and_wrappers(setup):
@@ -90,16 +90,16 @@ def test_sites_are_found_behind_functions_and_wrappers(setup):
             return self.inner_model(x, sigma, **kw)
 
     for wrapped in (closure, Wrapper(), model.forward, kv.CFGDenoiser(model), kv.FlowDenoiser(closure)):
-        assert len(find_sites(wrapped).sites) == 2
+        assert len(find_layers(wrapped).layers) == 2
 
 
 def test_a_model_without_sites_is_told_what_to_pass():
     with pytest.raises(
-        SiteError, match=r"no attention sites found in Linear.*\n.*\n.*\n    KVLock\(model, ..., sites=kv.Sdpa"
+        AttentionError, match=r"no attention layers found in Linear.*\n.*\n.*\n    KVLock\(model, ..., layers=kv.sdpa"
     ):
-        find_sites(nn.Linear(2, 2))
-    with pytest.raises(SiteError, match="no torch module inside"):
-        find_sites(lambda x, sigma: x)
+        find_layers(nn.Linear(2, 2))
+    with pytest.raises(AttentionError, match="no torch module inside"):
+        find_layers(lambda x, sigma: x)
 
 
 class Joint(nn.Module):
@@ -124,18 +124,18 @@ def test_generic_sites_lock_any_module_that_calls_sdpa():
     model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
     mask = torch.zeros(1, 1, 2, 4, 4)
     mask[..., :2] = 1
-    sites = kv.SdpaSites(model, patch=(1, 1, 1), start=2)
+    layers = kv.sdpa_layers(model, patch=(1, 1, 1), start=2)
     cond = torch.randn(1, 2, 4)
     x, sigma = torch.randn_like(source), torch.ones(1)
     free = model(x, sigma, cond)
-    lock = kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(lock=1.0), sites=sites, composite=False)
+    lock = kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(lock=1.0), layers=layers, composite=False)
     with lock:
         locked = lock(x * 3, sigma, cond=cond)
         assert not torch.equal(locked, model(x * 3, sigma, cond))
-        assert lock.trace.steps[0].fused_sites == 2
-    with kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), sites=sites, layers=[1]) as lock:
+        assert lock.trace.steps[0].fused_layers == 2
+    with kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), layers=layers.select([1])) as lock:
         lock(x, sigma, cond=cond)
-        assert lock.trace.steps[0].fused_sites == 1
+        assert lock.trace.steps[0].fused_layers == 1
     assert torch.equal(model(x, sigma, cond), free)
 
 
@@ -146,16 +146,16 @@ def test_generic_sites_that_do_not_fit_say_what_they_saw():
     mask[..., :2] = 1
     wrong = ({"start": 0}, {"start": 3}, {"patch": (1, 2, 2)}, {"layers": [9]}, {"start": 1, "trailing": 0})
     for change in wrong:
-        sites = kv.SdpaSites(model, **{"patch": (1, 1, 1), "start": 2, **change})
+        layers = kv.sdpa_layers(model, **{"patch": (1, 1, 1), "start": 2, **change})
         with (
-            kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), sites=sites) as lock,
-            pytest.raises(SiteError, match="no attention call fitted"),
+            kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), layers=layers) as lock,
+            pytest.raises(AttentionError, match="no attention call fitted"),
         ):
             lock(source, torch.ones(1), cond=torch.randn(1, 2, 4))
-    with pytest.raises(SiteError, match="watches a torch module"):
-        kv.SdpaSites(lambda x: x, patch=(1, 1, 1))
-    with pytest.raises(SiteError, match="expected patch="):
-        kv.SdpaSites(model, patch=(1, 2))
+    with pytest.raises(AttentionError, match="watches a torch module"):
+        kv.sdpa_layers(lambda x: x, patch=(1, 1, 1))
+    with pytest.raises(AttentionError, match="expected patch="):
+        kv.sdpa_layers(model, patch=(1, 2))
 
 
 def test_a_site_that_never_fires_is_an_error(setup):
@@ -169,7 +169,7 @@ def test_a_site_that_never_fires_is_an_error(setup):
 
     with (
         kv.KVLock(Detached(), source=setup.source, mask=setup.mask, policy=kv.Constant(1.0)) as lock,
-        pytest.raises(SiteError, match="none of the model's 2 sites fired"),
+        pytest.raises(AttentionError, match="none of the model's 2 layers fired"),
     ):
         lock(setup.x, setup.sigmas[:1], cond=setup.cond)
 
@@ -260,12 +260,12 @@ def test_fused_projections_give_the_same_lock(setup):
 
 
 def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup):
-    """At every site, seen from inside the attention call."""
+    """At every layer, seen from inside the attention call."""
     seen = []
     original = Frame.process
 
-    def spy(self, site, key, value, start, ratio=None):
-        out = original(self, site, key, value, start)
+    def spy(self, layer, key, value, start, ratio=None):
+        out = original(self, layer, key, value, start)
         seen.append((self.ratio, key, value, out))
         return out
 

@@ -10,10 +10,10 @@ from conftest import Setup
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Frame, Hooks, find_sites
+from kvlock_sampling.attention import Frame, Hooks, find_layers
 from kvlock_sampling.attention.forwards import Door, opened
 from kvlock_sampling.testing import random_network
-from kvlock_sampling.types import SiteError
+from kvlock_sampling.types import AttentionError
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def dispatch():
 
 
 def outputs(setup: Setup, lock: float = 0.7, sigmas=(3.0, 1.0), model=None, **options) -> tuple[Tensor, list[int]]:
-    """Two guided evaluations under a constant lock: what they predict, and how many sites acted."""
+    """Two guided evaluations under a constant lock: what they predict, and how many layers acted."""
     model = setup.model if model is None else model
     options = {"policy": kv.Constant(lock=lock), "composite": False, "foreground": False, **options}
     with torch.no_grad(), kv.KVLock(model, source=setup.source, mask=setup.mask, **options) as held:
         noise = setup.x / setup.sigmas[0]
         out = [held(setup.source + s * noise, torch.full((len(noise),), s), **setup.cfg) for s in sigmas]
-    return torch.cat(out), [step.fused_sites for step in held.trace.steps]
+    return torch.cat(out), [step.fused_layers for step in held.trace.steps]
 
 
 def kernel(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -100,13 +100,13 @@ def test_a_joint_model_is_locked_behind_a_kernel_too(flash):
         )
         with torch.no_grad(), lock:
             out = lock(network.x * 2, torch.ones(1), **network.extra_args)
-        return out, lock.trace.steps[0].fused_sites
+        return out, lock.trace.steps[0].fused_layers
 
     expected = run()
     choose(network.denoiser, flash)
     got = run()
     torch.testing.assert_close(got[0], expected[0], atol=1e-4, rtol=1e-4)
-    assert got[1] == expected[1] == len(network.sites.sites)
+    assert got[1] == expected[1] == len(network.layers.layers)
 
 
 def test_the_foreground_path_runs_behind_a_kernel(flash):
@@ -121,9 +121,9 @@ def test_native_attention_below_the_dispatch_is_fused_once(dispatch, monkeypatch
     seen = []
     process = Frame.process
 
-    def spy(self, site, *args):
-        seen.append(site)
-        return process(self, site, *args)
+    def spy(self, layer, *args):
+        seen.append(layer)
+        return process(self, layer, *args)
 
     monkeypatch.setattr(Frame, "process", spy)
     outputs(Setup(), sigmas=(1.0,))
@@ -138,9 +138,9 @@ def test_attention_of_the_models_own_is_told_what_a_lock_can_see(setup):
             query, key, value = (f(hidden_states) for f in (attn.to_q, attn.to_k, attn.to_v))
             return attn.to_out[0]((query @ key.mT).softmax(-1) @ value)
 
-    for site in find_sites(setup.model).sites:
-        site.module.set_processor(OwnMath())
-    with pytest.raises(SiteError, match=r"kernel of the model's own.*set_attention_backend\('native'\)"):
+    for layer in find_layers(setup.model).layers:
+        layer.module.set_processor(OwnMath())
+    with pytest.raises(AttentionError, match=r"kernel of the model's own.*set_attention_backend\('native'\)"):
         outputs(setup)
 
 
@@ -165,7 +165,7 @@ def test_another_thread_meanwhile_is_not_touched(flash):
     thread = threading.Thread(target=elsewhere)
     thread.start()
     handle = setup.model.inner_model.transformer.blocks[0].attn1.to_k.register_forward_pre_hook(during)
-    locked, _ = outputs(setup, sigmas=(1.0,))  # stops within the first site until the other thread has been through
+    locked, _ = outputs(setup, sigmas=(1.0,))  # stops within the first layer until the other thread has been through
     handle.remove()
     thread.join()
     assert torch.equal(answers[0], plain)
@@ -191,12 +191,12 @@ def test_two_locks_in_two_threads_on_one_model(setup):
 
 def test_a_backend_registered_meanwhile_is_kept(dispatch, setup):
     registry = dispatch._AttentionBackendRegistry
-    sites = find_sites(setup.model)
+    layers = find_layers(setup.model)
 
     def register(module, args) -> None:
         registry._backends["late"] = kernel
 
-    handle = sites.sites[0].module.to_q.register_forward_pre_hook(register)
+    handle = layers.layers[0].module.to_q.register_forward_pre_hook(register)
     outputs(setup)
     handle.remove()
     assert registry._backends.pop("late") is kernel
@@ -208,9 +208,9 @@ def test_a_mask_that_a_kernel_cannot_take_is_refused(flash, setup):
             return torch.ones(1, 1, 1, self.ratio.shape[1], dtype=torch.bool)
 
     choose(setup.model.inner_model.transformer, flash)
-    hooks = Hooks(find_sites(setup.model))
+    hooks = Hooks(find_layers(setup.model))
     with (
-        pytest.raises(SiteError, match="backend 'kernel' takes no mask"),
+        pytest.raises(AttentionError, match="backend 'kernel' takes no mask"),
         hooks.frame(Masking("capture", torch.ones(1, 48))),
     ):
         setup.model(setup.x, torch.ones(1), cond=setup.cond)

@@ -1,4 +1,4 @@
-"""A bank among others: files that are not its own, levels that others remove, folders that cannot be written."""
+"""A KV cache among others: files that are not its own, levels that others remove, folders that cannot be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from banks import LEVEL_BYTES, contents, equal, key, run, store
 from safetensors import safe_open
 
-from kvlock_sampling.kv_cache import Bank, BankWarning, own
+from kvlock_sampling.kv_cache import KVCache, KVCacheWarning, own
 from kvlock_sampling.kv_cache import disk as disk_module
 from kvlock_sampling.kv_cache import file as file_module
 from kvlock_sampling.utils.files import make_folder
@@ -34,22 +34,22 @@ def kept(shelf, sigmas=SIGMAS):
     return all(equal(contents(shelf.lookup(s)), [x for p in store(s).values() for x in p]) for s in sigmas)
 
 
-def edit(bank):
+def edit(kv_cache):
     """A whole run that has to come to its end. Returns the folder."""
-    with bank.opened(key()) as shelf:
+    with kv_cache.opened(key()) as shelf:
         assert run(shelf, SIGMAS) == SIGMAS
         assert kept(shelf)
         return shelf.directory
 
 
 def level_bank(folder, **settings):
-    return Bank(folder, **{"format": None, "every": 1, "ratio": 1.1, **settings})
+    return KVCache(folder, **{"format": None, "every": 1, "ratio": 1.1, **settings})
 
 
 @pytest.fixture(autouse=True)
 def no_unexpected_warnings():
     with warnings.catch_warnings():
-        warnings.simplefilter("error", BankWarning)
+        warnings.simplefilter("error", KVCacheWarning)
         yield
 
 
@@ -78,10 +78,10 @@ def test_files_of_others_stay_however_tight_the_limit_is(tmp_path, what):
         (folder / name).write_text(text)
     age(folder)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BankWarning)  # the limit is told
+        warnings.simplefilter("ignore", KVCacheWarning)  # the limit is told
         for clip in "ab":
-            bank = level_bank(tmp_path, disk=2 * LEVEL_BYTES + 4000)
-            with bank.opened(key(clip)) as shelf:
+            kv_cache = level_bank(tmp_path, disk=2 * LEVEL_BYTES + 4000)
+            with kv_cache.opened(key(clip)) as shelf:
                 run(shelf, SIGMAS)
                 assert kept(shelf)
     assert any(p.parent != folder for p in tmp_path.rglob("sigma-*")), "there was a limit to keep, and room for some"
@@ -99,8 +99,8 @@ def test_a_draft_in_the_banks_own_folder_stays(tmp_path):
 
 
 def test_levels_whose_manifest_is_lost_are_known_by_their_header(tmp_path):
-    bank = level_bank(tmp_path, disk=3 * LEVEL_BYTES + 9000)
-    with bank.opened(key("a")) as a:
+    kv_cache = level_bank(tmp_path, disk=3 * LEVEL_BYTES + 9000)
+    with kv_cache.opened(key("a")) as a:
         run(a, SIGMAS)
         (a.directory / "manifest.json").unlink()
     with level_bank(tmp_path, disk=3 * LEVEL_BYTES + 9000).opened(key("b")) as b:
@@ -159,9 +159,9 @@ def test_a_level_that_is_removed_as_soon_as_it_is_there_is_kept_in_memory(tmp_pa
             Path(target).unlink()  # another process makes room
 
     monkeypatch.setattr(os, "replace", replaced)
-    bank = level_bank(tmp_path)
-    edit(bank)  # and nobody is warned
-    assert bank.used == len(SIGMAS) * LEVEL_BYTES
+    kv_cache = level_bank(tmp_path)
+    edit(kv_cache)  # and nobody is warned
+    assert kv_cache.used == len(SIGMAS) * LEVEL_BYTES
 
 
 @pytest.mark.parametrize("limit", [None, "1MB"])
@@ -181,7 +181,7 @@ def test_a_folder_that_is_removed_before_its_file_comes_is_made_again(tmp_path, 
 
 
 def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
-    folder, real, raced = tmp_path / "bank", Path.is_dir, []
+    folder, real, raced = tmp_path / "kv_cache", Path.is_dir, []
     folder.mkdir()
 
     def is_dir(path):  # `mkdir` has found it there, and looks what it is
@@ -212,7 +212,7 @@ def test_a_manifest_that_cannot_be_written_is_told_and_the_edit_goes_on(tmp_path
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.warns(BankWarning, match=r"manifest\.json cannot be written \(No space left on device\)") as told:
+    with pytest.warns(KVCacheWarning, match=r"manifest\.json cannot be written \(No space left on device\)") as told:
         folder = edit(level_bank(tmp_path, disk=limit))
     assert len(told) == 1
     assert len(list(folder.iterdir())) == len(SIGMAS)
@@ -220,7 +220,7 @@ def test_a_manifest_that_cannot_be_written_is_told_and_the_edit_goes_on(tmp_path
 
 def test_a_lock_that_cannot_be_taken_leaves_the_run_in_memory(tmp_path):
     (tmp_path / ".lock").mkdir()
-    with pytest.warns(BankWarning) as told:
+    with pytest.warns(KVCacheWarning) as told:
         edit(level_bank(tmp_path, disk="1MB"))
     assert [str(w.message).split(" (")[0].rpartition(" ")[2] for w in told] == ["written", "written"]
     assert "manifest.json" in str(told[0].message)
@@ -236,7 +236,7 @@ def test_a_file_size_limit_leaves_the_run_in_memory(tmp_path, most):
     old, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, old[1]))
-        with pytest.warns(BankWarning, match="File too large"):
+        with pytest.warns(KVCacheWarning, match="File too large"):
             edit(level_bank(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

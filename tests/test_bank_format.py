@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlock_sampling.kv_cache import BankError
+from kvlock_sampling.kv_cache import KVCacheError
 from kvlock_sampling.kv_cache.format import FORMATS, VERBATIM, check_format, layout, nbytes, pack, unpack, well_formed
 
 ALL = (VERBATIM, *FORMATS)
@@ -145,11 +145,11 @@ def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, format, shap
 
 def test_formats_by_name():
     assert check_format(None) == VERBATIM
-    with pytest.raises(BankError, match='Did you mean "int8"'):
+    with pytest.raises(KVCacheError, match='Did you mean "int8"'):
         check_format("int88")
-    with pytest.raises(BankError, match="float32, bf16, int8, fp8"):
+    with pytest.raises(KVCacheError, match="float32, bf16, int8, fp8"):
         check_format(8)
-    with pytest.raises(BankError, match=r"torch.int64 of shape \(2, 2\)"):
+    with pytest.raises(KVCacheError, match=r"torch.int64 of shape \(2, 2\)"):
         pack(torch.ones(2, 2, dtype=torch.long), "int8")
-    with pytest.raises(BankError, match="float"):
+    with pytest.raises(KVCacheError, match="float"):
         pack(torch.ones(3), "int8")

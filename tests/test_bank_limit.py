@@ -18,7 +18,7 @@ from banks import LEVEL_BYTES, SHAPE, SITES, contents, equal, key, run, store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvlock_sampling.kv_cache import Bank, BankError, BankWarning, own, plan_for
+from kvlock_sampling.kv_cache import KVCache, KVCacheError, KVCacheWarning, own, plan_for
 from kvlock_sampling.kv_cache import disk as module
 from kvlock_sampling.kv_cache import file as file_module
 from kvlock_sampling.kv_cache import folder as folder_module
@@ -32,7 +32,7 @@ TEMPORARY = ".sigma-1.0000000000000000e+00.abcdef01.tmp.safetensors"
 
 
 def on_disk(folder):
-    """Bytes of every file, the bank's or not."""
+    """Bytes of every file, the KV cache's or not."""
     return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
 
 
@@ -43,7 +43,7 @@ def levels(shelf_or_folder):
 
 def level_size():
     """Bytes of one file, and of a manifest."""
-    with tempfile.TemporaryDirectory() as folder, Bank(folder, format=None).opened(key()) as shelf:
+    with tempfile.TemporaryDirectory() as folder, KVCache(folder, format=None).opened(key()) as shelf:
         shelf.put(1.0, store(1.0))
         (path,) = shelf.directory.glob("sigma-*")
         return path.stat().st_size, (shelf.directory / "manifest.json").stat().st_size
@@ -56,7 +56,7 @@ def bank_of(folder, count, **more):
     """Room for so many levels of one key, or a few bytes more, or with `keys` of several."""
     keys = more.pop("keys", 1)
     limit = count * (FILE + 8) + keys * (MANIFEST + 8)
-    return Bank(folder, disk=limit, **{"format": None, "every": 1, "ratio": 1.1, **more})
+    return KVCache(folder, disk=limit, **{"format": None, "every": 1, "ratio": 1.1, **more})
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def stack():
 @pytest.fixture(autouse=True)
 def no_unexpected_warnings():
     with warnings.catch_warnings():
-        warnings.simplefilter("error", BankWarning)
+        warnings.simplefilter("error", KVCacheWarning)
         yield
 
 
@@ -91,19 +91,19 @@ steps = st.lists(
 def test_the_limit_is_never_exceeded_and_what_is_served_is_right(limit, budget, steps, second):
     def check():
         assert on_disk(folder) <= limit
-        assert all(bank.budget is None or bank.peak <= bank.budget for bank in banks)
+        assert all(kv_cache.budget is None or kv_cache.peak <= kv_cache.budget for kv_cache in banks)
 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", BankWarning)
+        warnings.simplefilter("ignore", KVCacheWarning)
         settings = {"budget": budget, "format": None, "every": None, "ratio": 1.1}
-        banks = [Bank(folder, disk=limit, **settings) for _ in range(1 + second)]
+        banks = [KVCache(folder, disk=limit, **settings) for _ in range(1 + second)]
         open_ = {}
         try:
             for i, (clip, sigma, then) in enumerate(steps):
-                bank = banks[i % len(banks)]
-                at = (clip, bank)
+                kv_cache = banks[i % len(banks)]
+                at = (clip, kv_cache)
                 if at not in open_:
-                    context = bank.opened(key(str(clip)))
+                    context = kv_cache.opened(key(str(clip)))
                     open_[at] = context, context.__enter__()
                     check()
                 shelf = open_[at][1]
@@ -111,7 +111,7 @@ def test_the_limit_is_never_exceeded_and_what_is_served_is_right(limit, budget, 
                 if level is None:
                     try:
                         level = shelf.put(sigma, store(sigma))
-                    except BankError:
+                    except KVCacheError:
                         # Only where neither memory nor disk can have one level, whatever may go.
                         in_use = LEVEL_BYTES * (len(open_) - 1)
                         assert budget is not None
@@ -128,17 +128,17 @@ def test_the_limit_is_never_exceeded_and_what_is_served_is_right(limit, budget, 
         finally:
             for context, _ in open_.values():
                 context.__exit__(None, None, None)
-        assert all(bank.disk_used == on_disk(folder) for bank in banks)
+        assert all(kv_cache.disk_used == on_disk(folder) for kv_cache in banks)
 
 
 def test_threads_and_banks_on_one_directory_keep_it(tmp_path):
     banks = [bank_of(tmp_path, 5, keys=3, budget=b) for b in (None, 40 * LEVEL_BYTES)]
     sigmas, failures, most, done = [8.0 * 0.7**i for i in range(8)], [], [0], threading.Event()
 
-    def work(bank, clip):
+    def work(kv_cache, clip):
         try:
             for _ in range(2):
-                with bank.opened(key(clip)) as shelf:
+                with kv_cache.opened(key(clip)) as shelf:
                     for sigma in sigmas:
                         level = shelf.lookup(sigma) or shelf.put(sigma, store(sigma))
                         assert equal(contents(level), [x for pair in store(sigma).values() for x in pair])
@@ -151,9 +151,9 @@ def test_threads_and_banks_on_one_directory_keep_it(tmp_path):
                 most[0] = max(most[0], on_disk(tmp_path))
 
     watcher = threading.Thread(target=watch)
-    threads = [threading.Thread(target=work, args=(bank, clip)) for bank in banks for clip in ("a", "b", "c")]
+    threads = [threading.Thread(target=work, args=(kv_cache, clip)) for kv_cache in banks for clip in ("a", "b", "c")]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BankWarning)
+        warnings.simplefilter("ignore", KVCacheWarning)
         [t.start() for t in (watcher, *threads)]
         [t.join() for t in threads]
         done.set()
@@ -167,13 +167,13 @@ WRITER = """
 import sys, warnings
 sys.path.insert(0, "tests")
 warnings.simplefilter("ignore")
-from banks import *
-from kvlock_sampling.kv_cache import Bank
-bank = Bank(sys.argv[1], disk=int(sys.argv[2]), format=None, every=1, ratio=1.1)
+from KV caches import *
+from kvlock_sampling.kv_cache import KVCache
+KV cache = KVCache(sys.argv[1], disk=int(sys.argv[2]), format=None, every=1, ratio=1.1)
 print("ready", flush=True)
 sys.stdin.readline()
 for again in range(3):
-    with bank.opened(key(sys.argv[3])) as shelf:
+    with KV cache.opened(key(sys.argv[3])) as shelf:
         for i in range(10):
             level = shelf.lookup(8.0 * 0.8**i) or shelf.put(8.0 * 0.8**i, store(8.0 * 0.8**i))
             assert equal(contents(level), [x for pair in store(8.0 * 0.8**i).values() for x in pair])
@@ -181,8 +181,8 @@ for again in range(3):
 
 
 def test_processes_on_one_directory_keep_it(tmp_path):
-    bank = bank_of(tmp_path, 4, keys=2)
-    words = [sys.executable, "-c", WRITER, str(tmp_path), str(bank.disk)]
+    kv_cache = bank_of(tmp_path, 4, keys=2)
+    words = [sys.executable, "-c", WRITER, str(tmp_path), str(kv_cache.disk)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*words, clip], **pipes) for clip in ("a", "b")]
     for process in processes:
@@ -192,11 +192,11 @@ def test_processes_on_one_directory_keep_it(tmp_path):
         process.stdin.flush()
     most = 0
     while any(process.poll() is None for process in processes):
-        with bank._disk._locked():
+        with kv_cache._disk._locked():
             most = max(most, on_disk(tmp_path))
     assert [(process.wait(), process.stderr.read()) for process in processes] == [(0, ""), (0, "")]
     most = max(most, on_disk(tmp_path))
-    assert 2 * FILE < most <= bank.disk
+    assert 2 * FILE < most <= kv_cache.disk
 
 
 def test_what_is_being_written_is_counted(tmp_path, monkeypatch):
@@ -215,14 +215,14 @@ def test_what_is_being_written_is_counted(tmp_path, monkeypatch):
 
 def test_a_level_gets_its_name_while_nobody_counts(tmp_path, monkeypatch):
     """Else a level that is renamed while a directory is listed is found under neither name."""
-    bank, held, real = bank_of(tmp_path, 3), [], os.replace
+    kv_cache, held, real = bank_of(tmp_path, 3), [], os.replace
 
     def renamed(*args):
-        held.append(bank._disk._directory.writers.locked())
+        held.append(kv_cache._disk._directory.writers.locked())
         real(*args)
 
     monkeypatch.setattr(os, "replace", renamed)
-    with bank.opened(key()) as shelf:
+    with kv_cache.opened(key()) as shelf:
         run(shelf, [8.0, 4.0])
     assert held == [True, True, True]  # a manifest and two levels
 
@@ -231,7 +231,7 @@ def test_a_level_gets_its_name_while_nobody_counts(tmp_path, monkeypatch):
 def test_the_size_of_a_file_is_known_beforehand(tmp_path, format):
     from kvlock_sampling.kv_cache.file import file_size
 
-    with Bank(tmp_path, format=format).opened(key()) as shelf:
+    with KVCache(tmp_path, format=format).opened(key()) as shelf:
         shelf.put(0.1, store(0.1, shape=(*SHAPE[:-1], 7)))
         (path,) = shelf.directory.glob("sigma-*")
         kinds = describe(store(0.1, shape=(*SHAPE[:-1], 7)), SITES, format or "verbatim")
@@ -242,15 +242,15 @@ def test_the_size_of_a_file_is_known_beforehand(tmp_path, format):
 
 
 def test_other_keys_go_first_the_least_recently_used_first(tmp_path):
-    bank = bank_of(tmp_path, 5, keys=3, budget=0)
+    kv_cache = bank_of(tmp_path, 5, keys=3, budget=0)
     folders = {}
     for clip in "abc":
-        with bank.opened(key(clip)) as shelf:
+        with kv_cache.opened(key(clip)) as shelf:
             run(shelf, SIGMAS[:1] if clip == "c" else SIGMAS[:2])
             folders[clip] = shelf.directory
-    with bank.opened(key("a")) as shelf:
+    with kv_cache.opened(key("a")) as shelf:
         run(shelf, [6.0])  # used again
-    with bank.opened(key("c")) as shelf:
+    with kv_cache.opened(key("c")) as shelf:
         run(shelf, [4.0])
         assert (levels(folders["a"]), levels(folders["b"])) == ([6.0], [8.0, 6.0])
         run(shelf, [3.0])
@@ -260,21 +260,21 @@ def test_other_keys_go_first_the_least_recently_used_first(tmp_path):
         run(shelf, [1.0])
         assert not folders["a"].exists()
         assert levels(shelf) == [8.0, 4.0, 3.0, 2.0, 1.0]
-    with bank.opened(key("a")) as shelf:  # what went is computed anew, and no map of it is left to serve
+    with kv_cache.opened(key("a")) as shelf:  # what went is computed anew, and no map of it is left to serve
         assert run(shelf, [6.0]) == [6.0]
 
 
 def test_what_a_run_uses_stays_and_the_rest_goes_to_memory_with_one_warning(tmp_path):
-    bank = bank_of(tmp_path, 3)
-    with bank.opened(key()) as shelf:
-        with pytest.warns(BankWarning, match=r"may hold .* nothing may[^$]*memory alone[^$]*disk=") as told:
+    kv_cache = bank_of(tmp_path, 3)
+    with kv_cache.opened(key()) as shelf:
+        with pytest.warns(KVCacheWarning, match=r"may hold .* nothing may[^$]*memory alone[^$]*disk=") as told:
             assert run(shelf, SIGMAS) == SIGMAS
         assert len(told) == 1
         assert levels(shelf) == [8.0, 6.0, 4.0]
         assert run(shelf, SIGMAS) == []  # from memory
     # A next run, in another process, finds the first three, and does not lose them to the last.
     for _ in range(2):
-        with bank_of(tmp_path, 3).opened(key()) as shelf, pytest.warns(BankWarning) as told:
+        with bank_of(tmp_path, 3).opened(key()) as shelf, pytest.warns(KVCacheWarning) as told:
             assert run(shelf, SIGMAS) == SIGMAS[3:]
         assert len(told) == 1
 
@@ -291,15 +291,15 @@ def test_levels_of_another_schedule_give_way_to_this_ones(tmp_path):
 
 
 def test_without_memory_a_run_goes_on_with_what_the_disk_holds(tmp_path):
-    bank = bank_of(tmp_path, 2, budget=0)
-    with bank.opened(key()) as shelf:
+    kv_cache = bank_of(tmp_path, 2, budget=0)
+    with kv_cache.opened(key()) as shelf:
         assert run(shelf, SIGMAS) == SIGMAS
         assert levels(shelf) == SIGMAS[-2:]
         assert shelf.sigmas == tuple(SIGMAS[-2:])
-    small = Bank(tmp_path / "small", budget=0, disk=FILE // 2)
+    small = KVCache(tmp_path / "small", budget=0, disk=FILE // 2)
     with (
         small.opened(key()) as shelf,
-        pytest.raises(BankError, match=r"may hold[^$]*memory has room for 0[^$]*Raise disk="),
+        pytest.raises(KVCacheError, match=r"may hold[^$]*memory has room for 0[^$]*Raise disk="),
     ):
         shelf.put(1.0, store(1.0))
 
@@ -309,7 +309,7 @@ def test_a_key_that_is_open_in_this_process_loses_nothing_to_another(tmp_path):
     with ours.opened(key("a")) as a:
         run(a, [8.0, 6.0])
         with theirs.opened(key("b")) as b:
-            with pytest.warns(BankWarning, match="nothing may") as told:
+            with pytest.warns(KVCacheWarning, match="nothing may") as told:
                 run(b, [8.0, 6.0, 4.0])
             assert len(told) == 1
             assert (levels(a), levels(b)) == ([8.0, 6.0], [8.0])
@@ -331,7 +331,7 @@ def test_a_level_is_in_use_the_moment_it_is_there(tmp_path, monkeypatch):
 
         def meanwhile(*args, **options):
             monkeypatch.undo()
-            with pytest.raises(BankError, match="nothing may"):
+            with pytest.raises(KVCacheError, match="nothing may"):
                 b.put(4.0, store(4.0))
             return real(*args, **options)
 
@@ -341,8 +341,8 @@ def test_a_level_is_in_use_the_moment_it_is_there(tmp_path, monkeypatch):
 
 
 def test_a_level_at_hand_stays_readable_whatever_becomes_of_its_file(tmp_path):
-    bank = bank_of(tmp_path, 1, budget=0)
-    with bank.opened(key()) as a, bank.opened(key()) as b:
+    kv_cache = bank_of(tmp_path, 1, budget=0)
+    with kv_cache.opened(key()) as a, kv_cache.opened(key()) as b:
         level = a.put(8.0, store(8.0))
         a.restart()  # a new run: the level may go, but somebody still reads it
         b.put(4.0, store(4.0))
@@ -370,12 +370,12 @@ def test_without_memory_a_level_is_packed_once(tmp_path, monkeypatch):
 
 
 def test_a_level_that_went_but_is_whole_in_memory_stays_there(tmp_path):
-    bank = bank_of(tmp_path, 1, keys=2)
-    with bank.opened(key("a")) as a:
+    kv_cache = bank_of(tmp_path, 1, keys=2)
+    with kv_cache.opened(key("a")) as a:
         run(a, [8.0])
-    with bank.opened(key("b")) as b:
+    with kv_cache.opened(key("b")) as b:
         run(b, [8.0])
-    with bank.opened(key("a")) as a:
+    with kv_cache.opened(key("a")) as a:
         assert levels(a) == []
         assert run(a, [8.0]) == []
         assert equal(contents(a.lookup(8.0)), [x for pair in store(8.0).values() for x in pair])
@@ -383,11 +383,11 @@ def test_a_level_that_went_but_is_whole_in_memory_stays_there(tmp_path):
 
 def test_a_lowered_limit_is_kept_from_the_next_shelf_on(tmp_path):
     for clip in "ab":
-        with Bank(tmp_path, format=None, every=1, ratio=1.1).opened(key(clip)) as shelf:
+        with KVCache(tmp_path, format=None, every=1, ratio=1.1).opened(key(clip)) as shelf:
             run(shelf, SIGMAS)
-    bank = bank_of(tmp_path, 4)
-    with bank.opened(key("a")) as shelf:
-        assert on_disk(tmp_path) <= bank.disk
+    kv_cache = bank_of(tmp_path, 4)
+    with kv_cache.opened(key("a")) as shelf:
+        assert on_disk(tmp_path) <= kv_cache.disk
         assert levels(shelf) == SIGMAS[-4:]  # its own went last, the oldest first
         assert shelf.sigmas == tuple(SIGMAS[-4:])
 
@@ -400,19 +400,19 @@ def test_only_the_banks_own_files_count_and_go(tmp_path):
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"x" * 10 * FILE)
-    bank = bank_of(tmp_path, 1, keys=2)
+    kv_cache = bank_of(tmp_path, 1, keys=2)
     for clip in "ab":
-        with bank.opened(key(clip)) as shelf:
+        with kv_cache.opened(key(clip)) as shelf:
             run(shelf, [8.0])
             (shelf.directory / "notes.txt").write_text("mine")
-            assert bank.disk_used <= bank.disk
+            assert kv_cache.disk_used <= kv_cache.disk
     assert all(path.stat().st_size == 10 * FILE for path in mine)
     assert [p.read_text() for p in tmp_path.glob("*/notes.txt") if p not in mine] == ["mine", "mine"]
 
 
 def test_levels_that_vanish_meanwhile_are_no_harm(tmp_path, monkeypatch):
-    bank = bank_of(tmp_path, 3, keys=2)
-    with bank.opened(key("a")) as a:
+    kv_cache = bank_of(tmp_path, 3, keys=2)
+    with kv_cache.opened(key("a")) as a:
         run(a, [8.0, 6.0, 4.0])
         folder = a.directory
     real = module.Disk._removable
@@ -424,12 +424,12 @@ def test_levels_that_vanish_meanwhile_are_no_harm(tmp_path, monkeypatch):
         return able
 
     monkeypatch.setattr(module.Disk, "_removable", faster)
-    with bank.opened(key("b")) as b:
+    with kv_cache.opened(key("b")) as b:
         run(b, [8.0])
         assert levels(b) == [8.0]
     monkeypatch.undo()
-    bank.clear()
-    with bank.opened(key("a")) as a:
+    kv_cache.clear()
+    with kv_cache.opened(key("a")) as a:
         assert a.sigmas == ()
         assert run(a, [8.0]) == [8.0]
 
@@ -451,8 +451,8 @@ def test_a_level_that_vanishes_while_a_folder_is_read_is_none(tmp_path, monkeypa
 
 def test_files_that_cannot_be_removed_are_passed_over(tmp_path, monkeypatch):
     """As on Windows, where a mapped file stays."""
-    bank = bank_of(tmp_path, 3, keys=2)
-    with bank.opened(key("a")) as a:
+    kv_cache = bank_of(tmp_path, 3, keys=2)
+    with kv_cache.opened(key("a")) as a:
         run(a, [8.0, 6.0, 4.0])
         folder = a.directory
     real = Path.unlink
@@ -463,25 +463,25 @@ def test_files_that_cannot_be_removed_are_passed_over(tmp_path, monkeypatch):
         real(path, **kwargs)
 
     monkeypatch.setattr(Path, "unlink", held)
-    with bank.opened(key("b")) as b:
-        with pytest.warns(BankWarning, match=r"cannot be removed\. This level"):
+    with kv_cache.opened(key("b")) as b:
+        with pytest.warns(KVCacheWarning, match=r"cannot be removed\. This level"):
             run(b, [8.0, 6.0, 4.0])
         assert (levels(folder), levels(b)) == ([8.0], [8.0, 6.0])
-        assert on_disk(tmp_path) <= bank.disk
+        assert on_disk(tmp_path) <= kv_cache.disk
 
 
 def test_what_killed_runs_left_goes_first(tmp_path):
-    bank = bank_of(tmp_path, 2, keys=2)
-    with bank.opened(key("a")) as a:
+    kv_cache = bank_of(tmp_path, 2, keys=2)
+    with kv_cache.opened(key("a")) as a:
         run(a, [8.0])
         left = a.directory / TEMPORARY
         left.write_bytes(b"x" * FILE)
-    with bank.opened(key("c")) as c:  # killed between its manifest and its first level
+    with kv_cache.opened(key("c")) as c:  # killed between its manifest and its first level
         bare = c.directory
     long_ago = time.time() - own.STALE - 10
     for path in (left, bare / "manifest.json"):
         os.utime(path, (long_ago, long_ago))
-    with bank.opened(key("b")) as b:
+    with kv_cache.opened(key("b")) as b:
         run(b, [8.0])
         assert (levels(a.directory), levels(b)) == ([8.0], [8.0])
     assert not left.exists()
@@ -489,13 +489,13 @@ def test_what_killed_runs_left_goes_first(tmp_path):
 
 
 def test_what_others_are_writing_counts_and_stays(tmp_path):
-    bank = bank_of(tmp_path, 2)
-    with bank.opened(key()) as shelf, ExitStack() as until:
+    kv_cache = bank_of(tmp_path, 2)
+    with kv_cache.opened(key()) as shelf, ExitStack() as until:
         theirs = shelf.directory / TEMPORARY
         theirs.write_bytes(b"x" * FILE)
         with open(theirs, "r+b") as out:
             own.hold(out, until)
-        with pytest.warns(BankWarning, match="nothing may"):
+        with pytest.warns(KVCacheWarning, match="nothing may"):
             run(shelf, [8.0, 4.0])
         assert levels(shelf) == [8.0]
     assert theirs.exists()
@@ -503,8 +503,8 @@ def test_what_others_are_writing_counts_and_stays(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks there")
 def test_what_a_killed_writer_claimed_is_free_at_once(tmp_path):
-    bank = bank_of(tmp_path, 2)
-    with bank.opened(key()) as shelf:
+    kv_cache = bank_of(tmp_path, 2)
+    with kv_cache.opened(key()) as shelf:
         left = shelf.directory / TEMPORARY
         left.write_bytes(b"x" * FILE)  # a moment ago, and nobody has it locked
         run(shelf, [8.0, 4.0])
@@ -523,8 +523,8 @@ def test_a_claim_is_marked_until_it_has_its_name(tmp_path, monkeypatch, limited)
 
     monkeypatch.setattr(os, "replace", lambda *args: (seen.append(look()), real(*args)))
     monkeypatch.setattr(file_module, "_write", lambda *args: (seen.append(look()), write(*args))[1])
-    bank = bank_of(tmp_path, 3) if limited else Bank(tmp_path, format=None)
-    with bank.opened(key()) as shelf:
+    kv_cache = bank_of(tmp_path, 3) if limited else KVCache(tmp_path, format=None)
+    with kv_cache.opened(key()) as shelf:
         shelf.put(8.0, store(8.0))
     assert seen == [[0]] * len(seen)
     assert len(seen) == 2 + 2 * len(SITES)  # a manifest and a level renamed, keys and values written
@@ -541,8 +541,8 @@ def test_a_claim_that_goes_before_it_is_marked_is_made_again(tmp_path, monkeypat
         return real(out, until)
 
     monkeypatch.setattr(module, "hold", late)
-    bank = bank_of(tmp_path, 3) if limited else Bank(tmp_path, format=None)
-    with bank.opened(key()) as shelf:
+    kv_cache = bank_of(tmp_path, 3) if limited else KVCache(tmp_path, format=None)
+    with kv_cache.opened(key()) as shelf:
         shelf.put(8.0, store(8.0))
         assert levels(shelf) == [8.0]
     assert gone == [1, 1]
@@ -554,11 +554,11 @@ def test_where_files_have_no_locks_a_claim_stands_for_an_hour(tmp_path, monkeypa
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(own.fcntl, "flock", without)
-    bank = bank_of(tmp_path, 2)
-    with bank.opened(key()) as shelf:
+    kv_cache = bank_of(tmp_path, 2)
+    with kv_cache.opened(key()) as shelf:
         left = shelf.directory / TEMPORARY
         left.write_bytes(b"x" * FILE)
-        with pytest.warns(BankWarning, match="nothing may"):
+        with pytest.warns(KVCacheWarning, match="nothing may"):
             run(shelf, [8.0, 4.0])
         assert left.exists()
         os.utime(left, (time.time() - own.STALE - 10,) * 2)
@@ -572,9 +572,9 @@ def test_a_damaged_level_makes_room_for_its_successor(tmp_path, stack):
         run(shelf, [8.0, 4.0])
         path = max(shelf.directory.glob("sigma-*"))
     path.write_bytes(b"x" * FILE)
-    bank = bank_of(tmp_path, 2)
-    with pytest.warns(BankWarning, match="is ignored"):
-        shelf = stack.enter_context(bank.opened(key()))
+    kv_cache = bank_of(tmp_path, 2)
+    with pytest.warns(KVCacheWarning, match="is ignored"):
+        shelf = stack.enter_context(kv_cache.opened(key()))
     assert run(shelf, [8.0, 4.0]) == [8.0]
     assert levels(shelf) == [8.0, 4.0]
 
@@ -584,7 +584,7 @@ def test_a_damaged_level_makes_room_for_its_successor(tmp_path, stack):
 
 def test_a_plan_tells_what_stays_on_disk():
     arguments = (30, 12, 128, 32760, 0.7, 17, "int8", "4GB")
-    assert "give the bank a directory" in str(plan_for(*arguments))
+    assert "give the KV cache a directory" in str(plan_for(*arguments))
     plan = plan_for(*arguments, directory=True)
     assert (plan.on_disk, plan.in_memory) == (17, 1)
     assert "all of them on disk, 36.5 GB: the next edit" in str(plan)
@@ -596,14 +596,14 @@ def test_a_plan_tells_what_stays_on_disk():
     nothing = plan_for(*arguments[:-1], 0, directory=True, disk="1GB")
     assert "not one fits" in str(nothing)
     assert "later ones take the place" in str(plan_for(*arguments[:-1], 0, directory=True, disk="20GB"))
-    with pytest.raises(BankError, match=r"disk='much'; expected bytes, e\.g\. disk="):
+    with pytest.raises(KVCacheError, match=r"disk='much'; expected bytes, e\.g\. disk="):
         plan_for(*arguments, directory=True, disk="much")
 
 
 def test_a_plan_that_fits_is_a_run_that_is_not_told(tmp_path):
     plan = plan_for(3, 2, 8, 10, 0.6, len(SIGMAS), None, None, clips=2, dtype=torch.float32, directory=True)
-    bank = Bank(tmp_path, disk=plan.total + len(SIGMAS) * SLACK, format=None, every=1)
-    with bank.opened(key()) as shelf:
+    kv_cache = KVCache(tmp_path, disk=plan.total + len(SIGMAS) * SLACK, format=None, every=1)
+    with kv_cache.opened(key()) as shelf:
         run(shelf, SIGMAS)
         assert levels(shelf) == SIGMAS
-    assert plan.total <= bank.disk_used <= bank.disk
+    assert plan.total <= kv_cache.disk_used <= kv_cache.disk

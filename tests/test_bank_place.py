@@ -9,7 +9,7 @@ import pytest
 import torch
 from banks import LEVEL_BYTES, SITES, contents, equal, key, run, store
 
-from kvlock_sampling.kv_cache import Bank
+from kvlock_sampling.kv_cache import KVCache
 from kvlock_sampling.kv_cache import place as module
 from kvlock_sampling.kv_cache.format import pack
 from kvlock_sampling.kv_cache.place import Mover
@@ -20,7 +20,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 def level(sigma):
     stored = Stored(Drawer(SITES, None), sigma)
-    stored.held = {site: (pack(k, "int8"), pack(v, "int8")) for site, (k, v) in store(sigma).items()}
+    stored.held = {layer: (pack(k, "int8"), pack(v, "int8")) for layer, (k, v) in store(sigma).items()}
     return stored
 
 
@@ -42,11 +42,11 @@ def staged(monkeypatch):
 def test_the_next_site_is_under_way_while_this_one_is_used(staged):
     mover, log = staged
     stored = level(2.0)
-    for i, site in enumerate(SITES):
-        assert mover.fetch(stored, site) is not None
+    for i, layer in enumerate(SITES):
+        assert mover.fetch(stored, layer) is not None
         ahead = None if mover._ahead is None else mover._ahead[1]
         assert ahead == next(iter(SITES[i + 1 :]), None)
-    # One copy per site. What was made on the side stream is waited for, and kept from reuse on the one it is used on.
+    # One copy per layer. What was made on the side stream is waited for, and kept from reuse on the one it is used on.
     assert log.count("copy") == len(SITES)
     assert log.count("wait") == len(SITES) - 1
     assert log.count("record") == (len(SITES) - 1) * 2 * 3
@@ -56,8 +56,8 @@ def test_the_next_site_is_under_way_while_this_one_is_used(staged):
 def test_sites_out_of_order_another_level_and_letting_go_copy_afresh(staged):
     mover, log = staged
     one, other = level(2.0), level(4.0)
-    for stored, site in ((one, SITES[0]), (one, SITES[2]), (one, SITES[0]), (other, SITES[1]), (other, SITES[1])):
-        for packed, x in zip(mover.fetch(stored, site), store(stored.sigma)[site], strict=True):
+    for stored, layer in ((one, SITES[0]), (one, SITES[2]), (one, SITES[0]), (other, SITES[1]), (other, SITES[1])):
+        for packed, x in zip(mover.fetch(stored, layer), store(stored.sigma)[layer], strict=True):
             assert torch.equal(packed.parts["values"], pack(x, "int8").parts["values"])
     mover.fetch(one, SITES[0])
     mover.forget()
@@ -69,8 +69,8 @@ def test_sites_out_of_order_another_level_and_letting_go_copy_afresh(staged):
 def test_on_the_cpu_nothing_is_copied():
     stored = level(2.0)
     mover = Mover(torch.device("cpu"))
-    for site in SITES:
-        assert mover.fetch(stored, site)[0].parts["values"] is stored.held[site][0].parts["values"]
+    for layer in SITES:
+        assert mover.fetch(stored, layer)[0].parts["values"] is stored.held[layer][0].parts["values"]
 
 
 @CUDA
@@ -78,15 +78,15 @@ def test_on_the_cpu_nothing_is_copied():
 @pytest.mark.parametrize("format", [None, "bf16", "int8", "fp8"])
 def test_tiers_and_disk_agree_on_cuda(tmp_path, tier, format):
     sigmas = [8.0, 6.5, 4.0, 3.0, 2.0, 1.5]
-    memory = Bank(budget=None, format=format, tier=tier)
-    disk = Bank(tmp_path, budget=LEVEL_BYTES, format=format, tier=tier)
+    memory = KVCache(budget=None, format=format, tier=tier)
+    disk = KVCache(tmp_path, budget=LEVEL_BYTES, format=format, tier=tier)
     for again in range(2):
         with memory.opened(key(), device="cuda") as a, disk.opened(key(), device="cuda") as b:
             for sigma in [*sigmas, 5.0] if again else sigmas:
                 one, other = a.lookup(sigma), b.lookup(sigma)
                 assert (one is None) == (other is None)
                 if one is None:
-                    kv = {site: (k.cuda(), v.cuda()) for site, (k, v) in store(sigma).items()}
+                    kv = {layer: (k.cuda(), v.cuda()) for layer, (k, v) in store(sigma).items()}
                     one, other = a.put(sigma, kv), b.put(sigma, kv)
                 got = contents(one)
                 assert all(x.is_cuda for x in got)
@@ -95,5 +95,5 @@ def test_tiers_and_disk_agree_on_cuda(tmp_path, tier, format):
     held = [p for s in next(iter(memory._pool.drawers.values())).levels for pair in s.held.values() for p in pair]
     parts = [part for packed in held for part in packed.parts.values()]
     assert all(part.is_cuda if tier == "device" else part.is_pinned() for part in parts)
-    with Bank(tmp_path, budget=0, format=format, tier=tier).opened(key(), device="cuda") as shelf:
+    with KVCache(tmp_path, budget=0, format=format, tier=tier).opened(key(), device="cuda") as shelf:
         assert run(shelf, sigmas) == []

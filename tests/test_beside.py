@@ -28,7 +28,7 @@ def nothing_compiled(monkeypatch):
 
 @pytest.fixture
 def stored(monkeypatch):
-    """How many sites' K/V were kept whenever an edit's block ran, and what the rows were."""
+    """How many layers' K/V were kept whenever an edit's block ran, and what the rows were."""
     seen, together = [], beside._together
 
     def noting(changed, source, rows, frame):
@@ -57,7 +57,7 @@ def masks(made):
 def evaluated(made, policy=FULL, extra_args=None, **options):
     generator = torch.Generator().manual_seed(1)
     source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
-    given = {"source": source, "noise": noise, "mask": masks(made), "sites": made.sites, **options}
+    given = {"source": source, "noise": noise, "mask": masks(made), "layers": made.layers, **options}
     with kv.KVLock(made.denoiser, policy=policy, **given) as lock:
         out = lock(made.x, torch.ones(len(made.x)), **made.extra_args, **(extra_args or {}))
     return out, lock.trace.steps[-1]
@@ -67,7 +67,7 @@ def evaluated(made, policy=FULL, extra_args=None, **options):
 def test_the_edit_is_that_of_the_dense_way(name, stored):
     made = network(name)
     out, step = evaluated(made)
-    able = made.sites.narrows and made.sites.rows_first
+    able = made.layers.narrows and made.layers.rows_first
     assert bool(stored) == able
     if not able:
         return
@@ -77,7 +77,7 @@ def test_the_edit_is_that_of_the_dense_way(name, stored):
     assert [ended for *_, ended in stored].count(True) in (1, 2)  # its tokens, and its text
     assert step.computed < 1
     dense, other = evaluated(made, foreground=False)
-    assert (step.evaluations, step.fused_sites) == (other.evaluations, other.fused_sites)
+    assert (step.evaluations, step.fused_layers) == (other.evaluations, other.fused_layers)
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
 
 
@@ -86,9 +86,9 @@ def test_guided_and_with_a_ring(name, stored):
     made = network(name, grid=(4, 5, 6), clips=1)
     cond = made.extra_args["cond"]
     more = {"uncond": {k: v.flip(-1) if v.is_floating_point() else v for k, v in cond.items()}, "cond_scale": 3.0}
-    out, step = evaluated(made, extra_args=more, ring=(1, 0.5))
+    out, step = evaluated(made, extra_args=more, transition=(1, 0.5))
     assert {rows for _, rows, _ in stored} == {3}
-    dense, _ = evaluated(made, extra_args=more, ring=(1, 0.5), foreground=False)
+    dense, _ = evaluated(made, extra_args=more, transition=(1, 0.5), foreground=False)
     assert step.computed < 1
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
 
@@ -97,8 +97,8 @@ def test_what_is_kept_does_not_grow_with_depth():
     """Of every layer's K/V only one layer's are there at a time."""
     sizes, process = [], kv.attention.foreground.ForegroundFrame.process
 
-    def noting(self, site, key, value, start, ratio=None):
-        out = process(self, site, key, value, start, ratio)
+    def noting(self, layer, key, value, start, ratio=None):
+        out = process(self, layer, key, value, start, ratio)
         sizes.append(len(self.store))
         return out
 
@@ -112,11 +112,13 @@ def test_what_is_kept_does_not_grow_with_depth():
         assert max(sizes) == 2  # a pass of its own keeps all of them
 
 
-@pytest.mark.parametrize("options", [{"batched": False}, {"bank": True}, {"estimator": kv.RenoiseVariance(passes=1)}])
+@pytest.mark.parametrize(
+    "options", [{"batched": False}, {"kv_cache": True}, {"estimator": kv.RenoiseVariance(passes=1)}]
+)
 def test_a_source_whose_keys_serve_again_has_a_pass_of_its_own(options, stored):
     made = network("wan")
-    if "bank" in options:
-        options = {"bank": kv.Bank(format=None)}
+    if "kv_cache" in options:
+        options = {"kv_cache": kv.KVCache(format=None)}
     policy = FULL
     if "estimator" in options:
         policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale))
@@ -124,7 +126,7 @@ def test_a_source_whose_keys_serve_again_has_a_pass_of_its_own(options, stored):
         generator = torch.Generator().manual_seed(1)
         source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
         lock = kv.KVLock(
-            made.denoiser, policy=policy, source=source, noise=noise, mask=masks(made), sites=made.sites, **given
+            made.denoiser, policy=policy, source=source, noise=noise, mask=masks(made), layers=made.layers, **given
         )
         lock.sample("euler", 2 * made.x, torch.tensor([2.0, 1.0, 0.5, 0.0]), extra_args=made.extra_args)
         assert lock.trace.steps[-1].evaluations == 3  # the source, the edit, a probe
@@ -144,7 +146,7 @@ def test_where_rows_cannot_be_told_apart_the_source_has_a_pass_of_its_own(stored
 
 def test_a_hook_on_the_network_sees_whole_passes(stored):
     made = network("wan")
-    inner = made.sites.networks[0]
+    inner = made.layers.networks[0]
     handle = inner.register_forward_hook(lambda *_: None)
     whole, _ = evaluated(made)
     handle.remove()
@@ -165,7 +167,7 @@ def test_gradients_reach_the_edit():
 
 def test_an_error_inside_leaves_the_network_as_it_was():
     made = network("wan")
-    block = made.sites.blocks[1]
+    block = made.layers.blocks[1]
     forward = block.ffn.forward
 
     def failing(x, *args, **kwargs):
@@ -176,13 +178,13 @@ def test_an_error_inside_leaves_the_network_as_it_was():
         evaluated(made)
     block.ffn.forward = forward
     del block.ffn.forward
-    assert all("forward" not in part.__dict__ for part in made.sites.networks[0].modules())
+    assert all("forward" not in part.__dict__ for part in made.layers.networks[0].modules())
     out, _ = evaluated(made)
     torch.testing.assert_close(out, evaluated(made, foreground=False)[0], rtol=0, atol=1e-5)
 
 
 def test_rows_that_do_not_come_first_are_never_cut(stored):
     made = network("wan")
-    out, _ = evaluated(made, sites=replace(made.sites, rows_first=False))
+    out, _ = evaluated(made, layers=replace(made.layers, rows_first=False))
     assert not stored
     torch.testing.assert_close(out, evaluated(made)[0], rtol=0, atol=1e-6)

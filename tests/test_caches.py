@@ -224,10 +224,10 @@ def test_the_sources_pass_is_computed_in_full_whatever_the_cache_has_seen(monkey
     kept = []
     process = Frame.process
 
-    def spy(self, site, key, value, *rest):
+    def spy(self, layer, key, value, *rest):
         if self.mode == "capture":
-            kept.append((site, key.clone()))
-        return process(self, site, key, value, *rest)
+            kept.append((layer, key.clone()))
+        return process(self, layer, key, value, *rest)
 
     monkeypatch.setattr(Frame, "process", spy)
     outputs(cached("first block"), sigmas=SIGMAS)

@@ -136,9 +136,9 @@ def test_a_policy_that_reads_no_risk_has_no_threshold_to_calibrate(tmp_path):
 
 def test_a_bank_survives_calibration(tmp_path):
     path = tmp_path / "own.toml"
-    path.write_text('[bank]\nevery = 2\n[policy]\ntype = "Sigmoid"\n')
+    path.write_text('[kv_cache]\nevery = 2\n[policy]\ntype = "Sigmoid"\n')
     found = calibrate(load(), scenes(4), policy=str(path), steps=8, bands=3)
-    assert dict(found.preset.bank) == {"every": 2}
+    assert dict(found.preset.kv_cache) == {"every": 2}
 
 
 @pytest.mark.parametrize(

@@ -97,10 +97,10 @@ def test_outside_the_mask_the_written_clip_is_the_source(kvlock: Kvlock) -> None
 
 
 def test_a_warning_is_words_without_code(kvlock: Kvlock) -> None:
-    result = kvlock(*edit_words("out.gif", policy="off", bank="kept"))
+    result = kvlock(*edit_words("out.gif", policy="off", kv_cache="kept"))
     assert result.exit_code == 0, result.output
     said = plain(result.output)
-    assert "warning: bank= without effect: the policy Constant(lock=0.0" in said
+    assert "warning: kv_cache= without effect: the policy Constant(lock=0.0" in said
     assert ".py" not in said
     assert "UserWarning" not in said
 
@@ -165,13 +165,13 @@ BAD = {
     "figure of an unknown kind": ({"trace": "run.xyz"}, "expected .png, .svg or .pdf"),
     "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "expected a finite number"),
     "output in a file": ({"output": "mask.png/out.gif"}, "mask.png"),
-    "a bank in no folder": ({"bank": ""}, "directory='' names no folder"),
+    "a KV cache in no folder": ({"kv_cache": ""}, "directory='' names no folder"),
     "memory of no bank": (
         {"bank_memory": "1GB"},
-        "--bank-memory 1GB is for a bank, and there is none; name its folder",
+        "--kv-cache-memory 1GB is for a KV cache, and there is none; name its folder",
     ),
-    "disk of no bank": ({"bank_disk": "9GB"}, "--bank kv-bank --bank-disk 9GB"),
-    "disk that is no size": ({"bank": "mask.png", "bank_disk": "much"}, "--bank-disk='much'; expected bytes"),
+    "disk of no bank": ({"bank_disk": "9GB"}, "--kv-cache kv-bank --kv-cache-disk 9GB"),
+    "disk that is no size": ({"kv_cache": "mask.png", "bank_disk": "much"}, "--kv-cache-disk='much'; expected bytes"),
     "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
     "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),
 }
@@ -254,7 +254,7 @@ def test_a_short_clip_holds_its_last_frame(kvlock: Kvlock, folder: Path) -> None
 
 
 def test_a_bank_keeps_to_its_size(kvlock: Kvlock, folder: Path) -> None:
-    words = edit_words(policy="full", bank="kv-bank", bank_disk="300kB", steps=4)
+    words = edit_words(policy="full", kv_cache="kv-bank", bank_disk="300kB", steps=4)
     result = kvlock(*words)
     assert result.exit_code == 0, result.output
     assert "disk limit 300 kB" in plain(result.output)
@@ -262,7 +262,7 @@ def test_a_bank_keeps_to_its_size(kvlock: Kvlock, folder: Path) -> None:
     assert 0 < kept <= 300_000
 
 
-@pytest.mark.parametrize("where", [{}, {"bank": "kv-bank"}])
+@pytest.mark.parametrize("where", [{}, {"kv_cache": "kv-bank"}])
 def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: dict[str, object]) -> None:
     words = edit_words(policy="fast", steps=4, **where)
     first, second = plain(kvlock(*words).output), plain(kvlock(*words).output)
@@ -270,7 +270,7 @@ def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: di
     promised = "the next edit of this clip needs no source pass" in first
     passes = [int(re.findall(r"(\d+) model passes", said)[0]) for said in (first, second)]
     assert promised == (passes[1] < passes[0]) == bool(where)
-    assert ("--bank DIR" in first) == (not where)
+    assert ("--kv-cache DIR" in first) == (not where)
 
 
 def test_an_edit_never_replaces_its_own_clip(kvlock: Kvlock, folder: Path) -> None:

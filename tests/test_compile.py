@@ -16,7 +16,7 @@ from test_backends import outputs
 import kvlock_sampling as kv
 from kvlock_sampling.attention.compat.torch_compile import without_compiler
 from kvlock_sampling.testing import random_network
-from kvlock_sampling.types import SiteError
+from kvlock_sampling.types import AttentionError
 
 KINDS = ("torch.compile", "compile", "compile_repeated_blocks", "denoiser")
 SLOW = [pytest.param(k, marks=pytest.mark.slow) if k in ("compile", "denoiser") else k for k in KINDS]
@@ -140,8 +140,8 @@ def test_a_site_error_of_an_uncompiled_model_does_not_run_it_twice(setup):
     torch._dynamo.utils.counters.clear()  # nothing has been compiled in this process
     calls = []
     setup.model.inner_model.register_forward_pre_hook(lambda module, args: calls.append(1))
-    with pytest.raises(SiteError, match="attends over 48 tokens"):
-        outputs(setup, sites=kv.find_sites(setup.model).with_extra(after=1))
+    with pytest.raises(AttentionError, match="attends over 48 tokens"):
+        outputs(setup, layers=kv.find_layers(setup.model).with_extra(after=1))
     assert len(calls) == 1
 
 
@@ -158,11 +158,11 @@ def test_a_joint_model_compiled(foreground):
             foreground=foreground,
         )
         with torch.no_grad(), lock:
-            return lock(network.x, torch.ones(1), **network.extra_args), lock.trace.steps[0].fused_sites
+            return lock(network.x, torch.ones(1), **network.extra_args), lock.trace.steps[0].fused_layers
 
     expected = run(random_network("flux", clips=1))
     network, backend = random_network("flux", clips=1), Counted()
-    network.sites.networks[0].compile_repeated_blocks(backend=backend)
+    network.layers.networks[0].compile_repeated_blocks(backend=backend)
     with torch.no_grad():
         network.denoiser(network.x, torch.ones(1), **network.extra_args)
     with warnings.catch_warnings():
@@ -170,7 +170,7 @@ def test_a_joint_model_compiled(foreground):
         got = run(network)
     torch.testing.assert_close(got[0], expected[0])
     assert got[1] == expected[1] == 2
-    assert backend.graphs > 2  # a block of each kind, and its parts around the site
+    assert backend.graphs > 2  # a block of each kind, and its parts around the layer
 
 
 @pytest.mark.slow

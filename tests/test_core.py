@@ -20,7 +20,7 @@ import kvlock_sampling as kv
 from kvlock_sampling.batching import NotBatchable, join
 from kvlock_sampling.control import steps_left
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
-from kvlock_sampling.masks.fitted import Region
+from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.source import Source
 from kvlock_sampling.timeline import Timeline
 from kvlock_sampling.trace import Trace
@@ -109,21 +109,21 @@ def test_a_region_takes_masks_at_any_whole_scale():
     latents = torch.zeros(1, 4, 3, 4, 6)
     pixel = torch.zeros(1, 1, 9, 32, 48)
     pixel[:, :, 3, 9, 17] = 1
-    latent = Region(pixel).latent(latents)
+    latent = FittedMask(pixel).latent(latents)
     assert latent.nonzero().tolist() == [[0, 0, 1, 1, 2]]
     still = torch.zeros(32, 48)
     still[0, 0] = 1
-    assert Region(still).latent(latents).sum() == 3
-    assert Region(latent).tokens(latents, (1, 2, 2)).nonzero().tolist() == [[0, 7]]
+    assert FittedMask(still).latent(latents).sum() == 3
+    assert FittedMask(latent).tokens(latents, (1, 2, 2)).nonzero().tolist() == [[0, 7]]
     with pytest.raises(MaskError, match="no whole compression factor"):
-        Region(pixel[:, :, :, :30]).latent(latents)
+        FittedMask(pixel[:, :, :, :30]).latent(latents)
     with pytest.raises(MaskError, match="batch of 3"):
-        Region(pixel.repeat(3, 1, 1, 1, 1)).latent(torch.zeros(2, 4, 3, 4, 6))
+        FittedMask(pixel.repeat(3, 1, 1, 1, 1)).latent(torch.zeros(2, 4, 3, 4, 6))
     flat = torch.zeros(2, 5)
     flat[:, 0] = 1
-    assert torch.equal(Region(flat).latent(torch.zeros(2, 5)), flat)
+    assert torch.equal(FittedMask(flat).latent(torch.zeros(2, 5)), flat)
     with pytest.raises(MaskError, match="does not broadcast"):
-        Region(flat).latent(torch.zeros(2, 4))
+        FittedMask(flat).latent(torch.zeros(2, 4))
 
 
 def svg_text(path: Path) -> str:
@@ -205,7 +205,7 @@ def test_rooms_keep_to_themselves():
             if name == one or name.startswith(one + "."):
                 others = [f"kvlock_sampling.{o}" for o in pure if o != one] + ["kvlock_sampling.lock"]
                 assert not [n for n in names if any(n == o or n.startswith(o + ".") for o in others)], name
-        if name.split(".")[0] not in ("tiny", "pipelines", "testing", "diffusers"):
+        if name.split(".")[0] not in ("tiny", "integrations", "testing"):
             assert not [n for n in names if n.split(".")[0] == "diffusers"], name
         if name != "samplers":
             assert not [n for n in names if n.split(".")[0] == "k_diffusion"], name

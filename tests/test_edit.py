@@ -235,7 +235,7 @@ def test_a_model_without_attention_says_what_to_pass(edit, video):
         encode, decode, prompt, sigmas = video.encode, video.decode, video.prompt, video.sigmas
         denoiser = staticmethod(lambda x, sigma, cond: x / (1 + sigma.view(-1, 1, 1, 1, 1)))
 
-    with pytest.raises(KVLockError, match="SdpaSites"):
+    with pytest.raises(KVLockError, match="sdpa_layers"):
         edit(model=Other(), policy="half")
     assert torch.isfinite(edit(model=Other(), policy="off").pixels).all()
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import kvlock_sampling as kv
 from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, narrow
 from kvlock_sampling.testing.networks import FAMILIES, random_network
-from kvlock_sampling.types import KVLockError, SiteError
+from kvlock_sampling.types import AttentionError, KVLockError
 
 FULL = kv.Constant(lock=1.0)
 
@@ -29,7 +29,7 @@ def test_the_foreground_alone_gives_the_dense_result(setup):
     torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
     assert {s.computed for s in slow} == {1.0}
     assert all(0 < s.computed < 0.6 for s in fast)
-    assert all(s.fused_sites == 2 for s in fast)
+    assert all(s.fused_layers == 2 for s in fast)
     for one, other in zip(slow, fast, strict=True):
         torch.testing.assert_close(one.variance, other.variance, rtol=1e-3, atol=1e-7, equal_nan=True)
 
@@ -53,9 +53,9 @@ def test_two_clips_with_masks_of_their_own(setup):
         torch.testing.assert_close(results[1][clip : clip + 1], alone, rtol=1e-3, atol=5e-3)
 
 
-@pytest.mark.parametrize("ring", [(1, 0.0), (1, 0.4)])
-def test_a_ring_with_another_share_is_computed(setup, ring):
-    (dense, _), (narrow, fast) = both(setup, ring=ring)
+@pytest.mark.parametrize("transition", [(1, 0.0), (1, 0.4)])
+def test_a_ring_with_another_share_is_computed(setup, transition):
+    (dense, _), (narrow, fast) = both(setup, transition=transition)
     torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
     assert fast.steps[0].computed > both(setup)[1][1].steps[0].computed
 
@@ -123,11 +123,11 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
     source, own = (torch.randn(r, 1, length, 3, generator=g) for r in (2, rows))
     mask = torch.rand(rows, 1, length, length, generator=g) > 0.3
     capture = ForegroundFrame("capture", ratio, selection=selection)
-    capture.process("site", source, source, start)
+    capture.process("layer", source, source, start)
     frame = ForegroundFrame("inject", ratio, store=capture.store, selection=selection)
     video = selection.computed + start
     order = torch.cat([torch.arange(start), video, torch.arange(start + tokens, length)])
-    key, value = frame.process("site", own[:, :, order], own[:, :, order], start)
+    key, value = frame.process("layer", own[:, :, order], own[:, :, order], start)
     assert torch.equal(key, value)
 
     weight = torch.zeros(2, length)
@@ -168,7 +168,7 @@ def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
         network = random_network(name, grid=(2, 4, 4), clips=2)
     except KVLockError as missing:
         pytest.skip(str(missing))
-    if not network.sites.narrows:
+    if not network.layers.narrows:
         pytest.skip("declares no flow: every token is always computed")
     latents = network.x
     mask = torch.zeros(2, 1, *latents.shape[2:])
@@ -178,15 +178,15 @@ def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
     sigmas = torch.tensor([1.5, 0.9, 0.4, 0.0])
     results = []
     for foreground in (False, True, None):
-        bank = None if foreground is not None else kv.Bank(every=1, format=None)
+        kv_cache = None if foreground is not None else kv.KVCache(every=1, format=None)
         lock = kv.KVLock(
             network.denoiser,
             source=source,
             mask=mask,
             policy=FULL,
-            sites=network.sites,
+            layers=network.layers,
             foreground=foreground,
-            bank=bank,
+            kv_cache=kv_cache,
         )
         results.append(lock.sample("euler", latents * sigmas[0], sigmas, extra_args=network.extra_args))
         assert (lock.trace.steps[0].computed < 1) == (foreground is not False)
@@ -211,12 +211,12 @@ class ByHand:
 def test_a_layer_whose_attention_is_not_seen_is_told(setup):
     setup.model.inner_model.transformer.blocks[1].attn1.set_processor(ByHand())
     lock = setup.lock(policy=FULL)
-    with pytest.raises(SiteError, match=r"(?s)1 of 2 sites.*not blocks.1.attn1.*foreground=False"):
+    with pytest.raises(AttentionError, match=r"(?s)1 of 2 layers.*not blocks.1.attn1.*foreground=False"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     lock = setup.lock(policy=FULL, foreground=False)
     with pytest.warns(UserWarning, match="The others are not locked"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-    assert {s.fused_sites for s in lock.trace} == {1}
+    assert {s.fused_layers for s in lock.trace} == {1}
 
 
 def test_a_mask_that_leaves_no_token_locks_nothing_and_says_so(setup):
@@ -227,13 +227,13 @@ def test_a_mask_that_leaves_no_token_locks_nothing_and_says_so(setup):
     out = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     off = kv.KVLock(setup.model, source=setup.source, mask=mask, policy="off", composite=True)
     assert torch.equal(out, off.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg))
-    assert {(s.fused_sites, s.evaluations) for s in lock.trace} == {(0, 2)}
+    assert {(s.fused_layers, s.evaluations) for s in lock.trace} == {(0, 2)}
 
 
 def test_gradient_checkpointing_is_refused(setup):
     setup.model.inner_model.transformer.enable_gradient_checkpointing()
     lock = setup.lock(policy=FULL)
-    with lock, torch.enable_grad(), pytest.raises(SiteError, match="disable_gradient_checkpointing"):
+    with lock, torch.enable_grad(), pytest.raises(AttentionError, match="disable_gradient_checkpointing"):
         lock(setup.x, setup.sigmas[:1], **setup.cfg)
     with torch.no_grad():
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)

@@ -84,7 +84,7 @@ def test_guidance_for_some_steps_leaves_the_lock_on(pipe: Any) -> None:
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler, start=0.4)
     modular(pipe, guider=guider)()
     assert [step.evaluations for step in guider.trace] == [2, 2, 3, 3, 3]
-    assert all(step.fused_sites for step in guider.trace)
+    assert all(step.fused_layers for step in guider.trace)
 
 
 def test_one_lock_spans_the_two_guiders_of_a_modular_pipeline() -> None:
@@ -133,7 +133,7 @@ def test_hunyuan_video_15_takes_the_guider() -> None:
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=0.5), source=source, mask=mask)
     got = sample(guider)
     assert far_apart(got * (1 - mask), source * (1 - mask)) < 1e-5
-    assert all(step.fused_sites == 2 for step in guider.trace)
+    assert all(step.fused_layers == 2 for step in guider.trace)
     other = {"encoder_hidden_states": noise(9, (1, 5, 8)), "encoder_attention_mask": torch.ones(1, 5)}
     assert far_apart(sample(guider.edit(source_embeds=other)), got) > 1e-3
     with pytest.raises(kv.KVLockError, match=r"it gives .*encoder_attention_mask"):
@@ -146,8 +146,8 @@ def test_hunyuan_video_15_takes_the_guider() -> None:
         ({"source": "clip.mp4"}, SourceError, "source is a str; expected the clean latents"),
         ({"mask": "mask.png"}, MaskError, "mask is the path 'mask.png'"),
         ({"noise": 1.0}, SourceError, "noise=1.0; expected a tensor"),
-        ({"ring": 1}, MaskError, "ring=1; expected"),
-        ({"ring": (1, "a")}, MaskError, r"ring=\(1, 'a'\); expected"),
+        ({"transition": 1}, MaskError, "transition=1; expected"),
+        ({"transition": (1, "a")}, MaskError, r"transition=\(1, 'a'\); expected"),
     ],
     ids=str,
 )
@@ -157,12 +157,12 @@ def test_what_a_guider_cannot_use_is_refused_where_it_is_given(given: Any, error
 
 
 def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
-    for given in ("paper", kv.Early(kv.Linear(), above=2.0)):
-        guider = KVLockGuider(3.0, policy=given, ring=(1.0, 0.5), layers=[0], rescale=True, start=0.1, **EDIT)
+    for given in ("paper", kv.LockAbove(kv.Linear(), above=2.0)):
+        guider = KVLockGuider(3.0, policy=given, transition=(1.0, 0.5), layers=[0], rescale=True, start=0.1, **EDIT)
         guider.save_pretrained(tmp_path)
         loaded = KVLockGuider.from_pretrained(tmp_path)
         assert loaded.guidance_scale == 3.0
-        assert loaded._settings["ring"] == (1.0, 0.5)
+        assert loaded._settings["transition"] == (1.0, 0.5)
         assert {**loaded._settings, "policy": 0} == {**guider._settings, "policy": 0}
         assert kv.load_policy(loaded._settings["policy"]) == (
             kv.load_policy(given) if isinstance(given, str) else given

@@ -1,4 +1,4 @@
-"""A lock with a bank: fewer passes of the source, the same shelf for the same run, another one for anything else."""
+"""A lock with a kv_cache: fewer passes of the source, the same shelf for the same run, another one for anything else."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.kv_cache import BankWarning, model_fingerprint
+from kvlock_sampling.kv_cache import KVCacheWarning, model_fingerprint
 from kvlock_sampling.tiny import world
-from kvlock_sampling.types import RunError, SiteError, SourceError
+from kvlock_sampling.types import AttentionError, RunError, SourceError
 from kvlock_sampling.variance import Max
 
 FULL = kv.Constant(lock=1.0)
 
 
-def run(setup, bank, **options):
-    """One run with a bank: result, passes of the source, trace."""
+def run(setup, kv_cache, **options):
+    """One run with a kv_cache: result, passes of the source, trace."""
     options = {"policy": FULL, "noise": "fixed", **options}
     x, sampler = options.pop("x", setup.x), options.pop("sampler", "euler")
-    lock = setup.lock(bank=bank, **options)
+    lock = setup.lock(kv_cache=kv_cache, **options)
     out = lock.sample(sampler, x, setup.sigmas, extra_args=setup.cfg)
     return out, sum(s.evaluations - 2 for s in lock.trace), lock.trace
 
@@ -30,49 +30,49 @@ def run(setup, bank, **options):
 @pytest.mark.parametrize("policy", [FULL, kv.Constant(lock=0.6)])
 @pytest.mark.parametrize("foreground", [None, False])
 def test_kept_exactly_and_asked_every_time_it_changes_nothing(setup, policy, foreground):
-    bank = kv.Bank(format=None, every=1)
+    kv_cache = kv.KVCache(format=None, every=1)
     plain = setup.lock(policy=policy, noise="fixed", foreground=False)
     expected = plain.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-    out, passes, trace = run(setup, bank, policy=policy, foreground=foreground)
+    out, passes, trace = run(setup, kv_cache, policy=policy, foreground=foreground)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
     assert passes == len(trace)
-    again, passes, _ = run(setup, bank, policy=policy, foreground=foreground)
+    again, passes, _ = run(setup, kv_cache, policy=policy, foreground=foreground)
     assert passes == 0
     torch.testing.assert_close(again, out)
 
 
 def test_every_third_evaluation_runs_the_source(setup):
-    _, passes, trace = run(setup, kv.Bank(every=3, ratio=None))
+    _, passes, trace = run(setup, kv.KVCache(every=3, ratio=None))
     assert [s.evaluations for s in trace] == [3, 2, 2, 3, 2, 2]
     assert passes == 2
 
 
 def test_a_directory_serves_another_process_and_another_seed(setup, tmp_path):
-    first, passes, _ = run(setup, kv.Bank(tmp_path, every=1))
+    first, passes, _ = run(setup, kv.KVCache(tmp_path, every=1))
     assert passes == 6
-    again, passes, _ = run(setup, kv.Bank(tmp_path, every=1))
+    again, passes, _ = run(setup, kv.KVCache(tmp_path, every=1))
     assert passes == 0
     torch.testing.assert_close(again, first)
-    _, passes, _ = run(setup, kv.Bank(tmp_path, every=1), x=setup.x.flip(-1))
+    _, passes, _ = run(setup, kv.KVCache(tmp_path, every=1), x=setup.x.flip(-1))
     assert passes == 0  # the source's noise is fixed, whatever the edit starts from
 
 
 def test_what_changes_the_source_is_another_shelf(setup, tmp_path):
-    run(setup, kv.Bank(tmp_path, every=2, ratio=None))
+    run(setup, kv.KVCache(tmp_path, every=2, ratio=None))
     for change in (
         {"source": setup.source + 0.1},
         {"mask": setup.mask.flip(-1)},
         {"source_args": {"cond": setup.cond + 1}},
         {"noise": torch.randn_like(setup.source)},
     ):
-        assert run(setup, kv.Bank(tmp_path, every=2, ratio=None), **change)[1] == 3, change
+        assert run(setup, kv.KVCache(tmp_path, every=2, ratio=None), **change)[1] == 3, change
     with torch.no_grad():
         next(setup.model.parameters()).add_(0.1)
-    assert run(setup, kv.Bank(tmp_path, every=2, ratio=None))[1] == 3
+    assert run(setup, kv.KVCache(tmp_path, every=2, ratio=None))[1] == 3
 
 
 def test_several_runs_in_one_block_share_what_they_can(setup):
-    with setup.lock(policy=FULL, noise="fixed", bank=kv.Bank(every=1)) as lock:
+    with setup.lock(policy=FULL, noise="fixed", kv_cache=kv.KVCache(every=1)) as lock:
         first = kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args=setup.cfg)
         count = len(lock.trace)
         again = kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args=setup.cfg)
@@ -81,12 +81,17 @@ def test_several_runs_in_one_block_share_what_they_can(setup):
 
 
 def test_a_guided_model_keeps_its_source_under_any_scale(setup):
-    bank = kv.Bank(every=1)
+    kv_cache = kv.KVCache(every=1)
     policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale * (1 + obs.sigma / 1e4)))
     passes = []
     for _ in range(2):
         lock = kv.KVLock(
-            kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, policy=policy, noise="fixed", bank=bank
+            kv.CFGDenoiser(setup.model),
+            source=setup.source,
+            mask=setup.mask,
+            policy=policy,
+            noise="fixed",
+            kv_cache=kv_cache,
         )
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         passes.append([s.evaluations for s in lock.trace])
@@ -94,49 +99,50 @@ def test_a_guided_model_keeps_its_source_under_any_scale(setup):
 
 
 def test_heun_asks_at_every_noise_level_once(setup):
-    _, passes, trace = run(setup, kv.Bank(every=1), sampler="heun")
+    _, passes, trace = run(setup, kv.KVCache(every=1), sampler="heun")
     assert passes == len({round(s.sigma, 6) for s in trace if s.lock.max() > 0})
 
 
 def test_the_bank_of_layers_locks_those_layers(setup):
-    _, _, trace = run(setup, kv.Bank(every=1, layers=[1]))
-    assert {s.fused_sites for s in trace} == {1}
+    _, _, trace = run(setup, kv.KVCache(every=1, layers=[1]))
+    assert {s.fused_layers for s in trace} == {1}
     assert {s.computed for s in trace} == {1.0}
 
 
 def test_layers_of_a_lock_and_of_its_bank_must_be_the_same(setup):
     for same in ([1], (i for i in [1]), slice(1, None), [-1], 1):
-        assert len(setup.lock(bank=kv.Bank(layers=[1]), layers=same).sites.sites) == 1
-    assert len(setup.lock(bank=kv.Bank(), layers=[0]).sites.sites) == 1
+        assert len(setup.lock(kv_cache=kv.KVCache(layers=[1]), layers=same).layers.layers) == 1
+    assert len(setup.lock(kv_cache=kv.KVCache(), layers=[0]).layers.layers) == 1
     with pytest.raises(
-        SiteError, match=r"layers=\[0\] of the lock and layers=\(1,\) of its bank.*[^$]*layers=\[0\], bank="
+        AttentionError,
+        match=r"layers=\[0\] of the lock and layers=\(1,\) of its KV cache.*[^$]*layers=\[0\], kv_cache=",
     ):
-        setup.lock(bank=kv.Bank(layers=[1]), layers=[0])
-    with pytest.raises(SiteError, match=r"layers=\[0\] of the lock and layers=slice"):
-        setup.lock(bank=kv.Bank(layers=slice(None)), layers=(i for i in [0]))
+        setup.lock(kv_cache=kv.KVCache(layers=[1]), layers=[0])
+    with pytest.raises(AttentionError, match=r"layers=\[0\] of the lock and layers=slice"):
+        setup.lock(kv_cache=kv.KVCache(layers=slice(None)), layers=(i for i in [0]))
 
 
 def test_what_is_no_bank_is_refused_also_where_nothing_is_locked(setup):
     for policy in ("full", "off"):
-        with pytest.raises(SiteError, match=r"bank='kv-bank'; expected a Bank"):
-            setup.lock(policy=policy, bank="kv-bank")
+        with pytest.raises(AttentionError, match=r"kv_cache='kv-bank'; expected a KVCache"):
+            setup.lock(policy=policy, kv_cache="kv-bank")
 
 
 def test_a_run_goes_on_from_memory_where_the_disk_has_no_room(setup, tmp_path):
-    free = kv.Bank(tmp_path / "free", every=1)
+    free = kv.KVCache(tmp_path / "free", every=1)
     expected, passes, _ = run(setup, free)
     limit = free.disk_used // 2
-    small = kv.Bank(tmp_path / "small", every=1, disk=limit)
-    lock = setup.lock(policy=FULL, noise="fixed", bank=small)
+    small = kv.KVCache(tmp_path / "small", every=1, disk=limit)
+    lock = setup.lock(policy=FULL, noise="fixed", kv_cache=small)
     assert 0 < lock.plan(setup.sigmas).on_disk < passes
     assert f"of {passes} stay there" in str(lock.plan(setup.sigmas))
-    with pytest.warns(BankWarning, match="memory alone") as told:
+    with pytest.warns(KVCacheWarning, match="memory alone") as told:
         out = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert len(told) == 1
     torch.testing.assert_close(out, expected)
     assert 0 < small.disk_used <= limit
-    with pytest.warns(BankWarning):
-        _, again, _ = run(setup, kv.Bank(tmp_path / "small", every=1, disk=limit))
+    with pytest.warns(KVCacheWarning):
+        _, again, _ = run(setup, kv.KVCache(tmp_path / "small", every=1, disk=limit))
     assert 0 < again < passes
 
 
@@ -162,40 +168,40 @@ class Two(nn.Module):
 
 def test_two_experts_have_shelves_of_their_own(setup):
     setup.model = kv.FlowDenoiser(Two(setup)).eval()
-    bank = kv.Bank(every=1)
-    out, passes, trace = run(setup, bank)
+    kv_cache = kv.KVCache(every=1)
+    out, passes, trace = run(setup, kv_cache)
     assert passes == len(trace)
-    again, passes, _ = run(setup, bank)
+    again, passes, _ = run(setup, kv_cache)
     assert passes == 0
     torch.testing.assert_close(again, out)
     plain = setup.lock(policy=FULL, noise="fixed", foreground=False)
     expected = plain.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-    torch.testing.assert_close(run(setup, kv.Bank(format=None, every=1))[0], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run(setup, kv.KVCache(format=None, every=1))[0], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_what_cannot_be_kept_says_so(setup):
-    with pytest.raises(SiteError, match="expected a Bank"):
-        setup.lock(bank="kv-bank")
-    with pytest.raises(SiteError, match="declare it"):
-        setup.lock(bank=kv.Bank(), sites=kv.SdpaSites(setup.model, patch=(1, 2, 2)))
+    with pytest.raises(AttentionError, match="expected a KVCache"):
+        setup.lock(kv_cache="kv-bank")
+    with pytest.raises(AttentionError, match="declare it"):
+        setup.lock(kv_cache=kv.KVCache(), layers=kv.sdpa_layers(setup.model, patch=(1, 2, 2)))
     with pytest.raises(SourceError, match="noise='fix'; expected a tensor like source, \"fixed\""):
         setup.lock(noise="fix")
 
 
 def test_a_plan_is_what_the_run_then_holds(setup):
-    bank = kv.Bank(every=3, ratio=None, format="bf16")
-    lock = setup.lock(policy=FULL, noise="fixed", bank=bank)
+    kv_cache = kv.KVCache(every=3, ratio=None, format="bf16")
+    lock = setup.lock(policy=FULL, noise="fixed", kv_cache=kv_cache)
     plan = lock.plan(setup.sigmas)
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert plan.levels == 2
-    assert bank.used == plan.total
-    assert "2 sites x 2 heads x 12" in str(plan)
-    with pytest.raises(RunError, match=r"bank=kv.Bank"):
+    assert kv_cache.used == plan.total
+    assert "2 layers x 2 heads x 12" in str(plan)
+    with pytest.raises(RunError, match=r"kv_cache=kv.KVCache"):
         setup.lock().plan(setup.sigmas)
 
 
 def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
-    """Through the main door: another prompt, another seed, another process's bank."""
+    """Through the main door: another prompt, another seed, another process's KV cache."""
     before, _ = world.sample_edit(7, "replace")
     clip, mask = world.render([before]), world.edit_mask(*world.sample_edit(7, "replace"))
     plans, evaluations = [], []
@@ -207,7 +213,7 @@ def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
             policy="full",
             steps=4,
             seed=seed,
-            bank=kv.Bank(tmp_path, every=2, ratio=None),
+            kv_cache=kv.KVCache(tmp_path, every=2, ratio=None),
             on_plan=plans.append,
         )
         evaluations.append(edit.evaluations)
@@ -216,42 +222,42 @@ def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
 
 
 def test_a_lock_and_its_bank_can_be_copied_and_pickled(setup, tmp_path):
-    lock = setup.lock(policy=FULL, noise="fixed", bank=kv.Bank(tmp_path, every=1))
+    lock = setup.lock(policy=FULL, noise="fixed", kv_cache=kv.KVCache(tmp_path, every=1))
     first = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     shared = copy.deepcopy(lock)
-    assert shared.bank is lock.bank
+    assert shared.kv_cache is lock.kv_cache
     for other in (shared, pickle.loads(pickle.dumps(lock))):
         again = other.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         torch.testing.assert_close(again, first)
         assert [s.evaluations for s in other.trace] == [2] * 6
-    assert repr(pickle.loads(pickle.dumps(kv.Bank(every=2, format=None)))) == repr(kv.Bank(every=2, format=None))
+    assert repr(pickle.loads(pickle.dumps(kv.KVCache(every=2, format=None)))) == repr(kv.KVCache(every=2, format=None))
 
 
 def test_conditioning_made_anew_at_every_call_is_the_same_shelf(setup):
-    bank = kv.Bank(every=1, format=None)
-    lock = setup.lock(policy=FULL, bank=bank)
+    kv_cache = kv.KVCache(every=1, format=None)
+    lock = setup.lock(policy=FULL, kv_cache=kv_cache)
     with lock:
         lock.on_schedule(setup.sigmas)
         for sigma in setup.sigmas[:-1]:
             lock(setup.x, sigma[None], **{**setup.cfg, "cond": setup.cond.clone()})
     assert [s.evaluations for s in lock.trace] == [3] * 6
-    assert len(bank._pool.drawers) == 1
+    assert len(kv_cache._pool.drawers) == 1
 
 
 def test_a_small_budget_serves_any_number_of_runs_in_one_block(setup):
-    bank = kv.Bank(budget="40kB")
-    with setup.lock(policy=FULL, bank=bank) as lock:
+    kv_cache = kv.KVCache(budget="40kB")
+    with setup.lock(policy=FULL, kv_cache=kv_cache) as lock:
         for seed in range(6):
             x = torch.randn(setup.x.shape, generator=torch.Generator().manual_seed(seed)) * setup.sigmas[0]
             kv.samplers.run("euler", lock, x, setup.sigmas, extra_args=setup.cfg)
-    assert 0 < bank.peak <= 40_000
+    assert 0 < kv_cache.peak <= 40_000
 
 
 def test_changes_in_place_are_noticed_within_a_block(setup):
-    cond, bank = setup.cond.clone(), kv.Bank(every=1)
+    cond, kv_cache = setup.cond.clone(), kv.KVCache(every=1)
     linear = next(m for m in setup.model.modules() if isinstance(m, nn.Linear))
     passes = []
-    with setup.lock(policy=FULL, noise="fixed", bank=bank) as lock:
+    with setup.lock(policy=FULL, noise="fixed", kv_cache=kv_cache) as lock:
         for change in (lambda: None, lambda: cond.add_(1), lambda: linear.weight.data[1].mul_(1.5), lambda: None):
             change()
             kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args={**setup.cfg, "cond": cond})
@@ -260,11 +266,11 @@ def test_changes_in_place_are_noticed_within_a_block(setup):
 
 
 def test_what_the_denoiser_holds_beside_weights_counts(setup):
-    bank, passes = kv.Bank(every=1), []
+    kv_cache, passes = kv.KVCache(every=1), []
     for strength in (1.0, 0.5, 1.0):
         inner = setup.model.inner_model
         model = kv.FlowDenoiser(inner, call=lambda m, z, t, cond, s=strength: m(z, t, cond=cond * s))
-        lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy=FULL, noise="fixed", bank=bank)
+        lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy=FULL, noise="fixed", kv_cache=kv_cache)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         passes.append(lock.trace.evaluations)
     assert passes == [18, 18, 12]
@@ -273,12 +279,12 @@ def test_what_the_denoiser_holds_beside_weights_counts(setup):
 
 
 def test_autocast_has_a_shelf_of_its_own(setup):
-    bank = kv.Bank(every=1, format=None)
+    kv_cache = kv.KVCache(every=1, format=None)
     with torch.autocast("cpu", torch.bfloat16):
-        run(setup, bank)
-    out, passes, trace = run(setup, bank)
+        run(setup, kv_cache)
+    out, passes, trace = run(setup, kv_cache)
     assert passes == len(trace)
-    torch.testing.assert_close(out, run(setup, kv.Bank(every=1, format=None))[0])
+    torch.testing.assert_close(out, run(setup, kv.KVCache(every=1, format=None))[0])
 
 
 def test_what_measures_every_token_gets_every_token(setup):
@@ -300,8 +306,8 @@ def test_what_measures_every_token_gets_every_token(setup):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2m", "lms"])
 def test_the_plan_counts_what_the_sampler_asks(setup, sampler):
-    bank = kv.Bank(every=2, format="bf16")
-    lock = setup.lock(policy=FULL, noise="fixed", bank=bank)
+    kv_cache = kv.KVCache(every=2, format="bf16")
+    lock = setup.lock(policy=FULL, noise="fixed", kv_cache=kv_cache)
     plan = lock.plan(setup.sigmas, sampler)
     lock.sample(sampler, setup.x, setup.sigmas, extra_args=setup.cfg)
-    assert bank.used == plan.total
+    assert kv_cache.used == plan.total

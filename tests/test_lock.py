@@ -39,7 +39,7 @@ def test_off_is_bit_identical_with_hooks_installed(setup, sampler):
     never = setup.lock(policy=kv.Constant(lock=0.0))
     with never:
         assert torch.equal(run(never, setup, sampler), bare)
-    # A policy that may lock, and does not: the source is held, the sites are known, nothing stands at them.
+    # A policy that may lock, and does not: the source is held, the layers are known, nothing stands at them.
     idle = setup.lock(policy=kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale)), composite=False)
     with idle:
         assert "forward" not in vars(setup.model.inner_model.transformer.blocks[0].attn1)
@@ -57,7 +57,7 @@ def test_every_sampler_runs_locked_with_every_policy(setup, sampler, policy):
     assert len(lock.trace) >= len(setup.sigmas) - 1
     for step in lock.trace:
         assert ((step.lock >= 0) & (step.lock <= 1)).all()
-        assert (step.fused_sites > 0) == bool((step.lock > 0).any())
+        assert (step.fused_layers > 0) == bool((step.lock > 0).any())
     kept = setup.mask.expand_as(out) == 0
     left = 6 * float(setup.sigmas[-2]) if samplers.is_ranged(samplers.get(sampler)) else 1e-3  # those stop at sigma_min
     torch.testing.assert_close(out[kept], setup.source[kept], rtol=0, atol=left)
@@ -77,7 +77,7 @@ def test_self_consistency_a_source_equal_to_the_edit_changes_nothing(setup):
     for value in (0.3, 1.0):
         with setup.lock(policy=kv.Constant(lock=value), noise=noise, composite=False) as lock:
             torch.testing.assert_close(lock(x, sigma, cond=setup.cond), plain, rtol=1e-4, atol=1e-5)
-        assert lock.trace.steps[0].fused_sites == 2
+        assert lock.trace.steps[0].fused_layers == 2
 
 
 @pytest.mark.parametrize("policy", ["constant", "linear", "pid", "smoothed", "default"])
@@ -106,7 +106,7 @@ def test_texts_of_different_lengths_fall_back_to_one_by_one(setup):
     lock = setup.lock(policy=kv.Constant(0.7))
     lock.sample("euler", setup.x, setup.sigmas, extra_args=cfg)
     assert {s.evaluations for s in lock.trace} == {3}
-    assert {s.fused_sites for s in lock.trace} == {2}
+    assert {s.fused_layers for s in lock.trace} == {2}
 
 
 class ScriptCFG(torch.nn.Module):
@@ -139,7 +139,7 @@ def test_wrapping_a_guided_denoiser_equals_owning_the_guidance(setup):
         guided = kv.KVLock(ScriptCFG(setup.model), branch=branch, **arguments)
         out = guided.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         torch.testing.assert_close(out, own, rtol=1e-3, atol=1e-3)
-        assert {s.fused_sites for s in guided.trace} == {2}
+        assert {s.fused_layers for s in guided.trace} == {2}
 
 
 def test_the_lock_drives_a_guided_denoisers_scale(setup):
@@ -206,7 +206,7 @@ def test_the_paper_preset_is_the_papers():
 def test_variance_control_without_a_source(setup):
     lock = kv.KVLock(setup.model, policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)))
     assert torch.isfinite(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)).all()
-    greedy = kv.KVLock(setup.model, policy=kv.Early(kv.Linear(), above=1e-3))
+    greedy = kv.KVLock(setup.model, policy=kv.LockAbove(kv.Linear(), above=1e-3))
     with greedy, pytest.raises(SourceError, match=r"asks for lock 1, but there is nothing to lock to.*\n.*Clamped"):
         greedy(setup.x, setup.sigmas[:1], **setup.cfg)
 
@@ -293,14 +293,14 @@ def test_a_ring_around_the_edit_takes_a_share_of_the_lock(setup):
     with pytest.MonkeyPatch.context() as patch:
         original = attention.Frame.process
         patch.setattr(attention.Frame, "process", lambda s, *a: (seen.append(s.ratio), original(s, *a))[1])
-        lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=kv.Constant(0.8), ring=(1, 0.5))
+        lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=kv.Constant(0.8), transition=(1, 0.5))
         with lock:
             lock(setup.x, setup.sigmas[:1], **setup.cfg)
     frame = seen[0].view(3, 4, 4)[0]
     torch.testing.assert_close(frame[0], torch.tensor([0.0, 0.4, 0.8, 0.8]))
     torch.testing.assert_close(frame[:, 0], torch.tensor([0.0, 0.4, 0.8, 0.8]))
     for bad in ((0, 0.5), (1, 1.5)):
-        with pytest.raises(MaskError, match="ring="), setup.lock(policy=kv.Constant(1.0), ring=bad) as lock:
+        with pytest.raises(MaskError, match="transition="), setup.lock(policy=kv.Constant(1.0), transition=bad) as lock:
             lock(setup.x, setup.sigmas[:1], **setup.cfg)
 
 

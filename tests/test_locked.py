@@ -23,8 +23,7 @@ from in_diffusers import (
 )
 
 import kvlock_sampling as kv
-from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
-from kvlock_sampling.integrations.diffusers import pipeline as locked
+from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
 from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import RunError, SourceError
 
@@ -105,7 +104,7 @@ def test_the_background_is_the_sources_and_the_sites_fire(name: str) -> None:
         got = run(pipe, **more)
     assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
     assert far_apart(got * MASK, SOURCE * MASK) > 0.1
-    assert all(step.fused_sites >= 2 for step in session.trace)
+    assert all(step.fused_layers >= 2 for step in session.trace)
 
 
 def test_without_composite_the_background_is_the_models(pipe: Any) -> None:
@@ -126,9 +125,9 @@ def test_the_source_has_its_own_prompt(pipe: Any) -> None:
 def test_the_policy_sets_the_scale_whatever_the_pipeline_was_called_with(pipe: Any) -> None:
     wanted = run(pipe, guidance_scale=2.0)
     policy = kv.Constant(lock=0.0, cfg_scale=2.0)
-    for asked in (1.5, 4.0, 9.0):
+    for requested in (1.5, 4.0, 9.0):
         with locked(pipe, policy=policy) as session:
-            got = run(pipe, guidance_scale=asked)
+            got = run(pipe, guidance_scale=requested)
         assert far_apart(got, wanted) < 1e-4
         assert all(float(step.cfg_scale) == 2.0 for step in session.trace)
     guider = KVLockGuider(9.0, policy=policy, scheduler=pipe.scheduler)
@@ -209,7 +208,7 @@ def test_one_lock_spans_two_experts() -> None:
     assert far_apart(got, wanted) < 2e-4
     known = [not bool(step.variance.isnan().any()) for step in session.trace]
     assert known == [not bool(step.variance.isnan().any()) for step in trace] == [False, True, False, True, True]
-    assert all(step.fused_sites == 2 for step in session.trace if float(step.lock.max()) > 0)
+    assert all(step.fused_layers == 2 for step in session.trace if float(step.lock.max()) > 0)
 
     second = kv.Constant(lock=1.0)
     with locked(pipe, **EDIT, policy=second) as session:
@@ -245,20 +244,20 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlock_sampling.kv_cache import session as keeping
 
-    pipe, bank = classic(name), kv.Bank(format=None, every=1, interpolate=False)
-    made, keys = keeping.BankKey, []
-    monkeypatch.setattr(keeping, "BankKey", lambda **given: keys.append(made(**given)) or keys[-1])
+    pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
+    made, keys = keeping.KVCacheKey, []
+    monkeypatch.setattr(keeping, "KVCacheKey", lambda **given: keys.append(made(**given)) or keys[-1])
     options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
     with locked(pipe, **options):
         wanted = run(pipe)
     for passes, experts in ((15, 1 + (name == "wan-2.2")), (10, 2 * (1 + (name == "wan-2.2")))):
-        with locked(pipe, **options, bank=bank) as session:
+        with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
         assert session.trace.evaluations == passes
         assert len(keys) == experts  # told once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
-        sample = modular(pipe, guider=guider.edit(bank=bank))
+        sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))
         first, kept = sample(), guider.trace.evaluations
         assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.evaluations) == (15, True, 10)
 
@@ -279,7 +278,7 @@ def test_step_caches_go_on_beside_the_lock(name: str) -> None:
         with locked(pipe, **EDIT, policy=kv.Constant(lock=0.5), batched=batched) as session:
             got = run(pipe)
         assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
-        fired = [step.fused_sites for step in session.trace]
+        fired = [step.fused_layers for step in session.trace]
         # Every network computes its first step whole, and afterwards one block of two.
         assert fired == ([2, 1, 1, 1, 1, 1] if name == "wan" else [2, 1, 1, 2, 1, 1])
     assert torch.equal(run(pipe), cached)

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from kvlock_sampling import masks
-from kvlock_sampling.masks.fitted import Region, as_ring
+from kvlock_sampling.masks.fitted import FittedMask, as_transition
 from kvlock_sampling.types import MaskError
 
 quick = settings(max_examples=30, deadline=None)
@@ -63,22 +63,22 @@ def test_numpy_masks_may_be_flipped_or_read_only(recwarn):
 
 @pytest.mark.parametrize("mask", [Path("a/mask.png"), "a/mask.png"])
 def test_a_path_is_no_mask(mask):
-    for read in (masks.as_mask, masks.from_comfy, masks.from_diffusers, Region):
+    for read in (masks.as_mask, masks.from_comfy, masks.from_diffusers, FittedMask):
         with pytest.raises(MaskError, match=r"(?s)path 'a/mask.png'.*read_mask\('a/mask.png'"):
             read(mask)
     with pytest.raises(MaskError, match="mask is a dict; expected a tensor or array"):
         masks.as_mask({})
 
 
-@pytest.mark.parametrize("ring", [1, "ab", (1, "a"), [1], (0, 0.5), (1, 2), (float("nan"), 0.5)])
-def test_a_ring_is_a_pair_of_numbers(ring):
+@pytest.mark.parametrize("transition", [1, "ab", (1, "a"), [1], (0, 0.5), (1, 2), (float("nan"), 0.5)])
+def test_a_ring_is_a_pair_of_numbers(transition):
     with pytest.raises(MaskError, match="expected \\(width in tokens > 0"):
-        as_ring(ring)
-    assert as_ring([1, 0.5]) == as_ring((1, 0.5)) == (1.0, 0.5)
+        as_transition(transition)
+    assert as_transition([1, 0.5]) == as_transition((1, 0.5)) == (1.0, 0.5)
 
 
 def test_a_ring_may_be_a_list():
-    like, region = torch.zeros(1, 4, 2, 8, 8), Region(torch.eye(8))
+    like, region = torch.zeros(1, 4, 2, 8, 8), FittedMask(torch.eye(8))
     wanted = region.background(like, (1, 2, 2), (1, 0.5))
     assert torch.equal(region.background(like, (1, 2, 2), [1, 0.5]), wanted)
     assert torch.equal(region.selection(like, (1, 2, 2), [1, 0.5])[1], region.selection(like, (1, 2, 2), (1, 0.5))[1])
@@ -244,7 +244,7 @@ def test_morphology_laws(mask, radius, more):
     assert (grown <= masks.grow(mask, radius + more)).all()
     assert torch.equal(shrunk, 1 - masks.grow(1 - mask, radius))
     assert torch.equal(masks.grow(mask, 0), hard)
-    assert torch.equal(masks.ring(mask, radius) + hard, grown)
+    assert torch.equal(masks.transition(mask, radius) + hard, grown)
     soft = masks.feather(mask, radius)
     assert torch.equal(soft == 1, hard == 1)
     assert (soft[grown == 0] == 0).all()

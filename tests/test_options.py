@@ -78,17 +78,16 @@ def test_prompts_are_read_at_every_evaluation(setup):
 # without a source
 
 
-@pytest.mark.parametrize("name", ["source_args", "noise", "sites", "layers", "ring", "branch", "foreground", "bank"])
+@pytest.mark.parametrize("name", ["source_args", "noise", "layers", "transition", "branch", "foreground", "kv_cache"])
 def test_what_is_about_a_source_needs_one(setup, name):
     value = {
         "source_args": {"cond": setup.cond},
         "noise": "fixed",
-        "sites": kv.find_sites(setup.model),
         "layers": [0],
-        "ring": (1, 0.5),
+        "transition": (1, 0.5),
         "branch": setup.model,
         "foreground": True,
-        "bank": kv.Bank(),
+        "kv_cache": kv.KVCache(),
     }[name]
     with pytest.raises(SourceError, match=f"^{name}= without source=.*\n.*source=latents and mask=mask"):
         kv.KVLock(setup.model, policy=OFF, **{name: value})
@@ -100,8 +99,8 @@ def test_what_says_nothing_needs_no_source(setup, recwarn):
 
 
 def test_several_slips_are_named_together(setup):
-    with pytest.raises(SourceError, match=r"^layers=, ring= without source="):
-        kv.KVLock(setup.model, layers=[0], ring=(1, 0.5))
+    with pytest.raises(SourceError, match=r"^layers=, transition= without source="):
+        kv.KVLock(setup.model, layers=[0], transition=(1, 0.5))
 
 
 def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
@@ -127,7 +126,7 @@ def test_a_constant_lock_without_a_source_is_refused_before_the_run(setup, polic
     assert torch.equal(euler(lock, setup), euler(kv.KVLock(setup.model, policy=OFF), setup))
 
 
-@pytest.mark.parametrize("policy", ["paper", "early", kv.Early(HALF, above=4.0), kv.Windowed(HALF, last=2)])
+@pytest.mark.parametrize("policy", ["paper", "early", kv.LockAbove(HALF, above=4.0), kv.Windowed(HALF, last=2)])
 def test_a_lock_that_only_the_run_can_show_is_told_there(setup, policy):
     lock = kv.KVLock(setup.model, policy=policy)
     with pytest.raises(SourceError, match="but there is nothing to lock to"):
@@ -138,14 +137,14 @@ def test_a_lock_that_only_the_run_can_show_is_told_there(setup, policy):
 
 
 def test_off_sets_aside_what_describes_and_tells_of_what_was_asked_for(setup, recwarn):
-    described = {"source_args": {"cond": setup.cond}, "noise": "fixed", "sites": kv.find_sites(setup.model)}
+    described = {"source_args": {"cond": setup.cond}, "noise": "fixed", "layers": kv.find_layers(setup.model)}
     off = setup.lock(policy="off", **described)
     assert told(recwarn) == []
     plain = kv.samplers.euler(kv.CFGDenoiser(setup.model), setup.x, setup.sigmas, extra_args=setup.cfg)
     assert torch.equal(euler(off, setup), plain)
-    off = setup.lock(policy="off", bank=kv.Bank(), layers=[0], ring=(1, 0.5), foreground=True)
-    assert [t.split(":")[0] for t in told(recwarn)] == ["layers=, ring=, foreground=, bank= without effect"]
-    assert off.bank is None
+    off = setup.lock(policy="off", kv_cache=kv.KVCache(), layers=[0], transition=(1, 0.5), foreground=True)
+    assert [t.split(":")[0] for t in told(recwarn)] == ["layers=, transition=, foreground=, kv_cache= without effect"]
+    assert off.kv_cache is None
 
 
 @pytest.mark.parametrize("policy", [HALF, "off", "fast"])
@@ -257,8 +256,8 @@ def test_a_floor_is_a_guidance_scale(setup, floor):
 
 @pytest.mark.parametrize("policy", [HALF, OFF])
 def test_a_ring_is_looked_at_when_the_lock_is_made(setup, policy):
-    with pytest.raises(MaskError, match=r"ring=\(-1, 0.5\); expected"):
-        setup.lock(policy=policy, ring=(-1, 0.5))
+    with pytest.raises(MaskError, match=r"transition=\(-1, 0.5\); expected"):
+        setup.lock(policy=policy, transition=(-1, 0.5))
 
 
 @pytest.mark.parametrize(("given", "works"), [(kv.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.Reno")])

@@ -246,7 +246,7 @@ def test_an_edit_locks_every_layer_and_keeps_the_background(name):
     options = {"model": video, "steps": 2, "sampler": "euler", "cfg_scale": 2.0, "seed": 1}
     free = kv.edit_video(clip, mask, "a red square", policy="off", composite=True, **options)
     locked = kv.edit_video(clip, mask, "a red square", policy="full", source_prompt="noise", **options)
-    assert min(step.fused_sites for step in locked.trace.steps) >= 2
+    assert min(step.fused_layers for step in locked.trace.steps) >= 2
     assert locked.evaluations == 2 * 3  # cond, uncond, source
     keep = mask[:, None].expand_as(clip) == 0
     far = kv.masks.grow(mask, radius=8).expand_as(clip) == 0
@@ -358,11 +358,11 @@ def test_what_is_missing_or_cannot_be_meant_is_told_at_the_door():
 def test_a_step_cache_on_the_transformer_goes_on_working():
     video, clip, mask = model("wan")
     options = {"model": video, "policy": "half", "steps": 4, "sampler": "euler"}
-    sites = len(video.pipe.transformer.blocks)
+    layers = len(video.pipe.transformer.blocks)
     video.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=10.0))  # skips whatever it may
     cached = kv.edit_video(clip, mask, "a", **options)
     video.pipe.transformer.disable_cache()
     plain = kv.edit_video(clip, mask, "a", **options)
-    assert [s.fused_sites for s in plain.trace] == [sites] * 4
-    assert [s.fused_sites for s in cached.trace] == [sites] + [1] * 3
+    assert [s.fused_layers for s in plain.trace] == [layers] * 4
+    assert [s.fused_layers for s in cached.trace] == [layers] + [1] * 3
     assert torch.isfinite(cached.pixels).all()

@@ -86,7 +86,7 @@ def test_offloading_changes_no_bit_and_its_hooks_are_there(folder, offload):
     options = {"steps": 3, "policy": "half", "source_prompt": "noise"}
     theirs, ours = (kv.edit_video(source.pixels, mask, "a red square", model=m, **options) for m in (video, memory))
     assert torch.equal(theirs.pixels, ours.pixels)
-    assert [s.fused_sites for s in theirs.trace.steps] == [2, 2, 2]
+    assert [s.fused_layers for s in theirs.trace.steps] == [2, 2, 2]
     assert set(modes) == {offload == "none"}  # weights moved in inference mode would be of no other use afterwards
 
 

@@ -72,16 +72,16 @@ def test_ltx_shifts_by_the_size_of_the_clip():
 def test_cogvideox_starts_at_its_last_step_and_asks_for_whole_ones():
     pipe = tiny_pipeline("cogvideox")
     video = kv.from_pipeline(pipe)
-    asked = []
+    requested = []
     pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: asked.append(float(kwargs["timestep"][0])), with_kwargs=True
+        lambda module, args, kwargs: requested.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
     sigmas = video.sigmas(5)
     with torch.no_grad():
         kv.samplers.euler(
             video.denoiser, torch.randn(1, 4, 3, 8, 8) * sigmas[0], sigmas, extra_args={"cond": video.prompt("a")}
         )
-    assert asked == pytest.approx([999, 799, 599, 399, 199], abs=1e-2)
+    assert requested == pytest.approx([999, 799, 599, 399, 199], abs=1e-2)
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan"])

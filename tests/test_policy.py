@@ -19,8 +19,8 @@ from kvlock_sampling.policy import (
     PID,
     Clamped,
     Constant,
-    Early,
     Linear,
+    LockAbove,
     Policy,
     Sigmoid,
     Smoothed,
@@ -57,9 +57,9 @@ BUILT_IN = [
     Smoothed(PID(kd=0.1), half_life=0.3),
     Smoothed(Windowed(Linear(), last=6), half_life=0.5),
     Smoothed(Constant(lock=1.0), half_life=0.5),
-    Early(Sigmoid(), above=3.0),
-    Early(Smoothed(PID(), half_life=0.3), above=1.0, lock=0.6),
-    Early(Constant(), above=1.0),
+    LockAbove(Sigmoid(), above=3.0),
+    LockAbove(Smoothed(PID(), half_life=0.3), above=1.0, lock=0.6),
+    LockAbove(Constant(), above=1.0),
     Clamped(Linear(), lock=(0.1, 0.5), cfg=(1.0, 6.0)),
     Clamped(Windowed(Threshold(cfg_alarm=3.0), last=5), lock=(0.0, 0.0)),
     fade,
@@ -143,8 +143,8 @@ def test_more_risk_never_means_less_lock(a, b, policy):
         (Clamped(Constant(), lock=(0.1, 1)), False),
         (Windowed(Constant(), last=3), True),
         (Windowed(Constant(), last=3, outside=(0.5, 1.0)), False),
-        (Early(Constant(), above=1.0), False),
-        (Early(Constant(), above=1.0, lock=0.0), True),
+        (LockAbove(Constant(), above=1.0), False),
+        (LockAbove(Constant(), above=1.0, lock=0.0), True),
         (Smoothed(Clamped(PID(), lock=(0, 0)), half_life=1), True),
     ],
     ids=repr,
@@ -335,7 +335,7 @@ def test_smoothing_guidance_begins_at_the_callers():
 
 
 def test_early_locks_before_anything_is_measured_and_then_lets_go():
-    policy = Early(Sigmoid(cfg_range=(1.0, 2.0)), above=5.0, lock=0.8)
+    policy = LockAbove(Sigmoid(cfg_range=(1.0, 2.0)), above=5.0, lock=0.8)
     assert policy.start(observe([math.nan], sigma=80.0)).lock == 0.8
     assert policy.start(observe([math.nan], sigma=4.0)).lock == 0.0  # a run that begins part-way
     assert follow(policy, lambda s: 1.0, [80.0, 5.0, 4.9, 1.0]) == pytest.approx([0.8, 0.8, 0.5, 0.5])
@@ -346,7 +346,7 @@ def test_early_locks_before_anything_is_measured_and_then_lets_go():
 
 def test_early_keeps_the_inner_memory_warm():
     sigmas = falling(12)
-    early, inner = (follow(p, lambda s: 2.0, sigmas) for p in (Early(PID(), above=5.0), PID()))
+    early, inner = (follow(p, lambda s: 2.0, sigmas) for p in (LockAbove(PID(), above=5.0), PID()))
     released = sum(s >= 5.0 for s in sigmas)
     assert early[:released] == [1.0] * released
     assert early[released:] == inner[released:]
@@ -414,8 +414,8 @@ def test_settings_are_frozen_and_compare_by_value():
         (lambda: Windowed(PID(), below=1, above=2), ["empty window", "below=2, above=1"]),
         (lambda: Windowed(PID(), last=1, outside={"lok": 1}), ["{'lok': 1}", "outside=Control("]),
         (lambda: Smoothed(PID(), half_life=0), ["half_life=0", "Smoothed(policy, half_life=1.0)"]),
-        (lambda: Early(PID(), above=0), ["above=0", "> 0", "Early(policy, above=1.0)"]),
-        (lambda: Early(PID(), above=1, lock=2), ["lock=2", "Early(policy, lock=1.0)"]),
+        (lambda: LockAbove(PID(), above=0), ["above=0", "> 0", "LockAbove(policy, above=1.0)"]),
+        (lambda: LockAbove(PID(), above=1, lock=2), ["lock=2", "LockAbove(policy, lock=1.0)"]),
         (lambda: Clamped(PID(), lock=(0, 2)), ["lock=(0, 2)", "[0, 1]"]),
         (lambda: Smoothed("pid", half_life=1), ["'pid' is a name", "load_policy('pid')"]),
         (lambda: as_policy(PID), ["is a class", "PID(...)"]),

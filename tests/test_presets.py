@@ -15,8 +15,8 @@ from kvlock_sampling.policy import (
     PID,
     Clamped,
     Constant,
-    Early,
     Linear,
+    LockAbove,
     Sigmoid,
     Smoothed,
     Threshold,
@@ -40,10 +40,10 @@ BUILT_IN = [
     PID(slew=0.5, kd=1 / 3),
     Windowed(Linear(), last=20, below=3.3, outside=Control(0.5, 1.25)),
     Smoothed(PID(), half_life=0.3),
-    Early(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
+    LockAbove(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
     Clamped(Smoothed(Windowed(Threshold(), above=1.0), half_life=1.0), cfg=(1.0, 8.0)),
     Preset(PID(), threshold=0.02),
-    Preset(Constant(lock=1.0), bank={"every": 2, "ratio": 1.25, "format": "bf16", "budget": "1GB"}),
+    Preset(Constant(lock=1.0), kv_cache={"every": 2, "ratio": 1.25, "format": "bf16", "budget": "1GB"}),
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
     Preset(Linear(), estimator={"type": "X", "k": 3, "s": 'a "b"\\\n', "at": [0.1, 0.2], "in": {"type": "Y", "n": 1}}),
 ]
@@ -141,9 +141,9 @@ def test_estimator_advice_is_a_table():
     with pytest.raises(PolicyError, match="names its class"):
         Preset(PID(), estimator={"window": 10})
     with pytest.raises(PolicyError, match="directory is not a setting that a preset may give"):
-        Preset(Constant(lock=1.0), bank={"directory": "x"})
+        Preset(Constant(lock=1.0), kv_cache={"directory": "x"})
     with pytest.raises(KVLockError, match="every=0"):
-        Preset(Constant(lock=1.0), bank={"every": 0})
+        Preset(Constant(lock=1.0), kv_cache={"every": 0})
 
 
 def test_advice_on_what_a_policy_never_does_is_refused():
@@ -152,18 +152,22 @@ def test_advice_on_what_a_policy_never_does_is_refused():
             Preset(Constant(lock=1.0), **advice)
         assert Preset(PID(), **advice).uses_risk
     with pytest.raises(PolicyError, match="never locks, so nothing would be kept"):
-        Preset(Constant(lock=0.0), bank={"every": 3})
+        Preset(Constant(lock=0.0), kv_cache={"every": 3})
     with pytest.raises(PolicyError, match="text: threshold: "):
         load_policy('threshold = 0.1\n[policy]\ntype = "Constant"\nlock = 1.0\n')
 
 
 @pytest.mark.parametrize(
-    ("bank", "message"),
-    [("true", r"bank=True; expected a table"), ("{ every = 0 }", "bank: every=0"), ('{ every = "a" }', "every='a'")],
+    ("kv_cache", "message"),
+    [
+        ("true", r"kv_cache=True; expected a table"),
+        ("{ every = 0 }", "kv_cache: every=0"),
+        ('{ every = "a" }', "every='a'"),
+    ],
 )
-def test_a_bank_that_cannot_be_meant_is_told_with_its_file(tmp_path, bank, message):
+def test_a_bank_that_cannot_be_meant_is_told_with_its_file(tmp_path, kv_cache, message):
     path = tmp_path / "mine.toml"
-    path.write_text(f'bank = {bank}\n[policy]\ntype = "Constant"\nlock = 1.0\n')
+    path.write_text(f'kv_cache = {kv_cache}\n[policy]\ntype = "Constant"\nlock = 1.0\n')
     with pytest.raises(PolicyError, match=f"mine.toml: .*{message}"):
         load_policy(path)
 
@@ -263,7 +267,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_presets_reach_people_who_use_pip(tmp_path):
-    python, target = sys.executable, tmp_path / "site"
+    python, target = sys.executable, tmp_path / "layer"
     run = {"check": True, "cwd": tmp_path, "capture_output": True, "text": True}
     subprocess.run([python, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], **run)
     wheel = next(tmp_path.glob("*.whl"))

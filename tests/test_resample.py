@@ -7,7 +7,7 @@ import torch
 
 import kvlock_sampling as kv
 from kvlock_sampling.batching import take
-from kvlock_sampling.restart import last_risk, resample
+from kvlock_sampling.restart import last_risk, restart
 from kvlock_sampling.types import RunError
 
 
@@ -22,7 +22,7 @@ def test_only_flagged_clips_change(pair):
     first = lock.trace
     limit = float(risk.mean())  # between the two clips
     arguments = {"back_to": 3.0, "extra_args": pair.cfg, "seed": 1}
-    result = resample(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
+    result = restart(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
     assert torch.equal(result.sent_back, risk > limit)
     assert result.sent_back.sum() == 1
     kept, sent = int((~result.sent_back).nonzero()), int(result.sent_back.nonzero())
@@ -32,14 +32,14 @@ def test_only_flagged_clips_change(pair):
     torch.testing.assert_close(result.x[sent][background], pair.source[sent][background], rtol=0, atol=1e-3)
     assert len(result.traces[0]) == int(((pair.sigmas <= 3.0) & (pair.sigmas > 0)).sum())
     assert lock.trace is first
-    again = resample(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
+    again = restart(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
     assert torch.equal(again.x, result.x)
 
 
 def test_nothing_at_risk_costs_nothing(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
-    result = resample(lock, "euler", x, pair.sigmas, back_to=3.0, limit=1e9, extra_args=pair.cfg)
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=1e9, extra_args=pair.cfg)
     assert torch.equal(result.x, x)
     assert not result.traces
 
@@ -47,7 +47,7 @@ def test_nothing_at_risk_costs_nothing(pair):
 def test_rounds_are_bounded(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
-    result = resample(lock, "euler", x, pair.sigmas, back_to=3.0, limit=0.0, rounds=3, extra_args=pair.cfg)
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=0.0, rounds=3, extra_args=pair.cfg)
     assert len(result.traces) == 3
     assert result.sent_back.all()
 
@@ -72,9 +72,9 @@ def test_what_cannot_be_resampled_says_why(pair):
     lock = pair.lock(policy=kv.Constant(0.5))
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
     with pytest.raises(RunError, match="nothing was measured"):
-        resample(lock, "euler", x, pair.sigmas, back_to=3.0, extra_args=pair.cfg)
+        restart(lock, "euler", x, pair.sigmas, back_to=3.0, extra_args=pair.cfg)
     with pytest.raises(RunError, match="leaves no step of the schedule"):
-        resample(lock, "euler", x, pair.sigmas, back_to=1e-6, extra_args=pair.cfg)
+        restart(lock, "euler", x, pair.sigmas, back_to=1e-6, extra_args=pair.cfg)
 
 
 def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
@@ -84,7 +84,7 @@ def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
     lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)))
     x = lock.sample("euler", three[0], pair.sigmas, extra_args=cfg)
     limit = float(last_risk(lock.trace).median())
-    result = resample(lock, "euler", x, pair.sigmas, back_to=3.0, limit=limit, extra_args=cfg)
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=limit, extra_args=cfg)
     assert 0 < result.sent_back.sum() < 3
 
 
@@ -93,14 +93,14 @@ def test_resampling_that_could_do_nothing_is_refused(pair, slip):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
     with pytest.raises(RunError, match="expected rounds >= 1 and a risk"):
-        resample(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **slip)
+        restart(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **slip)
 
 
 def test_one_step_is_enough_for_one_round(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
     back = float(pair.sigmas[-2])
-    assert resample(lock, "euler", x, pair.sigmas, back_to=back, limit=0.0, extra_args=pair.cfg).sent_back.all()
+    assert restart(lock, "euler", x, pair.sigmas, back_to=back, limit=0.0, extra_args=pair.cfg).sent_back.all()
 
 
 def test_take_cuts_whatever_has_a_row_per_clip():

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Architecture, Frame, Layers, Site, find_sites
+from kvlock_sampling.attention import Architecture, AttentionLayer, Frame, LayerPattern, find_layers
 from kvlock_sampling.attention import context as frame
 from kvlock_sampling.attention.architectures import BUILT_IN
 from kvlock_sampling.attention.foreground import TokenFlow
-from kvlock_sampling.testing import check_sites, random_network
+from kvlock_sampling.testing import check_layers, random_network
 from kvlock_sampling.testing.networks import FAMILIES
-from kvlock_sampling.types import KVLockError, SiteError
+from kvlock_sampling.types import AttentionError, KVLockError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 
 FUSED = {"wan-vace": 3, "sd3.5": 3, "k-diffusion-v2": 3}
-"""Sites of one evaluation; two everywhere else."""
+"""AttentionLayers of one evaluation; two everywhere else."""
 
 ODD = (3, 3, 5)
 
@@ -47,11 +47,11 @@ def test_every_architecture_keeps_every_promise(name):
     # Kandinsky embeds time in float32 under CUDA's autocast: its class has no half precision elsewhere.
     again = name.endswith(AGAIN) and name not in ("hunyuan-image", "hunyuan-video-1.5", "qwen-image", "z-image")
     half = None if again or name == "kandinsky5" else torch.bfloat16
-    check_sites(
+    check_layers(
         made.denoiser,
         made.x,
         made.extra_args,
-        sites=made.sites,
+        layers=made.layers,
         expected=FUSED.get(name, 2),
         sigma=sigma,
         half=half,
@@ -70,7 +70,7 @@ def known_to(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "sites"),
+    ("name", "layers"),
     [
         ("wan-vace", ["vace_blocks.0.attn1", "blocks.0.attn1", "blocks.1.attn1"]),
         ("hunyuan-video", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]),
@@ -80,15 +80,15 @@ def known_to(module):
         ("wan-2.2", ["0.blocks.0.attn1", "0.blocks.1.attn1", "1.blocks.0.attn1", "1.blocks.1.attn1"]),
     ],
 )
-def test_sites_are_self_attention_alone(name, sites):
-    assert [site.name for site in random_network(name).sites.sites] == sites
+def test_sites_are_self_attention_alone(name, layers):
+    assert [layer.name for layer in random_network(name).layers.layers] == layers
 
 
 def test_layers_of_experts_are_counted_in_each():
     made = random_network("wan-2.2")
-    assert [s.name for s in made.sites.layers([-1]).sites] == ["0.blocks.1.attn1", "1.blocks.1.attn1"]
-    check_sites(
-        made.denoiser, made.x, made.extra_args, sites=made.sites.layers([1]), expected=1, sigma=(2, 0.5), half=None
+    assert [s.name for s in made.layers.select([-1]).layers] == ["0.blocks.1.attn1", "1.blocks.1.attn1"]
+    check_layers(
+        made.denoiser, made.x, made.extra_args, layers=made.layers.select([1]), expected=1, sigma=(2, 0.5), half=None
     )
 
 
@@ -98,7 +98,7 @@ def test_fused_projections_keep_every_promise_too(name):
     before = made.denoiser(made.x, torch.ones(2), **made.extra_args)
     made.denoiser.inner_model.network.fuse_qkv_projections()
     torch.testing.assert_close(made.denoiser(made.x, torch.ones(2), **made.extra_args), before, rtol=1e-4, atol=1e-4)
-    check_sites(made.denoiser, made.x, made.extra_args, expected=FUSED.get(name, 2), half=None)
+    check_layers(made.denoiser, made.x, made.extra_args, expected=FUSED.get(name, 2), half=None)
 
 
 def mask_of(x):
@@ -116,13 +116,13 @@ def test_a_source_with_a_longer_prompt_of_its_own(name):
     if name == "cogvideox":  # has room for five words, and takes fewer
         longer = {"text": cond["text"][:, :4]}
     source, noise = torch.randn_like(made.x), torch.randn_like(made.x)
-    given = {"source": source, "mask": mask_of(made.x), "noise": noise, "composite": False, "sites": made.sites}
+    given = {"source": source, "mask": mask_of(made.x), "noise": noise, "composite": False, "layers": made.layers}
 
     def locked(prompt):
         lock = kv.KVLock(made.denoiser, policy=kv.Constant(lock=1.0), source_args={"cond": prompt}, **given)
         with lock:
             out = lock(made.x, torch.ones(2), cond=cond)
-        assert lock.trace.steps[0].fused_sites == 2
+        assert lock.trace.steps[0].fused_layers == 2
         return out
 
     doubled = {k: torch.cat([v, torch.zeros_like(v)], 1) if k == "valid" else longer[k] for k, v in cond.items()}
@@ -142,7 +142,7 @@ def test_experts_take_turns_in_one_run():
     sigmas = torch.tensor([4.0, 1.5, 0.6, 0.2, 0.0])
     out = lock.sample("euler", made.x, sigmas, extra_args=made.extra_args)
     assert calls == [0, 0, 1, 1]
-    assert [step.fused_sites for step in lock.trace.steps] == [2, 2, 2, 2]
+    assert [step.fused_layers for step in lock.trace.steps] == [2, 2, 2, 2]
     assert out.isfinite().all()
 
 
@@ -168,14 +168,14 @@ def test_packed_latents_keep_every_promise(name):
     made = random_network(name)
     x = packed(made.x, 2 if made.x.ndim == 4 else 1)
     assert x.ndim == 3
-    check_sites(Packed(made), x, made.extra_args, expected=2, half=None)
+    check_layers(Packed(made), x, made.extra_args, expected=2, half=None)
 
 
 def test_a_model_that_guides_itself_keeps_every_promise():
     made = random_network("cogvideox")
     cond = made.extra_args["cond"]
     guided = {"cond": cond, "uncond": {"text": 0 * cond["text"]}, "cond_scale": 3.0}
-    check_sites(kv.CFGDenoiser(made.denoiser), made.x, guided, expected=2, half=None)
+    check_layers(kv.CFGDenoiser(made.denoiser), made.x, guided, expected=2, half=None)
 
 
 class FlowClock(nn.Module):
@@ -197,32 +197,32 @@ class FlowClock(nn.Module):
 
 def test_a_model_with_its_own_clock_keeps_every_promise():
     made = random_network("wan")
-    check_sites(FlowClock(made.denoiser.inner_model), made.x, made.extra_args, expected=2)
+    check_layers(FlowClock(made.denoiser.inner_model), made.x, made.extra_args, expected=2)
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
 def refused(made, match: str, denoiser=None, **options) -> None:
-    given = {"sites": made.sites, "half": None, **options}
-    with pytest.raises(SiteError, match=match):
-        check_sites(denoiser or made.denoiser, made.x, made.extra_args, **given)
+    given = {"layers": made.layers, "half": None, **options}
+    with pytest.raises(AttentionError, match=match):
+        check_layers(denoiser or made.denoiser, made.x, made.extra_args, **given)
 
 
-def with_text(sites, text):
-    return replace(sites, sites=tuple(replace(site, text=text) for site in sites.sites))
+def with_text(layers, text):
+    return replace(layers, layers=tuple(replace(layer, text=text) for layer in layers.layers))
 
 
 def also(made, *names: str):
     modules = dict(made.denoiser.inner_model.network.named_modules())
-    return replace(made.sites, sites=(*made.sites.sites, *(Site(name, modules[name]) for name in names)))
+    return replace(made.layers, layers=(*made.layers.layers, *(AttentionLayer(name, modules[name]) for name in names)))
 
 
 def test_a_wrong_patch():
     made = random_network("wan", grid=(2, 3, 4))
-    refused(made, "attends over 24 tokens; expected the mask's 48", sites=replace(made.sites, patch=(1, 2, 1)))
+    refused(made, "attends over 24 tokens; expected the mask's 48", layers=replace(made.layers, patch=(1, 2, 1)))
     # As many tokens, in other places.
-    refused(made, r"(?s)moves position .* patch= is not the network's", sites=replace(made.sites, patch=(2, 1, 2)))
+    refused(made, r"(?s)moves position .* patch= is not the network's", layers=replace(made.layers, patch=(2, 1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -237,43 +237,43 @@ def test_a_wrong_patch():
 )
 def test_a_wrong_place_of_the_text(name, wrong, match):
     made = random_network(name)
-    refused(made, match, sites=with_text(made.sites, wrong))
+    refused(made, match, layers=with_text(made.layers, wrong))
 
 
 def test_cross_attention_and_refiners():
     made = random_network("wan")
-    refused(made, r"'blocks.0.attn2' attends over 5 tokens", sites=also(made, "blocks.0.attn2"))
+    refused(made, r"'blocks.0.attn2' attends over 5 tokens", layers=also(made, "blocks.0.attn2"))
     made.extra_args["cond"]["text"] = torch.randn(2, 24, 8)  # as many words as the video has tokens
-    refused(made, "(?s)attn2': its keys and values do not change.*cross-attention", sites=also(made, "blocks.0.attn2"))
+    refused(made, "(?s)attn2': its keys and values do not change.*cross-attention", layers=also(made, "blocks.0.attn2"))
     made = random_network("hunyuan-video")
     refiner = "context_embedder.token_refiner.refiner_blocks.0.attn"
-    refused(made, "refiner_blocks.0.attn' attends over 5 tokens", sites=also(made, refiner))
+    refused(made, "refiner_blocks.0.attn' attends over 5 tokens", layers=also(made, refiner))
 
 
 def test_sites_that_never_run():
     made = random_network("wan")
-    refused(made, "none of the model's 2 sites fired", sites=find_sites(copy.deepcopy(made.denoiser)))
-    idle = Site("idle", nn.Identity())
+    refused(made, "none of the model's 2 layers fired", layers=find_layers(copy.deepcopy(made.denoiser)))
+    idle = AttentionLayer("idle", nn.Identity())
     refused(
         made,
-        r"1 of 3 sites never ran at sigma=\[0.7\]: idle",
-        sites=replace(made.sites, sites=(*made.sites.sites, idle)),
+        r"1 of 3 layers never ran at sigma=\[0.7\]: idle",
+        layers=replace(made.layers, layers=(*made.layers.layers, idle)),
     )
-    refused(made, "2 sites were fused in one evaluation.*\n?.*expected 3", expected=3)
+    refused(made, "2 layers were fused in one evaluation.*\n?.*expected 3", expected=3)
     made = random_network("wan-2.2")
-    refused(made, r"(?s)2 of 4 sites never ran at sigma=\[2.0\].*sigma=\(8.0, 0.5\)", sigma=2.0)
+    refused(made, r"(?s)2 of 4 layers never ran at sigma=\[2.0\].*sigma=\(8.0, 0.5\)", sigma=2.0)
 
 
 @pytest.mark.parametrize("name", ["flux-kontext", "qwen-image-edit", "ltx-guided", "framepack"])
 def test_tokens_that_nobody_declared(name):
     made = random_network(name)
-    before, after = made.sites.extra
+    before, after = made.layers.extra
     match = rf"If {before + after} of them are reference frames or guides"
     if name == "ltx-guided":
         match = rf"(?s)attends over 36 tokens; expected the mask's 24.*with_extra\(after={after}\)"
-    refused(made, match, sites=replace(made.sites, extra=(0, 0)))
+    refused(made, match, layers=replace(made.layers, extra=(0, 0)))
     elsewhere = "comes first.*with_extra.after" if name == "ltx-guided" else "another order"
-    refused(made, f"(?s)moves position.*{elsewhere}", sites=replace(made.sites, extra=(after, before)))
+    refused(made, f"(?s)moves position.*{elsewhere}", layers=replace(made.layers, extra=(after, before)))
 
 
 class Changed(nn.Module):
@@ -324,20 +324,20 @@ def test_a_model_that_leaves_hooks_behind():
 
 def test_a_token_flow_that_leaves_something_out():
     made = random_network("wan")
-    assert made.sites.narrows
-    refused(made, "leaving fully locked tokens out.* fails", sites=replace(made.sites, flow=TokenFlow("norm_out")))
+    assert made.layers.narrows
+    refused(made, "leaving fully locked tokens out.* fails", layers=replace(made.layers, flow=TokenFlow("norm_out")))
 
 
 def test_arguments_that_tell_nothing():
     made = random_network("wan")
-    with pytest.raises(SiteError, match="expected floating latents of two clips or more"):
-        check_sites(made.denoiser, made.x[:1], made.extra_args)
+    with pytest.raises(AttentionError, match="expected floating latents of two clips or more"):
+        check_layers(made.denoiser, made.x[:1], made.extra_args)
     one = random_network("wan", grid=(1, 1, 1))
-    with pytest.raises(SiteError, match=r"has 1 token of .* expected two or more"):
-        check_sites(one.denoiser, one.x, one.extra_args)
+    with pytest.raises(AttentionError, match=r"has 1 token of .* expected two or more"):
+        check_layers(one.denoiser, one.x, one.extra_args)
     kandinsky = random_network("kandinsky5")
-    with pytest.raises(SiteError, match=r"(?s)a copy of the denoiser in torch.bfloat16 fails: .*half=None"):
-        check_sites(kandinsky.denoiser, kandinsky.x, kandinsky.extra_args)
+    with pytest.raises(AttentionError, match=r"(?s)a copy of the denoiser in torch.bfloat16 fails: .*half=None"):
+        check_layers(kandinsky.denoiser, kandinsky.x, kandinsky.extra_args)
     with pytest.raises(KVLockError, match="no random network is called 'wann'"):
         random_network("wann")
 
@@ -357,15 +357,15 @@ def test_a_first_call_that_fails_is_told_from_a_broken_promise():
         (Changed(made.denoiser, after=lambda x: (x,)), made.x, made.extra_args, "returned something of type tuple"),
         (Changed(made.denoiser, after=lambda x: x[:, :1]), made.x, made.extra_args, r"returned something of shape"),
     ):
-        with pytest.raises(SiteError, match=f"(?s){message}.*") as caught:
-            check_sites(denoiser, x, arguments)
+        with pytest.raises(AttentionError, match=f"(?s){message}.*") as caught:
+            check_layers(denoiser, x, arguments)
         assert "x0-hat, shaped like x" in str(caught.value)
 
 
 def test_the_arguments_of_a_whole_run_are_welcome():
     made = random_network("wan")
     whole = {**made.extra_args, "uncond": made.extra_args["cond"], "cond_scale": 5.0}
-    check_sites(made.denoiser, made.x, whole, sites=made.sites, half=None)
+    check_layers(made.denoiser, made.x, whole, layers=made.layers, half=None)
 
 
 # What the library itself might do wrong is seen as well.
@@ -384,13 +384,13 @@ def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
     made = random_network("cogvideox")
     process = Frame.process
 
-    def wrong(self, site, key, value, start, ratio=None):
+    def wrong(self, layer, key, value, start, ratio=None):
         if self.mode == "lockstep":
             order = torch.arange(len(key)).view(-1, self.batch).flip(1).flatten()
-            process(self, site, key, value, start, ratio)
-            swapped = process(self, site, key[order], value[order], start, ratio)
+            process(self, layer, key, value, start, ratio)
+            swapped = process(self, layer, key[order], value[order], start, ratio)
             return swapped[0][order], swapped[1][order]
-        return process(self, site, key, value, start, ratio)
+        return process(self, layer, key, value, start, ratio)
 
     monkeypatch.setattr(Frame, "process", wrong)
     refused(made, "the source as rows of the same call, and in a pass of its own, gave two answers")
@@ -422,19 +422,21 @@ class Foreign(nn.Module):
 def test_any_module_that_calls_attention():
     model, x = Foreign(window=True).requires_grad_(False), torch.randn(2, 4, 2, 3, 3)
     cond = {"cond": torch.randn(2, 2, 4)}
-    check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=2), expected=3, sigma=0.2)
-    check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=2, layers=[2]), expected=1, sigma=0.2)
-    with pytest.raises(SiteError, match=r'(?s)video comes last: declare text="first"'):
-        check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=0, trailing=2))
-    with pytest.raises(SiteError, match="no attention call fitted"):
-        check_sites(model, x, cond, sites=kv.SdpaSites(model, patch=(1, 1, 1), start=1))
+    check_layers(model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=2), expected=3, sigma=0.2)
+    check_layers(
+        model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=2, layers=[2]), expected=1, sigma=0.2
+    )
+    with pytest.raises(AttentionError, match=r'(?s)video comes last: declare text="first"'):
+        check_layers(model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=0, trailing=2))
+    with pytest.raises(AttentionError, match="no attention call fitted"):
+        check_layers(model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=1))
 
 
 def test_a_declaration_is_checked_where_it_is_made():
-    with pytest.raises(SiteError, match=r"sites='blocks.\*.attn' is one string; expected a tuple"):
-        Architecture("mine", ("a:B",), sites="blocks.*.attn", patch=(1, 1, 1))
-    with pytest.raises(SiteError, match=r'text=\'before\'; expected "none", "first" or "last"'):
-        Architecture("mine", ("a:B",), sites=("x", Layers("y", text="before")), patch=(1, 1, 1))
+    with pytest.raises(AttentionError, match=r"layers='blocks.\*.attn' is one string; expected a tuple"):
+        Architecture("mine", ("a:B",), layers="blocks.*.attn", patch=(1, 1, 1))
+    with pytest.raises(AttentionError, match=r'text=\'before\'; expected "none", "first" or "last"'):
+        Architecture("mine", ("a:B",), layers=("x", LayerPattern("y", text="before")), patch=(1, 1, 1))
 
 
 class Mine(nn.Module):
@@ -444,18 +446,18 @@ class Mine(nn.Module):
 
 
 def test_patterns_say_more_than_a_name():
-    def sites(*patterns):
+    def layers(*patterns):
         return [
-            (s.name, s.text) for s in Architecture("mine", ("a:B",), patterns, (1, 1, 1), "last").find(Mine()).sites
+            (s.name, s.text) for s in Architecture("mine", ("a:B",), patterns, (1, 1, 1), "last").find(Mine()).layers
         ]
 
-    assert sites("blocks.*.attn") == [("blocks.0.attn", "last"), ("blocks.1.attn", "last")]
-    assert sites(Layers("blocks.*.attn", kind="Linear", text="none")) == [("blocks.0.attn", "none")]
-    assert sites("blocks.1.attn", Layers("more.*.attn", optional=True)) == [("blocks.1.attn", "last")]
-    with pytest.raises(SiteError, match=r"(?s)is named 'more.\*.attn'.*last name: blocks.0.attn \(Linear\)"):
-        sites("more.*.attn")
-    with pytest.raises(SiteError, match=r"is named 'blocks.\*.attn' and is a Conv2d"):
-        sites(Layers("blocks.*.attn", kind="Conv2d", optional=True))
+    assert layers("blocks.*.attn") == [("blocks.0.attn", "last"), ("blocks.1.attn", "last")]
+    assert layers(LayerPattern("blocks.*.attn", kind="Linear", text="none")) == [("blocks.0.attn", "none")]
+    assert layers("blocks.1.attn", LayerPattern("more.*.attn", optional=True)) == [("blocks.1.attn", "last")]
+    with pytest.raises(AttentionError, match=r"(?s)is named 'more.\*.attn'.*last name: blocks.0.attn \(Linear\)"):
+        layers("more.*.attn")
+    with pytest.raises(AttentionError, match=r"is named 'blocks.\*.attn' and is a Conv2d"):
+        layers(LayerPattern("blocks.*.attn", kind="Conv2d", optional=True))
 
 
 def test_a_class_is_known_by_where_it_was_defined():
@@ -474,8 +476,8 @@ def test_a_class_is_known_by_where_it_was_defined():
 def test_kandinsky_in_blocks_is_refused():
     made = random_network("kandinsky5")
     made.denoiser.inner_model.network.register_to_config(attention_type="nabla")
-    with pytest.raises(SiteError, match="attention_type='nabla', which puts tokens in the order of 8 x 8 blocks"):
-        find_sites(made.denoiser)
+    with pytest.raises(AttentionError, match="attention_type='nabla', which puts tokens in the order of 8 x 8 blocks"):
+        find_layers(made.denoiser)
 
 
 def test_a_pyramid_of_windows_alone_is_refused():
@@ -483,5 +485,5 @@ def test_a_pyramid_of_windows_alone_is_refused():
     for level in (made.denoiser.inner_model.network.down_levels, made.denoiser.inner_model.network.up_levels):
         del level[1][0]
     del made.denoiser.inner_model.network.mid_level[0]
-    with pytest.raises(SiteError, match=r"(?s)is a SelfAttentionBlock.*ShiftedWindowSelfAttentionBlock"):
-        find_sites(made.denoiser)
+    with pytest.raises(AttentionError, match=r"(?s)is a SelfAttentionBlock.*ShiftedWindowSelfAttentionBlock"):
+        find_layers(made.denoiser)

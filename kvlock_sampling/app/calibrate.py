@@ -104,7 +104,7 @@ def calibrate(
         threshold=threshold_curve(rounded),
         cfg_floor=advice.cfg_floor,
         rescale=advice.rescale,
-        bank=advice.bank,
+        kv_cache=advice.kv_cache,
         estimator=estimator_table(meter),  # type: ignore[arg-type]  # frozen by Preset
     )
     return Calibration(preset, found, len(points))

@@ -32,21 +32,21 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def _bank(folder: str | None, memory: str | None, disk: str | None) -> dict[str, Any]:
-    """The bank of an edit as an option of it, or none. What it may use means nothing without one."""
-    given = {"--bank-memory": memory, "--bank-disk": disk}
+    """The KV cache of an edit as an option of it, or none. What it may use means nothing without one."""
+    given = {"--kv-cache-memory": memory, "--kv-cache-disk": disk}
     if folder is None:
         for name, size in given.items():
             if size is not None:
                 raise KVLockError(
-                    f"{name} {size} is for a bank, and there is none; name its folder: --bank kv-bank {name} {size}."
+                    f"{name} {size} is for a KV cache, and there is none; name its folder: --kv-cache kv-bank {name} {size}."
                 )
         return {}
-    from ..kv_cache import Bank
+    from ..kv_cache import KVCache
     from ..kv_cache.sizes import parse_bytes
 
     for name, size in given.items():
         parse_bytes(size, name)  # named as it was written
-    return {"bank": Bank(folder, budget=memory or "4GB", disk=disk)}
+    return {"kv_cache": KVCache(folder, budget=memory or "4GB", disk=disk)}
 
 
 @app.command()
@@ -130,11 +130,11 @@ def edit(
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from; for pipelines.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
-    bank: Annotated[
+    kv_cache: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="Keeps the source's K/V there: the next edit of this clip is cheap."),
     ] = None,
-    bank_memory: Annotated[str | None, typer.Option(help="Memory the bank may use; default: 4GB.")] = None,
+    bank_memory: Annotated[str | None, typer.Option(help="Memory the KV cache may use; default: 4GB.")] = None,
     bank_disk: Annotated[
         str | None, typer.Option(help="Bytes its folder may take, e.g. 50GB; default: no limit.")
     ] = None,
@@ -157,7 +157,7 @@ def edit(
             figure_format(trace)
             check_writable(trace)
         get(sampler)
-        options = _bank(bank, bank_memory, bank_disk)
+        options = _bank(kv_cache, bank_memory, bank_disk)
         sides = _size(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift

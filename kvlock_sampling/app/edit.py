@@ -113,8 +113,8 @@ def edit_video(
         paste: put the source's own pixels back outside the mask, feathered over `feather` >= 0 pixels. With compositing
             off (composite=False, or a policy that never locks) nothing is pasted.
         on_step: called after every step with its index.
-        on_plan: called before sampling with what the bank will hold, where there is one.
-        lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator, bank. With a bank the source has
+        on_plan: called before sampling with what the KV cache will hold, where there is one.
+        lock_options: anything else `KVLock` takes, e.g. composite, layers, estimator, KV cache. With a KV cache the source has
             a noise of its own, so that what is kept serves every seed, and its branch reads `source_prompt` or nothing,
             so that it serves every prompt.
 
@@ -144,7 +144,7 @@ def edit_video(
         raise KVLockError(f"feather={feather!r}; expected pixels >= 0 around the mask, e.g. feather=2.0; 0 cuts hard.")
     if feather != FEATHER and not paste:
         warnings.warn(f"feather={feather} without effect: with paste=False nothing is pasted.", stacklevel=2)
-    if lock_options.get("bank") is not None:
+    if lock_options.get("kv_cache") is not None:
         lock_options.setdefault("noise", "fixed")
         source_prompt = "" if source_prompt is None else source_prompt
     source_args: Mapping[str, Any] = {}
@@ -159,7 +159,7 @@ def edit_video(
     x = noise * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, source_args=source_args, **lock_options)
-    if on_plan is not None and lock.bank is not None:
+    if on_plan is not None and lock.kv_cache is not None:
         on_plan(lock.plan(sigmas, sampler))
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()

@@ -34,8 +34,8 @@ def read_pair(
         SourceError: frames or size that this model cannot edit.  VideoError: files that cannot be read.
     """
     if model.frames is not None and model.size is not None:
-        asked = (frames or model.frames, size or tuple(model.size))
-        if asked != (model.frames, tuple(model.size)):
+        requested = (frames or model.frames, size or tuple(model.size))
+        if requested != (model.frames, tuple(model.size)):
             raise SourceError(
                 f"frames={frames}, size={size}: this model edits {model.frames} frames of {model.size[0]} x "
                 f"{model.size[1]} alone. Leave both away."

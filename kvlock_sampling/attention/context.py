@@ -1,4 +1,4 @@
-"""What an attention site does during one call of the model: nothing, keep the source's K/V, or fuse them in.
+"""What an attention layer does during one call of the model: nothing, keep the source's K/V, or fuse them in.
 
 A `Frame` lives for one evaluation. Three forms of it serve the two lockstep providers:
 - lockstep: the source rides as the last `batch` rows of the same call; nothing is stored;
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..batching import NotBatchable
 from ..masks.tokens import coarser
-from ..types import SiteError
+from ..types import AttentionError
 from .fuse import fuse_chunks, fuse_chunks_
 
 
 class Repeats(NotBatchable):
-    """A site acts again, after the source has left the call."""
+    """A layer acts again, after the source has left the call."""
 
 
 Mode = Literal["lockstep", "capture", "inject"]
@@ -33,9 +33,9 @@ KeyValue = tuple[Tensor, Tensor]
 class Frame:
     """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
     (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known,
-    and `rows` those of a lockstep call. A capture is over when the sites in `until` have fired, see `ending.py`:
+    and `rows` those of a lockstep call. A capture is over when the layers in `until` have fired, see `ending.py`:
     what is kept of it is `partial`. The source's rows have `left` a lockstep call where they are no longer
-    computed. `times` counts how often a site has acted in this call; K/V of a site that acts several times, in a
+    computed. `times` counts how often a layer has acted in this call; K/V of a layer that acts several times, in a
     model that calls its network twice, say, are kept apart.
     """
 
@@ -76,26 +76,26 @@ class Frame:
             self._coarser[factor] = coarser(self.ratio, self.grid, factor)
         return self._coarser[factor]
 
-    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
+    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
         """Handle one attention call.  key, value: (rows, ..., length, dim); video tokens begin at `start`."""
         ratio = self.ratio if ratio is None else ratio
         batch, tokens = ratio.shape
         rows = key.shape[0]
         if rows % batch:
-            raise SiteError(
-                f"site {site!r} was called with {rows} rows; expected a multiple of the batch of {batch} clips.\n"
+            raise AttentionError(
+                f"layer {layer!r} was called with {rows} rows; expected a multiple of the batch of {batch} clips.\n"
                 "  A lock needs chunks of whole batches, e.g. torch.cat([x, x]) for guidance. "
                 "Run clips one by one if the model mixes its rows."
             )
         video = slice(start, start + tokens)
         if self.mode == "capture":
             # Whatever chunks a guided denoiser makes of the source, they hold the same prompt: the last one serves.
-            self.fired.add(site)
+            self.fired.add(layer)
             kept = self._selected(key[-batch:, ..., video, :]), self._selected(value[-batch:, ..., video, :])
-            self.store[self._named(site)] = kept
+            self.store[self._named(layer)] = kept
             return key, value
         if self.mode == "inject":
-            name = self._kept(site, self.store)
+            name = self._kept(layer, self.store)
             if name is None:
                 return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
             source_key, source_value = self.store[name]
@@ -105,7 +105,7 @@ class Frame:
         else:
             source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
             self.rows, edit_rows = rows, rows - batch
-        self.fired.add(site)
+        self.fired.add(layer)
         return (
             _fuse_rows(key, source_key, ratio, video, edit_rows),
             _fuse_rows(value, source_value, ratio, video, edit_rows),
@@ -115,38 +115,38 @@ class Frame:
         """Of the source's keys or values what is kept."""
         return source
 
-    def _named(self, site: str) -> str:
-        """The name of a site's K/V, this time that it acts."""
-        count = self.times.get(site, 0)
-        self.times[site] = count + 1
-        return f"{site}#{count}" if count else site
+    def _named(self, layer: str) -> str:
+        """The name of a layer's K/V, this time that it acts."""
+        count = self.times.get(layer, 0)
+        self.times[layer] = count + 1
+        return f"{layer}#{count}" if count else layer
 
-    def _kept(self, site: str, keys: Container[str]) -> str | None:
-        """The name under which the K/V for this time are kept; None: the site never acted in the source's pass.
+    def _kept(self, layer: str, keys: Container[str]) -> str | None:
+        """The name under which the K/V for this time are kept; None: the layer never acted in the source's pass.
 
         Where it acted less often there, as of a single branch, the last ones serve the rest.
 
         Raises:
-            Repeats: the source was only followed until the site had acted once.
+            Repeats: the source was only followed until the layer had acted once.
         """
-        count = self.times.get(site, 0)
-        name = self._named(site)
-        if name not in keys and site in keys and self.partial:
+        count = self.times.get(layer, 0)
+        name = self._named(layer)
+        if name not in keys and layer in keys and self.partial:
             raise Repeats
-        names = (name, *(f"{site}#{n}" for n in range(count - 1, 0, -1)), site)
+        names = (name, *(f"{layer}#{n}" for n in range(count - 1, 0, -1)), layer)
         return next((n for n in names if n in keys), None)
 
     def latest(self) -> dict[str, KeyValue]:
-        """What is kept, under the sites' own names: of those that acted several times the last."""
+        """What is kept, under the layers' own names: of those that acted several times the last."""
         return {name.partition("#")[0]: kept for name, kept in self.store.items()}
 
-    def process_row(self, site: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
+    def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
         """The same where attention is called for each row by itself: this is row `index` of the batch."""
         clip = index % self.batch
         row = Frame(self.mode, self.ratio[clip : clip + 1], self.store)
-        fused = row.process(f"{site}[{clip}]", key, value, start)
+        fused = row.process(f"{layer}[{clip}]", key, value, start)
         if row.fired:
-            self.fired.add(site)
+            self.fired.add(layer)
         return fused
 
 

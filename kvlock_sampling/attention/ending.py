@@ -1,12 +1,12 @@
 """The source is computed as far as it is needed: nothing of it matters after its last keys and values.
 
-Where the source rides as rows of the edit's call, the block with the last site is called twice: for the source's rows
+Where the source rides as rows of the edit's call, the block with the last layer is called twice: for the source's rows
 alone, as far as their keys and values, and for the edit's rows with those fused in. That block and those after it
 return copies of the edit's rows for the source. It saves the source most of its last layer: half of its cost in a
 network of two layers, a thirtieth of it in one of thirty, and half again where only the earlier half of the layers is
 locked.
 
-Should a site act once more after that, the call is made again, whole, and so are those that follow: see `Repeats`.
+Should a layer act once more after that, the call is made again, whole, and so are those that follow: see `Repeats`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PLAIN = (Tensor, int, float, complex, str, torch.dtype, torch.device, type(None
 
 
 class Ended(BaseException):
-    """Every site has seen the source. Not an `Exception`: no wrapper of a model is to take it for a failure."""
+    """Every layer has seen the source. Not an `Exception`: no wrapper of a model is to take it for a failure."""
 
 
 def end_if_seen(frame: Frame) -> None:
-    """Break off a pass that is made only for what the sites see of it, once they all have.
+    """Break off a pass that is made only for what the layers see of it, once they all have.
 
     Raises:
         Ended: they have.
@@ -40,10 +40,10 @@ def end_if_seen(frame: Frame) -> None:
         raise Ended
 
 
-def ending(sites: frozenset[str], blocks: dict[nn.Module, frozenset[str]], frame: Frame) -> Iterator[Door]:
-    """Doors that let the source's rows leave a lockstep call. blocks: all of one network, with the sites in each."""
+def ending(layers: frozenset[str], blocks: dict[nn.Module, frozenset[str]], frame: Frame) -> Iterator[Door]:
+    """Doors that let the source's rows leave a lockstep call. blocks: all of one network, with the layers in each."""
     for block, inside in blocks.items():
-        yield Door(block, around=partial(_without_source, block, sites, inside, frame))
+        yield Door(block, around=partial(_without_source, block, layers, inside, frame))
 
 
 def may_end(module: nn.Module) -> bool:
@@ -65,17 +65,22 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _without_source(
-    block: nn.Module, sites: frozenset[str], inside: frozenset[str], frame: Frame, call: Callable[..., Any], *given: Any
+    block: nn.Module,
+    layers: frozenset[str],
+    inside: frozenset[str],
+    frame: Frame,
+    call: Callable[..., Any],
+    *given: Any,
 ) -> Any:
-    missing = sites - frame.fired
+    missing = layers - frame.fired
     rows, edit = frame.rows, frame.rows - frame.batch
-    # The last block with a site that is still missing, or one without any behind it.
+    # The last block with a layer that is still missing, or one without any behind it.
     here = frame.mode == "lockstep" and edit > 0 and (missing <= inside if missing else not inside)
     if not here or ambiguous(rows, edit, frame) or not plain_call(given, rows) or not may_end(block):
         return call(*given[0], **given[1])
     empty = containers((*given[0], *given[1].values()))
     try:
-        if missing and not _captured(call, cut_call(given, rows, slice(edit, rows)), sites, frame):
+        if missing and not _captured(call, cut_call(given, rows, slice(edit, rows)), layers, frame):
             frame.mode = "lockstep"
             return call(*given[0], **given[1])
         frame.mode, frame.partial = "inject", True
@@ -91,10 +96,10 @@ def _without_source(
         frame.store.clear()
 
 
-def _captured(call: Callable[..., Any], given: Any, sites: frozenset[str], frame: Frame) -> bool:
-    """The source's K/V at the sites that are still missing; False where one of them did not act."""
+def _captured(call: Callable[..., Any], given: Any, layers: frozenset[str], frame: Frame) -> bool:
+    """The source's K/V at the layers that are still missing; False where one of them did not act."""
     before = set(frame.fired)
-    frame.mode, frame.until = "capture", sites
+    frame.mode, frame.until = "capture", layers
     frame.times.clear()
     try:
         call(*given[0], **given[1])

@@ -2,7 +2,7 @@
 
 At lock 1 a background token's keys and values are the source's whatever its own are, and its output is replaced by the
 source when the prediction is composited. So it is left out between the first block and the last: queries, feed-forward
-and text attention run on the other tokens alone, and its K/V, from the source, join at every site. The result is the
+and text attention run on the other tokens alone, and its K/V, from the source, join at every layer. The result is the
 dense path's, to rounding. KV-Edit (arXiv 2502.17363) does so with K/V from an inversion.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..types import SiteError
+from ..types import AttentionError
 from .context import Frame, KeyValue
 from .forwards import Arguments, Door
 from .fuse import fuse
@@ -87,10 +87,10 @@ class Selection:
 
 
 class Keys(Protocol):
-    """The source's K/V by site, at the tokens of a selection: a dict, or a level of a bank."""
+    """The source's K/V by layer, at the tokens of a selection: a dict, or a level of a KV cache."""
 
-    def __contains__(self, site: object) -> bool: ...
-    def get(self, site: str) -> Any: ...
+    def __contains__(self, layer: object) -> bool: ...
+    def get(self, layer: str) -> Any: ...
 
 
 @dataclass
@@ -106,22 +106,22 @@ class SelectedFrame(Frame):
         assert self.selection is not None
         return self.selection
 
-    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
+    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
         """See `Frame.process`."""
         if self.mode == "capture":
-            return super().process(site, key, value, start, ratio)
+            return super().process(layer, key, value, start, ratio)
         keys: Keys = self.store if self.keys is None else self.keys
-        name = self._kept(site, keys)
+        name = self._kept(layer, keys)
         if name is None:
-            return self._missing(site, key, value)
-        self.fired.add(site)
+            return self._missing(layer, key, value)
+        self.fired.add(layer)
         source_key, source_value = keys.get(name)
         return self._joined(key, source_key, start), self._joined(value, source_value, start)
 
     def _selected(self, source: Tensor) -> Tensor:
         return source.index_select(-2, self.chosen.stored)
 
-    def _missing(self, site: str, key: Tensor, value: Tensor) -> KeyValue:
+    def _missing(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
         return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
 
     def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
@@ -150,9 +150,9 @@ class ForegroundFrame(SelectedFrame):
         """The computed ones where the edit runs; all of them in the source's own pass."""
         return len(self.chosen.computed) if self.mode == "inject" else None
 
-    def _missing(self, site: str, key: Tensor, value: Tensor) -> KeyValue:
-        raise SiteError(
-            f"site {site!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
+    def _missing(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
+        raise AttentionError(
+            f"layer {layer!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
             "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
         )
 
@@ -180,7 +180,7 @@ class ForegroundFrame(SelectedFrame):
         """
         if self.mode != "inject" or mask is None:
             return mask
-        known = self.narrowed.get((id(mask), -length))  # every site is given the same one
+        known = self.narrowed.get((id(mask), -length))  # every layer is given the same one
         if known is None:
             known = self.narrowed[id(mask), -length] = mask, self._cut(mask, start, length)
         return known[1]

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..types import SiteError
+from ..types import AttentionError
 
 Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 """query, key, value, mask -> key, value, mask that attention is to use instead; (rows, heads, length, dim) each.
@@ -80,9 +80,9 @@ class _SeesTorch(TorchFunctionMode):
 
 
 class _Dispatch:
-    """diffusers' table of attention backends, exchanged for one of wrappers while any thread is at a site.
+    """diffusers' table of attention backends, exchanged for one of wrappers while any thread is at a layer.
 
-    The whole table is exchanged, by one assignment, and not its entries: between sites it is the very object it was,
+    The whole table is exchanged, by one assignment, and not its entries: between layers it is the very object it was,
     so that compiled code which looked into it stays valid. (A replaced attention processor would lose the backend that
     `set_attention_backend` chose for its model; a name of our own the table's enumeration does not take.)
     """
@@ -140,7 +140,7 @@ def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
             )
             if new_mask is not shown:
                 if not takes_mask:
-                    raise SiteError(
+                    raise AttentionError(
                         f"the attention backend {backend.__name__.strip('_')!r} takes no mask, and the lock needs one "
                         "here.\n  Choose one that does: model.set_attention_backend('native'), or 'flex'."
                     )

@@ -23,19 +23,19 @@ from .forwards import Door
 
 
 def side_by_side(
-    sites: frozenset[str], blocks: dict[nn.Module, frozenset[str]], flow: TokenFlow, frame: ForegroundFrame
+    layers: frozenset[str], blocks: dict[nn.Module, frozenset[str]], flow: TokenFlow, frame: ForegroundFrame
 ) -> Iterator[Door]:
-    """Doors for a lockstep call at full lock. blocks: all of one network; sites: all that are in them.
+    """Doors for a lockstep call at full lock. blocks: all of one network; layers: all that are in them.
 
     The call raises NotBatchable, before its first block has run, where rows cannot be told from other things.
     """
     for block, inside in blocks.items():
-        yield Door(block, around=partial(_both, block, sites, inside, flow, frame))
+        yield Door(block, around=partial(_both, block, layers, inside, flow, frame))
 
 
 def _both(
     block: nn.Module,
-    sites: frozenset[str],
+    layers: frozenset[str],
     inside: frozenset[str],
     flow: TokenFlow,
     frame: ForegroundFrame,
@@ -48,13 +48,13 @@ def _both(
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
     edit = rows - frame.batch
     _check(rows, edit, given, frame)
-    if sites <= frame.fired and inside:
+    if layers <= frame.fired and inside:
         raise Repeats
     empty = containers((*given[0], *given[1].values()))
     try:
         source = None
-        if not sites <= frame.fired:
-            frame.mode, frame.until = "capture", sites
+        if not layers <= frame.fired:
+            frame.mode, frame.until = "capture", layers
             frame.times.clear()
             source = _run(call, cut_call(given, rows, slice(edit, rows)))
         frame.mode, frame.until, frame.partial = "inject", None, True

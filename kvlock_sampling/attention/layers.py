@@ -1,7 +1,7 @@
-"""Which attention calls are sites: self-attention over the video's tokens, found per architecture.
+"""Which attention calls are layers: self-attention over the video's tokens, found per architecture.
 
-`find_sites(model)` looks through the model for a family it knows, see `architecture.py`. For anything else use
-`SdpaSites`, which watches the calls of `torch.nn.functional.scaled_dot_product_attention` themselves.
+`find_layers(model)` looks through the model for a family it knows, see `architecture.py`. For anything else use
+`sdpa_layers`, which watches the calls of `torch.nn.functional.scaled_dot_product_attention` themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..masks.tokens import token_grid
-from ..types import SiteError
+from ..types import AttentionError
 from ..utils.modules import reachable_modules
 from .compat.context_parallel import is_cut
 from .foreground import TokenFlow
@@ -22,7 +22,7 @@ Patch = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionLayer:
     """One self-attention module. `text` says where text tokens stand in its sequence: "none", "first" or "last".
 
     `patch` is set where this layer's tokens are larger than the model's, as in a pyramid.
@@ -35,27 +35,27 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Sites:
-    """The sites of one model. `patch` is the patch size (time, height, width) that turns latents into tokens.
+class AttentionLayers:
+    """The layers of one model. `patch` is the patch size (time, height, width) that turns latents into tokens.
 
     `networks` are the modules whose calls are one evaluation each: two where experts share a run; `text_arguments`
     name what becomes text tokens there. `extra` counts tokens that stand before and after the video's and are neither
     text nor video, e.g. reference images.
 
     `flow` says how tokens may be left out on the way, None where that is unknown; `whole` is False where only some of
-    the layers are sites. `blocks` are the modules that hold them, and those whose layers are not locked; for
+    the layers are layers. `blocks` are the modules that hold them, and those whose layers are not locked; for
     `rows_first` see `Architecture`.
 
-    With `watch` set there is no list: every matching attention call inside that module is a site, numbered in call
+    With `watch` set there is no list: every matching attention call inside that module is a layer, numbered in call
     order (the generic route), and `select` picks among the numbers.
     """
 
     patch: Patch
-    sites: tuple[Site, ...] = ()
+    layers: tuple[AttentionLayer, ...] = ()
     watch: nn.Module | None = None
     start: int = 0
     trailing: int | None = 0
-    select: frozenset[int] | None = None
+    calls: frozenset[int] | None = None
     architecture: str = "generic"
     networks: tuple[nn.Module, ...] = ()
     text_arguments: tuple[str, ...] = ()
@@ -69,17 +69,17 @@ class Sites:
     @property
     def narrows(self) -> bool:
         """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
-        alike = all(s.patch is None for s in self.sites)
+        alike = all(s.patch is None for s in self.layers)
         apart = self.rows_apart or is_cut(self.networks)
         return self.flow is not None and self.whole and alike and not apart and self.extra == (0, 0)
 
-    def layers(self, chosen: Iterable[int] | slice | None) -> Sites:
+    def select(self, chosen: Iterable[int] | slice | None) -> AttentionLayers:
         """Keep only some layers: indices (negative ones count from the end) or a slice. None keeps all.
 
         Of a model of several experts the same layers of each are kept.
 
         Raises:
-            SiteError: an index is out of range, or nothing is left.
+            AttentionError: an index is out of range, or nothing is left.
         """
         if chosen is None:
             return self
@@ -87,27 +87,29 @@ class Sites:
             chosen = _indices(chosen)
         if self.watch is not None:
             if isinstance(chosen, slice):
-                raise SiteError("layers of a generic model are known only as calls; give indices: layers=[0, 1, 2].")
-            return replace(self, select=frozenset(chosen))
+                raise AttentionError(
+                    "layers of a generic model are known only as calls; give indices: layers=[0, 1, 2]."
+                )
+            return replace(self, calls=frozenset(chosen))
         experts = max(1, len(self.networks))
-        count = len(self.sites) // experts
+        count = len(self.layers) // experts
         indices = range(count)[chosen] if isinstance(chosen, slice) else chosen
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
-            raise SiteError(
-                f"layers={chosen!r} names {wrong or 'no layer'}; this model has {count} sites, 0 to {count - 1}.\n"
+            raise AttentionError(
+                f"layers={chosen!r} names {wrong or 'no layer'}; this model has {count} layers, 0 to {count - 1}.\n"
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
         keep = sorted({i % count for i in indices})
-        kept = tuple(self.sites[e * count + i] for e in range(experts) for i in keep)
-        return replace(self, sites=kept, whole=len(kept) == len(self.sites))
+        kept = tuple(self.layers[e * count + i] for e in range(experts) for i in keep)
+        return replace(self, layers=kept, whole=len(kept) == len(self.layers))
 
-    def with_extra(self, *, before: int = 0, after: int = 0) -> Sites:
-        """The same sites where other tokens stand beside the video's, e.g. appended reference images. They are never
+    def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
+        """The same layers where other tokens stand beside the video's, e.g. appended reference images. They are never
         touched, in the source's pass neither.
         """
         if min(before, after) < 0:
-            raise SiteError(f"with_extra(before={before}, after={after}); expected counts of tokens >= 0.")
+            raise AttentionError(f"with_extra(before={before}, after={after}); expected counts of tokens >= 0.")
         if self.watch is not None:
             trailing = None if self.trailing is None else self.trailing + after
             return replace(self, start=self.start + before, trailing=trailing)
@@ -117,11 +119,11 @@ class Sites:
         """Tokens along (time, height, width) for latents of a shape; see `grid.token_grid`.
 
         Raises:
-            SiteError: the shape has no such tokens.
+            AttentionError: the shape has no such tokens.
         """
-        for site in self.sites:
-            if site.patch is not None:
-                token_grid(latent_shape, site.patch)
+        for layer in self.layers:
+            if layer.patch is not None:
+                token_grid(latent_shape, layer.patch)
         return token_grid(latent_shape, self.patch)
 
 
@@ -131,24 +133,24 @@ def _indices(chosen: Any) -> list[int]:
     except TypeError:
         indices = [chosen]
     if isinstance(chosen, str) or any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
-        raise SiteError(
+        raise AttentionError(
             f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
             "layers=slice(None, 10), or None for all of them."
         )
     return indices
 
 
-def SdpaSites(  # noqa: N802 - reads as the constructor it is
+def sdpa_layers(
     module: nn.Module,
     *,
     patch: Patch,
     start: int = 0,
     trailing: int | None = 0,
     layers: Iterable[int] | None = None,
-) -> Sites:
-    """Sites of any module that calls `F.scaled_dot_product_attention`, with tokens in the order time, height, width.
+) -> AttentionLayers:
+    """AttentionLayers of any module that calls `F.scaled_dot_product_attention`, with tokens in the order time, height, width.
 
-    A call is a site when its key sequence holds exactly `start` tokens, the video's, and `trailing` tokens, and the
+    A call is a layer when its key sequence holds exactly `start` tokens, the video's, and `trailing` tokens, and the
     query sequence is as long. So cross-attention is left alone, unless its text has exactly as many tokens: it cannot
     be told apart then and is locked too; pad or cut the text by one token, or name the calls by `layers`.
 
@@ -158,28 +160,30 @@ def SdpaSites(  # noqa: N802 - reads as the constructor it is
     from 0; None = all.
 
     Raises:
-        SiteError: not a module, or numbers that cannot be meant.
+        AttentionError: not a module, or numbers that cannot be meant.
     """
     if not isinstance(module, nn.Module):
-        raise SiteError(f"SdpaSites watches a torch module; got {type(module).__name__}. Pass the network itself.")
+        raise AttentionError(
+            f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network itself."
+        )
     if len(patch) != 3 or min(patch) < 1 or start < 0 or (trailing is not None and trailing < 0):
-        raise SiteError(
-            f"SdpaSites(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width) of "
+        raise AttentionError(
+            f"sdpa_layers(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width) of "
             "whole numbers >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
         )
     select = None if layers is None else frozenset(layers)
-    return Sites(patch=patch, watch=module, start=start, trailing=trailing, select=select)
+    return AttentionLayers(patch=patch, watch=module, start=start, trailing=trailing, calls=select)
 
 
-def find_sites(model: Any) -> Sites:
-    """Find the attention sites of a model, or of a network wrapped in it.
+def find_layers(model: Any) -> AttentionLayers:
+    """Find the attention layers of a model, or of a network wrapped in it.
 
     Looks at the model and everything a wrapper may hold: attributes `inner_model`, `model`, `transformer`,
     `transformer_2`, `module`, submodules, and what a plain function closes over. Two networks of one family, such as
     the experts of Wan 2.2, are locked alike.
 
     Raises:
-        SiteError: no known architecture; says what was seen and what to pass instead.
+        AttentionError: no known architecture; says what was seen and what to pass instead.
     """
     from .architecture import architectures
 
@@ -198,26 +202,26 @@ def find_sites(model: Any) -> Sites:
         return _together(found)
     looked = ", ".join(dict.fromkeys(seen)) if seen else f"{type(model).__name__} (no torch module inside)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
-    raise SiteError(
-        f"no attention sites found in {looked[:400]}.\n"
+    raise AttentionError(
+        f"no attention layers found in {looked[:400]}.\n"
         f"  Known architectures: {families}.\n"
         "  For another model whose attention calls F.scaled_dot_product_attention say where its tokens are:\n"
-        "    KVLock(model, ..., sites=kv.SdpaSites(transformer, patch=(1, 2, 2), start=0))\n"
+        "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
         "  or declare it: kv.Architecture(...).find(transformer).\n"
         "  For control of guidance alone, without a source: KVLock(model, policy=...)."
     )
 
 
-def _together(found: list[Sites]) -> Sites:
-    """The sites of several networks, e.g. experts, as those of one model: only networks built like the first count."""
+def _together(found: list[AttentionLayers]) -> AttentionLayers:
+    """The layers of several networks, e.g. experts, as those of one model: only networks built like the first count."""
     first = found[0]
     alike = [
         f
         for f in found
-        if (f.architecture, f.patch, len(f.sites)) == (first.architecture, first.patch, len(first.sites))
+        if (f.architecture, f.patch, len(f.layers)) == (first.architecture, first.patch, len(first.layers))
     ]
     if len(alike) == 1:
         return first
-    sites = [replace(s, name=f"{i}.{s.name}") for i, f in enumerate(alike) for s in f.sites]
+    layers = [replace(s, name=f"{i}.{s.name}") for i, f in enumerate(alike) for s in f.layers]
     blocks = tuple(block for f in alike for block in f.blocks)
-    return replace(first, sites=tuple(sites), networks=tuple(f.networks[0] for f in alike), blocks=blocks)
+    return replace(first, layers=tuple(layers), networks=tuple(f.networks[0] for f in alike), blocks=blocks)

@@ -1,18 +1,18 @@
 """Source K/V kept across steps, seeds and repeated edits: formats, tiers, a byte budget, and when they still serve."""
 
-from .cache import Bank
+from .cache import KVCache
 from .clock import expected_levels
-from .errors import BankError, BankWarning
-from .fingerprint import BankKey, arguments_fingerprint, model_fingerprint, tensor_fingerprint
+from .errors import KVCacheError, KVCacheWarning
+from .fingerprint import KVCacheKey, arguments_fingerprint, model_fingerprint, tensor_fingerprint
 from .level import Level
 from .plan import Plan, plan_for
 from .shelf import Served, Shelf
 
 __all__ = [
-    "Bank",
-    "BankError",
-    "BankKey",
-    "BankWarning",
+    "KVCache",
+    "KVCacheError",
+    "KVCacheKey",
+    "KVCacheWarning",
     "Level",
     "Plan",
     "Served",

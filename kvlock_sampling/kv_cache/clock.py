@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .errors import BankError
+from .errors import KVCacheError
 
 SAME = 1e-4
 """Noise levels that differ by less than this, relatively, are one: samplers compute them in float32."""
@@ -32,11 +32,11 @@ def check_sigma(sigma: float) -> float:
     """A noise level as a float.
 
     Raises:
-        BankError: not a finite number > 0. At sigma 0 nothing is locked, so nothing is stored.
+        KVCacheError: not a finite number > 0. At sigma 0 nothing is locked, so nothing is stored.
     """
     level = float(sigma)
     if not (level > 0 and math.isfinite(level)):
-        raise BankError(f"sigma={level}; a bank keeps K/V at finite noise levels > 0.")
+        raise KVCacheError(f"sigma={level}; a KV cache keeps K/V at finite noise levels > 0.")
     return level
 
 
@@ -50,12 +50,12 @@ class Refresh:
     def __post_init__(self) -> None:
         every, ratio = self.every, self.ratio
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise BankError(f"every={every!r}; expected a whole number >= 1, e.g. 3, or None for no such limit.")
+            raise KVCacheError(f"every={every!r}; expected a whole number >= 1, e.g. 3, or None for no such limit.")
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         if ratio is not None and not (number and 1 <= ratio < math.inf):
-            raise BankError(f"ratio={ratio!r}; expected a number >= 1, e.g. 1.5, or None for no such limit.")
+            raise KVCacheError(f"ratio={ratio!r}; expected a number >= 1, e.g. 1.5, or None for no such limit.")
         if every is None and ratio is None:
-            raise BankError(
+            raise KVCacheError(
                 "every=None and ratio=None would serve one level to a whole run; name at least one, e.g. ratio=1.5."
             )
 
@@ -78,19 +78,19 @@ class Refresh:
 class Clock:
     """The distinct noise levels that one run has asked for."""
 
-    asked: list[float] = field(default_factory=list)
+    requested: list[float] = field(default_factory=list)
 
     def ask(self, sigma: float) -> bool:
         """Note a request. Returns whether it is at a new noise level."""
-        if any(same(sigma, old) for old in self.asked):
+        if any(same(sigma, old) for old in self.requested):
             return False
-        self.asked.append(sigma)
+        self.requested.append(sigma)
         return True
 
     def between(self, stored: float, sigma: float) -> int:
         """Noise levels asked for from `stored`, not counted, to `sigma`, counted."""
         low, high = min(stored, sigma), max(stored, sigma)
-        inside = (s for s in self.asked if low < s < high or same(s, sigma))
+        inside = (s for s in self.requested if low < s < high or same(s, sigma))
         return sum(not same(s, stored) for s in inside)
 
 

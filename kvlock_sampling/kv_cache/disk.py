@@ -1,12 +1,12 @@
-"""How much a bank's directory may hold. Room is made, and claimed, before anything is written.
+"""How much a KV cache's directory may hold. Room is made, and claimed, before anything is written.
 
-What counts are the bytes of files with the bank's names, of all keys: levels, manifests and temporaries. Room is made
-by removing whole levels, see `Disk.writing`, and only what is the bank's own, see `own`. A claim is the temporary file
+What counts are the bytes of files with the KV cache's names, of all keys: levels, manifests and temporaries. Room is made
+by removing whole levels, see `Disk.writing`, and only what is the KV cache's own, see `own`. A claim is the temporary file
 itself, made at its full size while the directory is locked (`flock` on DIR/.lock): every thread and process that looks
 next counts what is still being written. Its writer holds a lock on it, so that a killed writer's claim is known for
 one and removed at once; without locks (Windows, some network file systems) it stands for an hour.
 
-A level that is removed while another process, or another bank of this one, has it mapped stays readable there (Windows
+A level that is removed while another process, or another KV cache of this one, has it mapped stays readable there (Windows
 refuses to remove it, and the next one goes); the file system has its room back when the last of them lets go.
 """
 
@@ -37,7 +37,7 @@ class NoRoom(Exception):  # noqa: N818 - a signal, the shelf decides what follow
 
 @dataclass
 class _Directory:
-    """What this process knows of a directory, whatever the number of its banks: which shelves are open in it."""
+    """What this process knows of a directory, whatever the number of its KV caches: which shelves are open in it."""
 
     writers: threading.Lock = field(default_factory=threading.Lock)
     guard: threading.Lock = field(default_factory=threading.Lock)
@@ -83,7 +83,7 @@ class Reader:
 
 
 class Disk:
-    """A bank's directory and its limit in bytes; None is no limit. forget: told of levels that were removed."""
+    """A KV cache's directory and its limit in bytes; None is no limit. forget: told of levels that were removed."""
 
     def __init__(self, root: Path, limit: int | None, forget: Callable[[set[Path]], None]) -> None:
         self.root, self.limit, self._forget = root, limit, forget
@@ -91,7 +91,7 @@ class Disk:
 
     @property
     def used(self) -> int:
-        """Bytes of the bank's files now."""
+        """Bytes of the KV cache's files now."""
         return sum(file.size for file in files_in(self.root))
 
     def opened(self, folder: Path) -> Reader:

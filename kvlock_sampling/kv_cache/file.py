@@ -1,6 +1,6 @@
 """One level on disk: a safetensors file, written as a stream and read through a memory map.
 
-It is written site by site, so that a level larger than the memory budget never stands in memory as a whole (the
+It is written layer by layer, so that a level larger than the memory budget never stands in memory as a whole (the
 library's own writer wants all of it at once). Checksums (CRC-32) are known only when the last byte is out: the header
 is written with zeros in their place and rewritten, equally long, before the file gets its name. Any reader of
 safetensors reads it.
@@ -41,7 +41,7 @@ Kinds = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
 
 class BadFile(Exception):  # noqa: N818 - a signal, not an error a user sees
-    """This file is no level of this bank; the text says why."""
+    """This file is no level of this KV cache; the text says why."""
 
 
 def name_of(sigma: float) -> str:
@@ -66,8 +66,8 @@ def write_level(
     tensors = _tensors(kinds)
     out.write(_header(fingerprint, sigma, kinds, tensors, [0] * len(tensors)))
     sums = []
-    for (site, pair), sides in zip(pairs, kinds.items(), strict=True):
-        assert site == sides[0]
+    for (layer, pair), sides in zip(pairs, kinds.items(), strict=True):
+        assert layer == sides[0]
         for packed in pair:
             for name in layout(packed.shape, packed.dtype, packed.format):
                 sums.append(_write(out, packed.parts[name]))
@@ -78,8 +78,8 @@ def write_level(
 def _tensors(kinds: Mapping[str, Kinds]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """Every tensor of the file, in order."""
     return [
-        (f"{site}/{side}/{part}", *about)
-        for site, sides in kinds.items()
+        (f"{layer}/{side}/{part}", *about)
+        for layer, sides in kinds.items()
         for side, (format, dtype, shape) in zip(_SIDES, sides, strict=True)
         for part, about in layout(shape, dtype, format).items()
     ]
@@ -96,8 +96,9 @@ def _header(
         "version": VERSION,
         "key": fingerprint,
         "sigma": sigma.hex(),
-        "sites": [
-            [site, *([f, str(d).removeprefix("torch."), list(shape)] for f, d, shape in kinds[site])] for site in kinds
+        "layers": [
+            [layer, *([f, str(d).removeprefix("torch."), list(shape)] for f, d, shape in kinds[layer])]
+            for layer in kinds
         ],
     }
     about["crc"] = "".join(f"{s:08x}" for s in (_sum(about), *sums))
@@ -121,7 +122,7 @@ def _header(
 
 def _sum(about: Mapping[str, Any]) -> int:
     """Checksum of what the header says, the checksums themselves apart."""
-    return zlib.crc32(json.dumps([about[name] for name in ("version", "key", "sigma", "sites")]).encode())
+    return zlib.crc32(json.dumps([about[name] for name in ("version", "key", "sigma", "layers")]).encode())
 
 
 def _padded(size: int) -> int:
@@ -140,13 +141,13 @@ def _write(out: BinaryIO, part: Tensor) -> int:
 
 
 class LevelFile:
-    """A level on disk, checked as far as its header goes. `read` maps one site at a time, `sound` reads all bytes.
+    """A level on disk, checked as far as its header goes. `read` maps one layer at a time, `sound` reads all bytes.
 
     Raises:
         BadFile: truncated, of another key or version, renamed, gone, or not a file of this format.
     """
 
-    def __init__(self, path: Path, fingerprint: str, sites: Sequence[str], *, sound: bool | None = None) -> None:
+    def __init__(self, path: Path, fingerprint: str, layers: Sequence[str], *, sound: bool | None = None) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._sound = sound
@@ -156,8 +157,8 @@ class LevelFile:
             version, key = about["version"], about["key"]
             self.sigma = float.fromhex(about["sigma"])
             self._kinds: dict[str, Kinds] = {
-                site: tuple((f, getattr(torch, dtype), tuple(shape)) for f, dtype, shape in sides)
-                for site, *sides in about["sites"]
+                layer: tuple((f, getattr(torch, dtype), tuple(shape)) for f, dtype, shape in sides)
+                for layer, *sides in about["layers"]
             }
             sums = about["crc"]
             own, *self._sums = [int(sums[i : i + 8], 16) for i in range(0, len(sums), 8)]
@@ -170,13 +171,13 @@ class LevelFile:
             raise BadFile(f"it is of version {version} of the format; this is version {VERSION}")
         if key != fingerprint:
             raise BadFile("it was made for another model, clip or setting")
-        if not whole or path.name != name_of(self.sigma) or tuple(self._kinds) != tuple(sites):
-            raise BadFile("its header is damaged, or does not fit its name or its sites")
+        if not whole or path.name != name_of(self.sigma) or tuple(self._kinds) != tuple(layers):
+            raise BadFile("its header is damaged, or does not fit its name or its layers")
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """Shapes of the key and value of each site."""
-        return {site: tuple(shape for _, _, shape in kinds) for site, kinds in self._kinds.items()}
+        """Shapes of the key and value of each layer."""
+        return {layer: tuple(shape for _, _, shape in kinds) for layer, kinds in self._kinds.items()}
 
     def sound(self) -> bool:
         """Whether every byte is as it was written. The answer is kept: a file of this name is never changed."""
@@ -188,8 +189,8 @@ class LevelFile:
     def _check(self) -> bool:
         sums = iter(self._sums)
         try:
-            for site, kinds in self._kinds.items():
-                for packed, (_, _, shape) in zip(self.read(site), kinds, strict=True):
+            for layer, kinds in self._kinds.items():
+                for packed, (_, _, shape) in zip(self.read(layer), kinds, strict=True):
                     if packed.shape != shape or not well_formed(packed):
                         return False
                     for name in layout(packed.shape, packed.dtype, packed.format):
@@ -199,11 +200,11 @@ class LevelFile:
             return False
         return next(sums, None) is None
 
-    def read(self, site: str) -> Pair:
-        """Keys and values of one site, memory-mapped on the CPU."""
+    def read(self, layer: str) -> Pair:
+        """Keys and values of one layer, memory-mapped on the CPU."""
         key, value = (
-            Packed(format, dtype, {part: self._file.get_tensor(f"{site}/{side}/{part}") for part in _parts(format)})
-            for side, (format, dtype, _) in zip(_SIDES, self._kinds[site], strict=True)
+            Packed(format, dtype, {part: self._file.get_tensor(f"{layer}/{side}/{part}") for part in _parts(format)})
+            for side, (format, dtype, _) in zip(_SIDES, self._kinds[layer], strict=True)
         )
         return key, value
 

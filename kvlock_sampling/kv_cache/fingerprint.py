@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.modules import reachable_modules
-from .errors import BankError
+from .errors import KVCacheError
 
 SAMPLED = 64
 """Numbers of each weight that go into its fingerprint themselves, evenly spread: they tell an order, sums do not."""
@@ -31,10 +31,10 @@ BLOCK = 8192
 
 
 @dataclass(frozen=True)
-class BankKey:
-    """Everything that must be equal for K/V to be used again. Make one with `BankKey.of`.
+class KVCacheKey:
+    """Everything that must be equal for K/V to be used again. Make one with `KVCacheKey.of`.
 
-    model, clip, noise, tokens, arguments: fingerprints. sites: names of the attention sites that are kept, in the
+    model, clip, noise, tokens, arguments: fingerprints. layers: names of the attention layers that are kept, in the
     order in which the model reaches them. dtype: of the evaluation, e.g. "float32".
     """
 
@@ -42,14 +42,16 @@ class BankKey:
     clip: str
     noise: str
     tokens: str
-    sites: tuple[str, ...]
+    layers: tuple[str, ...]
     arguments: str = ""
     dtype: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sites", tuple(self.sites))
-        if not self.sites or len(set(self.sites)) < len(self.sites):
-            raise BankError(f"sites={self.sites}; expected the distinct names of the sites to keep, at least one.")
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise KVCacheError(
+                f"layers={self.layers}; expected the distinct names of the layers to keep, at least one."
+            )
 
     @classmethod
     def of(
@@ -59,10 +61,10 @@ class BankKey:
         clip: Tensor,
         noise: Tensor,
         background: Tensor,
-        sites: Iterable[str],
+        layers: Iterable[str],
         arguments: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
-    ) -> BankKey:
+    ) -> KVCacheKey:
         """Take the fingerprints.
 
         model: the denoiser, a module or anything that holds one. clip: clean latents (clips, ...). noise: what noises
@@ -70,14 +72,14 @@ class BankKey:
         called with, e.g. {"cond": prompt}. dtype: of the evaluation; that of `clip` by default.
 
         Raises:
-            BankError: an argument that has no fingerprint.
+            KVCacheError: an argument that has no fingerprint.
         """
         return cls(
             model=model_fingerprint(model),
             clip=tensor_fingerprint(clip),
             noise=tensor_fingerprint(noise),
             tokens=tensor_fingerprint(background),
-            sites=tuple(sites),
+            layers=tuple(layers),
             arguments=arguments_fingerprint(arguments or {}),
             dtype=str(dtype or clip.dtype).removeprefix("torch."),
         )
@@ -98,7 +100,7 @@ def arguments_fingerprint(arguments: Mapping[str, Any]) -> str:
     """Of nested mappings, sequences, sets, dataclasses, tensors, arrays and plain values. Order of keys is no matter.
 
     Raises:
-        BankError: an object whose contents cannot be told, say a function: its equal could not be recognised later.
+        KVCacheError: an object whose contents cannot be told, say a function: its equal could not be recognised later.
     """
     digest = hashlib.sha256()
     _add(digest, dict(arguments), "")
@@ -113,13 +115,13 @@ def model_fingerprint(model: Any) -> str:
     were offloaded to the meta device have no numbers to read; those are told by name and shape alone.
 
     Raises:
-        BankError: no torch module can be found in it.
+        KVCacheError: no torch module can be found in it.
     """
     modules = list(dict.fromkeys(reachable_modules(model)))
     if not modules:
-        raise BankError(
+        raise KVCacheError(
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
-            "  Wrap the network in a module, or make the key yourself: BankKey(model='my-model-v1', ...)."
+            "  Wrap the network in a module, or make the key yourself: KVCacheKey(model='my-model-v1', ...)."
         )
     digest = hashlib.sha256()
     _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
@@ -242,8 +244,8 @@ def _add(digest: Any, value: Any, path: str) -> None:
     elif isinstance(value, (torch.device, np.generic)):
         digest.update(f"{type(value).__name__} {value}\n".encode())
     else:
-        raise BankError(
+        raise KVCacheError(
             f"the source's argument {path or 'given'} is a {type(value).__name__}, which has no fingerprint: K/V made "
             "with it could not be recognised in another run.\n"
-            "  Pass tensors and plain values, or run without a bank."
+            "  Pass tensors and plain values, or run without a KV cache."
         )

@@ -4,11 +4,11 @@
     sigma-1.2500000000000000e+00.safetensors one whole level each
 
 What is found there:
-- a truncated, damaged or foreign level file is ignored with a `BankWarning`, and written again when it is needed;
+- a truncated, damaged or foreign level file is ignored with a `KVCacheWarning`, and written again when it is needed;
 - temporaries of a killed run are ignored, and removed; without file locks once they are an hour old, as a younger one
   may be being written;
-- a manifest that cannot be written is a `BankWarning`: no level needs it;
-- a manifest that names another key than the folder does is a `BankError`: somebody renamed the folder;
+- a manifest that cannot be written is a `KVCacheWarning`: no level needs it;
+- a manifest that names another key than the folder does is a `KVCacheError`: somebody renamed the folder;
 - two processes at once are no harm: files get their names whole, and both would write the same bytes.
 """
 
@@ -24,9 +24,9 @@ from pathlib import Path
 
 from .clock import same
 from .disk import Disk, NoRoom, Reader
-from .errors import BankError, BankWarning
+from .errors import KVCacheError, KVCacheWarning
 from .file import VERSION, BadFile, Kinds, LevelFile, Pair, file_size, name_of, write_level
-from .fingerprint import BankKey
+from .fingerprint import KVCacheKey
 from .own import MANIFEST, names_in
 
 
@@ -35,9 +35,9 @@ class RemovedAtOnce(OSError):  # noqa: N818 - a signal: no fault, the level is o
 
 
 class Folder:
-    """The part of a bank's directory that belongs to one key and format."""
+    """The part of a KV cache's directory that belongs to one key and format."""
 
-    def __init__(self, disk: Disk, key: BankKey, format: str) -> None:
+    def __init__(self, disk: Disk, key: KVCacheKey, format: str) -> None:
         self.disk, self.key = disk, key
         self.fingerprint = key.fingerprint(format, f"version {VERSION}")
         self.path = disk.root / self.fingerprint[:32]
@@ -65,11 +65,11 @@ class Folder:
             except OSError as error:  # for people alone: the edit goes on
                 damage = f"cannot be written ({error.strerror or error}); levels are kept without it where that can be"
             if damage:
-                warnings.warn(f"{file} {damage}.", BankWarning, stacklevel=6)
+                warnings.warn(f"{file} {damage}.", KVCacheWarning, stacklevel=6)
         elif found != self.fingerprint:
-            raise BankError(
-                f"{self.path} holds the bank of another model, clip or setting ({str(found)[:32]}): was it renamed?\n"
-                "  Give it back its name, delete it, or pass another directory: Bank(directory=...)."
+            raise KVCacheError(
+                f"{self.path} holds the KV cache of another model, clip or setting ({str(found)[:32]}): was it renamed?\n"
+                "  Give it back its name, delete it, or pass another directory: KVCache(directory=...)."
             )
 
     def levels(self) -> list[LevelFile]:
@@ -79,19 +79,19 @@ class Folder:
         names = (n for n in names_in(self.path) if n.startswith("sigma-") and n.endswith(".safetensors"))
         for path in [self.path / name for name in sorted(names)]:
             try:
-                found.append(LevelFile(path, self.fingerprint, self.key.sites))
+                found.append(LevelFile(path, self.fingerprint, self.key.layers))
             except BadFile as bad:
                 if path.exists():  # else another process has just made room
                     self.reject(path, str(bad))
         return sorted(found, key=lambda level: -level.sigma)
 
     def reject(self, path: Path, why: str) -> None:
-        """Warn of a file that is no level of this bank; it goes when its level is written again."""
+        """Warn of a file that is no level of this KV cache; it goes when its level is written again."""
         self._bad.append(path)
         warnings.warn(
             f"{path} is ignored: {why}. The source pass at this noise level runs again. Delete the file to be rid of "
             "this warning.",
-            BankWarning,
+            KVCacheWarning,
             stacklevel=6,
         )
 
@@ -120,7 +120,7 @@ class Folder:
         with self.disk.writing(path, size, reader, pressing=pressing) as out:
             write_level(out, self.fingerprint, sigma, kinds, pairs)
         try:
-            return LevelFile(path, self.fingerprint, self.key.sites, sound=True)
+            return LevelFile(path, self.fingerprint, self.key.layers, sound=True)
         except BadFile as bad:
             raise RemovedAtOnce(errno.ENOENT, f"the level was removed at once: {bad}") from bad
 

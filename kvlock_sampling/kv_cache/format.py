@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BankError
+from .errors import KVCacheError
 
 VERBATIM = "verbatim"
 FORMATS = ("float32", "bf16", "int8", "fp8")
@@ -87,7 +87,7 @@ def check_format(name: Any) -> str:
     """The name of a format; None means as it comes.
 
     Raises:
-        BankError: there is no such format.
+        KVCacheError: there is no such format.
     """
     if name is None or name == VERBATIM:
         return VERBATIM
@@ -95,7 +95,9 @@ def check_format(name: Any) -> str:
         return name
     near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.4)
     hint = f' Did you mean "{near[0]}"?' if near else ""
-    raise BankError(f"format={name!r}; expected one of {', '.join(FORMATS)}, or None to keep K/V as they come.{hint}")
+    raise KVCacheError(
+        f"format={name!r}; expected one of {', '.join(FORMATS)}, or None to keep K/V as they come.{hint}"
+    )
 
 
 def layout(shape: Sequence[int], dtype: torch.dtype, format: str) -> Layout:
@@ -120,11 +122,13 @@ def format_for(x: Tensor, format: str) -> str:
     """The format this tensor can have: 8 bits have no room for NaN, infinity and the like; those are kept verbatim.
 
     Raises:
-        BankError: not a floating tensor of at least two axes.
+        KVCacheError: not a floating tensor of at least two axes.
     """
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
         given = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise BankError(f"a bank was given {given}; expected floating keys and values (clips, heads, tokens, dim).")
+        raise KVCacheError(
+            f"a KV cache was given {given}; expected floating keys and values (clips, heads, tokens, dim)."
+        )
     if format in _PLAIN or format == VERBATIM:
         return format
     return format if x.numel() and bool(x.detach().abs().amax() < _LARGEST) else VERBATIM
@@ -137,7 +141,7 @@ def pack(x: Tensor, format: str | None) -> Packed:
     take gradients.
 
     Raises:
-        BankError: not a floating tensor, or no such format.
+        KVCacheError: not a floating tensor, or no such format.
     """
     format = format_for(x, check_format(format))
     if format == VERBATIM or format in _PLAIN:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import BankError
+from .errors import KVCacheError
 from .file import Kinds
 from .format import format_for, layout, nbytes
 from .pool import Pool
@@ -17,39 +17,39 @@ from .sizes import readable
 Store = Mapping[str, tuple[Tensor, Tensor]]
 
 
-def describe(store: Store, sites: Sequence[str], format: str) -> dict[str, Kinds]:
-    """Format, dtype and shape of the key and value of each site.
+def describe(store: Store, layers: Sequence[str], format: str) -> dict[str, Kinds]:
+    """Format, dtype and shape of the key and value of each layer.
 
     Raises:
-        BankError: a site is missing, or its K/V are not floating tensors.
+        KVCacheError: a layer is missing, or its K/V are not floating tensors.
     """
-    missing = [site for site in sites if site not in store]
+    missing = [layer for layer in layers if layer not in store]
     if missing:
-        raise BankError(
+        raise KVCacheError(
             f"put was given no K/V of {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; it had "
             f"{', '.join(list(store)[:4]) or 'none'}.\n"
-            "  Did the source pass skip layers, say under a step cache? Name those that fire: BankKey(sites=...)."
+            "  Did the source pass skip layers, say under a step cache? Name those that fire: KVCacheKey(layers=...)."
         )
-    return {site: tuple((format_for(x, format), x.dtype, tuple(x.shape)) for x in store[site]) for site in sites}
+    return {layer: tuple((format_for(x, format), x.dtype, tuple(x.shape)) for x in store[layer]) for layer in layers}
 
 
 def shapes_of(kinds: Mapping[str, Kinds]) -> dict[str, Any]:
-    """Shapes of the key and value of each site."""
-    return {site: tuple(shape for _, _, shape in sides) for site, sides in kinds.items()}
+    """Shapes of the key and value of each layer."""
+    return {layer: tuple(shape for _, _, shape in sides) for layer, sides in kinds.items()}
 
 
 def sizes_of(kinds: Mapping[str, Kinds]) -> dict[str, int]:
-    """Bytes of each site, once stored."""
-    return {site: sum(nbytes(layout(s, d, f)) for f, d, s in sides) for site, sides in kinds.items()}
+    """Bytes of each layer, once stored."""
+    return {layer: sum(nbytes(layout(s, d, f)) for f, d, s in sides) for layer, sides in kinds.items()}
 
 
 def check_shapes(shapes: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Levels of one key are of the same shapes. Raises BankError."""
-    wrong = next((site for site in shapes if shapes[site] != known[site]), None)
+    """Levels of one key are of the same shapes. Raises KVCacheError."""
+    wrong = next((layer for layer in shapes if shapes[layer] != known[layer]), None)
     if wrong is not None:
-        raise BankError(
-            f"K/V of site {wrong!r} have shapes {shapes[wrong]}; other levels of this key have {known[wrong]}.\n"
-            "  Another batch, crop or mask is another key: open a shelf with its own BankKey."
+        raise KVCacheError(
+            f"K/V of layer {wrong!r} have shapes {shapes[wrong]}; other levels of this key have {known[wrong]}.\n"
+            "  Another batch, crop or mask is another key: open a shelf with its own KVCacheKey."
         )
 
 
@@ -59,14 +59,14 @@ def room_for(pool: Pool, sizes: Mapping[str, int]) -> bool:
 
 
 def check_room(pool: Pool, sizes: Mapping[str, int], format: str) -> None:
-    """Without a disk a level must fit whole into memory. Raises BankError, with the numbers."""
+    """Without a disk a level must fit whole into memory. Raises KVCacheError, with the numbers."""
     if pool.budget is None or room_for(pool, sizes):
         return
     total, used = sum(sizes.values()), pool.in_use()
     held = f", of which {readable(used)} are in use by other runs" if used else ""
-    raise BankError(
-        f"one level needs {readable(total)} ({len(sizes)} sites as {format}); the budget is "
+    raise KVCacheError(
+        f"one level needs {readable(total)} ({len(sizes)} layers as {format}); the budget is "
         f"{readable(pool.budget)}{held}.\n"
-        f'  Raise it: Bank(budget="{math.ceil(total / 1e8) / 10:g}GB"); keep less: format="int8", layers=...; '
+        f'  Raise it: KVCache(budget="{math.ceil(total / 1e8) / 10:g}GB"); keep less: format="int8", layers=...; '
         'or let the rest go to disk: directory="kv-bank".'
     )

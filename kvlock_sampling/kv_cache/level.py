@@ -1,4 +1,4 @@
-"""A level as a run sees it: K/V of every site at one noise level, dequantised when they are asked for."""
+"""A level as a run sees it: K/V of every layer at one noise level, dequantised when they are asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..utils.precision import working
-from .errors import BankError
+from .errors import KVCacheError
 from .format import unpack
 from .place import Mover
 from .pool import Stored
@@ -27,25 +27,27 @@ class Level:
         return tuple(stored.sigma for stored, _ in self._parts)
 
     @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the sites, in the order of the key."""
-        return self._parts[0][0].drawer.sites
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in the order of the key."""
+        return self._parts[0][0].drawer.layers
 
-    def __contains__(self, site: object) -> bool:
-        return site in self.sites
+    def __contains__(self, layer: object) -> bool:
+        return layer in self.layers
 
-    def get(self, site: str) -> tuple[Tensor, Tensor]:
+    def get(self, layer: str) -> tuple[Tensor, Tensor]:
         """Keys and values, (clips, heads, kept tokens, dim) each, in the dtype they came in, on the shelf's device.
 
-        They may be the bank's own tensors: not to be written to.
+        They may be the KV cache's own tensors: not to be written to.
 
         Raises:
-            BankError: no such site, or the level has been dropped since.
+            KVCacheError: no such layer, or the level has been dropped since.
         """
-        if site not in self.sites:
-            raise BankError(f"no K/V are kept of site {site!r}; this bank keeps those of {', '.join(self.sites)}.")
+        if layer not in self.layers:
+            raise KVCacheError(
+                f"no K/V are kept of layer {layer!r}; this KV cache keeps those of {', '.join(self.layers)}."
+            )
         sides = [
-            [unpack(packed) for packed in mover.fetch(stored, site)]
+            [unpack(packed) for packed in mover.fetch(stored, layer)]
             for (stored, _), mover in zip(self._parts, self._movers, strict=False)
         ]
         if len(sides) == 1:

@@ -1,10 +1,10 @@
-"""Which files of a directory are the bank's own. Nothing else in it is ever removed.
+"""Which files of a directory are the KV cache's own. Nothing else in it is ever removed.
 
 A name alone proves little: another tool may well keep a `manifest.json` in a folder that is named by 32 hex digits.
-- a level is the bank's if its folder's manifest says so, or its own header does (a manifest may have been lost);
-- a manifest is the bank's if it can be read, has this bank's form, and names the folder that it is in;
-- a temporary is the bank's by its name, which is spelled out to the last digit: it may have no content yet.
-What has a bank's name and is not its own counts towards the limit all the same, so that counting reads no file.
+- a level is the KV cache's if its folder's manifest says so, or its own header does (a manifest may have been lost);
+- a manifest is the KV cache's if it can be read, has this KV cache's form, and names the folder that it is in;
+- a temporary is the KV cache's by its name, which is spelled out to the last digit: it may have no content yet.
+What has a KV cache's name and is not its own counts towards the limit all the same, so that counting reads no file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TEMPORARY = re.compile(rf"\.(?:{_LEVEL_STEM}\.[0-9a-f]{{8}}\.tmp\.safetensors|m
 
 
 class File(NamedTuple):
-    """A file with a bank's name as it was found: its folder's name and its own, bytes, and when it was last used."""
+    """A file with a KV cache's name as it was found: its folder's name and its own, bytes, and when it was last used."""
 
     folder: str
     name: str
@@ -54,12 +54,12 @@ class File(NamedTuple):
 
 
 def files_in(root: Path) -> list[File]:
-    """Every file with a bank's name in a directory, of all keys."""
+    """Every file with a KV cache's name in a directory, of all keys."""
     return [file for name in names_in(root) if _FOLDER.fullmatch(name) for file in files_of(root, name)]
 
 
 def files_of(root: Path, folder: str) -> list[File]:
-    """Every file with a bank's name in one folder."""
+    """Every file with a KV cache's name in one folder."""
     found = []
     for name in names_in(root / folder):
         if name == MANIFEST or _LEVEL.fullmatch(name) or _TEMPORARY.fullmatch(name):
@@ -78,7 +78,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether the folder's manifest is this bank's: of its form, whatever the version, and of this folder."""
+    """Whether the folder's manifest is this KV cache's: of its form, whatever the version, and of this folder."""
     try:
         about = json.loads((folder / MANIFEST).read_text())
     except (ValueError, OSError, RecursionError):

@@ -31,10 +31,10 @@ def _to_host(part: Tensor) -> Tensor:
 
 
 class Mover:
-    """Brings one site after another to the device, the next one while this one is being used.
+    """Brings one layer after another to the device, the next one while this one is being used.
 
     Stored bytes travel and are unpacked there: 8 bits halve the traffic as well. On the CPU, and for levels that live
-    on the device already, nothing is moved. One site at most is under way.
+    on the device already, nothing is moved. One layer at most is under way.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,13 +42,13 @@ class Mover:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Stored, str, Pair] | None = None
 
-    def fetch(self, stored: Stored, site: str) -> Pair:
-        """The site's stored pair on the device."""
+    def fetch(self, stored: Stored, layer: str) -> Pair:
+        """The layer's stored pair on the device."""
         if self._stream is None:
-            return _both(stored.read(site), self.device)
+            return _both(stored.read(layer), self.device)
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead[0] is not stored or ahead[1] != site:
-            pair = _both(stored.read(site), self.device)
+        if ahead is None or ahead[0] is not stored or ahead[1] != layer:
+            pair = _both(stored.read(layer), self.device)
         else:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
@@ -56,15 +56,15 @@ class Mover:
             for packed in pair:  # made on the side stream, used on this one: not to be reused before that is done
                 for part in packed.parts.values():
                     part.record_stream(current)
-        self._prefetch(stored, site)
+        self._prefetch(stored, layer)
         return pair
 
-    def _prefetch(self, stored: Stored, site: str) -> None:
-        sites = stored.drawer.sites
-        index = sites.index(site) + 1
-        if index < len(sites):
+    def _prefetch(self, stored: Stored, layer: str) -> None:
+        layers = stored.drawer.layers
+        index = layers.index(layer) + 1
+        if index < len(layers):
             with torch.cuda.stream(self._stream):
-                self._ahead = (stored, sites[index], _both(stored.read(sites[index]), self.device))
+                self._ahead = (stored, layers[index], _both(stored.read(layers[index]), self.device))
 
     def forget(self) -> None:
         """Let go of what is under way."""

@@ -1,6 +1,6 @@
-"""What a bank will need, before anything runs: bytes per level, in all, and how much of it the budget holds.
+"""What a KV cache will need, before anything runs: bytes per level, in all, and how much of it the budget holds.
 
-Exact for the stored tensors: the same arithmetic counts them. Wan 2.1 1.3B at 480 x 832 x 81 (30 sites of 12 heads of
+Exact for the stored tensors: the same arithmetic counts them. Wan 2.1 1.3B at 480 x 832 x 81 (30 layers of 12 heads of
 128, 21 x 30 x 52 tokens, 70% background) needs 2.1 GB per level as int8, 4.2 GB as bf16.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import BankError
+from .errors import KVCacheError
 from .format import FORMATS, VERBATIM, check_format, layout, nbytes
 from .sizes import parse_bytes, readable
 
@@ -20,12 +20,12 @@ from .sizes import parse_bytes, readable
 class Plan:
     """Sizes in bytes. Print it.
 
-    sites, clips, heads, dim: of the model. kept: background tokens of `tokens`. levels: noise levels that a run
-    stores. format: as in `Bank`. budget: memory, None is no limit. dtype: of the model's K/V. directory: whether there
+    layers, clips, heads, dim: of the model. kept: background tokens of `tokens`. levels: noise levels that a run
+    stores. format: as in `KVCache`. budget: memory, None is no limit. dtype: of the model's K/V. directory: whether there
     is one; disk: what it may hold, None is no limit.
     """
 
-    sites: int
+    layers: int
     clips: int
     heads: int
     dim: int
@@ -41,7 +41,7 @@ class Plan:
     def per_level_as(self, format: str | None) -> int:
         """Bytes of one level in another format."""
         shape = (self.clips, self.heads, self.kept, self.dim)
-        return 2 * self.sites * nbytes(layout(shape, self.dtype, check_format(format)))
+        return 2 * self.layers * nbytes(layout(shape, self.dtype, check_format(format)))
 
     @property
     def per_level(self) -> int:
@@ -82,18 +82,18 @@ class Plan:
                 "edit of this clip needs no source pass."
             )
         beyond = (
-            "for the next edit of this clip without a source pass give the bank a directory "
-            '(bank=Bank("DIR"), --bank DIR).'
+            "for the next edit of this clip without a source pass give the KV cache a directory "
+            '(kv_cache=KVCache("DIR"), --kv-cache DIR).'
         )
         if held == self.levels:
-            # An object in memory: another Bank, and so another process, starts empty.
-            return f"Everything fits in memory, for this run and others with this Bank; beyond them, {beyond}"
+            # An object in memory: another KVCache, and so another process, starts empty.
+            return f"Everything fits in memory, for this run and others with this KVCache; beyond them, {beyond}"
         if held:
             enough = "enough for one run" if held > 1 else "enough for one run, but two serve it better (interpolate)"
             return f"{held} of {self.levels} levels fit in memory: {enough}; {beyond}"
         smaller = next((f for f in ("bf16", "int8") if self._fitting(self.per_level_as(f))), None)
         advice = f'format="{smaller}"' if smaller else "fewer layers=..."
-        return f"Not one level fits in memory: raise the budget, use {advice}, or give the bank a directory."
+        return f"Not one level fits in memory: raise the budget, use {advice}, or give the KV cache a directory."
 
     def _too_much_for_the_disk(self) -> str:
         assert self.disk is not None
@@ -110,7 +110,7 @@ class Plan:
         disk = "" if self.disk is None else f", disk limit {readable(self.disk)}"
         clips = f", {self.clips} clips" if self.clips != 1 else ""
         lines = [
-            f"{self.sites} sites x {self.heads} heads x {self.dim}, {self.kept} of {self.tokens} tokens are "
+            f"{self.layers} layers x {self.heads} heads x {self.dim}, {self.kept} of {self.tokens} tokens are "
             f"background{clips}; {self.levels} levels; memory budget {budget}{disk}",
             f"  {'format':<10}{'per level':>12}{'all levels':>12}{'in memory':>11}",
         ]
@@ -139,14 +139,14 @@ def plan_for(
     directory: bool = False,
     disk: str | int | float | None = None,
 ) -> Plan:
-    """Plan a bank from counts alone.
+    """Plan a KV cache from counts alone.
 
     tokens: video tokens per clip. background_fraction: how many of them are kept, in [0, 1]; tokens are rounded up.
     levels: noise levels stored, e.g. `expected_levels(sigmas, every=3, ratio=1.5)`. directory, disk: whether there is
-    a directory, and what it may hold, as in `Bank`.
+    a directory, and what it may hold, as in `KVCache`.
 
     Raises:
-        BankError: a count below 1, a fraction outside [0, 1], no such format, or a budget that is no size.
+        KVCacheError: a count below 1, a fraction outside [0, 1], no such format, or a budget that is no size.
     """
     counts = {
         "sites_count": sites_count,
@@ -160,9 +160,9 @@ def plan_for(
         (name for name, count in counts.items() if isinstance(count, bool) or count != int(count) or count < 1), None
     )
     if wrong is not None:
-        raise BankError(f"{wrong}={counts[wrong]!r}; expected a whole number >= 1.")
+        raise KVCacheError(f"{wrong}={counts[wrong]!r}; expected a whole number >= 1.")
     if not 0 <= background_fraction <= 1:
-        raise BankError(
+        raise KVCacheError(
             f"background_fraction={background_fraction!r}; expected a share of the tokens in [0, 1], e.g. 0.7."
         )
     # A product such as 0.7 * 10 is 7.000000000000001: rounded before it is rounded up.

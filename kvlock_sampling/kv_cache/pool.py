@@ -1,7 +1,7 @@
 """The memory tier: what is held, counted to the byte, and who has to go when there is no room.
 
-Held bytes are those of the stored tensors. What a site gets back for one attention call, and the one site that is on
-its way to the device, belong to the evaluation and not to the bank.
+Held bytes are those of the stored tensors. What a layer gets back for one attention call, and the one layer that is on
+its way to the device, belong to the evaluation and not to the KV cache.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from .clock import distance
-from .errors import BankError
+from .errors import KVCacheError
 from .file import LevelFile, Pair
 from .folder import Folder
 
 
 class Stored:
-    """One level: the sites held in memory, and the file that has all of them. At least one of the two is whole."""
+    """One level: the layers held in memory, and the file that has all of them. At least one of the two is whole."""
 
     def __init__(self, drawer: Drawer, sigma: float, file: LevelFile | None = None) -> None:
         self.drawer, self.sigma, self.file = drawer, sigma, file
@@ -29,24 +29,24 @@ class Stored:
         """Bytes held in memory."""
         return sum(key.nbytes + value.nbytes for key, value in self.held.values())
 
-    def read(self, site: str) -> Pair:
+    def read(self, layer: str) -> Pair:
         """Keys and values as stored, from memory or mapped from the file."""
-        pair = self.held.get(site)
+        pair = self.held.get(layer)
         if pair is not None:
             return pair
         if self.file is None:
-            raise BankError(
+            raise KVCacheError(
                 f"the level at sigma {self.sigma:.4g} has been dropped to keep the budget.\n"
                 "  A level is there until the next lookup or put of its shelf; ask with shelf.lookup(sigma) each time."
             )
-        return self.file.read(site)
+        return self.file.read(layer)
 
 
 class Drawer:
     """Every level of one key, and who is at it. Guarded by the pool's lock."""
 
-    def __init__(self, sites: tuple[str, ...], folder: Folder | None) -> None:
-        self.sites, self.folder = sites, folder
+    def __init__(self, layers: tuple[str, ...], folder: Folder | None) -> None:
+        self.layers, self.folder = layers, folder
         files = [] if folder is None else folder.levels()
         self.levels = [Stored(self, file.sigma, file) for file in files]
         self.shapes: Any = files[0].shapes if files else None
@@ -111,7 +111,7 @@ class Pool:
                     self._lose_file(stored)
 
     def look_again(self, drawer: Drawer) -> None:
-        """A drawer is opened again after a while: files may have been removed by other processes or banks."""
+        """A drawer is opened again after a while: files may have been removed by other processes or KV caches."""
         with self.lock:
             for stored in list(drawer.levels):
                 if stored.file is not None and not stored.pins and not stored.file.path.exists():
@@ -119,7 +119,7 @@ class Pool:
 
     def _lose_file(self, stored: Stored) -> None:
         stored.file = None
-        if len(stored.held) < len(stored.drawer.sites):
+        if len(stored.held) < len(stored.drawer.layers):
             self.drop(stored)
 
     def in_use(self) -> int:

@@ -1,4 +1,4 @@
-"""A run's way to a bank: which shelf holds the K/V of this clip, noise, mask, prompt and network."""
+"""A run's way to a kv_cache: which shelf holds the K/V of this clip, noise, mask, prompt and network."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..attention import Sites
+from ..attention import AttentionLayers
 from ..attention.foreground import Selection
 from ..presets import Preset
-from ..types import SiteError
+from ..types import AttentionError
 from . import (
-    Bank,
-    BankError,
-    BankKey,
+    KVCache,
+    KVCacheError,
+    KVCacheKey,
     Plan,
     arguments_fingerprint,
     expected_levels,
@@ -37,8 +37,8 @@ class Keeper:
     OPEN = 4
     """Shelves open at once: one for each expert, and some more for prompts that change on the way."""
 
-    def __init__(self, bank: Bank, model: Any, sites: Sites, stack: ExitStack) -> None:
-        self.bank, self.model, self.sites = bank, model, sites
+    def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers, stack: ExitStack) -> None:
+        self.kv_cache, self.model, self.layers = kv_cache, model, layers
         self._shelves: dict[str, tuple[Shelf, ExitStack]] = {}
         self._keys: list[tuple[tuple[Any, Any], str]] = []
         self._prints: dict[Any, tuple[Tensor, str]] = {}
@@ -57,12 +57,12 @@ class Keeper:
                 return self._shelves[name][0]  # the very same objects, unchanged: nothing has to be read
         if self._model is None:
             self._model = model_fingerprint(self.model)
-        key = BankKey(
+        key = KVCacheKey(
             model=self._model,
             clip=self._print(clip),
             noise=self._print(noise),
             tokens=self._print(selection.weight),
-            sites=tuple(self._names(expert)),
+            layers=tuple(self._names(expert)),
             arguments=arguments_fingerprint(arguments),
             dtype=f"{noise.dtype} {_precision(noise.device)}".removeprefix("torch."),
         )
@@ -71,7 +71,7 @@ class Keeper:
             while len(self._shelves) >= self.OPEN:
                 self._shelves.pop(next(iter(self._shelves)))[1].close()
             stack = ExitStack()
-            self._shelves[name] = stack.enter_context(self.bank.opened(key, device=noise.device)), stack
+            self._shelves[name] = stack.enter_context(self.kv_cache.opened(key, device=noise.device)), stack
         # The objects are kept beside their marks: as long as they live their ids are their own.
         self._keys = [*self._keys[1 - 2 * self.OPEN :], ((marks, parts), name)]
         return self._shelves[name][0]
@@ -90,14 +90,14 @@ class Keeper:
         self._shelves, self._keys, self._prints, self._model = {}, [], {}, None
 
     def _names(self, expert: Any) -> list[str]:
-        """Names of the sites that one evaluation reaches: of several experts those of one."""
-        names, networks = [site.name for site in self.sites.sites], self.sites.networks
+        """Names of the layers that one evaluation reaches: of several experts those of one."""
+        names, networks = [layer.name for layer in self.layers.layers], self.layers.networks
         if len(networks) < 2:
             return names
         index = next((i for i, network in enumerate(networks) if expert is network or expert == i), None)
         if index is None:
-            raise SiteError(
-                f"this model has {len(networks)} networks, and a bank must know which one runs; expert(sigma) said "
+            raise AttentionError(
+                f"this model has {len(networks)} networks, and a KV cache must know which one runs; expert(sigma) said "
                 f"{expert!r}.\n  Give the denoiser a method expert(sigma) that returns the network, or its index."
             )
         return [name for name in names if name.startswith(f"{index}.")]
@@ -116,69 +116,55 @@ def _precision(device: torch.device) -> str:
     return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""
 
 
-def chosen_bank(bank: Any, advice: Preset | None, sites: Sites | None) -> Bank | None:
-    """The bank that was given, or the one a preset asks for, where these sites can have one; None where there are none.
+def chosen_cache(kv_cache: Any, advice: Preset | None, layers: AttentionLayers | None) -> KVCache | None:
+    """The KV cache that was given, or the one a preset asks for, where these layers can have one; None where there are none.
 
     Raises:
-        SiteError: says what is in the way.
+        AttentionError: says what is in the way.
     """
-    if bank is None:
-        if advice is None or not advice.bank or sites is None or why_not(sites):
+    if kv_cache is None:
+        if advice is None or not advice.kv_cache or layers is None or why_not(layers):
             return None
-        return Bank(**dict(advice.bank))
-    if not isinstance(bank, Bank):
-        raise SiteError(f"bank={bank!r}; expected a Bank, e.g. bank=kv.Bank('kv-bank', budget='4GB').")
-    if sites is None:
-        return None
-    why = why_not(sites)
-    if why:
-        raise SiteError(why)
-    return bank
-
-
-def chosen_layers(sites: Sites, layers: Iterable[int] | slice | None, bank: Any) -> Sites:
-    """The sites that are locked: those of the layers that the lock names, or its bank.
-
-    Raises:
-        SiteError: no such layers, or both name some and mean others.
-    """
-    named = getattr(bank, "layers", None)
-    if layers is None or named is None:
-        return sites.layers(named if layers is None else layers)
-    if not isinstance(layers, (slice, int)):
-        layers = list(layers)
-    chosen, other = sites.layers(layers), sites.layers(named)
-    if (chosen.sites, chosen.select) != (other.sites, other.select):
-        raise SiteError(
-            f"layers={layers!r} of the lock and layers={named!r} of its bank are not the same; what is kept is what is "
-            f"locked.\n  Name them once: KVLock(..., layers={layers!r}, bank=kv.Bank(...))."
+        return KVCache(**dict(advice.kv_cache))
+    if not isinstance(kv_cache, KVCache):
+        raise AttentionError(
+            f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('kv-bank', budget='4GB')."
         )
-    return chosen
+    if layers is None:
+        return None
+    why = why_not(layers)
+    if why:
+        raise AttentionError(why)
+    return kv_cache
 
 
 def plan(
-    bank: Bank, sites: Sites, selection: Selection, levels: Iterable[float], dtype: torch.dtype | None = None
+    kv_cache: KVCache,
+    layers: AttentionLayers,
+    selection: Selection,
+    levels: Iterable[float],
+    dtype: torch.dtype | None = None,
 ) -> Plan:
-    """What a bank will hold of a run over these noise levels, before anything runs. Sizes are exact.
+    """What a KV cache will hold of a run over these noise levels, before anything runs. Sizes are exact.
 
     Raises:
-        BankError: the attention modules do not say how many heads they have.
+        KVCacheError: the attention modules do not say how many heads they have.
     """
-    per_network = len(sites.sites) // max(1, len(sites.networks))
-    heads, width, own = _heads(sites.sites[0].module)
+    per_network = len(layers.layers) // max(1, len(layers.networks))
+    heads, width, own = _heads(layers.layers[0].module)
     return plan_for(
         per_network,
         heads,
         width // heads,
         selection.weight.shape[1],
         len(selection.stored) / selection.weight.shape[1],
-        expected_levels(levels, every=bank.refresh.every, ratio=bank.refresh.ratio),
-        bank.format,
-        bank.budget,
+        expected_levels(levels, every=kv_cache.refresh.every, ratio=kv_cache.refresh.ratio),
+        kv_cache.format,
+        kv_cache.budget,
         clips=len(selection.weight),
         dtype=dtype or own,
-        directory=bank.directory is not None,
-        disk=bank.disk,
+        directory=kv_cache.directory is not None,
+        disk=kv_cache.disk,
     )
 
 
@@ -189,19 +175,19 @@ def _heads(module: nn.Module) -> tuple[int, int, torch.dtype]:
         projection = getattr(module, name, None)
         if isinstance(projection, nn.Linear) and isinstance(heads, int):
             return heads, projection.out_features // share, projection.weight.dtype
-    raise BankError(
+    raise KVCacheError(
         f"{type(module).__name__} does not say how many heads it has and how wide they are.\n"
-        "  Plan from counts: kvlock_sampling.kv_cache.plan_for(sites, heads, dim, tokens, background_fraction, levels)."
+        "  Plan from counts: kvlock_sampling.kv_cache.plan_for(layers, heads, dim, tokens, background_fraction, levels)."
     )
 
 
-def why_not(sites: Sites) -> str | None:
-    """What keeps the K/V of these sites from being kept; None if nothing does."""
-    if sites.watch is not None:
+def why_not(layers: AttentionLayers) -> str | None:
+    """What keeps the K/V of these layers from being kept; None if nothing does."""
+    if layers.watch is not None:
         return (
-            "a bank keeps K/V under the names of sites, and a watched model has none; declare it:\n"
-            "  sites=kv.Architecture('mine', ('package.module:Class',), sites=('blocks.*.attn',), patch=...).find(net)"
+            "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n"
+            "  layers=kv.Architecture('mine', ('package.module:Class',), layers=('blocks.*.attn',), patch=...).find(net)"
         )
-    if sites.rows_apart or any(s.patch is not None for s in sites.sites):
-        return f"K/V of architecture {sites.architecture!r} cannot be kept in a bank; leave bank= away."
+    if layers.rows_apart or any(s.patch is not None for s in layers.layers):
+        return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
     return None

@@ -1,4 +1,4 @@
-"""A bank's settings, checked once at its door: what cannot be meant is refused, with the call that can."""
+"""A KV cache's settings, checked once at its door: what cannot be meant is refused, with the call that can."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import BankError
+from .errors import KVCacheError
 
 TIERS = ("host", "device")
 
 
 def check_tier(tier: Any) -> str:
-    """ "host" or "device". Raises BankError."""
+    """ "host" or "device". Raises KVCacheError."""
     if isinstance(tier, str) and tier in TIERS:
         return tier
     near = difflib.get_close_matches(str(tier), TIERS, n=1)
-    raise BankError(f"tier={tier!r}; expected {' or '.join(map(repr, TIERS))}, e.g. tier={(near or TIERS)[0]!r}.")
+    raise KVCacheError(f"tier={tier!r}; expected {' or '.join(map(repr, TIERS))}, e.g. tier={(near or TIERS)[0]!r}.")
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False: of a number nobody knows whether it was meant for another setting. Raises BankError."""
+    """True or False: of a number nobody knows whether it was meant for another setting. Raises KVCacheError."""
     if isinstance(value, bool):
         return value
-    raise BankError(f"{name}={value!r}; expected True or False, e.g. {name}=True.")
+    raise KVCacheError(f"{name}={value!r}; expected True or False, e.g. {name}=True.")
 
 
 def check_layers(layers: Any) -> tuple[int, ...] | slice | None:
     """Indices, a slice, or None for all; whether the model has them is known where a lock is made.
 
     Raises:
-        BankError: something else, or no layer.
+        KVCacheError: something else, or no layer.
     """
     if layers is None:
         return None
@@ -46,7 +46,7 @@ def check_layers(layers: Any) -> tuple[int, ...] | slice | None:
         if indices and all(_is_index(i) for i in indices):
             return indices
         layers = indices or layers  # a generator tells nothing
-    raise BankError(
+    raise KVCacheError(
         f"layers={layers!r}; expected at least one index, or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
         "layers=slice(None, 10), or None for all of them."
     )
@@ -60,14 +60,16 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
     """Make the directory and write to it once: better found now than after the first source pass.
 
     Raises:
-        BankError: no path, or it cannot be made or written to.
+        KVCacheError: no path, or it cannot be made or written to.
     """
     if not isinstance(directory, (str, os.PathLike)) or isinstance(os.fspath(directory), bytes):
-        raise BankError(f"directory={directory!r}; expected a path, e.g. Bank('kv-bank'), or None for memory alone.")
+        raise KVCacheError(
+            f"directory={directory!r}; expected a path, e.g. KVCache('kv-bank'), or None for memory alone."
+        )
     if not os.fspath(directory).strip():
-        raise BankError(
-            f"directory={os.fspath(directory)!r} names no folder; expected one, e.g. Bank('kv-bank'), or None for "
-            "memory alone.\n  The folder you are in is Bank('.')."
+        raise KVCacheError(
+            f"directory={os.fspath(directory)!r} names no folder; expected one, e.g. KVCache('kv-bank'), or None for "
+            "memory alone.\n  The folder you are in is KVCache('.')."
         )
     path = Path(directory).expanduser()
     probe = path / f".probe.{uuid.uuid4().hex[:8]}.tmp"
@@ -76,8 +78,8 @@ def check_directory(directory: str | os.PathLike[str]) -> Path:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise BankError(
+        raise KVCacheError(
             f"directory={os.fspath(directory)!r} cannot be written to: {error.strerror or error}.\n"
-            "  Pass a folder of your own, e.g. Bank(directory='kv-bank'), or none to keep K/V in memory."
+            "  Pass a folder of your own, e.g. KVCache(directory='kv-bank'), or none to keep K/V in memory."
         ) from error
     return path

@@ -13,7 +13,7 @@ from torch import Tensor
 from .choice import choose
 from .clock import Clock, Refresh, check_sigma, same
 from .disk import NoRoom
-from .errors import BankError, BankWarning
+from .errors import KVCacheError, KVCacheWarning
 from .file import Kinds, Pair
 from .folder import RemovedAtOnce
 from .format import Packed, pack
@@ -27,13 +27,13 @@ from .sizes import readable
 class Served(NamedTuple):
     """What a run asked of its shelf: distinct noise levels, lookups answered with a level, levels put."""
 
-    asked: int
+    requested: int
     served: int
     stored: int
 
 
 class Shelf:
-    """Made by `Bank.opened(key)`. Not for two threads at once; any number of shelves may be open, on one key too."""
+    """Made by `KVCache.opened(key)`. Not for two threads at once; any number of shelves may be open, on one key too."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Shelf:
         """The level that serves this noise level, or None: run the source pass at `sigma`, then `put`.
 
         sigma: variance exploding, > 0. See `clock` for the rule. Of the levels that serve the nearest in log sigma is
-        taken; where the bank interpolates, a point of the line in log sigma through the two levels on either side, both
+        taken; where the KV cache interpolates, a point of the line in log sigma through the two levels on either side, both
         within `ratio`, or, beyond the last level, through that one, which must serve, and the one behind it.
         """
         sigma = self._begin(sigma)
@@ -87,10 +87,10 @@ class Shelf:
         """Hold what a file has, as far as there is room, where that is nearer to the device than a memory map is."""
         if stored.file is None or not is_copied(self._tier, self.device):
             return
-        for site in self._drawer.sites:
-            pair = stored.read(site)
-            if site not in stored.held and self._pool.reserve(pair[0].nbytes + pair[1].nbytes):
-                stored.held[site] = (self._placed(pair[0]), self._placed(pair[1]))
+        for layer in self._drawer.layers:
+            pair = stored.read(layer)
+            if layer not in stored.held and self._pool.reserve(pair[0].nbytes + pair[1].nbytes):
+                stored.held[layer] = (self._placed(pair[0]), self._placed(pair[1]))
 
     def _placed(self, packed: Packed) -> Packed:
         return placed(packed, self._tier, self.device)
@@ -121,14 +121,14 @@ class Shelf:
     def put(self, sigma: float, store: Store) -> Level:
         """Keep K/V at this noise level, and return them as they will be read: the first edit sees what the second does.
 
-        store: site -> (key, value), (clips, heads, kept tokens, dim); sites the key does not name are passed over. A
+        store: layer -> (key, value), (clips, heads, kept tokens, dim); layers the key does not name are passed over. A
         level that is there already, put by another run or thread, is returned as it is.
 
         Raises:
-            BankError: a site is missing, shapes differ from the other levels', or there is no room for one level.
+            KVCacheError: a layer is missing, shapes differ from the other levels', or there is no room for one level.
         """
         sigma = self._begin(sigma)
-        kinds = describe(store, self._drawer.sites, self._format)
+        kinds = describe(store, self._drawer.layers, self._format)
         sizes, shapes = sizes_of(kinds), shapes_of(kinds)
         with self._pool.lock:
             check_shapes(shapes, self._drawer.shapes or shapes)
@@ -172,12 +172,12 @@ class Shelf:
         kinds: Mapping[str, Kinds],
         sizes: Mapping[str, int],
     ) -> None:
-        """Pack site by site: hold what there is room for, and write all of it where there is a folder."""
+        """Pack layer by layer: hold what there is room for, and write all of it where there is a folder."""
 
         def pairs() -> Iterator[tuple[str, Pair]]:
-            for site in self._drawer.sites:
-                pair = stored.held.get(site) or self._pack(stored, site, store[site], kinds[site], sizes[site])
-                yield site, pair
+            for layer in self._drawer.layers:
+                pair = stored.held.get(layer) or self._pack(stored, layer, store[layer], kinds[layer], sizes[layer])
+                yield layer, pair
 
         failure, full = "", None
         # What this run has used stays on disk as long as the run can go on in memory: of a schedule longer than the
@@ -197,9 +197,9 @@ class Shelf:
                 pass
             if len(stored.held) == len(kinds):
                 return self._tell(failure, full)
-        raise BankError(
+        raise KVCacheError(
             f"{failure or full or 'other runs took the room meanwhile'}; memory has room for {len(stored.held)} of "
-            f"{len(kinds)} sites of {readable(sum(sizes.values()))}.\n"
+            f"{len(kinds)} layers of {readable(sum(sizes.values()))}.\n"
             f"  {'Raise disk=' if full and not failure else 'Free some disk space'}, or raise the budget."
         )
 
@@ -210,16 +210,16 @@ class Shelf:
             return
         self._told.add(reason)
         if failure:
-            warnings.warn(f"{failure}; this level is kept in memory alone.", BankWarning, stacklevel=5)
+            warnings.warn(f"{failure}; this level is kept in memory alone.", KVCacheWarning, stacklevel=5)
         else:
             warnings.warn(
                 f"{full}. This level, and others of this run that find no room, are kept in memory alone.\n"
                 "  Raise the limit, disk=..., or store less: fewer layers=..., a larger every= or ratio=.",
-                BankWarning,
+                KVCacheWarning,
                 stacklevel=5,
             )
 
-    def _pack(self, stored: Stored, site: str, tensors: tuple[Tensor, Tensor], kinds: Kinds, size: int) -> Pair:
+    def _pack(self, stored: Stored, layer: str, tensors: tuple[Tensor, Tensor], kinds: Kinds, size: int) -> Pair:
         hold = self._pool.reserve(size)
         try:
             key, value = (self._placed(pack(x, f)) for x, (f, _, _) in zip(tensors, kinds, strict=True))
@@ -228,7 +228,7 @@ class Shelf:
                 self._pool.release(size)
             raise
         if hold:
-            stored.held[site] = (key, value)
+            stored.held[layer] = (key, value)
         return key, value
 
     # -- the life of a shelf ------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class Shelf:
     @property
     def stats(self) -> Served:
         """What this run asked, so far."""
-        return Served(len(self._clock.asked), self._served, self._put)
+        return Served(len(self._clock.requested), self._served, self._put)
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -263,12 +263,12 @@ class Shelf:
 
     @property
     def directory(self) -> Path | None:
-        """The folder of this key's levels, if the bank has a directory."""
+        """The folder of this key's levels, if the KV cache has a directory."""
         return None if self._folder is None else self._folder.path
 
     def _check_open(self) -> None:
         if not self._open:
-            raise BankError("this shelf is closed: ask within its block, with bank.opened(key) as shelf: ...")
+            raise KVCacheError("this shelf is closed: ask within its block, with KV cache.opened(key) as shelf: ...")
 
     def _begin(self, sigma: float) -> float:
         self._check_open()

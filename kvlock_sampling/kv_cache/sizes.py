@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .errors import BankError
+from .errors import KVCacheError
 
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}}
 _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
@@ -17,7 +17,7 @@ def parse_bytes(size: Any, name: str = "budget") -> int | None:
     name: of the setting, for the error.
 
     Raises:
-        BankError: it cannot be read as a size.
+        KVCacheError: it cannot be read as a size.
     """
     if size is None:
         return None
@@ -26,7 +26,7 @@ def parse_bytes(size: Any, name: str = "budget") -> int | None:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", size, re.I) if isinstance(size, str) else None
     units = {unit.lower(): count for unit, count in _UNITS.items()}
     if found is None or found[2].lower() not in units:
-        raise BankError(
+        raise KVCacheError(
             f'{name}={size!r}; expected bytes, e.g. {name}=4_000_000_000, "4GB" or "512MiB", or None for no limit.'
         )
     return int(float(found[1]) * units[found[2].lower()])

@@ -18,7 +18,7 @@ softer), `conventions` (other people's masks).
 
 from .conventions import from_comfy, from_diffusers, from_keep_mask
 from .form import Mask, MaskLike, as_mask, as_tensor, check_mask
-from .morphology import feather, grow, ring, shrink
+from .morphology import feather, grow, shrink, transition
 from .resolution import LatentMask, latent_mask, resize, snap_to_patches, token_mask
 
 __all__ = [
@@ -35,8 +35,8 @@ __all__ = [
     "grow",
     "latent_mask",
     "resize",
-    "ring",
     "shrink",
     "snap_to_patches",
     "token_mask",
+    "transition",
 ]

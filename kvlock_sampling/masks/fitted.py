@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -17,17 +17,19 @@ from .tokens import token_grid
 T = TypeVar("T")
 
 
-def as_ring(ring: Any) -> tuple[float, float] | None:
+def as_transition(transition: Any) -> tuple[float, float] | None:
     """(width in tokens > 0, share of the lock in [0, 1]) from a pair of numbers. Raises MaskError for anything else."""
-    if ring is None:
+    if transition is None:
         return None
-    pair = tuple(ring) if isinstance(ring, list | tuple) else ()
+    pair = tuple(transition) if isinstance(transition, list | tuple) else ()
     if len(pair) != 2 or not all(isinstance(n, Real) for n in pair) or not (pair[0] > 0 and 0 <= pair[1] <= 1):
-        raise MaskError(f"ring={ring!r}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5).")
+        raise MaskError(
+            f"transition={transition!r}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5)."
+        )
     return float(pair[0]), float(pair[1])
 
 
-class Region:
+class FittedMask:
     """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape. It is copied."""
 
     def __init__(self, mask: Any) -> None:
@@ -51,7 +53,9 @@ class Region:
         """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
         return self._remember((like.shape, like.device, patch), lambda: self._tokens(like, patch))
 
-    def background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None = None) -> Tensor:
+    def background(
+        self, like: Tensor, patch: tuple[int, int, int], transition: Sequence[float] | None = None
+    ) -> Tensor:
         """How much of the lock each token takes, (batch or 1, tokens), float in [0, 1]: 0 where edited, 1 elsewhere.
 
         ring: (width in tokens, share): background tokens within `width` of the edit take only `share` of the lock.
@@ -59,24 +63,26 @@ class Region:
         Raises:
             MaskError: a ring that cannot be meant.
         """
-        ring = as_ring(ring)
-        return self._remember((like.shape, like.device, patch, ring), lambda: self._background(like, patch, ring))
+        transition = as_transition(transition)
+        return self._remember(
+            (like.shape, like.device, patch, transition), lambda: self._background(like, patch, transition)
+        )
 
     def selection(
-        self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None = None
+        self, like: Tensor, patch: tuple[int, int, int], transition: Sequence[float] | None = None
     ) -> tuple[Selection, Tensor]:
         """Which tokens must be computed at full lock, and which latents belong to those that need not: broadcastable
         to `like`, bool.
         """
-        ring = as_ring(ring)
+        transition = as_transition(transition)
         return self._remember(
-            (like.shape, like.device, patch, ring, "full"), lambda: self._selection(like, patch, ring)
+            (like.shape, like.device, patch, transition, "full"), lambda: self._selection(like, patch, transition)
         )
 
     def _selection(
-        self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None
+        self, like: Tensor, patch: tuple[int, int, int], transition: tuple[float, float] | None
     ) -> tuple[Selection, Tensor]:
-        background = self.background(like, patch, ring).to(like.device).expand(len(like), -1).contiguous()
+        background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         chosen = Selection(background)
         left_out = (background >= 1).all(0, keepdim=True)
         if like.ndim == 3:
@@ -86,15 +92,15 @@ class Region:
             cells = cells.repeat_interleave(size, axis)
         return chosen, cells[:, :, 0] if like.ndim == 4 else cells
 
-    def _background(self, like: Tensor, patch: tuple[int, int, int], ring: tuple[float, float] | None) -> Tensor:
+    def _background(self, like: Tensor, patch: tuple[int, int, int], transition: tuple[float, float] | None) -> Tensor:
         edited = self.tokens(like, patch)
         weight = (~edited).to(torch.float32)
-        if ring is None:
+        if transition is None:
             return weight
-        width, share = ring
+        width, share = transition
         if like.ndim == 3:
             raise MaskError(
-                f"ring={ring} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave ring away."
+                f"transition={transition} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave ring away."
             )
         t, h, w = token_grid(like.shape, patch)
         near = grow(edited.view(len(edited), 1, t, h, w).float(), width).flatten(1).to(weight)
@@ -157,7 +163,7 @@ class Region:
             return self._broadcastable(like)
         if mask.ndim == 3:
             mask = mask[:, None]
-        return Region(mask[None, None, None] if mask.ndim == 2 else mask.unsqueeze(2)).latent(like.unsqueeze(2))[
+        return FittedMask(mask[None, None, None] if mask.ndim == 2 else mask.unsqueeze(2)).latent(like.unsqueeze(2))[
             :, :, 0
         ]
 

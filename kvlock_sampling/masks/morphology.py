@@ -37,7 +37,7 @@ def feather(mask: MaskLike, radius: float) -> Mask:
     return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)
 
 
-def ring(mask: MaskLike, width: float) -> Mask:
+def transition(mask: MaskLike, width: float) -> Mask:
     """0/1 mask of the background within `width` cells of the edited region: grow(mask, width) minus the mask."""
     return grow(mask, width) - grow(mask, 0)
 

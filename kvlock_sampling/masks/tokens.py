@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import SiteError
+from ..types import AttentionError
 
 
 def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -17,7 +17,7 @@ def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tupl
     tokens (batch, tokens, channels), which have been through the patches already and count as one row.
 
     Raises:
-        SiteError: other axes, or axes that do not divide into patches.
+        AttentionError: other axes, or axes that do not divide into patches.
     """
     axes = tuple(int(size) for size in latent_shape)[2:]
     if len(latent_shape) == 3:
@@ -25,12 +25,12 @@ def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tupl
     if len(latent_shape) == 4:
         axes = (patch[0], *axes)
     elif len(latent_shape) != 5:
-        raise SiteError(
+        raise AttentionError(
             f"latents of shape {tuple(latent_shape)} have {len(latent_shape)} axes; expected 5: (batch, channels, "
             "time, height, width), 4: (batch, channels, height, width), or 3: (batch, tokens, channels)."
         )
     if any(size % p for size, p in zip(axes, patch, strict=True)):
-        raise SiteError(
+        raise AttentionError(
             f"latents of time, height, width {axes} do not divide into patches of {patch}.\n"
             "  Crop or pad the clip so that each axis is a multiple of its patch size."
         )

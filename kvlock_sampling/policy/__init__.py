@@ -3,7 +3,7 @@
 from .base import Policy, Stateless, as_policy, stateless
 from .constant import Constant
 from .linear import Linear
-from .lock_above import Early
+from .lock_above import LockAbove
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
@@ -13,8 +13,8 @@ __all__ = [
     "PID",
     "Clamped",
     "Constant",
-    "Early",
     "Linear",
+    "LockAbove",
     "Policy",
     "Sigmoid",
     "Smoothed",

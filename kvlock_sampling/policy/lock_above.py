@@ -19,7 +19,7 @@ from .wrappers import Wrapper
 
 
 @dataclass(frozen=True)
-class Early(Wrapper):
+class LockAbove(Wrapper):
     """Locks at high noise whatever the risk, and leaves the rest of the run to the inner policy.
 
     above: noise level > 0; at this sigma and higher the lock is at least `lock`.
@@ -28,7 +28,7 @@ class Early(Wrapper):
     `above`, as edits that start part-way do, is the inner policy's alone. Raises PolicyError for settings out of range.
 
     >>> from kvlock_sampling.policy import Linear
-    >>> Early(Linear(), above=10.0).never_locks
+    >>> LockAbove(Linear(), above=10.0).never_locks
     False
     """
 

@@ -11,14 +11,14 @@ from ..types import PolicyError
 from .base import Policy
 from .constant import Constant
 from .linear import Linear
-from .lock_above import Early
+from .lock_above import LockAbove
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
 from .wrappers import Clamped, Smoothed, Windowed
 
 TYPES: dict[str, type[Policy]] = {
-    kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, Early, Smoothed, Clamped)
+    kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
 }
 
 

@@ -1,14 +1,14 @@
 """For users' own tests: the suites that every built-in passes, denoisers with exact answers, small random networks.
 
-from kvlock_sampling.testing import check_estimator, check_policy, check_sites
+from kvlock_sampling.testing import check_estimator, check_policy, check_layers
 def test_mine(): check_policy(Hysteresis(on=1.2, off=0.8))
 def test_my_measure(): check_estimator(FrameVariance())
-def test_my_network(): check_sites(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts})
+def test_my_network(): check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts})
 """
 
 from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
-from .layers import check_sites
+from .layers import check_layers
 from .networks import random_network
 from .policy import check_policy
 
@@ -16,8 +16,8 @@ __all__ = [
     "GaussianDenoiser",
     "MixtureDenoiser",
     "check_estimator",
+    "check_layers",
     "check_policy",
-    "check_sites",
     "random_network",
     "toy_denoisers",
 ]

@@ -1,4 +1,4 @@
-"""What check_sites needs of latents, patches and modules, and where a token must stand in a site's sequence."""
+"""What check_layers needs of latents, patches and modules, and where a token must stand in a layer's sequence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import Sites, reachable_modules
-from ..types import SiteError
+from ..attention import AttentionLayers, reachable_modules
+from ..types import AttentionError
 from ._spy import Seen
 
 Place = tuple[int, int, int]
@@ -27,9 +27,9 @@ def moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 
 
 class Hit(NamedTuple):
-    """One row of one site, of which one token was changed: where it should have moved, and where it did most."""
+    """One row of one layer, of which one token was changed: where it should have moved, and where it did most."""
 
-    site: str
+    layer: str
     row: int
     place: Place
     wanted: int
@@ -42,7 +42,7 @@ class Hit(NamedTuple):
 def hit(before: Seen, after: Seen, row: int, place: Place, grid: Place, factor: Place) -> Hit:
     """Which of a row's keys and values moved most when the token at `place` was changed; None: none of them moved.
 
-    factor: how much larger this site's tokens are than those of the grid.
+    factor: how much larger this layer's tokens are than those of the grid.
     """
     rows, columns = grid[1] // factor[1], grid[2] // factor[2]
     t, h, w = (i // f for i, f in zip(place, factor, strict=True))
@@ -50,38 +50,38 @@ def hit(before: Seen, after: Seen, row: int, place: Place, grid: Place, factor: 
     change = torch.stack([part.sum(-1).flatten(0, -2).sum(0) for part in squares]).sum(0)
     where = int(change.argmax()) if change.any() else None
     wanted = before.start + (t * rows + h) * columns + w
-    return Hit(before.site, row, place, wanted, where, len(change), before.start, before.ratio.shape[1])
+    return Hit(before.layer, row, place, wanted, where, len(change), before.start, before.ratio.shape[1])
 
 
 def check_hits(hits: Sequence[Hit], grid: Place) -> None:
-    """Of one site. Its own token moves most before anything is mixed, and nearly always thereafter: in a network with
+    """Of one layer. Its own token moves most before anything is mixed, and nearly always thereafter: in a network with
     tokens elsewhere it hardly ever does, so half of the tries tells one from the other.
 
     Raises:
-        SiteError: most of them missed.
+        AttentionError: most of them missed.
     """
     missed = [h for h in hits if h.where != h.wanted]
     if 2 * len(missed) < len(hits):
         return
     first = missed[0]
     if first.where is None:
-        raise SiteError(
-            f"site {first.site!r}: its keys and values do not change with the video.\n"
-            "  This is cross-attention, a refiner of text, or attention over a reference. Leave it out: a site attends "
+        raise AttentionError(
+            f"layer {first.layer!r}: its keys and values do not change with the video.\n"
+            "  This is cross-attention, a refiner of text, or attention over a reference. Leave it out: a layer attends "
             "over the video's own tokens."
         )
     behind = first.length - first.start - first.tokens
     if first.start and all(h.where == h.wanted - h.start for h in missed):
-        hint = 'The video comes first: declare text="last", or sites.with_extra(after=...).'
+        hint = 'The video comes first: declare text="last", or layers.with_extra(after=...).'
     elif behind and all(h.where == h.wanted + behind for h in missed):
-        hint = 'The video comes last: declare text="first", or sites.with_extra(before=...).'
+        hint = 'The video comes last: declare text="first", or layers.with_extra(before=...).'
     else:
         hint = (
             "Either patch= is not the network's, or its tokens are in another order than time, height, width, or the "
             "rows of its batch are in another order than they came."
         )
-    raise SiteError(
-        f"site {first.site!r}: changing the token (time, height, width) = {first.place} of {grid} moves position "
+    raise AttentionError(
+        f"layer {first.layer!r}: changing the token (time, height, width) = {first.place} of {grid} moves position "
         f"{first.where} of {first.length} most; expected {first.wanted}: the video's {first.tokens} tokens begin at "
         f"{first.start}. So it was {len(missed)} times of {len(hits)}.\n  {hint}"
     )
@@ -93,8 +93,8 @@ def two_masks(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
     counts = [size // p for size, p in zip(x.shape[2:] if x.ndim > 3 else x.shape[1:2], sizes, strict=True)]
     axis = max(range(len(counts)), key=lambda i: counts[i])
     if counts[axis] < 2:
-        raise SiteError(
-            f"x of shape {tuple(x.shape)} has {math.prod(counts)} token of {patch} latents, the largest a site has; "
+        raise AttentionError(
+            f"x of shape {tuple(x.shape)} has {math.prod(counts)} token of {patch} latents, the largest a layer has; "
             "expected two or more along some axis, so that one can be edited and one kept."
         )
     mask = torch.zeros_like(x[:, :1] if x.ndim > 3 else x[..., :1])
@@ -105,8 +105,8 @@ def two_masks(x: Tensor, patch: tuple[int, int, int]) -> Tensor:
     return mask
 
 
-def coarsest(sites: Sites) -> tuple[int, int, int]:
-    patches = [sites.patch, *(site.patch for site in sites.sites if site.patch is not None)]
+def coarsest(layers: AttentionLayers) -> tuple[int, int, int]:
+    patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
     t, h, w = (max(sizes) for sizes in zip(*patches, strict=True))
     return t, h, w
 

@@ -1,4 +1,4 @@
-"""Every promise that check_sites asks a network about, at one noise level and in one precision."""
+"""Every promise that check_layers asks a network about, at one noise level and in one precision."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.overrides import _len_torch_function_stack
 
-from ..attention import Hooks, Sites
+from ..attention import AttentionLayers, Hooks
 from ..batching import take
 from ..lock import KVLock
-from ..masks.fitted import Region
+from ..masks.fitted import FittedMask
 from ..policy import Constant, Policy
 from ..run import method_of, names_parameter
 from ..source import Source
-from ..types import Control, Denoiser, Observation, SiteError
+from ..types import AttentionError, Control, Denoiser, Observation
 from ._parts import Hit, check_hits, coarsest, hit, module_state, moved, some, two_masks
 from ._spy import Seen, SpyFrame
 
@@ -40,20 +40,20 @@ class _Each(Policy):
 
 
 def _turns(seen: Sequence[Seen]) -> Iterator[tuple[Seen, int]]:
-    """Each with how often its site had acted before."""
+    """Each with how often its layer had acted before."""
     times: Counter[str] = Counter()
     for one in seen:
-        yield one, times[one.site]
-        times[one.site] += 1
+        yield one, times[one.layer]
+        times[one.layer] += 1
 
 
 class Promises:
-    """Of one denoiser and its sites, for latents like x; `keep` raises SiteError where one is not kept."""
+    """Of one denoiser and its layers, for latents like x; `keep` raises AttentionError where one is not kept."""
 
     def __init__(
         self,
         model: Denoiser,
-        sites: Sites,
+        layers: AttentionLayers,
         x: Tensor,
         extra_args: dict[str, Any],
         level: float,
@@ -61,7 +61,7 @@ class Promises:
         tolerance: float | None,
         seed: int,
     ) -> None:
-        self.model, self.sites, self.extra_args, self.level, self.expected = model, sites, extra_args, level, expected
+        self.model, self.layers, self.extra_args, self.level, self.expected = model, layers, extra_args, level, expected
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         generator = torch.Generator().manual_seed(seed)
         self.source, self.noise, other, noise = (
@@ -69,12 +69,12 @@ class Promises:
         )
         self.x = self._noised(other, noise)
         self.z = self._noised(self.source, self.noise)
-        self.mask = two_masks(x, coarsest(sites))
+        self.mask = two_masks(x, coarsest(layers))
         self.tolerance = tolerance or _ROUNDING.get(x.dtype, 1e-3)
         self.fired: set[str] = set()
 
     def keep(self, *, all_of_them: bool = True) -> set[str]:
-        """The names of the sites that fired. Not `all_of_them`: only those that depend on precision."""
+        """The names of the layers that fired. Not `all_of_them`: only those that depend on precision."""
         with self._untouched():
             self.plain = self._bare(self.x)
             self._same(self._bare(self.x), self.plain, "the same call", "model.eval() turns dropout off.")
@@ -104,26 +104,26 @@ class Promises:
 
     def _places(self) -> None:
         """One token of every clip is changed; its own keys and values must be those that change most."""
-        grid = self.sites.grid(self.x.shape)
+        grid = self.layers.grid(self.x.shape)
         own = self._spy("capture", self.x).seen
         t, h, w = (size - 1 for size in grid)
         hits: dict[str, list[Hit]] = {}
         for corners in ([(0, h, 0), (t, 0, w)], [(t, 0, w), (0, h, 0)], [(t // 2, h // 2, w), (0, 0, 0)]):
             places = [corners[clip % 2] for clip in range(len(self.x))]
-            changed = self._spy("capture", moved(self.x, places, self.sites.patch)).seen
+            changed = self._spy("capture", moved(self.x, places, self.layers.patch)).seen
             for before, after in zip(own, changed, strict=True):
                 for row, clip in enumerate(before.clips):
-                    found = hit(before, after, row, places[clip], grid, self._factor(before.site))
-                    hits.setdefault(before.site, []).append(found)
+                    found = hit(before, after, row, places[clip], grid, self._factor(before.layer))
+                    hits.setdefault(before.layer, []).append(found)
         for of_one_site in hits.values():
             check_hits(of_one_site, grid)
 
     def _keys_and_values(self) -> None:
         source = self._spy("capture", self.z)
         edit = self._spy("inject", self.x, source)
-        # A site may act several times: in a network that is called twice, or a layer that is used twice.
+        # A layer may act several times: in a network that is called twice, or a layer that is used twice.
         theirs = {
-            (seen.site, turn, clip): (seen, row)
+            (seen.layer, turn, clip): (seen, row)
             for seen, turn in _turns(source.seen)
             for row, clip in enumerate(seen.clips)
         }
@@ -131,45 +131,45 @@ class Promises:
             for row, clip in enumerate(seen.clips):
                 kept = torch.zeros(seen.own[0].shape[-2], dtype=torch.bool, device=seen.ratio.device)
                 kept[seen.start : seen.start + seen.ratio.shape[1]] = seen.ratio[row] > 0
-                from_source = theirs.get((seen.site, turn, clip))
+                from_source = theirs.get((seen.layer, turn, clip))
                 for which, own, used in zip(("keys", "values"), seen.own, seen.used, strict=True):
-                    self._equal(used[row][..., ~kept, :], own[row][..., ~kept, :], seen.site, which, "edited or text")
+                    self._equal(used[row][..., ~kept, :], own[row][..., ~kept, :], seen.layer, which, "edited or text")
                     if from_source is not None:
                         other = from_source[0].own[which == "values"][from_source[1]]
-                        self._equal(used[row][..., kept, :], other[..., kept, :], seen.site, which, "background")
+                        self._equal(used[row][..., kept, :], other[..., kept, :], seen.layer, which, "background")
         self.fired |= edit.fired
         count = len(edit.fired)
         if edit.fired != source.fired or (self.expected is not None and count != self.expected):
-            raise SiteError(
-                f"{count} sites were fused in one evaluation at sigma={self.level}, {len(source.fired)} ran for the "
+            raise AttentionError(
+                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.fired)} ran for the "
                 f"source; expected {len(source.fired) if self.expected is None else self.expected}.\n"
                 f"  Fused: {some(sorted(edit.fired))}."
             )
 
     def _source_leaves_early(self) -> None:
-        if not self.sites.rows_first or self.sites.rows_apart:
+        if not self.layers.rows_first or self.layers.rows_apart:
             return
         advice = "The architecture's rows_first=True is not right: something its blocks are given has other first axes."
-        whole = self._locked(0.6, sites=replace(self.sites, rows_first=False))
+        whole = self._locked(0.6, layers=replace(self.layers, rows_first=False))
         try:
             early = self._locked(0.6)
         except (RuntimeError, TypeError, IndexError) as error:
-            raise SiteError(
-                f"letting the source's rows leave after the last site fails: {str(error).splitlines()[0]}\n  {advice}"
+            raise AttentionError(
+                f"letting the source's rows leave after the last layer fails: {str(error).splitlines()[0]}\n  {advice}"
             ) from error
-        what = "letting the source's rows leave after the last site changed the edit"
+        what = "letting the source's rows leave after the last layer changed the edit"
         self._close(early, whole, what, advice)
         if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
             # One clip, guided: three rows, of which what there are three of, say axes, could be taken for.
             more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0}
-            with self._lock(Constant(lock=0.6), 0, sites=replace(self.sites, rows_first=False)) as lock:
+            with self._lock(Constant(lock=0.6), 0, layers=replace(self.layers, rows_first=False)) as lock:
                 whole = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
             with self._lock(Constant(lock=0.6), 0) as lock:
                 early = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
             self._close(early, whole, what, advice)
 
     def _off(self) -> None:
-        advice = "A hook changes the model where it should do nothing: is the forward of a site called twice?"
+        advice = "A hook changes the model where it should do nothing: is the forward of a layer called twice?"
         with self._lock(_Each((0.0,) * len(self.x))) as off:
             self._same(off(self.x, self.sigma, **self.extra_args), self.plain, "lock 0", advice)
         with self._lock(Constant(lock=1.0)) as full:
@@ -194,10 +194,10 @@ class Promises:
             )
         change = self._apart(self._locked(1.0), self.plain)
         if not change > max(1e-4, 3 * rounding):
-            raise SiteError(
+            raise AttentionError(
                 f"lock 1 to another clip changed the output by {change:.2g} standard deviations; expected more than "
                 f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: weights of 0, as fresh "
-                "networks have them? Or the sites are of a copy that does not answer."
+                "networks have them? Or the layers are of a copy that does not answer."
             )
 
     def _ways_agree(self) -> None:
@@ -227,16 +227,16 @@ class Promises:
             )
 
     def _left_out(self) -> None:
-        if not self.sites.narrows:
+        if not self.layers.narrows:
             return
-        if len(self.fired) < len(self.sites.sites) // max(1, len(self.sites.networks)):
-            return  # a lock refuses to leave tokens out there; check_sites names the sites that never ran
+        if len(self.fired) < len(self.layers.layers) // max(1, len(self.layers.networks)):
+            return  # a lock refuses to leave tokens out there; check_layers names the layers that never ran
         advice = "The architecture's flow= is not right: name every argument of a block that has one entry per token."
         every = self._locked(1.0, composite=True, foreground=False)
         try:
             fewer = self._locked(1.0, composite=True)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise SiteError(
+            raise AttentionError(
                 f"leaving fully locked tokens out of the computation fails: {str(error).splitlines()[0]}\n  {advice}"
             ) from error
         self._close(fewer, every, "leaving fully locked tokens out of the computation changed the edit", advice)
@@ -261,7 +261,7 @@ class Promises:
     @contextmanager
     def _lock(self, policy: Policy, clip: int | None = None, **options: Any) -> Iterator[KVLock]:
         rows = slice(None) if clip is None else slice(clip, clip + 1)
-        given = {"source": self.source[rows], "noise": self.noise[rows], "mask": self.mask[rows], "sites": self.sites}
+        given = {"source": self.source[rows], "noise": self.noise[rows], "mask": self.mask[rows], "layers": self.layers}
         with KVLock(self.model, policy=policy, **{**given, "composite": False, **options}) as lock:
             yield lock
 
@@ -271,16 +271,18 @@ class Promises:
             return locked(self.x, self.sigma, **self.extra_args, **more)
 
     def _spy(self, mode: Any, x: Tensor, kept: SpyFrame | None = None) -> SpyFrame:
-        ratio = Region(self.mask).background(x, self.sites.patch).expand(len(x), -1)
-        frame = SpyFrame(mode, ratio, {} if kept is None else kept.store, self.sites.grid(x.shape))
-        with Hooks(self.sites).frame(frame):
+        ratio = FittedMask(self.mask).background(x, self.layers.patch).expand(len(x), -1)
+        frame = SpyFrame(mode, ratio, {} if kept is None else kept.store, self.layers.grid(x.shape))
+        with Hooks(self.layers).frame(frame):
             self._bare(x)
         return frame
 
-    def _factor(self, site: str) -> tuple[int, int, int]:
-        """How much larger this site's tokens are than the network's."""
-        larger = next((s.patch for s in self.sites.sites if s.name == site and s.patch is not None), self.sites.patch)
-        t, h, w = (a // b for a, b in zip(larger, self.sites.patch, strict=True))
+    def _factor(self, layer: str) -> tuple[int, int, int]:
+        """How much larger this layer's tokens are than the network's."""
+        larger = next(
+            (s.patch for s in self.layers.layers if s.name == layer and s.patch is not None), self.layers.patch
+        )
+        t, h, w = (a // b for a, b in zip(larger, self.layers.patch, strict=True))
         return t, h, w
 
     @contextmanager
@@ -289,7 +291,7 @@ class Promises:
         yield
         changed = [name for name, state in module_state(self.model).items() if state != before.get(name)]
         if changed or _len_torch_function_stack() != depth:
-            raise SiteError(
+            raise AttentionError(
                 f"after the block something stayed behind on {some(changed) or 'the stack of torch functions'}; "
                 "expected every hook gone.\n  Was another hook installed inside the block, or does the model make one?"
             )
@@ -301,19 +303,19 @@ class Promises:
     def _close(self, a: Tensor, b: Tensor, what: str, advice: str) -> None:
         apart = self._apart(a, b)
         if not apart <= self.tolerance:  # NaN too
-            raise SiteError(
+            raise AttentionError(
                 f"{what}: by {apart:.2g} standard deviations in {self.x.dtype}; expected rounding, "
                 f"{self.tolerance:.2g} at most.\n  {advice}"
             )
 
     def _same(self, a: Tensor, b: Tensor, what: str, advice: str) -> None:
         if not torch.equal(a, b):
-            raise SiteError(
+            raise AttentionError(
                 f"{what} gave another answer than the bare model, by {self._apart(a, b):.2g} standard deviations; "
                 f"expected the same bit for bit.\n  {advice}"
             )
 
-    def _equal(self, a: Tensor, b: Tensor, site: str, which: str, tokens: str) -> None:
+    def _equal(self, a: Tensor, b: Tensor, layer: str, which: str, tokens: str) -> None:
         if not torch.equal(a, b):
             whose = "the source's" if tokens == "background" else "the edit's own"
-            raise SiteError(f"site {site!r}: at lock 1 {which} of {tokens} tokens are not exactly {whose}.")
+            raise AttentionError(f"layer {layer!r}: at lock 1 {which} of {tokens} tokens are not exactly {whose}.")

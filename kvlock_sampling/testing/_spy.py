@@ -12,13 +12,13 @@ from ..attention.context import KeyValue
 
 
 class Seen(NamedTuple):
-    """One attention call of a site. Keys and values are (rows, ..., length, dim).
+    """One attention call of a layer. Keys and values are (rows, ..., length, dim).
 
     clips: which clip each row belongs to.  start: where the video's tokens begin.  ratio: (rows, tokens), of the lock.
     own: the call's keys and values as they came.  used: as attention got them.
     """
 
-    site: str
+    layer: str
     clips: list[int]
     start: int
     ratio: Tensor
@@ -32,19 +32,19 @@ class SpyFrame(Frame):
 
     seen: list[Seen] = field(default_factory=list)
 
-    def process(self, site: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
+    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
         """See `Frame.process`."""
-        used = super().process(site, key, value, start, ratio)
+        used = super().process(layer, key, value, start, ratio)
         chunks = len(key) // self.batch
         per_row = (self.ratio if ratio is None else ratio).repeat(chunks, 1)
         clips = list(range(self.batch)) * chunks
-        self.seen.append(Seen(site, clips, start, per_row, (key.clone(), value.clone()), used))
+        self.seen.append(Seen(layer, clips, start, per_row, (key.clone(), value.clone()), used))
         return used
 
-    def process_row(self, site: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
+    def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
         """See `Frame.process_row`."""
-        used = super().process_row(site, index, key, value, start)
+        used = super().process_row(layer, index, key, value, start)
         clip = index % self.batch
         ratio = self.ratio[clip : clip + 1]
-        self.seen.append(Seen(f"{site}[{index}]", [clip], start, ratio, (key.clone(), value.clone()), used))
+        self.seen.append(Seen(f"{layer}[{index}]", [clip], start, ratio, (key.clone(), value.clone()), used))
         return used

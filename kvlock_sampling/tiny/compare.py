@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..app.edit import Edit, VideoModel, edit_video
-from ..policy import Constant, Early, Windowed
+from ..policy import Constant, LockAbove, Windowed
 from ..video.metrics import masked_psnr, masked_ssim, temporal_error
 from .judge import judge
 from .world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "composited": {"policy": Constant(lock=0.0), "composite": True},
     "fixed 0.5": {"policy": Constant(lock=0.5)},
     "full lock": {"policy": Constant(lock=1.0)},
-    "early lock": {"policy": Early(Constant(lock=0.0), above=1.0)},
+    "early lock": {"policy": LockAbove(Constant(lock=0.0), above=1.0)},
     "late lock": {"policy": Windowed(Constant(lock=1.0), below=1.0)},
     "paper": {"policy": "paper"},
     "threshold": {"policy": "threshold"},

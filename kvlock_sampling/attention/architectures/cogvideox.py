@@ -9,7 +9,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel",
         "diffusers.models.transformers.consisid_transformer_3d:ConsisIDTransformer3DModel",
     ),
-    sites=("transformer_blocks.*.attn1",),
+    layers=("transformer_blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: (
         getattr(network.config, "patch_size_t", None) or 1,

@@ -5,7 +5,7 @@ from ..architecture import Architecture
 ARCHITECTURE = Architecture(
     name="cosmos",
     classes=("diffusers.models.transformers.transformer_cosmos:CosmosTransformer3DModel",),
-    sites=("transformer_blocks.*.attn1",),
+    layers=("transformer_blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: network.config.patch_size,
 )

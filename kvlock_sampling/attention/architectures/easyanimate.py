@@ -5,7 +5,7 @@ from ..architecture import Architecture
 ARCHITECTURE = Architecture(
     name="easyanimate",
     classes=("diffusers.models.transformers.transformer_easyanimate:EasyAnimateTransformer3DModel",),
-    sites=("transformer_blocks.*.attn1",),
+    layers=("transformer_blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="first",

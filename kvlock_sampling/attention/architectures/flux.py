@@ -1,10 +1,10 @@
 """FLUX.1, Chroma and Bria 3 (diffusers): joint attention, text first; pictures in packed patches of 2 x 2.
 
 Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) where the denoiser packs.
-Kontext's reference stands after: sites=kv.find_sites(model).with_extra(after=its tokens).
+Kontext's reference stands after: layers=kv.find_layers(model).with_extra(after=its tokens).
 """
 
-from ..architecture import Architecture, Layers
+from ..architecture import Architecture, LayerPattern
 from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
@@ -14,7 +14,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_chroma:ChromaTransformer2DModel",
         "diffusers.models.transformers.transformer_bria:BriaTransformer2DModel",
     ),
-    sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
     rows_first=True,
     patch=(1, 2, 2),
     text="first",

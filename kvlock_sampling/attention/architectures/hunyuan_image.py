@@ -1,11 +1,11 @@
 """HunyuanImage 2.1 and its refiner (diffusers): joint attention, the picture first, then the texts."""
 
-from ..architecture import Architecture, Layers
+from ..architecture import Architecture, LayerPattern
 
 ARCHITECTURE = Architecture(
     name="hunyuan-image",
     classes=("diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel",),
-    sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
     rows_first=True,
     patch=lambda network: (1, 1, *network.config.patch_size)[-3:],
     text="last",

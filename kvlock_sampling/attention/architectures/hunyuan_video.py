@@ -1,9 +1,9 @@
 """HunyuanVideo and FramePack (diffusers): joint attention, video first; the text refiner stays out.
 
-FramePack packs frames of the past before the video: sites=kv.find_sites(model).with_extra(before=their tokens).
+FramePack packs frames of the past before the video: layers=kv.find_layers(model).with_extra(before=their tokens).
 """
 
-from ..architecture import Architecture, Layers
+from ..architecture import Architecture, LayerPattern
 from ..foreground import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
@@ -12,7 +12,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformer3DModel",
         "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
     ),
-    sites=("transformer_blocks.*.attn", Layers("single_transformer_blocks.*.attn", optional=True)),
+    layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
     rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",

@@ -6,7 +6,7 @@ from ..foreground import Table, TokenFlow
 ARCHITECTURE = Architecture(
     name="hunyuan-video-1.5",
     classes=("diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15Transformer3DModel",),
-    sites=("transformer_blocks.*.attn",),
+    layers=("transformer_blocks.*.attn",),
     rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",

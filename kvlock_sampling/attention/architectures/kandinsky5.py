@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from ...types import SiteError
+from ...types import AttentionError
 from ..architecture import Architecture
 
 
 def _patch(network: Any) -> tuple[int, ...]:
     if network.config.attention_type != "regular":
-        raise SiteError(
+        raise AttentionError(
             f"this Kandinsky 5 attends with attention_type={network.config.attention_type!r}, which puts tokens in the "
             "order of 8 x 8 blocks; a lock knows only time, height, width.\n"
             "  Use a checkpoint whose attention_type is 'regular'."
@@ -19,7 +19,7 @@ def _patch(network: Any) -> tuple[int, ...]:
 ARCHITECTURE = Architecture(
     name="kandinsky5",
     classes=("diffusers.models.transformers.transformer_kandinsky:Kandinsky5Transformer3DModel",),
-    sites=("visual_transformer_blocks.*.self_attention",),
+    layers=("visual_transformer_blocks.*.self_attention",),
     rows_first=True,
     patch=_patch,
     axes="b t h w c",

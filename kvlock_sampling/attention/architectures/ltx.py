@@ -1,7 +1,7 @@
 """LTX-Video (diffusers): video-only self-attention in `attn1`, on packed tokens.
 
 Latents may be packed, (batch, tokens, channels), or (batch, channels, time, height, width) where the denoiser packs.
-Conditions that are appended stand after: sites=kv.find_sites(model).with_extra(after=their tokens).
+Conditions that are appended stand after: layers=kv.find_layers(model).with_extra(after=their tokens).
 """
 
 from ..architecture import Architecture
@@ -10,7 +10,7 @@ from ..foreground import Table, TokenFlow
 ARCHITECTURE = Architecture(
     name="ltx",
     classes=("diffusers.models.transformers.transformer_ltx:LTXVideoTransformer3DModel",),
-    sites=("transformer_blocks.*.attn1",),
+    layers=("transformer_blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     axes="b tokens c",

@@ -5,7 +5,7 @@ from ..architecture import Architecture
 ARCHITECTURE = Architecture(
     name="mochi",
     classes=("diffusers.models.transformers.transformer_mochi:MochiTransformer3DModel",),
-    sites=("transformer_blocks.*.attn1",),
+    layers=("transformer_blocks.*.attn1",),
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="last",
     rows_apart=True,

@@ -1,7 +1,7 @@
 """Qwen-Image and its edit models (diffusers): joint attention, text first; pictures in packed patches of 2 x 2.
 
 Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) where the denoiser packs.
-Pictures to edit stand after: sites=kv.find_sites(model).with_extra(after=their tokens).
+Pictures to edit stand after: layers=kv.find_layers(model).with_extra(after=their tokens).
 """
 
 from ..architecture import Architecture
@@ -10,7 +10,7 @@ from ..foreground import Table, TokenFlow
 ARCHITECTURE = Architecture(
     name="qwen-image",
     classes=("diffusers.models.transformers.transformer_qwenimage:QwenImageTransformer2DModel",),
-    sites=("transformer_blocks.*.attn",),
+    layers=("transformer_blocks.*.attn",),
     # Its second edit models give every block times for the reference beside those of the picture: twice the rows.
     rows_first=lambda network: not getattr(network, "zero_cond_t", False),
     patch=(1, 2, 2),

@@ -6,7 +6,7 @@ from ..foreground import Table, TokenFlow
 ARCHITECTURE = Architecture(
     name="wan",
     classes=("diffusers.models.transformers.transformer_wan:WanTransformer3DModel",),
-    sites=("blocks.*.attn1",),
+    layers=("blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow("norm_out", tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4))),

@@ -14,7 +14,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_wan_animate:WanAnimateTransformer3DModel",
         "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
     ),
-    sites=("blocks.*.attn1",),
+    layers=("blocks.*.attn1",),
     rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow(

@@ -9,7 +9,7 @@ from ..foreground import Table, TokenFlow
 ARCHITECTURE = Architecture(
     name="wan-vace",
     classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
-    sites=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
     rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow("norm_out", tokens=("hidden_states", "control_hidden_states"), tables=(Table("rotary_emb", 1),)),

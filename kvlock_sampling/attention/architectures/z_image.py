@@ -5,7 +5,7 @@ from ..architecture import Architecture
 ARCHITECTURE = Architecture(
     name="z-image",
     classes=("diffusers.models.transformers.transformer_z_image:ZImageTransformer2DModel",),
-    sites=("layers.*.attention",),
+    layers=("layers.*.attention",),
     rows_first=True,
     patch=(1, 2, 2),
     text="last",

@@ -1,4 +1,4 @@
-"""Context parallelism of diffusers: every process holds some of a sequence's tokens, a site sees only those.
+"""Context parallelism of diffusers: every process holds some of a sequence's tokens, a layer sees only those.
 
 `model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))`, or `ring_degree`, cuts the sequence into
 contiguous pieces, one per process; what is communicated, is so behind the attention call. Fusion is token by token and
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...types import SiteError
+from ...types import AttentionError
 from ..context import Frame
 from ..foreground import SelectedFrame
 
 if TYPE_CHECKING:
-    from ..layers import Site, Sites
+    from ..layers import AttentionLayer, AttentionLayers
 
 Local = Callable[[Tensor, int, int | None], tuple[Tensor, int | None]]
 """`local(ratio, length, text) -> (ratio, text)`: what of both a sequence of this length holds."""
@@ -60,37 +60,37 @@ def is_cut(networks: Iterable[nn.Module]) -> bool:
     return any(shard_of(network) is not None for network in networks)
 
 
-def localiser(sites: Sites, site: Site, frame: Frame) -> Local:
-    """How the calls of one site are to be read in this process.
+def localiser(layers: AttentionLayers, layer: AttentionLayer, frame: Frame) -> Local:
+    """How the calls of one layer are to be read in this process.
 
     Raises:
-        SiteError: parallelism that this lock, or this model's own attention, cannot take part in.
+        AttentionError: parallelism that this lock, or this model's own attention, cannot take part in.
     """
-    processor = getattr(site.module, "processor", None)
+    processor = getattr(layer.module, "processor", None)
     shard = shard_of(processor)
     if shard is None:
-        if is_cut(sites.networks):
-            _refuse_silent(site, processor)
+        if is_cut(layers.networks):
+            _refuse_silent(layer, processor)
         return lambda ratio, length, text: (ratio, text)
     if isinstance(frame, SelectedFrame):
-        raise SiteError(
+        raise AttentionError(
             "context parallelism leaves each process some of the tokens, and this lock keeps the source's K/V by their "
             "positions in the whole clip.\n"
-            "  Make the lock after model.enable_parallelism(...), without bank=; or KVLock(..., foreground=False)."
+            "  Make the lock after model.enable_parallelism(...), without kv_cache=; or KVLock(..., foreground=False)."
         )
-    if sites.rows_apart or sites.extra != (0, 0):
-        raise SiteError(
-            f"context parallelism with {'attention row by row' if sites.rows_apart else 'extra tokens'} is not "
-            f"supported for architecture {sites.architecture!r}: where its tokens stand in a piece is unknown.\n"
+    if layers.rows_apart or layers.extra != (0, 0):
+        raise AttentionError(
+            f"context parallelism with {'attention row by row' if layers.rows_apart else 'extra tokens'} is not "
+            f"supported for architecture {layers.architecture!r}: where its tokens stand in a piece is unknown.\n"
             "  Use one process per clip instead: leave enable_parallelism away."
         )
     piece: Shard = shard
 
     def local(ratio: Tensor, length: int, text: int | None) -> tuple[Tensor, int | None]:
         start, end = piece.bounds(ratio.shape[1])
-        texts = () if site.text == "none" or text is None else (piece.bounds(text)[1] - piece.bounds(text)[0], text)
+        texts = () if layer.text == "none" or text is None else (piece.bounds(text)[1] - piece.bounds(text)[0], text)
         rest = length - (end - start)
-        if site.text == "none" and length == ratio.shape[1]:
+        if layer.text == "none" and length == ratio.shape[1]:
             return ratio, text  # a layer before the cut
         # Plans cut the text along with the video, or leave it whole; the length tells.
         return ratio[:, start:end], rest if rest in texts else next(iter(texts), text)
@@ -99,17 +99,17 @@ def localiser(sites: Sites, site: Site, frame: Frame) -> Local:
 
 
 def refuse_unknown(network: nn.Module) -> None:
-    """Raises SiteError where a network whose sites are known as calls alone is cut: which tokens, nobody says."""
+    """Raises AttentionError where a network whose layers are known as calls alone is cut: which tokens, nobody says."""
     if is_cut(network.modules()):
-        raise SiteError(
-            f"context parallelism is enabled on {type(network).__name__}, whose tokens SdpaSites knows by their number "
+        raise AttentionError(
+            f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers knows by their number "
             "alone.\n  Declare the model, kv.Architecture(...).find(network), or leave enable_parallelism away."
         )
 
 
-def _refuse_silent(site: Site, processor: Any) -> None:
-    raise SiteError(
-        f"context parallelism is enabled, but attention at site {site.name!r} ({type(processor).__name__}) does not "
+def _refuse_silent(layer: AttentionLayer, processor: Any) -> None:
+    raise AttentionError(
+        f"context parallelism is enabled, but attention at layer {layer.name!r} ({type(processor).__name__}) does not "
         "communicate: each process attends to its own tokens alone, with a lock or without.\n"
         "  Models whose attention does are Wan, LTX, Flux and Qwen-Image; for this one leave enable_parallelism away."
     )

@@ -2,10 +2,10 @@
 
 They keep results of one call for the next, on the network itself, and take it that all calls are of one kind. A lock's
 are not: the source's pass, probes at other points, one branch or two. So
-- the source's pass and probes go past the caches: nothing they see is remembered, and every site fires for the source;
+- the source's pass and probes go past the caches: nothing they see is remembered, and every layer fires for the source;
 - each kind of call of the edit has a memory of its own, which lives as long as the run;
 - the network's own memory is afterwards what it was, by identity.
-A site that the edit skips then is not fused, and not counted: it reuses what it computed when it was.
+A layer that the edit skips then is not fused, and not counted: it reuses what it computed when it was.
 """
 
 from __future__ import annotations

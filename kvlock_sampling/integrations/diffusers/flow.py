@@ -59,7 +59,7 @@ class FlowCalls:
         return self.known(rows | ({"beside": beside} if beside.shape[1] else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same branch as an earlier one, if it is: a bank knows its arguments again by identity."""
+        """The same branch as an earlier one, if it is: a KV cache knows its arguments again by identity."""
         for other in self._branches:
             if other.keys() == branch.keys() and all(other[name] is branch[name] for name in branch):
                 return other

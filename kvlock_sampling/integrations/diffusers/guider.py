@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...masks.fitted import Region, as_ring
+from ...attention import AttentionLayers
+from ...masks.fitted import FittedMask, as_transition
 from ...policy import Policy, as_policy
 from ...presets import load_policy, to_toml
 from ...source import Source, check_noise
@@ -30,7 +31,17 @@ with broken_torchvision_hidden():
     from diffusers.guiders import ClassifierFreeGuidance
     from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 
-_GIVEN = ("source", "mask", "noise", "source_embeds", "scheduler", "estimator", "sites", "threshold", "bank")
+_GIVEN = (
+    "source",
+    "mask",
+    "noise",
+    "source_embeds",
+    "scheduler",
+    "estimator",
+    "layers",
+    "threshold",
+    "kv_cache",
+)
 
 
 class KVLockGuider(ClassifierFreeGuidance):
@@ -46,7 +57,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         scheduler: the pipeline's. Needed where timesteps are integers (UniPC), which do not tell the noise level.
         source_embeds: text of the source's own pass, (1 or batch, tokens, dim), or several of the transformer's
             arguments by name, e.g. with their masks; default: the edit's prompt.
-        noise, estimator, threshold, composite, rescale, cfg_floor, layers, ring, sites, foreground, bank: as in
+        noise, estimator, threshold, composite, rescale, cfg_floor, layers, ring, layers, foreground, kv_cache: as in
             `KVLock`.
         batched: True runs branches and source as rows of one call; False one after another; default: True if the
             policy may lock, else as the pipeline does.
@@ -75,7 +86,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         rescale: bool | None = None,
         cfg_floor: float | None = None,
         layers: Any = None,
-        ring: tuple[float, float] | None = None,
+        transition: tuple[float, float] | None = None,
         batched: bool | None = None,
         foreground: bool | None = None,
         start: float = 0.0,
@@ -88,22 +99,22 @@ class KVLockGuider(ClassifierFreeGuidance):
         scheduler: Any = None,
         estimator: Any = None,
         threshold: Any = None,
-        sites: Any = None,
-        bank: Any = None,
+        kv_cache: Any = None,
     ) -> None:
         # Not ClassifierFreeGuidance's own: it would note settings that are none of this guider's.
         BaseGuidance.__init__(self, start, stop, enabled)
         self.guidance_scale, self.guidance_rescale, self.use_original_formulation = guidance_scale, 0.0, False
         named = isinstance(policy, (str, os.PathLike))
         checked = load_policy(policy) if named else as_policy(policy)
-        self.register_to_config(policy=os.fspath(policy) if named else _as_text(checked))
+        saved = None if isinstance(layers, AttentionLayers) else layers
+        self.register_to_config(policy=os.fspath(policy) if named else _as_text(checked), layers=saved)
         self._settings: dict[str, Any] = {
             "policy": policy,
             "composite": composite,
             "rescale": rescale,
             "cfg_floor": cfg_floor,
-            "layers": layers,
-            "ring": as_ring(ring),
+            "layers": saved,
+            "transition": as_transition(transition),
             "foreground": foreground,
             "batched": batched,
         }
@@ -120,14 +131,14 @@ class KVLockGuider(ClassifierFreeGuidance):
             scheduler=scheduler,
             estimator=estimator,
             threshold=threshold,
-            sites=sites,
-            bank=bank,
+            layers=layers if isinstance(layers, AttentionLayers) else None,
+            kv_cache=kv_cache,
         )
 
     # -- what is edited -----------------------------------------------------------------------------------------------
 
     def edit(self, **given: Any) -> KVLockGuider:
-        """Set source, mask, noise, source_embeds, scheduler, estimator, threshold, sites or bank; the others stay.
+        """Set source, mask, noise, source_embeds, scheduler, estimator, threshold, layers or KV cache; the others stay.
         Returns the guider.
 
         Raises:
@@ -141,7 +152,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         if noise is not None and not isinstance(noise, Tensor):
             check_noise(noise)
         if given.get("mask") is not None:
-            Region(given["mask"])
+            FittedMask(given["mask"])
         self._given |= given
         self._run.session = None
         return self
@@ -214,8 +225,8 @@ class KVLockGuider(ClassifierFreeGuidance):
             session.begin(self._schedule())
             self._run.fresh = False
         uncond = calls[1] if len(calls) == 2 else None
-        asked = 1.0 if uncond is None else float(self.guidance_scale)
-        answer = session.evaluate(calls[0], uncond, time=time, asked=asked, latents=self._latents)
+        requested = 1.0 if uncond is None else float(self.guidance_scale)
+        answer = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
         if self._step == self._num_inference_steps - 1:
             session.end()
         if answer.guided is None:

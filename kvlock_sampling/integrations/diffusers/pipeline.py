@@ -134,11 +134,11 @@ class _Steps:
             blank = call.blank(call.hidden.dtype if passive else torch.float32)
             self._waiting = call, blank, time
             return blank
-        answer = self.session.evaluate(call, None, time=time, asked=1.0)
+        answer = self.session.evaluate(call, None, time=time, requested=1.0)
         return _known(answer.guided if answer.guided is not None else answer.cond)
 
     def _both(self, cond: Call, uncond: Call, blank: Tensor, time: float) -> Tensor:
-        answer = self.session.evaluate(cond, uncond, time=time, asked=self._asked(cond))
+        answer = self.session.evaluate(cond, uncond, time=time, requested=self._asked(cond))
         if answer.guided is None:
             blank.copy_(_known(answer.cond))
             return _known(answer.uncond)

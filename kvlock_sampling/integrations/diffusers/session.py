@@ -39,7 +39,7 @@ class PipelineLock(KVLock):
     @property
     def changes_nothing_itself(self) -> bool:
         """Whether no more than the guidance scale can be touched."""
-        return self.sites is None and not self.composite and not self.rescale
+        return self.layers is None and not self.composite and not self.rescale
 
 
 class Answer(NamedTuple):
@@ -88,7 +88,7 @@ class Session:
         self.busy = False
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
-        # Of this run, by expert: what step caches remember, and what the bank holds.
+        # Of this run, by expert: what step caches remember, and what the KV cache holds.
         self._caches: dict[int, StepCaches | None] = {}
         self._keepers: dict[int, Keeper] = {}
         for network in networks:
@@ -104,8 +104,8 @@ class Session:
         if id(network) not in self._experts:
             calls = FlowCalls(network, index=len(self._experts))
             lock = PipelineLock(calls, **self.options)
-            lock.batched = lock.sites is not None if self.batched is None else self.batched
-            hooks = None if lock.sites is None else Hooks(lock.sites)
+            lock.batched = lock.layers is not None if self.batched is None else self.batched
+            hooks = None if lock.layers is None else Hooks(lock.layers)
             self._experts[id(network)] = Expert(calls, lock, hooks)
         return self._experts[id(network)]
 
@@ -121,7 +121,7 @@ class Session:
             self.run.stack.close()
 
     def evaluate(
-        self, cond: Call, uncond: Call | None, *, time: float, asked: float, latents: Tensor | None = None
+        self, cond: Call, uncond: Call | None, *, time: float, requested: float, latents: Tensor | None = None
     ) -> Answer:
         """One step: the branches of one noise level, evaluated under the lock.
 
@@ -136,7 +136,7 @@ class Session:
         x, sigma = calls.at(cond, time, latents)
         branches: dict[str, Any] = {"cond": calls.branch(cond)}
         if uncond is not None:
-            branches |= {"uncond": calls.branch(uncond), "cond_scale": asked}
+            branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
         lock.source_args = self._source_args(expert, branches["cond"])
         self.busy = True
         self.run.caches, self.run.keeper = self._caches.get(calls.index), self._keeper(expert, self.run)
@@ -147,7 +147,7 @@ class Session:
             self.busy = False
             self._caches[calls.index] = self.run.caches
         raw = [calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond")]
-        if self._untouched(lock, asked, uncond is not None, raw):
+        if self._untouched(lock, requested, uncond is not None, raw):
             return Answer(None, raw[0], raw[1])
         return Answer(calls.velocity(denoised), raw[0], raw[1])
 
@@ -172,18 +172,18 @@ class Session:
 
     def _keeper(self, expert: Expert, run: Run) -> Keeper | None:
         lock = expert.lock
-        if lock.bank is None or lock.sites is None:
+        if lock.kv_cache is None or lock.layers is None:
             return None
         if expert.calls.index not in self._keepers:
-            self._keepers[expert.calls.index] = Keeper(lock.bank, lock.model, lock.sites, run.stack)
+            self._keepers[expert.calls.index] = Keeper(lock.kv_cache, lock.model, lock.layers, run.stack)
         return self._keepers[expert.calls.index]
 
-    def _untouched(self, lock: PipelineLock, asked: float, guided: bool, raw: list[Tensor | None]) -> bool:
+    def _untouched(self, lock: PipelineLock, requested: float, guided: bool, raw: list[Tensor | None]) -> bool:
         """Whether this evaluation is the pipeline's own: then its own arithmetic gives its own bits."""
         if not lock.changes_nothing_itself or raw[0] is None or (guided and raw[1] is None):
             return False
         used = self.trace.steps[-1].cfg_scale
-        return not guided or bool((used == torch.tensor(asked, dtype=used.dtype, device=used.device)).all())
+        return not guided or bool((used == torch.tensor(requested, dtype=used.dtype, device=used.device)).all())
 
     def _check(self, call: Call) -> None:
         steps = call.timestep.flatten()

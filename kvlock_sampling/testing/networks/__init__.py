@@ -1,6 +1,6 @@
 """Small networks of every family with random weights, made of the libraries' own classes, without a download.
 
-What `random_network` returns goes into `check_sites` as it is. They draw nothing sensible.
+What `random_network` returns goes into `check_layers` as it is. They draw nothing sensible.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...attention import Sites, find_sites
+from ...attention import AttentionLayers, find_layers
 from ...denoisers import FlowDenoiser
 from ...types import KVLockError
 from ...utils.torchvision import broken_torchvision_hidden
@@ -24,13 +24,13 @@ FAMILIES = {**wan.FAMILIES, **hunyuan.FAMILIES, **video.FAMILIES, **image.FAMILI
 class RandomNetwork(NamedTuple):
     """A denoiser of variance-exploding form, latents of some clips for it, and the arguments that go with them.
 
-    sites: the network's, with extra tokens counted where its call has some.
+    layers: the network's, with extra tokens counted where its call has some.
     """
 
     denoiser: FlowDenoiser
     x: Tensor
     extra_args: dict[str, Any]
-    sites: Sites
+    layers: AttentionLayers
 
 
 def random_network(
@@ -62,5 +62,5 @@ def random_network(
     denoiser = FlowDenoiser(Called(network, family.call).eval())
     x = torch.randn(clips, *family.latents(grid), generator=generator) * 2
     before, after = family.extra(grid)
-    sites = find_sites(denoiser).with_extra(before=before, after=after)
-    return RandomNetwork(denoiser, x, {"cond": family.cond(generator, clips, grid)}, sites)
+    layers = find_layers(denoiser).with_extra(before=before, after=after)
+    return RandomNetwork(denoiser, x, {"cond": family.cond(generator, clips, grid)}, layers)

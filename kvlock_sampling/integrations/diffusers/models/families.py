@@ -60,7 +60,7 @@ def family_of(name: str) -> type[PipelineVideo]:
             f"{name} is of no known family; there are {', '.join(FAMILIES)}.{same}\n"
             "  Any other model works in your own script: wrap its transformer, kv.FlowDenoiser(transformer, "
             "time_scale=1000, call=...),\n"
-            "  and if its attention is not found, say where its tokens are: kv.SdpaSites(transformer, patch=(1, 2, 2))."
+            "  and if its attention is not found, say where its tokens are: kv.sdpa_layers(transformer, patch=(1, 2, 2))."
         )
     file, _, kind = FAMILIES[name].partition(":")
     return getattr(import_module(f".{file}", __package__), kind)

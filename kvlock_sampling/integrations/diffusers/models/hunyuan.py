@@ -79,8 +79,8 @@ class HunyuanVideo(HunyuanFlow):
         super().__init__(pipe, **options)
 
     def _denoiser(self) -> Any:
-        asked = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
-        scale = finite("embedded_guidance", asked)
+        requested = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
+        scale = finite("embedded_guidance", requested)
         return self._flow(HunyuanBranch(self.transformer, self.transformer.config.in_channels, scale))
 
     def _encode_text(self, text: str) -> Conditioning:

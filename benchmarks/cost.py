@@ -79,7 +79,7 @@ def main() -> None:
             "error": float(gain.std() / given.scenes**0.5),
             "colour": float(score.colour.mean()),
             "shape": float(score.shape.mean()),
-            "passes": score.evaluations,
+            "passes": score.nfe,
         }
         if exact is not None:
             changed, locked = (edit.pixels - exact[0]).abs(), (plain[0] - exact[0]).abs()

@@ -57,7 +57,7 @@ def main() -> None:
                 "temporal error": float(score.temporal.mean()),
                 "colour": float(score.colour.mean()),
                 "shape": float(score.shape.mean()),
-                "passes": score.evaluations,
+                "passes": score.nfe,
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -305,13 +305,13 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
         lock.sample("euler", clip + 1.0, video.sigmas(3), extra_args={"cond": video.prompt("")})
         return lock.trace.steps[-1].lock.shape
 
-    per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale))
+    per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1)))
     with pytest.raises(EstimatorError, match=r"patch=\(4, 4, 4\).* measures 128 tokens per clip, the model has 256"):
         sample(per_token, (4, 4, 4))
     assert sample(per_token, video.patch) == (1, 256)
-    pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1), cfg_scale=obs.cfg_scale))
+    pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1)))
     assert sample(pooled, (4, 4, 4)) == (1,)  # any patch will do for a policy that wants one number
-    wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7), cfg_scale=obs.cfg_scale))
+    wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7)))
     with pytest.raises(kv.KVLockError, match=r"returned lock of shape \(1, 7\)"):
         sample(wrong, (4, 4, 4))
 
@@ -536,7 +536,7 @@ def test_probes_are_counted(setup):
     def passes(estimator):
         lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        return lock.trace.evaluations, len(lock.trace)
+        return lock.trace.nfe, len(lock.trace)
 
     base, calls = passes(TrajectoryVariance())
     assert passes(DropoutVariance(passes=3))[0] == base + 3 * calls
@@ -581,7 +581,7 @@ type = "Linear"
     preset = load_policy(text)
     lock = kv.KVLock(GaussianDenoiser(), policy=preset)
     expected = Max((TrajectoryVariance(patch=PATCH), Held(Sparse(PosteriorVariance(), every=5))))
-    assert lock.estimator == expected
+    assert lock.settings.estimator == expected
     assert load_policy(kv.to_toml(preset)) == preset
 
 

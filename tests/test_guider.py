@@ -49,7 +49,7 @@ def test_off_is_the_same_bits_in_a_modular_pipeline() -> None:
     plain = modular(parts, guider=ClassifierFreeGuidance(4.0))()
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=0.0), scheduler=parts.scheduler)
     assert torch.equal(modular(parts, guider=guider)(), plain)
-    assert guider.trace.evaluations == 10
+    assert guider.trace.nfe == 10
 
 
 def test_a_disabled_guider_is_out_of_the_way(pipe: Any) -> None:
@@ -83,7 +83,7 @@ def test_a_guider_leaves_nothing_in_the_transformer() -> None:
 def test_guidance_for_some_steps_leaves_the_lock_on(pipe: Any) -> None:
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler, start=0.4)
     modular(pipe, guider=guider)()
-    assert [step.evaluations for step in guider.trace] == [2, 2, 3, 3, 3]
+    assert [step.nfe for step in guider.trace] == [2, 2, 3, 3, 3]
     assert all(step.fused_layers for step in guider.trace)
 
 
@@ -177,7 +177,7 @@ def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
 def test_a_policy_that_is_code_is_not_saved(tmp_path: Any) -> None:
     @kv.stateless
     def mine(obs: kv.Observation) -> kv.Control:
-        return kv.Control(lock=0.5, cfg_scale=obs.cfg_scale)
+        return kv.Control(lock=0.5)
 
     with pytest.raises(PolicyError, match="cannot be written to a file"):
         KVLockGuider(policy=mine).save_pretrained(tmp_path)

@@ -50,7 +50,7 @@ def test_estimators_that_ask_again_get_the_same_answers(pipe: Any) -> None:
     _, trace = by_sampler(pipe, **options)
     with locked(pipe, **EDIT, **options) as session:
         run(pipe)
-    assert session.trace.evaluations == trace.evaluations > 3 * 5
+    assert session.trace.nfe == trace.nfe > 3 * 5
     for ours, theirs in zip(session.trace.rows(), trace.rows(), strict=True):
         assert ours["variance"] == pytest.approx(theirs["variance"], rel=0.02, nan_ok=True)
 
@@ -63,7 +63,7 @@ def test_off_is_the_same_bits_in_a_classic_pipeline(dtype: torch.dtype) -> None:
     with locked(pipe, policy=kv.Constant(lock=0.0)) as session:
         assert torch.equal(run(pipe), plain)
     assert len(session.trace) == 5
-    assert session.trace.evaluations == 10
+    assert session.trace.nfe == 10
     with locked(pipe, **EDIT, policy=kv.Constant(lock=0.0), composite=False):
         assert torch.equal(run(pipe), plain)
 
@@ -137,14 +137,14 @@ def test_the_policy_sets_the_scale_whatever_the_pipeline_was_called_with(pipe: A
 def test_a_scale_of_one_costs_no_unconditional_pass(pipe: Any) -> None:
     with locked(pipe, policy=kv.Constant(lock=0.0, cfg_scale=1.0)) as session:
         got = run(pipe)
-    assert session.trace.evaluations == 5
+    assert session.trace.nfe == 5
     assert far_apart(got, run(pipe, guidance_scale=1.0)) < 1e-5
 
 
 def test_a_pipeline_without_guidance_is_locked_too(pipe: Any) -> None:
     with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0)) as session:
         got = run(pipe, guidance_scale=1.0)
-    assert session.trace.evaluations == 10  # the edit and the source
+    assert session.trace.nfe == 10  # the edit and the source
     assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
 
 
@@ -253,13 +253,13 @@ def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPa
     for passes, experts in ((15, 1 + (name == "wan-2.2")), (10, 2 * (1 + (name == "wan-2.2")))):
         with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
-        assert session.trace.evaluations == passes
+        assert session.trace.nfe == passes
         assert len(keys) == experts  # told once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
         sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))
-        first, kept = sample(), guider.trace.evaluations
-        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.evaluations) == (15, True, 10)
+        first, kept = sample(), guider.trace.nfe
+        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.nfe) == (15, True, 10)
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
@@ -319,13 +319,13 @@ def test_offloading_may_renew_its_hooks_between_two_calls() -> None:
     pipe = classic()
     with locked(pipe, **EDIT) as session:
         wanted = run(pipe)
-    passes = session.trace.evaluations
+    passes = session.trace.nfe
     plain = run(pipe)
     add_hook_to_module(pipe.transformer, ModelHook())
     with locked(pipe, **EDIT) as session:
         for _ in range(3):
             assert torch.equal(run(pipe), wanted)
-            assert session.trace.evaluations == passes
+            assert session.trace.nfe == passes
             remove_hook_from_module(pipe.transformer)
             add_hook_to_module(pipe.transformer, ModelHook())
     assert torch.equal(run(pipe), plain)

@@ -37,7 +37,7 @@ from kvlock_sampling.types import Control, Observation, PolicyError
 @stateless
 def fade(obs):
     """Lock by risk."""
-    return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+    return Control(lock=obs.risk.clamp(0, 1))
 
 
 BUILT_IN = [
@@ -175,8 +175,8 @@ def test_whether_risk_is_used_is_handed_up():
 )
 def test_unscheduled_guidance_is_the_callers_own_tensor(policy):
     obs = observe([0.2, 3.0], steps_left=9)
-    assert policy.start(obs).cfg_scale is obs.cfg_scale
-    assert policy.step(policy.init(), obs)[1].cfg_scale is obs.cfg_scale
+    assert policy.start(obs).cfg_scale is obs.requested_cfg_scale
+    assert policy.step(policy.init(), obs)[1].cfg_scale is obs.requested_cfg_scale
 
 
 def test_guidance_listens_to_the_worst_token():
@@ -191,7 +191,7 @@ def test_guidance_listens_to_the_worst_token():
 
 def test_constant():
     obs = observe([math.nan, math.nan])
-    assert Constant(lock=0.5).step(None, obs)[1] == Control(0.5, obs.cfg_scale)
+    assert Constant(lock=0.5).step(None, obs)[1] == Control(0.5)
     assert Constant(lock=0.5, cfg_scale=3.0).start(obs) == Control(0.5, 3.0)
 
 
@@ -229,7 +229,7 @@ def test_pid_without_gains_is_a_constant_bit_for_bit(dtype, slew):
         obs = observe([0.0, 0.3 * i, 1e9], sigma, dtype=dtype)
         state, control = policy.step(state, obs)
         assert torch.equal(control.lock, torch.full_like(obs.risk, Constant(lock=0.3).step(None, obs)[1].lock))
-        assert control.cfg_scale is obs.cfg_scale
+        assert control.cfg_scale is obs.requested_cfg_scale
     assert policy.start(obs) == Constant(lock=0.3).start(obs)
 
 
@@ -369,7 +369,7 @@ def test_a_function_is_a_policy():
     assert fade.__doc__ == "Lock by risk."
     assert fade(observe([0.5])).lock.item() == 0.5
     assert fade.start(observe([math.nan])).lock == 0.0
-    by_sigma = stateless(uses_risk=False)(lambda obs: Control(min(obs.sigma, 1.0), obs.cfg_scale))
+    by_sigma = stateless(uses_risk=False)(lambda obs: Control(min(obs.sigma, 1.0)))
     assert repr(by_sigma) == "stateless(<lambda>, uses_risk=False)"
     assert by_sigma.start(observe([math.nan], 0.25)).lock == 0.25
 
@@ -377,12 +377,12 @@ def test_a_function_is_a_policy():
 def test_as_policy_takes_policies_and_functions():
     pid = PID()
     assert as_policy(pid) is pid
-    assert isinstance(as_policy(lambda obs: Control(0.0, obs.cfg_scale)), Stateless)
-    assert Smoothed(lambda obs: Control(0.0, obs.cfg_scale), half_life=1.0).policy.start(observe([1.0])).lock == 0.0
+    assert isinstance(as_policy(lambda obs: Control(0.0)), Stateless)
+    assert Smoothed(lambda obs: Control(0.0), half_life=1.0).policy.start(observe([1.0])).lock == 0.0
 
 
 def test_clamped_brings_what_overshoots_into_range():
-    eager = Clamped(lambda obs: Control(2 * obs.risk, obs.cfg_scale))
+    eager = Clamped(lambda obs: Control(2 * obs.risk))
     assert torch.equal(eager.step(None, observe([0.25, 3.0]))[1].lock, torch.tensor([0.5, 1.0]))
 
 

@@ -182,7 +182,7 @@ def test_round_trip(policy):
 
 def test_code_cannot_be_written():
     with pytest.raises(PolicyError, match="cannot be written as a file"):
-        to_toml(Smoothed(stateless(lambda obs: Control(0.0, obs.cfg_scale)), half_life=1.0))
+        to_toml(Smoothed(stateless(lambda obs: Control(0.0)), half_life=1.0))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     save_policy(PID(), path)
     assert load_policy(path) == PID()
     with pytest.raises(PolicyError):
-        save_policy(stateless(lambda obs: Control(0.0, obs.cfg_scale)), path)
+        save_policy(stateless(lambda obs: Control(0.0)), path)
 
     def fail(*_):
         raise OSError("disk full")

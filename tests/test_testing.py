@@ -13,7 +13,7 @@ from kvlock_sampling.types import Control, Denoiser, PolicyError
 
 
 def lock_by(rule, **settings):
-    return stateless(**settings)(lambda obs: Control(lock=rule(obs), cfg_scale=obs.cfg_scale))
+    return stateless(**settings)(lambda obs: Control(lock=rule(obs)))
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Mutating(Policy):
     def step(self, state, obs):
         state = torch.zeros_like(obs.risk) if state is None else state
         state += obs.risk.clamp(0, 1)
-        return state, Control(lock=state.clamp(0, 1).clone(), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=state.clamp(0, 1).clone())
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Forgetful(Policy):
 
     def step(self, state, obs):
         self.calls.append(1)
-        return state, Control(lock=1.0 / len(self.calls), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=1.0 / len(self.calls))
 
 
 @dataclass
 class Melting(Policy):
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 class Bare(Melting):
@@ -48,13 +48,13 @@ class Shy(Policy):
     __repr__ = object.__repr__
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 @dataclass(frozen=True)
 class Positional(Policy):
     def step(self, state, obs):
-        return Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return Control(lock=0.0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Clocked(Policy):
 
     def step(self, last, obs):
         slope = 0.0 * obs.risk if last is None else (obs.risk - last[1]) / math.log(last[0] / obs.sigma)
-        return (obs.sigma, obs.risk), Control(lock=slope.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return (obs.sigma, obs.risk), Control(lock=slope.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Eager(Policy):
     """Reads, at the start, what nobody has measured."""
 
     def start(self, obs):
-        return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return Control(lock=obs.risk.clamp(0, 1))
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Boastful(Policy):
     never_locks = True
 
     def step(self, state, obs):
-        return state, Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=obs.risk.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Claiming(Policy):
     cfg_range: tuple[float, float] = (0.0, 1.0)
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale * (1 - obs.risk.clamp(max=9)))
+        return state, Control(lock=0.0, cfg_scale=obs.requested_cfg_scale * (1 - obs.risk.clamp(max=9)))
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class Counting(Policy):
     """Counts, at the start, steps that nobody has told."""
 
     def start(self, obs):
-        return Control(lock=min(1.0, 1 / obs.steps_left), cfg_scale=obs.cfg_scale)
+        return Control(lock=min(1.0, 1 / obs.steps_left))
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -151,10 +151,10 @@ def test_broken_policies_are_caught(policy, words):
 
 
 def test_good_policies_pass():
-    check_policy(lambda obs: Control(obs.risk.clamp(0, 1), obs.cfg_scale), batch=1, seed=3)
+    check_policy(lambda obs: Control(obs.risk.clamp(0, 1)), batch=1, seed=3)
     check_policy(lock_by(lambda obs: min(obs.sigma, 1.0), uses_risk=False), batch=5, tokens=2)
     check_policy(lock_by(lambda obs: 1.0 if obs.steps_left is None or obs.steps_left > 3 else 0.0))
-    check_policy(stateless(lambda obs: Control(0.0, -obs.cfg_scale)))  # negative guidance is for who asks for it
+    check_policy(stateless(lambda obs: Control(0.0, -obs.requested_cfg_scale)))  # negative guidance is for who asks for it
     check_policy(lock_by(lambda obs: (obs.risk > 1).float()))  # float32 is always welcome
 
 

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Architecture, AttentionLayer, Frame, LayerPattern, find_layers
-from kvlock_sampling.attention import context as frame
+from kvlock_sampling.attention import Architecture, AttentionLayer, LayerPattern, find_layers
 from kvlock_sampling.attention.architectures import BUILT_IN
-from kvlock_sampling.attention.foreground import TokenFlow
+from kvlock_sampling.attention import FusionContext, TokenFlow, context
 from kvlock_sampling.testing import check_layers, random_network
 from kvlock_sampling.testing.networks import FAMILIES
 from kvlock_sampling.types import AttentionError, KVLockError
@@ -252,7 +251,7 @@ def test_cross_attention_and_refiners():
 
 def test_sites_that_never_run():
     made = random_network("wan")
-    refused(made, "none of the model's 2 layers fired", layers=find_layers(copy.deepcopy(made.denoiser)))
+    refused(made, "none of the model's 2 attention layers fired", layers=find_layers(copy.deepcopy(made.denoiser)))
     idle = AttentionLayer("idle", nn.Identity())
     refused(
         made,
@@ -373,18 +372,19 @@ def test_the_arguments_of_a_whole_run_are_welcome():
 
 def test_a_fusion_that_is_not_exact(monkeypatch):
     made = random_network("cogvideox")
-    fuse = frame.fuse_chunks_
-    monkeypatch.setattr(frame, "fuse_chunks_", lambda edit, source, ratio: fuse(edit, source, ratio * 0.999))
+    fuse = context.fuse_rows
+    monkeypatch.setattr(context, "fuse_rows", lambda own, kept, ratio, *rest: fuse(own, kept, ratio * 0.999, *rest))
     refused(made, "keys of background tokens are not exactly the source's")
-    monkeypatch.setattr(frame, "fuse_chunks_", lambda edit, source, ratio: fuse(edit, source, ratio.clamp(min=0.01)))
+    least = 0.01
+    monkeypatch.setattr(context, "fuse_rows", lambda own, kept, ratio, *rest: fuse(own, kept, ratio.clamp(least), *rest))
     refused(made, "keys of edited or text tokens are not exactly the edit's own")
 
 
 def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
     made = random_network("cogvideox")
-    process = Frame.process
+    process = FusionContext.process
 
-    def wrong(self, layer, key, value, start, ratio=None):
+    def wrong(self, layer, key, value, start, ratio):
         if self.mode == "lockstep":
             order = torch.arange(len(key)).view(-1, self.batch).flip(1).flatten()
             process(self, layer, key, value, start, ratio)
@@ -392,7 +392,7 @@ def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
             return swapped[0][order], swapped[1][order]
         return process(self, layer, key, value, start, ratio)
 
-    monkeypatch.setattr(Frame, "process", wrong)
+    monkeypatch.setattr(FusionContext, "process", wrong)
     refused(made, "the source as rows of the same call, and in a pass of its own, gave two answers")
 
 
@@ -424,7 +424,7 @@ def test_any_module_that_calls_attention():
     cond = {"cond": torch.randn(2, 2, 4)}
     check_layers(model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=2), expected=3, sigma=0.2)
     check_layers(
-        model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=2, layers=[2]), expected=1, sigma=0.2
+        model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=2, calls=[2]), expected=1, sigma=0.2
     )
     with pytest.raises(AttentionError, match=r'(?s)video comes last: declare text="first"'):
         check_layers(model, x, cond, layers=kv.sdpa_layers(model, patch=(1, 1, 1), start=0, trailing=2))

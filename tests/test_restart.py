@@ -78,7 +78,7 @@ def test_what_cannot_be_resampled_says_why(pair):
 
 
 def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
-    three = [torch.cat([t, t[:1]]) for t in (pair.x, pair.source, pair.cond, pair.uncond)]
+    three = [torch.cat([t, 0.7 * t[:1]]) for t in (pair.x, pair.source, pair.cond, pair.uncond)]
     cfg = {"cond": three[2], "uncond": three[3], "cond_scale": 3.0}
     mask = pair.mask[0, 0]  # (3 frames, height, width), for 3 clips
     lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)))

@@ -1,4 +1,4 @@
-"""The source on all tokens and the edit on some, block by block: the same edit, and one layer's K/V at a time."""
+"""Source and edit block by block: the edit of the dense route, and one layer's K/V at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import ending
-from kvlock_sampling.attention import interleaved as beside
+from kvlock_sampling.attention import FusionContext
+from kvlock_sampling.route import Route
 from kvlock_sampling.testing import random_network
 from kvlock_sampling.testing.networks import FAMILIES
 from kvlock_sampling.types import KVLockError
@@ -17,27 +17,7 @@ from kvlock_sampling.types import KVLockError
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 
 FULL = kv.Constant(lock=1.0)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    """Whatever other tests have compiled in this process."""
-    monkeypatch.setattr(ending, "anything_compiled", lambda: False)
-    monkeypatch.setattr("kvlock_sampling.attention.hooks.anything_compiled", lambda: False)
-
-
-@pytest.fixture
-def stored(monkeypatch):
-    """How many layers' K/V were kept whenever an edit's block ran, and what the rows were."""
-    seen, together = [], beside._together
-
-    def noting(changed, source, rows, frame):
-        if isinstance(changed, torch.Tensor):
-            seen.append((len(frame.store), rows, source is None))
-        return together(changed, source, rows, frame)
-
-    monkeypatch.setattr(beside, "_together", noting)
-    return seen
+INTERLEAVED = Route.INTERLEAVED.value
 
 
 def network(name, grid=(3, 3, 5), clips=2):
@@ -64,95 +44,100 @@ def evaluated(made, policy=FULL, extra_args=None, **options):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_edit_is_that_of_the_dense_way(name, stored):
+def test_the_edit_is_that_of_the_dense_route(name):
     made = network(name)
     out, step = evaluated(made)
-    able = made.layers.narrows and made.layers.rows_first
-    assert bool(stored) == able
-    if not able:
+    assert (step.route == INTERLEAVED) == made.layers.interleaves
+    if not made.layers.interleaves:
         return
-    # One layer's K/V at a time; after the last layer nothing more of the source.
-    assert {kept for kept, _, _ in stored} <= {0, 1, 2}
-    assert {rows for _, rows, _ in stored} == {4}
-    assert [ended for *_, ended in stored].count(True) in (1, 2)  # its tokens, and its text
     assert step.computed < 1
     dense, other = evaluated(made, foreground=False)
-    assert (step.evaluations, step.fused_layers) == (other.evaluations, other.fused_layers)
+    assert other.route == Route.LOCKSTEP.value
+    assert (step.nfe, step.fused_layers) == (other.nfe, other.fused_layers)
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2", "flux", "hunyuan-video", "wan-vace"])
-def test_guided_and_with_a_ring(name, stored):
-    made = network(name, grid=(4, 5, 6), clips=1)
+@pytest.mark.parametrize("frames", [2, 3, 4])
+def test_guided_with_a_transition_band_and_as_many_frames_as_rows(name, frames):
+    """Three rows, [uncond, cond, source]: no axis of the clip is taken for them."""
+    made = network(name, grid=(frames, 5, 6), clips=1)
     cond = made.extra_args["cond"]
     more = {"uncond": {k: v.flip(-1) if v.is_floating_point() else v for k, v in cond.items()}, "cond_scale": 3.0}
     out, step = evaluated(made, extra_args=more, transition=(1, 0.5))
-    assert {rows for _, rows, _ in stored} == {3}
     dense, _ = evaluated(made, extra_args=more, transition=(1, 0.5), foreground=False)
+    assert step.route == INTERLEAVED
     assert step.computed < 1
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
 
 
-def test_what_is_kept_does_not_grow_with_depth():
-    """Of every layer's K/V only one layer's are there at a time."""
-    sizes, process = [], kv.attention.foreground.ForegroundFrame.process
+def kept_at_once(monkeypatch, **options):
+    """The largest number of layers whose K/V existed at a time."""
+    sizes, process = [], FusionContext.process
 
-    def noting(self, layer, key, value, start, ratio=None):
+    def noting(self, layer, key, value, start, ratio):
         out = process(self, layer, key, value, start, ratio)
-        sizes.append(len(self.store))
+        sizes.append(max(len(self.record.captured), len(self.source)))
         return out
 
+    with monkeypatch.context() as patch:
+        patch.setattr(FusionContext, "process", noting)
+        evaluated(network("wan"), **options)
+    return max(sizes)
+
+
+def test_what_is_kept_does_not_grow_with_depth(monkeypatch):
+    assert kept_at_once(monkeypatch) == 1
+    assert kept_at_once(monkeypatch, batched=False) == 2  # a pass of its own keeps both layers' K/V
+
+
+def test_a_function_compiled_elsewhere_changes_neither_route_nor_memory(monkeypatch):
     made = network("wan")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv.attention.foreground.ForegroundFrame, "process", noting)
-        evaluated(made)
-        assert max(sizes) == 1
-        sizes.clear()
-        evaluated(made, batched=False)
-        assert max(sizes) == 2  # a pass of its own keeps all of them
+    before, step = evaluated(made)
+    kept = kept_at_once(monkeypatch)
+    assert torch.compile(lambda a: a + 1, backend="eager")(torch.ones(2)).sum() == 4
+    after, again = evaluated(made)
+    assert torch.equal(before, after)
+    assert again.route == step.route == INTERLEAVED
+    assert kept_at_once(monkeypatch) == kept
 
 
-@pytest.mark.parametrize(
-    "options", [{"batched": False}, {"kv_cache": True}, {"estimator": kv.RenoiseVariance(passes=1)}]
-)
-def test_a_source_whose_keys_serve_again_has_a_pass_of_its_own(options, stored):
+@pytest.mark.parametrize("options", [{"batched": False}, {"kv_cache": True}, {"estimator": True}])
+def test_a_source_whose_keys_serve_again_has_a_pass_of_its_own(options):
     made = network("wan")
     if "kv_cache" in options:
-        options = {"kv_cache": kv.KVCache(format=None)}
-    policy = FULL
-    if "estimator" in options:
-        policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale))
-        given = options
+        _, step = evaluated(made, kv_cache=kv.KVCache(format=None))
+        assert step.route == Route.CACHED.value
+    elif "estimator" in options:
         generator = torch.Generator().manual_seed(1)
         source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
         lock = kv.KVLock(
-            made.denoiser, policy=policy, source=source, noise=noise, mask=masks(made), layers=made.layers, **given
+            made.denoiser,
+            policy=kv.stateless(lambda obs: kv.Control(lock=1.0)),
+            estimator=kv.RenoiseVariance(passes=1),
+            source=source,
+            noise=noise,
+            mask=masks(made),
+            layers=made.layers,
         )
         lock.sample("euler", 2 * made.x, torch.tensor([2.0, 1.0, 0.5, 0.0]), extra_args=made.extra_args)
-        assert lock.trace.steps[-1].evaluations == 3  # the source, the edit, a probe
+        assert lock.trace.steps[-1].nfe == 3  # the source, the edit, a probe
+        assert lock.trace.steps[-1].route == Route.SOURCE_PASS.value
     else:
-        evaluated(made, **options)
-    assert not stored
+        _, step = evaluated(made, **options)
+        assert step.route == Route.SOURCE_PASS.value
 
 
-def test_where_rows_cannot_be_told_apart_the_source_has_a_pass_of_its_own(stored):
-    made = network("wan", grid=(4, 3, 5))  # four frames, four rows
-    out, step = evaluated(made)
-    assert not stored
-    assert step.evaluations == 2
-    dense, _ = evaluated(made, foreground=False)
-    torch.testing.assert_close(out, dense, rtol=0, atol=1e-5)
-
-
-def test_a_hook_on_the_network_sees_whole_passes(stored):
+def test_a_hook_on_the_network_sees_whole_passes():
     made = network("wan")
     inner = made.layers.networks[0]
     handle = inner.register_forward_hook(lambda *_: None)
-    whole, _ = evaluated(made)
+    whole, step = evaluated(made)
     handle.remove()
-    assert not stored
-    beside_each_other, _ = evaluated(made)
-    torch.testing.assert_close(beside_each_other, whole, rtol=0, atol=1e-6)
+    assert step.route == Route.SOURCE_PASS.value
+    interleaved, step = evaluated(made)
+    assert step.route == INTERLEAVED
+    torch.testing.assert_close(interleaved, whole, rtol=0, atol=1e-6)
 
 
 def test_gradients_reach_the_edit():
@@ -183,8 +168,9 @@ def test_an_error_inside_leaves_the_network_as_it_was():
     torch.testing.assert_close(out, evaluated(made, foreground=False)[0], rtol=0, atol=1e-5)
 
 
-def test_rows_that_do_not_come_first_are_never_cut(stored):
+def test_a_flow_that_does_not_interleave_has_a_source_pass():
     made = network("wan")
-    out, _ = evaluated(made, layers=replace(made.layers, rows_first=False))
-    assert not stored
+    flow = replace(made.layers.flow, interleaves=False)
+    out, step = evaluated(made, layers=replace(made.layers, flow=flow))
+    assert step.route == Route.SOURCE_PASS.value
     torch.testing.assert_close(out, evaluated(made)[0], rtol=0, atol=1e-6)

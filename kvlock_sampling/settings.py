@@ -346,7 +346,7 @@ def _check_no_lock_inside(model: Any) -> None:
     seen, inside = set(), model
     while inside is not None and id(inside) not in seen:
         seen.add(id(inside))
-        if isinstance(getattr(inside, "settings", None), LockSettings):
+        if isinstance(getattr(inside, "__dict__", {}).get("settings"), LockSettings):
             where = "model is a KVLock" if inside is model else f"model is a {type(model).__name__} around a KVLock"
             raise RunError(
                 f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"

@@ -193,7 +193,7 @@ def test_scheduled_guidance_is_floored_and_the_floor_can_be_lifted(setup):
         lock = setup.lock(policy=calm, cfg_floor=floor)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         assert {float(s.cfg_scale) for s in lock.trace} == {expected}
-    assert kv.KVLock(setup.model, policy="paper").cfg_floor == 0.0
+    assert kv.KVLock(setup.model, policy="paper").settings.cfg_floor == 0.0
 
 
 def test_the_paper_preset_is_the_papers():

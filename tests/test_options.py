@@ -114,7 +114,7 @@ def test_several_slips_are_named_together(setup):
 def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     lock = kv.KVLock(setup.model, mask=setup.mask, policy="sigmoid")
     everywhere = kv.KVLock(setup.model, policy=kv.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
-    inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.policy)
+    inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.settings.policy)
     euler(everywhere, setup), euler(inside, setup)
     assert told(recwarn) == []
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)

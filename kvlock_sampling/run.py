@@ -17,7 +17,7 @@ from .presets import Preset
 from .timeline import Timeline
 from .trace import Trace
 from .types import EstimatorError, Scalar
-from .variance import Estimator, TrajectoryVariance, make_estimator
+from .variance import Estimator, TrajectoryVariance
 from .variance.thresholds import ThresholdCurve
 
 
@@ -147,6 +147,4 @@ def names_parameter(model: Any, name: str) -> bool:
 
 def advised_estimator(preset: Preset | None) -> Estimator:
     """The estimator a preset names, or the default one."""
-    if preset is None or not preset.estimator:
-        return DEFAULT_ESTIMATOR
-    return make_estimator(dict(preset.estimator))
+    return DEFAULT_ESTIMATOR if preset is None or preset.estimator is None else preset.estimator

@@ -1,4 +1,4 @@
-"""Settings are checked once, when a policy is made, and the error shows a setting that works."""
+"""Check a policy's settings once, when it is made, and what it returns at every evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import math
 import numbers
 from typing import Any, TypeAlias
 
-from ..types import PolicyError
+from torch import Tensor
+
+from ..types import Control, PolicyError
 
 Range: TypeAlias = tuple[float, float]
 
@@ -21,7 +23,7 @@ def number(
     at_most: float = math.inf,
     optional: bool = False,
 ) -> None:
-    """Makes field `name` a float, strictly `above` and within [at_least, at_most]; None passes where `optional`."""
+    """Convert field `name` to a float `above` and within [at_least, at_most]; None passes if `optional`."""
     value = getattr(policy, name)
     if value is None and optional:
         return
@@ -33,19 +35,6 @@ def number(
     object.__setattr__(policy, name, given)
 
 
-def count(policy: Any, name: str, *, optional: bool = False) -> None:
-    """Checks that field `name` is a whole number >= 1; None passes where `optional`."""
-    value = getattr(policy, name)
-    if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        reject(policy, name, "a whole number >= 1", 20)
-
-
-def flag(policy: Any, name: str) -> None:
-    """Checks that field `name` is True or False."""
-    if not isinstance(getattr(policy, name), bool):
-        reject(policy, name, "True or False", True)
-
-
 def pair(
     policy: Any,
     name: str,
@@ -55,7 +44,7 @@ def pair(
     rising: bool = True,
     optional: bool = False,
 ) -> None:
-    """Makes field `name` a tuple of two floats within [at_least, at_most], low before high where `rising`."""
+    """Convert field `name` to two floats within [at_least, at_most], the lower first if `rising`."""
     value = getattr(policy, name)
     if value is None and optional:
         return
@@ -69,7 +58,7 @@ def pair(
 
 
 def reject(policy: Any, name: str, expected: str, example: Any) -> None:
-    """Raises PolicyError for field `name`; its default, where there is one, is the example that works."""
+    """Raise PolicyError for field `name`; the message shows a value that works, its default or `example`."""
     default = next(f.default for f in dataclasses.fields(policy) if f.name == name)
     shown = example if default is dataclasses.MISSING or default is None else default
     kind = type(policy).__name__
@@ -80,7 +69,48 @@ def reject(policy: Any, name: str, expected: str, example: Any) -> None:
     )
 
 
+def check_control(control: Any, method: str, batch: int, tokens: int | None) -> Control:
+    """Check the types and shapes of a policy's output. No value is read from the device.
+
+    Args:
+        control: What the policy returned.
+        method: Name of the policy and its method for the message, e.g. "PID.step".
+        batch: Number of clips.
+        tokens: Number of tokens of a per-token lock; None if there can be none.
+
+    Returns:
+        The same control.
+
+    Raises:
+        PolicyError: The control is no `Control`, or a field has a wrong type or shape.
+    """
+    if not isinstance(control, Control):
+        raise PolicyError(
+            f"{method} returned {type(control).__name__}; expected a Control(lock=...)"
+            f"{' and the new state: return state, Control(...)' if method.endswith('.step') else ''}."
+        )
+    for field, value in zip(Control._fields, control, strict=True):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                kind = type(value).__name__
+                raise PolicyError(f"{method} returned {field} of type {kind}; expected a tensor, a float or None.")
+            continue
+        shape, per_token = tuple(value.shape), field == "lock" and tokens
+        if shape not in ((), (batch,), (batch, tokens) if per_token else ()):
+            extra = f" or (batch, tokens) = ({batch}, {tokens})" if per_token else ""
+            raise PolicyError(
+                f"{method} returned {field} of shape {shape}; expected (batch,) = ({batch},){extra} or a float.\n"
+                "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
+            )
+    return control
+
+
 def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    """The value as a float, or None if it is no finite real number."""
+    try:
+        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
         return None
-    return float(value)
+    return given if math.isfinite(given) else None

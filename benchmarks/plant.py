@@ -1,10 +1,10 @@
-"""What a policy acts on, as an equation:  d log(risk) / dt = a(t) + b * lock,  t = -log(sigma).
+"""A process model of a locked run:  d log(risk) / dt = a(t) + b * lock,  t = -log(sigma).
 
-a: how risk drifts by itself, constant over stretches of log sigma. b: what a full lock does, per unit of log sigma; b
-below 0 means that locking lowers risk. `fit_plant` reads both from recorded runs by least squares on the changes of
-log risk, with errors that allow for the evaluations of one clip to hang together (one cluster per clip and run: Liang &
-Zeger 1986), and `simulate` runs any policy against them. A line through a curved world: risk that answers the *level*
-of the lock and not its time, as a windowed measurement may, is only approximated. Range of risk: > 0.
+a: the drift of risk by itself, constant over stretches of log sigma. b: the effect of a full lock, per unit of log
+sigma; b below 0 means that locking lowers risk. `fit_plant` reads both from recorded runs by least squares on the
+changes of log risk, with errors that allow for the evaluations of one clip to hang together (one cluster per clip and
+run: Liang & Zeger 1986), and `simulate` runs any policy against them. A line through a curved world: risk that answers
+the *level* of the lock and not its time, as a windowed measurement may, is only approximated. Range of risk: > 0.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..timeline import Timeline
-from ..types import Observation, PolicyError
-from .base import as_policy
+from kvlock_sampling.policy import as_policy
+from kvlock_sampling.timeline import Timeline
+from kvlock_sampling.types import Observation, PolicyError
 
 Rows = Sequence[Mapping[str, Any]]
 """One run, as `Trace.rows()` gives it."""
@@ -113,22 +113,23 @@ def simulate(policy: Any, plant: Plant, sigmas: Any, *, start: float | Sequence[
         before = timeline.rewind(sigma)
         if before is None:
             log_risk, state = level, policy.init()
-            lock = _spread(policy.start(Observation(sigma, unknown, unknown, 0 * one, one)).lock, level)
+            lock = _spread(policy.start(Observation(sigma, unknown, unknown, 0 * one, one)).lock, 0 * level)
         else:
             last, log_risk, state, lock = before
             dt = math.log(last / sigma)
             log_risk = log_risk + plant.drifted(last, sigma) + plant.response * lock * dt
         risk = log_risk.exp()
         state, control = policy.step(state, Observation(sigma, risk, risk, lock, one))
-        timeline.append(sigma, (sigma, log_risk, state, _spread(control.lock, level)))
+        timeline.append(sigma, (sigma, log_risk, state, _spread(control.lock, lock)))
         visited.append(sigma)
         risks.append(risk)
         locks.append(lock)
     return Response(torch.tensor(visited, dtype=torch.float64), torch.stack(risks), torch.stack(locks))
 
 
-def _spread(lock: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(lock, dtype=like.dtype).expand_as(like)
+def _spread(lock: float | Tensor | None, before: Tensor) -> Tensor:
+    """A lock as one value per clip; None leaves it as it was before."""
+    return before if lock is None else torch.as_tensor(lock, dtype=before.dtype).expand_as(before)
 
 
 def _path(rows: Rows) -> list[tuple[float, float, float]]:

@@ -21,11 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from plant import Plant, Response, Rows, fit_plant, simulate
 from scipy import optimize
 
-from ..types import PolicyError
-from .pid import PID, RISK_RANGE
-from .plant import Plant, Response, Rows, fit_plant, simulate
+from kvlock_sampling.policy import PID
+from kvlock_sampling.policy.pid import RISK_RANGE
+from kvlock_sampling.types import PolicyError
 
 __all__ = ["Plant", "Response", "Tuned", "cost", "fit_plant", "simulate", "tune_pid"]
 

@@ -25,15 +25,7 @@ RISK_RANGE: Range = (1e-3, 1e3)
 
 
 class PIDState(NamedTuple):
-    """The memory of a PID, as tensors like `obs.risk`. Before the first step the state is None.
-
-    Attributes:
-        sigma: Noise level of the last step.
-        level: Log risk there.
-        integral: ki * integral(e dt), in units of u.
-        slope: Filtered d(level)/dt.
-        output: The last u.
-    """
+    """The last noise level, log risk there, ki * integral(e dt), filtered d(level)/dt, and u. None before a step."""
 
     sigma: float
     level: Tensor

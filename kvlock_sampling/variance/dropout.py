@@ -114,14 +114,7 @@ def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linea
 
 @contextmanager
 def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None = None) -> Iterator[None]:
-    """Within the block, and in this thread only, `model` computes as one thinned network.
-
-    Args:
-        model: The network.
-        rate: Fraction of output units dropped, in [0, 1). 0 changes nothing.
-        seed: The same seed thins the same network.
-        select: As in `DropoutVariance`.
-    """
+    """Thin `model` within the block, in this thread only; the same seed gives the same network."""
     owner = threading.get_ident()
 
     def thinned(keep: Tensor) -> Any:

@@ -32,12 +32,7 @@ GRID_STEPS = 2
 
 
 class PosteriorState(NamedTuple):
-    """The memory of a PosteriorVariance.
-
-    Attributes:
-        measured: Number of measurements made; seeds the next directions.
-        finite: Whether forward mode was found missing.
-    """
+    """The number of measurements made, which seeds the next directions, and whether forward mode was found missing."""
 
     measured: int = 0
     finite: bool = False
@@ -75,7 +70,7 @@ class PosteriorVariance(ProbingEstimator):
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
             raise EstimatorError(
-                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it away, '
+                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it out, '
                 f'or try method="finite", step_size={self.step_size}.'
             )
 

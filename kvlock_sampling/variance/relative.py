@@ -23,12 +23,7 @@ from .wrappers import EstimatorWrapper
 
 
 class RelativeState(NamedTuple):
-    """The memory of a Relative estimator.
-
-    Attributes:
-        inner: State of the inner estimator.
-        edited: Edited fraction of every token, (batch, tokens), in [0, 1]; None before the first evaluation.
-    """
+    """The inner state and, from the first evaluation on, the edited fraction of every token, (batch, tokens)."""
 
     inner: Any
     edited: Tensor | None = None

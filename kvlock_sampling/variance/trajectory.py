@@ -27,13 +27,7 @@ from .base import SAME_SIGMA, Estimator, Patch, check_patch, pooled
 
 
 class Entry(NamedTuple):
-    """One prediction of the trajectory.
-
-    Attributes:
-        sigma: Noise level.
-        denoised: The prediction, (batch, ...); None once only its move is needed.
-        move: The normalised step from the entry before, (batch,) or (batch, tokens).
-    """
+    """A noise level, the prediction (None once only its move is needed), and the normalised move to it."""
 
     sigma: float
     denoised: Tensor | None

@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed
+from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
 from .policy._checks import number, reject
 from .types import KVLockError, PolicyError
 from .utils.files import write_atomically
@@ -61,7 +61,7 @@ class Preset:
     """A policy and the settings of a lock that belong to it. `KVLock(policy=preset)` uses those that it is not given.
 
     Args:
-        policy: The policy.
+        policy: The policy, or a function of an Observation.
         estimator: How variance is measured. Defaults to None, the lock's default.
         threshold: Variance at risk 1, > 0, in the estimator's units, or a curve over sigma. Defaults to None, the
             estimator's.
@@ -82,6 +82,7 @@ class Preset:
     kv_cache: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", as_policy(self.policy))
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)

@@ -1,4 +1,4 @@
-"""Check a policy's settings once, when it is made, and what it returns at every evaluation."""
+"""Check the settings of a policy when it is made; an error shows a setting that works."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import math
 import numbers
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
-from ..types import Control, PolicyError
+from ..types import PolicyError
 
 Range: TypeAlias = tuple[float, float]
 
@@ -58,7 +56,7 @@ def pair(
 
 
 def reject(policy: Any, name: str, expected: str, example: Any) -> None:
-    """Raise PolicyError for field `name`. The message shows the field's default, or `example`, as a value that works."""
+    """Raise PolicyError for field `name`; the message shows a value that works, its default or `example`."""
     default = next(f.default for f in dataclasses.fields(policy) if f.name == name)
     shown = example if default is dataclasses.MISSING or default is None else default
     kind = type(policy).__name__
@@ -67,44 +65,6 @@ def reject(policy: Any, name: str, expected: str, example: Any) -> None:
         f"{kind}({inner}{name}={getattr(policy, name)!r}): expected {expected}. "
         f"This works: {kind}({inner}{name}={shown!r})"
     )
-
-
-def check_control(control: Any, method: str, batch: int, tokens: int | None) -> Control:
-    """Check the types and shapes of a policy's output. No value is read from the device.
-
-    Args:
-        control: What the policy returned.
-        method: Name of the policy and its method for the message, e.g. "PID.step".
-        batch: Number of clips.
-        tokens: Number of tokens of a per-token lock; None if there can be none.
-
-    Returns:
-        The same control.
-
-    Raises:
-        PolicyError: The control is no `Control`, or a field has a wrong type or shape.
-    """
-    if not isinstance(control, Control):
-        raise PolicyError(
-            f"{method} returned {type(control).__name__}; expected a Control(lock=...)"
-            f"{' and the new state: return state, Control(...)' if method.endswith('.step') else ''}."
-        )
-    for field, value in zip(Control._fields, control, strict=True):
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                kind = type(value).__name__
-                raise PolicyError(f"{method} returned {field} of type {kind}; expected a tensor, a float or None.")
-            continue
-        shape, per_token = tuple(value.shape), field == "lock" and tokens
-        if shape not in ((), (batch,), (batch, tokens) if per_token else ()):
-            extra = f" or (batch, tokens) = ({batch}, {tokens})" if per_token else ""
-            raise PolicyError(
-                f"{method} returned {field} of shape {shape}; expected (batch,) = ({batch},){extra} or a float.\n"
-                "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
-            )
-    return control
 
 
 def _finite(value: Any) -> float | None:

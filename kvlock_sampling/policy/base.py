@@ -1,8 +1,8 @@
 """The contract of a policy: `init() -> state`, `step(state, observation) -> (state, control)`.
 
 Settings are frozen, state is a value, and the clock is sigma. The smallest policy is a function under `@stateless`. A
-policy with memory is a frozen dataclass with `init` and `step`. Both work elementwise: a clip gets the same answer alone
-as in a batch. A policy never sees a model or a mask.
+policy with memory is a frozen dataclass with `init` and `step`. Both work elementwise: a clip gets the same answer
+alone as in a batch. A policy never sees a model or a mask.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Constant policy:  lock = lock,  cfg_scale = cfg_scale.  Nothing is measured.
 
-Range: lock in [0, 1]. Lock 0 is "off". Lock 1 takes background keys and values from the source at every step, as KV-Edit
-does (Zhu et al. 2025, arXiv 2502.17363).
+Range: lock in [0, 1]. Lock 0 is "off". Lock 1 takes background keys and values from the source at every step, as
+KV-Edit does (Zhu et al. 2025, arXiv 2502.17363).
 """
 
 from __future__ import annotations

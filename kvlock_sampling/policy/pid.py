@@ -25,15 +25,7 @@ RISK_RANGE: Range = (1e-3, 1e3)
 
 
 class PIDState(NamedTuple):
-    """The memory of a PID, as tensors like `obs.risk`. Before the first step the state is None.
-
-    Attributes:
-        sigma: Noise level of the last step.
-        level: Log risk there.
-        integral: ki * integral(e dt), in units of u.
-        slope: Filtered d(level)/dt.
-        output: The last u.
-    """
+    """The last noise level, log risk there, ki * integral(e dt), filtered d(level)/dt, and u. None before a step."""
 
     sigma: float
     level: Tensor
@@ -109,8 +101,9 @@ class PID(Policy):
             slope = slope + fraction * ((level - last.level) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
-        # The trapezoid rule in log sigma, half by half, gives the same integral in 20 and in 50 steps. The integral stops
-        # growing where u reaches a limit (no windup), so u leaves the limit as soon as the error changes its sign.
+        # The trapezoid rule in log sigma, half by half, gives the same integral in 20 and in 50 steps. The integral
+        # stops growing where u reaches a limit (no windup), so u leaves the limit as soon as the error changes its
+        # sign.
         integral = last.integral
         for part in (last_error, error):
             grown = integral + self.ki * dt / 2 * part

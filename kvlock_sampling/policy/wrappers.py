@@ -191,14 +191,7 @@ class Clamped(PolicyWrapper):
 
 
 class SmoothedState(NamedTuple):
-    """The memory of a Smoothed policy.
-
-    Attributes:
-        inner: State of the inner policy.
-        sigma: Noise level of the last step; None before the first.
-        lock: The last lock, at least float32; None if the inner policy has set none.
-        cfg_scale: The last guidance scale, likewise.
-    """
+    """The inner state, the noise level of the last step, and what was sent then; None where nothing was."""
 
     inner: Any
     sigma: float | None = None

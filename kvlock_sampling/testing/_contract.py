@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..policy.contract import policy_name as name_of
 from ..types import KVLockError
 
-
-def name_of(checked: Any) -> str:
-    """The class of a policy or estimator, or the function under `@stateless`."""
-    return getattr(checked, "__name__", None) or type(checked).__name__
+__all__ = ["check_settings", "checked_step", "name_of", "same"]
 
 
 def check_settings(checked: Any, error: type[KVLockError]) -> None:
@@ -42,21 +40,9 @@ def checked_step(
     pair: str,
     hint: str,
 ) -> tuple[Any, Any]:
-    """Call a `step` twice, and check that it returns a pair, changes nothing in place and repeats its answer.
+    """Call a `step` twice, and check that it returns a `pair`, changes nothing in place and repeats its answer.
 
-    Args:
-        step: Called as `step(state, given)`.
-        state: The state.
-        given: The observation or evaluation.
-        check: Checks the second half of the answer.
-        error: The class of errors.
-        who: Name of the step in messages, e.g. "PID.step".
-        seen: What `given` is called in messages.
-        pair: What the answer should be, e.g. "(state, Control)".
-        hint: Last line of the message for an answer that does not repeat.
-
-    Returns:
-        The new state, and the second half of the answer.
+    `check` checks the second half of the answer; `who`, `seen`, `pair` and `hint` are parts of the messages.
     """
     before = copy.deepcopy((state, given))
     answer = step(state, given)

@@ -48,9 +48,9 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
     """Check that an estimator keeps the contract of `Estimator`, on made-up runs of a small smooth denoiser.
 
     It checks frozen settings, a readable repr, `cost` and `default_threshold`; shape, dtype, device and range of every
-    variance, for float32, float64 and bfloat16 latents, with and without a mask (with `needs_background`, that it raises
-    without); that an answer repeats and nothing is changed in place; that a restored state replays; that a clip gets the
-    same alone as in a batch, up to rounding; and that evaluations are as many as `cost`.
+    variance, for float32, float64 and bfloat16 latents, with and without a mask (with `needs_background`, that it
+    raises without); that an answer repeats and nothing is changed in place; that a restored state replays; that a clip
+    gets the same alone as in a batch, up to rounding; and that evaluations are as many as `cost`.
 
     Args:
         estimator: The estimator.

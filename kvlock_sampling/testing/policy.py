@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, as_policy
-from ..policy._checks import check_control
+from ..policy.contract import check_control
 from ..types import Control, Observation, PolicyError
 from ._contract import check_settings, checked_step, name_of, same
 
@@ -27,8 +27,8 @@ def check_policy(
 
     It checks frozen settings and a readable repr; type, shape, dtype, device and range of every control, in float32,
     float64 and bfloat16; `start` before the first measurement; that an answer repeats and nothing is changed in place;
-    that a restored state replays; that a clip gets the same alone as in a batch, bit for bit; a repeated sigma; an unknown
-    schedule (steps_left None); and that `uses_risk`, `may_lock` and a `cfg_range` are true.
+    that a restored state replays; that a clip gets the same alone as in a batch, bit for bit; a repeated sigma; an
+    unknown schedule (steps_left None); and that `uses_risk`, `may_lock` and a `cfg_range` are true.
 
     Args:
         policy: A policy, or a function of an Observation.
@@ -140,7 +140,8 @@ def _step(policy: Policy, state: Any, obs: Observation) -> tuple[Any, Control]:
 def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -> None:
     who = f"{name_of(policy)}.{method}"
     seen = f"at sigma={obs.sigma:.3g} with risk={[f'{r:.3g}' for r in obs.risk.flatten()[:4].tolist()]}"
-    check_control(control, who, len(obs.requested_cfg_scale), obs.risk.shape[1] if obs.risk.ndim > 1 else None)
+    tokens = obs.risk.shape[1] if obs.risk.ndim > 1 else None
+    check_control(policy, control, len(obs.requested_cfg_scale), tokens, method)
     for field, value in zip(Control._fields, control, strict=True):
         if value is None:
             continue

@@ -27,16 +27,7 @@ def read_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int = 0) -> Any:
-    """Make an object of the class that `table` names.
-
-    Args:
-        table: "type" and settings. A list in it becomes a tuple.
-        registry: The classes that may occur, by name; a nested table is of the same registry.
-        where: Path of keys to the table, for errors.
-        depth: Tables around this one.
-
-    Returns:
-        The object.
+    """Make an object of the class in `registry` that `table` names; `where` is the path of keys to it, for errors.
 
     Raises:
         PolicyError: An unknown type or key, with the nearest known one; a missing setting, or one out of range.
@@ -129,7 +120,7 @@ def _text(value: Any, key: bool = False) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):
-        return repr(float(value) if isinstance(value, float) else value)  # numpy's floats are floats, with a repr of their own
+        return repr(float(value) if isinstance(value, float) else value)  # numpy's floats have a repr of their own
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{_text(k, key=True)} = {_text(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list | tuple):

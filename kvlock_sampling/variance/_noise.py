@@ -1,7 +1,7 @@
 """Estimators that evaluate the model again, and the random draws they do it with.
 
-Draws are seeded per measurement, so that a rewound run repeats itself, and are the same for every clip of a batch, so that
-a clip alone agrees with the clip in a batch. They are drawn in float32 on the latents' own device.
+Draws are seeded per measurement, so that a rewound run repeats itself, and are the same for every clip of a batch, so
+that a clip alone agrees with the clip in a batch. They are drawn in float32 on the latents' own device.
 """
 
 from __future__ import annotations
@@ -61,18 +61,10 @@ def generator(seed: int, count: int, device: torch.device | str = "cpu") -> torc
 
 
 def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int, count: int) -> Tensor:
-    """Draw values for `passes` copies of `like`, in the order of `like.repeat(passes, ...)`: (passes * batch, ...).
+    """Draw unit noise or +1 and -1 (Rademacher) for `passes` copies of `like`: (passes * batch, ...), float32.
 
-    Args:
-        kind: "normal" for unit noise, "signs" for +1 and -1 (Rademacher). Passes of unit noise are orthogonal to one
-            another: together they cover space evenly.
-        passes: Number of copies.
-        like: Latents, (batch, ...).
-        seed: Seed of the draws.
-        count: Number of measurements made before.
-
-    Returns:
-        Values in float32.
+    Passes of unit noise are orthogonal to one another: together they cover space evenly. `count` is the number of
+    measurements made before.
     """
     shape = (passes, 1, *like.shape[1:])
     values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)

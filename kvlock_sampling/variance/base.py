@@ -101,18 +101,8 @@ def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Fl
 def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Patch | None) -> Tensor:
     """Average per clip, or per token in the order (t, h, w) if there is a patch.
 
-    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens.
-
-    Args:
-        values: What to average.
-        mask: Weights of `masked_mean`; unused with a patch.
-        patch: Latents per token; None for one value per clip.
-
-    Returns:
-        (batch,), or (batch, tokens) with a patch.
-
-    Raises:
-        EstimatorError: The values are not (batch, channels, time, height, width) in whole patches.
+    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens. Raises EstimatorError
+    for values that are not (batch, channels, time, height, width) in whole patches.
     """
     if patch is None:
         return masked_mean(values, mask)

@@ -1,11 +1,12 @@
 """Dropout variance: how much the prediction depends on single units of the network.
 
     var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network
-averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty. Range >= 0, latent units squared.
+averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty. Range >= 0, latent units
+squared.
 Cost: `passes` evaluations. Source: Gal & Ghahramani, arXiv 1506.02142.
 
-A network is thinned by forward hooks that exist only within a `with` block, so a model that ships without dropout will do.
-In each chosen linear layer the same random output units are 0 for all rows and tokens, the others are scaled by
+A network is thinned by forward hooks that exist only within a `with` block, so a model that ships without dropout will
+do. In each chosen linear layer the same random output units are 0 for all rows and tokens, the others are scaled by
 1 / (1 - rate). Sharing the units makes it a draw of a *network* (for sequences: arXiv 1512.05287), keeps a clip
 independent of its batch, and costs one small vector per layer.
 """
@@ -113,14 +114,7 @@ def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linea
 
 @contextmanager
 def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None = None) -> Iterator[None]:
-    """Within the block, and in this thread only, `model` computes as one thinned network.
-
-    Args:
-        model: The network.
-        rate: Fraction of output units dropped, in [0, 1). 0 changes nothing.
-        seed: The same seed thins the same network.
-        select: As in `DropoutVariance`.
-    """
+    """Thin `model` within the block, in this thread only; the same seed gives the same network."""
     owner = threading.get_ident()
 
     def thinned(keep: Tensor) -> Any:

@@ -3,8 +3,8 @@
     Cov[x0 | x] = sigma^2 dD/dx                                     (Tweedie, second order)
     var = sigma^2 * mean_k v_k' (dD/dx) v_k / number of masked elements,   v_k = +-1 on the mask, 0 elsewhere
 the mean posterior variance of a masked element, unbiased by Hutchinson's identity E[v' J v] = trace J.
-Range >= 0, latent units squared. Cost: one evaluation per pass, with either method (in forward mode it takes about twice
-the time). Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
+Range >= 0, latent units squared. Cost: one evaluation per pass, with either method (in forward mode it takes about
+twice the time). Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
 
 Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known: half the price of central differences
 at the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v, so random signs average it away.
@@ -32,12 +32,7 @@ GRID_STEPS = 2
 
 
 class PosteriorState(NamedTuple):
-    """The memory of a PosteriorVariance.
-
-    Attributes:
-        measured: Number of measurements made; seeds the next directions.
-        finite: Whether forward mode was found missing.
-    """
+    """The number of measurements made, which seeds the next directions, and whether forward mode was found missing."""
 
     measured: int = 0
     finite: bool = False
@@ -47,8 +42,8 @@ class PosteriorState(NamedTuple):
 class PosteriorVariance(ProbingEstimator):
     """Mean posterior variance of the masked elements, in latent units squared.
 
-    What bfloat16 adds to finite differences averages out over elements and clips, not over passes: D(x) is rounded once.
-    Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
+    What bfloat16 adds to finite differences averages out over elements and clips, not over passes: D(x) is rounded
+    once. Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
 
     Args:
         passes: Random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is
@@ -75,7 +70,7 @@ class PosteriorVariance(ProbingEstimator):
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
             raise EstimatorError(
-                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it away, '
+                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it out, '
                 f'or try method="finite", step_size={self.step_size}.'
             )
 

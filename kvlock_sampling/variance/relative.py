@@ -1,11 +1,11 @@
 """Relative: the edit's variance in units of the background's, so that a run calibrates itself.
 
     var = mean of the inner variance over the edited region / quantile of it over the background's tokens
-Compositing holds the background to the source, so nothing can go wrong there: how much the prediction still moves in the
-background is what a calm prediction does in this run, under this sampler and schedule, at this noise level. Longer steps,
-another deterministic solver and another scale of the latents move both regions alike and cancel; the content of the two
-regions does not, and renewed noise only in part (benchmarks/transfer.py). Dimensionless, range >= 0. Cost: the inner
-estimator's.
+Compositing holds the background to the source, so nothing can go wrong there: how much the prediction still moves in
+the background is what a calm prediction does in this run, under this sampler and schedule, at this noise level. Longer
+steps, another deterministic solver and another scale of the latents move both regions alike and cancel; the content of
+the two regions does not, and renewed noise only in part (benchmarks/transfer.py). Dimensionless, range >= 0. Cost: the
+inner estimator's.
 """
 
 from __future__ import annotations
@@ -23,12 +23,7 @@ from .wrappers import EstimatorWrapper
 
 
 class RelativeState(NamedTuple):
-    """The memory of a Relative estimator.
-
-    Attributes:
-        inner: State of the inner estimator.
-        edited: Edited fraction of every token, (batch, tokens), in [0, 1]; None before the first evaluation.
-    """
+    """The inner state and, from the first evaluation on, the edited fraction of every token, (batch, tokens)."""
 
     inner: Any
     edited: Tensor | None = None

@@ -26,8 +26,8 @@ class RenoiseVariance(ProbingEstimator):
     Args:
         passes: Fresh noises per measurement, >= 1, evaluated as one batch. Defaults to 2.
         seed: Seed of the noise. Defaults to 0.
-        around: "prediction" measures from x0-hat: one pass is enough, and a consistent bias counts. "mean" is the sample
-            variance of at least two passes. Defaults to "prediction".
+        around: "prediction" measures from x0-hat: one pass is enough, and a consistent bias counts. "mean" is the
+            sample variance of at least two passes. Defaults to "prediction".
         region_only: Whether the noise goes inside the mask only. The model then sees the sampler's own latents outside,
             so only the doubt about the edit counts. Defaults to False.
         patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,

@@ -1,8 +1,8 @@
 """Thresholds: the variance at risk 1, as a function of the noise level, measured on calm runs.
 
     threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
-A fixed threshold (the paper's 0.01) depends on the latents' scale, the number of steps and where the window lies. A curve
-over sigma does not.
+A fixed threshold (the paper's 0.01) depends on the latents' scale, the number of steps and where the window lies. A
+curve over sigma does not.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Integral form: sum of |x0hat_k - x0hat_(k-1)|^2 / (sigma_k sigma_(k-1) h_k) with
 converges to the integral of |d x0hat / d log sigma|^2 / sigma^2 over log sigma, to second order in h.
 
 Under a deterministic sampler a move shrinks as the step h and its square as h^2: the plain sum falls as 1/n, and the
-integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain sum does not
-depend on n. Cost: none. Range >= 0.
+integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain sum does
+not depend on n. Cost: none. Range >= 0.
 """
 
 from __future__ import annotations
@@ -27,13 +27,7 @@ from .base import SAME_SIGMA, Estimator, Patch, check_patch, pooled
 
 
 class Entry(NamedTuple):
-    """One prediction of the trajectory.
-
-    Attributes:
-        sigma: Noise level.
-        denoised: The prediction, (batch, ...); None once only its move is needed.
-        move: The normalised step from the entry before, (batch,) or (batch, tokens).
-    """
+    """A noise level, the prediction (None once only its move is needed), and the normalised move to it."""
 
     sigma: float
     denoised: Tensor | None
@@ -48,8 +42,8 @@ class TrajectoryVariance(Estimator):
         window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.
         span: Keep predictions at sigmas up to `span` > 1 times the present one, and always the one before. This window
             means the same for any number of steps and any sampler. Defaults to None, no limit.
-        normalise: False for the paper's sample variance, in latent units squared; True for the sum of squared moves over
-            sigma squared, dimensionless. Defaults to False.
+        normalise: False for the paper's sample variance, in latent units squared; True for the sum of squared moves
+            over sigma squared, dimensionless. Defaults to False.
         integral: With `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
             Defaults to False.
         patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,

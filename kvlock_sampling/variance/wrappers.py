@@ -70,14 +70,7 @@ class EstimatorWrapper(Estimator):
 
 
 class SparseState(NamedTuple):
-    """The memory of a Sparse estimator.
-
-    Attributes:
-        inner: State of the inner estimator.
-        sigma: Noise level of the last evaluation.
-        levels: Number of new noise levels inside the window.
-        variance: The last variance, if it is held.
-    """
+    """The inner state, the last noise level, the number of new levels inside the window, and the variance to hold."""
 
     inner: Any
     sigma: float = math.inf

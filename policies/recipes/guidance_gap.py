@@ -1,4 +1,4 @@
-"""A free estimator: how much the prompt still changes the prediction. Source: the ratio r_t of MAMBO-G, arXiv 2508.03442."""
+"""A free estimator: how much the prompt still changes the prediction. Source: MAMBO-G, arXiv 2508.03442."""
 
 from dataclasses import dataclass
 

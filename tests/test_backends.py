@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 from conftest import Setup
+from networks import random_network
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import Frame, Hooks, find_layers
 from kvlock_sampling.attention.forwards import Door, opened
-from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import AttentionError
 
 

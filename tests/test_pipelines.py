@@ -247,7 +247,7 @@ def test_an_edit_locks_every_layer_and_keeps_the_background(name):
     free = kv.edit_video(clip, mask, "a red square", policy="off", composite=True, **options)
     locked = kv.edit_video(clip, mask, "a red square", policy="full", source_prompt="noise", **options)
     assert min(step.fused_layers for step in locked.trace.steps) >= 2
-    assert locked.evaluations == 2 * 3  # cond, uncond, source
+    assert locked.nfe == 2 * 3  # cond, uncond, source
     keep = mask[:, None].expand_as(clip) == 0
     far = kv.masks.grow(mask, radius=8).expand_as(clip) == 0
     assert torch.equal(locked.pixels[far], clip[far])  # pasted
@@ -278,7 +278,7 @@ def test_branches_in_one_call_or_one_after_another():
         for batched in (True, False)
     ]
     torch.testing.assert_close(results[0].pixels, results[1].pixels, rtol=0, atol=2e-3)
-    assert results[0].evaluations == results[1].evaluations
+    assert results[0].nfe == results[1].nfe
 
 
 def test_a_subclass_of_somebodys_own_is_of_the_family():

@@ -16,8 +16,8 @@ from ..run import advised_estimator
 from ..types import Control, Observation, PolicyError, SourceError
 from ..variance import Estimator, estimator_table
 from ..variance.calibration import Band, reference_bands, threshold_curve
-from .edit import VideoModel, edit_video
-from .inputs import read_pair
+from .edit import edit_video
+from .models import VideoModel, read_pair
 
 _NONE = "no clips to calibrate on; give a few dozen, e.g. --clips 32 for the embedded model."
 
@@ -41,8 +41,8 @@ class Calibration:
 
 @stateless
 def resting(obs: Observation) -> Control:
-    """Measures, and leaves lock and guidance alone."""
-    return Control(lock=0.0, cfg_scale=obs.cfg_scale)
+    """Measure, lock nothing, and leave guidance as requested."""
+    return Control(lock=0.0)
 
 
 def calibrate(

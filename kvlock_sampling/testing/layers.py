@@ -56,9 +56,9 @@ def check_layers(
     Raises:
         AttentionError: names the promise that is not kept, what was seen, and what to change.
 
-    >>> from kvlock_sampling.testing import random_network
-    >>> network = random_network("wan")
-    >>> check_layers(network.denoiser, network.x, network.extra_args, expected=2)
+    Example:
+        def test_my_network():
+            check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts}, expected=30)
     """
     extra_args = dict(extra_args or {})
     if "cond" in extra_args and not any(names_parameter(denoiser, name) for name in ("uncond", "cond_scale")):

@@ -173,7 +173,7 @@ def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> T
     if not isinstance(steps, Integral):
         raise SamplerError(f"steps={steps!r}; expected how many noise levels, a whole number n >= 1, e.g. steps=30.")
     sigmas = video.sigmas(int(steps), strength)
-    if samplers.is_ranged(samplers.get(sampler) if isinstance(sampler, str) else sampler):
+    if samplers.is_ranged(sampler):
         sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])])
     return sigmas
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from world.compare import compare, make_task
 
 import kvlock_sampling as kv
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 

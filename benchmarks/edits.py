@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from world.compare import VARIANTS, Score, compare, make_task
 
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import VARIANTS, Score, compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 

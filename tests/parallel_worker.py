@@ -18,10 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from networks import random_network
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.testing.networks import random_network
 from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 

@@ -7,13 +7,13 @@ import threading
 import pytest
 import torch
 from conftest import Setup
+from networks import random_network
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import FusionContext
 from kvlock_sampling.attention.forward_hooks import ForwardHook, hooked
 from kvlock_sampling.attention.interception import intercepted
-from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import AttentionError
 
 

@@ -11,11 +11,11 @@ import warnings
 import pytest
 import torch
 from conftest import Setup
+from networks import random_network
 from test_backends import outputs
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention.compat.torch_compile import without_compiler
-from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import AttentionError
 
 KINDS = ("torch.compile", "compile", "compile_repeated_blocks", "denoiser")

@@ -1,4 +1,4 @@
-"""edit_video on the embedded model: seeds, batches, pasting, start part-way, and bad input at the door."""
+"""edit_video on the embedded model: seeds, batches, pasting, start part-way, and bad input."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from world.compare import Task, make_task
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import Task, make_task
 from kvlock_sampling.tiny.world import sample_edit
 from kvlock_sampling.types import KVLockError, MaskError, PolicyError, SamplerError, SourceError
 
@@ -175,7 +175,7 @@ BAD = {
     "no steps": ({"steps": 0}, SamplerError, "n >= 1"),
     "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
     "policy of another shape": (
-        {"policy": kv.stateless(lambda obs: kv.Control(torch.zeros(2, 9)))},
+        {"policy": kv.stateless(lambda obs: kv.Control(lock=torch.zeros(2, 9)))},
         PolicyError,
         r"shape \(2, 9\)",
     ),
@@ -204,7 +204,7 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
 
 @pytest.mark.parametrize("name", ["source", "source_args"])
 def test_the_source_is_the_clip(edit, task, name):
-    with pytest.raises(SourceError, match=f"^{name}= is made here, of clip and source_prompt"):
+    with pytest.raises(SourceError, match=f"^{name}= is made from clip and source_prompt"):
         edit(**{name: task.source})
 
 

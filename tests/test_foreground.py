@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import FAMILIES, random_network
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import CallRecord, FusionContext, Table
 from kvlock_sampling.attention.foreground import _narrow, narrow_mask
 from kvlock_sampling.masks.tokens import Selection
-from kvlock_sampling.testing.networks import FAMILIES, random_network
 from kvlock_sampling.types import AttentionError, KVLockError
 
 FULL = kv.Constant(lock=1.0)

@@ -103,8 +103,7 @@ def test_one_lock_spans_the_two_guiders_of_a_modular_pipeline() -> None:
 def test_hunyuan_video_15_takes_the_guider() -> None:
     from diffusers import AutoencoderKLHunyuanVideo15, FlowMatchEulerDiscreteScheduler, HunyuanVideo15Pipeline
     from diffusers.guiders import ClassifierFreeGuidance
-
-    from kvlock_sampling.testing.networks.base import build, enliven
+    from networks.base import build, enliven
 
     torch.manual_seed(0)
     settings = {"num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 2, "num_refiner_layers": 1}

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from networks import FAMILIES, random_network
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import FusionContext
 from kvlock_sampling.route import Route
-from kvlock_sampling.testing import random_network
-from kvlock_sampling.testing.networks import FAMILIES
 from kvlock_sampling.types import KVLockError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")

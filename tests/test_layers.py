@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import FAMILIES, random_network
 from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import Architecture, AttentionLayer, LayerPattern, find_layers
 from kvlock_sampling.attention.architectures import BUILT_IN
 from kvlock_sampling.attention import FusionContext, TokenFlow, context
-from kvlock_sampling.testing import check_layers, random_network
-from kvlock_sampling.testing.networks import FAMILIES
+from kvlock_sampling.testing import check_layers
 from kvlock_sampling.types import AttentionError, KVLockError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
@@ -154,7 +154,7 @@ class Packed(nn.Module):
         self.patch = 2 if made.x.ndim == 4 else 1
 
     def forward(self, x, sigma, cond):
-        from kvlock_sampling.testing.networks.base import packed, unpacked
+        from networks.base import packed, unpacked
 
         z = unpacked(x, torch.empty(len(x), *self.like), self.patch)
         return packed(self.inner_model(z, sigma, cond=cond), self.patch)
@@ -162,7 +162,7 @@ class Packed(nn.Module):
 
 @pytest.mark.parametrize("name", ["ltx", "flux", "qwen-image"])
 def test_packed_latents_keep_every_promise(name):
-    from kvlock_sampling.testing.networks.base import packed
+    from networks.base import packed
 
     made = random_network(name)
     x = packed(made.x, 2 if made.x.ndim == 4 else 1)

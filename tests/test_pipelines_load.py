@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import kvlock_sampling as kv
 from kvlock_sampling.app.cli import app
-from kvlock_sampling.app.inputs import read_pair
+from kvlock_sampling.app.models import read_pair
 from kvlock_sampling.integrations.diffusers.models import PipelineError, load
 from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .world import SHAPES, SIZE, shape_coverage
+from kvlock_sampling.tiny.world import SHAPES, SIZE, shape_coverage
 
 RADII = torch.linspace(4.5, 7.5, 8)  # pixels; the world draws 5 to 7
 REACH = 9  # pixels from a template's centre to the edge of its window; the largest shape needs 8.4
@@ -58,14 +58,14 @@ def search(D: Tensor, mask: Tensor, colours: Tensor) -> Guess:
     D: chroma minus background, (n, 2, T, H, W). mask: (n, T, H, W). colours: strengths (n, palette, 2).
     """
     n, _, frames = D.shape[:3]
-    kv_cache = templates()
-    overlap = F.conv2d((D * mask[:, None]).transpose(1, 2).reshape(-1, 1, SIZE, SIZE), kv_cache, padding=REACH)
-    overlap = overlap.view(n, frames, 2, len(kv_cache), -1)
+    patterns = templates()
+    overlap = F.conv2d((D * mask[:, None]).transpose(1, 2).reshape(-1, 1, SIZE, SIZE), patterns, padding=REACH)
+    overlap = overlap.view(n, frames, 2, len(patterns), -1)
     if bool((mask == 1).all()):
-        area = F.conv2d(torch.ones(1, 1, SIZE, SIZE), kv_cache.square(), padding=REACH).view(1, 1, len(kv_cache), -1)
+        area = F.conv2d(torch.ones(1, 1, SIZE, SIZE), patterns.square(), padding=REACH).view(1, 1, len(patterns), -1)
     else:
-        area = F.conv2d(mask.reshape(-1, 1, SIZE, SIZE), kv_cache.square(), padding=REACH).view(
-            n, frames, len(kv_cache), -1
+        area = F.conv2d(mask.reshape(-1, 1, SIZE, SIZE), patterns.square(), padding=REACH).view(
+            n, frames, len(patterns), -1
         )
 
     gains, places = [], []
@@ -74,10 +74,8 @@ def search(D: Tensor, mask: Tensor, colours: Tensor) -> Guess:
         gain, place = (along - C.square().sum(1).view(n, 1, 1, 1) * area).max(dim=-1)
         gains.append(gain.sum(1).view(n, len(SHAPES), len(RADII)))  # one shape and radius for all frames
         places.append(place)
-    gain, place = (
-        torch.stack(gains, 1),
-        torch.stack(places, 1),
-    )  # (n, palette, shapes, radii), (n, palette, T, KV cache)
+    gain = torch.stack(gains, 1)  # (n, palette, shapes, radii)
+    place = torch.stack(places, 1)  # (n, palette, T, patterns)
     colour = gain.flatten(2).amax(2).argmax(1)
     rows = torch.arange(n)
     size = gain[rows, colour].argmax(-1)  # (n, shapes)

@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing:  python -m kvlock_sampling.tiny.train --steps 8000 --out runs/tiny
+"""Train the embedded model from nothing:  python benchmarks/world/train.py --steps 8000 --out runs/tiny
 
 Rectified flow on an endless stream of procedural scenes. What made it work on two cores:
 x0-prediction with the loss taken on the velocity it implies, Muon for the block matrices, logit-normal times,
@@ -19,20 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..utils.files import atomic
-from .load import save
-from .model import TinyWan, tokenize
-from .world import render, sample_scene
+from kvlock_sampling.tiny.load import save
+from kvlock_sampling.tiny.model import TinyWan, tokenize
+from kvlock_sampling.tiny.world import render, sample_scene
+from kvlock_sampling.utils.files import atomic
 
 TRAIN_SEED = 1_000_000_000  # scenes below this seed are held out: tests, benchmarks and the demo draw from there
 PROMPT_DROPOUT = 0.1
 
 
-def learning_rate_factor(step: int, steps: int, *, warmup: int = 100, decay_share: float = 0.25) -> float:
-    """Warm up, hold, and decay linearly to 2% over the last `decay_share` of the run."""
+def learning_rate_factor(step: int, steps: int, *, warmup: int = 100, decay_fraction: float = 0.25) -> float:
+    """Warm up, hold, and decay linearly to 2% over the last `decay_fraction` of the run."""
     if step < warmup:
         return (step + 1) / warmup
-    start = steps * (1 - decay_share)
+    start = steps * (1 - decay_fraction)
     if step < start:
         return 1.0
     return 0.02 + 0.98 * max(0.0, (steps - step) / (steps - start))

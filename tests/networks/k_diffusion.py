@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import samplers
-from ...types import KVLockError
+from kvlock_sampling import samplers
+from kvlock_sampling.types import KVLockError
+
 from .base import Cond, Family, Grid
 
 CHANNELS = 3

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..app.edit import Edit, VideoModel, edit_video
-from ..policy import Constant, LockAbove, Windowed
-from ..video.metrics import masked_psnr, masked_ssim, temporal_error
+from kvlock_sampling.app.edit import Edit, VideoModel, edit_video
+from kvlock_sampling.policy import Constant, LockAbove, Windowed
+from kvlock_sampling.tiny.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
+from kvlock_sampling.video.metrics import masked_psnr, masked_ssim, temporal_error
+
 from .judge import judge
-from .world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
@@ -27,7 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PID": {"policy": "pid"},
     "default": {"policy": "default"},
 }
-DEMO_VARIANTS = ("unlocked", "composited", "fixed 0.5", "full lock", "default")
 
 
 class Task(NamedTuple):
@@ -51,13 +51,13 @@ class Score(NamedTuple):
     temporal: Tensor
     colour: Tensor
     shape: Tensor
-    evaluations: int
+    nfe: int
     seconds: float
 
     def summary(self) -> dict[str, float]:
         """Means over the clips, rounded for a table."""
         row = {name: float(getattr(self, name).mean()) for name in self._fields[:6]}
-        return row | {"evaluations": self.evaluations, "seconds": self.seconds}
+        return row | {"nfe": self.nfe, "seconds": self.seconds}
 
 
 def make_task(pairs: Sequence[tuple[Scene, Scene]]) -> Task:
@@ -89,7 +89,7 @@ def score(task: Task, edit: Edit) -> Score:
         temporal=_temporal(task, edit.pixels),
         colour=torch.tensor(colour).float(),
         shape=torch.tensor(shape).float(),
-        evaluations=edit.evaluations,
+        nfe=edit.nfe,
         seconds=edit.seconds,
     )
 

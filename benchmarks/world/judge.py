@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..types import KVLockError
+from kvlock_sampling.tiny.world import COLOURS, MOTIONS, SHAPES, SIZE, SPEED, Scene
+from kvlock_sampling.types import KVLockError
+
 from .match import Fit, refine, search
-from .world import COLOURS, MOTIONS, SHAPES, SIZE, SPEED, Scene
 
 CLEAN = 0.97
 """A verdict whose `quality` reaches this is a clean object, or a clean empty scene.
@@ -32,7 +33,7 @@ Measured on 500 scenes: renders with noise of std 0.1 keep 0.989 or more, with a
 most object-like corruptions reach 0.967 (half circle, half square) and 0.965 (half square, half triangle).
 """
 
-PRESENT = 0.25  # the least gain over "no object", as a share of the best render's own energy; a perfect object has 1
+PRESENT = 0.25  # the least gain over "no object", as a fraction of the best render's own energy; a perfect object has 1
 SMALL = 35.0  # pixels: the squared coverage of the smallest object, a triangle of radius 4.5
 AXES = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]), dim=1)
 """Orthonormal axes of RGB: grey first, then the two of the chroma plane."""
@@ -48,8 +49,8 @@ class Verdict(NamedTuple):
     colour: a name of `world.COLOURS`; "" where there is no object.
     shape: a name of `world.SHAPES`; None where there is no object.
     error: mean squared chroma difference between the clip and the best render, per pixel, in RGB units of [0, 1].
-    margin: how much worse the second-best shape explains the object, as a share of its energy; small = undecided.
-    quality: share of the object's energy that the best render explains, in [0, 1], with white noise discounted;
+    margin: how much worse the second-best shape explains the object, as a fraction of its energy; small = undecided.
+    quality: fraction of the object's energy that the best render explains, in [0, 1], with white noise discounted;
         1 = perfect, below `CLEAN` = broken. Without an object: 1 minus the stray colour, in units of a small object.
     frame_quality: the same per frame, (T,); its minimum finds an object that is broken, or gone, in one frame only.
     centre: the object's centre per frame, (T, 2) as x, y in pixels; nan where there is no object.

@@ -1,4 +1,4 @@
-"""What every small random network shares: the call around it, its weights, and its place in a table of families."""
+"""Shared parts of the small random networks: calls, weights, conditioning, and the description of a family."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ Grid = tuple[int, int, int]
 Cond = dict[str, Tensor]
 
 CHANNELS = 4
-"""Of the latents."""
+"""Channels of the latents."""
 
 TEXT = 8
-"""Width of the text."""
+"""Width of the text embedding."""
 
 LENGTH = 5
-"""Tokens of the text; of the second clip's only three are valid, where a family has masks."""
+"""Text tokens. In families with text masks only three tokens of the second clip are valid."""
 
 
 class Family(NamedTuple):
-    """How to make one network and to call it.
+    """How to build one network and call it.
 
-    build: makes it, with the library's own initialisation.
-    call: `call(network, z, time, cond) -> prediction` like z; time is (rows,), in [0, 1].
-    latents: from a grid of tokens to the latents of one clip, without the batch's axis.
-    cond: from a generator, the number of clips and the grid to the conditioning, one row per clip.
-    extra: from a grid to the tokens (before, after) that are neither video nor text.
+    Attributes:
+        build: Builds the network with the library's initialisation.
+        call: `call(network, z, time, cond) -> prediction`, shaped like z; time is (rows,), in [0, 1].
+        latents: Maps a token grid to the shape of one clip's latents, without the batch.
+        cond: Maps a generator, the number of clips and the grid to the conditioning, one row per clip.
+        extra: Maps a grid to the numbers of tokens (before, after) that are neither video nor text.
     """
 
     build: Callable[[], nn.Module]
@@ -46,7 +47,7 @@ class Called(nn.Module):
         self.network, self.call = network, call
 
     def expert(self, time: Tensor) -> nn.Module:
-        """The network in charge, which a lock asks for."""
+        """The expert at this time; the lock calls this."""
         return self.network.at(time) if isinstance(self.network, Experts) else self.network
 
     def forward(self, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -54,7 +55,7 @@ class Called(nn.Module):
 
 
 class Experts(nn.Module):
-    """Two networks that share a run: `transformer` at high noise, from `boundary` on, `transformer_2` below."""
+    """Two experts: `transformer` at times from `boundary` upward, `transformer_2` below."""
 
     boundary = 0.5
 
@@ -63,14 +64,14 @@ class Experts(nn.Module):
         self.transformer, self.transformer_2 = build(), build()
 
     def at(self, time: Tensor) -> nn.Module:
-        """The network in charge."""
+        """The expert at this time."""
         return self.transformer if float(time.max()) >= self.boundary else self.transformer_2
 
 
 def enliven(network: nn.Module, seed: int) -> nn.Module:
-    """Random weights of a size at which everything counts.
+    """Draw random weights large enough that every part affects the output.
 
-    Fresh networks hardly react to text, time and attention: modulations, gates and outputs begin at zero.
+    Freshly initialised networks hardly react to text, time or attention: modulations, gates and outputs start at zero.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def enliven(network: nn.Module, seed: int) -> nn.Module:
 
 
 def build(kind: str, **settings: Any) -> nn.Module:
-    """A network of diffusers."""
+    """Build a network of diffusers by its class name."""
     import diffusers
 
     return getattr(diffusers, kind)(**settings)
@@ -98,23 +99,23 @@ def halved(grid: Grid) -> tuple[int, ...]:
 
 
 def whole(grid: Grid) -> tuple[int, ...]:
-    """Latents of a video that are tokens already."""
+    """Latents of a video in patches of 1 x 1 x 1."""
     return CHANNELS, *grid
 
 
 def text(generator: torch.Generator, clips: int, length: int = LENGTH, width: int = TEXT) -> Tensor:
-    """A text's embedding, (clips, length, width)."""
+    """Text embeddings, (clips, length, width)."""
     return torch.randn(clips, length, width, generator=generator)
 
 
 def valid(clips: int, length: int = LENGTH) -> Tensor:
-    """A text's mask, (clips, length), bool: every second clip's text is shorter by two."""
+    """Text masks, (clips, length), bool: every second clip's text is shorter by two tokens."""
     counts = torch.tensor([length - 2 * (clip % 2) for clip in range(clips)])
     return torch.arange(length) < counts[:, None]
 
 
 def plain(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
-    """Text alone."""
+    """Text without a mask."""
     return {"text": text(generator, clips)}
 
 
@@ -124,7 +125,7 @@ def masked(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
 
 
 def pooled(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
-    """Text, its mask, and one vector for all of it."""
+    """Text, its mask, and a pooled vector."""
     return {**masked(generator, clips, grid), "pooled": torch.randn(clips, TEXT, generator=generator)}
 
 

@@ -8,7 +8,7 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from ..video.files import VideoError, side_by_side, write_clip
+from kvlock_sampling.video import VideoError, side_by_side, write_clip
 
 
 def sample_sheet(

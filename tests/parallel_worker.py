@@ -19,10 +19,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.testing.networks import random_network
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 CASES: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
 from .layers import check_layers
 from .networks import random_network
+from .pipelines import tiny_pipeline
 from .policy import check_policy
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "check_layers",
     "check_policy",
     "random_network",
+    "tiny_pipeline",
     "toy_denoisers",
 ]

@@ -131,7 +131,7 @@ def refusals() -> dict[str, str]:
     before = edit.lock(policy=kv.Constant(lock=1.0))
     cut(edit.network.layers.networks[0], how)
     ask("a lock from before", before, edit)
-    ask("a bank", edit.lock(policy=kv.Constant(lock=1.0), kv_cache=kv.KVCache()), edit)
+    ask("a KV cache", edit.lock(policy=kv.Constant(lock=1.0), kv_cache=kv.KVCache()), edit)
     layers = kv.sdpa_layers(edit.network.layers.networks[0], patch=(1, 2, 2))
     ask("layers known as calls", edit.lock(policy=kv.Constant(lock=1.0), layers=layers), edit)
     extra = edit.network.layers.with_extra(after=2)

@@ -255,7 +255,7 @@ def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.Monk
         with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
         assert session.trace.evaluations == passes
-        assert len(keys) == experts  # told once per run and expert, not once per step
+        assert len(keys) == experts  # made once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
         sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))
@@ -300,7 +300,7 @@ def test_calls_that_are_not_the_pipelines_pass(pipe: Any) -> None:
 
 
 def test_two_clips_are_two_edits() -> None:
-    """Each clip's result is its own, whoever is beside it."""
+    """A clip gives the same result alone and in a batch."""
     pipe = classic()
     starts, sources = torch.cat([noise(4), noise(5)]), torch.cat([noise(6), noise(7)])
     prompts = ["a red square", "a circle"]

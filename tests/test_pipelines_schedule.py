@@ -120,7 +120,7 @@ def test_no_schedule_at_all_is_refused(steps, strength):
         kv.from_pipeline(tiny_pipeline("wan")).sigmas(steps, strength)
 
 
-def test_a_scheduler_that_needs_more_is_told_of():
+def test_a_scheduler_that_needs_mu_is_refused_with_the_fix():
     pipe = tiny_pipeline("wan")
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     with pytest.raises(PipelineError, match=r"(?s)mu.*kv\.from_pipeline\(pipe, shift=3\.0\)"):

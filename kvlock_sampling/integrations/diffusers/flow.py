@@ -63,8 +63,8 @@ class FlowCalls:
     def branch(self, call: Call) -> dict[str, Tensor]:
         """The arguments of a branch beside latents and time, one row per clip."""
         rows = self._rows(call)
-        beside = call.hidden[:, call.channels :]
-        return self.known(rows | ({"beside": beside} if beside.shape[1] else {}))
+        appended = call.hidden[:, call.channels :]
+        return self.known(rows | ({"appended": appended} if appended.shape[1] else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
         """An equal earlier branch if there is one: a KV cache recognises its arguments by identity."""
@@ -93,9 +93,9 @@ class FlowCalls:
             timestep = torch.where(here, given, time * self.train_steps)
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
-        hidden, beside = z.to(self._dtype), cond.pop("beside", None)
+        hidden, appended = z.to(self._dtype), cond.pop("appended", None)
         velocity = self.transformer(
-            hidden_states=hidden if beside is None else torch.cat([hidden, beside.to(hidden)], dim=1),
+            hidden_states=hidden if appended is None else torch.cat([hidden, appended.to(hidden)], dim=1),
             timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
             **self._shared,
             **cond,

@@ -148,6 +148,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         if "layers" in given:
             layers = given["layers"]
             saved = None if layers is None or isinstance(layers, (AttentionLayers, slice)) else list(layers)
+            given["layers"] = layers if saved is None else saved
             self.register_to_config(layers=saved)
         self._given |= given
         options = {name: value for name, value in self._given.items() if name != "scheduler"}
@@ -157,7 +158,8 @@ class KVLockGuider(ClassifierFreeGuidance):
     def new(self, **changes: Any) -> KVLockGuider:
         """Return a guider with these settings and tensors, some of them changed."""
         given = {name: changes.pop(name) for name in _EDITED if name in changes}
-        return super().new(**changes).edit(**{**self._given, **given})
+        # The config holds no policy that is code.
+        return super().new(**{"policy": self._policy, **changes}).edit(**{**self._given, **given})
 
     def partner(self, guidance_scale: float) -> KVLockGuider:
         """Return the guider for the second expert of Wan 2.2.
@@ -185,7 +187,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         super().set_state(step, num_inference_steps, timestep)
         self._calls = []
         if step == 0:
-            self._session.run = None
+            self._session.end()
+            self._session.run = None  # The next step begins a run.
 
     def prepare_inputs(self, data: Any) -> list[Any]:
         """Return the branches of a step, from a dictionary of (conditional, unconditional) pairs."""

@@ -71,7 +71,7 @@ class Session:
         self.options = options
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
-        self._placed: dict[tuple[str, int], Tensor] = {}
+        self._placed: dict[str, Tensor] | None = None
 
     @property
     def trace(self) -> Trace:
@@ -147,12 +147,10 @@ class Session:
                 f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
                 f"{', '.join(sorted(cond))}."
             )
-        for name, value in given.items():
-            if (name, id(value)) not in self._placed:
-                dtype = cond[name].dtype if value.is_floating_point() else value.dtype
-                self._placed[name, id(value)] = value.to(cond[name].device, dtype)
-        placed = {name: self._placed[name, id(value)] for name, value in given.items()}
-        return {"cond": expert.calls.known({**cond, **placed})}
+        if self._placed is None:
+            like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}
+            self._placed = {k: v.to(cond[k].device, like[k]) for k, v in given.items()}
+        return {"cond": expert.calls.known({**cond, **self._placed})}
 
     def _check(self, call: Call) -> None:
         steps = call.timestep.flatten()

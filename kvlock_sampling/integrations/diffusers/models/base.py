@@ -149,7 +149,10 @@ class PipelineVideo:
         return {}
 
     def _branch(self) -> Branch:
-        return Branch(self.transformer, self.channels, partial(type(self).call, **self._call_options()))
+        call = partial(type(self).call, **self._call_options())
+        second, ratio = getattr(self.pipe, "transformer_2", None), self.pipe.config.get("boundary_ratio")
+        boundary = None if ratio is None else ratio * train_steps(self.pipe.scheduler)
+        return Branch(self.transformer, self.channels, call, second, boundary)
 
     def _denoiser(self) -> Preconditioned:
         # Everything is float32 until the branch, which casts to the weights' dtype.
@@ -209,7 +212,7 @@ class PipelineVideo:
         return mask
 
     def given(self, clips: Tensor, mask: Any = None) -> PipelineVideo:
-        """Return this model bound to clips: it knows their size, and reads what its transformer wants of them.
+        """Return this model bound to clips: it knows their size, and holds what its transformer reads of them.
 
         Some schedules depend on the size; some transformers read a first frame or an inpainting condition. A prompt
         of one text then counts for all clips.

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,7 +17,6 @@ from .base import PipelineVideo
 from .families import family_of, from_pipeline
 
 Offload = Literal["none", "model", "group"]
-OFFLOADS: tuple[Offload, ...] = ("none", "model", "group")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model_index.json"
 
@@ -55,8 +54,8 @@ def load_pipeline(
     folder = Path(folder)
     kind = _class_name(folder)
     family_of(kind)
-    if offload not in OFFLOADS:
-        raise PipelineError(f"offload={offload!r}; expected one of {', '.join(OFFLOADS)}.")
+    if offload not in get_args(Offload):
+        raise PipelineError(f"offload={offload!r}; expected one of {', '.join(get_args(Offload))}.")
     place = default_device() if device is None else torch.device(device)
     weights = _dtype(dtype, place)
     with broken_torchvision_hidden(), warnings.catch_warnings():

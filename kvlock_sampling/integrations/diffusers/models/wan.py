@@ -15,7 +15,6 @@ Sources: diffusers `pipelines/wan/`, whose own functions fold VACE's control; Wa
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import PipelineError
 from ..schedule import train_steps
-from .base import Branch, Conditioning, PipelineVideo, finite
+from .base import Conditioning, PipelineVideo, finite
 
 
 class WanVideo(PipelineVideo):
@@ -41,15 +40,9 @@ class WanVideo(PipelineVideo):
     def _call_options(self) -> dict[str, Any]:
         return {"per_token": bool(self.pipe.config.get("expand_timesteps"))}
 
-    def _branch(self) -> Branch:
-        ratio = self.pipe.config.get("boundary_ratio")
-        return Branch(
-            self.transformer,
-            self.pipe.vae.config.z_dim,
-            partial(type(self).call, **self._call_options()),
-            transformer_2=getattr(self.pipe, "transformer_2", None),
-            boundary=None if ratio is None else ratio * train_steps(self.pipe.scheduler),
-        )
+    @property
+    def channels(self) -> int:
+        return self.pipe.vae.config.z_dim
 
 
 class WanImageVideo(WanVideo):

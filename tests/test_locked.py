@@ -21,10 +21,10 @@ from in_diffusers import (
     noise,
     run,
 )
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import RunError, SourceError
 
 
@@ -70,7 +70,7 @@ def test_off_is_the_same_bits_in_a_classic_pipeline(dtype: torch.dtype) -> None:
 
 def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
     plain = run(pipe)
-    inside = dict(pipe.transformer.__dict__)
+    inside, kind = dict(pipe.transformer.__dict__), type(pipe.transformer)
     hooks = [
         (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
     ]
@@ -88,6 +88,7 @@ def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
     with pytest.raises(KeyError, match="stop"), locked(pipe, **EDIT):
         run(pipe, callback_on_step_end=stop)
     assert pipe.transformer.__dict__.keys() == inside.keys()
+    assert type(pipe.transformer) is kind
     assert [
         (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
     ] == hooks
@@ -95,7 +96,7 @@ def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-ti2v", "wan-image", "wan-vace"])
-def test_the_background_is_the_sources_and_the_sites_fire(name: str) -> None:
+def test_the_background_is_the_sources_and_the_layers_fire(name: str) -> None:
     from PIL import Image
 
     pipe = tiny_pipeline(name)
@@ -241,7 +242,7 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
-def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlock_sampling.kv_cache import session as keeping
 
     pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
@@ -295,10 +296,11 @@ def test_calls_that_are_not_the_pipelines_pass(pipe: Any) -> None:
         plain = pipe.transformer(**arguments)[0]
         with locked(pipe, **EDIT):
             assert torch.equal(pipe.transformer(**arguments)[0], plain)
+            assert torch.equal(pipe.transformer(**arguments | {"return_dict": True}).sample, plain)
 
 
 def test_two_clips_are_two_edits() -> None:
-    """Each clip's result is its own, whoever is beside it."""
+    """A clip gives the same result alone and in a batch."""
     pipe = classic()
     starts, sources = torch.cat([noise(4), noise(5)]), torch.cat([noise(6), noise(7)])
     prompts = ["a red square", "a circle"]

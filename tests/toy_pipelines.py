@@ -1,37 +1,75 @@
-"""The parts of tiny pipelines other than Wan's: see `testing.pipelines.tiny_pipeline`."""
+"""Tiny pipelines of diffusers with random weights, one for each form of a family that the library knows.
+
+`kvlock_sampling.testing` ships the first of them, Wan's text to video.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-TEXT = 32
-"""Width of the text encoders."""
+import torch
+
+from kvlock_sampling.testing import pipelines
+from kvlock_sampling.testing.pipelines import TEXT, WORDS, finished, t5, tokenizer, wan_parts, wan_transformer
+from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
+
+VOCABULARY = len(WORDS)
 
 
-def tokenizer() -> Any:
-    """Characters as tokens: every text has its own, and no vocabulary file is needed."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
+    """A small pipeline with random weights; the names are `BUILDERS`' and "wan"."""
+    if name == "wan":
+        return pipelines.tiny_pipeline(name, seed)
+    with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return finished(BUILDERS[name]())
 
-    words = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+
+def wan(**more: Any) -> Any:
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    return WanPipeline(**wan_parts(), transformer=wan_transformer(WanTransformer3DModel), **more)
+
+
+def wan_two() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    second = wan(transformer_2=wan_transformer(WanTransformer3DModel), boundary_ratio=0.875)
+    finished(second)
+    second.transformer, second.transformer_2 = second.transformer_2, second.transformer
+    return second
+
+
+def wan_image() -> Any:
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    size = {"height": 28, "width": 28}
+    return WanImageToVideoPipeline(
+        **wan_parts(),
+        transformer=wan_transformer(WanTransformer3DModel, in_channels=36, image_dim=16),
+        image_encoder=CLIPVisionModel(vision),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
     )
 
 
-VOCABULARY = 3 + 127 - 32
+def wan_image_ti2v() -> Any:
+    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 
-
-def t5(kind: str) -> Any:
-    import transformers
-
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=VOCABULARY, d_model=TEXT, d_kv=8, d_ff=32, num_layers=1, num_heads=4, is_encoder_decoder=False
+    return WanImageToVideoPipeline(
+        **wan_parts(), transformer=wan_transformer(WanTransformer3DModel), expand_timesteps=True
     )
-    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def wan_vace() -> Any:
+    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+
+    transformer = wan_transformer(WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=96)
+    return WanVACEPipeline(**wan_parts(), transformer=transformer)
 
 
 def ltx() -> Any:
@@ -275,3 +313,18 @@ def mochi() -> Any:
         max_sequence_length=256,
     )
     return MochiPipeline(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), vae, t5("T5"), tokenizer(), transformer)
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {
+    "wan-2.2": wan_two,
+    "wan-ti2v": lambda: wan(expand_timesteps=True),
+    "wan-image": wan_image,
+    "wan-image-ti2v": wan_image_ti2v,
+    "wan-vace": wan_vace,
+    "ltx": ltx,
+    "cogvideox": cogvideox,
+    "cogvideox-1.5": lambda: cogvideox(patch_t=2),
+    "hunyuan": hunyuan,
+    "hunyuan-1.5": hunyuan15,
+    "mochi": mochi,
+}

@@ -24,8 +24,7 @@ from .batching import take
 from .branches import GuidedCall, OwnedCall
 from .control import HostReads, LockRatio
 from .controller import Controller
-from .kv_cache import KVCache, Plan
-from .kv_cache.session import Keeper, chosen_cache, plan
+from .kv_cache import KVCache, Plan, plan, uncacheable
 from .locking import Locker, can_narrow, why_not_narrow
 from .masks import as_mask
 from .masks.fitted import FittedMask, as_transition
@@ -34,7 +33,7 @@ from .run import Run, as_rows, as_schedule, default_of, method_of, names_paramet
 from .settings import judgement, noise_levels, requested_scale
 from .source import Source
 from .trace import Trace
-from .types import Denoiser, RunError, Scalar, SourceError, StepInfo
+from .types import AttentionError, Denoiser, RunError, Scalar, SourceError, StepInfo
 from .variance import Estimator
 
 
@@ -185,7 +184,13 @@ class KVLock(DenoiserProxy):
             foreground, why_not_narrow(self.layers, measures, composite=self.composite, rescale=self.rescale)
         )
         self._expert = method_of(model, "expert")
-        self.kv_cache = chosen_cache(kv_cache, advice, self.layers)
+        if kv_cache is None and advice is not None and advice.kv_cache and self.layers is not None:
+            kv_cache = None if uncacheable(self.layers) else KVCache(**dict(advice.kv_cache))
+        if not isinstance(kv_cache, KVCache | None):
+            raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('kv-cache').")
+        self.kv_cache = None if self.layers is None else kv_cache
+        if self.kv_cache is not None and self.layers is not None:
+            self.kv_cache.session(self.model, self.layers)
         self.trace = Trace()
         self._local = threading.local()
 
@@ -196,7 +201,8 @@ class KVLock(DenoiserProxy):
         run = Run(None if self.layers is None else Hooks(self.layers), stack, self._schedule)
         if self.kv_cache is not None:
             assert self.layers is not None
-            run.keeper = Keeper(self.kv_cache, self.model, self.layers, stack)
+            run.keeper = self.kv_cache.session(self.model, self.layers)
+            stack.callback(run.keeper.close)
         self._local.runs = [*self._runs(), run]
         self.trace = run.trace
         return self

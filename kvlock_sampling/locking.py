@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from .attention import AttentionLayers, Frame, fusion_ratio
 from .attention.context import Mode
 from .attention.foreground import ForegroundFrame, SelectedFrame, Selection
 from .control import LockRatio
-from .kv_cache.session import Keeper, OpenShelf
+from .kv_cache import CacheEntry, CacheSession
 from .masks.fitted import FittedMask
 from .source import Source
 from .variance import Estimator
@@ -39,7 +40,7 @@ class Locking:
     clean: Tensor
     selection: Selection | None = None
     left_out: Tensor | None = None
-    shelf: OpenShelf | None = None
+    shelf: Callable[[Mapping[str, Any]], CacheEntry] | None = None
 
     @property
     def share(self) -> float:
@@ -78,7 +79,9 @@ class Locker:
     transition: tuple[float, float] | None = None
     narrows: bool = False
 
-    def at(self, x: Tensor, own: float, lock: LockRatio, noise: Tensor, keeper: Keeper | None, expert: Any) -> Locking:
+    def at(
+        self, x: Tensor, own: float, lock: LockRatio, noise: Tensor, keeper: CacheSession | None, expert: Any
+    ) -> Locking:
         """What this evaluation takes of the source, at the model's own noise level `own`, under `noise`."""
         patch = self.layers.patch
         background = self.region.background(x, patch, self.transition)
@@ -89,7 +92,7 @@ class Locker:
                 selection = left_out = None
         if keeper is not None:
             selection, _ = self.region.selection(x, patch, self.transition)
-            shelf = functools.partial(keeper.shelf, self.source.latents, noise, selection, expert)
+            shelf = functools.partial(keeper.entry, self.source.latents, noise, selection, expert)
         return Locking(
             layers=self.layers,
             ratio=fusion_ratio(lock.rows(x.device), background.expand(len(x), -1)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
-from .kv_cache.session import Keeper
+from .kv_cache import CacheSession
 from .presets import Preset
 from .timeline import Timeline
 from .trace import Trace
@@ -43,7 +43,7 @@ class Run:
         self.trace = Trace()
         self.noise: Tensor | None = None
         self.top = 0.0
-        self.keeper: Keeper | None = None
+        self.keeper: CacheSession | None = None
         self.caches: StepCaches | None = None
         self._evaluations, self._measured, self._waited = 0, False, 0
 

@@ -242,11 +242,11 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
 def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlock_sampling.kv_cache import session as keeping
+    from kvlock_sampling.kv_cache import cache as module
 
     pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
-    made, keys = keeping.KVCacheKey, []
-    monkeypatch.setattr(keeping, "KVCacheKey", lambda **given: keys.append(made(**given)) or keys[-1])
+    made, keys = module.content_fingerprint, []
+    monkeypatch.setattr(module, "content_fingerprint", lambda content: keys.append(made(content)) or keys[-1])
     options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
     with locked(pipe, **options):
         wanted = run(pipe)
@@ -254,7 +254,7 @@ def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPa
         with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
         assert session.trace.evaluations == passes
-        assert len(keys) == experts  # told once per run and expert, not once per step
+        assert len(keys) == experts  # taken once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
         sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))

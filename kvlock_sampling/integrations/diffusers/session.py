@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...attention import Hooks
 from ...attention.compat.step_caches import StepCaches
-from ...kv_cache.session import Keeper
+from ...kv_cache import CacheSession
 from ...lock import KVLock
 from ...run import Run, as_schedule
 from ...trace import Trace
@@ -90,7 +90,7 @@ class Session:
         self._experts: dict[int, Expert] = {}
         # Of this run, by expert: what step caches remember, and what the KV cache holds.
         self._caches: dict[int, StepCaches | None] = {}
-        self._keepers: dict[int, Keeper] = {}
+        self._keepers: dict[int, CacheSession] = {}
         for network in networks:
             self.expert(network)
 
@@ -170,12 +170,13 @@ class Session:
         placed = {name: self._placed[name, id(value)] for name, value in given.items()}
         return {"cond": expert.calls.known({**cond, **placed})}
 
-    def _keeper(self, expert: Expert, run: Run) -> Keeper | None:
+    def _keeper(self, expert: Expert, run: Run) -> CacheSession | None:
         lock = expert.lock
         if lock.kv_cache is None or lock.layers is None:
             return None
         if expert.calls.index not in self._keepers:
-            self._keepers[expert.calls.index] = Keeper(lock.kv_cache, lock.model, lock.layers, run.stack)
+            self._keepers[expert.calls.index] = lock.kv_cache.session(lock.model, lock.layers)
+            run.stack.callback(self._keepers[expert.calls.index].close)
         return self._keepers[expert.calls.index]
 
     def _untouched(self, lock: PipelineLock, requested: float, guided: bool, raw: list[Tensor | None]) -> bool:

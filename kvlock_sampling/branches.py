@@ -1,4 +1,4 @@
-"""The branches of one evaluation: cond, uncond and the source, and the route by which the source's K/V reach the edit.
+"""The branches of one evaluation: cond, uncond and the source, and how the source's K/V reach the edit.
 
 `OwnBranches` is for a single-branch model: the lock does the guidance, and branches may be rows of one call.
 `GuidedBranches` is for a model that does its own guidance: the source goes in a pass just before.
@@ -7,22 +7,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .attention import CallRecord, FusionContext, fusion_ratio
+from .attention import CallRecord, FusionContext
+from .attention.record import KeyValue
 from .batching import join_calls, joinable
 from .guidance import composite, guide, guide_rescaled
-from .route import WORTH_NARROWING, Route, choose_route
+from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
 from .settings import LockSettings
 from .types import AttentionError, Denoiser, PolicyError, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
+Kind = tuple[str, ...] | None
 T = TypeVar("T")
+
 
 class Branches:
     """What both kinds share.
@@ -31,125 +33,39 @@ class Branches:
         x: The sampler's input.
         uncond: Unconditional x0-hat; None before it was evaluated.
         source: The source's x0-hat; None if it was not evaluated.
+        route: How the source's K/V reach the edit.
         nfe: Model passes per clip so far.
         fused_layers: The largest number of layers that were fused in a call.
-        route: How the source's K/V reach the edit.
         computed: The fraction of the tokens that the edit runs on.
     """
 
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
-        self.settings, self.run, self.step, self.x = settings, run, step, step.x
+        self.settings, self.step, self.x = settings, step, step.x
         self.uncond: Tensor | None = None
         self.source: Tensor | None = None
-        self.nfe, self.fused_layers, self.computed = 0, 0, 1.0
-        self._context: FusionContext | None = None
-        self._left_out: Tensor | None = None
-        self._source_x, self._clean = step.x, step.x
-        self._captured: Mapping[str, tuple[Tensor, Tensor]] | None = None
-        if step.lock.high > 0 and settings.layers is not None:
-            self._prepare()
-        self.route = self._choose_route()
+        self.nfe, self.fused_layers = 0, 0
+        self._caches = run.tools(settings).step_caches
+        self._source_kv: Mapping[str, KeyValue] | None = None
+        self.locked = lock_step(settings, run, step)
+        self.route = self._choose_route(self.locked)
+        self.computed = 1.0 if self.locked is None else self.locked.computed
 
-    def _prepare(self) -> None:
-        """The source at this noise level, and which tokens take how much of it."""
-        settings, step = self.settings, self.step
-        source, mask, layers, noise = settings.source, settings.mask, settings.layers, self.run.noise
-        assert source is not None
-        assert mask is not None
-        assert layers is not None
-        assert noise is not None
-        selection = left_out = None
-        if self.run.cached is not None or (settings.foreground and step.lock.low == 1):
-            selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
-        narrow = bool(
-            settings.foreground and step.lock.low == 1 and selection and selection.fraction <= WORTH_NARROWING
-        )
-        background = mask.background(step.x, layers.patch, settings.transition)
-        self._context = FusionContext(
-            "inject",
-            fusion_ratio(step.lock.rows(step.x.device), background.expand(len(step.x), -1)),
-            grid=layers.grid(step.x.shape),
-            selection=selection if narrow or self.run.cached is not None else None,
-            narrow=narrow,
-            text_first=bool(layers.layers) and layers.layers[0].text == "first",
-        )
-        self._source_x, self._clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)
-        if narrow and selection is not None:
-            self._left_out, self.computed = left_out, selection.fraction
-
-    def _choose_route(self) -> Route:
-        context, layers, settings = self._context, self.settings.layers, self.settings
-        locked = context is not None and layers is not None
-        narrow = locked and context.narrow
+    def _choose_route(self, locked: Locked | None) -> Route:
         return choose_route(
-            locked=locked,
-            narrow=narrow,
-            cached=self.run.cached is not None,
-            one_call=locked and self._one_call() and not layers.rows_apart and not self.run.step_caches.active,
-            interleaves=narrow and layers.interleaves and self.run.hooks.plain,
-            probes=settings.measures and settings.estimator.cost > 0,
+            locked=locked is not None,
+            narrow=locked is not None and locked.context.narrow,
+            cached=locked is not None and locked.entry is not None,
+            one_call=locked is not None
+            and self._one_call()
+            and not locked.layers.rows_apart
+            and not self._caches.active,
+            interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
+            probes=self.settings.measures and self.settings.estimator.cost > 0,
         )
 
     def _one_call(self) -> bool:
         """Whether source and edit can be rows of one call."""
         return False
-
-    def _source_kv(self, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
-        """A context that injects the source's K/V at this noise level, however often it is asked for."""
-        if sigma is not self.step.sigma_arg:
-            return self._capture(model, arguments, sigma)  # a probe at a noise level that is none of the schedule's
-        if self._captured is None:
-            self._captured = self._kv_of_level(model, arguments, sigma)
-        return replace(self._needed, source=self._captured)
-
-    def _kv_of_level(self, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> Any:
-        if self.route is not Route.CACHED:
-            return self._capture(model, arguments, sigma).source
-        settings, step, selection = self.settings, self.step, self._needed.selection
-        given = {name: value for name, value in arguments.items() if name != settings.scale_arg}
-        expert = step.state.expert
-        entry = self.run.cached.entry(settings.source.latents, self.run.noise, selection, expert, given)
-        found = entry.lookup(step.sigma)
-        if found is None:
-            captured = self._capture(model, arguments, sigma)
-            again = captured.record.repeated
-            if again is not None and settings.scale_arg is None:
-                raise AttentionError(
-                    f"layer {again!r} acts several times in one evaluation; expected once: a K/V cache keeps one pair "
-                    "of keys and values per layer.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
-                )
-            found = entry.put(step.sigma, captured.record.latest())
-        return found
-
-    def _capture(self, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
-        """The source in a pass of its own."""
-        context = replace(self._needed, mode="capture", record=CallRecord())
-        out = self._call(context, lambda: model(self._source_x, sigma, **arguments))
-        self.nfe += 1
-        if sigma is self.step.sigma_arg:
-            self.source = out
-        return replace(context, mode="inject", source=context.record.captured)
-
-    @property
-    def _needed(self) -> FusionContext:
-        assert self._context is not None
-        return self._context
-
-    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: tuple[str, ...] | None = None) -> T:
-        """Make one call of the model. `kind` tells step caches one series of calls from another; None passes them by."""
-        caches = self.run.step_caches
-        layout: Hashable = kind
-        if caches.active and context is not None and context.narrowed is not None:
-            # Calls that run on other tokens cannot share a step cache's memory.
-            layout = kind, tuple(context.narrowed.computed.tolist())
-        with caches.passed_by() if kind is None else caches.apart(layout, kind):
-            if context is None:
-                return call()
-            assert self.run.hooks is not None
-            out = self.run.hooks.run(context, call, may_skip=caches.active)
-        if context.mode != "capture":
-            self.fused_layers = max(self.fused_layers, len(context.record.fired))
-        return out
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
         """The prediction with the source, by this weight, in its background.
@@ -160,16 +76,66 @@ class Branches:
         source, mask = self.settings.source, self.settings.mask
         if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
             return denoised
-        if self._left_out is not None and (isinstance(weight, Tensor) or weight != 1):
+        if self.computed < 1 and (isinstance(weight, Tensor) or weight != 1):
             raise PolicyError(
                 f"{self.settings.policy!r} set composite, but only the edited tokens were computed, so the background "
                 "is the source's.\n  Pass foreground=False to KVLock."
             )
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
+    def _injecting(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
+        """A context that injects the source's K/V at this noise level."""
+        if sigma is not self.step.sigma_arg:  # a probe at a noise level that is none of the schedule's
+            return locked.context.fresh("inject", self._captured(locked, model, arguments, sigma).captured)
+        if self._source_kv is None:
+            self._source_kv = self._kv_of_level(locked, model, arguments, sigma)
+        return locked.context.fresh("inject", self._source_kv)
+
+    def _kv_of_level(
+        self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor
+    ) -> Mapping[str, KeyValue]:
+        if locked.entry is None:
+            return self._captured(locked, model, arguments, sigma).captured
+        scale_arg = self.settings.scale_arg
+        entry = locked.entry({name: value for name, value in arguments.items() if name != scale_arg})
+        found = entry.lookup(self.step.sigma)
+        if found is not None:
+            return found
+        record = self._captured(locked, model, arguments, sigma)
+        if record.repeated is not None and scale_arg is None:
+            raise AttentionError(
+                f"layer {record.repeated!r} acts several times in one evaluation; expected once: a KV cache keeps one "
+                "pair of keys and values per layer.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
+            )
+        return entry.put(self.step.sigma, record.latest())
+
+    def _captured(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> CallRecord:
+        """The record of the source in a pass of its own."""
+        context = locked.context.fresh("capture")
+        out = self._call(context, lambda: model(locked.x, sigma, **arguments), None)
+        self.nfe += 1
+        if sigma is self.step.sigma_arg:
+            self.source = out
+        return context.record
+
+    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind) -> T:
+        """Make one call of the model. Step caches keep calls of each kind apart, and are bypassed by kind None."""
+        layout: Hashable = kind
+        if self._caches.active and context is not None and context.narrowed is not None:
+            layout = kind, tuple(context.narrowed.computed.tolist())  # other tokens need another memory
+        with self._caches.passed_by() if kind is None else self._caches.apart(layout, kind):
+            if context is None or self.locked is None:
+                return call()
+            out = self.locked.hooks.run(context, call, may_skip=self._caches.active)
+        if context.mode != "capture":
+            self.fused_layers = max(self.fused_layers, len(context.record.fired))
+        return out
+
     def _filled(self, out: Tensor) -> Tensor:
         """A prediction with the source where nothing was computed."""
-        return out if self._left_out is None else torch.where(self._left_out, self._clean, out)
+        if self.locked is None or self.locked.left_out is None:
+            return out
+        return torch.where(self.locked.left_out, self.locked.clean, out)
 
 
 class OwnBranches(Branches):
@@ -222,28 +188,27 @@ class OwnBranches(Branches):
         calls = [self._cond_args, self._source_args, *([] if self._uncond_args is None else [self._uncond_args])]
         return self.settings.batched and joinable(calls, len(self.x))
 
-    def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: tuple[str, ...] | None) -> list[Tensor]:
-        """Run branches of `len(x)` rows each along the route; in as few calls as their arguments allow."""
-        if self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
-            context = replace(self._needed, mode="lockstep", record=CallRecord())
-            rows = [*branches, (self._source_x, self._source_args)]
-            *edit, source = self._together(rows, context, sigma, kind)
-            self.source = source if sigma is self.step.sigma_arg and kind is not None else self.source
+    def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
+        """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
+        locked = self.locked
+        if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+            rows = [*branches, (locked.x, self._source_args)]
+            *edit, source = self._together(rows, locked.context.fresh("lockstep"), sigma, kind)
+            if kind is not None:  # not a probe
+                self.source = source
             return [self._filled(out) for out in edit]
-        kept = None
-        if self.route is not Route.UNLOCKED:
-            kept = self._source_kv(self.settings.model, self._source_args, sigma)
+        context = None if locked is None else self._injecting(locked, self.settings.model, self._source_args, sigma)
         groups = [(branches, kind)]
         if not (self.settings.batched and joinable([arguments for _, arguments in branches], len(self.x))):
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
         found: list[Tensor] = []
         for group, name in groups:
-            context = None if kept is None else replace(kept, record=CallRecord())
-            found += map(self._filled, self._together(group, context, sigma, name))
+            own = None if context is None else context.fresh("inject", context.source)
+            found += map(self._filled, self._together(group, own, sigma, name))
         return found
 
     def _together(
-        self, branches: Sequence[Branch], context: FusionContext | None, sigma: Tensor, kind: tuple[str, ...] | None
+        self, branches: Sequence[Branch], context: FusionContext | None, sigma: Tensor, kind: Kind
     ) -> list[Tensor]:
         """Branches as the rows of one call."""
         batch, model = len(self.x), self.settings.model
@@ -284,11 +249,8 @@ class GuidedBranches(Branches):
         level = torch.full_like(self.step.sigma_arg, sigma)
         return torch.cat([self._evaluate(rows, level, None) for rows in x.split(len(self.x))])
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, kind: tuple[str, ...] | None) -> Tensor:
-        context = None
-        if self.route is not Route.UNLOCKED:
-            context = self._source_kv(*self._source_call(), sigma)
-            context = replace(context, record=CallRecord())
+    def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
+        context = None if self.locked is None else self._injecting(self.locked, *self._source_call(), sigma)
         out = self._call(context, lambda: self.settings.model(x, sigma, **self._arguments), kind)
         self.nfe += 1
         return self._filled(out)

@@ -98,9 +98,7 @@ def decide(
     return State(inner, policy_state, measured, *control, state.expert), observation
 
 
-def _completed(
-    settings: LockSettings, control: Control, lock: Scalar
-) -> tuple[Scalar, Scalar | None, Scalar | None]:
+def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[Scalar, Scalar | None, Scalar | None]:
     """Lock, cfg_scale and composite, with the lock in force where the policy left it alone, and a scheduled guidance
     not below its floor: under 1 guidance turns towards the unconditional prediction.
     """

@@ -28,9 +28,7 @@ from .utils.proxy import DenoiserProxy
 from .variance import Estimator
 
 
-def evaluate(
-    settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]
-) -> Tensor:
+def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]) -> Tensor:
     """One evaluation of the model under a lock: measured, locked by the last decision, guided by this one, composited.
 
     Args:
@@ -143,7 +141,7 @@ class KVLock(DenoiserProxy):
         self.trace = Trace()
 
     def __enter__(self) -> KVLock:
-        run = Run(self.settings)
+        run = Run(self.settings.schedule)
         _active.set({**_active.get(), id(self): (*self._runs(), run)})
         self.trace = run.trace
         return self

@@ -17,8 +17,8 @@ from torch import Tensor
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
 from .controller import LockRatio, State, start
-from .kv_cache import CacheSession
 from .settings import LockSettings, nothing_to_lock_to, to_sigma
+from .source import Source
 from .trace import Trace
 from .types import Observation, RunError, Scalar
 from .utils.host import HostReads
@@ -98,27 +98,38 @@ class Step:
         return self.requested if self.state.cfg_scale is None else self.state.cfg_scale
 
 
+class Tools:
+    """What acts on one model during a run: hooks, the memories of its step caches, and the entries of its K/V cache."""
+
+    def __init__(self, settings: LockSettings) -> None:
+        layers = settings.layers
+        self.hooks = None if layers is None else Hooks(layers)
+        self.step_caches = StepCaches([*reachable_modules(settings.model), *(layers.networks if layers else ())])
+        kv_cache = settings.kv_cache
+        self.cached = None if kv_cache is None or layers is None else kv_cache.session(settings.model, layers)
+
+
 class Run:
-    """Everything that lives within one `with` block: hooks, trace, state, the source's noise, the K/V cache's entries.
+    """Everything that lives within one `with` block. Locks of several experts may share it.
 
     Args:
-        settings: The lock's settings.
         schedule: Noise levels on the policies' clock; None if unknown.
     """
 
-    def __init__(self, settings: LockSettings, schedule: Sequence[float] | None = None) -> None:
-        self.schedule = settings.schedule if schedule is None else schedule
-        self.hooks = None if settings.layers is None else Hooks(settings.layers)
-        self.cached: CacheSession | None = None
-        if settings.kv_cache is not None and settings.layers is not None:
-            self.cached = settings.kv_cache.session(settings.model, settings.layers)
-        modules = [*reachable_modules(settings.model), *(settings.layers.networks if settings.layers else ())]
-        self.step_caches = StepCaches(modules)
+    def __init__(self, schedule: Sequence[float] | None = None) -> None:
+        self.schedule = schedule
+        self._tools: dict[int, Tools] = {}
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
         self._top = 0.0
         self._evaluations, self._measured, self._unmeasured = 0, False, 0
+
+    def tools(self, settings: LockSettings) -> Tools:
+        """The tools for this model, made when it is first seen."""
+        if id(settings.model) not in self._tools:
+            self._tools[id(settings.model)] = Tools(settings)
+        return self._tools[id(settings.model)]
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
         """Read the noise level, the requested guidance and the state of one evaluation, with one transfer from a device.
@@ -152,10 +163,13 @@ class Run:
         observation = observation._replace(lock=lock.rows(x.device))
         if lock.high > 0 and settings.layers is None and not settings.no_token_left:
             raise nothing_to_lock_to(settings.policy, lock.high)
-        if settings.source is not None and self.noise is None and settings.layers is not None:
-            given = settings.source.noise
-            self.noise = settings.source.implied_noise(x, model_sigma) if given is None else given.to(x)
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, lock, observation, reads)
+
+    def source_noise(self, source: Source, x: Tensor, model_sigma: float) -> Tensor:
+        """The noise of the source in this run: its own, or the one that leads from it to the run's first x."""
+        if self.noise is None:
+            self.noise = source.implied_noise(x, model_sigma) if source.noise is None else source.noise.to(x)
+        return self.noise
 
     def leave(self, sigma: float, state: State) -> None:
         """Keep the state that an evaluation at `sigma` left."""
@@ -175,8 +189,9 @@ class Run:
 
     def close(self) -> None:
         """Free what the run holds."""
-        if self.cached is not None:
-            self.cached.close()
+        for tools in self._tools.values():
+            if tools.cached is not None:
+                tools.cached.close()
 
     def _begin(self, sigma: float, x: Tensor) -> None:
         """Nothing is remembered above `sigma`. From the top, or with other clips, a new run begins, with its own noise;
@@ -189,9 +204,9 @@ class Run:
 
     def _anew(self) -> None:
         self._unmeasured, self._evaluations, self._measured = self.unmeasured, 0, False
-        self.noise, self.step_caches = None, StepCaches(self.step_caches.modules)
-        if self.cached is not None:
-            self.cached.restart()
+        self.noise = None
+        self.close()
+        self._tools = {}
 
     def _observation(self, x: Tensor, sigma: float, requested: Scalar) -> Observation:
         scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)

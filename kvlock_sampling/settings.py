@@ -81,7 +81,6 @@ class LockSettings:
         # The argument is a tensor on the host: a noise level on the device would cost another transfer.
         return None if expert is None else expert(torch.tensor(model_sigma))
 
-
     def subset(self, index: Tensor, batch: int) -> LockSettings:
         """The same settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         source = None if self.source is None else self.source.subset(index, batch)
@@ -301,7 +300,9 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
             return None
         return KVCache(**preset.kv_cache)
     if not isinstance(kv_cache, KVCache):
-        raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB').")
+        raise AttentionError(
+            f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB')."
+        )
     if layers is None:
         return None
     if why := uncacheable(layers):

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .route import Route
 from .types import KVLockError, Observation, Scalar, StepInfo
 from .utils.extras import require
 from .utils.files import write_atomically
@@ -32,11 +31,11 @@ _CURVES = {
 
 
 class Evaluated(Protocol):
-    """What the trace records of the branches of one evaluation."""
+    """What the trace records of the branches of one evaluation; `route` is a `Route`."""
 
     nfe: int
     fused_layers: int
-    route: Route
+    route: Any
     computed: float
 
 

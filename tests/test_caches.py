@@ -166,7 +166,9 @@ def test_sites_that_are_skipped_are_tolerated_and_counted(name):
 def test_a_lock_that_comes_and_goes_with_a_scale_that_does(name, batched):
     # Rows go from two branches to one and back, the source from there to not there: caches crash or mix if they share.
     def policy(obs):
-        return kv.Control(lock=1.0 if 2 < obs.sigma < 10 else 0.0, cfg_scale=1.0 if obs.sigma > 10 else obs.requested_cfg_scale)
+        return kv.Control(
+            lock=1.0 if 2 < obs.sigma < 10 else 0.0, cfg_scale=1.0 if obs.sigma > 10 else obs.requested_cfg_scale
+        )
 
     setup = cached(name)
     options = {

@@ -20,8 +20,8 @@ import kvlock_sampling as kv
 from kvlock_sampling.batching import NotBatchable, join
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.masks.fitted import FittedMask
-from kvlock_sampling.source import Source
 from kvlock_sampling.run import Timeline, steps_left
+from kvlock_sampling.source import Source
 from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
 from kvlock_sampling.utils.files import check_writable, write_atomically
@@ -135,7 +135,9 @@ def a_trace() -> Trace:
     for i in range(4):
         row = torch.tensor([0.1, 0.4]) * (i + 1)
         seen = row if i else row * float("nan")
-        trace.steps.append(StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, row * 0 + 1, 3, 2, "lockstep"))
+        trace.steps.append(
+            StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, row * 0 + 1, 3, 2, "lockstep")
+        )
     return trace
 
 

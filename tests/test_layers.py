@@ -12,9 +12,16 @@ from networks import FAMILIES, random_network
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Architecture, AttentionLayer, LayerPattern, find_layers
+from kvlock_sampling.attention import (
+    Architecture,
+    AttentionLayer,
+    FusionContext,
+    LayerPattern,
+    TokenFlow,
+    context,
+    find_layers,
+)
 from kvlock_sampling.attention.architectures import BUILT_IN
-from kvlock_sampling.attention import FusionContext, TokenFlow, context
 from kvlock_sampling.testing import check_layers
 from kvlock_sampling.types import AttentionError, KVLockError
 
@@ -376,7 +383,9 @@ def test_a_fusion_that_is_not_exact(monkeypatch):
     monkeypatch.setattr(context, "fuse_rows", lambda own, kept, ratio, *rest: fuse(own, kept, ratio * 0.999, *rest))
     refused(made, "keys of background tokens are not exactly the source's")
     least = 0.01
-    monkeypatch.setattr(context, "fuse_rows", lambda own, kept, ratio, *rest: fuse(own, kept, ratio.clamp(least), *rest))
+    monkeypatch.setattr(
+        context, "fuse_rows", lambda own, kept, ratio, *rest: fuse(own, kept, ratio.clamp(least), *rest)
+    )
     refused(made, "keys of edited or text tokens are not exactly the edit's own")
 
 

@@ -21,7 +21,9 @@ POLICIES = {
     "windowed": kv.Windowed(kv.Linear(), last=3),
     "smoothed": kv.Smoothed(kv.Linear(), half_life=0.5),
     "clamped": kv.Clamped(kv.Linear(), lock=(0.1, 0.6)),
-    "function": kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.requested_cfg_scale * 0.8)),
+    "function": kv.stateless(
+        lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.requested_cfg_scale * 0.8)
+    ),
     "paper": "paper",
     "default": "default",
 }

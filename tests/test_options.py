@@ -71,7 +71,9 @@ def test_source_mask_and_noise_are_copied(setup, policy):
 def test_a_source_made_in_inference_mode_is_an_ordinary_tensor_in_the_lock(setup):
     with torch.inference_mode():
         lock = kv.KVLock(setup.model, source=setup.source * 1, mask=setup.mask * 1, noise=setup.x * 1)
-    assert not any(t.is_inference() for t in (lock.settings.source.latents, lock.settings.source.noise, lock.settings.mask.given))
+    assert not any(
+        t.is_inference() for t in (lock.settings.source.latents, lock.settings.source.noise, lock.settings.mask.given)
+    )
 
 
 def test_prompts_are_read_at_every_evaluation(setup):

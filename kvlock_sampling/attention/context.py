@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -20,48 +20,9 @@ from torch import Tensor
 from ..masks.tokens import Grid, Selection, coarser
 from ..types import AttentionError
 from .fuse import fuse_positions, fuse_rows, join_kept
+from .record import CallRecord, KeyValue
 
 Mode = Literal["lockstep", "capture", "inject"]
-KeyValue = tuple[Tensor, Tensor]
-
-
-@dataclass
-class CallRecord:
-    """What happened during one call of the model.
-
-    Attributes:
-        fired: Names of the layers that fused or recorded K/V.
-        captured: The source's K/V by layer; of a layer that acts several times in a call, each time by "layer#n".
-        passed_over: Lengths (query, key) of attention calls that are not attention layers.
-        cut: Tables and masks that were cut to the computed tokens, by the identity of the original and a number. The
-            original is kept beside the cut one, so that its identity stays unique.
-    """
-
-    fired: set[str] = field(default_factory=set)
-    captured: dict[str, KeyValue] = field(default_factory=dict)
-    passed_over: list[tuple[int, int]] = field(default_factory=list)
-    cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _turns: dict[str, int] = field(default_factory=dict)
-
-    def clear(self) -> None:
-        """Forget everything: the call is made again."""
-        for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
-            part.clear()  # type: ignore[attr-defined]
-
-    def turn(self, layer: str) -> int:
-        """How often the layer has acted before in this call."""
-        count = self._turns.get(layer, 0)
-        self._turns[layer] = count + 1
-        return count
-
-    @property
-    def repeated(self) -> str | None:
-        """The name of a layer that acted more than once, if there is one."""
-        return next((layer for layer, turns in self._turns.items() if turns > 1), None)
-
-    def latest(self) -> dict[str, KeyValue]:
-        """The captured K/V by the plain names of their layers: the last ones of a layer that acted several times."""
-        return {name.partition("#")[0]: kept for name, kept in self.captured.items()}
 
 
 @dataclass(frozen=True)
@@ -104,6 +65,10 @@ class FusionContext:
     def tokens(self) -> int:
         """The number of video tokens in the sequences of this call."""
         return self.ratio.shape[1] if self.narrowed is None else len(self.narrowed.computed)
+
+    def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> FusionContext:
+        """The same context for another call, in this mode, with its own record."""
+        return replace(self, mode=mode, source=source or {}, record=CallRecord())
 
     def ratio_at(self, factor: Grid) -> Tensor:
         """The ratio on tokens that are `factor` (time, height, width) times as large."""
@@ -208,4 +173,3 @@ def using(context: FusionContext) -> Iterator[FusionContext]:
         yield context
     finally:
         _current.reset(token)
-

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .context import CallRecord, FusionContext, current, using
+from .context import FusionContext, current, using
 from .forward_hooks import Arguments, ForwardHook
 from .layers import Table, TokenFlow
 
@@ -41,7 +40,7 @@ def interleaving(blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[Forwa
 
 
 def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Arguments:
-    bound, context = signature(type(block)).bind_partial(block, *args, **kwargs), current()
+    bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
     for name in flow.tokens:
         given = bound.arguments.get(name)
         if isinstance(given, Tensor) and given.shape[1] == context.ratio.shape[1]:
@@ -59,7 +58,7 @@ def _leave(args: Any, kwargs: Any) -> Arguments:
 
 def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     context = current()
-    bound = signature(type(block)).bind_partial(block, *args, **kwargs)
+    bound = signature_of(block).bind_partial(block, *args, **kwargs)
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
     edit = rows - context.batch
     # A table whose first axis is that of the tokens has no rows, even if it happens to be as long.
@@ -77,9 +76,9 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
             return call(*bound.args[1:], **bound.kwargs)
 
     of_source, of_edit = cut(slice(edit, rows)), cut(slice(0, edit))
-    capture = replace(context, mode="capture", record=CallRecord())
+    capture = context.fresh("capture")
     source = run(of_source, capture)
-    inject = replace(context, mode="inject", source=capture.record.captured, record=CallRecord())
+    inject = context.fresh("inject", capture.record.captured)
     for name in flow.tokens:
         given = of_edit.get(name)
         if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
@@ -186,7 +185,9 @@ def _positions(length: int, context: FusionContext, device: torch.device) -> Ten
     return torch.cat([before, computed + first, after])
 
 
-@cache
-def signature(kind: type[nn.Module]) -> inspect.Signature:
-    """The signature of a class's forward. Offloading replaces the instance's forward and may hide its signature."""
-    return inspect.signature(kind.forward)
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The signature of the class's forward. Offloading replaces the instance's forward and may hide its signature."""
+    return _signature(type(module).forward)
+
+
+_signature = cache(inspect.signature)

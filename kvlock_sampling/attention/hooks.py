@@ -20,7 +20,7 @@ from ..types import AttentionError
 from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled, is_compiled, without_compiler
 from .context import FusionContext, current, using
-from .foreground import interleaving, narrow_mask, narrowing, signature
+from .foreground import interleaving, narrow_mask, narrowing, signature_of
 from .forward_hooks import ForwardHook, compiler_imported, hooked
 from .interception import Fused, intercepted
 from .layers import AttentionLayer, AttentionLayers
@@ -66,7 +66,7 @@ class Hooks:
             with using(context), hooked(self._forward_hooks(context)):
                 out = call()
             if not context.record.fired and not self._any_fired:
-                raise NothingFired(self._never_fired(context))
+                raise NothingFired(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
             return out
 
         if self._leave_compiler_out:
@@ -108,7 +108,7 @@ class Hooks:
         names = self.layers.text_arguments
         if not names:
             return call(*args, **kwargs)
-        bound = signature(type(network)).bind_partial(network, *args, **kwargs).arguments
+        bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor))
         with using(replace(current(), text=text)):
             return call(*args, **kwargs)
@@ -163,27 +163,6 @@ class Hooks:
                 "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
             )
         warnings.warn(f"{text} The others are not locked.", stacklevel=2)
-
-    def _never_fired(self, context: FusionContext) -> str:
-        layers = self.layers
-        if layers.watch is None:
-            return (
-                f"none of the model's {len(layers.layers)} attention layers fired during this evaluation, so nothing "
-                "was locked.\n"
-                "  Is the model called through another copy (a replica, an exported graph)? Pass layers= of the module "
-                "that really runs.\n"
-                "  Or does a kernel of the model's own compute attention? A lock sees "
-                "F.scaled_dot_product_attention and every backend of diffusers: model.set_attention_backend('native')."
-            )
-        seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(context.record.passed_over)) or "none"
-        after = "any" if layers.trailing is None else layers.trailing
-        chosen = "" if layers.calls is None else f", at calls {sorted(layers.calls)}"
-        return (
-            f"no attention call fitted, so nothing was locked. Expected {layers.start} + {context.ratio.shape[1]} "
-            f"video tokens + {after} after them{chosen}; other calls (query x key): {seen}.\n"
-            "  Set start= and trailing= of sdpa_layers to the text tokens before and after the video, patch= to "
-            "the model's patch size, calls= to calls that exist."
-        )
 
 
 class NothingFired(AttentionError):  # noqa: N818

@@ -46,9 +46,7 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
         _rewrite.reset(token)
 
 
-def _chained(
-    inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Fused:
+def _chained(inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
     return outer(query, *inner(query, key, value, mask))
 
 

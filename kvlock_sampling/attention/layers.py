@@ -216,6 +216,27 @@ class AttentionLayers:
                 token_grid(latent_shape, layer.patch)
         return token_grid(latent_shape, self.patch)
 
+    def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:
+        """The message of a run in which no layer acted, with the lengths (query, key) of the calls that were seen."""
+        if self.watch is None:
+            return (
+                f"none of the model's {len(self.layers)} attention layers fired during this evaluation, so nothing "
+                "was locked.\n"
+                "  Is the model called through another copy (a replica, an exported graph)? Pass layers= of the module "
+                "that really runs.\n"
+                "  Or does a kernel of the model's own compute attention? A lock sees "
+                "F.scaled_dot_product_attention and every backend of diffusers: model.set_attention_backend('native')."
+            )
+        seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
+        after = "any" if self.trailing is None else self.trailing
+        chosen = "" if self.calls is None else f", at calls {sorted(self.calls)}"
+        return (
+            f"no attention call fitted, so nothing was locked. Expected {self.start} + {tokens} video tokens + {after} "
+            f"after them{chosen}; other calls (query x key): {seen}.\n"
+            "  Set start= and trailing= of sdpa_layers to the text tokens before and after the video, patch= to the "
+            "model's patch size, calls= to calls that exist."
+        )
+
 
 def _indices(chosen: Any) -> list[int]:
     try:

@@ -2,7 +2,7 @@
 
 from .cache import CacheEntry, CacheSession, KVCache, uncacheable
 from .errors import KVCacheError, KVCacheWarning
-from .fingerprint import fingerprint, model_fingerprint
+from .fingerprint import content_fingerprint, model_fingerprint
 from .plan import Plan, plan
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "KVCacheError",
     "KVCacheWarning",
     "Plan",
-    "fingerprint",
+    "content_fingerprint",
     "model_fingerprint",
     "plan",
     "uncacheable",

@@ -26,7 +26,7 @@ from ..masks.tokens import Selection
 from ..types import AttentionError
 from .disk import DiskTier
 from .errors import KVCacheError, KVCacheWarning
-from .fingerprint import fingerprint, mark, model_fingerprint
+from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable
 from .quantize import Level, PackedLevel, check_format, pack, packed_bytes
 from .refresh import Refresh, add_request, check_sigma
@@ -283,7 +283,7 @@ class CacheSession:
         if self._model is None:
             self._model = model_fingerprint(self.model)
         layers = self._layers_of(expert)
-        name = fingerprint(
+        name = content_fingerprint(
             {
                 "version": VERSION,
                 "format": self.kv_cache.format,

@@ -2,14 +2,15 @@
 
     DIRECTORY/<entry>/sigma-1.2500000000000000e+00.safetensors
 
-Any number of clips, models, threads and processes share one directory. Two that write the same level write the same
-bytes, and the last rename wins. A checksum tells a file that is damaged or belongs to another entry.
+Any number of clips, models, threads and processes share one directory. If two write the same level, the last rename
+wins, and both wrote the same K/V. A checksum shows that a file is damaged or belongs to another entry.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tempfile
 import time
@@ -24,11 +25,14 @@ from safetensors.torch import save_file
 
 from ..utils.files import atomic
 from .errors import KVCacheError, KVCacheWarning
-from .fingerprint import fingerprint
+from .fingerprint import content_fingerprint
 from .quantize import DTYPES, Packed, PackedLevel, layout
 
 STALE = 3600.0
 """Age in seconds after which the temporary file of a killed run is removed."""
+
+_TEMPORARY = re.compile(r"\.sigma-.*\.tmp\.safetensors|\.tmp\w{6}")
+"""Names of temporary files: those of `atomic`, and those that safetensors renames itself."""
 
 
 class DiskTier:
@@ -49,7 +53,7 @@ class DiskTier:
         found = set()
         with contextlib.suppress(OSError), os.scandir(self._folder(entry)) as items:
             for item in items:
-                if item.name.startswith(".sigma-") and item.name.endswith(".tmp.safetensors"):
+                if _TEMPORARY.fullmatch(item.name):
                     with contextlib.suppress(OSError):
                         if time.time() - item.stat(follow_symlinks=False).st_mtime > STALE:
                             os.unlink(item)
@@ -94,7 +98,10 @@ class DiskTier:
         try:
             # No fsync: after a crash of the machine the checksum tells whether all bytes arrived.
             with atomic(self._folder(entry) / _name(sigma)) as temporary:
+                temporary.touch()
+                mode = temporary.stat().st_mode
                 save_file(tensors, temporary, about)
+                temporary.chmod(mode)  # safetensors makes files that only their owner can read
         except (OSError, SafetensorError) as error:
             raise OSError(f"{self.directory} cannot be written to: {error}") from error
 
@@ -109,7 +116,7 @@ def _name(sigma: float) -> str:
 
 def _checksum(entry: str, sigma: float, level: PackedLevel) -> str:
     content = {layer: [(packed.dtype, packed.parts) for packed in pair] for layer, pair in level.items()}
-    return fingerprint({"entry": entry, "sigma": sigma, "content": content})
+    return content_fingerprint({"entry": entry, "sigma": sigma, "content": content})
 
 
 def _pair(file: Any, about: dict[str, str], names: set[str], layer: str) -> tuple[Packed, Packed]:

@@ -29,7 +29,7 @@ BLOCK = 8192
 """How many words of 8 bytes are summed together."""
 
 
-def fingerprint(content: Mapping[str, Any]) -> str:
+def content_fingerprint(content: Mapping[str, Any]) -> str:
     """Take the fingerprint of tensors, arrays and plain values in nested mappings, sequences, sets and dataclasses.
 
     Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not.

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from .errors import KVCacheError
 
-SAME = 1e-4
+SAME_SIGMA = 1e-4
 """Noise levels that differ by less than this, relatively, are one: samplers compute them in float32."""
 
 
 def same(a: float, b: float) -> bool:
     """Return whether two noise levels are one."""
-    return abs(a - b) <= SAME * max(a, b)
+    return abs(a - b) <= SAME_SIGMA * max(a, b)
 
 
 def check_sigma(sigma: float) -> float:
@@ -125,11 +125,11 @@ class Refresh:
         return self.every is None or between < self.every
 
     def _near(self, level: float, sigma: float) -> bool:
-        return self.ratio is None or max(level / sigma, sigma / level) <= self.ratio * (1 + SAME)
+        return self.ratio is None or max(level / sigma, sigma / level) <= self.ratio * (1 + SAME_SIGMA)
 
     def _reaches(self, level: float, sigma: float) -> bool:
         """Whether a level may be the farther of two that are extrapolated: within ratio^2, or a ratio of 4."""
-        return max(level / sigma, sigma / level) <= (4.0 if self.ratio is None else self.ratio**2) * (1 + SAME)
+        return max(level / sigma, sigma / level) <= (4.0 if self.ratio is None else self.ratio**2) * (1 + SAME_SIGMA)
 
 
 def add_request(requested: list[float], sigma: float) -> None:

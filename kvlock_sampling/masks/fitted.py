@@ -92,9 +92,7 @@ class FittedMask:
         key = (like.shape, like.device, patch, band, "full")
         return self._remember(key, lambda: self._selection(like, patch, band))
 
-    def _selection(
-        self, like: Tensor, patch: Grid, transition: tuple[float, float] | None
-    ) -> tuple[Selection, Tensor]:
+    def _selection(self, like: Tensor, patch: Grid, transition: tuple[float, float] | None) -> tuple[Selection, Tensor]:
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         chosen = Selection(background)
         left_out = (background >= 1).all(0, keepdim=True)

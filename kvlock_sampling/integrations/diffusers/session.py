@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...attention import Hooks
-from ...attention.compat.step_caches import StepCaches
-from ...kv_cache.session import Keeper
-from ...lock import KVLock
-from ...run import Run, as_schedule
+from ...lock import KVLock, evaluate
+from ...run import Run
+from ...settings import LockSettings
 from ...trace import Trace
 from ...types import RunError, SourceError
 from .calls import Call
@@ -24,20 +21,17 @@ from .schedule import sigmas_of
 _PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Expert:
-    """One transformer with its lock, and what it keeps during a run."""
+    """One transformer and the settings of its lock."""
 
     calls: FlowCalls
-    lock: KVLock
-    hooks: Hooks | None
-    caches: StepCaches | None = None
-    keeper: Keeper | None = None
+    settings: LockSettings
 
     @property
     def only_scales(self) -> bool:
         """Whether the lock can change no more than the guidance scale."""
-        return self.lock.layers is None and not self.lock.composite and not self.lock.rescale
+        return self.settings.layers is None and not self.settings.composite and not self.settings.rescale
 
 
 class Session:
@@ -82,22 +76,20 @@ class Session:
         """The lock of this transformer, made when it is first seen."""
         if id(network) not in self._experts:
             calls = FlowCalls(network, index=len(self._experts))
-            lock = KVLock(calls, **self.options)
-            lock.batched = lock.layers is not None if self.batched is None else self.batched
-            self._experts[id(network)] = Expert(calls, lock, None if lock.layers is None else Hooks(lock.layers))
+            settings = KVLock(calls, **self.options).settings
+            batched = settings.layers is not None if self.batched is None else self.batched
+            self._experts[id(network)] = Expert(calls, replace(settings, batched=batched))
         return self._experts[id(network)]
 
     def begin(self, times: Tensor | None) -> None:
         """Begin a sampling run. `times` are its falling flow times, for policies that count steps."""
         self.end()
-        self.run = Run(None, ExitStack(), None if times is None else as_schedule(sigmas_of(times)))
-        for expert in self._experts.values():
-            expert.caches = expert.keeper = None
+        self.run = Run(None if times is None else tuple(sigmas_of(times).tolist()))
 
     def end(self) -> None:
         """End the run, and release what it held open. Its trace stays."""
         if self.run is not None:
-            self.run.stack.close()
+            self.run.close()
 
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, requested: float, latents: Tensor | None = None
@@ -125,7 +117,8 @@ class Session:
         branches: dict[str, Any] = {"cond": calls.branch(cond)}
         if uncond is not None:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
-        denoised = _evaluate(expert, self.run, self._source_args(expert, branches["cond"]), x, sigma, branches)
+        settings = replace(expert.settings, source_args=self._source_args(expert, branches["cond"]))
+        denoised = evaluate(settings, self.run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
         if expert.only_scales and c is not None:
             used = self.trace.steps[-1].cfg_scale
@@ -168,20 +161,3 @@ class Session:
                 "  Call the pipeline with the clip's own size: pipe(height=..., width=..., num_frames=...), without "
                 "reference images."
             )
-
-
-def _evaluate(
-    expert: Expert, run: Run, source_args: dict[str, Any], x: Tensor, sigma: Tensor, branches: dict[str, Any]
-) -> Tensor:
-    """One evaluation of a lock in a run that goes on: the only function here that uses the lock's private parts."""
-    lock = expert.lock
-    if expert.keeper is None and lock.kv_cache is not None and lock.layers is not None:
-        expert.keeper = Keeper(lock.kv_cache, lock.model, lock.layers, run.stack)
-    lock.source_args = source_args
-    run.hooks, run.caches, run.keeper = expert.hooks, expert.caches, expert.keeper
-    lock._local.runs = [*lock._runs(), run]
-    try:
-        return lock(x, sigma, **branches)
-    finally:
-        lock._local.runs.pop()
-        expert.caches = run.caches

@@ -35,6 +35,14 @@ def run(entry: CacheEntry, sigmas, **options) -> list[float]:
     return passes
 
 
+def served(entry: CacheEntry, sigma: float) -> tuple[float, ...]:
+    """Look a noise level up, and return the stored noise levels that serve it."""
+    level = entry.lookup(sigma)
+    chosen = entry._cache.refresh.choose(entry.sigmas, sigma, entry._requested, entry._fresh)
+    assert (level is None) == (not chosen)
+    return tuple(s for s, _ in chosen)
+
+
 def contents(keys) -> list[torch.Tensor]:
     """Every key and value, copied."""
     return [x.clone() for pair in keys.values() for x in pair]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kv_entries import LAYERS, LEVEL_BYTES, SHAPE, contents, entry, equal, run, source_pass
+from kv_entries import LAYERS, LEVEL_BYTES, SHAPE, contents, entry, equal, run, served, source_pass
 
 from kvlock_sampling.kv_cache import KVCache, KVCacheError, KVCacheWarning, Plan
 from kvlock_sampling.kv_cache.memory import MemoryTier, parse_bytes, readable
@@ -61,17 +61,17 @@ def test_a_level_that_heun_requests_twice_does_not_age():
 def test_churn_goes_up_a_little_and_is_served_from_below():
     one = entry(KVCache(format=None, every=2, ratio=1.2, interpolate=False))
     run(one, [8.0])
-    assert one.lookup(8.4).sigmas == (8.0,)
+    assert served(one, 8.4) == (8.0,)
     run(one, [6.0])
-    assert one.lookup(6.3).sigmas == (6.0,)
+    assert served(one, 6.3) == (6.0,)
 
 
 def test_a_rejected_step_finds_its_levels_as_they_were():
     one = entry(KVCache(format=None, every=3, ratio=1.5, interpolate=False))
     assert run(one, [8.0, 7.0, 6.0, 5.0, 4.0]) == [8.0, 5.0]
     assert run(one, [8.0, 7.0, 6.0, 5.0, 4.0]) == []  # far more than `every` calls later
-    assert one.lookup(7.0).sigmas == (8.0,)
-    assert one.lookup(10.0).sigmas == (8.0,)
+    assert served(one, 7.0) == (8.0,)
+    assert served(one, 10.0) == (8.0,)
     assert one.lookup(12.5) is None
 
 
@@ -79,9 +79,9 @@ def test_the_nearest_level_in_log_sigma_serves():
     one = entry(KVCache(format=None, every=None, ratio=4.0, interpolate=False))
     one.put(8.0, source_pass(8.0))
     one.put(2.0, source_pass(2.0))
-    assert one.lookup(4.1).sigmas == (8.0,)
-    assert one.lookup(3.9).sigmas == (2.0,)
-    assert one.lookup(4.0).sigmas == (8.0,)  # at one distance from both: the noisier one
+    assert served(one, 4.1) == (8.0,)
+    assert served(one, 3.9) == (2.0,)
+    assert served(one, 4.0) == (8.0,)  # at one distance from both: the noisier one
 
 
 @given(
@@ -119,8 +119,8 @@ def test_interpolation_is_exact_at_stored_levels_and_linear_in_log_sigma_between
         one.put(sigma, source_pass(sigma))
     for sigma in (8.0, 2.0, 2.0 * (1 + 5e-5)):
         assert equal(one.lookup(sigma), source_pass(round(sigma)))
+    assert served(one, 4.0) == (2.0, 8.0)
     level = one.lookup(4.0)
-    assert level.sigmas == (2.0, 8.0)
     for layer in LAYERS:
         for got, low, high in zip(level[layer], source_pass(2.0)[layer], source_pass(8.0)[layer], strict=True):
             torch.testing.assert_close(got, (low + high) / 2)
@@ -139,25 +139,25 @@ def straight(sigma):
 def test_beyond_the_last_level_the_line_goes_on_but_not_far():
     one = entry(KVCache(format=None, every=None, ratio=2.0))
     one.put(8.0, straight(8.0))
-    assert one.lookup(6.0).sigmas == (8.0,)  # one level is no line
+    assert served(one, 6.0) == (8.0,)  # one level is no line
     one.put(5.0, straight(5.0))
     for sigma, through in ((4.0, (8.0, 5.0)), (3.5, (8.0, 5.0)), (10.0, (5.0, 8.0))):
+        assert served(one, sigma) == through
         level = one.lookup(sigma)
-        assert level.sigmas == through
         for layer in LAYERS:
             for got, expected in zip(level[layer], straight(sigma)[layer], strict=True):
                 torch.testing.assert_close(got, expected)
     assert one.lookup(2.4) is None  # the last level does not serve
     one.put(4.8, straight(4.8))
     level = one.lookup(3.0)  # 4.8 and 5 are close and say little about 3: as far beyond as they are apart
-    assert level.sigmas == (5.0, 4.8)
+    assert served(one, 3.0) == (5.0, 4.8)
     torch.testing.assert_close(level[LAYERS[0]][0], straight(4.8**2 / 5)[LAYERS[0]][0])
     one = entry(KVCache(format=None, every=None, ratio=1.5))
     one.put(8.0, straight(8.0))
     one.put(4.0, straight(4.0))
-    assert one.lookup(3.0).sigmas == (4.0,)  # 8 is more than 1.5^2 away
-    assert one.lookup(5.6).sigmas == (4.0, 8.0)  # both are within 1.5
-    assert one.lookup(5.0).sigmas == (4.0,)  # 8 is not
+    assert served(one, 3.0) == (4.0,)  # 8 is more than 1.5^2 away
+    assert served(one, 5.6) == (4.0, 8.0)  # both are within 1.5
+    assert served(one, 5.0) == (4.0,)  # 8 is not
 
 
 # -- what comes back --------------------------------------------------------------------------------------------------

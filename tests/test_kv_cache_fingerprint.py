@@ -16,7 +16,7 @@ from kvlock_sampling.attention import AttentionLayer, AttentionLayers
 from kvlock_sampling.attention.foreground import Selection
 from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint
 from kvlock_sampling.kv_cache import fingerprint as module
-from kvlock_sampling.kv_cache.fingerprint import _checksums
+from kvlock_sampling.kv_cache.fingerprint import block_sums
 from kvlock_sampling.types import AttentionError
 
 
@@ -105,20 +105,20 @@ def test_one_number_anywhere_in_any_dtype_shows(count, offset, dtype, data):
     at = data.draw(st.integers(0, count - 1))
     generator = torch.Generator().manual_seed(count)
     numbers = (torch.randn(offset + count, generator=generator) * 3).to(dtype)
-    sums = _checksums(numbers[offset:])
-    assert torch.equal(_checksums(numbers[offset:].clone()), sums)  # at any address
+    sums = block_sums(numbers[offset:])
+    assert torch.equal(block_sums(numbers[offset:].clone()), sums)  # at any address
     one = numbers.view(torch.uint8).view(-1, dtype.itemsize)[offset + at, data.draw(st.integers(0, dtype.itemsize - 1))]
     one.bitwise_xor_(1 << data.draw(st.integers(0, 0 if dtype == torch.bool else 7)))
-    assert not torch.equal(_checksums(numbers[offset:]), sums)
+    assert not torch.equal(block_sums(numbers[offset:]), sums)
 
 
 def test_sums_are_of_blocks_so_that_rows_in_another_order_show(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4)
     rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    sums = _checksums(rows)
-    assert not torch.equal(_checksums(rows.flip(0)), sums)
+    sums = block_sums(rows)
+    assert not torch.equal(block_sums(rows.flip(0)), sums)
     assert torch.equal(sums[:50], rows.view(torch.int64).sum(-1))
-    assert torch.equal(_checksums(rows.t().contiguous().t()), sums)  # the layout does not matter
+    assert torch.equal(block_sums(rows.t().contiguous().t()), sums)  # the layout does not matter
 
 
 class Scaled(torch.Tensor):
@@ -309,7 +309,7 @@ def test_each_of_several_networks_has_its_own_entry():
             parts.entry(**given, expert=unknown)
 
 
-def test_a_session_reads_content_once_and_keeps_few_entries(monkeypatch):
+def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
     parts, read = Parts(), []
     real = module._add_tensor
     monkeypatch.setattr(module, "_add_tensor", lambda digest, x: (read.append(x), real(digest, x))[1])
@@ -329,9 +329,9 @@ def test_a_session_reads_content_once_and_keeps_few_entries(monkeypatch):
     assert read
     cond.add_(1)
     assert entry(cond) is not first  # a change in place is noticed
-    for i in range(2, 8):
+    for i in range(2, 12):
         entry(torch.full((3,), float(i)))
-    assert len(session._entries) == session.OPEN
+    assert len(session._known) == 8
     session.restart()
     again = entry(torch.zeros(3))
     assert (again is first, again.name) == (False, first.name)

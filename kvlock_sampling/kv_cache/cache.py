@@ -14,7 +14,6 @@ import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,21 +68,13 @@ class KVCache:
     ) -> None:
         self.refresh = Refresh(every, ratio, interpolate)
         self.format = check_format(format)
-        self.memory = MemoryTier(parse_bytes(budget))
+        self.budget = parse_bytes(budget)
         if directory is None and self.budget == 0:
             raise KVCacheError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
+        self.memory = MemoryTier(self.budget)
         self.disk = None if directory is None else DiskTier(directory)
+        self.directory = None if self.disk is None else self.disk.directory
         self._warned: set[str] = set()
-
-    @property
-    def directory(self) -> Path | None:
-        """The folder of the levels on disk; None without one."""
-        return None if self.disk is None else self.disk.directory
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes that may be held in memory; None is no limit."""
-        return self.memory.budget
 
     @property
     def used(self) -> int:
@@ -164,7 +155,7 @@ class CacheEntry:
         add_request(self._requested, sigma)
         while True:
             chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
-            parts = [(level, packed, weight) for level, weight in chosen if (packed := self._read(level)) is not None]
+            parts = [(packed, weight) for level, weight in chosen if (packed := self._read(level)) is not None]
             if len(parts) == len(chosen):  # else a file was damaged, or another thread evicted a level: choose again
                 return Level(parts, self._device) if parts else None
 
@@ -198,7 +189,7 @@ class CacheEntry:
         self._fresh.add(sigma)
         if not (kept or written):
             self._warn_too_large(size)
-        return Level([(sigma, level, 1.0)], self._device)
+        return Level([(level, 1.0)], self._device)
 
     def _read(self, sigma: float) -> PackedLevel | None:
         level = self._cache.memory.get(self.name, sigma) or self._mapped.get(sigma)
@@ -232,16 +223,13 @@ class CacheEntry:
 
 
 class CacheSession:
-    """Finds the cache entries of one run, and keeps those in use.
+    """Finds the cache entries of one run.
 
     Args:
         kv_cache: The cache.
         model: The denoiser.
         layers: Its attention layers.
     """
-
-    OPEN = 4
-    """Entries in use at once: one for each network, and some more for prompts that change during the run."""
 
     def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers) -> None:
         self.kv_cache, self.model, self.layers = kv_cache, model, layers
@@ -250,7 +238,7 @@ class CacheSession:
     def restart(self) -> None:
         """Begin another run: read the model again, and count the levels stored so far as those of an earlier run."""
         self._entries: dict[str, CacheEntry] = {}
-        self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], str]] = []
+        self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], CacheEntry]] = []
         self._model: str | None = None
 
     def close(self) -> None:
@@ -277,9 +265,9 @@ class CacheSession:
         parts = (expert, *sorted(arguments), *leaves)
         precision = _autocast(noise.device)
         marks = (*map(mark, parts), precision)
-        for known, _, name in self._known:
-            if known == marks and name in self._entries:
-                return self._entries[name]  # the same objects, unchanged: their content need not be read again
+        for known, _, entry in self._known:
+            if known == marks:
+                return entry  # the same objects, unchanged: their content need not be read again
         if self._model is None:
             self._model = model_fingerprint(self.model)
         layers = self._layers_of(expert)
@@ -296,13 +284,11 @@ class CacheSession:
                 "arguments": dict(arguments),
             }
         )
-        if name not in self._entries:
-            while len(self._entries) >= self.OPEN:
-                del self._entries[next(iter(self._entries))]
-            self._entries[name] = CacheEntry(self.kv_cache, name, layers, noise.device)
+        entry = self._entries.get(name) or CacheEntry(self.kv_cache, name, layers, noise.device)
+        self._entries[name] = entry
         # The objects are kept beside their marks, because an id is unique only while its object lives.
-        self._known = [*self._known[1 - 2 * self.OPEN :], (marks, parts, name)]
-        return self._entries[name]
+        self._known = [*self._known[-7:], (marks, parts, entry)]
+        return entry
 
     def _layers_of(self, expert: Any) -> list[str]:
         """The names of the layers that one evaluation reaches."""

@@ -79,7 +79,7 @@ def model_fingerprint(model: Any) -> str:
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
         for name, weight in (*module.named_parameters(recurse=False), *buffers):
             _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
-            _add_tensor(digest, _checksums(weight))
+            _add_tensor(digest, block_sums(weight))
             _add_tensor(digest, _sample(weight))
     return digest.hexdigest()
 
@@ -109,11 +109,12 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     return bool(depth) and type(value) is dict and all(_is_plain(item, depth - 1) for item in value.values())
 
 
-def _checksums(weight: Tensor) -> Tensor:
-    """Sum every `BLOCK` of a weight's bytes as 8-byte integers: exact on every device, and any changed number shows.
+def block_sums(weight: Tensor) -> Tensor:
+    """Sum every `BLOCK` of a tensor's bytes as 8-byte integers: exact on every device, and any changed number shows.
 
-    All bytes are read at every run. Nothing tells which weights have changed: the version counter of a tensor misses
-    writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the storage or a fused optimizer.
+    Of a model all bytes are read at every run, at the speed of memory. Nothing tells which weights have changed: the
+    version counter of a tensor misses writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the
+    storage or a fused optimizer.
     """
     weight = weight.detach()
     if weight.is_meta or not weight.numel():
@@ -122,7 +123,7 @@ def _checksums(weight: Tensor) -> Tensor:
         if not hasattr(weight, "__tensor_flatten__"):
             return torch.empty(0, dtype=torch.int64)
         parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # a quantized weight and its scales
-        return torch.cat([_checksums(part) for part in parts])
+        return torch.cat([block_sums(part) for part in parts])
     if weight.is_complex():
         weight = torch.view_as_real(weight.resolve_conj())
     data = weight.resolve_neg().reshape(-1).view(torch.uint8)

@@ -149,30 +149,25 @@ class Level(Mapping[str, tuple[Tensor, Tensor]]):
     """K/V by layer at one noise level: (clips, heads, kept tokens, dim) each, dequantized when they are read.
 
     Args:
-        parts: Stored noise level, stored tensors and weight of one level, or of two that are interpolated.
+        parts: One stored level with a weight of 1, or two that are interpolated with weights that sum to 1.
         device: Where the K/V are returned. Do not write to them: they may be the cache's tensors.
     """
 
-    def __init__(self, parts: Sequence[tuple[float, PackedLevel, float]], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[tuple[PackedLevel, float]], device: torch.device) -> None:
         self._parts, self._device = parts, device
 
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The stored noise levels: one, or two that are interpolated."""
-        return tuple(sigma for sigma, _, _ in self._parts)
-
     def __getitem__(self, layer: str) -> tuple[Tensor, Tensor]:
-        sides = [[unpack(packed, self._device) for packed in stored[layer]] for _, stored, _ in self._parts]
+        sides = [[unpack(packed, self._device) for packed in stored[layer]] for stored, _ in self._parts]
         if len(sides) == 2:
-            weight = self._parts[1][2]
+            weight = self._parts[1][1]
             sides = [[torch.lerp(working(a), working(b), weight).to(a.dtype) for a, b in zip(*sides, strict=True)]]
         return sides[0][0], sides[0][1]
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self._parts[0][1]
+        return layer in self._parts[0][0]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts[0][1])
+        return iter(self._parts[0][0])
 
     def __len__(self) -> int:
-        return len(self._parts[0][1])
+        return len(self._parts[0][0])

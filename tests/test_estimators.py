@@ -549,7 +549,7 @@ type = "Linear"
     expected = Combined((TrajectoryVariance(patch=PATCH), Sparse(PosteriorVariance(), every=5, hold=True)))
     assert preset.estimator == expected
     assert load_preset(kv.to_toml(preset)) == preset
-    assert kv.KVLock(GaussianDenoiser(), policy=preset).estimator == expected
+    assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
 
 
 @pytest.mark.parametrize(

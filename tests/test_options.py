@@ -7,14 +7,13 @@ import warnings
 
 import pytest
 import torch
-from recipes import load
 
 import kvlock_sampling as kv
 from kvlock_sampling import options
 from kvlock_sampling.types import EstimatorError, MaskError, PolicyError, RunError, SourceError
+from kvlock_sampling.variance import GuidanceGap
 
 OFF, HALF = kv.Constant(0.0), kv.Constant(0.5)
-GAP = load("guidance_gap").estimator
 
 
 def euler(lock, setup, **changes):
@@ -164,7 +163,7 @@ def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn
 
 
 def test_a_run_in_which_nothing_could_be_measured_is_told(setup):
-    gap = setup.lock(policy="sigmoid", estimator=GAP)
+    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
     with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*GuidanceGap"):
         gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
     with warnings.catch_warnings():
@@ -191,7 +190,7 @@ def test_runs_of_one_block_are_looked_at_one_by_one(setup, told_schedule):
         assert any(torch.isfinite(step.variance).all() for step in lock.trace)
         runs(lock, setup, 1, 1, 1, told_schedule=told_schedule)
         assert len(lock.trace) == 3
-    gap = setup.lock(policy="sigmoid", estimator=GAP)
+    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
     with pytest.warns(UserWarning, match="nothing was measured in a run of 5 evaluations"):
         runs(gap, setup, 3, 5, 1, told_schedule=told_schedule)
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from world.compare import compare, make_task
 
 import kvlock_sampling as kv
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 
@@ -79,7 +79,7 @@ def main() -> None:
             "error": float(gain.std() / given.scenes**0.5),
             "colour": float(score.colour.mean()),
             "shape": float(score.shape.mean()),
-            "passes": score.evaluations,
+            "passes": score.nfe,
         }
         if exact is not None:
             changed, locked = (edit.pixels - exact[0]).abs(), (plain[0] - exact[0]).abs()

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from world.compare import VARIANTS, Score, compare, make_task
 
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import VARIANTS, Score, compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 
@@ -45,7 +45,7 @@ def table(scores: dict[str, Score]) -> str:
             cells.append(f"{form} ± {form}".format(mean, error) if error > 1e-4 else form.format(mean))
         cells += [f"{float(getattr(score, field).mean()):.0%}" for field in ("colour", "shape")]
         per_clip = score.seconds / len(score.colour)
-        lines.append(f"| {name} | {' | '.join(cells)} | {score.evaluations} | {per_clip:.2f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {score.nfe} | {per_clip:.2f} |")
     return "\n".join(lines)
 
 

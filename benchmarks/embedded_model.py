@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import torch
+from world.judge import attribute_accuracy, judge
+from world.sheet import sample_sheet
 
 from kvlock_sampling import CFGDenoiser, samplers
 from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.judge import attribute_accuracy, judge
-from kvlock_sampling.tiny.sheet import sample_sheet
 from kvlock_sampling.tiny.world import FRAMES, SIZE, sample_scene
 from kvlock_sampling.utils.files import write_atomically
 

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from world.compare import Task, make_task
+from world.judge import judge
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import Task, make_task
-from kvlock_sampling.tiny.judge import judge
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.video.metrics import masked_psnr

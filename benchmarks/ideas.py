@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from world.compare import Score, Task, compare, make_task, score
 
 import kvlock_sampling as kv
 from kvlock_sampling import masks
@@ -23,7 +24,6 @@ from kvlock_sampling.app.edit import Edit, start_noise
 from kvlock_sampling.policy import Policy
 from kvlock_sampling.restart import last_risk
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import Score, Task, compare, make_task, score
 from kvlock_sampling.tiny.load import TinyVideo
 from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.tiny.world import EDITS, sample_edit
@@ -77,7 +77,7 @@ class Result(NamedTuple):
 
 
 def result(found: Score) -> Result:
-    return Result(found.inside_psnr, found.colour * found.shape, found.evaluations)
+    return Result(found.inside_psnr, found.colour * found.shape, found.nfe)
 
 
 def done(task: Task, video: TinyVideo, seed: int = FIRST_SCENE, **options: Any) -> tuple[Edit, Result]:
@@ -178,9 +178,9 @@ def sent_back(task: Task, video: TinyVideo, back_to: float = 2.0, share: float =
     sigmas, seeds = video.sigmas(STEPS), [FIRST_SCENE + i for i in range(len(task.prompts))]
     with torch.inference_mode():
         x = lock.sample("dpmpp_2m", start_noise(task.source, seeds) * sigmas[0], sigmas, extra_args=arguments)
-        risk, passes = last_risk(lock.trace), lock.trace.evaluations
+        risk, passes = last_risk(lock.trace), lock.trace.nfe
         again = kv.restart(lock, "dpmpp_2m", x, sigmas, back_to=back_to, limit=-1.0, extra_args=arguments)
-    extra = sum(t.evaluations for t in again.traces)
+    extra = sum(t.nfe for t in again.traces)
     first, second = (result(score(task, finished(task, video, z, lock))) for z in (x, again.x))
     flagged = torch.zeros(len(risk)).index_fill(0, risk.topk(round(share * len(risk))).indices, 1.0)
     mixed = Result(
@@ -202,7 +202,7 @@ def finished(task: Task, video: TinyVideo, latents: Tensor, lock: kv.KVLock) -> 
     """Latents as `edit_video` hands them over: decoded, the source pasted back outside a feathered mask."""
     pixels = torch.lerp(task.source, video.decode(latents).clone(), masks.feather(task.mask, 2.0).to(task.source))
     nothing = torch.zeros(len(pixels))
-    return Edit(pixels, lock.trace, 0.0, lock.trace.evaluations, nothing, nothing)
+    return Edit(pixels, lock.trace, 0.0, lock.trace.nfe, nothing, nothing)
 
 
 def edits(first: int, count: int) -> Task:

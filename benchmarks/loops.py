@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from scipy import stats
+from world.compare import Score, compare, make_task
+from world.judge import judge
 
 import kvlock_sampling as kv
 from kvlock_sampling.app.edit import Edit
 from kvlock_sampling.policy import Policy
 from kvlock_sampling.run import DEFAULT_ESTIMATOR
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import Score, compare, make_task
-from kvlock_sampling.tiny.judge import judge
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.types import Control, Observation
 from kvlock_sampling.utils.files import write_atomically

@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from world.compare import compare, make_task
+
 import kvlock_sampling as kv
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import compare, make_task
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.utils.files import write_atomically
 
@@ -57,7 +58,7 @@ def main() -> None:
                 "temporal error": float(score.temporal.mean()),
                 "colour": float(score.colour.mean()),
                 "shape": float(score.shape.mean()),
-                "passes": score.evaluations,
+                "passes": score.nfe,
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -1,4 +1,4 @@
-"""Any model as a denoiser  D(x, sigma) = E[x0 | x],  x = x0 + sigma * noise:  what every k-diffusion sampler calls.
+"""Wrap a model as a denoiser  D(x, sigma) = E[x0 | x],  x = x0 + sigma * noise,  which k-diffusion's samplers call.
 
     D(x, sigma) = c_skip * x + c_out * F(c_in * x, time)          F: the wrapped model
 
@@ -9,10 +9,10 @@
 | EpsDenoiser           | 1                 | -sigma                     | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 | VDenoiser             | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 
-Models with a discrete schedule (Stable Diffusion 1 and 2, OpenAI) have k-diffusion's own wrappers, loaded on first use:
-DiscreteEpsDDPMDenoiser, DiscreteVDDPMDenoiser, OpenAIDenoiser, CompVisDenoiser, CompVisVDenoiser.
+For models with a discrete schedule (Stable Diffusion 1 and 2) this module also has k-diffusion's wrappers, loaded on
+first use: DiscreteEpsDDPMDenoiser, DiscreteVDDPMDenoiser, OpenAIDenoiser, CompVisDenoiser, CompVisVDenoiser.
 
-Sources: k-diffusion `external.py`; the c_skip / c_out / c_in form is Karras et al. 2022 (2206.00364), section 5.
+Sources: k-diffusion `external.py`; the c_skip, c_out, c_in form is Karras et al. 2022 (arXiv 2206.00364), section 5.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ _KDIFFUSION = (
 
 
 class DenoiserError(KVLockError, ValueError):
-    """A denoiser set up or called in a way it cannot mean, or a model that answers in the wrong shape."""
+    """Invalid settings or arguments of a denoiser, or a model that returns the wrong shape."""
 
 
-class Wrapper(nn.Module):
-    """A module around `inner_model` that answers for every attribute it does not have itself (config, dtype, ...).
+class DenoiserWrapper(nn.Module):
+    """A module around `inner_model` that forwards unknown attributes (config, dtype, ...) to it.
 
-    Its clock is variance exploding: `add_noise` and `to_ve` say so to whoever needs a noised source.
+    Its noise level is variance exploding; `add_noise` and `to_ve` state that for code that noises a source.
+
+    Args:
+        inner_model: The wrapped model, a module or a function.
     """
 
     def __init__(self, inner_model: Callable[..., Any]) -> None:
@@ -59,26 +62,28 @@ class Wrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             if name == "inner_model" or (name.startswith("__") and name.endswith("__")):
-                raise  # not there yet (copy, pickle), or a protocol that is the inner model's own affair
+                raise  # The attribute is not set yet (copy, pickle), or it is a protocol of the inner model.
             return getattr(self.inner_model, name)
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-        """x0 + sigma * noise, sigma of shape () or (batch,); dtype and shape of x0."""
+        """Return x0 + sigma * noise in the dtype of x0, for sigma of shape () or (batch,)."""
         return (x0 + _per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
 
     def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
-        """This denoiser's noise level as a variance-exploding one: the same."""
+        """Convert this denoiser's noise level to the variance-exploding one: they are the same."""
         return sigma
 
 
-class Preconditioned(Wrapper):
-    """D(x, sigma) = c_skip * x + c_out * F(c_in * x, time); subclasses give the three scalings and the time.
+class Preconditioned(DenoiserWrapper):
+    """D(x, sigma) = c_skip * x + c_out * F(c_in * x, time); subclasses define the scalings and the time.
 
-    call: how to call the model, `call(model, z, time, **extra_args) -> prediction`; by default plainly
-        `model(z, time, **extra_args)`. For diffusers:
-        `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
-    model_dtype: dtype of the model's input; default that of its first floating parameter (of x, where it has none).
-        Time stays at least float32: 999 rounds to 1000 in bfloat16.
+    Args:
+        inner_model: The model F.
+        call: How to call it: `call(model, z, time, **extra_args) -> prediction`. Default: `model(z, time,
+            **extra_args)`. For diffusers:
+            `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
+        model_dtype: Dtype of the model's input. Default: that of its first floating parameter, or of x. Time stays at
+            least float32, because 999 rounds to 1000 in bfloat16.
     """
 
     def __init__(
@@ -89,25 +94,31 @@ class Preconditioned(Wrapper):
         self.model_dtype = model_dtype
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(c_skip, c_out, c_in), each shaped like sigma."""
+        """Return (c_skip, c_out, c_in), each shaped like sigma."""
         raise NotImplementedError
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The model's own time at this noise level, shaped like sigma."""
+        """Return the model's time at this noise level, shaped like sigma."""
         raise NotImplementedError
 
     def expert(self, sigma: Tensor) -> Any:
-        """Which network answers at this noise level, for a model of several with a method `expert(time)` that says so;
-        None for any other.
-        """
+        """Return the network that runs at this noise level if the model has a method `expert(time)`, else None."""
         inner = getattr(self.inner_model, "expert", None)
         return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
 
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
-        """The clean prediction x0-hat at (x, sigma): shape, dtype and device of x.
+        """Predict x0 at (x, sigma), with arithmetic in x's dtype, at least float32.
 
-        sigma: noise level >= 0, shape () or (batch,). extra_args go to the model untouched. Arithmetic runs in x's
-        dtype, float32 at least. Raises DenoiserError for another sigma, or when the model answers in another shape.
+        Args:
+            x: Noisy latents x0 + sigma * noise.
+            sigma: Noise level >= 0, () or (batch,).
+            extra_args: Passed to the model unchanged.
+
+        Returns:
+            x0-hat, with shape, dtype and device of x.
+
+        Raises:
+            DenoiserError: sigma has another shape, or the model returns another shape.
         """
         work = torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=work, device=x.device)
@@ -122,7 +133,7 @@ class Preconditioned(Wrapper):
         if not isinstance(prediction, Tensor) or prediction.shape != x.shape:
             got = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
             raise DenoiserError(
-                f"the model answered with {got}; expected a tensor like x, {tuple(x.shape)}. Unpack it with "
+                f"the model returned {got}; expected a tensor like x, {tuple(x.shape)}. Unpack it with "
                 f"{type(self).__name__}(model, call=lambda m, z, t, **kw: m(z, t, return_dict=False, **kw)[0])"
             )
         return (x * c_skip + prediction.to(work) * c_out).to(x.dtype)
@@ -132,15 +143,19 @@ class FlowDenoiser(Preconditioned):
     """A rectified-flow model (Wan, HunyuanVideo, LTX, Mochi, Flux) as an exact variance-exploding denoiser.
 
     Flow: z_t = (1 - t) * x0 + t * noise. With sigma = t / (1 - t) and x = z_t / (1 - t) this is x = x0 + sigma * noise,
-    so the model is asked at z_t = x / (1 + sigma), t = sigma / (1 + sigma): a change of variables, no approximation.
+    so the model is called at z_t = x / (1 + sigma), t = sigma / (1 + sigma): a change of variables, no approximation.
+    `samplers.flow_sigmas` makes schedules.
 
-    prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v;  or "x0".
-    time_scale: the model is called as `inner_model(z_t, t * time_scale, **extra_args)`; 1000 for diffusers' models.
-    inner_model: called on latents shaped like x, (batch, ...), and times, (batch,), with the sampler's extra_args.
-    call, model_dtype: see `Preconditioned`.  Schedules: `samplers.flow_sigmas`.
+    Args:
+        inner_model: Called as `inner_model(z_t, t * time_scale, **extra_args)` on latents shaped like x and times
+            (batch,).
+        prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v; or "x0".
+        time_scale: Factor of t; 1000 for the models of diffusers.
+        call: See `Preconditioned`.
+        model_dtype: See `Preconditioned`.
 
     Raises:
-        DenoiserError: settings that cannot be meant; in a call, another shape of sigma or of the model's answer.
+        DenoiserError: `prediction` is unknown; in a call, sigma or the model's result has another shape.
 
     >>> model = FlowDenoiser(lambda z, t: torch.zeros_like(z))  # velocity 0: z_t is x0 already
     >>> model(torch.full((1, 2), 8.0), torch.tensor([3.0]))
@@ -165,12 +180,12 @@ class FlowDenoiser(Preconditioned):
 
     @staticmethod
     def t_from_sigma(sigma: ScalarOrTensor) -> ScalarOrTensor:
-        """Flow time t = sigma / (1 + sigma) in [0, 1)."""
+        """Return the flow time t = sigma / (1 + sigma) in [0, 1)."""
         return sigma / (1 + sigma)
 
     @staticmethod
     def sigma_from_t(t: ScalarOrTensor) -> ScalarOrTensor:
-        """Noise level sigma = t / (1 - t), for t in [0, 1)."""
+        """Return the noise level sigma = t / (1 - t), for t in [0, 1)."""
         return t / (1 - t)
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,15 +199,20 @@ class FlowDenoiser(Preconditioned):
 
 
 def angle(sigma: Tensor) -> Tensor:
-    """Continuous time 2/pi * atan(sigma) in [0, 1), of the cosine schedule (v-diffusion, k-diffusion's VDenoiser)."""
+    """Return 2/pi * atan(sigma) in [0, 1), the time of the cosine schedule (v-diffusion, k-diffusion's VDenoiser)."""
     return sigma.atan() / math.pi * 2
 
 
 class EpsDenoiser(Preconditioned):
     """A model that predicts the noise, with continuous time:  D = x - sigma * eps(x / sqrt(1 + sigma^2), time(sigma)).
 
-    time: from noise level to the model's time, a function of a (batch,) tensor. For the discrete schedule of
-    Stable Diffusion use DiscreteEpsDDPMDenoiser. call, model_dtype: see `Preconditioned`.
+    For the discrete schedule of Stable Diffusion use DiscreteEpsDDPMDenoiser.
+
+    Args:
+        inner_model: The model.
+        time: Maps noise levels (batch,) to the model's time. Default: `angle`.
+        call: See `Preconditioned`.
+        model_dtype: See `Preconditioned`.
     """
 
     def __init__(
@@ -213,28 +233,37 @@ class EpsDenoiser(Preconditioned):
 
 
 class VDenoiser(EpsDenoiser):
-    """A model that predicts v = (noise - sigma * x0) / sqrt(1 + sigma^2), as k-diffusion's VDenoiser, from which it
-    differs only in what `Preconditioned` adds. Parameters as in EpsDenoiser; discrete: DiscreteVDDPMDenoiser.
+    """A model that predicts v = (noise - sigma * x0) / sqrt(1 + sigma^2), like k-diffusion's VDenoiser.
+
+    Arguments are those of EpsDenoiser. For a discrete schedule use DiscreteVDDPMDenoiser.
     """
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5, 1 / (sigma**2 + 1) ** 0.5
 
 
-class CFGDenoiser(Wrapper):
+class CFGDenoiser(DenoiserWrapper):
     """Classifier-free guidance as in the Stable Diffusion scripts: one call on the doubled batch [uncond, cond].
 
-    `inner_model(x, sigma, cond=...)` is a denoiser.  Result: D_u + (D_c - D_u) * cond_scale, shaped like x,
-    (batch, ...).
+    Args:
+        inner_model: A denoiser `inner_model(x, sigma, cond=...)`.
 
     Raises:
-        DenoiserError: in a call, prompts cond and uncond that differ in shape or keys.
+        DenoiserError: In a call, cond and uncond differ in shape or keys.
     """
 
     def forward(
         self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor
     ) -> Float[Tensor, "batch ..."]:
-        """uncond, cond: tensors (batch, ...), or mappings of such. sigma and cond_scale: () or (batch,)."""
+        """Return D_u + (D_c - D_u) * cond_scale, shaped like x.
+
+        Args:
+            x: Noisy latents.
+            sigma: Noise level, () or (batch,).
+            uncond: Unconditional prompt, a tensor (batch, ...) or a mapping of tensors.
+            cond: Prompt of the same structure.
+            cond_scale: Guidance scale, a float or (batch,).
+        """
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
         both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=_doubled(uncond, cond))
         d_uncond, d_cond = both.chunk(2)
@@ -254,12 +283,12 @@ def __dir__() -> list[str]:
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    """(batch,) -> (batch, 1, 1, ...) to broadcast against x; a scalar stays one."""
+    """Reshape (batch,) to (batch, 1, 1, ...) so that it broadcasts against x; scalars stay scalars."""
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def _parameter_dtype(model: Any) -> torch.dtype | None:
-    """Dtype of the first floating parameter; quantised (one-byte) weights do not say in what dtype they compute."""
+    """Dtype of the first floating parameter, without one-byte (quantised) weights: they compute in another dtype."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)
 

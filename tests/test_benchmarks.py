@@ -1,22 +1,16 @@
 """What the benchmarks compute, against answers that are known: the grid, its samplers, its scores and their reports."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
-
-from kvlock_sampling.testing import MixtureDenoiser
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 from grid import SHARP, STEPS, EpsNet, Grid, GridDenoiser, label
 from grid_control import moved, skew, spread
 from grid_paper import KEPT, ddpm
 from grid_runs import detection
 from report_grid import holds
+from torch import nn
 from transfer import Meter, alarms, row
+
+from kvlock_sampling.testing import MixtureDenoiser
 
 
 class ExactEps(nn.Module):

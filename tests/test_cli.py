@@ -166,12 +166,11 @@ BAD = {
     "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "expected a finite number"),
     "output in a file": ({"output": "mask.png/out.gif"}, "mask.png"),
     "a KV cache in no folder": ({"kv_cache": ""}, "directory='' names no folder"),
-    "memory of no bank": (
-        {"bank_memory": "1GB"},
+    "memory of no KV cache": (
+        {"kv_cache_memory": "1GB"},
         "--kv-cache-memory 1GB is for a KV cache, and there is none; name its folder",
     ),
-    "disk of no bank": ({"bank_disk": "9GB"}, "--kv-cache kv-bank --kv-cache-disk 9GB"),
-    "disk that is no size": ({"kv_cache": "mask.png", "bank_disk": "much"}, "--kv-cache-disk='much'; expected bytes"),
+    "memory that is no size": ({"kv_cache": "kept", "kv_cache_memory": "much"}, "'much'; expected bytes"),
     "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
     "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),
 }
@@ -253,16 +252,7 @@ def test_a_short_clip_holds_its_last_frame(kvlock: Kvlock, folder: Path) -> None
     assert read_clip(folder / "short.mp4").pixels.shape[1] == 8
 
 
-def test_a_bank_keeps_to_its_size(kvlock: Kvlock, folder: Path) -> None:
-    words = edit_words(policy="full", kv_cache="kv-bank", bank_disk="300kB", steps=4)
-    result = kvlock(*words)
-    assert result.exit_code == 0, result.output
-    assert "disk limit 300 kB" in plain(result.output)
-    kept = sum(path.stat().st_size for path in folder.glob("kv-bank/*/*"))
-    assert 0 < kept <= 300_000
-
-
-@pytest.mark.parametrize("where", [{}, {"kv_cache": "kv-bank"}])
+@pytest.mark.parametrize("where", [{}, {"kv_cache": "kept"}])
 def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: dict[str, object]) -> None:
     words = edit_words(policy="fast", steps=4, **where)
     first, second = plain(kvlock(*words).output), plain(kvlock(*words).output)

@@ -11,11 +11,11 @@ import warnings
 import pytest
 import torch
 from conftest import Setup
+from networks import random_network
 from test_backends import outputs
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention.compat.torch_compile import without_compiler
-from kvlock_sampling.testing import random_network
 from kvlock_sampling.types import AttentionError
 
 KINDS = ("torch.compile", "compile", "compile_repeated_blocks", "denoiser")
@@ -95,7 +95,7 @@ def test_a_lock_that_comes_before_the_first_compiled_call():
 def test_an_idle_lock_is_the_compiled_model_bit_for_bit():
     setup, backend = Setup(), Counted()
     model = compiled(setup, "compile_repeated_blocks", backend)
-    idle = kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale))
+    idle = kv.stateless(lambda obs: kv.Control(0.0))
     plain = kv.CFGDenoiser(model)
     with torch.no_grad(), setup.lock(policy=idle, composite=False) as lock:
         first = lock(setup.source, torch.ones(1), **setup.cfg)

@@ -189,9 +189,9 @@ def test_errors_name_the_way_out():
         FlowDenoiser(velocity, prediction="eps")
     with pytest.raises(DenoiserError, match=r"sigma has shape \(3,\); expected \(\) or \(batch,\) = \(2,\)"):
         FlowDenoiser(velocity)(draw(2, 3), torch.ones(3))
-    with pytest.raises(DenoiserError, match=r"answered with tuple.*FlowDenoiser\(model, call=lambda"):
+    with pytest.raises(DenoiserError, match=r"returned tuple.*FlowDenoiser\(model, call=lambda"):
         FlowDenoiser(lambda z, t: (z,))(draw(2, 3), torch.ones(2))
-    with pytest.raises(DenoiserError, match=r"answered with \(2, 6\); expected .* \(2, 3\)"):
+    with pytest.raises(DenoiserError, match=r"returned \(2, 6\); expected .* \(2, 3\)"):
         EpsDenoiser(lambda z, t: z.repeat(1, 2))(draw(2, 3), torch.ones(2))
 
 

@@ -1,4 +1,4 @@
-"""edit_video on the embedded model: seeds, batches, pasting, start part-way, and bad input at the door."""
+"""edit_video on the embedded model: seeds, batches, pasting, start part-way, and bad input."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from world.compare import Task, make_task
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.compare import Task, make_task
 from kvlock_sampling.tiny.world import sample_edit
 from kvlock_sampling.types import KVLockError, MaskError, PolicyError, SamplerError, SourceError
 
@@ -45,7 +45,7 @@ def test_an_edit_keeps_the_background_and_changes_the_rest(edit, task):
     result = edit(policy="half", source_prompt=task.source_prompts[0])
     assert result.pixels.shape == (1, 3, 8, 32, 32)
     assert result.pixels.abs().max() <= 1
-    assert result.evaluations == 3 * STEPS == result.trace.evaluations
+    assert result.nfe == 3 * STEPS == result.trace.nfe
     assert result.seconds > 0
     assert float(result.background_psnr[0]) == float(result.ceiling_psnr[0]) == 100
     inside = task.mask[0].expand(3, -1, -1, -1) == 1
@@ -76,7 +76,7 @@ def test_a_clip_of_a_batch_equals_the_clip_alone_with_its_seed(video, task, samp
     for i in range(2):
         alone = kv.edit_video(task.source[i], task.mask[i : i + 1], task.prompts[i], seed=[seeds[i]], **options)
         torch.testing.assert_close(both.pixels[i : i + 1], alone.pixels, rtol=0, atol=1e-4)
-        assert alone.evaluations == both.evaluations
+        assert alone.nfe == both.nfe
 
 
 def test_start_noise_counts_up_from_an_int_seed():
@@ -98,7 +98,7 @@ def test_a_low_strength_stays_near_the_clip(edit, task):
 def test_a_policy_may_be_a_function_or_a_class_of_ones_own(edit):
     @kv.stateless(uses_risk=False)
     def early(obs):
-        return kv.Control(lock=1.0 if obs.sigma > 3 else 0.0, cfg_scale=obs.cfg_scale)
+        return kv.Control(lock=1.0 if obs.sigma > 3 else 0.0)
 
     trace = edit(policy=early).trace
     assert [bool(s.lock[0]) for s in trace] == [True, *(a.sigma > 3 for a in trace.steps[:-1])]
@@ -109,7 +109,7 @@ def test_a_policy_may_be_a_function_or_a_class_of_ones_own(edit):
             return 0
 
         def step(self, count, obs):
-            return count + 1, kv.Control(lock=min(count / 2, 1.0), cfg_scale=obs.cfg_scale)
+            return count + 1, kv.Control(lock=min(count / 2, 1.0))
 
     assert edit(policy=Counting()).trace.rows()[-1]["next_lock"] == 0.5  # the first evaluation cannot be measured
 
@@ -175,7 +175,7 @@ BAD = {
     "no steps": ({"steps": 0}, SamplerError, "n >= 1"),
     "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
     "policy of another shape": (
-        {"policy": kv.stateless(lambda obs: kv.Control(torch.zeros(2, 9), obs.cfg_scale))},
+        {"policy": kv.stateless(lambda obs: kv.Control(lock=torch.zeros(2, 9)))},
         PolicyError,
         r"shape \(2, 9\)",
     ),
@@ -204,7 +204,7 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
 
 @pytest.mark.parametrize("name", ["source", "source_args"])
 def test_the_source_is_the_clip(edit, task, name):
-    with pytest.raises(SourceError, match=f"^{name}= is made here, of clip and source_prompt"):
+    with pytest.raises(SourceError, match=f"^{name}= is made from clip and source_prompt"):
         edit(**{name: task.source})
 
 

@@ -1,12 +1,6 @@
 """The benchmark's plain form of the paper against the lock: the same where it must be, another where it must be."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
 from fuse_before_norm import ends_agree, evaluation, keys, make_setting
 
 

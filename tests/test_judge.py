@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from world.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
+from world.sheet import sample_sheet
 
-from kvlock_sampling.tiny.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
-from kvlock_sampling.tiny.sheet import sample_sheet
 from kvlock_sampling.tiny.world import (
     COLOURS,
     MOTIONS,

@@ -24,7 +24,7 @@ def run(setup, kv_cache, **options):
     x, sampler = options.pop("x", setup.x), options.pop("sampler", "euler")
     lock = setup.lock(kv_cache=kv_cache, **options)
     out = lock.sample(sampler, x, setup.sigmas, extra_args=setup.cfg)
-    return out, sum(s.evaluations - 2 for s in lock.trace), lock.trace
+    return out, sum(s.nfe - 2 for s in lock.trace), lock.trace
 
 
 @pytest.mark.parametrize("policy", [FULL, kv.Constant(lock=0.6)])
@@ -43,7 +43,7 @@ def test_kept_exactly_and_asked_every_time_it_changes_nothing(setup, policy, for
 
 def test_every_third_evaluation_runs_the_source(setup):
     _, passes, trace = run(setup, kv.KVCache(every=3, ratio=None))
-    assert [s.evaluations for s in trace] == [3, 2, 2, 3, 2, 2]
+    assert [s.nfe for s in trace] == [3, 2, 2, 3, 2, 2]
     assert passes == 2
 
 
@@ -77,12 +77,12 @@ def test_several_runs_in_one_block_share_what_they_can(setup):
         count = len(lock.trace)
         again = kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args=setup.cfg)
     torch.testing.assert_close(again, first)
-    assert [s.evaluations for s in lock.trace][count:] == [2] * count
+    assert [s.nfe for s in lock.trace][count:] == [2] * count
 
 
 def test_a_guided_model_keeps_its_source_under_any_scale(setup):
     kv_cache = kv.KVCache(every=1)
-    policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale * (1 + obs.sigma / 1e4)))
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.requested_cfg_scale * (1 + obs.sigma / 1e4)))
     passes = []
     for _ in range(2):
         lock = kv.KVLock(
@@ -94,7 +94,7 @@ def test_a_guided_model_keeps_its_source_under_any_scale(setup):
             kv_cache=kv_cache,
         )
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        passes.append([s.evaluations for s in lock.trace])
+        passes.append([s.nfe for s in lock.trace])
     assert passes == [[1, 1, 2, 2, 2, 2], [1] * 6]  # nothing is locked before a risk is known
 
 
@@ -216,7 +216,7 @@ def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
             kv_cache=kv.KVCache(tmp_path, every=2, ratio=None),
             on_plan=plans.append,
         )
-        evaluations.append(edit.evaluations)
+        evaluations.append(edit.nfe)
     assert evaluations == [4 * 2 + 2, 4 * 2]
     assert [p.levels for p in plans] == [2, 2]
 
@@ -225,11 +225,11 @@ def test_a_lock_and_its_bank_can_be_copied_and_pickled(setup, tmp_path):
     lock = setup.lock(policy=FULL, noise="fixed", kv_cache=kv.KVCache(tmp_path, every=1))
     first = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     shared = copy.deepcopy(lock)
-    assert shared.kv_cache is lock.kv_cache
+    assert shared.kv_cache is lock.settings.kv_cache
     for other in (shared, pickle.loads(pickle.dumps(lock))):
         again = other.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         torch.testing.assert_close(again, first)
-        assert [s.evaluations for s in other.trace] == [2] * 6
+        assert [s.nfe for s in other.trace] == [2] * 6
     assert repr(pickle.loads(pickle.dumps(kv.KVCache(every=2, format=None)))) == repr(kv.KVCache(every=2, format=None))
 
 
@@ -240,7 +240,7 @@ def test_conditioning_made_anew_at_every_call_is_the_same_shelf(setup):
         lock.on_schedule(setup.sigmas)
         for sigma in setup.sigmas[:-1]:
             lock(setup.x, sigma[None], **{**setup.cfg, "cond": setup.cond.clone()})
-    assert [s.evaluations for s in lock.trace] == [3] * 6
+    assert [s.nfe for s in lock.trace] == [3] * 6
     assert len(kv_cache._pool.drawers) == 1
 
 
@@ -261,7 +261,7 @@ def test_changes_in_place_are_noticed_within_a_block(setup):
         for change in (lambda: None, lambda: cond.add_(1), lambda: linear.weight.data[1].mul_(1.5), lambda: None):
             change()
             kv.samplers.run("euler", lock, setup.x, setup.sigmas, extra_args={**setup.cfg, "cond": cond})
-            passes.append(sum(s.evaluations for s in lock.trace) - sum(passes))
+            passes.append(sum(s.nfe for s in lock.trace) - sum(passes))
     assert passes == [18, 18, 18, 12]
 
 
@@ -272,7 +272,7 @@ def test_what_the_denoiser_holds_beside_weights_counts(setup):
         model = kv.FlowDenoiser(inner, call=lambda m, z, t, cond, s=strength: m(z, t, cond=cond * s))
         lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy=FULL, noise="fixed", kv_cache=kv_cache)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        passes.append(lock.trace.evaluations)
+        passes.append(lock.trace.nfe)
     assert passes == [18, 18, 12]
     setup.model.extra = 2.0
     assert model_fingerprint(setup.model) != (setattr(setup.model, "extra", 3.0) or model_fingerprint(setup.model))

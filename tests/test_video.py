@@ -1,6 +1,7 @@
 """Clips and masks survive their files: every format, odd inputs, and errors that say what to do."""
 
 import struct
+import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ from PIL import Image
 from kvlock_sampling.tiny.world import render, sample_scene
 from kvlock_sampling.utils import files
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
-from kvlock_sampling.video import _codecs as _media
 from kvlock_sampling.video.metrics import masked_psnr
 
 CLIP = render([sample_scene(3)])[0]
@@ -225,13 +225,8 @@ def test_nothing_is_half_written(tmp_path: Path, suffix: str, monkeypatch: pytes
         return av.VideoFrame.from_ndarray(*args, **options) if next(calls) < 2 else boom()
 
     frame = SimpleNamespace(from_ndarray=third_time_boom)
-    monkeypatch.setattr(
-        _media,
-        "av",
-        SimpleNamespace(
-            open=av.open, codecs_available=av.codecs_available, VideoFrame=frame, VideoStream=av.VideoStream
-        ),
-    )
+    spoiled = SimpleNamespace(open=av.open, codecs_available=av.codecs_available, VideoFrame=frame)
+    monkeypatch.setitem(sys.modules, "av", spoiled)
     monkeypatch.setattr(Image.Image, "save", boom)
     with pytest.raises(BoomError):
         write_clip(path, CLIP)

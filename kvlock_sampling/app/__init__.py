@@ -1,1 +1,1 @@
-"""The applications built on the library: `edit_video`, calibration, and the command `kvlock`."""
+"""Applications built on the library: `edit_video`, calibration, and the command `kvlock`."""

@@ -15,8 +15,8 @@ from ..presets import Preset, load_preset
 from ..types import Control, Observation, PolicyError, SourceError
 from ..variance import Estimator
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, reference_bands, threshold_curve
-from .edit import VideoModel, edit_video
-from .inputs import read_pair
+from .edit import edit_video
+from .models import VideoModel, read_pair
 
 _NONE = "no clips to calibrate on; give a few dozen, e.g. --clips 32 for the embedded model."
 
@@ -40,7 +40,7 @@ class Calibration:
 
 @stateless
 def resting(obs: Observation) -> Control:
-    """Measures, and leaves lock and guidance alone."""
+    """Measure, lock nothing, and leave guidance as requested."""
     return Control(lock=0.0)
 
 

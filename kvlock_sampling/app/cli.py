@@ -1,17 +1,22 @@
-"""`kvlock`: the demo, edits of your own clips, and what is on the shelf."""
+"""The command `kvlock`: the demo, edits of your own clips, calibration, and lists of presets and samplers."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..types import KVLockError
-from .console import decibels, err, out, progress, readable
 
 app = typer.Typer(
     help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
@@ -19,10 +24,53 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
+Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
+Steps = Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive chooses its own.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
+Offload = Annotated[
+    str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
+]
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Print the user's errors without a traceback and exit with status 2; print warnings without code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)
+            yield
+    except (KVLockError, OSError) as error:
+        _say("[bold red]error:[/]", error)
+        raise typer.Exit(2) from None
+    except Exception as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
+        _say("[bold red]error:[/]", f"out of memory: {str(error).splitlines()[0]}\n  {less}")
+        raise typer.Exit(2) from None
+
+
+def _say(label: str, message: object) -> None:
+    err.print(label, end=" ")
+    err.print(str(message), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar of `total` steps until the block ends; the yielded function advances it by one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda *_: bar.advance(task)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    """ "480x832" as (height, width)."""
+    """Parse "480x832" to (height, width)."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", text.strip())
@@ -31,61 +79,50 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _bank(folder: str | None, memory: str | None, disk: str | None) -> dict[str, Any]:
-    """The KV cache of an edit as an option of it, or none. What it may use means nothing without one."""
-    given = {"--kv-cache-memory": memory, "--kv-cache-disk": disk}
+def _kv_cache(folder: str | None, memory: str | None) -> dict[str, Any]:
+    """The option kv_cache of an edit, if there is a folder."""
     if folder is None:
-        for name, size in given.items():
-            if size is not None:
-                raise KVLockError(
-                    f"{name} {size} is for a KV cache, and there is none; name its folder: --kv-cache kv-bank {name} {size}."
-                )
+        if memory is not None:
+            raise KVLockError(
+                f"--kv-cache-memory {memory} is for a KV cache, and there is none; name its folder: "
+                f"--kv-cache kv-cache --kv-cache-memory {memory}."
+            )
         return {}
     from ..kv_cache import KVCache
-    from ..kv_cache.sizes import parse_bytes
 
-    for name, size in given.items():
-        parse_bytes(size, name)  # named as it was written
-    return {"kv_cache": KVCache(folder, budget=memory or "4GB", disk=disk)}
+    return {"kv_cache": KVCache(folder, budget=memory or "4GB")}
+
+
+def _decibels(psnr: Any) -> str:
+    """A PSNR for reading; the metrics stop at 100 dB."""
+    return "exact" if float(psnr) >= 100 else f"{float(psnr):.1f} dB"
 
 
 @app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Which scenes and which noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 30,
-    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
+    seed: Annotated[int, typer.Option(help="Chooses the scenes and the noise.")] = 0,
+    steps: Steps = 30,
+    sampler: Sampler = "dpmpp_2m",
 ) -> None:
-    """Edit three clips with known right answers in five ways; write a side-by-side clip, a figure and a table."""
+    """Edit three clips whose true results are known, in five ways; write a side-by-side clip, a figure and metrics."""
     with readable():
-        from ..tiny.compare import DEMO_VARIANTS
-        from .demo import run_demo
+        from .demo import VARIANTS, run_demo
 
-        with progress("editing", len(DEMO_VARIANTS)) as advance:
+        with progress("editing", len(VARIANTS)) as advance:
             result = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
         table = Table(title="Three edits against their true renders (means)", title_justify="left")
         table.add_column("variant", no_wrap=True)
-        for name in ("background", "SSIM", "in mask", "colour", "shape", "passes", "time"):  # fits 80 columns
+        for name in ("background", "in mask", "passes", "time"):
             table.add_column(name, justify="right")
-        for name, score in result.scores.items():
-            row = score.summary()
-            table.add_row(
-                name,
-                f"{row['background_psnr']:.1f} dB",
-                f"{row['background_ssim']:.3f}",
-                f"{row['inside_psnr']:.1f} dB",
-                f"{row['colour']:.0%}",
-                f"{row['shape']:.0%}",
-                str(int(row["evaluations"])),
-                f"{row['seconds']:.1f} s",
-            )
+        for name, row in result.metrics.items():
+            background, inside = f"{row['background_psnr']:.1f} dB", f"{row['inside_psnr']:.1f} dB"
+            table.add_row(name, background, inside, f"{row['nfe']:.0f}", f"{row['seconds']:.1f} s")
         out.print(table)
         out.print(
-            "Background and in mask: PSNR against the true render, higher is better; a background of 100 dB is exact, "
-            "since this model has no VAE. Colour, shape: share of clips in which they came out right. Passes: of the "
-            "model, per clip."
+            "Background: PSNR against the source outside the mask; 100 dB is exact, since this model has no VAE. In "
+            "mask: PSNR against the true render. Passes: model passes per clip."
         )
-        out.print(f"Done in {result.seconds:.0f} s. Look at:")
         for path in result.files:
             out.print(f"  {path}", highlight=False, soft_wrap=True)
 
@@ -94,20 +131,20 @@ def demo(
 def edit(
     clip: Annotated[Path, typer.Argument(help="mp4, webm, gif, mov, an image, or a folder of images.")],
     mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
-    prompt: Annotated[str, typer.Option(help="What the masked region shall show.")],
+    prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
     source_prompt: Annotated[
-        str | None, typer.Option(help="What the clip shows now, read by the source's own branch; default: --prompt.")
+        str | None, typer.Option(help="What the clip shows now, read by the source's branch; default: --prompt.")
     ] = None,
-    model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
-    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive chooses its own.")] = 30,
+    model: Model = "tiny",
+    sampler: Sampler = "dpmpp_2m",
+    steps: Steps = 30,
     policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance; default: the model's.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
     strength: Annotated[
         float, typer.Option(min=0.05, max=1.0, help="1 = start from noise; less keeps more of the clip.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Seed = 0,
     scale: Annotated[
         int | None,
         typer.Option(min=1, help="Enlarge the written clip by a whole factor; default: 8 for 'tiny', otherwise 1."),
@@ -119,35 +156,27 @@ def edit(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH to edit at, e.g. 480x832; default: about the clip's.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")
-    ] = None,
-    offload: Annotated[
-        str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
-    ] = "none",
+    dtype: Dtype = None,
+    offload: Offload = "none",
     tile_vae: Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")] = False,
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from; for pipelines.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="The unconditional prompt; for pipelines.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
     kv_cache: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER", help="Keeps the source's K/V there: the next edit of this clip is cheap."),
+        typer.Option(metavar="DIR", help="Keep the source's K/V in this folder: the next edit of the clip is cheap."),
     ] = None,
-    bank_memory: Annotated[str | None, typer.Option(help="Memory the KV cache may use; default: 4GB.")] = None,
-    bank_disk: Annotated[
-        str | None, typer.Option(help="Bytes its folder may take, e.g. 50GB; default: no limit.")
-    ] = None,
+    kv_cache_memory: Annotated[str | None, typer.Option(help="Memory that the KV cache may use; default: 4GB.")] = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
         from ..plot import figure_format
         from ..samplers import get
         from ..utils.files import check_writable
-        from ..video.files import check_suffix, read_clip, write_clip
+        from ..video import check_suffix, read_clip, write_clip
         from .edit import edit_video
-        from .inputs import read_pair
-        from .models import open_model
+        from .models import open_model, read_pair
 
         check_suffix(output)
         if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
@@ -157,17 +186,16 @@ def edit(
             figure_format(trace)
             check_writable(trace)
         get(sampler)
-        options = _bank(kv_cache, bank_memory, bank_disk)
-        sides = _size(size)
+        options, sides = _kv_cache(kv_cache, kv_cache_memory), _size(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
         )
         if model_is_tiny := video.frames is not None:
-            video.prompt([prompt, source_prompt or ""])  # its few words are known; a wrong one is told before anything
+            video.prompt([prompt, source_prompt or ""])  # Unknown words raise before any file is read.
         source, region = read_pair(video, clip, mask, frames=frames, size=sides)
         if image is not None:
             if not hasattr(video, "starting_from"):
-                raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is none.")
+                raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
             _, _, height, width = source.pixels.shape
             video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
         with progress("sampling", steps) as advance:
@@ -191,8 +219,8 @@ def edit(
         if trace is not None:
             result.trace.plot(trace)
         out.print(
-            f"{output}: {result.evaluations} model passes in {result.seconds:.1f} s; background PSNR: "
-            f"{decibels(result.background_psnr[0])} (ceiling of the codec: {decibels(result.ceiling_psnr[0])})",
+            f"{output}: {result.nfe} model passes in {result.seconds:.1f} s; background PSNR: "
+            f"{_decibels(result.background_psnr[0])} (ceiling of the codec: {_decibels(result.ceiling_psnr[0])})",
             highlight=False,
         )
 
@@ -200,22 +228,20 @@ def edit(
 @app.command()
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The preset to write, NAME.toml.")],
-    model: Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")] = "tiny",
+    model: Model = "tiny",
     clips: Annotated[
         str,
         typer.Option(help="How many scenes of the embedded world, or a folder of NAME.mp4, NAME.mask.png, NAME.txt."),
     ] = "32",
-    policy: Annotated[str, typer.Option(help="The policy the thresholds are for.")] = "default",
-    quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Share of calm runs below risk 1.")] = 0.95,
-    sampler: Annotated[str, typer.Option(help="Any name of `kvlock samplers`.")] = "dpmpp_2m",
+    policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "default",
+    quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Fraction of calm runs below risk 1.")] = 0.95,
+    sampler: Sampler = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=4, help="Sampling steps.")] = 30,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")
-    ] = None,
-    offload: Annotated[str, typer.Option(help="none, model, or group; see `kvlock edit --help`.")] = "none",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    offload: Offload = "none",
 ) -> None:
-    """Measure what calm runs reach at every noise level, and write a preset whose risk is relative to that."""
+    """Measure the variance of calm runs at every noise level, and write a preset whose risk is relative to it."""
     with readable():
         from ..presets import save_policy
         from ..samplers import get
@@ -230,6 +256,7 @@ def calibrate(
         if video.frames is None and clips.isdecimal():
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
         examples = scenes(int(clips)) if clips.isdecimal() else folder(Path(clips), video)
+        batch = 1 if video.frames is None else 8
         with progress("measuring", len(examples)) as advance:
             found = measure(
                 video,
@@ -239,7 +266,7 @@ def calibrate(
                 sampler=sampler,
                 steps=steps,
                 seed=seed,
-                batch=1 if video.frames is None else 8,
+                batch=batch,
                 on_clip=advance,
             )
         save_policy(found.preset, output)
@@ -274,7 +301,3 @@ def samplers() -> None:
 
         for name in names():
             out.print(name, highlight=False)
-
-
-if __name__ == "__main__":
-    app()

@@ -1,32 +1,44 @@
-"""The demo: three edits with a known right answer, locked in five ways, side by side, with the run's figure."""
+"""The demo: three edits whose true results are known, each made in five ways and shown side by side."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
+from ..policy import Constant
 from ..samplers import get
 from ..tiny import load
-from ..tiny.compare import DEMO_VARIANTS, VARIANTS, Score, Task, compare, make_task
-from ..tiny.world import sample_edit
-from ..trace import Trace
+from ..tiny.world import edit_mask, render, sample_edit
+from ..utils.extras import require
 from ..utils.files import write_atomically
-from ..video.files import side_by_side, write_clip
+from ..video.metrics import masked_psnr
+from ..video.write import side_by_side, write_clip
+from .edit import Edit, edit_video
 
 KINDS = ("replace", "recolour", "insert")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unlocked": {"policy": Constant(lock=0.0)},
+    "composited": {"policy": Constant(lock=0.0), "composite": True},
+    "fixed 0.5": {"policy": Constant(lock=0.5)},
+    "full lock": {"policy": Constant(lock=1.0)},
+    "default": {"policy": "default"},
+}
 
 
 class Demo(NamedTuple):
-    """What a demo made: the files it wrote, the scores per variant, and the time it took, in seconds."""
+    """What the demo made.
+
+    Attributes:
+        files: The files that it wrote.
+        metrics: Per variant: background and in-mask PSNR (dB), model passes per clip, and seconds; means over clips.
+    """
 
     files: list[Path]
-    scores: dict[str, Score]
-    seconds: float
+    metrics: dict[str, dict[str, float]]
 
 
 def run_demo(
@@ -37,37 +49,57 @@ def run_demo(
     sampler: str = "dpmpp_2m",
     on_variant: Callable[[str], None] | None = None,
 ) -> Demo:
-    """Run the demo into folder `out`: side_by_side.mp4 and .gif, trace.png, trace.csv, metrics.json."""
-    started = time.perf_counter()
-    get(sampler)  # before a folder is made
+    """Write side_by_side.mp4 and .gif, trace.png, trace.csv and metrics.json into a folder.
+
+    Args:
+        out: The folder; created if missing.
+        seed: Chooses the scenes and the noise.
+        steps: Sampling steps, >= 1.
+        sampler: A name from `samplers.names()`.
+        on_variant: Called after each variant with its name.
+
+    Returns:
+        The files and the metrics.
+
+    Raises:
+        SamplerError: The sampler does not exist.
+        KVLockError: An optional package is missing; the message names the extra to install.
+    """
+    get(sampler)  # Errors come before the folder is created.
+    for module, extra in (("av", "video"), ("matplotlib", "plot")):
+        require(module, extra)
+    model = load()
     out.mkdir(parents=True, exist_ok=True)
-    task = make_task([sample_edit(1000 * seed + i, kind) for i, kind in enumerate(KINDS)])
-    variants: Mapping[str, Mapping[str, Any]] = {name: VARIANTS[name] for name in DEMO_VARIANTS}
-    results = compare(task, load(), variants, steps=steps, sampler=sampler, seed=seed, on_variant=on_variant)
-    sheet = contact(task, {name: edit.pixels for name, (edit, _) in results.items()})
-    files = [out / "side_by_side.mp4", out / "side_by_side.gif", out / "trace.png", out / "trace.csv"]
+    pairs = [sample_edit(1000 * seed + i, kind) for i, kind in enumerate(KINDS)]
+    source, truth = render([s for s, _ in pairs]), render([t for _, t in pairs])
+    mask = torch.stack([edit_mask(s, t) for s, t in pairs])
+    prompts: dict[str, Any] = {"prompt": [t.prompt for _, t in pairs], "source_prompt": [s.prompt for s, _ in pairs]}
+    edits: dict[str, Edit] = {}
+    metrics: dict[str, dict[str, float]] = {}
+    for name, options in VARIANTS.items():
+        edit = edit_video(source, mask, model=model, steps=steps, sampler=sampler, seed=seed, **prompts, **options)
+        inside = masked_psnr(edit.pixels, truth, mask)
+        psnr = {"background_psnr": float(edit.background_psnr.mean()), "inside_psnr": float(inside.mean())}
+        edits[name], metrics[name] = edit, {**psnr, "nfe": edit.nfe, "seconds": edit.seconds}
+        if on_variant is not None:
+            on_variant(name)
+
+    columns = {"source": source, "mask": (mask * 2 - 1).expand_as(source), "ground truth": truth}
+    columns |= {name: edit.pixels for name, edit in edits.items()}
+    tiles = [clips[i] for i in range(len(pairs)) for clips in columns.values()]
+    sheet = side_by_side(tiles, list(columns) * len(pairs), scale=4, columns=len(columns))
+    files = [out / name for name in ("side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json")]
     for path in files[:2]:
         write_clip(path, sheet, fps=6)
-    trace: Trace = results["default"][0].trace
+    trace = edits["default"].trace
     trace.plot(files[2], title=f"default policy, {sampler}, {steps} steps, one line per clip")
     trace.to_csv(files[3])
-    scores = {name: result for name, (_, result) in results.items()}
-    metrics = {
+    record = {
         "seed": seed,
         "sampler": sampler,
         "steps": steps,
-        "edits": [f"{s} -> {t}" for s, t in zip(task.source_prompts, task.prompts, strict=True)],
-        "variants": {name: result.summary() for name, result in scores.items()},
+        "edits": [f"{s.prompt} -> {t.prompt}" for s, t in pairs],
+        "variants": metrics,
     }
-    files.append(write_atomically(out / "metrics.json", json.dumps(metrics, indent=1)))
-    return Demo(files, scores, time.perf_counter() - started)
-
-
-def contact(task: Task, edits: Mapping[str, Tensor]) -> Tensor:
-    """All clips of a task as one labelled clip, (3, frames, height, width): a row per edit, a column per variant."""
-    tiles, labels = [], []
-    for i in range(len(task.source)):
-        mask = (task.mask[i] * 2 - 1).expand(3, -1, -1, -1)
-        tiles += [task.source[i], mask, task.truth[i], *(clips[i] for clips in edits.values())]
-        labels += ["source", "mask", "ground truth", *edits]
-    return side_by_side(tiles, labels, scale=4, columns=3 + len(edits))
+    write_atomically(files[4], json.dumps(record, indent=1))
+    return Demo(files, metrics)

@@ -1,24 +1,61 @@
-"""A model by its name or folder: the embedded one, weights of its architecture, or a pipeline of diffusers."""
+"""What an edit needs from a model, how to open one, and how to read clips at a size that it can edit."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ..types import KVLockError
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from .edit import VideoModel
+from ..types import Denoiser, KVLockError, SourceError
+from ..video.read import Clip, PathLike, read_clip, read_mask
+
+
+class VideoModel(Protocol):
+    """A denoiser with its codec, prompts and schedule: the model that `edit_video` and `calibrate` take.
+
+    `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one from a diffusers pipeline. Optional members are:
+    `negative_prompt`, the unconditional prompt (default ""); `usual`, the (frames, height, width) that it was trained
+    for; `given(clips, mask)`, this model prepared for these clips; `lock_mask(mask)`, the mask at the latents' size.
+
+    Attributes:
+        denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.
+        frames: Length of the clips it edits. None for a model of free size, which has `fit(frames, height, width)`: the
+            largest (frames, height, width) within these that it can edit.
+        size: (height, width) of the clips it edits, in pixels; None as for frames.
+        cfg_scale: Its usual guidance scale.
+    """
+
+    @property
+    def denoiser(self) -> Denoiser: ...
+    @property
+    def frames(self) -> int | None: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
+    def cfg_scale(self) -> float: ...
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def prompt(self, texts: Sequence[str]) -> Any: ...
+    def sigmas(self, steps: int, strength: float = 1.0) -> Tensor: ...
 
 
 def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
-    """Load "tiny", a folder or file of its weights, or a folder of a diffusers pipeline.
+    """Load a model by its name or folder.
 
-    options: of `pipelines.load_pipeline`; those that are None, and offload="none", are as good as not given.
+    Args:
+        model: "tiny" (the embedded model), a folder or file of its weights, or a folder of a diffusers pipeline.
+        options: Options of `kv.load_pipeline`. None and offload="none" count as not given.
+
+    Returns:
+        The model.
 
     Raises:
-        KVLockError: nothing there, or options for a model that has none.
+        KVLockError: There is no model, or the options are for a pipeline and the model is not one.
     """
     from ..integrations.diffusers.models.load import INDEX, is_pipeline_folder, load_pipeline
     from ..tiny import load
@@ -28,17 +65,74 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     if is_pipeline_folder(path):
         return load_pipeline(path, **given)
     if str(model) != "tiny" and not path.is_file() and not (path / "weights.safetensors").is_file():
-        hint = (
-            "" if path.is_dir() else "\n  Nothing is downloaded; fetch it first: hf download NAME --local-dir FOLDER."
-        )
+        hint = "" if path.is_dir() else "\n  Models are not downloaded: hf download NAME --local-dir FOLDER."
         raise KVLockError(
             f"no model at {str(model)!r}; expected 'tiny' (the embedded model), a folder of a diffusers pipeline "
-            f"({INDEX}), or a folder holding weights.safetensors of the embedded architecture.{hint}"
+            f"({INDEX}), or a folder with weights.safetensors of the embedded architecture.{hint}"
         )
     if given:
         name = sorted(given)[0]
         raise KVLockError(
-            f"{name}={given[name]!r} is for a pipeline of diffusers, and {str(model)!r} is the embedded model's "
-            f"architecture: leave it away, or name a folder with {INDEX}."
+            f"{name}={given[name]!r} is an option of diffusers pipelines, and {str(model)!r} is the embedded "
+            f"architecture. Leave it out, or name a folder with {INDEX}."
         )
     return load(model)
+
+
+def editable(model: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
+    """Frames and (height, width) that this model edits for a clip of the given length and size."""
+    if model.frames is not None and model.size is not None:
+        return model.frames, (model.size[0], model.size[1])
+    count, *size = model.fit(frames, height, width)  # type: ignore[attr-defined]  # see VideoModel
+    return count, (size[0], size[1])
+
+
+def read_pair(
+    model: VideoModel,
+    clip: PathLike,
+    mask: PathLike,
+    *,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    pad: bool = True,
+) -> tuple[Clip, Tensor]:
+    """Read a clip and its mask at a length and size that a model can edit.
+
+    For a model of one size, frames are picked evenly from first to last and the centre is cropped. A model of free size
+    gets the first frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
+
+    Args:
+        model: The model that will edit the clip.
+        clip: A film, an image, or a folder of images.
+        mask: An image or film; white = edit.
+        frames: Length to edit; frames are then picked evenly.
+        size: (height, width) to edit at, in pixels.
+        pad: Repeat the last frame of a clip that is too short for a model of one size.
+
+    Returns:
+        The clip, pixels (3, frames, height, width) in [-1, 1] and their rate, and its mask (1, frames, height, width).
+
+    Raises:
+        SourceError: The model cannot edit this number of frames or this size.
+        VideoError: A file cannot be read.
+    """
+    if model.frames is not None and model.size is not None:
+        fixed = (model.frames, (model.size[0], model.size[1]))
+        if (frames or fixed[0], size or fixed[1]) != fixed:
+            raise SourceError(
+                f"frames={frames}, size={size}: this model edits only {fixed[0]} frames of {fixed[1][0]} x "
+                f"{fixed[1][1]}. Leave both out."
+            )
+        return read_clip(clip, frames=fixed[0], size=fixed[1], pad=pad), read_mask(mask, frames=fixed[0], size=fixed[1])
+    whole = read_clip(clip, frames=frames, pad=pad)
+    have, own = whole.pixels.shape[1], (whole.pixels.shape[2], whole.pixels.shape[3])
+    usual = getattr(model, "usual", None)
+    most = have if frames is not None or usual is None else min(have, usual[0])
+    shrink = 1.0 if usual is None else min(1.0, math.sqrt(usual[1] * usual[2] / math.prod(own)))
+    count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
+    if (frames is not None and count != frames) or (size is not None and sides != tuple(size)):
+        raise SourceError(
+            f"frames={frames}, size={size}: this model does not edit that; the nearest is frames={count}, size={sides}."
+        )
+    read = whole if sides == own else read_clip(clip, frames=frames, size=sides, pad=pad)
+    return Clip(read.pixels[:, :count], read.fps), read_mask(mask, frames=have, size=sides)[:, :count]

@@ -1,4 +1,4 @@
-"""For users' own tests: the suites that every built-in passes, denoisers with exact answers, small random networks.
+"""Suites for your own policies, estimators and networks, and denoisers with exact answers.
 
 from kvlock_sampling.testing import check_estimator, check_policy, check_layers
 def test_mine(): check_policy(Hysteresis(on=1.2, off=0.8))
@@ -9,7 +9,7 @@ def test_my_network(): check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"con
 from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
 from .layers import check_layers
-from .networks import random_network
+from .pipelines import tiny_pipeline
 from .policy import check_policy
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "check_estimator",
     "check_layers",
     "check_policy",
-    "random_network",
+    "tiny_pipeline",
     "toy_denoisers",
 ]

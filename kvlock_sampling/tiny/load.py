@@ -1,4 +1,4 @@
-"""Load the embedded model, or one trained by `python -m kvlock_sampling.tiny.train`, ready for a sampler."""
+"""Load and save weights of the embedded model, with the codec, prompts and schedule that an edit needs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,15 @@ class ModelError(KVLockError, ValueError):
 
 
 class TinyVideo:
-    """The embedded model with everything an edit needs around it. There is no VAE: latents are the pixels.
+    """The embedded model as a `VideoModel` for `edit_video`. It has no VAE: latents are pixels.
 
-    denoiser: `denoiser(x, sigma, cond=words) -> x0-hat` in variance-exploding form, for any k-diffusion sampler.
-    frames, size: the clips it was trained on, 8 frames of 32 x 32 in [-1, 1].
+    Attributes:
+        network: The `TinyWan` that predicts x0.
+        denoiser: `denoiser(x, sigma, cond=words) -> x0-hat` in variance-exploding form, for any k-diffusion sampler.
+        frames: Length of the clips it edits, 8 frames.
+        size: Their (height, width), 32 x 32 pixels.
+        patch: Pixels per token along (time, height, width).
+        cfg_scale: The guidance scale it was tuned for.
     """
 
     frames, size, patch = FRAMES, (SIZE, SIZE), PATCH
@@ -41,24 +46,33 @@ class TinyVideo:
         self.denoiser = FlowDenoiser(self.network, prediction="x0")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clips (batch, 3, frames, height, width) in [-1, 1] to latents; here the same."""
+        """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents: a copy."""
         return pixels.clone()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to clips in [-1, 1]."""
+        """Decode latents to clips in [-1, 1]."""
         return latents.clamp(-1, 1)
 
     def prompt(self, texts: str | Sequence[str]) -> Tensor:
-        """Prompts to conditioning, (batch, words). "" is the unconditional prompt. Raises PromptError."""
+        """Tokenize prompts to (batch, words); "" is the unconditional prompt. Raises PromptError."""
         return tokenize(texts)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        """The model's schedule: `steps` noise levels and a final 0. strength < 1 starts at that time."""
+        """The model's schedule: `steps` noise levels and a final 0. `strength` < 1 starts at that flow time."""
         return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength))
 
 
 def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: Mapping[str, object]) -> Path:
-    """Write weights as float16 safetensors with `about` in the header, under a temporary name first."""
+    """Write weights as float16 safetensors.
+
+    Args:
+        weights: Name to tensor, as in `TinyWan.state_dict()`.
+        path: The file to write.
+        about: Anything that JSON can hold; stored in the file's header.
+
+    Returns:
+        The path.
+    """
     path = Path(path)
     half = {k: v.detach().half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
     with atomic(path) as temporary:
@@ -67,27 +81,35 @@ def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: 
 
 
 def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = "cpu") -> TinyVideo:
-    """Load the embedded model ("tiny"), a folder made by the training script, or a `.safetensors` file of it.
+    """Load the embedded model.
+
+    Args:
+        path: "tiny" for the weights in the package, a `.safetensors` file, or a folder with `weights.safetensors`.
+        device: Where to put the weights.
+
+    Returns:
+        The model with its codec, prompts and schedule.
 
     Raises:
-        ModelError: nothing there, or not weights of this architecture.
+        ModelError: The file does not exist, or holds weights of another architecture.
+        KVLockError: diffusers is not installed.
     """
     file = WEIGHTS if str(path) == "tiny" else Path(path)
     if file.is_dir():
         file = file / "weights.safetensors"
     if not file.is_file():
         raise ModelError(
-            f"no model at {str(path)!r}; expected 'tiny' (the embedded model) or a folder holding weights.safetensors, "
-            "as written by\n  python -m kvlock_sampling.tiny.train --out FOLDER"
+            f"no model at {str(path)!r}; expected 'tiny' (the embedded model), a .safetensors file, or a folder that "
+            "holds weights.safetensors of the embedded architecture."
         )
+    network = TinyWan()
     try:
         with safe_open(file, framework="pt") as weights:
             state = {name: weights.get_tensor(name).float() for name in weights.keys()}  # noqa: SIM118 - not a dict
-        network = TinyWan()
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
         raise ModelError(
             f"{str(path)!r} does not hold weights of the embedded architecture: {str(error).splitlines()[0]}\n"
-            "  Weights come from python -m kvlock_sampling.tiny.train --out FOLDER."
+            "  benchmarks/world/train.py trains such weights."
         ) from error
     return TinyVideo(network.to(device))

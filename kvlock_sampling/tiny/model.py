@@ -1,8 +1,8 @@
-"""The embedded model: a word table in front of diffusers' own `WanTransformer3DModel`, in a small size.
+"""The embedded model: a word embedding and a small `WanTransformer3DModel` of diffusers.
 
-It works in pixel space (there is no VAE): its latents are the clip itself, (batch, 3, 8, 32, 32) in [-1, 1].
-It predicts x0 from the rectified-flow input z_t = (1 - t) * x0 + t * noise, because 96 values of patch noise do not
-fit through a 128-wide stream, which a velocity prediction would have to carry.
+It has no VAE: its latents are the clip, (batch, 3, 8, 32, 32) in [-1, 1]. It predicts x0 from the rectified-flow input
+z_t = (1 - t) * x0 + t * noise. A velocity prediction would have to carry the noise of each patch, 96 values, through a
+residual stream that is 128 wide.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..types import KVLockError
+from ..utils.extras import require
 from ..utils.torchvision import broken_torchvision_hidden
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
-
-with broken_torchvision_hidden():
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 PROMPT_LENGTH = 8
 PATCH = (2, 4, 4)
@@ -36,14 +34,20 @@ _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is padding
 
 
 class PromptError(KVLockError, ValueError):
-    """A prompt the embedded model cannot read."""
+    """A prompt that the embedded model cannot read."""
 
 
 def tokenize(prompts: str | Sequence[str]) -> Tensor:
-    """Turn prompts into word indices (batch, PROMPT_LENGTH), padded with 0. The empty prompt is the unconditional one.
+    """Convert prompts to word indices.
+
+    Args:
+        prompts: One prompt, or one per clip; "" is the unconditional prompt.
+
+    Returns:
+        Word indices (batch, PROMPT_LENGTH), padded with 0.
 
     Raises:
-        PromptError: a word is not in the vocabulary, or the prompt is too long.
+        PromptError: A word is not in the vocabulary, or a prompt is too long.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = torch.zeros(len(prompts), PROMPT_LENGTH, dtype=torch.long)
@@ -68,12 +72,24 @@ def tokenize(prompts: str | Sequence[str]) -> Tensor:
 
 
 class TinyWan(nn.Module):
-    """A text-to-video rectified-flow model of about 1.8 million parameters that predicts x0."""
+    """A text-to-video rectified-flow model of about 1.8 million parameters that predicts x0.
+
+    Args:
+        dim: Width of the transformer.
+        layers: Number of blocks.
+        heads: Attention heads per block.
+        text_dim: Width of a word's embedding.
+
+    Raises:
+        KVLockError: diffusers is not installed.
+    """
 
     def __init__(self, dim: int = 128, layers: int = 6, heads: int = 4, text_dim: int = 64) -> None:
         super().__init__()
+        with broken_torchvision_hidden():
+            wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
         self.words = nn.Embedding(len(VOCABULARY) + 1, text_dim)
-        self.transformer = WanTransformer3DModel(
+        self.transformer = wan.WanTransformer3DModel(
             patch_size=PATCH,
             num_attention_heads=heads,
             attention_head_dim=dim // heads,
@@ -88,7 +104,16 @@ class TinyWan(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
-        """Predict x0.  z: (batch, 3, frames, height, width); t: (batch,) in [0, 1]; cond: prompts or word indices."""
+        """Predict x0.
+
+        Args:
+            z: Noisy clips (batch, 3, frames, height, width).
+            t: Flow time (batch,) in [0, 1].
+            cond: Prompts, or word indices (batch, words).
+
+        Returns:
+            The clean prediction, shaped like z.
+        """
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.words(words.to(z.device).expand(len(z), -1))
         return self.transformer(z, t * 1000, text, return_dict=False)[0]

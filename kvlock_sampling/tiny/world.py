@@ -1,7 +1,7 @@
-"""A procedural world of short clips: one flat-coloured object moving over a smooth, panning texture.
+"""A procedural world of short clips: one flat-coloured object that moves over a smooth, panning texture.
 
-Every clip is a function of a `Scene`, a frozen record of plain numbers. Because of that the *ground truth of an edit*
-exists: change the scene's colour, shape, or presence, and render it again. Real footage can never give that.
+A clip is a function of a `Scene`, a frozen record of numbers. So the true result of an edit is known: change the
+scene's colour, shape or presence, and render it again.
 
 Clips are tensors (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]. Masks are (batch, 1, FRAMES, SIZE, SIZE), 1 = edit.
 """
@@ -40,7 +40,7 @@ EMPTY_PROMPT = "an empty scene"
 
 @dataclass(frozen=True)
 class Wave:
-    """One sinusoid of the background texture: wave vector in radians per pixel, phase in radians, weight."""
+    """One sinusoid of the background: wave vector (radians per pixel), phase (radians), and weight."""
 
     kx: float
     ky: float
@@ -50,10 +50,19 @@ class Wave:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides a clip. `shape=None` is a scene without an object.
+    """Everything that determines a clip.
 
-    `x`, `y` is the object's centre in pixels half way through the clip, `radius` its size in pixels,
-    `pan` the background's velocity in pixels per frame, `dark` and `light` the texture's two colours in [0, 1].
+    Attributes:
+        colour: Name of the object's colour, a key of `COLOURS`.
+        shape: Name of its shape, from `SHAPES`; None for a scene without an object.
+        motion: Name of its motion, a key of `MOTIONS`.
+        x: Its centre half way through the clip, in pixels from the left.
+        y: Its centre half way through the clip, in pixels from the top.
+        radius: Its size in pixels.
+        dark: Darkest colour of the background, RGB in [0, 1].
+        light: Lightest colour of the background, RGB in [0, 1].
+        waves: The sinusoids of the background.
+        pan: Velocity of the background as (x, y), in pixels per frame.
     """
 
     colour: str
@@ -69,7 +78,7 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The sentence that names this scene, e.g. "a red circle moving left"."""
+        """The prompt that describes this scene, e.g. "a red circle moving left"."""
         if self.shape is None:
             return EMPTY_PROMPT
         return f"a {self.colour} {self.shape} {MOTIONS[self.motion][0]}"
@@ -88,11 +97,11 @@ class Scene:
 
 
 def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
-    """Draw a scene. The same seed always gives the same scene; `empty` is the share of scenes without an object."""
+    """Draw the scene of a seed. `empty` is the probability of a scene without an object."""
     rng = random.Random(f"kvlock-world-1:{seed}")
     base = [rng.uniform(0.22, 0.5) for _ in range(3)]
     grey = sum(base) / 3
-    muted = [grey + 0.5 * (c - grey) for c in base]  # backgrounds stay dull, so that saturated objects stand out
+    muted = [grey + 0.5 * (c - grey) for c in base]  # Dull backgrounds make saturated objects stand out.
     contrast = rng.uniform(0.10, 0.24)
     waves = []
     for _ in range(3):
@@ -122,7 +131,7 @@ EDITS = ("recolour", "reshape", "replace", "remove", "insert")
 
 
 def sample_edit(seed: int, kind: str) -> tuple[Scene, Scene]:
-    """Draw a (source, target) pair of scenes for one kind of edit out of `EDITS`."""
+    """Draw the (source, target) scenes of a seed for one kind of edit; raise ValueError if it is not in `EDITS`."""
     if kind not in EDITS:
         raise ValueError(f"unknown kind of edit {kind!r}; expected one of {', '.join(EDITS)}")
     scene = sample_scene(seed, empty=0.0)
@@ -147,7 +156,7 @@ def shape_coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor
     elif shape == "square":
         distance = torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
     elif shape == "triangle":
-        # Isosceles, point up: a base at the bottom and two slanted sides.
+        # Isosceles, point up.
         slope = 2.0
         side = (slope * dx.abs() - (dy + 1.05 * radius)) / math.hypot(slope, 1.0)
         distance = torch.maximum(side, dy - 0.85 * radius)
@@ -174,7 +183,7 @@ def centre(scene: Scene) -> Tensor:
 
 
 def coverage(scene: Scene) -> Tensor:
-    """Where the object is: (FRAMES, SIZE, SIZE) in [0, 1]; all zero for an empty scene."""
+    """Coverage of the object, (FRAMES, SIZE, SIZE) in [0, 1]; all zero for an empty scene."""
     if scene.shape is None:
         return torch.zeros(FRAMES, SIZE, SIZE)
     _, y, x = _grid()
@@ -184,7 +193,7 @@ def coverage(scene: Scene) -> Tensor:
 
 
 def background(scene: Scene) -> Tensor:
-    """The panning texture alone: (3, FRAMES, SIZE, SIZE) in [0, 1]."""
+    """The panning texture without the object, (3, FRAMES, SIZE, SIZE) in [0, 1]."""
     t, y, x = _grid()
     x, y = x - scene.pan[0] * t, y - scene.pan[1] * t
     total = sum(w.weight for w in scene.waves)

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of diffusion: files, precision, modules, optional packages."""
+"""Small helpers without diffusion in them: files, extras, precision, modules."""

@@ -1,4 +1,4 @@
-"""Files are there whole or not at all: written under a temporary name in the same folder, then renamed."""
+"""Write files atomically: under a temporary name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ from ..types import KVLockError
 def atomic(
     path: str | os.PathLike[str], *, renaming: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Iterator[Path]:
-    """A temporary path beside `path`; it becomes `path` when the block ends well, and is removed when it does not.
+    """Yield a temporary path beside `path`, renamed to `path` if the block succeeds and removed otherwise.
 
-    Missing folders are made. The temporary name keeps the suffix, for writers that look at it. renaming: a context in
-    which the temporary gets its name, a lock, say.
+    Missing folders are created. The temporary name keeps the suffix, because some writers read it.
+
+    Args:
+        path: The file to write.
+        renaming: Makes a context, such as a lock, in which the file is renamed.
+
+    Yields:
+        The temporary path.
+
+    Raises:
+        OSError: The folder or the file cannot be written.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -33,43 +42,40 @@ def atomic(
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those it is in, also where another process removes an empty one at the same moment.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """Create a folder and its parents, even if another process removes an empty one at the same moment."""
     for _ in range(10):
-        with suppress(FileExistsError, FileNotFoundError):  # it was there, and is not any more
+        with suppress(FileExistsError, FileNotFoundError):
             return folder.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure that a file can be written there, before the work that fills it. Missing folders are made.
+    """Check that a file can be written, before the work that fills it. Missing folders are created.
+
+    Args:
+        path: The file to write.
 
     Raises:
-        KVLockError: it cannot, and why.
+        KVLockError: It cannot be written; the message says why.
     """
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with atomic(path) as temporary:
+        with suppress(_Tried), atomic(path) as temporary:
             temporary.touch()
             raise _Tried
-    except _Tried:
-        return
     except OSError as error:
         raise KVLockError(
             f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.\n  Name a file in a folder of yours."
         ) from error
 
 
-class _Tried(Exception):  # noqa: N818 - leaves `atomic` without the file coming to be
+class _Tried(Exception):  # noqa: N818 - leaves `atomic` before it renames the file
     pass
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write text or bytes to `path`. Returns the path."""
+    """Write text or bytes to `path` atomically and return the path."""
     data = content.encode() if isinstance(content, str) else content
     with atomic(path) as temporary:
         temporary.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Every torch module that belongs to a denoiser, however it was wrapped."""
+"""Find every torch module that belongs to a denoiser, through wrappers and closures."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 _HOLDERS = ("inner_model", "model", "transformer", "transformer_2", "module")
-"""Attributes under which a plain object keeps the module it wraps: k-diffusion's, diffusers' and torch's own names."""
+"""Attributes that hold a wrapped module in k-diffusion, diffusers and torch."""
 
 
 def reachable_modules(model: Any) -> Iterator[nn.Module]:
-    """Every torch module that belongs to a denoiser: itself, its parts, or what a function or wrapper holds."""
+    """Yield the modules of a denoiser: itself, its submodules, and those that a function or wrapper refers to."""
     stack, seen = [model], set()
     while stack:
         item = stack.pop(0)
@@ -22,7 +22,7 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         seen.add(id(item))
         if isinstance(item, nn.Module):
             yield from item.modules()
-        # Also of a module: a wrapper around a plain function holds it beside its submodules.
+        # Modules too: a wrapper module may hold a plain function, which is not among its submodules.
         stack += [vars(item)[n] for n in _HOLDERS if n in _attributes(item)]
         if isinstance(item, nn.Module):
             continue

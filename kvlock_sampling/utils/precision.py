@@ -1,4 +1,4 @@
-"""Arithmetic in at least float32: latents may come in bfloat16, sums of squares must not."""
+"""Arithmetic in at least float32: latents may be bfloat16, but sums of squares need more precision."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def working(values: Tensor) -> Tensor:
-    """`values` in float32, or as they are if they are more precise already."""
+    """Promote `values` to float32; more precise dtypes are kept."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

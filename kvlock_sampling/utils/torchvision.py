@@ -1,8 +1,8 @@
-"""Import around a broken torchvision.
+"""Import diffusers beside a torchvision that is installed but cannot be imported.
 
-k-diffusion depends on torchvision, and the registry's torchvision is built for CUDA. Beside a CPU build of torch it is
-installed but cannot be imported ("operator torchvision::nms does not exist"), and diffusers, which only asks whether
-it is installed, then fails to import its models. While a module is None in `sys.modules`, Python calls it absent.
+k-diffusion depends on torchvision, and the package index serves a CUDA build of it. Beside a CPU build of torch its
+import fails ("operator torchvision::nms does not exist"). diffusers only checks that torchvision is installed, so the
+import of its models fails as well. Python treats a module as absent while its entry in `sys.modules` is None.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def torchvision_is_broken() -> bool:
         return False
     try:
         importlib.import_module("torchvision")
-    except Exception:  # whatever a mismatched binary raises: RuntimeError, OSError, ImportError, AttributeError
+    except Exception:  # A mismatched binary raises RuntimeError, OSError, ImportError or AttributeError.
         return True
     return False
 
 
 @contextmanager
 def broken_torchvision_hidden() -> Iterator[None]:
-    """Make a broken torchvision look absent to the imports inside the block; a working one is left alone."""
+    """Hide a broken torchvision from the imports inside the block. A working one stays visible."""
     if not torchvision_is_broken():
         yield
         return

@@ -1,6 +1,7 @@
-"""Clips and masks as files and as tensors."""
+"""Clips and masks: read, write and compare them. Files need the extra `video`."""
 
-from ._codecs import VideoError
-from .files import Clip, check_suffix, read_clip, read_mask, side_by_side, write_clip
+from .pixels import VideoError
+from .read import Clip, read_clip, read_mask
+from .write import check_suffix, side_by_side, write_clip
 
 __all__ = ["Clip", "VideoError", "check_suffix", "read_clip", "read_mask", "side_by_side", "write_clip"]

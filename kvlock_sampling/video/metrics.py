@@ -1,8 +1,8 @@
-"""How much of a clip an edit changed, and how steady it is.
+"""Metrics of clips inside a region: MSE, PSNR, SSIM, and temporal error along a known motion.
 
-Clips are (batch, 3, T, H, W) in [-1, 1], masks (batch, 1, T, H, W) or one for all, (1, 1, T, H, W).
-Every metric gives one number per clip, (batch,), over the region where `mask` is 1 (None = everywhere). For the
-background of an edit pass `1 - mask`, as `background_report` does. Fractional masks weigh.
+Clips are (batch, 3, T, H, W) in [-1, 1]; masks are (batch, 1, T, H, W) or (1, 1, T, H, W) in [0, 1], and fractions
+weight a pixel. Each metric returns one number per clip, (batch,), over the region where `mask` is 1. None means
+everywhere; for the background of an edit pass `1 - mask`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,27 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..types import MaskError
+from ..utils.extras import require
 
-PEAK = 2.0  # clips span [-1, 1]
-MAX_PSNR = 100.0  # decibels; what identical clips get, so that averages stay finite
+PEAK = 2.0
+"""Range of pixel values, [-1, 1]."""
+MAX_PSNR = 100.0
+"""PSNR in dB of identical clips, so that averages stay finite."""
 
 
 class BackgroundReport(NamedTuple):
-    """What an edit left alone, per clip: each (batch,). `psnr` in dB up to 100, `ssim` up to 1, `mse`, and the worst
-    single pixel's `max_error`, both in units of [-1, 1]."""
+    """How well an edit kept the background.
+
+    Attributes:
+        psnr: PSNR, (batch,), dB, at most 100.
+        ssim: Structural similarity, (batch,), at most 1.
+        mse: Mean squared error, (batch,), in units of [-1, 1] squared.
+        max_error: Largest difference of a pixel, (batch,), in units of [-1, 1].
+    """
 
     psnr: Tensor
     ssim: Tensor
@@ -31,7 +39,18 @@ class BackgroundReport(NamedTuple):
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference inside the region, (batch,), in units of [-1, 1] squared: 0 to 4.
+    """Mean squared difference inside the region.
+
+    Args:
+        a: Clips (batch, 3, T, H, W) in [-1, 1].
+        b: Clips of the same shape.
+        mask: The region, as described above.
+
+    Returns:
+        (batch,), in units of [-1, 1] squared: 0 to 4.
+
+    Raises:
+        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
 
     >>> masked_mse(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.5))
     tensor([0.2500])
@@ -41,7 +60,18 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio inside the region, (batch,), in decibels: 10 log10(2^2 / mse), at most 100.
+    """Peak signal-to-noise ratio inside the region, 10 log10(2^2 / mse).
+
+    Args:
+        a: Clips (batch, 3, T, H, W) in [-1, 1].
+        b: Clips of the same shape.
+        mask: The region, as described above.
+
+    Returns:
+        (batch,), in dB, at most 100.
+
+    Raises:
+        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
 
     >>> masked_psnr(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.2))
     tensor([20.])
@@ -51,16 +81,28 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Structural similarity inside the region, (batch,), in [-1, 1]; 1 = identical.
+    """Structural similarity inside the region; needs the extra `video` (scikit-image).
 
-    The map of skimage's `structural_similarity` (7x7 windows, less on tiny frames) per frame, averaged over the region
-    and the colours. Windows at the border look outside the region; there both clips are taken to show `a`, so that only
-    what differs inside the region counts.
+    This averages skimage's map of `structural_similarity` (7x7 windows, smaller on tiny frames) over the region and the
+    colours. Windows at the border of the region reach outside, where both clips are replaced by `a`.
+
+    Args:
+        a: Clips (batch, 3, T, H, W) in [-1, 1].
+        b: Clips of the same shape.
+        mask: The region, as described above.
+
+    Returns:
+        (batch,), in [-1, 1]; 1 = identical.
+
+    Raises:
+        MaskError: As above, or the frames are smaller than 3 x 3.
+        KVLockError: scikit-image is not installed.
     """
     weight = _check(a, b, mask)
     size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
     if size < 3:
         raise MaskError(f"masked_ssim got frames of {tuple(a.shape[-2:])} pixels; expected 3 x 3 or more.")
+    structural_similarity = require("skimage.metrics", "video").structural_similarity
     first, second = (x.detach().float().cpu().movedim(1, -1).numpy() for x in (a, torch.where(weight > 0, b, a)))
     maps = torch.empty(a.shape[0], *a.shape[2:])
     for i in range(a.shape[0]):
@@ -74,13 +116,21 @@ def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def temporal_error(clip: Tensor, motion: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How much the object changes as it moves, (batch,): mean squared difference between frame t + 1 and frame t moved
-    along by the known motion, in units of [-1, 1] squared. No optical flow: the motion is given.
+    """How much an object changes as it moves: the mean squared difference between frame t + 1 and frame t moved along.
 
-    motion: pixels per frame as (x, y), x to the right, y downward; shape (2,), (batch, 2), or (batch, T - 1, 2).
-    mask: the object, (batch, 1, T, H, W). A pixel counts if it is in the mask of frame t + 1 and, moved back, in that
-        of frame t and inside the picture. Sub-pixel motion is bilinear: edges that land between pixels leave a little.
-    A mask whose object is never seen twice gives nan.
+    The motion is given, not estimated. Sub-pixel motion is bilinear, so edges between pixels leave a small error.
+
+    Args:
+        clip: Clips (batch, 3, T, H, W) in [-1, 1], T >= 2.
+        motion: Pixels per frame as (x, y), x to the right and y downward: (2,), (batch, 2) or (batch, T - 1, 2).
+        mask: The object. A pixel counts if it is in the mask of frame t + 1 and, moved back, in the mask of frame t and
+            inside the picture.
+
+    Returns:
+        (batch,), in units of [-1, 1] squared; nan if no pixel counts.
+
+    Raises:
+        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
     """
     weight = _check(clip, clip, mask)
     batch, channels, frames, height, width = clip.shape
@@ -111,7 +161,20 @@ def temporal_error(clip: Tensor, motion: Tensor, mask: Tensor | None = None) -> 
 
 
 def background_report(edited: Tensor, source: Tensor, mask: Tensor) -> BackgroundReport:
-    """How well an edit kept what it should not touch: every metric over the region where `mask` is 0."""
+    """How well an edit kept the background: every metric over the region where `mask` is 0.
+
+    Args:
+        edited: Edited clips (batch, 3, T, H, W) in [-1, 1].
+        source: Source clips of the same shape.
+        mask: The edited region, 1 = edit.
+
+    Returns:
+        The metrics, each (batch,).
+
+    Raises:
+        MaskError: The shapes do not fit, or a mask leaves no background.
+        KVLockError: scikit-image is not installed.
+    """
     keep = 1 - _check(edited, source, mask)
     worst = ((edited - source).float().abs() * (keep > 0)).flatten(1).amax(1)
     args = (edited, source, keep)
@@ -119,7 +182,7 @@ def background_report(edited: Tensor, source: Tensor, mask: Tensor) -> Backgroun
 
 
 def _check(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask as float (batch, 1, T, H, W), or an error that says what does not fit."""
+    """Check shapes and values, and return the mask as float (batch, 1, T, H, W)."""
     if a.ndim != 5 or a.shape != b.shape:
         raise MaskError(
             f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W). "

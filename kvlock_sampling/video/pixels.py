@@ -1,4 +1,4 @@
-"""Clips at the door: what is a clip, and which numbers it may hold."""
+"""Validate clips that are tensors or arrays."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import SourceError
+from ..types import KVLockError, SourceError
 
 _EXPECTED = "expected pixels in [-1, 1], (3, frames, height, width) or (batch, 3, frames, height, width)"
 
 
-def as_clips(clip: Any) -> Tensor:
-    """A clip or clips, tensor or array, as a tensor of (batch, channels, frames, height, width).
+class VideoError(KVLockError, ValueError):
+    """A file that cannot be read or written as a clip, or pixels that cannot be written."""
 
-    An array of float64, numpy's own default, becomes float32. A tensor that is neither a clip nor a batch of them comes
-    back as it is: whoever knows the model says which shape it takes.
+
+def as_clips(clip: Any) -> Tensor:
+    """Convert a clip or a batch of clips to a tensor.
+
+    Args:
+        clip: A tensor or array. float64 arrays, numpy's default, become float32.
+
+    Returns:
+        (batch, channels, frames, height, width). A tensor of another number of axes is returned unchanged, because the
+        caller knows the shape that its model expects.
 
     Raises:
-        SourceError: a path, or anything else that holds no pixels.
+        SourceError: A path, or another object without pixels.
     """
     if isinstance(clip, str | os.PathLike):
         name = os.fspath(clip)
@@ -30,7 +38,7 @@ def as_clips(clip: Any) -> Tensor:
             f"  from kvlock_sampling.video import read_clip\n  clip = read_clip({name!r}).pixels"
         )
     if isinstance(clip, np.ndarray) and clip.dtype.kind in "fiub":
-        # Torch takes no array that is read-only or has negative strides: those are copied.
+        # Torch does not accept read-only arrays or negative strides; `require` copies those.
         clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
         clip = clip.float() if clip.dtype == torch.float64 else clip
     if not isinstance(clip, Tensor):
@@ -40,13 +48,13 @@ def as_clips(clip: Any) -> Tensor:
 
 
 def check_floats(clips: Tensor) -> None:
-    """Raises SourceError for bytes and other integers."""
+    """Raise SourceError for integer pixels."""
     if not clips.is_floating_point():
         raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
 
 
 def check_pixels(clips: Tensor) -> None:
-    """Raises SourceError for pixels that are not finite, or not in [-1, 1]; a little more is rounding."""
+    """Raise SourceError for pixels that are not finite or outside [-1, 1]; 1% more is accepted as rounding."""
     if not torch.isfinite(clips).all():
         raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
     if clips.abs().max() > 1.01:

@@ -1,0 +1,56 @@
+"""Noise schedules of rectified-flow models for k-diffusion's samplers."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .types import SamplerError
+
+
+def flow_sigmas(
+    n: int,
+    *,
+    shift: float = 1.0,
+    t_max: float = 0.999,
+    t_min: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, " levels"]:
+    """Make a rectified-flow schedule in variance-exploding form.
+
+    Uniform in u, then  t = shift * u / (1 + (shift - 1) * u)  and  sigma = t / (1 - t).
+
+    >>> flow_sigmas(4, t_max=0.8)
+    tensor([4.0000, 1.5000, 0.6667, 0.2500, 0.0000])
+
+    Args:
+        n: Number of steps, >= 1.
+        shift: Flow shift > 0; above 1 it spends more steps at high noise (Wan: 3 at 480p, 5 at 720p).
+        t_max: Flow time of the first level, after the shift, below 1. Flow models start at t = 1, which is sigma =
+            infinity; at the default, sigma = 999, x lacks 0.1% of the clean signal, far below the model's error.
+        t_min: Flow time of the last level above 0, after the shift. Default: the grid runs evenly down to 0.
+        device: Device of the result.
+        dtype: Dtype of the result.
+
+    Returns:
+        (n + 1,) falling noise levels; the last is exactly 0.
+
+    Raises:
+        SamplerError: n, shift or a time is out of range.
+    """
+    if n < 1 or not shift > 0:
+        raise SamplerError(
+            f"flow_sigmas(n={n}, shift={shift}): expected n >= 1 steps and shift > 0, e.g. n=30, shift=5.0"
+        )
+    if not 0 < (t_min or 1e-9) < t_max < 1 or t_min == 0:
+        raise SamplerError(
+            f"flow_sigmas(t_min={t_min}, t_max={t_max}): expected 0 < t_min < t_max < 1. t = 1 is sigma = infinity; "
+            "the final 0 is always appended"
+        )
+    start, stop = (t / (shift - (shift - 1) * t) for t in (t_max, t_min or 0.0))
+    u = torch.linspace(start, stop, n if t_min else n + 1, dtype=torch.float64)
+    u = torch.cat([u, u.new_zeros(1)]) if t_min else u
+    t = shift * u / (1 + (shift - 1) * u)
+    return (t / (1 - t)).to(device, dtype)

@@ -1,0 +1,295 @@
+"""Read clips and masks. Pixels are float32 (3, T, H, W) in [-1, 1]; masks are (1, T, H, W), 1 = edit.
+
+PyAV reads films; Pillow reads images, and folders of images in natural order. Both come with the extra `video`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..utils.extras import require
+from .pixels import VideoError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Fit: TypeAlias = Literal["crop", "pad", "stretch"]
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Array: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
+Conform: TypeAlias = "Callable[[Image.Image], Array]"
+
+FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_FPS = 8.0
+"""Frames per second of images, whose files do not store a rate."""
+
+
+class Clip(NamedTuple):
+    """A clip from a file.
+
+    Attributes:
+        pixels: float32 (3, T, H, W) in [-1, 1].
+        fps: Frames per second.
+    """
+
+    pixels: Tensor
+    fps: float
+
+
+def read_clip(
+    path: PathLike,
+    *,
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+    fit: Fit = "crop",
+    pad: bool = False,
+) -> Clip:
+    """Read a film, a folder of images, or an image. Rotation tags are applied; alpha is composited on black.
+
+    Args:
+        path: The file or folder.
+        frames: Pick this many, evenly from first to last. Default: all.
+        size: (height, width) in pixels, antialiased. Default: the file's.
+        fps: Resample a film to this rate by its time stamps; for images, the rate to assume (default 8). A film of
+            varying rate is resampled to its fastest rate by default.
+        fit: How another aspect ratio fits `size`: "crop" the centre, "pad" with black, or "stretch".
+        pad: Repeat the last frame if the file has fewer than `frames`.
+
+    Returns:
+        The pixels and their rate.
+
+    Raises:
+        VideoError: The file does not exist, cannot be decoded, or has too few frames, or an argument is invalid.
+        KVLockError: The extra `video` is not installed.
+    """
+    if fps is not None and not fps > 0:
+        raise VideoError(f"read_clip({str(path)!r}) got fps={fps}; expected frames per second > 0, such as fps=8.")
+    images, rate = _load(Path(path), fps, _conform(size, fit))
+    if len(shapes := {image.shape for image in images}) > 1:
+        raise VideoError(
+            f"the frames of {str(path)!r} have different sizes, such as {sorted(shapes)[:2]}; "
+            "give one: read_clip(path, size=(height, width))."
+        )
+    chosen, rate = _pick(images, rate, frames, pad, path)
+    pixels = torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2).float()
+    return Clip((pixels / 127.5 - 1).contiguous(), rate)
+
+
+def read_mask(path: PathLike, *, frames: int, size: tuple[int, int], fit: Fit = "crop", pad: bool = False) -> Tensor:
+    """Read a mask: white = edit, black = keep, and grey splits at 0.5. Use the same options for a clip and its mask.
+
+    Args:
+        path: A film, a folder of images, or an image, which holds for all frames.
+        frames: Number of frames.
+        size: (height, width) in pixels. In a larger file a pixel is 1 if any part of it is white, so that small regions
+            are kept.
+        fit: As in `read_clip`.
+        pad: As in `read_clip`.
+
+    Returns:
+        (1, frames, height, width) in {0, 1}.
+
+    Raises:
+        VideoError: As in `read_clip`, or the brightest value is a dark grey, as in masks of object indices.
+        KVLockError: The extra `video` is not installed.
+    """
+    images, rate = _load(Path(path), None, _conform_mask(size, fit))
+    brightest = max(int(image.max()) for image in images)
+    if 26 <= brightest < 128:  # Below 26 it may be black with compression noise.
+        raise VideoError(
+            f"read_mask({str(path)!r}): nothing is white; the brightest value is {brightest} of 255. Expected white = "
+            "edit, black = keep. If this is a mask of object indices, save it as (index > 0) * 255 first."
+        )
+    chosen = images * frames if len(images) == 1 else _pick(images, rate, frames, pad, path)[0]
+    return (torch.from_numpy(np.stack(chosen)) >= 128).float().unsqueeze(0)
+
+
+def _pick(images: list[Array], rate: float, frames: int | None, pad: bool, path: PathLike) -> tuple[list[Array], float]:
+    """Pick `frames` images evenly, and the rate at which they last as long as before."""
+    have = len(images)
+    if frames is None or frames == have:
+        return images, rate
+    if frames < 1:
+        raise VideoError(f"{str(path)!r}: got frames={frames}; expected 1 or more.")
+    if frames > have:
+        if not pad:
+            raise VideoError(
+                f"{str(path)!r} has {have} frames; expected at least frames={frames}. "
+                f"Ask for frames={have}, or repeat the last one with pad=True."
+            )
+        return images + images[-1:] * (frames - have), rate
+    chosen = [images[round(i * (have - 1) / max(frames - 1, 1))] for i in range(frames)]
+    return chosen, rate * max(frames - 1, 1) / (have - 1)
+
+
+def _conform(size: tuple[int, int] | None, fit: Fit) -> Conform:
+    """A function that resizes one image to `size`, antialiased, as bytes (H, W, 3)."""
+    _check_fit(size, fit)
+
+    def shrink(image: Image.Image) -> Array:
+        if size is None or (image.height, image.width) == size:
+            return np.asarray(image)
+        box, (height, width) = _geometry((image.height, image.width), size, fit)
+        small = image.resize((width, height), require("PIL.Image", "video").Resampling.LANCZOS, box=box)
+        return _centred(np.asarray(small), size)
+
+    return shrink
+
+
+def _conform_mask(size: tuple[int, int], fit: Fit) -> Conform:
+    """A function that resizes one image to `size` by maximum, as bytes (H, W)."""
+    _check_fit(size, fit)
+
+    def shrink(image: Image.Image) -> Array:
+        grey = torch.from_numpy(np.array(image.convert("L")))
+        (left, top, right, bottom), small = _geometry((image.height, image.width), size, fit)
+        grey = grey[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
+        return _centred(F.adaptive_max_pool2d(grey[None].float(), small)[0].byte().numpy(), size)
+
+    return shrink
+
+
+def _check_fit(size: tuple[int, int] | None, fit: Fit) -> None:
+    if fit not in ("crop", "pad", "stretch"):
+        raise VideoError(f"got fit={fit!r}; expected 'crop', 'pad' or 'stretch'.")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
+
+
+def _geometry(
+    have: tuple[int, int], want: tuple[int, int], fit: Fit
+) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+    """The part (left, top, right, bottom) of the image to use, and the (height, width) to resize it to."""
+    (h, w), (H, W) = have, want
+    if fit == "crop":
+        shrink = min(h / H, w / W)
+        left, top = (w - W * shrink) / 2, (h - H * shrink) / 2
+        return (max(left, 0.0), max(top, 0.0), min(w - left, w), min(h - top, h)), want
+    if fit == "pad":
+        shrink = max(h / H, w / W)
+        return (0, 0, w, h), (max(1, round(h / shrink)), max(1, round(w / shrink)))
+    return (0, 0, w, h), want
+
+
+def _centred(image: Array, size: tuple[int, int]) -> Array:
+    """Pad the image with black to this size on all sides."""
+    if image.shape[:2] == size:
+        return image
+    canvas = np.zeros((*size, *image.shape[2:]), np.uint8)
+    top, left = (size[0] - image.shape[0]) // 2, (size[1] - image.shape[1]) // 2
+    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return canvas
+
+
+def _load(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array], float]:
+    """Decode all frames of a film, folder or image, conform each at once, and return them with their rate."""
+    if not path.exists():
+        raise VideoError(f"no such file or folder: {str(path)!r} (that is {str(path.absolute())!r}).")
+    if path.is_dir():
+        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith(".")]
+        if not files:
+            raise VideoError(f"the folder {str(path)!r} holds no images; expected some of {', '.join(IMAGES)}.")
+        return [conform(i) for file in sorted(files, key=_natural) for i in _images(file)[:1]], fps or IMAGE_FPS
+    suffix = path.suffix.lower()
+    if suffix in IMAGES:
+        return [conform(image) for image in _images(path)], fps or IMAGE_FPS
+    if suffix in FILMS:
+        return _film(path, fps, conform)
+    raise VideoError(
+        f"cannot read {path.name!r}: unknown suffix {suffix!r}; expected a film ({', '.join(FILMS)}), an image "
+        f"({', '.join(IMAGES)}), or a folder of images."
+    )
+
+
+def _natural(file: Path) -> list[tuple[int, int, str]]:
+    """Sort key under which frame2 comes before frame10."""
+    parts = re.split(r"(\d+)", file.name)
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in parts]
+
+
+def _images(file: Path) -> list[Image.Image]:
+    """Decode the frames of an image file, upright and on black. Only animated images have more than one."""
+    pil, sequence = require("PIL.Image", "video"), require("PIL.ImageSequence", "video")
+    try:
+        with pil.open(file) as image:
+            if image.format == "MPO":  # A photograph with its preview or depth map, not two moments.
+                return [_on_black(image)]
+            return [_on_black(frame) for frame in sequence.Iterator(image)]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise VideoError(f"cannot read {str(file)!r} as an image: {error}.") from error
+
+
+def _on_black(image: Image.Image) -> Image.Image:
+    """Turn an image upright and composite it on black, as RGB."""
+    pil = require("PIL.Image", "video")
+    image = require("PIL.ImageOps", "video").exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.
+        image = pil.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+
+
+def _film(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array], float]:
+    """Decode a film to frames of constant rate."""
+    av, pil = require("av", "video"), require("PIL.Image", "video")
+    frames: list[Array] = []
+    times: list[float] = []
+    last = 0.0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{str(path)!r} has no video stream; expected a film.")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            guess = float(stream.average_rate or IMAGE_FPS)
+            for frame in container.decode(stream):
+                alpha = any(component.is_alpha for component in frame.format.components)
+                image = pil.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+                # The rotation tag counts counter-clockwise, and so does Pillow.
+                turn = round(getattr(frame, "rotation", 0) / 90) % 4 * 90
+                frames.append(conform(_on_black(image.rotate(turn, expand=True) if turn else image)))
+                times.append(frame.time if frame.time is not None else len(times) / guess)
+                last = float((getattr(frame, "duration", 0) or 0) * (frame.time_base or 0))
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(
+            f"cannot read {str(path)!r} as a film: {error} (after {len(frames)} frames). Is it complete, and a video?"
+        ) from error
+    if not frames:
+        raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
+    merged = path.suffix.lower() == ".gif"  # A gif stores repeated frames as one that lasts longer.
+    return _even(frames, times, last or 1 / guess, merged, guess, fps)
+
+
+def _even(
+    frames: list[Array], times: list[float], last: float, merged: bool, guess: float, fps: float | None
+) -> tuple[list[Array], float]:
+    """Resample frames to a constant rate by what is on screen at each tick; frames of that rate are kept."""
+    order = np.argsort(times, kind="stable")
+    shown = np.asarray(times)[order] - min(times)
+    gaps = np.append(np.diff(shown), last) if merged else np.diff(shown)
+    gaps = gaps[gaps > 1e-6]
+    constant = not len(gaps) or gaps.max() < 1.6 * gaps.min()  # Time stamps are rounded, to 10 ms in a gif.
+    rate = guess if constant else min(60.0, 1 / float(gaps.min()))
+    if constant and merged:
+        rate = len(frames) / (float(shown[-1]) + last)  # Exact over the clip, whatever each frame was rounded to.
+    elif constant and len(gaps) and not 0.8 < guess * gaps.mean() < 1.25:
+        rate = 1 / float(gaps.mean())  # The header is wrong.
+    if constant and (fps is None or abs(fps - rate) < 1e-3 * rate):
+        return [frames[i] for i in order], rate
+    rate = fps or rate
+    count = max(1, round((shown[-1] + last) * rate))
+    ticks = (np.arange(count) + 0.5) / rate
+    return [frames[order[i]] for i in np.searchsorted(shown, ticks, side="right") - 1], rate

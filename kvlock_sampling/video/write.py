@@ -1,0 +1,185 @@
+"""Write clips as films, gifs or contact sheets, and put clips side by side.
+
+Files are written under a temporary name and then renamed. PyAV and Pillow come with the extra `video`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.extras import require
+from ..utils.files import atomic
+from .pixels import VideoError
+from .read import Array, PathLike
+
+_H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3"}))
+_VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
+ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}
+"""Container and encoders by suffix, in order of preference."""
+DARK, LIGHT = (22, 22, 28), (235, 235, 235)
+"""RGB of the ground behind tiles and captions, and of the text on it."""
+
+
+def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -> None:
+    """Write a clip in the format of the suffix: .mp4 or .mov (H.264), .webm (VP9), .gif, .png (a contact sheet).
+
+    Missing folders are created. Films of odd size are padded to even size by repeating the edge.
+
+    Args:
+        path: The file to write.
+        pixels: (3, T, H, W); values are clamped to [-1, 1].
+        fps: Frames per second, > 0.
+        scale: Whole factor of enlargement, nearest neighbour. Films store colour at half resolution, so 2 or more keeps
+            the edges of small clips crisp.
+
+    Raises:
+        VideoError: The suffix is unknown, the shape is wrong, or pixels are not finite.
+        KVLockError: The extra `video` is not installed.
+    """
+    path, kind = Path(path), check_suffix(path)
+    if fps <= 0 or scale < 1 or scale != int(scale):
+        raise VideoError(f"write_clip got fps={fps}, scale={scale}; expected fps > 0 and a whole scale >= 1.")
+    images = _to_bytes(pixels, "write_clip", "pixels").repeat(int(scale), 1).repeat(int(scale), 2)
+    with atomic(path) as temporary:
+        if kind == ".png":
+            sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)
+            require("PIL.Image", "video").fromarray(sheet).save(temporary, format="PNG")
+        elif kind == ".gif":
+            _write_gif(temporary, images, fps)
+        else:
+            _write_film(temporary, images, fps, kind)
+
+
+def check_suffix(path: PathLike) -> str:
+    """Return the suffix of a file to write in lower case; raise VideoError if `write_clip` has no such format."""
+    path = Path(path)
+    kind, known = path.suffix.lower(), (*ENCODERS, ".gif", ".png")
+    if kind not in known:
+        raise VideoError(f"{path.name!r} has the suffix {kind!r}; expected one of {', '.join(known)}.")
+    return kind
+
+
+def side_by_side(
+    clips: Sequence[Tensor], labels: Sequence[str], *, scale: int = 6, columns: int | None = None
+) -> Tensor:
+    """Put clips side by side as labelled tiles of one clip.
+
+    Args:
+        clips: One or more clips of one shape (3, T, H, W) in [-1, 1].
+        labels: One per clip. A label that does not fit is set smaller, then cut.
+        scale: Whole factor of enlargement.
+        columns: Tiles per row. Default: all in one row.
+
+    Returns:
+        float32 (3, T, height, width) in [-1, 1].
+
+    Raises:
+        VideoError: The clips differ in shape, or their number differs from that of the labels.
+        KVLockError: The extra `video` is not installed.
+    """
+    if not len(clips) or len(clips) != len(labels) or len({tuple(clip.shape) for clip in clips}) > 1:
+        raise VideoError(
+            f"side_by_side got clips {[tuple(clip.shape) for clip in clips]} and {len(labels)} labels; expected one or "
+            "more clips of one shape (3, T, H, W) and a label for each."
+        )
+    tiles = []
+    for clip, label in zip(clips, labels, strict=True):
+        tile = _to_bytes(clip, "side_by_side", "a clip").repeat(scale, 1).repeat(scale, 2)
+        tiles.append(np.concatenate([np.repeat(_caption(label, tile.shape[2])[None], len(tile), 0), tile], 1))
+    sheets = [_grid(np.stack(moment), columns or len(tiles), gap=8) for moment in zip(*tiles, strict=True)]
+    return torch.from_numpy(np.stack(sheets)).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def _to_bytes(pixels: Tensor, caller: str, what: str) -> Array:
+    """Convert (3, T, H, W) in [-1, 1] to (T, H, W, 3) in 0..255."""
+    if pixels.ndim != 4 or pixels.shape[0] != 3 or 0 in pixels.shape:
+        hint = " For a batch of clips pass clips[0]." if pixels.ndim == 5 else ""
+        raise VideoError(f"{caller} got {what} of shape {tuple(pixels.shape)}; expected (3, T, H, W).{hint}")
+    pixels = pixels.detach().float().cpu()
+    if not torch.isfinite(pixels).all():
+        bad = int((~torch.isfinite(pixels)).sum())
+        raise VideoError(f"{caller} got {what} with {bad} nan or inf values; expected numbers in [-1, 1].")
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
+
+
+def _grid(tiles: Array, columns: int, *, gap: int) -> Array:
+    """Place tiles (n, H, W, 3) row by row on a dark ground, `gap` pixels apart and from the border."""
+    n, height, width = tiles.shape[:3]
+    columns = max(1, min(columns, n))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), DARK, np.uint8)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
+
+
+def _caption(text: str, width: int) -> Array:
+    """Draw one line of text on a dark bar (height, width, 3), as large as fits, else cut with an ellipsis."""
+    pil, draw, fonts = (require(f"PIL.{name}", "video") for name in ("Image", "ImageDraw", "ImageFont"))
+    for points in (15, 13, 11):
+        font = fonts.load_default(points)
+        if font.getlength(text) <= width - 4:
+            break
+    while len(text) > 1 and font.getlength(text) > width - 4:
+        text = text.rstrip("…")[:-1].rstrip() + "…"
+    bar = pil.new("RGB", (width, 22), DARK)
+    draw.Draw(bar).text((width / 2, 11), text, fill=LIGHT, font=font, anchor="mm")
+    return np.asarray(bar)
+
+
+def _write_film(path: Path, images: Array, fps: float, kind: str) -> None:
+    """Encode (T, H, W, 3). 4:2:0 needs even sizes, so odd ones are padded by repeating the edge."""
+    av = require("av", "video")
+    container_format, encoders = ENCODERS[kind]
+    images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
+    codec, options = next(((n, o) for n, o in encoders if n in av.codecs_available), encoders[-1])
+    extra = {"movflags": "faststart"} if container_format != "webm" else {}
+    with av.open(str(path), "w", format=container_format, options=extra) as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=dict(options))
+        stream.height, stream.width = images.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if codec == "mpeg4":
+            stream.bit_rate = 20_000_000
+        # Without these tags players guess the colour space, each differently.
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
+        context.color_range = 1  # limited
+        for image in images:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, images: Array, fps: float) -> None:
+    """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither.
+
+    Pillow stores a repeated frame as a longer duration of the frame before it.
+    """
+    from scipy.spatial import cKDTree
+
+    pil = require("PIL.Image", "video")
+    colours, indices = np.unique(images.reshape(-1, 3), axis=0, return_inverse=True)
+    palette = colours
+    if len(colours) > 256:
+        step = max(1, images.size // 30_000_000)  # A sample of the pixels is enough to choose colours.
+        sheet = pil.fromarray(images.reshape(-1, 1, 3)[::step])
+        chosen = sheet.quantize(256, method=pil.Quantize.MEDIANCUT).getpalette() or []
+        palette = np.array(chosen, np.uint8).reshape(-1, 3)
+        indices = cKDTree(palette.astype(float)).query(colours.astype(float))[1][indices.reshape(-1)]
+    frames = []
+    for index in indices.reshape(images.shape[:3]).astype(np.uint8):
+        frame = pil.fromarray(index, "P")
+        frame.putpalette(palette.tobytes())
+        frames.append(frame)
+    edges = [round(i * 100 / fps) * 10 for i in range(len(frames) + 1)]  # Milliseconds; the format has steps of 10.
+    durations = [max(20, b - a) for a, b in pairwise(edges)]  # Browsers slow down shorter frames.
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from kvlock_sampling.timeline import Timeline
 from scipy import stats
 from torch import Tensor
 
 from kvlock_sampling.policy import as_policy
+from kvlock_sampling.run import Timeline
 from kvlock_sampling.types import Observation, PolicyError
 
 Rows = Sequence[Mapping[str, Any]]

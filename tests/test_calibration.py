@@ -66,8 +66,8 @@ def test_estimators_survive_a_preset(estimator, tmp_path):
     preset = Preset(kv.Linear(), threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02)), estimator=estimator)
     assert load_preset(kv.to_toml(preset)) == preset
     lock = kv.KVLock(lambda x, sigma: x, policy=preset)
-    assert lock.estimator == estimator
-    assert lock.threshold(1.0) == pytest.approx(math.sqrt(0.001 * 0.02))
+    assert lock.settings.estimator == estimator
+    assert lock.settings.threshold(1.0) == pytest.approx(math.sqrt(0.001 * 0.02))
 
 
 def test_a_bad_curve_in_a_preset_is_explained():
@@ -139,8 +139,8 @@ def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
     assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared
     path.write_text(kv.to_toml(found.preset))
     lock = kv.KVLock(load().denoiser, policy=load_preset(path))
-    assert lock.estimator == relative
-    assert lock.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
+    assert lock.settings.estimator == relative
+    assert lock.settings.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
 
 
 def test_calibrating_on_a_folder(tmp_path):

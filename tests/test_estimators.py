@@ -336,7 +336,7 @@ FALL = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]
         ({"sigmas": (3.0, 0.5), "below": 1.0}, [0.5]),
     ],
 )
-def test_sparse_measures_where_it_was_told(settings, measured):
+def test_sparse_measures_at_the_chosen_noise_levels(settings, measured):
     found = heard(Sparse(Level(), **settings), FALL)
     assert [v for v in found if v is not None] == measured
     assert all(v is None or v == s for v, s in zip(found, FALL, strict=True))
@@ -549,7 +549,7 @@ type = "Linear"
     expected = Combined((TrajectoryVariance(patch=PATCH), Sparse(PosteriorVariance(), every=5, hold=True)))
     assert preset.estimator == expected
     assert load_preset(kv.to_toml(preset)) == preset
-    assert kv.KVLock(GaussianDenoiser(), policy=preset).estimator == expected
+    assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
 
 
 @pytest.mark.parametrize(
@@ -564,6 +564,6 @@ type = "Linear"
         (3, "expected a table"),
     ],
 )
-def test_tables_that_cannot_be_meant(table, words):
+def test_wrong_tables_are_errors(table, words):
     with pytest.raises(PolicyError, match=words):
         from_table(table, ESTIMATORS, "estimator")

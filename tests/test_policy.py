@@ -323,7 +323,7 @@ def test_pid_drives_lock_and_guidance_by_one_signal():
     torch.testing.assert_close(control.cfg_scale, torch.tensor([6.0, 9.0, 10.0]))
 
 
-# -- combinators ------------------------------------------------------------------------------------------------------
+# -- wrappers ---------------------------------------------------------------------------------------------------------
 
 
 def test_window_by_steps_and_by_noise_level():
@@ -364,7 +364,7 @@ def test_smoothing_guidance_begins_at_the_callers():
     assert float(second.cfg_scale) == pytest.approx(7.5)
 
 
-def test_early_locks_before_anything_is_measured_and_then_lets_go():
+def test_lock_above_locks_before_the_first_measurement_and_then_releases():
     policy = LockAbove(Sigmoid(cfg_range=(1.0, 2.0)), above=5.0, lock=0.8)
     assert policy.start(observe([math.nan], sigma=80.0)).lock == 0.8
     assert policy.start(observe([math.nan], sigma=4.0)).lock == 0.0  # a run that begins part-way
@@ -374,7 +374,7 @@ def test_early_locks_before_anything_is_measured_and_then_lets_go():
     assert torch.equal(policy.step(None, obs)[1].cfg_scale, policy.policy.step(None, obs)[1].cfg_scale)
 
 
-def test_early_keeps_the_inner_memory_warm():
+def test_lock_above_keeps_the_inner_memory_up_to_date():
     sigmas = falling(12)
     early, inner = (follow(p, lambda s: 2.0, sigmas) for p in (LockAbove(PID(), above=5.0), PID()))
     released = sum(s >= 5.0 for s in sigmas)

@@ -101,7 +101,7 @@ def test_no_background_is_an_error_that_names_the_clip():
     assert not Combined((MOVES, RenoiseVariance())).needs_background
 
 
-def test_what_cannot_be_meant_is_refused_at_the_door():
+def test_wrong_settings_are_errors():
     with pytest.raises(EstimatorError, match=r"value for every token.*one value per clip"):
         Relative(TrajectoryVariance())
     with pytest.raises(EstimatorError, match="has patches"):

@@ -50,7 +50,7 @@ class Threshold(Policy):
             number(self, name, at_least=0.0)
         if self.off > self.on:
             raise PolicyError(
-                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on, or a clip would lock and let go "
+                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on, or a clip would lock and release "
                 f"at once. This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
             )
 

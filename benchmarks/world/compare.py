@@ -11,9 +11,10 @@ from torch import Tensor
 from kvlock_sampling.app.edit import Edit, VideoModel, edit_video
 from kvlock_sampling.policy import Constant, LockAbove, Windowed
 from kvlock_sampling.tiny.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
-from kvlock_sampling.video.metrics import masked_psnr, masked_ssim, temporal_error
+from kvlock_sampling.video.metrics import masked_psnr, masked_ssim
 
 from .judge import judge
+from .temporal import temporal_error
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},

@@ -107,15 +107,15 @@ def demo(
 ) -> None:
     """Edit three clips whose true results are known, in five ways; write a side-by-side clip, a figure and metrics."""
     with readable():
-        from .demo import VARIANTS, run_demo
+        from .demo import FILES, VARIANTS, run_demo
 
         with progress("editing", len(VARIANTS)) as advance:
-            result = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
+            metrics = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
         table = Table(title="Three edits against their true renders (means)", title_justify="left")
         table.add_column("variant", no_wrap=True)
         for name in ("background", "in mask", "passes", "time"):
             table.add_column(name, justify="right")
-        for name, row in result.metrics.items():
+        for name, row in metrics.items():
             background, inside = f"{row['background_psnr']:.1f} dB", f"{row['inside_psnr']:.1f} dB"
             table.add_row(name, background, inside, f"{row['nfe']:.0f}", f"{row['seconds']:.1f} s")
         out.print(table)
@@ -123,8 +123,8 @@ def demo(
             "Background: PSNR against the source outside the mask; 100 dB is exact, since this model has no VAE. In "
             "mask: PSNR against the true render. Passes: model passes per clip."
         )
-        for path in result.files:
-            out.print(f"  {path}", highlight=False, soft_wrap=True)
+        for name in FILES:
+            out.print(f"  {out_dir / name}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from ..video.metrics import masked_psnr
 from ..video.write import side_by_side, write_clip
 from .edit import Edit, edit_video
 
+FILES = ("side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json")
 KINDS = ("replace", "recolour", "insert")
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
@@ -29,18 +30,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Demo(NamedTuple):
-    """What the demo made.
-
-    Attributes:
-        files: The files that it wrote.
-        metrics: Per variant: background and in-mask PSNR (dB), model passes per clip, and seconds; means over clips.
-    """
-
-    files: list[Path]
-    metrics: dict[str, dict[str, float]]
-
-
 def run_demo(
     out: Path,
     *,
@@ -48,8 +37,8 @@ def run_demo(
     steps: int = 30,
     sampler: str = "dpmpp_2m",
     on_variant: Callable[[str], None] | None = None,
-) -> Demo:
-    """Write side_by_side.mp4 and .gif, trace.png, trace.csv and metrics.json into a folder.
+) -> dict[str, dict[str, float]]:
+    """Run the demo and write `FILES` into a folder.
 
     Args:
         out: The folder; created if missing.
@@ -59,7 +48,7 @@ def run_demo(
         on_variant: Called after each variant with its name.
 
     Returns:
-        The files and the metrics.
+        Per variant: background and in-mask PSNR (dB), model passes per clip and seconds, as means over the clips.
 
     Raises:
         SamplerError: The sampler does not exist.
@@ -88,7 +77,7 @@ def run_demo(
     columns |= {name: edit.pixels for name, edit in edits.items()}
     tiles = [clips[i] for i in range(len(pairs)) for clips in columns.values()]
     sheet = side_by_side(tiles, list(columns) * len(pairs), scale=4, columns=len(columns))
-    files = [out / name for name in ("side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json")]
+    files = [out / name for name in FILES]
     for path in files[:2]:
         write_clip(path, sheet, fps=6)
     trace = edits["default"].trace
@@ -102,4 +91,4 @@ def run_demo(
         "variants": metrics,
     }
     write_atomically(files[4], json.dumps(record, indent=1))
-    return Demo(files, metrics)
+    return metrics

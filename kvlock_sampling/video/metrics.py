@@ -1,4 +1,4 @@
-"""Metrics of clips inside a region: MSE, PSNR, SSIM, and temporal error along a known motion.
+"""Metrics of clips inside a region: MSE, PSNR and SSIM.
 
 Clips are (batch, 3, T, H, W) in [-1, 1]; masks are (batch, 1, T, H, W) or (1, 1, T, H, W) in [0, 1], and fractions
 weight a pixel. Each metric returns one number per clip, (batch,), over the region where `mask` is 1. None means
@@ -7,11 +7,8 @@ everywhere; for the background of an edit pass `1 - mask`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..types import MaskError
 from ..utils.extras import require
@@ -20,22 +17,6 @@ PEAK = 2.0
 """Range of pixel values, [-1, 1]."""
 MAX_PSNR = 100.0
 """PSNR in dB of identical clips, so that averages stay finite."""
-
-
-class BackgroundReport(NamedTuple):
-    """How well an edit kept the background.
-
-    Attributes:
-        psnr: PSNR, (batch,), dB, at most 100.
-        ssim: Structural similarity, (batch,), at most 1.
-        mse: Mean squared error, (batch,), in units of [-1, 1] squared.
-        max_error: Largest difference of a pixel, (batch,), in units of [-1, 1].
-    """
-
-    psnr: Tensor
-    ssim: Tensor
-    mse: Tensor
-    max_error: Tensor
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -55,7 +36,7 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_mse(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.5))
     tensor([0.2500])
     """
-    weight = _check(a, b, mask)
+    weight = check_region(a, b, mask)
     return ((a - b).float().square() * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * a.shape[1])
 
 
@@ -98,7 +79,7 @@ def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         MaskError: As above, or the frames are smaller than 3 x 3.
         KVLockError: scikit-image is not installed.
     """
-    weight = _check(a, b, mask)
+    weight = check_region(a, b, mask)
     size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
     if size < 3:
         raise MaskError(f"masked_ssim got frames of {tuple(a.shape[-2:])} pixels; expected 3 x 3 or more.")
@@ -115,73 +96,7 @@ def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     return ((maps * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)).to(a.device)
 
 
-def temporal_error(clip: Tensor, motion: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How much an object changes as it moves: the mean squared difference between frame t + 1 and frame t moved along.
-
-    The motion is given, not estimated. Sub-pixel motion is bilinear, so edges between pixels leave a small error.
-
-    Args:
-        clip: Clips (batch, 3, T, H, W) in [-1, 1], T >= 2.
-        motion: Pixels per frame as (x, y), x to the right and y downward: (2,), (batch, 2) or (batch, T - 1, 2).
-        mask: The object. A pixel counts if it is in the mask of frame t + 1 and, moved back, in the mask of frame t and
-            inside the picture.
-
-    Returns:
-        (batch,), in units of [-1, 1] squared; nan if no pixel counts.
-
-    Raises:
-        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
-    """
-    weight = _check(clip, clip, mask)
-    batch, channels, frames, height, width = clip.shape
-    if frames < 2:
-        raise MaskError(f"temporal_error got a clip of {frames} frame; expected 2 or more.")
-    if motion.shape not in ((2,), (batch, 2), (batch, frames - 1, 2)):
-        raise MaskError(
-            f"temporal_error got motion of shape {tuple(motion.shape)}; expected (2,), ({batch}, 2) or "
-            f"({batch}, {frames - 1}, 2) as x, y in pixels per frame, such as torch.tensor([1.4, 0.0])."
-        )
-    steps = motion.to(clip.device, torch.float32)
-    steps = (steps[:, None] if steps.ndim == 2 else steps).expand(batch, frames - 1, 2).reshape(-1, 1, 1, 2)
-    y, x = torch.meshgrid(
-        torch.arange(height, device=clip.device), torch.arange(width, device=clip.device), indexing="ij"
-    )
-    came_from = torch.stack([x, y], -1) - steps
-    scale = torch.tensor([width, height], device=clip.device)
-    grid = (2 * came_from + 1) / scale - 1
-
-    def moved(video: Tensor) -> Tensor:
-        still = video[:, :, :-1].float().transpose(1, 2).flatten(0, 1)
-        there = F.grid_sample(still, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        return there.view(batch, frames - 1, video.shape[1], height, width).transpose(1, 2)
-
-    counted = weight[:, :, 1:] * (moved(weight) > 0.999)
-    difference = (clip[:, :, 1:].float() - moved(clip)).square() * counted
-    return difference.flatten(1).sum(1) / (counted.flatten(1).sum(1) * channels)
-
-
-def background_report(edited: Tensor, source: Tensor, mask: Tensor) -> BackgroundReport:
-    """How well an edit kept the background: every metric over the region where `mask` is 0.
-
-    Args:
-        edited: Edited clips (batch, 3, T, H, W) in [-1, 1].
-        source: Source clips of the same shape.
-        mask: The edited region, 1 = edit.
-
-    Returns:
-        The metrics, each (batch,).
-
-    Raises:
-        MaskError: The shapes do not fit, or a mask leaves no background.
-        KVLockError: scikit-image is not installed.
-    """
-    keep = 1 - _check(edited, source, mask)
-    worst = ((edited - source).float().abs() * (keep > 0)).flatten(1).amax(1)
-    args = (edited, source, keep)
-    return BackgroundReport(masked_psnr(*args), masked_ssim(*args), masked_mse(*args), worst)
-
-
-def _check(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
+def check_region(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
     """Check shapes and values, and return the mask as float (batch, 1, T, H, W)."""
     if a.ndim != 5 or a.shape != b.shape:
         raise MaskError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvlock_sampling.testing import pipelines
-from kvlock_sampling.testing.pipelines import TEXT, WORDS, finished, t5, tokenizer, wan_parts, wan_transformer
+from kvlock_sampling.testing.pipelines import TEXT, WORDS, finished, t5, tokenizer
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 VOCABULARY = len(WORDS)
@@ -26,23 +26,33 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
         return finished(BUILDERS[name]())
 
 
-def wan(**more: Any) -> Any:
-    from diffusers import WanPipeline, WanTransformer3DModel
+def wan_parts() -> dict[str, Any]:
+    """Everything of Wan but the transformer."""
+    import diffusers
 
-    return WanPipeline(**wan_parts(), transformer=wan_transformer(WanTransformer3DModel), **more)
+    return pipelines.wan_parts(diffusers)
+
+
+def wan_transformer(kind: str = "WanTransformer3DModel", **more: Any) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind).from_config({**pipelines.tiny_pipeline("wan").transformer.config, **more})
+
+
+def wan(**more: Any) -> Any:
+    from diffusers import WanPipeline
+
+    return WanPipeline(**wan_parts(), transformer=wan_transformer(), **more)
 
 
 def wan_two() -> Any:
-    from diffusers import WanTransformer3DModel
-
-    second = wan(transformer_2=wan_transformer(WanTransformer3DModel), boundary_ratio=0.875)
-    finished(second)
-    second.transformer, second.transformer_2 = second.transformer_2, second.transformer
-    return second
+    pipe = finished(wan(transformer_2=wan_transformer(), boundary_ratio=0.875))
+    pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+    return pipe
 
 
 def wan_image() -> Any:
-    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
     vision = CLIPVisionConfig(
@@ -51,24 +61,22 @@ def wan_image() -> Any:
     size = {"height": 28, "width": 28}
     return WanImageToVideoPipeline(
         **wan_parts(),
-        transformer=wan_transformer(WanTransformer3DModel, in_channels=36, image_dim=16),
+        transformer=wan_transformer(in_channels=36, image_dim=16),
         image_encoder=CLIPVisionModel(vision),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
     )
 
 
 def wan_image_ti2v() -> Any:
-    from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+    from diffusers import WanImageToVideoPipeline
 
-    return WanImageToVideoPipeline(
-        **wan_parts(), transformer=wan_transformer(WanTransformer3DModel), expand_timesteps=True
-    )
+    return WanImageToVideoPipeline(**wan_parts(), transformer=wan_transformer(), expand_timesteps=True)
 
 
 def wan_vace() -> Any:
-    from diffusers import WanVACEPipeline, WanVACETransformer3DModel
+    from diffusers import WanVACEPipeline
 
-    transformer = wan_transformer(WanVACETransformer3DModel, vace_layers=[0], vace_in_channels=96)
+    transformer = wan_transformer("WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=96)
     return WanVACEPipeline(**wan_parts(), transformer=transformer)
 
 

@@ -67,10 +67,14 @@ def intercepted(network: nn.Module, answer: Callable[[Call], Tensor | None]) -> 
             "pipeline, before another one begins."
         )
 
+    # Of the class: hooks replace the instance's forward. torch.compile(network) keeps the network inside.
+    inner: Any = getattr(network, "_orig_mod", network)
+    signature = inspect.signature(type(inner).forward)
+
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         object.__setattr__(module, "__class__", kind)
         try:
-            arguments = inspect.signature(kind.forward).bind(module, *args, **kwargs).arguments
+            arguments = signature.bind(module, *args, **kwargs).arguments
             arguments.pop(next(iter(arguments)))
             arguments |= arguments.pop("kwargs", {})
             prediction = answer(Call(module, dict(arguments)))

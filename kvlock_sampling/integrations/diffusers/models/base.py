@@ -187,10 +187,9 @@ class PipelineVideo:
     @property
     def patch(self) -> tuple[int, int, int]:
         """Latents per token, (time, height, width)."""
-        size = self.transformer.config.patch_size
-        return (
-            tuple(size) if not isinstance(size, int) else (self.transformer.config.get("patch_size_t") or 1, size, size)
-        )
+        config = self.transformer.config
+        size = config.patch_size
+        return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
 
     # -- VideoModel ---------------------------------------------------------------------------------------------------
 

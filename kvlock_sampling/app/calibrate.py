@@ -48,7 +48,7 @@ def calibrate(
     model: VideoModel,
     examples: Sequence[Example],
     *,
-    policy: str | Policy = "default",
+    policy: str | Policy | Preset = "default",
     estimator: Estimator | None = None,
     quantile: float = 0.95,
     bands: int = 12,
@@ -68,7 +68,8 @@ def calibrate(
     """
     if not examples:
         raise SourceError(_NONE)
-    base = load_preset(policy) if isinstance(policy, str) else Preset(policy)
+    given = load_preset(policy) if isinstance(policy, str) else policy
+    base = given if isinstance(given, Preset) else Preset(given)
     if not base.policy.uses_risk:
         raise PolicyError(
             f"policy={policy!r} reads no risk, so it has no use for a threshold; expected one that does, e.g. "

@@ -25,7 +25,7 @@ from torch import Tensor
 import kvlock_sampling as kv
 from kvlock_sampling.app.calibrate import resting, scenes
 from kvlock_sampling.app.edit import edit_video
-from kvlock_sampling.run import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
+from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.types import Evaluation

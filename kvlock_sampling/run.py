@@ -132,7 +132,7 @@ class Run:
         return self._tools[id(settings.model)]
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
-        """Read the noise level, the requested guidance and the state of one evaluation, with one transfer from a device.
+        """Read noise level, requested guidance and state of one evaluation, with one transfer from a device.
 
         Raises:
             RunError: A noise level or a guidance scale that cannot be used.

@@ -13,7 +13,7 @@ import kvlock_sampling as kv
 from kvlock_sampling.kv_cache import KVCacheWarning, model_fingerprint
 from kvlock_sampling.tiny import world
 from kvlock_sampling.types import AttentionError, RunError, SourceError
-from kvlock_sampling.variance import Max
+from kvlock_sampling.variance import Combined
 
 FULL = kv.Constant(lock=1.0)
 
@@ -262,7 +262,7 @@ def test_autocast_has_an_entry_of_its_own(setup):
 def test_what_measures_every_token_gets_every_token(setup):
     for estimator in (
         kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
-        Max((kv.TrajectoryVariance(window=3), kv.RenoiseVariance(patch=(1, 2, 2)))),
+        Combined((kv.TrajectoryVariance(window=3), kv.RenoiseVariance(patch=(1, 2, 2))), how="max"),
     ):
         measuring = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # locks as FULL does, and measures
         lock = setup.lock(policy=measuring, estimator=estimator)

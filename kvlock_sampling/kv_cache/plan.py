@@ -70,7 +70,7 @@ class Plan:
         """What these sizes mean for a run, in a sentence or two."""
         if self.directory:
             where = "in memory and on disk" if self.in_memory == self.levels else "on disk"
-            return f"Everything fits {where} ({readable(self.total)}): the next edit of this clip needs no source pass."
+            return f"Every level is kept {where} ({readable(self.total)}): the next edit of this clip needs no source pass."
         later = 'For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'
         if self.in_memory == self.levels:
             return f"Everything fits in memory, for this run and others with this KVCache. {later}"

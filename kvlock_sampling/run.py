@@ -20,12 +20,9 @@ from .controller import LockRatio, State, start
 from .settings import LockSettings, nothing_to_lock_to, to_sigma
 from .source import Source
 from .trace import Trace
-from .types import Observation, RunError, Scalar
+from .types import SAME_SIGMA, Observation, RunError, Scalar
 from .utils.host import HostReads
 from .utils.modules import reachable_modules
-
-SAME_SIGMA = 1e-4
-"""Noise levels that differ by less than this fraction are the same level."""
 
 T = TypeVar("T")
 

@@ -169,7 +169,7 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     estimator = given["estimator"]
     if estimator is not None and not isinstance(estimator, Estimator):
         name = estimator.__name__ if isinstance(estimator, type) else repr(estimator)
-        hint = f"{name}()" if isinstance(estimator, type) else "kv.RenoiseVariance(passes=1)"
+        hint = f"{name}()" if isinstance(estimator, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
     limit = _first(given["threshold"], preset.threshold, default_threshold(measure))

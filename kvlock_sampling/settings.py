@@ -24,6 +24,7 @@ from .attention.compat.context_parallel import is_cut
 from .batching import take
 from .kv_cache import KVCache, uncacheable
 from .masks.fitted import FittedMask, as_transition
+from .masks.tokens import Selection
 from .policy import Clamped, Constant, Policy
 from .presets import Preset, load_preset
 from .source import Source
@@ -75,6 +76,13 @@ class LockSettings:
         if self.layers is None or self.source is None:
             return None
         return math.prod(self.layers.grid(self.source.latents.shape))
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which tokens can come from the source; None if nothing can be locked."""
+        if self.layers is None or self.source is None or self.mask is None:
+            return None
+        return self.mask.selection(self.source.latents, self.layers.patch, self.transition)[0]
 
     def expert(self, model_sigma: float) -> Any:
         """Which network evaluates this noise level, for a denoiser of several; else None."""

@@ -21,10 +21,11 @@ from .branches import GuidedBranches, OwnBranches
 from .controller import decide
 from .kv_cache import KVCache, Plan, plan
 from .run import Run
-from .settings import LockSettings, on_clock, resolve
+from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
 from .utils.proxy import DenoiserProxy
+from .utils.signature import on_clock
 from .variance import Estimator
 
 

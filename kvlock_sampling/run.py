@@ -18,12 +18,13 @@ from torch import Tensor
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
 from .controller import LockRatio, State, start
-from .settings import LockSettings, nothing_to_lock_to, to_sigma
+from .settings import LockSettings, nothing_to_lock_to
 from .source import Source
 from .trace import Trace
 from .types import SAME_SIGMA, Observation, RunError, Scalar
 from .utils.host import HostReads
 from .utils.modules import reachable_modules
+from .utils.signature import to_sigma
 
 T = TypeVar("T")
 

@@ -39,8 +39,6 @@ def variants() -> dict[str, dict[str, Any]]:
     return {
         "composited": {"policy": FREE, "composite": True},
         "full lock": {"policy": FULL},
-        "bf16": kv_cache(format="bf16"),
-        "fp8": kv_cache(format="fp8"),
         "int8": kv_cache(format="int8"),
         "every 2": kv_cache(every=2),
         "every 3, the nearest level": kv_cache(every=3, interpolate=False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,11 @@ from torch import Tensor
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.types import Evaluation
-from kvlock_sampling.variance import Estimator, PosteriorVariance, SolverDisagreement
+from kvlock_sampling.variance import Estimator, PosteriorVariance
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "policies" / "recipes"))
+
+from solver_disagreement import SolverDisagreement
 
 SIGMA_MAX = 8.2
 BAND = 0.138 / 0.0316  # the noise levels of the last 10 of 1000 training steps, as a ratio
@@ -36,7 +42,7 @@ PROBES: dict[str, Probe] = {
         for passes, at in ((1, 0.05), (1, 0.1), (1, 0.2), (2, 0.06), (2, 0.1), (4, 0.1), (32, 0.1))
     },
     **{
-        f"posterior x{probes} at {at}": Probe(PosteriorVariance(probes=probes, method="finite"), at)
+        f"posterior x{probes} at {at}": Probe(PosteriorVariance(passes=probes, method="finite"), at)
         for probes, at in ((1, 0.04), (1, 0.06), (1, 0.1), (2, 0.06), (1, 0.2))
     },
     "solver disagreement, last": Probe(SolverDisagreement()),

@@ -43,7 +43,7 @@ LOCAL = kv.Relative(MOVES, quantile=0.5, local=True)
 @kv.stateless
 def watched(obs: Observation) -> Control:
     """A full lock that measures."""
-    return Control(lock=1.0, cfg_scale=obs.cfg_scale)
+    return Control(lock=1.0)
 
 
 def interval(low: float, high: float) -> Policy:
@@ -51,7 +51,7 @@ def interval(low: float, high: float) -> Policy:
 
     @kv.stateless(uses_risk=False)
     def policy(obs: Observation) -> Control:
-        return Control(lock=1.0, cfg_scale=obs.cfg_scale if low <= obs.sigma < high else 1.0)
+        return Control(lock=1.0, cfg_scale=None if low <= obs.sigma < high else 1.0)
 
     return policy
 
@@ -59,13 +59,13 @@ def interval(low: float, high: float) -> Policy:
 @kv.stateless
 def moving(obs: Observation) -> Control:
     """Lock the background tokens that still move."""
-    return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+    return Control(lock=obs.risk.clamp(0, 1))
 
 
 @kv.stateless
 def resting(obs: Observation) -> Control:
     """Lock the background tokens that have come to rest."""
-    return Control(lock=1 / (1 + obs.risk), cfg_scale=obs.cfg_scale)
+    return Control(lock=1 / (1 + obs.risk))
 
 
 class Result(NamedTuple):

@@ -53,7 +53,7 @@ class Wan(nn.Module):
 
 def idle(obs: kv.Observation) -> kv.Control:
     """Could lock, and does not."""
-    return kv.Control(lock=0.0, cfg_scale=obs.cfg_scale)
+    return kv.Control(lock=0.0)
 
 
 def ways(stack: ExitStack, layers: int, sizes: dict[str, int], grid: tuple[int, int, int]) -> dict[str, Way]:

@@ -44,10 +44,12 @@ def play(policy: Policy, risks: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
         unknown = risk * math.nan
         if lock is None:
             lock = policy.start(Observation(sigma, unknown, unknown, 0 * one, one, STEPS)).lock
+            lock = 0.0 if lock is None else lock
         locks.append(torch.as_tensor(lock, dtype=risk.dtype).expand_as(risk))
         state, control = policy.step(state, Observation(sigma, risk, risk, locks[-1], one, STEPS - i))
-        lock = control.lock
-        scales.append(torch.as_tensor(control.cfg_scale, dtype=risk.dtype).expand_as(risk))
+        lock = lock if control.lock is None else control.lock
+        scale = 1.0 if control.cfg_scale is None else control.cfg_scale
+        scales.append(torch.as_tensor(scale, dtype=risk.dtype).expand_as(risk))
     return torch.stack(locks), torch.stack(scales)
 
 

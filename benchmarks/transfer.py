@@ -31,7 +31,7 @@ from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
-from kvlock_sampling.variance.calibration import reference_bands, threshold_curve
+from kvlock_sampling.variance.thresholds import reference_bands, threshold_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = 0.95

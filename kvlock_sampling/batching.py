@@ -1,70 +1,96 @@
-"""Rows of one model call: branches (uncond, cond, source) of a batch of clips, put together and taken apart again."""
+"""Branches (uncond, cond, source) of a batch of clips as the rows of one model call, and clips taken out of a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
-class NotBatchable(Exception):  # noqa: N818 - a signal, not an error a user sees
-    """These arguments cannot share one call, e.g. texts of different lengths."""
-
-
-def join(values: Sequence[Any], batch: int) -> Any:
-    """Concatenate one argument of several branches along the batch axis.
-
-    Tensors whose first axis is the batch (or 1) are concatenated; mappings, tuples and lists of equal structure are
-    joined leaf by leaf; a list with one entry per clip (prompts) is chained; anything else must be equal everywhere.
-
-    Raises:
-        NotBatchable: the branches differ in a way that rows cannot express.
-    """
-    first = values[0]
-    if len(values) == 1:
-        return first
-    if isinstance(first, Tensor):
-        if not all(isinstance(v, Tensor) and v.shape[1:] == first.shape[1:] for v in values):
-            raise NotBatchable
-        if first.ndim == 0 or any(v.shape[0] not in (1, batch) for v in values):
-            if all(v is first for v in values):
-                return first  # not per clip: a shared table, say
-            raise NotBatchable
-        return torch.cat([v.expand(batch, *v.shape[1:]) for v in values])
-    if isinstance(first, Mapping):
-        if any(not isinstance(v, Mapping) or v.keys() != first.keys() for v in values):
-            raise NotBatchable
-        return {k: join([v[k] for v in values], batch) for k in first}
-    if isinstance(first, (list, tuple)):
-        if any(type(v) is not type(first) or len(v) != len(first) for v in values):
-            raise NotBatchable
-        if len(first) == batch and all(isinstance(e, str) for v in values for e in v):
-            return type(first)(e for v in values for e in v)
-        joined = [join(list(parts), batch) for parts in zip(*values, strict=True)]
-        return type(first)(*joined) if hasattr(first, "_fields") else type(first)(joined)
-    if all(v is first or (type(v) is type(first) and v == first) for v in values):
-        return first
-    raise NotBatchable
+class NotBatchable(Exception):  # noqa: N818 - a signal that never reaches the user
+    """The arguments of several branches cannot share one call, for example texts of different lengths."""
 
 
 def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """Keyword arguments of several branches as those of one call."""
+    """The keyword arguments of several branches as those of one call.
+
+    Tensors whose first axis is the batch (or 1) are concatenated, and a list with one prompt per clip is chained.
+    Dicts, tuples and lists of equal structure are joined leaf by leaf. Anything else must be equal everywhere.
+
+    Args:
+        calls: The keyword arguments of each branch.
+        batch: The number of clips.
+
+    Returns:
+        Keyword arguments for a call of `len(calls) * batch` rows.
+
+    Raises:
+        NotBatchable: The branches differ in a way that rows cannot express.
+    """
     if any(c.keys() != calls[0].keys() for c in calls):
         raise NotBatchable
     return {name: join([c[name] for c in calls], batch) for name in calls[0]}
 
 
-def take(value: Any, index: Tensor, batch: int) -> Any:
-    """The rows `index` of everything in `value` that has one row per clip; the rest as it is."""
+def joinable(calls: Sequence[dict[str, Any]], batch: int) -> bool:
+    """Whether `join_calls` can join these calls."""
+    try:
+        join_calls(calls, batch)
+    except NotBatchable:
+        return False
+    return True
+
+
+def join(values: Sequence[Any], batch: int) -> Any:
+    """One argument of several branches as that of one call; see `join_calls`."""
+    if len(values) == 1:
+        return values[0]
+    flat = [tree_flatten(value, is_leaf=_is_prompts) for value in values]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
+        raise NotBatchable
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([_join_leaf(parts, batch) for parts in columns], spec)
+
+
+def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
+    first = parts[0]
+    if all(part is first for part in parts) and not _is_rows(first, batch):
+        return first
+    if isinstance(first, Tensor):
+        alike = all(isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] for part in parts)
+        if not alike or not all(_is_rows(part, batch) for part in parts):
+            raise NotBatchable
+        return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts])
+    if all(_is_prompts(part) and len(part) == batch for part in parts):
+        return type(first)(prompt for part in parts for prompt in part)
+    if all(type(part) is type(first) and part == first for part in parts):
+        return first
+    raise NotBatchable
+
+
+def _is_rows(value: Any, batch: int) -> bool:
+    """Whether a leaf has one entry per clip, or one entry that stands for all clips."""
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.ndim and value.shape[0] == batch > 1 else value
-    if isinstance(value, Mapping):
-        return {k: take(v, index, batch) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        if len(value) == batch > 1 and all(isinstance(e, str) for e in value):
-            return type(value)(value[i] for i in index.tolist())
-        parts = [take(v, index, batch) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+        return value.ndim > 0 and len(value) in (1, batch)
+    return _is_prompts(value) and len(value) == batch
+
+
+def _is_prompts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
+
+
+def take(value: Any, index: Tensor, batch: int) -> Any:
+    """The rows `index` of every leaf with one row per clip of a batch of `batch`; other leaves stay as they are."""
+
+    def rows(leaf: Any) -> Any:
+        if batch > 1 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
+            return leaf[index.to(leaf.device)]
+        if batch > 1 and _is_prompts(leaf) and len(leaf) == batch:
+            return type(leaf)(leaf[i] for i in index.tolist())
+        return leaf
+
+    return tree_map(rows, value, is_leaf=_is_prompts)

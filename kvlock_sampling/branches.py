@@ -1,308 +1,266 @@
-"""One evaluation of the wrapped model: its branches, and the source beside them at the same noise level.
+"""The branches of one evaluation: cond, uncond and the source, and how the source's K/V reach the edit.
 
-`OwnedCall` is for a single-branch model whose guidance is the lock's: the source rides as extra rows of the same call.
-`GuidedCall` is for a model that does its own guidance: the source goes in a pass just before.
+`OwnBranches` is for a single-branch model: the lock does the guidance, and branches may be rows of one call.
+`GuidedBranches` is for a model that does its own guidance: the source goes in a pass just before.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .attention import Frame, Hooks
-from .attention.compat.step_caches import StepCaches
-from .attention.foreground import ForegroundFrame, SelectedFrame
-from .batching import NotBatchable, join_calls
-from .control import HostReads
-from .guidance import guide, guide_rescaled
-from .locking import Locking
-from .types import AttentionError, Denoiser, RunError, Scalar
+from .attention import CallRecord, FusionContext
+from .attention.record import KeyValue
+from .batching import join_calls, joinable
+from .guidance import composite, guide, guide_rescaled
+from .route import Locked, Route, choose_route, lock_step
+from .run import Run, Step
+from .settings import LockSettings
+from .types import AttentionError, Denoiser, PolicyError, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
+Kind = tuple[str, ...] | None
 T = TypeVar("T")
 
 
-@dataclass
-class Call:
-    """What both kinds share. `locking` is what is taken of the source, None where nothing is locked now; `probes` is
-    whether the model is evaluated at further points.
+class Branches:
+    """What both kinds share.
+
+    Attributes:
+        x: The sampler's input.
+        uncond: Unconditional x0-hat; None before it was evaluated.
+        source: The source's x0-hat; None if it was not evaluated.
+        route: How the source's K/V reach the edit.
+        nfe: Model passes per clip so far.
+        fused_layers: The largest number of layers that were fused in a call.
+        computed: The fraction of the tokens that the edit runs on.
     """
 
-    model: Denoiser
-    x: Tensor
-    sigma: Tensor
-    level: float
-    hooks: Hooks | None
-    locking: Locking | None
-    source_args: Mapping[str, Any]
-    batched: bool = True
-    probes: bool = False
-    rescale: bool = False
-    branch: Denoiser | None = None
-    scale_arg: str | None = None
-    reads: HostReads = field(default_factory=HostReads)
-    caches: StepCaches = field(default_factory=lambda: StepCaches(()))
-    uncond: Tensor | None = field(default=None, init=False)
-    passes: int = field(default=0, init=False)
-    _kept: Frame | None = field(default=None, init=False)
-    fused: int = field(default=0, init=False)
-    _probing: bool = field(default=False, init=False)
+    def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
+        self.settings, self.step, self.x = settings, step, step.x
+        self.uncond: Tensor | None = None
+        self.source: Tensor | None = None
+        self.nfe, self.fused_layers = 0, 0
+        self._caches = run.tools(settings).step_caches
+        self._source_kv: Mapping[str, KeyValue] | None = None
+        self.locked = lock_step(settings, run, step)
+        self.route = self._choose_route(self.locked)
+        self.computed = 1.0 if self.locked is None else self.locked.computed
 
-    @property
-    def share(self) -> float:
-        """Share of the tokens that the edit runs on."""
-        return 1.0 if self.locking is None else self.locking.share
+    def _choose_route(self, locked: Locked | None) -> Route:
+        return choose_route(
+            locked=locked is not None,
+            narrow=locked is not None and locked.context.narrow,
+            cached=locked is not None and locked.entry is not None,
+            one_call=locked is not None
+            and self._one_call()
+            and not locked.layers.rows_apart
+            and not self._caches.active,
+            interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
+            probes=self.settings.measures and self.settings.estimator.cost > 0,
+        )
 
-    def _evaluate(
-        self, model: Denoiser, branches: Sequence[Branch], source: Branch | None, sigma: Tensor
-    ) -> list[Tensor]:
-        """Run branches of `len(x)` rows each, with the source beside them if it is given; as one call if possible."""
-        if source is None:
-            return self._edit(model, branches, None, sigma)
-        if self.batched and not self._source_runs_alone():
-            try:
-                return self._together(model, [*branches, source], self._locking.frame("lockstep"), sigma)[
-                    : len(branches)
-                ]
-            except NotBatchable:
-                pass  # say, the source's own prompt is of another length
-        return self._edit(model, branches, self._source_keys(model, source, sigma), sigma)
+    def _one_call(self) -> bool:
+        """Whether source and edit can be rows of one call."""
+        return False
 
-    def _source_runs_alone(self) -> bool:
-        """Whether the source needs a pass of its own: its K/V serve further calls, or it runs on other tokens."""
-        locking = self._locking
-        if locking.layers.rows_apart or self.caches.active or locking.shelf is not None:
-            return True
-        if locking.left_out is None:
-            return locking.selection is not None
-        return self.probes or self.hooks is None or not self.hooks.takes_both()
-
-    def _source_keys(self, model: Denoiser, source: Branch, sigma: Tensor) -> Frame:
-        """The source's K/V at this noise level, once however often they are asked for."""
-
-        def run() -> None:
-            model(source[0], sigma, **source[1])
-
-        if sigma is not self.sigma:
-            return self._captured(run)  # a probe at another noise level; not a level of the schedule
-        if self._kept is None:
-            self._kept = self._from_shelf(run, source[1])
-        return self._kept
-
-    def _captured(self, run: Callable[[], object]) -> Frame:
-        """The source's K/V from a pass of its own."""
-        frame = self._locking.frame("capture")
-        self._run(frame, run)
-        self.passes += 1
-        return frame
-
-    def _from_shelf(self, run: Callable[[], object], arguments: Mapping[str, Any]) -> Frame:
-        """The source's K/V from the shelf, which is filled where it has none for this noise level."""
-        if self._locking.shelf is None:
-            return self._captured(run)
-        shelf = self._locking.shelf({name: value for name, value in arguments.items() if name != self.scale_arg})
-        level = shelf.lookup(self.level)
-        if level is None:
-            frame = self._captured(run)
-            assert isinstance(frame, SelectedFrame)
-            self._check_once(frame)
-            frame.keys = shelf.put(self.level, frame.latest())
-            frame.store = {}
-            return frame
-        frame = self._locking.frame("inject")
-        assert isinstance(frame, SelectedFrame)
-        frame.keys = level
-        return frame
-
-    def _check_once(self, frame: Frame) -> None:
-        """Raises AttentionError where a KV cache, which keeps one pair of K/V per layer, cannot serve."""
-        again = [layer for layer, times in frame.times.items() if times > 1]
-        if again and isinstance(self, OwnedCall):
-            raise AttentionError(
-                f"layer {again[0]!r} acts {frame.times[again[0]]} times in one evaluation; expected once: a KV cache keeps "
-                "one pair of keys and values for each.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
-            )
-
-    def _edit(self, model: Denoiser, branches: Sequence[Branch], kept: Frame | None, sigma: Tensor) -> list[Tensor]:
-        """The branches alone, with the source's K/V of `kept` fused in; one after another where they cannot share."""
-        groups = [branches] if self.batched else [[branch] for branch in branches]
-        try:
-            return [out for group in groups for out in self._together(model, group, self._inject(kept), sigma)]
-        except NotBatchable:
-            return [self._together(model, [branch], self._inject(kept), sigma)[0] for branch in branches]
-
-    def _together(
-        self, model: Denoiser, branches: Sequence[Branch], frame: Frame | None, sigma: Tensor
-    ) -> list[Tensor]:
-        """Branches as the rows of one call.
+    def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
+        """The prediction with the source, by this weight, in its background.
 
         Raises:
-            NotBatchable: their arguments cannot share one.
+            PolicyError: A policy changed the weight while only the edited tokens were computed.
         """
-        batch = len(self.x)
-        arguments = join_calls([a for _, a in branches], batch)
-        if len(branches) == 1:
-            latents, levels = branches[0][0], sigma
-        else:
-            latents, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
-        out = self._run(frame, lambda: model(latents, levels, **arguments), self._kind(branches))
-        self.passes += len(branches)
-        return [self._filled(part) for part in out.split(batch)]
+        source, mask = self.settings.source, self.settings.mask
+        if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
+            return denoised
+        if self.computed < 1 and (isinstance(weight, Tensor) or weight != 1):
+            raise PolicyError(
+                f"{self.settings.policy!r} set composite, but only the edited tokens were computed, so the background "
+                "is the source's.\n  Pass foreground=False to KVLock."
+            )
+        return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
-    def _filled(self, out: Tensor) -> Tensor:
-        return out if self.locking is None else self.locking.filled(out)
+    def _injecting(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
+        """A context that injects the source's K/V at this noise level."""
+        if sigma is not self.step.sigma_arg:  # a probe at a noise level that is none of the schedule's
+            return locked.context.fresh("inject", self._captured(locked, model, arguments, sigma).captured)
+        if self._source_kv is None:
+            self._source_kv = self._kv_of_level(locked, model, arguments, sigma)
+        return locked.context.fresh("inject", self._source_kv)
 
-    @property
-    def _locking(self) -> Locking:
-        assert self.locking is not None
-        return self.locking
+    def _kv_of_level(
+        self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor
+    ) -> Mapping[str, KeyValue]:
+        if locked.entry is None:
+            return self._captured(locked, model, arguments, sigma).captured
+        scale_arg = self.settings.scale_arg
+        entry = locked.entry({name: value for name, value in arguments.items() if name != scale_arg})
+        found = entry.lookup(self.step.sigma)
+        if found is not None:
+            return found
+        record = self._captured(locked, model, arguments, sigma)
+        if record.repeated is not None and scale_arg is None:
+            raise AttentionError(
+                f"layer {record.repeated!r} acts several times in one evaluation; expected once: a KV cache keeps one "
+                "pair of keys and values per layer.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
+            )
+        return entry.put(self.step.sigma, record.latest())
 
-    def _inject(self, kept: Frame | None) -> Frame | None:
-        return None if kept is None else self._locking.injecting(kept)
+    def _captured(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> CallRecord:
+        """The record of the source in a pass of its own."""
+        context = locked.context.fresh("capture")
+        out = self._call(context, lambda: model(locked.x, sigma, **arguments), None)
+        self.nfe += 1
+        if sigma is self.step.sigma_arg:
+            self.source = out
+        return context.record
 
-    def _kind(self, branches: Sequence[Branch]) -> tuple[str, ...] | None:
-        """What a call of these branches is to a step cache: one in a series of its kind, or None."""
-        return None
-
-    def _run(self, frame: Frame | None, call: Callable[[], T], kind: tuple[str, ...] | None = None) -> T:
-        """Make a call of the model; with a frame the layers act on it, and those that did are counted."""
-        with self.caches.passed_by() if kind is None else self.caches.apart(self._layout(frame, kind), kind):
-            if frame is None:
+    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind) -> T:
+        """Make one call of the model. Step caches keep calls of each kind apart, and are bypassed by kind None."""
+        layout: Hashable = kind
+        if self._caches.active and context is not None and context.narrowed is not None:
+            layout = kind, tuple(context.narrowed.computed.tolist())  # other tokens need another memory
+        with self._caches.passed_by() if kind is None else self._caches.apart(layout, kind):
+            if context is None or self.locked is None:
                 return call()
-            assert self.hooks is not None
-            out = self.hooks.acting(frame, call)
-        if frame.mode != "capture":
-            self.fused = max(self.fused, len(frame.fired))
-            if not self.caches.active:
-                self._check_fired(frame)
+            out = self.locked.hooks.run(context, call, may_skip=self._caches.active)
+        if context.mode != "capture":
+            self.fused_layers = max(self.fused_layers, len(context.record.fired))
         return out
 
-    def _check_fired(self, frame: Frame) -> None:
-        """Every layer of the network that ran must have acted, unless a step cache skipped it.
-
-        Raises:
-            AttentionError: one did not, and the edit ran on a part of the tokens: that layer saw no others.
-        """
-        layers = self._locking.layers
-        expected = len(layers.layers) // max(1, len(layers.networks))
-        if len(frame.fired) >= expected:
-            return
-        silent = [layer.name for layer in layers.layers if layer.name not in frame.fired][:3]
-        text = (
-            f"{len(frame.fired)} of {expected} layers saw their attention; not {', '.join(silent)}. Is it computed by a "
-            "kernel of the model's own, or was the layer skipped?"
-        )
-        if isinstance(frame, ForegroundFrame):
-            raise AttentionError(
-                f"{text} With only the edited tokens computed such a layer misses the rest.\n"
-                "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
-            )
-        warnings.warn(f"{text} The others are not locked.", stacklevel=2)
-
-    def _layout(self, frame: Frame | None, kind: tuple[str, ...]) -> Hashable:
-        """Calls that run on other tokens cannot share a step cache's memory."""
-        if not self.caches.active or not isinstance(frame, ForegroundFrame):
-            return kind
-        return kind, tuple(frame.chosen.computed.tolist())
+    def _filled(self, out: Tensor) -> Tensor:
+        """A prediction with the source where nothing was computed."""
+        if self.locked is None or self.locked.left_out is None:
+            return out
+        return torch.where(self.locked.left_out, self.locked.clean, out)
 
 
-class OwnedCall(Call):
-    """The model takes `cond`; `uncond` and `cond_scale` are the lock's business."""
+class OwnBranches(Branches):
+    """The branches of a model that takes `cond`; `uncond` and `cond_scale` are the lock's."""
 
-    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar, scheduled: bool) -> Tensor:
-        """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        if "uncond" not in extra_args and self.reads.extremes(extra_args.get("cond_scale", 1.0)) != (1.0, 1.0):
+    def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
+        given, scale = step.extra_args, step.extra_args.get("cond_scale", 1.0)
+        if "uncond" not in given and step.reads.range(scale) != (1.0, 1.0):
             raise RunError(
-                f"cond_scale={extra_args['cond_scale']} was given without uncond, so there is nothing to guide with.\n"
+                f"cond_scale={scale} was given without uncond, so there is nothing to guide with.\n"
                 '  Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": ...}, or leave cond_scale away.'
             )
-        shared = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
-        self.cond_args = shared
-        self.uncond_args = {**shared, "cond": extra_args["uncond"]} if "uncond" in extra_args else None
-        if self.uncond_args is not None and self.reads.extremes(expected) != (1.0, 1.0):
-            self.uncond, cond = self._locked([(self.x, self.uncond_args), (self.x, self.cond_args)], self.sigma)
+        self._cond_args = {k: v for k, v in given.items() if k not in ("uncond", "cond_scale")}
+        self._uncond_args = {**self._cond_args, "cond": given["uncond"]} if "uncond" in given else None
+        self._source_args = {**self._cond_args, **settings.source_args}
+        super().__init__(settings, run, step)
+
+    def conditional(self) -> Tensor:
+        """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
+        if self._uncond_args is not None and self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0):
+            branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
+            self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
             return cond
-        return self._locked([(self.x, self.cond_args)], self.sigma)[0]
+        return self._evaluate([(self.x, self._cond_args)], self.step.sigma_arg, ("cond",))[0]
 
     def guided(self, cond: Tensor, scale: Scalar) -> Tensor:
-        """Guidance at the scale the policy decided on, evaluating the unconditional branch if it is missing."""
-        if self.uncond_args is None:
+        """The x0-hat at this guidance scale, with the unconditional branch evaluated if it is missing."""
+        if self._uncond_args is None:
             return cond
         if self.uncond is None:
-            if self.reads.extremes(scale) == (1.0, 1.0):
+            if self.step.reads.range(scale) == (1.0, 1.0):
                 return cond
-            self.uncond = self._locked([(self.x, self.uncond_args)], self.sigma)[0]
-        if self.rescale:
+            self.uncond = self._evaluate([(self.x, self._uncond_args)], self.step.sigma_arg, ("uncond",))[0]
+        if self.settings.rescale:
             return guide_rescaled(self.uncond, cond, scale, self.x)
         return guide(self.uncond, cond, scale)
 
+    def used_scale(self, scale: Scalar) -> Scalar:
+        """The guidance scale that acted."""
+        return 1.0 if self._uncond_args is None else scale
+
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
-        chunks = [(rows, self.cond_args) for rows in x.split(len(self.x))]
-        # At this evaluation's own noise level the very same tensor, so that the source's K/V serve again.
-        level = self.sigma if sigma == self.level else torch.full_like(self.sigma, sigma)
-        self._probing = True
-        try:
-            return torch.cat(self._locked(chunks, level))
-        finally:
-            self._probing = False
+        step, batch = self.step, len(self.x)
+        # At this evaluation's noise level the very same tensor, so that the source's K/V serve again.
+        level = step.sigma_arg if sigma == step.sigma else torch.full_like(step.sigma_arg, sigma)
+        return torch.cat(self._evaluate([(rows, self._cond_args) for rows in x.split(batch)], level, None))
 
-    def _kind(self, branches: Sequence[Branch]) -> tuple[str, ...] | None:
-        if self._probing:
-            return None
-        return tuple("uncond" if arguments is self.uncond_args else "cond" for _, arguments in branches)
+    def _one_call(self) -> bool:
+        calls = [self._cond_args, self._source_args, *([] if self._uncond_args is None else [self._uncond_args])]
+        return self.settings.batched and joinable(calls, len(self.x))
 
-    def _locked(self, branches: Sequence[Branch], sigma: Tensor) -> list[Tensor]:
-        source = None if self.locking is None else (self.locking.z, {**self.cond_args, **self.source_args})
-        return self._evaluate(self.model, branches, source, sigma)
+    def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
+        """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
+        locked = self.locked
+        if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+            rows = [*branches, (locked.x, self._source_args)]
+            *edit, source = self._together(rows, locked.context.fresh("lockstep"), sigma, kind)
+            if kind is not None:  # not a probe
+                self.source = source
+            return [self._filled(out) for out in edit]
+        context = None if locked is None else self._injecting(locked, self.settings.model, self._source_args, sigma)
+        groups = [(branches, kind)]
+        if not (self.settings.batched and joinable([arguments for _, arguments in branches], len(self.x))):
+            groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
+        found: list[Tensor] = []
+        for group, name in groups:
+            own = None if context is None else context.fresh("inject", context.source)
+            found += map(self._filled, self._together(group, own, sigma, name))
+        return found
+
+    def _together(
+        self, branches: Sequence[Branch], context: FusionContext | None, sigma: Tensor, kind: Kind
+    ) -> list[Tensor]:
+        """Branches as the rows of one call."""
+        batch, model = len(self.x), self.settings.model
+        arguments = join_calls([arguments for _, arguments in branches], batch)
+        x, levels = branches[0][0], sigma
+        if len(branches) > 1:
+            x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
+        out = self._call(context, lambda: model(x, levels, **arguments), kind)
+        self.nfe += len(branches)
+        return list(out.split(batch))
 
 
-class GuidedCall(Call):
-    """The model takes everything and returns the guided x0-hat; the lock drives its scale argument."""
+class GuidedBranches(Branches):
+    """The branches of a model that takes every argument and returns the guided x0-hat; the lock sets its scale."""
 
-    def conditional(self, extra_args: Mapping[str, Any], expected: Scalar, scheduled: bool) -> Tensor:
-        """The model's own, guided, x0-hat at the scale of the last decision; untouched where no policy scheduled it."""
-        assert self.scale_arg is not None
-        self.arguments = dict(extra_args)
-        if scheduled:
-            low, high = self.reads.extremes(expected)
-            rows = expected.view(-1, *[1] * (self.x.ndim - 1)) if isinstance(expected, Tensor) else expected
-            self.arguments[self.scale_arg] = high if low == high else rows
-        return self._locked(self.x, self.sigma, self.arguments)
+    def conditional(self) -> Tensor:
+        """The model's guided x0-hat, at the last scheduled scale, or at the caller's if no policy schedules it."""
+        settings, step = self.settings, self.step
+        assert settings.scale_arg is not None
+        self._arguments = dict(step.extra_args)
+        scale = step.state.cfg_scale
+        if scale is not None:
+            low, high = step.reads.range(scale)
+            rows = scale.view(-1, *[1] * (self.x.ndim - 1)) if isinstance(scale, Tensor) else scale
+            self._arguments[settings.scale_arg] = high if low == high else rows
+        return self._evaluate(self.x, step.sigma_arg, ("guided",))
 
     def guided(self, cond: Tensor, scale: Scalar) -> Tensor:
-        """Already done by the model."""
+        """The model has done the guidance."""
         return cond
+
+    def used_scale(self, scale: Scalar) -> Scalar:
+        """The guidance scale that acted: the last scheduled one."""
+        return self.step.expected_cfg_scale
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The model's x0-hat at other points, one batch after another."""
-        level = torch.full_like(self.sigma, sigma)
-        self._probing = True
-        try:
-            return torch.cat([self._locked(rows, level, self.arguments) for rows in x.split(len(self.x))])
-        finally:
-            self._probing = False
+        level = torch.full_like(self.step.sigma_arg, sigma)
+        return torch.cat([self._evaluate(rows, level, None) for rows in x.split(len(self.x))])
 
-    def source_call(self, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], Denoiser]:
-        """What the source's own pass is called with, and of which denoiser."""
-        given = {**arguments, **self.source_args}
-        if self.branch is not None:
-            return {k: v for k, v in given.items() if k not in ("uncond", self.scale_arg)}, self.branch
-        if "cond" in given and "uncond" in given:
-            given["uncond"] = given["cond"]  # whatever chunk is kept, it is the source under its own prompt
-        return given, self.model
-
-    def _locked(self, x: Tensor, sigma: Tensor, arguments: dict[str, Any]) -> Tensor:
-        kept = None
-        if self.locking is not None:
-            given, alone = self.source_call(arguments)
-            kept = self._source_keys(alone, (self.locking.z, given), sigma)
-        kind = None if self._probing else ("guided",)
-        out = self._run(self._inject(kept), lambda: self.model(x, sigma, **arguments), kind)
-        self.passes += 1
+    def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
+        context = None if self.locked is None else self._injecting(self.locked, *self._source_call(), sigma)
+        out = self._call(context, lambda: self.settings.model(x, sigma, **self._arguments), kind)
+        self.nfe += 1
         return self._filled(out)
+
+    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
+        """The denoiser of the source's pass, and its arguments."""
+        settings = self.settings
+        given = {**self._arguments, **settings.source_args}
+        if settings.branch is not None:
+            return settings.branch, {k: v for k, v in given.items() if k not in ("uncond", settings.scale_arg)}
+        if "cond" in given and "uncond" in given:
+            given["uncond"] = given["cond"]  # whichever branch's K/V serve, they are the source's under its own prompt
+        return settings.model, given

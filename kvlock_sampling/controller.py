@@ -1,113 +1,156 @@
-"""From an evaluation to a decision: measure the conditional x0-hat, judge the risk, ask the policy, check it."""
+"""From a clean prediction to a decision: estimator -> variance -> risk -> policy -> checked control."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import math
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .control import check_control, check_finite, floored, steps_left
-from .masks.fitted import FittedMask
-from .policy import Policy
-from .run import State
-from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, RunError, Scalar
-from .variance import Estimator
+from .policy.contract import check_control, check_finite, policy_name
+from .settings import LockSettings
+from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
+from .utils.host import HostReads
+
+
+class State(NamedTuple):
+    """What one evaluation leaves for the next.
+
+    Attributes:
+        estimator: The estimator's state.
+        policy: The policy's state.
+        measured: Whether anything was measured so far.
+        lock: The lock for the next evaluation, in [0, 1].
+        cfg_scale: The last scheduled guidance scale; None if the policy left guidance alone.
+        composite: The last scheduled weight of the source in the background; None if the policy left it alone.
+        expert: Which network evaluated, for a denoiser of several.
+    """
+
+    estimator: Any
+    policy: Any
+    measured: bool
+    lock: Scalar
+    cfg_scale: Scalar | None
+    composite: Scalar | None
+    expert: Any = None
 
 
 class Measured(Protocol):
-    """What a decision needs of an evaluation: its input, its other branch, and a way to ask the model again."""
+    """What a decision needs of an evaluation: its input, its other branches, and a way to ask the model again."""
 
     x: Tensor
     uncond: Tensor | None
+    source: Tensor | None
 
     def probe(self, x: Tensor, sigma: float) -> Tensor: ...
 
 
-class Controller:
-    """What decides in a lock: settings alone; what changes is in `State`.
+def start(settings: LockSettings, observation: Observation, expert: Any = None) -> State:
+    """The state of a new run, before anything was measured."""
+    control = _checked(settings, settings.policy.start(observation), observation, "start")
+    return State(settings.estimator.init(), settings.policy.init(), False, *_completed(settings, control, 0.0), expert)
 
-    threshold: the variance at risk 1, a number or a function of sigma.  cfg_floor: least scheduled guidance scale.
-    tokens: how many a per-token lock must have, None where nothing can be locked.
+
+def decide(
+    settings: LockSettings, state: State, branches: Measured, cond: Tensor, observation: Observation
+) -> tuple[State, Observation]:
+    """Measure the conditional x0-hat, judge the risk, and ask the policy.
+
+    Args:
+        settings: The lock's settings.
+        state: What the evaluation before this one left.
+        branches: The evaluation.
+        cond: Conditional x0-hat before guidance and compositing, (batch, ...).
+        observation: What is known before the measurement.
+
+    Returns:
+        The next state, which says what acts from now on, and the observation that the policy saw.
+
+    Raises:
+        EstimatorError, PolicyError: One of them breaks its contract.
+    """
+    policy, inner, variance = settings.policy, state.estimator, None
+    if settings.measures:
+        mask = None if settings.mask is None else settings.mask.latent(cond)
+        with torch.no_grad():
+            evaluation = Evaluation(
+                observation.sigma, branches.x, cond, mask, branches.probe, branches.uncond, branches.source
+            )
+            inner, variance = settings.estimator.step(inner, evaluation)
+    if variance is not None:
+        limit = settings.threshold(observation.sigma) if callable(settings.threshold) else settings.threshold
+        observation = observation._replace(variance=variance, risk=variance / limit)
+    if variance is None and settings.measures:
+        if state.measured:  # the estimator pauses: the last control holds
+            return state._replace(estimator=inner), observation
+        policy_state, answer, method = state.policy, policy.start(observation), "start"
+    else:
+        result, method = policy.step(state.policy, observation), "step"
+        if not (isinstance(result, tuple) and len(result) == 2) or isinstance(result, Control):
+            raise PolicyError(
+                f"{type(policy).__name__}.step returned {type(result).__name__}; expected (state, Control).\n"
+                "  Return state, Control(lock=...); without memory use @stateless."
+            )
+        policy_state, answer = result
+    control = _completed(settings, _checked(settings, answer, observation, method), state.lock)
+    measured = state.measured or variance is not None
+    return State(inner, policy_state, measured, *control, state.expert), observation
+
+
+def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[Scalar, Scalar | None, Scalar | None]:
+    """Lock, cfg_scale and composite, with the lock in force where the policy left it alone, and a scheduled guidance
+    not below its floor: under 1 guidance turns towards the unconditional prediction.
+    """
+    scale, floor = control.cfg_scale, settings.cfg_floor
+    if scale is not None:
+        scale = scale.clamp_min(floor) if isinstance(scale, Tensor) else max(float(scale), floor)
+    return (lock if control.lock is None else control.lock), scale, control.composite
+
+
+class LockRatio:
+    """A lock ratio with its range known on the host.
+
+    Args:
+        value: A float, (batch,) or (batch, tokens), in [0, 1].
+        batch: The number of clips.
+        policy: The policy that returned it.
+        reads: Serves the range without another transfer.
+
+    Raises:
+        PolicyError: The ratio is out of range, or not a number.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        estimator: Estimator,
-        threshold: Any,
-        cfg_floor: float,
-        region: FittedMask | None,
-        tokens: int | None,
-    ) -> None:
-        self.policy, self.estimator, self.threshold = policy, estimator, threshold
-        self.cfg_floor, self.region, self.tokens = cfg_floor, region, tokens
-
-    def watch(self, x: Tensor, level: float, requested: Scalar, schedule: Sequence[float] | None) -> Observation:
-        """An observation with nothing measured yet."""
-        base = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)
-        if len(base) not in (1, len(x)):
-            raise RunError(
-                f"the guidance scale has {len(base)} entries for {len(x)} clips; pass a float, or one per clip."
+    def __init__(self, value: Scalar, batch: int, policy: Any, reads: HostReads) -> None:
+        self.value, self.batch = value, batch
+        self.low, self.high = reads.range(value)
+        if not (self.low >= 0 and self.high <= 1):
+            what = (
+                "NaN (is x0-hat finite? with uses_risk=False risk is NaN)"
+                if math.isnan(self.low + self.high)
+                else f"[{self.low:.4g}, {self.high:.4g}]"
             )
-        base = base.expand(len(x))
-        unknown = torch.full_like(base, float("nan"))
-        return Observation(level, unknown, unknown, torch.zeros_like(base), base, steps_left(schedule, level))
-
-    def first(self, seen: Observation, expert: Any = None) -> State:
-        """The state before anything is measured."""
-        control = self._checked(self.policy.start(seen), seen, "start")
-        return State(self.estimator.init(), self.policy.init(), False, control.lock, self._scale(control, seen), expert)
-
-    def decide(
-        self, state: State, call: Measured, cond: Tensor, seen: Observation
-    ) -> tuple[State, Observation, Control]:
-        """Measure the conditional x0-hat, judge the risk, and ask the policy."""
-        inner, variance = state.estimator, None
-        if self.policy.uses_risk:
-            mask = None if self.region is None else self.region.latent(cond)
-            with torch.no_grad():
-                evaluation = Evaluation(seen.sigma, call.x, cond, mask, call.probe, call.uncond)
-                inner, variance = self.estimator.step(inner, evaluation)
-        if variance is not None:
-            limit = self.threshold(seen.sigma) if callable(self.threshold) else self.threshold
-            seen = seen._replace(variance=variance, risk=variance / limit)
-        if variance is None and self.policy.uses_risk and state.measured:
-            # An estimator that pauses: its last word holds.
-            held = Control(state.lock, seen.cfg_scale if state.cfg_scale is None else state.cfg_scale)
-            return state._replace(estimator=inner), seen, held
-        if variance is None and self.policy.uses_risk:
-            policy_state, control = state.policy, self._checked(self.policy.start(seen), seen, "start")
-        else:
-            policy_state, control = self._ask(state.policy, seen)
-        scale = self._scale(control, seen)
-        known = state.measured or variance is not None
-        return State(inner, policy_state, known, control.lock, scale, state.expert), seen, control
-
-    def _ask(self, policy_state: Any, seen: Observation) -> tuple[Any, Control]:
-        answer = self.policy.step(policy_state, seen)
-        if not (isinstance(answer, tuple) and len(answer) == 2) or isinstance(answer, Control):
             raise PolicyError(
-                f"{type(self.policy).__name__}.step returned {type(answer).__name__}; expected (state, Control).\n"
-                "  Return state, Control(lock=..., cfg_scale=obs.cfg_scale); without memory use @stateless."
+                f"{policy_name(policy)} returned a lock in {what}; expected [0, 1].\n"
+                "  Return Control(lock=value.clamp(0, 1), ...), or wrap it: Clamped(policy, lock=(0.0, 1.0))."
             )
-        return answer[0], self._checked(answer[1], seen, "step")
 
-    def _scale(self, control: Control, seen: Observation) -> Scalar | None:
-        """The scheduled guidance scale; None where the policy passed on what was asked, which is then left alone."""
-        return None if control.cfg_scale is seen.cfg_scale else floored(control.cfg_scale, self.cfg_floor)
+    def rows(self, device: torch.device) -> Tensor:
+        """The ratio as a float32 tensor (batch,) or (batch, tokens)."""
+        if isinstance(self.value, Tensor) and self.value.ndim:
+            return self.value.to(device, torch.float32)
+        return torch.full((self.batch,), float(self.value), device=device)
 
-    def _checked(self, control: Any, seen: Observation, method: str) -> Control:
-        lock: Any = getattr(control, "lock", None)
-        per_token = isinstance(lock, Tensor) and lock.ndim == 2 and lock.shape == seen.risk.shape
-        # A lock made elementwise of the risk has the risk's fault, not the policy's.
-        if per_token and self.tokens not in (None, lock.shape[1]):
-            raise EstimatorError(
-                f"{self.estimator!r} measures {lock.shape[1]} tokens per clip, the model has {self.tokens}; expected "
-                "the same where the policy locks token by token.\n"
-                "  Give the estimator the model's own patch (time, height, width), e.g. patch=(1, 2, 2)."
-            )
-        checked = check_control(self.policy, control, len(seen.cfg_scale), self.tokens, method)
-        check_finite(self.policy, checked, method)
-        return checked
+
+def _checked(settings: LockSettings, answer: Any, observation: Observation, method: str) -> Control:
+    lock, tokens, risk = getattr(answer, "lock", None), settings.tokens, observation.risk
+    if isinstance(lock, Tensor) and lock.ndim == 2 and lock.shape == risk.shape and tokens not in (None, lock.shape[1]):
+        # A lock that is made elementwise of a per-token risk has the estimator's fault, not the policy's.
+        raise EstimatorError(
+            f"{settings.estimator!r} measures {lock.shape[1]} tokens per clip, the model has {tokens}; expected the "
+            "same where the policy locks token by token.\n"
+            "  Give the estimator the model's own patch (time, height, width), e.g. patch=(1, 2, 2)."
+        )
+    control = check_control(settings.policy, answer, len(observation.requested_cfg_scale), tokens, method)
+    check_finite(settings.policy, control, method)
+    return control

@@ -1,4 +1,4 @@
-"""Classifier-free guidance arithmetic, per sample, in eps = (x - D) / sigma.
+"""Guidance and compositing arithmetic, per clip. Guidance works in eps = (x - D) / sigma.
 
     eps = (1 - w) s eps_u + w eps_c,   s = 1 (plain)  or  s* = <eps_c, eps_u> / (|eps_u|^2 + small)
 Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The projection s* must be taken on eps
@@ -7,6 +7,7 @@ Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The 
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,3 +52,23 @@ def guide_rescaled(
     weight = working(scale).view(-1, *axes) if isinstance(scale, Tensor) else scale
     wide = working(x)
     return (wide - ((1 - weight) * star * (wide - working(uncond)) + weight * (wide - working(cond)))).to(cond.dtype)
+
+
+def composite(
+    denoised: Float[Tensor, "batch *axes"],
+    source: Float[Tensor, "batch *axes"],
+    mask: Tensor,
+    weight: float | Float[Tensor, "batch"],
+) -> Float[Tensor, "batch *axes"]:
+    """Put the source into the background of a prediction.
+
+    Args:
+        denoised: The prediction.
+        source: The clean source.
+        mask: Broadcastable to both, 1 = edit, in [0, 1].
+        weight: 1 = exactly the source in the background, bit for bit; 0 = the prediction.
+    """
+    if isinstance(weight, Tensor):
+        weight = weight.to(denoised).view(-1, *[1] * (denoised.ndim - 1))
+    own = mask if not isinstance(weight, Tensor) and weight == 1 else 1 - weight * (1 - mask)
+    return torch.lerp(source, denoised, own)

@@ -1,8 +1,9 @@
-"""Send back what looks hallucinated: clips at risk go up to a higher noise level and are sampled again from there.
+"""Restart clips at risk: finished clips go back to a higher noise level and are sampled again from there.
 
     x = x0 + sigma_back * fresh noise   for clips whose last risk exceeds a limit, then the sampler runs from sigma_back
-Stochasticity frees a sample that deterministic sampling has left between two modes (arXiv 2605.06831), and only the few
-clips at risk pay for it: share flagged * share of the steps below sigma_back. Measured in benchmarks/hallucination.py.
+Stochasticity frees a sample that deterministic sampling has left between two modes (arXiv 2605.06831), and only the
+clips at risk pay for it: their fraction * the fraction of steps below sigma_back. Measured in
+benchmarks/hallucination.py.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ from .trace import Trace
 from .types import RunError
 
 
-class Resampled(NamedTuple):
-    """The clips after resampling, which were sent back (batch,), and the traces of the extra rounds."""
+class Restarted(NamedTuple):
+    """The result of `restart`.
+
+    Attributes:
+        x: All clips, (batch, ...), those at risk made anew.
+        sent_back: Which clips were sent back, (batch,), bool.
+        traces: The traces of the extra rounds.
+    """
 
     x: Tensor
     sent_back: Tensor
@@ -29,10 +36,10 @@ class Resampled(NamedTuple):
 
 
 def last_risk(trace: Trace) -> Tensor:
-    """The risk each clip had when it was last measured, (batch,). Per-token risk counts by its maximum.
+    """The risk of each clip at its last measurement, (batch,). Per-token risk counts by its maximum.
 
     Raises:
-        RunError: nothing was measured in that run.
+        RunError: Nothing was measured in that run.
     """
     for step in reversed(trace.steps):
         if torch.isfinite(step.risk).all():
@@ -55,23 +62,27 @@ def restart(
     extra_args: Mapping[str, Any] | None = None,
     seed: int = 0,
     **arguments: Any,
-) -> Resampled:
+) -> Restarted:
     """Sample clips again whose risk exceeded `limit` at the end of the run that `lock.trace` holds.
 
-    Returns `Resampled`: all clips, (batch, ...), those at risk made anew; which these were; traces of the extra rounds.
-
     Args:
-        lock: the lock that made `x`; its last trace says which clips are at risk.
-        x: finished clips, (batch, ...).  sigmas: the schedule; the part at or below `back_to` is run again.
-        back_to: noise level to return to: high enough to leave a wrong place, low enough to keep the rest of the clip.
-        limit: risk, dimensionless, above which a clip is sent back; 1 = at the threshold.
-        rounds: how often a clip may be sent back, >= 1; every round measures again.
-        seed: of the fresh noise and of a stochastic sampler; every clip draws its own from it.
-        extra_args, arguments: as for the first run.
+        lock: The lock that made `x`; its last trace says which clips are at risk.
+        sampler: A sampler's name or function.
+        x: Finished clips, (batch, ...).
+        sigmas: The schedule. Its part at or below `back_to` runs again.
+        back_to: The noise level to return to: high enough to leave a wrong place, low enough to keep the rest.
+        limit: A clip whose risk exceeds this, dimensionless, is sent back; 1 = at the threshold.
+        rounds: How often a clip may be sent back, >= 1. Every round measures again.
+        extra_args: As for the first run.
+        seed: Of the fresh noise and of a stochastic sampler. Every clip has its own noise.
+        arguments: Other arguments of `samplers.run`, as for the first run.
+
+    Returns:
+        The clips, which of them were sent back, and the traces of the extra rounds.
 
     Raises:
-        RunError: nothing was measured, or no noise level of the schedule lies at or below `back_to`; no rounds, or a
-            limit that is no number.
+        RunError: Nothing was measured, no noise level of the schedule lies at or below `back_to`, there are no rounds,
+            or the limit is NaN.
     """
     if rounds < 1 or limit != limit:
         raise RunError(f"rounds={rounds}, limit={limit}; expected rounds >= 1 and a risk, e.g. rounds=1, limit=1.0.")
@@ -82,16 +93,18 @@ def restart(
             f"{float(sigmas[sigmas > 0].min()):.3g}; give a level in between."
         )
     batch, out = len(x), x.clone()
-    if len(last_risk(lock.trace)) != batch:
-        raise RunError(f"x has {batch} clips, the lock's last run had {len(last_risk(lock.trace))}; pass what it made.")
-    risk, sent, traces = last_risk(lock.trace), torch.zeros(len(x), dtype=torch.bool, device=x.device), []
+    risk = last_risk(lock.trace)
+    if len(risk) != batch:
+        raise RunError(f"x has {batch} clips, the lock's last run had {len(risk)}; pass the clips of that run.")
+    sent, traces = torch.zeros(batch, dtype=torch.bool, device=x.device), []
     for round_ in range(rounds):
         index = torch.nonzero(risk > limit).flatten()
         if not len(index):
             break
         part = lock.subset(index, batch)
         clips = out[index]
-        seeds = [seed + i + 7919 * (round_ + 1) for i in index.tolist()]  # a clip's own, whoever else is sent back
+        # A clip's seed does not depend on which other clips are sent back.
+        seeds = [seed + i + 7919 * (round_ + 1) for i in index.tolist()]
         noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
         cut = take(dict(extra_args or {}), index, batch)
         out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)
@@ -99,4 +112,4 @@ def restart(
         sent[index] = True
         if round_ + 1 < rounds:
             risk = torch.full_like(risk, -1.0).index_copy(0, index, last_risk(part.trace).to(risk))
-    return Resampled(out, sent, traces)
+    return Restarted(out, sent, traces)

@@ -1,152 +1,249 @@
-"""What lives within one run, and what a lock asks of the objects it was given."""
+"""One sampling run: its state over sigma, and what is known at the start of each evaluation.
+
+The clock is sigma, not the number of calls: samplers evaluate a model one to three times per step, at intermediate
+noise levels, adaptively with rejections, with churn, or backwards.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
-from .kv_cache.session import Keeper
-from .presets import Preset
-from .timeline import Timeline
+from .controller import LockRatio, State, start
+from .settings import LockSettings, nothing_to_lock_to, to_sigma
+from .source import Source
 from .trace import Trace
-from .types import EstimatorError, Scalar
-from .variance import Estimator, TrajectoryVariance, make_estimator
-from .variance.thresholds import ThresholdCurve
+from .types import Observation, RunError, Scalar
+from .utils.host import HostReads
+from .utils.modules import reachable_modules
+
+SAME_SIGMA = 1e-4
+"""Noise levels that differ by less than this fraction are the same level."""
+
+T = TypeVar("T")
 
 
-class State(NamedTuple):
-    """What one evaluation leaves for the next. `cfg_scale` is None where the policy passed on what was asked; `expert`
-    is which network evaluated, for a denoiser of several.
+class Timeline(Generic[T]):
+    """States at falling sigmas. An evaluation at (nearly) the sigma of the last entry replaces it, a lower one appends,
+    and a higher one first drops every entry below it. Rewinding is therefore restoring a value.
+
+    Args:
+        depth: Only so many of the newest states are kept: samplers step back by a step or two, not by a run.
     """
 
-    estimator: Any
-    policy: Any
-    measured: bool
-    lock: Scalar
-    cfg_scale: Scalar | None
-    expert: Any = None
+    def __init__(self, *, depth: int = 16) -> None:
+        self.depth = depth
+        self._entries: list[tuple[float, T]] = []
+
+    def rewind(self, sigma: float) -> T | None:
+        """Drop what an evaluation at `sigma` replaces or undoes. Returns the state that it continues from, if any."""
+        while self._entries and self._entries[-1][0] <= sigma * (1 + SAME_SIGMA):
+            self._entries.pop()
+        return self.last
+
+    @property
+    def last(self) -> T | None:
+        """The newest state."""
+        return self._entries[-1][1] if self._entries else None
+
+    def append(self, sigma: float, state: T) -> None:
+        """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
+        self._entries.append((sigma, state))
+        del self._entries[: -self.depth]
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The kept noise levels, falling."""
+        return tuple(sigma for sigma, _ in self._entries)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is known at the start of one evaluation.
+
+    Attributes:
+        x: The sampler's input, (batch, ...).
+        sigma_arg: The noise level as the sampler passed it, (batch,) or ().
+        model_sigma: The noise level in the model's own form.
+        sigma: The noise level on the clock, in variance-exploding form; 0 means that x is clean.
+        extra_args: The sampler's extra_args.
+        requested: The guidance scale that the caller requested.
+        state: What the evaluation before this one left.
+        lock: The lock that acts now.
+        observation: What a policy sees before the measurement.
+        reads: Ranges of this evaluation's tensors on the host.
+    """
+
+    x: Tensor
+    sigma_arg: Tensor
+    model_sigma: float
+    sigma: float
+    extra_args: Mapping[str, Any]
+    requested: Scalar
+    state: State
+    lock: LockRatio
+    observation: Observation
+    reads: HostReads = field(default_factory=HostReads)
+
+    @property
+    def expected_cfg_scale(self) -> Scalar:
+        """The guidance scale that this evaluation will most likely use."""
+        return self.requested if self.state.cfg_scale is None else self.state.cfg_scale
+
+
+class Tools:
+    """What acts on one model during a run: hooks, the memories of its step caches, and the entries of its K/V cache."""
+
+    def __init__(self, settings: LockSettings) -> None:
+        layers = settings.layers
+        self.hooks = None if layers is None else Hooks(layers)
+        self.step_caches = StepCaches([*reachable_modules(settings.model), *(layers.networks if layers else ())])
+        kv_cache = settings.kv_cache
+        self.cached = None if kv_cache is None or layers is None else kv_cache.session(settings.model, layers)
 
 
 class Run:
-    """Everything that lives within one `with` block."""
+    """Everything that lives within one `with` block. Locks of several experts may share it.
 
-    def __init__(self, hooks: Hooks | None, stack: ExitStack, schedule: Sequence[float] | None) -> None:
-        self.hooks, self.stack, self.schedule = hooks, stack, schedule
+    Args:
+        schedule: Noise levels on the policies' clock; None if unknown.
+    """
+
+    def __init__(self, schedule: Sequence[float] | None = None) -> None:
+        self.schedule = schedule
+        self._tools: dict[int, Tools] = {}
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
-        self.top = 0.0
-        self.keeper: Keeper | None = None
-        self.caches: StepCaches | None = None
-        self._evaluations, self._measured, self._waited = 0, False, 0
+        self._top = 0.0
+        self._evaluations, self._measured, self._unmeasured = 0, False, 0
 
-    @property
-    def waited(self) -> int:
-        """Evaluations of the longest run in this block in which nothing was ever measured; 0 without such a run."""
-        return max(self._waited, 0 if self._measured else self._evaluations)
+    def tools(self, settings: LockSettings) -> Tools:
+        """The tools for this model, made when it is first seen."""
+        if id(settings.model) not in self._tools:
+            self._tools[id(settings.model)] = Tools(settings)
+        return self._tools[id(settings.model)]
 
-    def advance(self, level: float, state: State) -> None:
-        """An evaluation at `level` is done, and leaves `state` for the next."""
-        self.timeline.append(level, state)
+    def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
+        """Read the noise level, the requested guidance and the state of one evaluation, with one transfer from a device.
+
+        Raises:
+            RunError: A noise level or a guidance scale that cannot be used.
+            SourceError: The policy asks for a lock, and there is no source.
+        """
+        sigma_arg = torch.as_tensor(sigma, device=x.device)
+        requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
+        reads, last = HostReads(), self.timeline.last
+        reads.together(sigma_arg, requested, *(() if last is None else (last.lock, last.cfg_scale)))
+        model_sigma = _one_level(reads.range(sigma_arg))
+        sigma = to_sigma(settings.model, model_sigma)
+        observation = self._observation(x, sigma, requested)
+        if sigma == 0:  # x is clean already: nothing is measured, decided or locked
+            state = State(None, None, False, 0.0, None, None)
+            lock = LockRatio(0.0, len(x), settings.policy, reads)
+            return Step(x, sigma_arg, 0.0, 0.0, extra_args, requested, state, lock, observation, reads)
+        expert = settings.expert(model_sigma)
+        found = self.timeline.rewind(sigma)
+        if found is None:
+            self._begin(sigma, x)
+            state = start(settings, observation, expert)
+        elif found.expert != expert:
+            # The new expert's prediction is not comparable with the old one's.
+            state = found._replace(estimator=settings.estimator.init(), expert=expert)
+        else:
+            state = found
+        lock = LockRatio(state.lock, len(x), settings.policy, reads)
+        observation = observation._replace(lock=lock.rows(x.device))
+        if lock.high > 0 and settings.layers is None and not settings.no_token_left:
+            raise nothing_to_lock_to(settings.policy, lock.high)
+        return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, lock, observation, reads)
+
+    def source_noise(self, source: Source, x: Tensor, model_sigma: float) -> Tensor:
+        """The noise of the source in this run: its own, or the one that leads from it to the run's first x."""
+        if self.noise is None:
+            self.noise = source.implied_noise(x, model_sigma) if source.noise is None else source.noise.to(x)
+        return self.noise
+
+    def leave(self, sigma: float, state: State) -> None:
+        """Keep the state that an evaluation at `sigma` left."""
+        self.timeline.append(sigma, state)
         self._evaluations += 1
         self._measured |= state.measured
 
-    def begin(self, level: float, x: Tensor) -> None:
-        """Called where nothing is remembered above `level`. From the top, or with other clips, a run begins anew and
-        has its own noise; a sampler that only went far back up goes on with the noise it had.
-        """
-        if (
-            level >= self.top * (1 - 1e-4)
-            or (self.noise is not None and self.noise.shape[1:] != x.shape[1:])
-            or (self.noise is not None and len(self.noise) not in (1, len(x)))
-        ):
-            self._anew()
-        self.top = max(self.top, level)
+    @property
+    def unmeasured(self) -> int:
+        """Evaluations of the longest run in this block in which nothing was measured; 0 without such a run."""
+        return max(self._unmeasured, 0 if self._measured else self._evaluations)
 
     def restart(self, schedule: Sequence[float]) -> None:
-        """A sampler told its schedule: whatever came before in this block was another run."""
-        self.schedule, self.timeline, self.top = schedule, Timeline(), 0.0
+        """A sampler told its schedule: what came before in this block was another run."""
+        self.schedule, self.timeline, self._top = schedule, Timeline(), 0.0
         self._anew()
 
+    def close(self) -> None:
+        """Free what the run holds."""
+        for tools in self._tools.values():
+            if tools.cached is not None:
+                tools.cached.close()
+
+    def _begin(self, sigma: float, x: Tensor) -> None:
+        """Nothing is remembered above `sigma`. From the top, or with other clips, a new run begins, with its own noise;
+        a sampler that went far back up goes on with the noise that it had.
+        """
+        other = self.noise is not None and (self.noise.shape[1:] != x.shape[1:] or len(self.noise) not in (1, len(x)))
+        if sigma >= self._top * (1 - SAME_SIGMA) or other:
+            self._anew()
+        self._top = max(self._top, sigma)
+
     def _anew(self) -> None:
-        self._waited, self._evaluations, self._measured = self.waited, 0, False
-        self.noise = self.caches = None
-        if self.keeper is not None:
-            self.keeper.restart()
+        self._unmeasured, self._evaluations, self._measured = self.unmeasured, 0, False
+        self.noise = None
+        self.close()
+        self._tools = {}
+
+    def _observation(self, x: Tensor, sigma: float, requested: Scalar) -> Observation:
+        scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)
+        if len(scale) not in (1, len(x)):
+            raise RunError(
+                f"the guidance scale has {len(scale)} entries for {len(x)} clips; pass a float, or one per clip."
+            )
+        scale = scale.expand(len(x))
+        unknown = torch.full_like(scale, float("nan"))
+        return Observation(sigma, unknown, unknown, torch.zeros_like(scale), scale, steps_left(self.schedule, sigma))
 
 
-DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)
-"""Free, and its scale does not depend on the number of steps of a deterministic sampler."""
+def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
+    """Steps of the schedule that remain at this noise level, counting the present one; None without a schedule.
 
-DEFAULT_THRESHOLD = ThresholdCurve(
-    sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
-    values=(2.35e-5, 1.48e-4, 6.22e-4, 0.00174, 0.0033, 0.00498, 0.00751, 0.011, 0.0168, 0.0208, 0.03, 0.0715),
-)
-"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`: another model deserves its own."""
-
-
-def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
-    """The threshold where neither the user nor a preset names one."""
-    return DEFAULT_THRESHOLD if estimator == DEFAULT_ESTIMATOR else estimator.default_threshold
+    A noise level between two of the schedule belongs to the step that began at the higher one.
+    """
+    if schedule is None:
+        return None
+    levels = [s for s in schedule if s > 0]
+    begun = sum(s >= sigma * (1 - SAME_SIGMA) for s in levels)
+    return len(levels) - max(begun, 1) + 1
 
 
-def first_given(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(v for v in values if v is not None)
+def _one_level(sigma: tuple[float, float]) -> float:
+    low, high = sigma
+    if not (low >= 0 and math.isfinite(high)):
+        raise RunError(f"sigma is {low if low == high else (low, high)}; expected a noise level >= 0, finite.")
+    if high - low > SAME_SIGMA * high:
+        raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
+    return high
 
 
-def as_schedule(sigmas: Any, model: Any = None) -> tuple[float, ...]:
-    """Noise levels on the host and on the policies' clock, once: they are looked at in every evaluation."""
-    levels = torch.as_tensor(sigmas).tolist()
-    to_ve = method_of(model, "to_ve")
-    return tuple(levels if to_ve is None else (float(to_ve(s)) for s in levels))
-
-
-def as_rows(value: Scalar, like: Tensor) -> Tensor:
-    """A float or tensor as one float32 row per clip, on `like`'s device."""
-    rows = torch.as_tensor(value, dtype=torch.float32, device=like.device)
-    return rows if rows.ndim > 1 else rows.reshape(-1).expand(len(like))
-
-
-def check_threshold(threshold: Any) -> None:
-    """A threshold is a number > 0, or a function of sigma."""
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if not callable(threshold) and not (number and 0 < threshold < float("inf")):
-        raise EstimatorError(f"threshold={threshold!r}; expected a variance > 0, e.g. 0.01, or a function of sigma.")
-
-
-def default_of(model: Any, name: str) -> Any:
-    """The default of a parameter in the denoiser's own signature; 1.0 where there is none."""
-    try:
-        parameter = inspect.signature(getattr(model, "forward", model)).parameters.get(name)
-    except (TypeError, ValueError):
-        return 1.0
-    return 1.0 if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def method_of(model: Any, name: str) -> Any:
-    """A method the denoiser may define to replace a rule of the variance-exploding form."""
-    found = getattr(model, name, None)
-    return found if callable(found) else None
-
-
-def names_parameter(model: Any, name: str) -> bool:
-    """Whether the denoiser's own signature has a parameter of this name."""
-    try:
-        return name in inspect.signature(getattr(model, "forward", model)).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def advised_estimator(preset: Preset | None) -> Estimator:
-    """The estimator a preset names, or the default one."""
-    if preset is None or not preset.estimator:
-        return DEFAULT_ESTIMATOR
-    return make_estimator(dict(preset.estimator))
+def _requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
+    requested = extra_args.get(name, default)
+    if not isinstance(requested, (int, float, Tensor)) or isinstance(requested, bool):
+        raise RunError(f"{name}={requested!r}; expected a number, or a tensor of one number per clip.")
+    if isinstance(requested, (int, float)) and not math.isfinite(requested):
+        raise RunError(f"{name}={requested}; expected a finite number.")
+    return requested

@@ -1,87 +1,400 @@
-"""What a lock's arguments come to: a preset's advice where nothing was given, and defaults where there is none."""
+"""Resolve and check every option of a lock, once: explicit > preset > default. Code behind this module trusts it.
+
+An option that certainly has no effect raises an error. An option that has no effect under the given policy warns, so
+that policies can be exchanged; options that describe the clip or the model (source_args, noise, branch) do not even
+warn, so that a script compares with policy="off" by changing one word.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import options
-from .attention import reachable_modules
-from .policy import Clamped, Policy, as_policy
-from .presets import Preset, load_policy
-from .run import advised_estimator, check_threshold, default_threshold, first_given, method_of
-from .types import RunError, Scalar
+from .attention import AttentionLayers, find_layers
+from .attention.compat.context_parallel import is_cut
+from .batching import take
+from .kv_cache import KVCache, uncacheable
+from .masks.fitted import FittedMask, as_transition
+from .policy import Clamped, Constant, Policy
+from .presets import Preset, load_preset
+from .source import Source
+from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
+from .utils.modules import reachable_modules
+from .utils.signature import default_of, method_of, parameters_of
 from .variance import Estimator
+from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
 
 
-class Judgement(NamedTuple):
-    """How a lock judges: what measures, what decides, and on which scale. advice: the preset it came from, if any."""
+@dataclass(frozen=True)
+class LockSettings:
+    """The resolved options of a `KVLock`; its docstring explains them.
 
+    `layers` is None if nothing can be locked. `composite` is a weight in [0, 1]. `foreground` says whether fully locked
+    tokens may be left out. `schedule` is on the policies' clock. `default_scale` is the model's own default guidance.
+    """
+
+    model: Denoiser
     policy: Policy
     estimator: Estimator
-    threshold: Any
-    rescale: bool
+    threshold: float | Callable[[float], float]
     cfg_floor: float
-    advice: Preset | None
+    rescale: bool
+    source: Source | None
+    mask: FittedMask | None
+    source_args: Mapping[str, Any]
+    composite: float
+    layers: AttentionLayers | None
+    no_token_left: bool
+    transition: tuple[float, float] | None
+    foreground: bool
+    schedule: tuple[float, ...] | None
+    scale_arg: str | None
+    default_scale: Scalar
+    branch: Denoiser | None
+    batched: bool
+    kv_cache: KVCache | None
+
+    @property
+    def measures(self) -> bool:
+        """Whether the estimator is asked at all."""
+        return self.policy.uses_risk
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of video tokens per clip; None if nothing can be locked."""
+        if self.layers is None or self.source is None:
+            return None
+        return math.prod(self.layers.grid(self.source.latents.shape))
+
+    def expert(self, model_sigma: float) -> Any:
+        """Which network evaluates this noise level, for a denoiser of several; else None."""
+        expert = method_of(self.model, "expert")
+        # The argument is a tensor on the host: a noise level on the device would cost another transfer.
+        return None if expert is None else expert(torch.tensor(model_sigma))
+
+    def subset(self, index: Tensor, batch: int) -> LockSettings:
+        """The same settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
+        source = None if self.source is None else self.source.subset(index, batch)
+        videos = self.source is not None and self.source.latents.ndim == 5
+        mask = None if self.mask is None else self.mask.subset(index, batch, videos=videos)
+        return replace(self, source=source, mask=mask, source_args=take(self.source_args, index, batch))
 
 
-def judgement(
+def to_sigma(model: Any, model_sigma: float) -> float:
+    """A noise level of the model on the policies' clock, in variance-exploding form."""
+    to_ve = method_of(model, "to_ve")
+    return model_sigma if to_ve is None else float(to_ve(model_sigma))
+
+
+def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
+    """A schedule of the model's noise levels on the policies' clock, as floats on the host."""
+    return tuple(to_sigma(model, level) for level in torch.as_tensor(sigmas).tolist())
+
+
+def resolve(
     model: Any,
-    policy: Any,
     *,
+    source: Any,
+    mask: Any,
+    policy: Any,
     estimator: Any,
     threshold: Any,
-    rescale: bool | None,
+    source_args: Any,
+    noise: Any,
+    composite: Any,
+    rescale: Any,
     cfg_floor: Any,
-    locks: bool,
-) -> Judgement:
-    """What was given, else what a preset advises, else the defaults. locks: there is a source to lock to.
+    layers: Any,
+    transition: Any,
+    sigmas: Any,
+    scale_arg: str | None,
+    branch: Any,
+    batched: Any,
+    foreground: Any,
+    kv_cache: Any,
+) -> LockSettings:
+    """The settings of a lock with these options; see `KVLock` for the options and the errors."""
+    given = dict(locals())
+    for wrapped in (model, branch):
+        _check_no_lock_inside(wrapped)
+    _check_flags(rescale=rescale, batched=batched, foreground=foreground)
+    preset = _preset(policy, locks=source is not None)
+    policy = preset.policy
+    measure, limit, floor = _measuring(model, preset, estimator, threshold, cfg_floor)
+    rescale = bool(_first(rescale, preset.rescale, False))
+    scale_arg = _scale_arg(model, scale_arg)
+    source_args = _source_args(source_args, scale_arg)
+    clip, fitted = _source(model, source, mask, noise)
+    if clip is None:
+        _check_needs_source(policy, given)
+    locks = clip is not None and policy.may_lock
+    weight = _composite(composite, locks, clip)
+    transition = as_transition(transition)
+    chosen, no_token_left = None, False
+    if locks:
+        chosen = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
+        no_token_left = _no_token_left(chosen, clip, fitted, transition)
+        chosen = None if no_token_left else chosen
+    elif clip is not None:
+        asked = _named({name: given[name] for name in ("layers", "transition", "foreground", "kv_cache")})
+        if isinstance(layers, AttentionLayers):  # describes the model
+            asked = asked.removeprefix("layers=").removeprefix(", ")
+        if asked:
+            _warn(f"{asked} without effect: the policy {policy!r} never locks.")
+    _check_branch(branch, scale_arg)
+    _warn_unused(policy, scale_arg, given, rescale=rescale, mask_only=clip is None)
+    return LockSettings(
+        model=model,
+        policy=policy,
+        estimator=measure,
+        threshold=limit,
+        cfg_floor=floor,
+        rescale=rescale,
+        source=clip,
+        mask=fitted,
+        source_args=source_args,
+        composite=weight,
+        layers=chosen,
+        no_token_left=no_token_left,
+        transition=transition,
+        foreground=_foreground(foreground, chosen, measure if policy.uses_risk else None, weight, rescale),
+        schedule=None if sigmas is None else on_clock(model, sigmas),
+        scale_arg=scale_arg,
+        default_scale=default_of(model, scale_arg or "cond_scale"),
+        branch=branch,
+        batched=batched,
+        kv_cache=_kv_cache(kv_cache, preset, chosen),
+    )
 
-    Raises:
-        PolicyError, EstimatorError: what cannot be meant.
-    """
-    chosen: Policy = load_policy(policy) if isinstance(policy, (str, os.PathLike)) else as_policy(policy)
-    if policy == "default" and not locks:
-        chosen = Clamped(chosen, lock=(0.0, 0.0))  # nobody asked for a lock
-    advice = chosen if isinstance(chosen, Preset) else None
-    advised = (advice.threshold, advice.rescale, advice.cfg_floor) if advice else (None, None, None)
-    options.check_estimator(estimator)
-    measures = (estimator or advised_estimator(advice)).bound(reachable_modules(model))
-    limit = first_given(threshold, advised[0], default_threshold(measures))
-    check_threshold(limit)
-    floor = first_given(cfg_floor, advised[2], 1.0)
-    options.check_floor(floor)
-    return Judgement(chosen, measures, limit, bool(first_given(rescale, advised[1], False)), floor, advice)
+
+# -- one option after the other -----------------------------------------------------------------------------------------
 
 
-def noise_levels(sigma: tuple[float, float], model: Any) -> tuple[float, float]:
-    """An evaluation's noise level in the model's own form, and on the clock: the same in variance-exploding form.
-
-    Raises:
-        RunError: it is not one, or negative, or not finite.
-    """
-    low, high = sigma
-    if not (low >= 0 and math.isfinite(high)):
-        raise RunError(f"sigma is {low if low == high else (low, high)}; expected a noise level >= 0, finite.")
-    if high - low > 1e-4 * high:
-        raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
-    to_ve = method_of(model, "to_ve")
-    return high, high if to_ve is None else float(to_ve(high))
+def _preset(policy: Any, *, locks: bool) -> Preset:
+    if isinstance(policy, Preset):
+        return policy
+    if not isinstance(policy, (str, os.PathLike)):
+        return Preset(policy)
+    preset = load_preset(policy)
+    if policy == "default" and not locks:  # without a source the default schedules guidance
+        return Preset(Clamped(preset.policy, lock=(0.0, 0.0)), preset.estimator, preset.threshold, preset.cfg_floor)
+    return preset
 
 
-def requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
-    """The guidance scale the caller asked for: given, or the default of a model that does its own guidance.
+def _measuring(
+    model: Any, preset: Preset, estimator: Any, threshold: Any, cfg_floor: Any
+) -> tuple[Estimator, Any, float]:
+    if estimator is not None and not isinstance(estimator, Estimator):
+        name = estimator.__name__ if isinstance(estimator, type) else repr(estimator)
+        hint = f"{name}()" if isinstance(estimator, type) else "kv.RenoiseVariance(passes=1)"
+        raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
+    measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
+    limit = _first(threshold, preset.threshold, default_threshold(measure))
+    if not callable(limit) and not (_is_number(limit) and 0 < limit < math.inf):
+        raise EstimatorError(f"threshold={limit!r}; expected a variance > 0, e.g. 0.01, or a function of sigma.")
+    floor = _first(cfg_floor, preset.cfg_floor, 1.0)
+    if not (_is_number(floor) and math.isfinite(floor) and floor >= 0):
+        raise PolicyError(
+            f"cfg_floor={floor!r}; expected the least guidance scale a policy may ask for, a finite number >= 0: "
+            "1.0, or 0.0 as in the paper."
+        )
+    return measure, limit, floor
 
-    Raises:
-        RunError: it is no finite number, and no tensor.
-    """
-    requested = extra_args.get(name, default)
-    if not isinstance(requested, (int, float, Tensor)) or isinstance(requested, bool):
-        raise RunError(f"{name}={requested!r}; expected a number, or a tensor of one number per clip.")
-    if isinstance(requested, (int, float)) and not math.isfinite(requested):
-        raise RunError(f"{name}={requested}; expected a finite number.")
-    return requested
+
+def _source(model: Any, source: Any, mask: Any, noise: Any) -> tuple[Source | None, FittedMask | None]:
+    if source is not None and mask is None:
+        raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
+    fitted = None if mask is None else FittedMask(mask)
+    if source is None:
+        return None, fitted
+    clip = Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
+    assert fitted is not None
+    fitted.latent(clip.latents)
+    return clip, fitted
+
+
+def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
+    """Refuse options about a source without one, and a policy that is certain to lock."""
+    about = ("source_args", "noise", "layers", "transition", "branch", "foreground", "kv_cache")
+    if names := _named({name: given[name] for name in about}):
+        raise SourceError(
+            f"{names} without source=: there is no clip to lock to, so it would have no effect.\n"
+            "  Pass source=latents and mask=mask too, or leave that away: KVLock(model, policy=...) schedules guidance."
+        )
+    # Other policies may or may not lock: only the run can tell.
+    if type(policy) is Constant and policy.lock > 0:
+        raise nothing_to_lock_to(policy, policy.lock)
+
+
+def nothing_to_lock_to(policy: Policy, lock: float) -> SourceError:
+    """The error of a policy that asks for a lock in (0, 1] without a source."""
+    return SourceError(
+        f"the policy {policy!r} asks for lock {lock:.3g}, but there is nothing to lock to.\n"
+        "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
+    )
+
+
+def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
+    if composite is None:
+        return 1.0 if locks else 0.0
+    if not isinstance(composite, bool) and not (_is_number(composite) and 0 <= composite <= 1):
+        raise KVLockError(
+            f"composite={composite!r}; expected the weight of the source in the background, in [0, 1], True or False."
+        )
+    if composite and clip is None:
+        raise SourceError(f"composite={composite} needs source= and mask=.")
+    return float(composite)
+
+
+def _no_token_left(layers: AttentionLayers, clip: Source | None, fitted: FittedMask | None, transition: Any) -> bool:
+    """Check that mask, clip and layers fit, and warn if every token is edited."""
+    assert clip is not None
+    assert fitted is not None
+    layers.grid(clip.latents.shape)
+    fitted.background(clip.latents, layers.patch, transition)
+    edited = fitted.tokens(clip.latents, layers.patch)
+    if not bool(edited.all()):
+        return False
+    _warn(
+        f"no token is left to lock: with tokens of {layers.patch} latents the mask reaches into every token. "
+        "Nothing will be locked; a smaller mask, or a larger clip, leaves some."
+    )
+    return True
+
+
+def _foreground(
+    asked: bool | None, layers: AttentionLayers | None, estimator: Estimator | None, composite: float, rescale: bool
+) -> bool:
+    """Whether fully locked tokens may be left out. Warns if that was asked for and cannot be."""
+    if layers is None:
+        return False
+    why = None
+    if composite != 1:
+        why = "it needs composite=True"
+    elif estimator is not None and estimator.reads_background:
+        why = f"{estimator!r} measures the background too"
+    elif rescale:
+        why = "rescaled guidance measures the whole prediction"
+    elif not layers.narrows:
+        why = f"architecture {layers.architecture!r} declares no token flow, or not every layer is locked"
+    elif is_cut(layers.networks):
+        why = "context parallelism leaves each process some of the tokens"
+    if asked and why:
+        _warn(f"foreground=True: every token is computed all the same; {why}.")
+    return asked is not False and why is None
+
+
+def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> KVCache | None:
+    """The cache that was given, or the one that a preset asks for, where these layers can have one."""
+    if kv_cache is None:
+        if preset.kv_cache is None or layers is None or uncacheable(layers):
+            return None
+        return KVCache(**preset.kv_cache)
+    if not isinstance(kv_cache, KVCache):
+        raise AttentionError(
+            f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB')."
+        )
+    if layers is None:
+        return None
+    if why := uncacheable(layers):
+        raise AttentionError(why)
+    return kv_cache
+
+
+def _scale_arg(model: Any, name: str | None) -> str | None:
+    parameters = parameters_of(model)
+    if name is None:
+        return "cond_scale" if "cond_scale" in parameters else None
+    if parameters and name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise RunError(
+            f"scale_arg={name!r} is no argument of {type(model).__name__}, which takes {', '.join(parameters)}; "
+            "expected the name of its guidance scale.\n"
+            "  A model that does no guidance needs none: leave scale_arg away, and the lock does it."
+        )
+    return name
+
+
+def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -> dict[str, Any]:
+    given = dict(source_args or {})
+    extra = [name for name in ("uncond", "cond_scale") if name in given]
+    if extra and scale_arg is None:
+        raise SourceError(
+            f"source_args holds {' and '.join(extra)}; the source is evaluated once and without guidance.\n"
+            '  Give what the model itself takes: source_args={"cond": source_prompt}.'
+        )
+    return given
+
+
+def _check_branch(branch: Any, scale_arg: str | None) -> None:
+    if branch is not None and scale_arg is None:
+        raise SourceError(
+            "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
+            "so the lock does the guidance and calls it branch by branch already.\n"
+            "  Leave branch away, or name the model's guidance scale: scale_arg='guidance'."
+        )
+
+
+def _check_no_lock_inside(model: Any) -> None:
+    seen, inside = set(), model
+    while inside is not None and id(inside) not in seen:
+        seen.add(id(inside))
+        if isinstance(getattr(inside, "__dict__", {}).get("settings"), LockSettings):
+            where = "model is a KVLock" if inside is model else f"model is a {type(model).__name__} around a KVLock"
+            raise RunError(
+                f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"
+                "  Make one lock of it: KVLock(lock.model, source=..., mask=..., policy=...)\n"
+                "  Two policies in one: kv.LockAbove(kv.Sigmoid(), above=4.0)."
+            )
+        held = [vars(inside), vars(inside).get("_modules", {})] if hasattr(inside, "__dict__") else []
+        # A wrapper keeps the denoiser under one of these names.
+        inside = next((p[name] for name in ("inner_model", "model") for p in held if name in p), None)
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            raise KVLockError(f"{name}={value!r}; expected True or False.")
+
+
+def _warn_unused(
+    policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool, mask_only: bool
+) -> None:
+    asked = ", ".join(["rescaled guidance"] * rescale + ["batched=False"] * (not given["batched"]))
+    if scale_arg is not None and asked:
+        _warn(f"{asked} without effect: this model takes {scale_arg} and does its own guidance.")
+    measuring = {name: given[name] for name in ("estimator", "threshold", *(["mask"] * mask_only))}
+    if not policy.uses_risk and (names := _named(measuring)):
+        _warn(
+            f"{names} without effect: the policy {policy!r} reads no risk, so nothing is measured. "
+            "To measure and hold a lock L take kv.PID(kp=0.0, ki=0.0, bias=L)."
+        )
+
+
+def _named(given: Mapping[str, Any]) -> str:
+    """The names of the options that were given, as "a=, b=". None, False and an empty mapping count as not given."""
+    absent = [v is None or v is False or (isinstance(v, Mapping) and not v) for v in given.values()]
+    return ", ".join(f"{name}=" for name, no in zip(given, absent, strict=True) if not no)
+
+
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _warn(text: str) -> None:
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

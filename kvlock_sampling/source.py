@@ -1,7 +1,7 @@
-"""The source clip at the noise level of the edit:  z = x0_src + sigma * noise,  one fixed noise for the whole run.
+"""The source clip at the noise level of the edit:  z = x0_src + sigma * noise,  with one fixed noise for the whole run.
 
-No inversion. By default the noise is the run's own: the one that leads from the source to the sampler's first x. Then
-the source's trajectory starts at the very same point, and where the background is composited it stays on it.
+There is no inversion. By default the noise is the run's own: the one that leads from the source to the sampler's first
+x. The source's trajectory then starts at the same point, and stays on it where the background is composited.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .batching import take
 from .types import SourceError
 
 AddNoise = Callable[[Tensor, Tensor, Any], Tensor]
@@ -23,25 +24,27 @@ def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
 
 
 def check_noise(word: Any) -> None:
-    """Raises SourceError for what is no tensor and no word for one."""
+    """Check a noise that is no tensor.
+
+    Raises:
+        SourceError: Anything but "fixed".
+    """
     if not (isinstance(word, str) and word == "fixed"):
         raise SourceError(f'noise={word!r}; expected a tensor like source, "fixed", or None for the run\'s own.')
 
 
-def fixed_noise(latents: Tensor, word: str) -> Tensor:
-    """Unit noise like `latents` that is the same in every run, so that what is computed from it can be kept.
+class Source:
+    """Clean source latents, their fixed noise if there is one, and the rule that noises them.
+
+    Latents and noise are copied: cached K/V, and latents placed on another device, would not follow a change in place.
+
+    Args:
+        latents: (batch or 1, ...), floating and finite.
+        noise: Like the latents; "fixed" draws it from seed 0; None leaves it to the run.
+        add_noise: `add_noise(x0, noise, sigma)`; default: variance exploding.
 
     Raises:
-        SourceError: another word than "fixed".
-    """
-    check_noise(word)
-    drawn = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    return drawn.to(latents)
-
-
-class Source:
-    """Clean source latents (batch or 1, ...), their noise if it is fixed, and the rule that noises them. Both are
-    copied: K/V that are kept, and latents placed on another device, would not follow a change in place.
+        SourceError: Latents or noise of a wrong kind or shape.
     """
 
     def __init__(
@@ -61,7 +64,9 @@ class Source:
                 f"source is of {latents.dtype}; expected floating latents, e.g. pixels.float() / 127.5 - 1."
             )
         if noise is not None and not isinstance(noise, Tensor):
-            noise = fixed_noise(latents, noise)
+            check_noise(noise)
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
         if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
             raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")
         with torch.inference_mode(False):
@@ -80,7 +85,7 @@ class Source:
         """The clean latents on x's device and in its dtype, one row per clip.
 
         Raises:
-            SourceError: the shapes do not fit.
+            SourceError: The shapes do not fit.
         """
         same = self.latents.shape[1:] == x.shape[1:] and self.latents.shape[0] in (1, x.shape[0])
         if self.latents.ndim != x.ndim or not same:
@@ -102,5 +107,9 @@ class Source:
         return (x - signal * self.matching(x)) / spread
 
     def at(self, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
-        """The source noised to sigma, shaped like x."""
+        """The source noised to sigma, like x."""
         return self.add_noise(self.matching(x), noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
+
+    def subset(self, index: Tensor, batch: int) -> Source:
+        """The same source for the clips `index` of a batch of `batch`."""
+        return Source(take(self.latents, index, batch), noise=take(self.noise, index, batch), add_noise=self.add_noise)

@@ -7,34 +7,48 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from .types import StepInfo
+from .types import KVLockError, Observation, Scalar, StepInfo
+from .utils.extras import require
 from .utils.files import write_atomically
 
-_OF_CLIPS = ("variance", "risk", "lock", "next_lock", "cfg_scale")
-_OF_STEPS = ("evaluations", "fused_layers", "computed")
-COLUMNS = ("call", "clip", "sigma", *_OF_CLIPS, *_OF_STEPS)
+_PER_CLIP = ("variance", "risk", "lock", "next_lock", "cfg_scale", "composite")
+_PER_STEP = ("nfe", "fused_layers", "route", "computed")
+COLUMNS = ("call", "clip", "sigma", *_PER_CLIP, *_PER_STEP)
+
+_CURVES = {
+    "variance": ("variance of $\\hat{x}_0$", "#4477aa"),
+    "risk": ("risk", "#cc3311"),
+    "lock": ("lock", "#228833"),
+    "cfg_scale": ("CFG scale", "#aa3377"),
+}
 
 
-def _per_clip(value: Any, clip: int) -> float:
-    """One clip's number; a per-token row is shown by its mean."""
-    return float(value[clip].mean()) if isinstance(value, Tensor) else float(value)
+class Evaluated(Protocol):
+    """What the trace records of the branches of one evaluation; `route` is a `Route`."""
+
+    nfe: int
+    fused_layers: int
+    route: Any
+    computed: float
 
 
 class Trace:
-    """The steps of one run, in the order they happened. Tensors stay on their device until somebody reads them.
+    """The steps of one run, in the order in which they happened. Tensors stay on their device until they are read.
 
-    steps: one `StepInfo` per evaluation, also by iterating over the trace: sigma, variance, risk, lock, next_lock and
-        cfg_scale, (batch,); model passes, fused layers, share of the tokens that was computed. `rows()` has the same as
-        plain numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
+    Attributes:
+        steps: One `StepInfo` per evaluation; iterating over the trace gives the same. `rows()` returns them as plain
+            numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
 
     Raises:
-        KVLockError: a figure of another kind than png, svg or pdf.  OSError: a file that cannot be written.
+        KVLockError: A figure of another kind than png, svg or pdf.
+        OSError: A file cannot be written.
     """
 
     def __init__(self) -> None:
@@ -47,27 +61,66 @@ class Trace:
         return iter(self.steps)
 
     def __repr__(self) -> str:
-        return f"Trace({len(self)} evaluations, {self.evaluations} model passes)"
+        routes = ", ".join(f"{name} x {count}" for name, count in self.routes.items())
+        return f"Trace({len(self)} evaluations, nfe {self.nfe}, routes: {routes or 'none'})"
 
     @property
-    def evaluations(self) -> int:
-        """Passes of the model per clip, over the whole run: cond, uncond, source and probes."""
-        return sum(s.evaluations for s in self.steps)
+    def nfe(self) -> int:
+        """Function evaluations over the whole run: model passes per clip, counting cond, uncond, source and probes."""
+        return sum(step.nfe for step in self.steps)
 
-    def rows(self) -> list[dict[str, float | int]]:
+    @property
+    def routes(self) -> dict[str, int]:
+        """How many evaluations took each route, in the order in which the routes first occurred."""
+        names = [step.route for step in self.steps]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+    def record(
+        self,
+        observation: Observation,
+        next_lock: Scalar,
+        cfg_scale: Scalar,
+        composite: Scalar,
+        evaluated: Evaluated,
+    ) -> None:
+        """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
+        like = observation.requested_cfg_scale
+
+        def rows(value: Scalar) -> Tensor:
+            found = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+            return found if found.ndim > 1 else found.reshape(-1).expand(len(like))
+
+        self.steps.append(
+            StepInfo(
+                call=len(self),
+                sigma=observation.sigma,
+                variance=observation.variance,
+                risk=observation.risk,
+                lock=observation.lock,
+                next_lock=rows(next_lock),
+                cfg_scale=rows(cfg_scale),
+                composite=rows(composite),
+                nfe=evaluated.nfe,
+                fused_layers=evaluated.fused_layers,
+                route=evaluated.route.value,
+                computed=evaluated.computed,
+            )
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
         """One dict per evaluation and clip, with the keys of `COLUMNS`. Variance and risk are NaN while unknown."""
-        rows: list[dict[str, float | int]] = []
+        rows: list[dict[str, Any]] = []
         for step in self.steps:
             for clip in range(len(step.variance)):
-                row: dict[str, float | int] = {"call": step.call, "clip": clip, "sigma": step.sigma}
-                row |= {name: _per_clip(getattr(step, name), clip) for name in _OF_CLIPS}
-                rows.append(row | {name: getattr(step, name) for name in _OF_STEPS})
+                row: dict[str, Any] = {"call": step.call, "clip": clip, "sigma": step.sigma}
+                row |= {name: float(getattr(step, name)[clip].mean()) for name in _PER_CLIP}  # tokens by their mean
+                rows.append(row | {name: getattr(step, name) for name in _PER_STEP})
         return rows
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as JSON (NaN as null), also written to `path` if given."""
         rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.rows()]
-        text = json.dumps({"evaluations": self.evaluations, "rows": rows}, indent=1)
+        text = json.dumps({"nfe": self.nfe, "routes": self.routes, "rows": rows}, indent=1)
         if path is not None:
             write_atomically(path, text)
         return text
@@ -83,7 +136,64 @@ class Trace:
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draw variance, risk, lock and CFG scale over sigma into a PNG, SVG or PDF, by suffix."""
-        from .plot import plot_trace
+        """Draw variance, risk, lock and CFG scale over sigma, one thin line per clip, at most eight.
 
-        return plot_trace(self, path, title=title)
+        Args:
+            path: A PNG, SVG or PDF, by suffix.
+            title: Default: the number of evaluations and model passes.
+
+        Raises:
+            KVLockError: Another suffix, or matplotlib is not installed.
+        """
+        suffix = figure_format(path)
+        ticker = require("matplotlib.ticker", "plot")
+        figure = require("matplotlib.figure", "plot").Figure(figsize=(7.2, 7.6), dpi=130, layout="constrained")
+        rows = self.rows()
+        axes: Sequence[Any] = figure.subplots(len(_CURVES), 1, sharex=True)
+        for axis, (name, (label, colour)) in zip(axes, _CURVES.items(), strict=True):
+            _draw(axis, rows, name, colour)
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.25)
+            if name in ("variance", "risk") and any(r[name] > 0 for r in rows):
+                axis.set_yscale("log")
+            if rows and all(math.isnan(r[name]) for r in rows):
+                axis.set_yticks([])  # a scale of nothing would look like a measured 0
+                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.45")
+        risk, lock, last = axes[1], axes[2], axes[-1]
+        if any(r["risk"] > 0 for r in rows):
+            risk.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+            risk.yaxis.set_major_formatter("{x:g}")
+            risk.yaxis.set_minor_formatter(ticker.NullFormatter())
+            risk.axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
+            risk.set_ylim(top=max(risk.get_ylim()[1], 2.0))  # room for the word
+            risk.annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        lock.set_ylim(-0.04, 1.04)
+        if rows:
+            last.set_xscale("log")
+            last.xaxis.set_minor_formatter(ticker.NullFormatter())
+            last.invert_xaxis()
+        last.set_xlabel(r"noise level $\sigma$  (sampling runs left to right)")
+        figure.suptitle(title or f"{len(self)} evaluations, {self.nfe} model passes per clip", fontsize=11)
+        out = io.BytesIO()
+        figure.savefig(out, format=suffix)
+        return write_atomically(path, out.getvalue())
+
+
+def figure_format(path: str | os.PathLike[str]) -> str:
+    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one.
+
+    Raises:
+        KVLockError: Another suffix.
+    """
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    if suffix not in ("png", "svg", "pdf"):
+        raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")
+    return suffix
+
+
+def _draw(axis: Any, rows: list[dict[str, Any]], name: str, colour: str) -> None:
+    clips = sorted({int(row["clip"]) for row in rows})[:8]
+    for clip in clips:
+        mine = [row for row in rows if row["clip"] == clip]
+        style = {"marker": "o", "markersize": 2.5, "linewidth": 1.3, "alpha": 1.0 if len(clips) == 1 else 0.6}
+        axis.plot([row["sigma"] for row in mine], [row[name] for row in mine], color=colour, **style)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 
 SHAPE = (1, 16, 3, 8, 8)
 TIMES = (0.97, 0.9, 0.75, 0.5, 0.25)

@@ -20,9 +20,9 @@ from unittest import mock
 import torch
 from networks import random_network
 from torch import Tensor
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 CASES: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
@@ -131,7 +131,7 @@ def refusals() -> dict[str, str]:
     before = edit.lock(policy=kv.Constant(lock=1.0))
     cut(edit.network.layers.networks[0], how)
     ask("a lock from before", before, edit)
-    ask("a bank", edit.lock(policy=kv.Constant(lock=1.0), kv_cache=kv.KVCache()), edit)
+    ask("a KV cache", edit.lock(policy=kv.Constant(lock=1.0), kv_cache=kv.KVCache()), edit)
     layers = kv.sdpa_layers(edit.network.layers.networks[0], patch=(1, 2, 2))
     ask("layers known as calls", edit.lock(policy=kv.Constant(lock=1.0), layers=layers), edit)
     extra = edit.network.layers.with_extra(after=2)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Frame, find_layers, fuse, fusion_ratio
+from kvlock_sampling.attention import FusionContext, find_layers, fuse, fusion_ratio
 from kvlock_sampling.types import AttentionError
 
 
@@ -43,10 +43,11 @@ def test_lockstep_equals_capture_and_inject():
     g = torch.Generator().manual_seed(0)
     key, value = torch.randn(6, 2, 7, 4, generator=g), torch.randn(6, 2, 7, 4, generator=g)
     ratio = torch.rand(2, 5, generator=g)  # two clips, five video tokens after two text tokens
-    together = Frame("lockstep", ratio).process("a", key, value, 2)
-    capture = Frame("capture", ratio)
-    capture.process("a", key[4:], value[4:], 2)
-    apart = Frame("inject", ratio, store=capture.store).process("a", key[:4], value[:4], 2)
+    together = FusionContext("lockstep", ratio).process("a", key, value, 2, ratio)
+    capture = FusionContext("capture", ratio)
+    capture.process("a", key[4:], value[4:], 2, ratio)
+    inject = FusionContext("inject", ratio, source=capture.record.captured)
+    apart = inject.process("a", key[:4], value[:4], 2, ratio)
     for one, other, original in zip(together, apart, (key, value), strict=True):
         assert torch.equal(one[:4], other)
         assert torch.equal(one[4:], original[4:])  # the source itself is never touched
@@ -56,7 +57,8 @@ def test_lockstep_equals_capture_and_inject():
 
 def test_rows_that_are_no_whole_batches_are_refused():
     with pytest.raises(AttentionError, match="3 rows; expected a multiple of the batch of 2"):
-        Frame("lockstep", torch.ones(2, 5)).process("a", torch.zeros(3, 1, 5, 2), torch.zeros(3, 1, 5, 2), 0)
+        ratio, rows = torch.ones(2, 5), torch.zeros(3, 1, 5, 2)
+        FusionContext("lockstep", ratio).process("a", rows, rows, 0, ratio)
 
 
 def hooks_of(model: nn.Module) -> list:
@@ -144,7 +146,7 @@ def test_generic_sites_that_do_not_fit_say_what_they_saw():
     model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
     mask = torch.zeros(1, 1, 2, 4, 4)
     mask[..., :2] = 1
-    wrong = ({"start": 0}, {"start": 3}, {"patch": (1, 2, 2)}, {"layers": [9]}, {"start": 1, "trailing": 0})
+    wrong = ({"start": 0}, {"start": 3}, {"patch": (1, 2, 2)}, {"calls": [9]}, {"start": 1, "trailing": 0})
     for change in wrong:
         layers = kv.sdpa_layers(model, **{"patch": (1, 1, 1), "start": 2, **change})
         with (
@@ -169,7 +171,7 @@ def test_a_site_that_never_fires_is_an_error(setup):
 
     with (
         kv.KVLock(Detached(), source=setup.source, mask=setup.mask, policy=kv.Constant(1.0)) as lock,
-        pytest.raises(AttentionError, match="none of the model's 2 layers fired"),
+        pytest.raises(AttentionError, match="none of the model's 2 attention layers fired"),
     ):
         lock(setup.x, setup.sigmas[:1], cond=setup.cond)
 
@@ -262,15 +264,15 @@ def test_fused_projections_give_the_same_lock(setup):
 def test_foreground_keys_are_untouched_and_background_keys_are_the_sources(setup):
     """At every layer, seen from inside the attention call."""
     seen = []
-    original = Frame.process
+    original = FusionContext.process
 
-    def spy(self, layer, key, value, start, ratio=None):
-        out = original(self, layer, key, value, start)
+    def spy(self, layer, key, value, start, ratio):
+        out = original(self, layer, key, value, start, ratio)
         seen.append((self.ratio, key, value, out))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Frame, "process", spy)
+        patch.setattr(FusionContext, "process", spy)
         with setup.lock(policy=kv.Constant(lock=1.0), foreground=False) as lock:
             lock(setup.x, setup.sigmas[:1], **setup.cfg)
     assert len(seen) == 2

@@ -11,8 +11,9 @@ from networks import random_network
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention import Frame, Hooks, find_layers
-from kvlock_sampling.attention.forwards import Door, opened
+from kvlock_sampling.attention import FusionContext
+from kvlock_sampling.attention.forward_hooks import ForwardHook, hooked
+from kvlock_sampling.attention.interception import intercepted
 from kvlock_sampling.types import AttentionError
 
 
@@ -119,13 +120,13 @@ def test_the_foreground_path_runs_behind_a_kernel(flash):
 
 def test_native_attention_below_the_dispatch_is_fused_once(dispatch, monkeypatch):
     seen = []
-    process = Frame.process
+    process = FusionContext.process
 
     def spy(self, layer, *args):
         seen.append(layer)
         return process(self, layer, *args)
 
-    monkeypatch.setattr(Frame, "process", spy)
+    monkeypatch.setattr(FusionContext, "process", spy)
     outputs(Setup(), sigmas=(1.0,))
     assert sorted(seen) == ["blocks.0.attn1", "blocks.1.attn1"]
 
@@ -138,7 +139,7 @@ def test_attention_of_the_models_own_is_told_what_a_lock_can_see(setup):
             query, key, value = (f(hidden_states) for f in (attn.to_q, attn.to_k, attn.to_v))
             return attn.to_out[0]((query @ key.mT).softmax(-1) @ value)
 
-    for layer in find_layers(setup.model).layers:
+    for layer in kv.find_layers(setup.model).layers:
         layer.module.set_processor(OwnMath())
     with pytest.raises(AttentionError, match=r"kernel of the model's own.*set_attention_backend\('native'\)"):
         outputs(setup)
@@ -191,7 +192,7 @@ def test_two_locks_in_two_threads_on_one_model(setup):
 
 def test_a_backend_registered_meanwhile_is_kept(dispatch, setup):
     registry = dispatch._AttentionBackendRegistry
-    layers = find_layers(setup.model)
+    layers = kv.find_layers(setup.model)
 
     def register(module, args) -> None:
         registry._backends["late"] = kernel
@@ -203,16 +204,12 @@ def test_a_backend_registered_meanwhile_is_kept(dispatch, setup):
 
 
 def test_a_mask_that_a_kernel_cannot_take_is_refused(flash, setup):
-    class Masking(Frame):
-        def mask(self, *given):
-            return torch.ones(1, 1, 1, self.ratio.shape[1], dtype=torch.bool)
-
     choose(setup.model.inner_model.transformer, flash)
-    hooks = Hooks(find_layers(setup.model))
-    with (
-        pytest.raises(AttentionError, match="backend 'kernel' takes no mask"),
-        hooks.frame(Masking("capture", torch.ones(1, 48))),
-    ):
+
+    def masking(query, key, value, mask):
+        return key, value, torch.ones(1, 1, 1, key.shape[-2], dtype=torch.bool)
+
+    with intercepted(masking), pytest.raises(AttentionError, match="backend 'kernel' takes no mask"):
         setup.model(setup.x, torch.ones(1), cond=setup.cond)
 
 
@@ -225,35 +222,35 @@ def twice(call, args, kwargs):
     return 2 * call(*args, **kwargs)
 
 
-def test_doors_nest_restore_what_stood_there_and_survive_errors():
+def test_hooks_nest_restore_what_stood_there_and_survive_errors():
     module, x = Adds(), torch.zeros(1)
-    door = Door(module, around=twice)
-    with opened([door]):
+    hook = ForwardHook(module, around=twice)
+    with hooked([hook]):
         assert module(x).item() == 2
-        with opened([door, Door(module, before=lambda args, kwargs: (args, {"by": 5.0}))]):
+        with hooked([hook, ForwardHook(module, before=lambda args, kwargs: (args, {"by": 5.0}))]):
             assert module(x).item() == 20
         assert module(x).item() == 2
     assert vars(module).get("forward") is None
     own = module.forward
     module.forward = replaced = lambda x: own(x) + 10  # as offloading does
-    with opened([door]):
+    with hooked([hook]):
         assert module(x).item() == 22
-    with pytest.raises(TypeError), opened([door]):
+    with pytest.raises(TypeError), hooked([hook]):
         module(x, "nothing to add")
     assert module.forward is replaced
-    with opened([door]):
+    with hooked([hook]):
         held = module.forward
-        module.forward = wrapped = lambda x: held(x) + 100  # somebody wraps the door itself
+        module.forward = wrapped = lambda x: held(x) + 100  # somebody wraps the hook itself
     assert module.forward is wrapped
     assert module(x).item() == 111
 
 
-def test_a_door_does_not_keep_its_module_alive():
+def test_a_hook_does_not_keep_its_module_alive():
     import gc
     import weakref
 
     module = Adds()
-    with opened([Door(module, around=twice)]):
+    with hooked([ForwardHook(module, around=twice)]):
         module(torch.zeros(1))
     gone = weakref.ref(module)
     del module

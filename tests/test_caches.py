@@ -136,7 +136,7 @@ def test_an_idle_lock_caches_as_diffusers_does_and_leaves_its_memory_alone(name)
     expected = plain(cached(name))
     assert not torch.equal(expected, plain(cached(None)))  # it does skip
     setup = cached(name)
-    idle = kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale))
+    idle = kv.stateless(lambda obs: kv.Control(0.0))
     before = [dict(vars(memory)) for memory in memories(setup)]
     assert before
     got, fused = outputs(setup, sigmas=SIGMAS, policy=idle)
@@ -166,7 +166,9 @@ def test_sites_that_are_skipped_are_tolerated_and_counted(name):
 def test_a_lock_that_comes_and_goes_with_a_scale_that_does(name, batched):
     # Rows go from two branches to one and back, the source from there to not there: caches crash or mix if they share.
     def policy(obs):
-        return kv.Control(lock=1.0 if 2 < obs.sigma < 10 else 0.0, cfg_scale=1.0 if obs.sigma > 10 else obs.cfg_scale)
+        return kv.Control(
+            lock=1.0 if 2 < obs.sigma < 10 else 0.0, cfg_scale=1.0 if obs.sigma > 10 else obs.requested_cfg_scale
+        )
 
     setup = cached(name)
     options = {
@@ -219,20 +221,20 @@ def test_a_model_that_guides_itself_keeps_its_own_contexts():
 
 
 def test_the_sources_pass_is_computed_in_full_whatever_the_cache_has_seen(monkeypatch):
-    from kvlock_sampling.attention import Frame
+    from kvlock_sampling.attention import FusionContext
 
     kept = []
-    process = Frame.process
+    process = FusionContext.process
 
     def spy(self, layer, key, value, *rest):
         if self.mode == "capture":
             kept.append((layer, key.clone()))
         return process(self, layer, key, value, *rest)
 
-    monkeypatch.setattr(Frame, "process", spy)
+    monkeypatch.setattr(FusionContext, "process", spy)
     outputs(cached("first block"), sigmas=SIGMAS)
     with_cache, kept = kept, []
-    monkeypatch.setattr(Frame, "process", lambda *a: spy(*a))
+    monkeypatch.setattr(FusionContext, "process", lambda *a: spy(*a))
     setup = cached(None)
     monkeypatch.setattr(StepCaches, "active", property(lambda self: True))  # the source apart, as beside a cache
     outputs(setup, sigmas=SIGMAS)

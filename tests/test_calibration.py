@@ -1,4 +1,4 @@
-"""Thresholds from measurement: curves, quantiles with intervals, cuts on labelled runs."""
+"""Thresholds from measurement: curves, and quantiles with intervals."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ from typer.testing import CliRunner
 import kvlock_sampling as kv
 from kvlock_sampling.app.calibrate import calibrate, folder, scenes
 from kvlock_sampling.app.cli import app
-from kvlock_sampling.presets import Preset
+from kvlock_sampling.presets import Preset, load_preset
 from kvlock_sampling.tiny import load
 from kvlock_sampling.types import EstimatorError, PolicyError
-from kvlock_sampling.variance import (
-    Held,
-    Max,
-    RenoiseVariance,
-    Sparse,
-    TrajectoryVariance,
-    estimator_table,
-    make_estimator,
-)
-from kvlock_sampling.variance.calibration import reference_bands, roc_cut, threshold_curve
-from kvlock_sampling.variance.thresholds import ThresholdCurve
+from kvlock_sampling.variance import Combined, RenoiseVariance, Sparse, TrajectoryVariance
+from kvlock_sampling.variance.thresholds import ThresholdCurve, reference_bands, threshold_curve
 from kvlock_sampling.video import write_clip
 
 
@@ -61,52 +52,29 @@ def test_too_few_measurements_are_refused():
         reference_bands([(1.0, float("nan"))] * 30)
 
 
-def test_a_cut_on_labelled_runs():
-    scores = [0.1, 0.2, 0.3, 0.4, 0.8, 0.9]
-    cut = roc_cut(scores, [False, False, False, True, True, True])
-    assert cut == (0.4, 1.0, 0.0, 1.0)
-    mixed = [False, True, False, False, True, True]
-    assert roc_cut(scores, mixed).threshold == 0.8
-    generous = roc_cut(scores, mixed, max_false_alarms=0.7)
-    assert (generous.threshold, generous.true_positive_rate) == (0.2, 1.0)
-    with pytest.raises(EstimatorError, match="needs both kinds"):
-        roc_cut(scores, [True] * 6)
-
-
-def test_ties_are_cut_together():
-    cut = roc_cut([1.0, 1.0, 1.0, 0.0], [True, False, True, False])
-    assert cut.true_positive_rate == 1.0
-    assert cut.false_positive_rate == 0.5
-
-
 @pytest.mark.parametrize(
     "estimator",
     [
         TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True),
-        RenoiseVariance(passes=1, seeds=(1, 2)),
-        Held(Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3))),
-        Max((TrajectoryVariance(), RenoiseVariance())),
+        RenoiseVariance(passes=1, seed=2),
+        Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True),
+        Combined((TrajectoryVariance(), RenoiseVariance())),
     ],
     ids=lambda e: type(e).__name__,
 )
 def test_estimators_survive_a_preset(estimator, tmp_path):
-    assert make_estimator(estimator_table(estimator)) == estimator
-    preset = Preset(
-        kv.Linear(),
-        threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02)),
-        estimator=estimator_table(estimator),
-    )
-    assert kv.load_policy(kv.to_toml(preset)) == preset
+    preset = Preset(kv.Linear(), threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02)), estimator=estimator)
+    assert load_preset(kv.to_toml(preset)) == preset
     lock = kv.KVLock(lambda x, sigma: x, policy=preset)
-    assert lock.estimator == estimator
-    assert lock.threshold(1.0) == pytest.approx(math.sqrt(0.001 * 0.02))
+    assert lock.settings.estimator == estimator
+    assert lock.settings.threshold(1.0) == pytest.approx(math.sqrt(0.001 * 0.02))
 
 
 def test_a_bad_curve_in_a_preset_is_explained():
     with pytest.raises(PolicyError, match="a curve has sigmas and values"):
-        kv.load_policy("[threshold]\nsigma = [1.0]\n[policy]\ntype = 'Linear'\n")
+        load_preset("[threshold]\nsigma = [1.0]\n[policy]\ntype = 'Linear'\n")
     with pytest.raises(PolicyError, match="sigmas falling"):
-        kv.load_policy("[threshold]\nsigmas = [1.0, 2.0]\nvalues = [1.0, 2.0]\n[policy]\ntype = 'Linear'\n")
+        load_preset("[threshold]\nsigmas = [1.0, 2.0]\nvalues = [1.0, 2.0]\n[policy]\ntype = 'Linear'\n")
 
 
 def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
@@ -115,8 +83,7 @@ def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
     arguments = ["calibrate", "-o", str(target), "--clips", "4", "--steps", "6", "--policy", "threshold"]
     done = runner.invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    preset = kv.load_policy(target)
-    assert isinstance(preset, Preset)
+    preset = load_preset(target)
     assert isinstance(preset.policy, kv.Threshold)
     assert isinstance(preset.threshold, ThresholdCurve)
     again = runner.invoke(app, [*arguments[:-1], "nosuch"])
@@ -134,11 +101,11 @@ def test_a_policy_that_reads_no_risk_has_no_threshold_to_calibrate(tmp_path):
     assert not (tmp_path / "mine.toml").exists()
 
 
-def test_a_bank_survives_calibration(tmp_path):
+def test_a_kv_cache_survives_calibration(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text('[kv_cache]\nevery = 2\n[policy]\ntype = "Sigmoid"\n')
     found = calibrate(load(), scenes(4), policy=str(path), steps=8, bands=3)
-    assert dict(found.preset.kv_cache) == {"every": 2}
+    assert found.preset.kv_cache == {"every": 2}
 
 
 @pytest.mark.parametrize(
@@ -163,17 +130,17 @@ def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(
         '[policy]\ntype = "Threshold"\n\n[estimator]\ntype = "Relative"\nquantile = 0.9\n\n'
-        '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 8.0\nwindow = 0\nnormalise = true\n'
+        '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 8.0\nwindow = "none"\nnormalise = true\n'
         "patch = [2, 4, 4]\n"
     )
     found = calibrate(load(), scenes(2), policy=str(path), steps=12, bands=2)
     relative = kv.Relative(kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)), quantile=0.9)
-    assert make_estimator(found.preset.estimator) == relative
+    assert found.preset.estimator == relative
     assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared
     path.write_text(kv.to_toml(found.preset))
-    lock = kv.KVLock(load().denoiser, policy=kv.load_policy(path))
-    assert lock.estimator == relative
-    assert lock.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
+    lock = kv.KVLock(load().denoiser, policy=load_preset(path))
+    assert lock.settings.estimator == relative
+    assert lock.settings.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
 
 
 def test_calibrating_on_a_folder(tmp_path):

@@ -95,7 +95,7 @@ def test_a_lock_that_comes_before_the_first_compiled_call():
 def test_an_idle_lock_is_the_compiled_model_bit_for_bit():
     setup, backend = Setup(), Counted()
     model = compiled(setup, "compile_repeated_blocks", backend)
-    idle = kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale))
+    idle = kv.stateless(lambda obs: kv.Control(0.0))
     plain = kv.CFGDenoiser(model)
     with torch.no_grad(), setup.lock(policy=idle, composite=False) as lock:
         first = lock(setup.source, torch.ones(1), **setup.cfg)

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 import kvlock_sampling as kv
 from kvlock_sampling.batching import NotBatchable, join
-from kvlock_sampling.control import steps_left
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.masks.fitted import FittedMask
+from kvlock_sampling.run import Timeline, steps_left
 from kvlock_sampling.source import Source
-from kvlock_sampling.timeline import Timeline
 from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
 from kvlock_sampling.utils.files import check_writable, write_atomically
@@ -136,7 +135,9 @@ def a_trace() -> Trace:
     for i in range(4):
         row = torch.tensor([0.1, 0.4]) * (i + 1)
         seen = row if i else row * float("nan")
-        trace.steps.append(StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, 3, 2))
+        trace.steps.append(
+            StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, row * 0 + 1, 3, 2, "lockstep")
+        )
     return trace
 
 
@@ -144,7 +145,7 @@ def test_a_trace_reads_as_rows_json_csv_and_figure(tmp_path):
     trace = a_trace()
     rows = trace.rows()
     assert len(rows) == 8
-    assert trace.evaluations == 12
+    assert trace.nfe == 12
     assert rows[3]["clip"] == 1
     assert rows[3]["variance"] == pytest.approx(0.8)
     data = json.loads(trace.to_json(tmp_path / "t.json"))

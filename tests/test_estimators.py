@@ -1,4 +1,4 @@
-"""Every estimator and combinator: the public suite, exact values, and runs through the lock."""
+"""Every estimator and wrapper: the public suite, exact values, and runs through the lock."""
 
 from __future__ import annotations
 
@@ -16,29 +16,23 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers, tiny
-from kvlock_sampling.presets import load_policy
+from kvlock_sampling.presets import ESTIMATORS, load_preset
 from kvlock_sampling.testing import GaussianDenoiser, check_estimator
 from kvlock_sampling.testing.estimator import CheckModel
-from kvlock_sampling.types import EstimatorError, Evaluation
+from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
+from kvlock_sampling.utils.tables import from_table, to_table
 from kvlock_sampling.variance import (
-    ESTIMATORS,
+    Combined,
     DropoutVariance,
     Estimator,
-    GuidanceGap,
-    Held,
-    Max,
-    Mean,
     PosteriorVariance,
     Relative,
     RenoiseVariance,
-    SolverDisagreement,
     Sparse,
     TrajectoryVariance,
-    Weighted,
-    dropout_hooks,
-    make_estimator,
     masked_mean,
 )
+from kvlock_sampling.variance.dropout import RESIDUAL, dropout_hooks, droppable
 
 PATCH = (1, 2, 2)
 
@@ -51,23 +45,19 @@ BUILT_IN: list[Estimator] = [
     RenoiseVariance(passes=3, around="mean", patch=PATCH),
     RenoiseVariance(passes=1, region_only=True),
     PosteriorVariance(),
-    PosteriorVariance(probes=3, method="finite"),
+    PosteriorVariance(passes=3, method="finite"),
     DropoutVariance(),
     DropoutVariance(passes=2, rate=0.5, patch=PATCH),
-    SolverDisagreement(),
-    SolverDisagreement(order=1, normalise=False, patch=PATCH),
-    GuidanceGap(),
-    GuidanceGap(of="latents", patch=PATCH),
     Sparse(RenoiseVariance(), sigmas=(2.0, 0.3)),
     Sparse(PosteriorVariance(), every=3, below=4.0),
     Sparse(TrajectoryVariance(), below=2.0, above=0.1),
-    Held(Sparse(DropoutVariance(), every=4)),
-    Max((TrajectoryVariance(), Held(Sparse(RenoiseVariance(), every=2)))),
-    Mean((SolverDisagreement(patch=PATCH), GuidanceGap())),
+    Sparse(DropoutVariance(), every=4, hold=True),
+    Combined((TrajectoryVariance(), Sparse(RenoiseVariance(), every=2, hold=True))),
+    Combined((TrajectoryVariance(patch=PATCH), RenoiseVariance()), how="mean"),
     Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
-    Relative(Held(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3)), quantile=0.9, local=True),
-    Max((Relative(GuidanceGap(patch=PATCH), local=True), SolverDisagreement())),
-    Weighted((RenoiseVariance(), PosteriorVariance()), thresholds=(0.1, 0.2), weights=(1.0, 3.0)),
+    Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9, local=True),
+    Combined((Relative(TrajectoryVariance(patch=PATCH), local=True), TrajectoryVariance())),
+    Combined((RenoiseVariance(), PosteriorVariance()), how="mean", thresholds=(0.1, 0.2), weights=(1.0, 3.0)),
 ]
 
 
@@ -246,41 +236,14 @@ def test_under_a_stochastic_sampler_the_plain_sum_is_the_stable_one():
     assert integral[1] / integral[0] > 2
 
 
-def test_a_line_in_log_sigma_is_no_disagreement():
-    sigmas = [8.0, 5.0, 2.0, 1.5, 0.3]
-    line = [torch.full((2, 4), 3 - 2 * math.log(s)) for s in sigmas]
-    out = feed(SolverDisagreement(), sigmas, line)
-    assert out[:2] == [None, None]
-    assert all(float(v.max()) < 1e-10 for v in out[2:])
-    first = feed(SolverDisagreement(order=1, normalise=False), sigmas, line)
-    assert first[0] is None
-    assert float(first[1][0]) == pytest.approx((2 * math.log(8 / 5)) ** 2, rel=1e-5)
-    bent = feed(SolverDisagreement(), [4.0, 2.0, 1.0], [torch.full((1, 1), v) for v in (0.0, 1.0, 5.0)])
-    assert float(bent[2]) == pytest.approx(9.0)  # 5 against 2 expected, at sigma 1
-
-
-def test_the_gap_is_that_of_what_is_predicted():
-    x, uncond = torch.full((1, 4), 3.0), torch.full((1, 4), 1.0)
-    evaluation = Evaluation(2.0, x, torch.full((1, 4), 2.0), None, refuse, uncond)
-    assert float(GuidanceGap(of="noise").step(None, evaluation)[1]) == pytest.approx(0.25)  # 1^2 / (3 - 1)^2
-    bent = evaluation._replace(x=torch.full((1, 4), 7.0))  # velocities (7 - D) / 2 - D: 2 and 0.5
-    assert float(GuidanceGap().step(None, bent)[1]) == pytest.approx(0.5625)
-    assert float(GuidanceGap(of="latents").step(None, evaluation)[1]) == pytest.approx(1.0)
-    assert GuidanceGap().step(None, evaluation._replace(uncond=None)) == (None, None)
-    assert not GuidanceGap().step(None, evaluation._replace(uncond=evaluation.denoised))[1].any()
-
-
 def test_a_local_estimator_agrees_with_the_mean_of_its_tokens():
     g = torch.Generator().manual_seed(0)
     predictions = torch.randn(5, 2, 3, 2, 4, 4, generator=g)
     sigmas = [8.0, 4.0, 2.0, 1.0, 0.5]
-    for whole, local in (
-        (TrajectoryVariance(window=3), TrajectoryVariance(window=3, patch=PATCH)),
-        (SolverDisagreement(), SolverDisagreement(patch=PATCH)),
-    ):
-        per_token = feed(local, sigmas, predictions)[-1]
+    for form in ({"window": 3}, {"window": None, "normalise": True, "integral": True}):
+        per_token = feed(TrajectoryVariance(**form, patch=PATCH), sigmas, predictions)[-1]
         assert per_token.shape == (2, 8)
-        torch.testing.assert_close(per_token.mean(1), feed(whole, sigmas, predictions)[-1])
+        torch.testing.assert_close(per_token.mean(1), feed(TrajectoryVariance(**form), sigmas, predictions)[-1])
     moved = [torch.zeros(1, 3, 2, 4, 4), torch.zeros(1, 3, 2, 4, 4)]
     moved[1][0, :, 1, 2:, :2] = 1  # frame 1, lower left: token 4 + 2
     local = feed(TrajectoryVariance(patch=PATCH), [2.0, 1.0], moved)[-1]
@@ -305,13 +268,13 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
         lock.sample("euler", clip + 1.0, video.sigmas(3), extra_args={"cond": video.prompt("")})
         return lock.trace.steps[-1].lock.shape
 
-    per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale))
+    per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1)))
     with pytest.raises(EstimatorError, match=r"patch=\(4, 4, 4\).* measures 128 tokens per clip, the model has 256"):
         sample(per_token, (4, 4, 4))
     assert sample(per_token, video.patch) == (1, 256)
-    pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1), cfg_scale=obs.cfg_scale))
+    pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1)))
     assert sample(pooled, (4, 4, 4)) == (1,)  # any patch will do for a policy that wants one number
-    wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7), cfg_scale=obs.cfg_scale))
+    wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7)))
     with pytest.raises(kv.KVLockError, match=r"returned lock of shape \(1, 7\)"):
         sample(wrong, (4, 4, 4))
 
@@ -373,11 +336,11 @@ FALL = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]
         ({"sigmas": (3.0, 0.5), "below": 1.0}, [0.5]),
     ],
 )
-def test_sparse_measures_where_it_was_told(settings, measured):
+def test_sparse_measures_at_the_chosen_noise_levels(settings, measured):
     found = heard(Sparse(Level(), **settings), FALL)
     assert [v for v in found if v is not None] == measured
     assert all(v is None or v == s for v, s in zip(found, FALL, strict=True))
-    held, last = heard(Held(Sparse(Level(), **settings)), FALL), None
+    held, last = heard(Sparse(Level(), **settings, hold=True), FALL), None
     for a, b in zip(found, held, strict=True):
         last = last if a is None else a
         assert b == last
@@ -389,15 +352,14 @@ def test_a_level_repeated_is_not_new():
 
 def test_several_are_compared_in_units_of_risk():
     parts = (Level(), Level(factor=4.0))
-    assert heard(Max(parts), [2.0]) == [4.0]
-    assert heard(Mean(parts), [2.0]) == [2.5]
-    assert heard(Weighted(parts, weights=(3, 1)), [2.0]) == [1.75]
-    assert heard(Weighted(parts), [2.0]) == [2.5]
-    assert heard(Max(parts, thresholds=(1.0, 8.0)), [2.0]) == [2.0]
-    assert Max(parts).default_threshold == 1.0
+    assert heard(Combined(parts), [2.0]) == [4.0]
+    assert heard(Combined(parts, how="mean"), [2.0]) == [2.5]
+    assert heard(Combined(parts, how="mean", weights=(3, 1)), [2.0]) == [1.75]
+    assert heard(Combined(parts, thresholds=(1.0, 8.0)), [2.0]) == [2.0]
+    assert Combined(parts).default_threshold == 1.0
     pausing = (Level(), Sparse(Level(factor=4.0), sigmas=(1.0,)))
-    assert heard(Weighted(pausing, weights=(1.0, 1.0)), [2.0, 1.0]) == [1.0, 1.25]
-    assert heard(Max((Sparse(Level(), sigmas=(1.0,)),)), [2.0, 1.0]) == [None, 0.5]
+    assert heard(Combined(pausing, how="mean", weights=(1.0, 1.0)), [2.0, 1.0]) == [1.0, 1.25]
+    assert heard(Combined((Sparse(Level(), sigmas=(1.0,)),)), [2.0, 1.0]) == [None, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -409,13 +371,13 @@ def test_several_are_compared_in_units_of_risk():
         (lambda: Sparse(Level(), every=0), "whole number"),
         (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
         (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\)\)"),
-        (lambda: Max(()), "several estimators"),
-        (lambda: Max(Level()), r"Max\(\(a, b\)\)"),
-        (lambda: Mean((Level(), 3)), "expected an estimator"),
-        (lambda: Max((Level(),), thresholds=(1.0, 2.0)), "each of 1 parts"),
-        (lambda: Weighted((Level(),), weights=(0.0,)), "above 0"),
-        (lambda: SolverDisagreement(order=3), "order=3"),
-        (lambda: GuidanceGap(of="eps"), '"noise" or "latents"'),
+        (lambda: Combined(()), "several estimators"),
+        (lambda: Combined(Level()), r"Combined\(\(a, b\)\)"),
+        (lambda: Combined((Level(), 3)), "expected an estimator"),
+        (lambda: Combined((Level(),), thresholds=(1.0, 2.0)), "each of 1 estimators"),
+        (lambda: Combined((Level(),), how="mean", weights=(0.0,)), "above 0"),
+        (lambda: Combined((Level(),), how="median"), 'expected "max", or "mean"'),
+        (lambda: Combined((Level(),), weights=(1.0,)), '"mean" with weights'),
         (lambda: DropoutVariance(passes=1), "passes=4"),
         (lambda: DropoutVariance(rate=1.0), "rate=0.1"),
         (lambda: TrajectoryVariance(integral=True), "normalise=True, integral=True"),
@@ -468,8 +430,6 @@ def test_dropout_has_the_variance_of_its_rate():
 
 
 def test_dropout_finds_the_layers_of_known_models(setup):
-    from kvlock_sampling.variance.dropout_hooks import RESIDUAL, droppable
-
     assert sorted(n.split("transformer.")[1] for n in droppable(setup.model)) == sorted(
         f"blocks.{i}.{n}" for i in range(2) for n in ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
     )
@@ -500,10 +460,9 @@ def test_dropout_without_a_model_says_so():
     [
         PosteriorVariance(),
         DropoutVariance(passes=2),
-        Held(Sparse(RenoiseVariance(passes=1, region_only=True), sigmas=(1.0, 0.3))),
-        Max((SolverDisagreement(), GuidanceGap())),
+        Sparse(RenoiseVariance(passes=1, region_only=True), sigmas=(1.0, 0.3), hold=True),
+        Combined((TrajectoryVariance(), RenoiseVariance(passes=1))),
         TrajectoryVariance(patch=PATCH),
-        SolverDisagreement(patch=PATCH),
     ],
     ids=lambda e: type(e).__name__,
 )
@@ -536,7 +495,7 @@ def test_probes_are_counted(setup):
     def passes(estimator):
         lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        return lock.trace.evaluations, len(lock.trace)
+        return lock.trace.nfe, len(lock.trace)
 
     base, calls = passes(TrajectoryVariance())
     assert passes(DropoutVariance(passes=3))[0] == base + 3 * calls
@@ -549,54 +508,62 @@ def test_probes_are_counted(setup):
 def test_nested_estimators_come_from_tables():
     probe = {"type": "RenoiseVariance"}
     table = {
-        "type": "Weighted",
+        "type": "Combined",
+        "how": "mean",
         "weights": [1.0, 2.0],
         "estimators": [
-            {"type": "TrajectoryVariance", "window": 0, "span": 8.0},
-            {"type": "Held", "estimator": {"type": "Sparse", "sigmas": [1.0, 0.3], "estimator": probe}},
+            {"type": "TrajectoryVariance", "window": "none", "span": 8.0},
+            {"type": "Sparse", "sigmas": [1.0, 0.3], "hold": True, "estimator": probe},
         ],
     }
-    expected = Weighted(
-        (TrajectoryVariance(window=None, span=8.0), Held(Sparse(RenoiseVariance(), sigmas=(1.0, 0.3)))),
+    expected = Combined(
+        (TrajectoryVariance(window=None, span=8.0), Sparse(RenoiseVariance(), sigmas=(1.0, 0.3), hold=True)),
+        how="mean",
         weights=(1.0, 2.0),
     )
-    assert make_estimator(table) == expected
-    assert make_estimator(expected) is expected
+    assert from_table(table, ESTIMATORS, "estimator") == expected
     hash(expected)
+
+
+@pytest.mark.parametrize("estimator", BUILT_IN, ids=lambda e: type(e).__name__)
+def test_a_table_is_the_estimator(estimator):
+    assert from_table(to_table(estimator, ESTIMATORS), ESTIMATORS, "estimator") == estimator
 
 
 def test_a_preset_names_a_nested_estimator():
     text = """
 [estimator]
-type = "Max"
+type = "Combined"
 [[estimator.estimators]]
 type = "TrajectoryVariance"
 patch = [1, 2, 2]
 [[estimator.estimators]]
-type = "Held"
-estimator = { type = "Sparse", every = 5, estimator = { type = "PosteriorVariance" } }
+type = "Sparse"
+every = 5
+hold = true
+estimator = { type = "PosteriorVariance" }
 [policy]
 type = "Linear"
 """
-    preset = load_policy(text)
-    lock = kv.KVLock(GaussianDenoiser(), policy=preset)
-    expected = Max((TrajectoryVariance(patch=PATCH), Held(Sparse(PosteriorVariance(), every=5))))
-    assert lock.estimator == expected
-    assert load_policy(kv.to_toml(preset)) == preset
+    preset = load_preset(text)
+    expected = Combined((TrajectoryVariance(patch=PATCH), Sparse(PosteriorVariance(), every=5, hold=True)))
+    assert preset.estimator == expected
+    assert load_preset(kv.to_toml(preset)) == preset
+    assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
 
 
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"type": "Held", "estimator": {"type": "Renoise"}}, r"estimator\.estimator: unknown.*RenoiseVariance"),
-        ({"type": "Held"}, "Held needs estimator"),
-        ({"type": "Max", "estimators": [{"type": "GuidanceGap", "off": "noise"}]}, r"estimators\[0\].*'of'"),
-        ({"type": "Sparse", "estimator": {"type": "GuidanceGap"}}, "no noise levels"),
-        ({"type": "DropoutVariance", "model": "x"}, "no setting 'model'"),
-        ({"type": "Held", "estimator": "RenoiseVariance"}, "expected a table"),
+        ({"type": "Sparse", "estimator": {"type": "Renoise"}}, r"estimator\.estimator\.type.*RenoiseVariance"),
+        ({"type": "Sparse"}, "Sparse needs estimator"),
+        ({"type": "Combined", "estimators": [{"type": "Sparse", "evry": 2}]}, r"estimators\[0\]\.evry.*'every'"),
+        ({"type": "Sparse", "estimator": {"type": "RenoiseVariance"}}, "no noise levels"),
+        ({"type": "DropoutVariance", "model": "x"}, "model is not a setting"),
+        ({"type": "Sparse", "estimator": "RenoiseVariance"}, "expected a table"),
         (3, "expected a table"),
     ],
 )
-def test_tables_that_cannot_be_meant(table, words):
-    with pytest.raises(EstimatorError, match=words):
-        make_estimator(table)
+def test_wrong_tables_are_errors(table, words):
+    with pytest.raises(PolicyError, match=words):
+        from_table(table, ESTIMATORS, "estimator")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from networks import FAMILIES, random_network
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention.foreground import ForegroundFrame, Selection, Table, narrow
+from kvlock_sampling.attention import CallRecord, FusionContext, Table
+from kvlock_sampling.attention.foreground import _narrow, narrow_mask
+from kvlock_sampling.masks.tokens import Selection
 from kvlock_sampling.types import AttentionError, KVLockError
 
 FULL = kv.Constant(lock=1.0)
@@ -62,7 +66,7 @@ def test_a_ring_with_another_share_is_computed(setup, transition):
 
 @pytest.mark.parametrize("options", [{"batched": False}, {"estimator": kv.RenoiseVariance(passes=2)}])
 def test_other_ways_to_evaluate(setup, options):
-    policy = kv.stateless(lambda obs: kv.Control(lock=1.0, cfg_scale=obs.cfg_scale))
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0))
     (dense, _), (narrow, fast) = both(setup, policy=policy, **options)
     torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
     assert fast.steps[-1].computed < 1
@@ -81,7 +85,7 @@ def test_a_model_that_guides_itself(setup):
 def test_it_is_entered_and_left_as_the_policy_asks(setup):
     levels = setup.sigmas[setup.sigmas > 0].tolist()
     middle = levels[len(levels) // 2]
-    policy = kv.stateless(lambda obs: kv.Control(lock=1.0 if obs.sigma > middle else 0.5, cfg_scale=obs.cfg_scale))
+    policy = kv.stateless(lambda obs: kv.Control(lock=1.0 if obs.sigma > middle else 0.5))
     (dense, _), (narrow, fast) = both(setup, policy=policy)
     torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
     shares = [s.computed < 1 for s in fast]
@@ -122,12 +126,12 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
     start = text if first else 0
     source, own = (torch.randn(r, 1, length, 3, generator=g) for r in (2, rows))
     mask = torch.rand(rows, 1, length, length, generator=g) > 0.3
-    capture = ForegroundFrame("capture", ratio, selection=selection)
-    capture.process("layer", source, source, start)
-    frame = ForegroundFrame("inject", ratio, store=capture.store, selection=selection)
+    capture = FusionContext("capture", ratio, selection=selection, narrow=True)
+    capture.process("layer", source, source, start, ratio)
+    context = FusionContext("inject", ratio, source=capture.record.captured, selection=selection, narrow=True)
     video = selection.computed + start
     order = torch.cat([torch.arange(start), video, torch.arange(start + tokens, length)])
-    key, value = frame.process("layer", own[:, :, order], own[:, :, order], start)
+    key, value = context.process("layer", own[:, :, order], own[:, :, order], start, ratio)
     assert torch.equal(key, value)
 
     weight = torch.zeros(2, length)
@@ -137,11 +141,10 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
     assert torch.equal(key, dense[:, :, columns])
     expected = mask[..., columns][..., order, :]
     narrow = len(order)
-    assert torch.equal(frame.mask(mask, start, narrow), expected)
-    assert torch.equal(frame.mask(mask[..., :1, :], start, narrow), mask[..., :1, :][..., columns])
-    assert frame.mask(None, start, narrow) is None
+    assert torch.equal(narrow_mask(mask, context, start, narrow), expected)
+    assert torch.equal(narrow_mask(mask[..., :1, :], context, start, narrow), mask[..., :1, :][..., columns])
     for own_mask in (mask[..., order], torch.randn(rows, 1, 1, narrow, generator=g)):  # made where tokens are left out
-        joined = frame.mask(own_mask, start, narrow)
+        joined = narrow_mask(own_mask, context, start, narrow)
         end = start + len(selection.computed)
         kept = joined[..., end : end + len(selection.kept)]
         assert kept.all() if kept.dtype == torch.bool else not kept.any()
@@ -151,15 +154,14 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
 
 def test_tables_are_cut_to_the_computed_tokens():
     ratio = torch.tensor([[0.0, 1.0, 1.0, 0.0, 1.0]])
-    frame = ForegroundFrame("inject", ratio, selection=Selection(ratio), text=2, text_first=True)
+    context = FusionContext("inject", ratio, selection=Selection(ratio), narrow=True, text=2, text_first=True)
     joint, video = torch.arange(7)[:, None], torch.arange(5)[:, None]
-    assert narrow((joint, video), Table("rope", 0), frame)[0].flatten().tolist() == [0, 1, 2, 5]
-    assert narrow((joint, video), Table("rope", 0), frame)[1].flatten().tolist() == [0, 3]
-    assert narrow(joint, Table("rope", 0), frame) is narrow(joint, Table("rope", 0), frame)
-    frame.text_first = False
-    frame.narrowed.clear()
-    assert narrow(joint, Table("rope", 0), frame).flatten().tolist() == [0, 3, 5, 6]
-    assert narrow(joint, Table("rope", 0, ndim=3), frame) is joint
+    assert _narrow((joint, video), Table("rope", 0), context)[0].flatten().tolist() == [0, 1, 2, 5]
+    assert _narrow((joint, video), Table("rope", 0), context)[1].flatten().tolist() == [0, 3]
+    assert _narrow(joint, Table("rope", 0), context) is _narrow(joint, Table("rope", 0), context)
+    context = replace(context, text_first=False, record=CallRecord())
+    assert _narrow(joint, Table("rope", 0), context).flatten().tolist() == [0, 3, 5, 6]
+    assert _narrow(joint, Table("rope", 0, ndim=3), context) is joint
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -227,7 +229,7 @@ def test_a_mask_that_leaves_no_token_locks_nothing_and_says_so(setup):
     out = lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     off = kv.KVLock(setup.model, source=setup.source, mask=mask, policy="off", composite=True)
     assert torch.equal(out, off.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg))
-    assert {(s.fused_layers, s.evaluations) for s in lock.trace} == {(0, 2)}
+    assert {(s.fused_layers, s.nfe) for s in lock.trace} == {(0, 2)}
 
 
 def test_gradient_checkpointing_is_refused(setup):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -20,10 +22,10 @@ from in_diffusers import (
     noise,
 )
 from torch import Tensor
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import MaskError, PolicyError, SourceError
 
 
@@ -49,7 +51,7 @@ def test_off_is_the_same_bits_in_a_modular_pipeline() -> None:
     plain = modular(parts, guider=ClassifierFreeGuidance(4.0))()
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=0.0), scheduler=parts.scheduler)
     assert torch.equal(modular(parts, guider=guider)(), plain)
-    assert guider.trace.evaluations == 10
+    assert guider.trace.nfe == 10
 
 
 def test_a_disabled_guider_is_out_of_the_way(pipe: Any) -> None:
@@ -65,7 +67,7 @@ def test_a_disabled_guider_is_out_of_the_way(pipe: Any) -> None:
 
 def test_a_guider_leaves_nothing_in_the_transformer() -> None:
     parts = classic()
-    before = dict(parts.transformer.__dict__)
+    before, kind = dict(parts.transformer.__dict__), type(parts.transformer)
     guider = KVLockGuider(4.0, **EDIT, scheduler=parts.scheduler)
     sample = modular(parts, guider=guider)
     sample()
@@ -78,12 +80,13 @@ def test_a_guider_leaves_nothing_in_the_transformer() -> None:
     first, again = sample(), sample()
     assert torch.equal(first, again)
     assert len(guider.trace) == 5
+    assert type(parts.transformer) is kind
 
 
 def test_guidance_for_some_steps_leaves_the_lock_on(pipe: Any) -> None:
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler, start=0.4)
     modular(pipe, guider=guider)()
-    assert [step.evaluations for step in guider.trace] == [2, 2, 3, 3, 3]
+    assert [step.nfe for step in guider.trace] == [2, 2, 3, 3, 3]
     assert all(step.fused_layers for step in guider.trace)
 
 
@@ -161,11 +164,10 @@ def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
         guider.save_pretrained(tmp_path)
         loaded = KVLockGuider.from_pretrained(tmp_path)
         assert loaded.guidance_scale == 3.0
-        assert loaded._settings["transition"] == (1.0, 0.5)
-        assert {**loaded._settings, "policy": 0} == {**guider._settings, "policy": 0}
-        assert kv.load_policy(loaded._settings["policy"]) == (
-            kv.load_policy(given) if isinstance(given, str) else given
-        )
+        assert tuple(loaded.config["transition"]) == (1.0, 0.5)
+        assert loaded.config["layers"] == loaded._given["layers"] == [0]
+        assert all(loaded.config[name] == guider.config[name] for name in ("rescale", "composite", "batched"))
+        assert kv.load_policy(loaded.config["policy"]) == (kv.load_policy(given) if isinstance(given, str) else given)
         assert loaded._start == 0.1
         assert loaded._given["source"] is None
     other = guider.new(guidance_scale=7.0, mask=1 - MASK)
@@ -173,13 +175,30 @@ def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(other._given["mask"], 1 - MASK)
 
 
+def test_layers_are_chosen_by_index_or_given_as_an_object(pipe: Any, tmp_path: Any) -> None:
+    def fused(guider: KVLockGuider) -> list[int]:
+        modular(pipe, guider=guider)()
+        return [step.fused_layers for step in guider.trace]
+
+    guider = KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler, layers=range(1))
+    assert fused(guider) == [1] * 5
+    assert guider.config["layers"] == [0]
+    both = guider.new(layers=kv.find_layers(pipe.transformer))
+    assert fused(both) == [2] * 5
+    both.save_pretrained(tmp_path)  # an object is not saved
+    assert KVLockGuider.from_pretrained(tmp_path).config["layers"] is None
+    assert fused(both.edit(layers=slice(1))) == [1] * 5
+
+
 def test_a_policy_that_is_code_is_not_saved(tmp_path: Any) -> None:
     @kv.stateless
     def mine(obs: kv.Observation) -> kv.Control:
-        return kv.Control(lock=0.5, cfg_scale=obs.cfg_scale)
+        return kv.Control(lock=0.5)
 
+    guider = KVLockGuider(policy=mine)
     with pytest.raises(PolicyError, match="cannot be written to a file"):
-        KVLockGuider(policy=mine).save_pretrained(tmp_path)
+        guider.save_pretrained(tmp_path)
+    assert guider.partner(3.0)._policy is mine
 
 
 def test_the_noise_level_must_be_known_exactly() -> None:
@@ -213,3 +232,9 @@ def test_a_clip_that_the_vae_would_cut_is_not_encoded(pipe: Any) -> None:
     }.values():
         with pytest.raises(SourceError, match=message):
             encode_clip(pipe.vae, wrong)
+
+
+def test_without_diffusers_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import kvlock_sampling as kv; kv.diffusers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "pip install 'kvlock-sampling[diffusers]'" in done.stderr

@@ -21,7 +21,9 @@ POLICIES = {
     "windowed": kv.Windowed(kv.Linear(), last=3),
     "smoothed": kv.Smoothed(kv.Linear(), half_life=0.5),
     "clamped": kv.Clamped(kv.Linear(), lock=(0.1, 0.6)),
-    "function": kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale * 0.8)),
+    "function": kv.stateless(
+        lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.requested_cfg_scale * 0.8)
+    ),
     "paper": "paper",
     "default": "default",
 }
@@ -40,7 +42,7 @@ def test_off_is_bit_identical_with_hooks_installed(setup, sampler):
     with never:
         assert torch.equal(run(never, setup, sampler), bare)
     # A policy that may lock, and does not: the source is held, the layers are known, nothing stands at them.
-    idle = setup.lock(policy=kv.stateless(lambda obs: kv.Control(0.0, obs.cfg_scale)), composite=False)
+    idle = setup.lock(policy=kv.stateless(lambda obs: kv.Control(0.0)), composite=False)
     with idle:
         assert "forward" not in vars(setup.model.inner_model.transformer.blocks[0].attn1)
         assert torch.equal(run(idle, setup, sampler), bare)
@@ -105,7 +107,7 @@ def test_texts_of_different_lengths_fall_back_to_one_by_one(setup):
     cfg = {**setup.cfg, "uncond": torch.zeros(1, 1, 8)}
     lock = setup.lock(policy=kv.Constant(0.7))
     lock.sample("euler", setup.x, setup.sigmas, extra_args=cfg)
-    assert {s.evaluations for s in lock.trace} == {3}
+    assert {s.nfe for s in lock.trace} == {3}
     assert {s.fused_layers for s in lock.trace} == {2}
 
 
@@ -127,7 +129,7 @@ class ScriptCFG(torch.nn.Module):
 def test_wrapping_a_guided_denoiser_off_is_identical(setup):
     bare = run(ScriptCFG(setup.model), setup, "euler")
     lock = kv.KVLock(ScriptCFG(setup.model), source=setup.source, mask=setup.mask, policy=kv.Constant(0.0))
-    assert lock.scale_arg == "cond_scale"
+    assert lock.settings.scale_arg == "cond_scale"
     with lock:
         assert torch.equal(run(lock, setup, "euler"), bare)
 
@@ -144,7 +146,7 @@ def test_wrapping_a_guided_denoiser_equals_owning_the_guidance(setup):
 
 def test_the_lock_drives_a_guided_denoisers_scale(setup):
     model = ScriptCFG(setup.model)
-    lock = kv.KVLock(model, policy=kv.stateless(lambda o: kv.Control(0.0, o.cfg_scale * 0.5)))
+    lock = kv.KVLock(model, policy=kv.stateless(lambda o: kv.Control(cfg_scale=o.requested_cfg_scale * 0.5)))
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert model.scales[0] == 3.0  # nothing measured yet
     assert model.scales[-1] == 1.5
@@ -155,7 +157,7 @@ def test_guidance_of_one_skips_the_unconditional_pass(setup):
     def counted(policy, scale):
         lock = setup.lock(policy=policy)
         lock.sample("euler", setup.x, setup.sigmas, extra_args={**setup.cfg, "cond_scale": scale})
-        return [s.evaluations for s in lock.trace]
+        return [s.nfe for s in lock.trace]
 
     assert set(counted(kv.Constant(lock=0.0), 1.0)) == {1}
     assert set(counted(kv.Constant(lock=1.0), 1.0)) == {2}
@@ -193,14 +195,14 @@ def test_scheduled_guidance_is_floored_and_the_floor_can_be_lifted(setup):
         lock = setup.lock(policy=calm, cfg_floor=floor)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         assert {float(s.cfg_scale) for s in lock.trace} == {expected}
-    assert kv.KVLock(setup.model, policy="paper").cfg_floor == 0.0
+    assert kv.KVLock(setup.model, policy="paper").settings.cfg_floor == 0.0
 
 
 def test_the_paper_preset_is_the_papers():
     lock = kv.KVLock(lambda x, sigma: x, policy="paper")
-    assert lock.threshold == 0.01
-    assert lock.rescale is True
-    assert lock.estimator == kv.TrajectoryVariance(window=10)
+    assert lock.settings.threshold == 0.01
+    assert lock.settings.rescale is True
+    assert lock.settings.estimator == kv.TrajectoryVariance(window=10)
 
 
 def test_variance_control_without_a_source(setup):
@@ -216,8 +218,8 @@ def test_renoise_probes_are_counted_and_locked(setup):
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     # cond + uncond + 2 probes; with the lock on, a source row beside the branches and one beside the probes, or where
     # only what can change is computed one source pass for all of them.
-    assert lock.trace.steps[0].evaluations == 4
-    assert lock.trace.steps[-1].evaluations == (5 if lock.trace.steps[-1].computed < 1 else 6)
+    assert lock.trace.steps[0].nfe == 4
+    assert lock.trace.steps[-1].nfe == (5 if lock.trace.steps[-1].computed < 1 else 6)
 
 
 def test_a_threshold_may_depend_on_sigma(setup):
@@ -266,10 +268,10 @@ def test_bad_inputs_name_the_fix(setup):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda o: kv.Control(torch.zeros(5), o.cfg_scale), r"lock of shape \(5,\); expected \(batch,\) = \(1,\)"),
+        (lambda o: kv.Control(torch.zeros(5)), r"lock of shape \(5,\); expected \(batch,\) = \(1,\)"),
         (lambda o: kv.Control(0.0, torch.zeros(1, 7)), r"cfg_scale of shape \(1, 7\)"),
-        (lambda o: kv.Control(1.5, o.cfg_scale), r"a lock in \[1.5, 1.5\]; expected \[0, 1\]"),
-        (lambda o: kv.Control(float("nan"), o.cfg_scale), "lock=nan; expected a finite number"),
+        (lambda o: kv.Control(1.5), r"a lock in \[1.5, 1.5\]; expected \[0, 1\]"),
+        (lambda o: kv.Control(float("nan")), "lock with NaN or inf; expected finite numbers"),
         (lambda o: 0.5, "returned float; expected a Control"),
         (lambda o: kv.Control("high", 1.0), "lock of type str"),
     ],
@@ -281,7 +283,7 @@ def test_a_policy_that_breaks_the_contract_is_told_how(setup, answer, message):
 
 def test_a_lock_per_token(setup):
     grid = torch.linspace(0, 1, 48).view(1, 48)
-    lock = setup.lock(policy=kv.stateless(lambda o: kv.Control(grid, o.cfg_scale), uses_risk=False))
+    lock = setup.lock(policy=kv.stateless(lambda o: kv.Control(grid), uses_risk=False))
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert lock.trace.rows()[-1]["lock"] == pytest.approx(0.5)
 
@@ -291,8 +293,8 @@ def test_a_ring_around_the_edit_takes_a_share_of_the_lock(setup):
     mask[..., 0:2, 0:2] = 1  # the first token of every frame
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        original = attention.Frame.process
-        patch.setattr(attention.Frame, "process", lambda s, *a: (seen.append(s.ratio), original(s, *a))[1])
+        original = attention.FusionContext.process
+        patch.setattr(attention.FusionContext, "process", lambda s, *a: (seen.append(s.ratio), original(s, *a))[1])
         lock = kv.KVLock(setup.model, source=setup.source, mask=mask, policy=kv.Constant(0.8), transition=(1, 0.5))
         with lock:
             lock(setup.x, setup.sigmas[:1], **setup.cfg)
@@ -406,11 +408,11 @@ def test_more_doors(setup, tmp_path):
             setup.lock(threshold=bad)
     path = tmp_path / "mine.toml"
     path.write_text(kv.to_toml(kv.Constant(0.3)))
-    assert setup.lock(policy=path).policy == kv.Constant(0.3)
+    assert setup.lock(policy=path).settings.policy == kv.Constant(0.3)
     source = setup.source.clone().requires_grad_()
     with kv.KVLock(setup.model, source=source, mask=setup.mask, policy="full") as lock:
         assert not lock(setup.x, setup.sigmas[:1], **setup.cfg).requires_grad
-    assert kv.KVLock(setup.model).policy.never_locks  # no source, no policy named: guidance alone
+    assert not kv.KVLock(setup.model).settings.policy.may_lock  # no source, no policy named: guidance alone
     told = setup.lock(policy=kv.Windowed(kv.Constant(1.0), last=2), sigmas=setup.sigmas.tolist())
     with told:
         told(setup.x, float(setup.sigmas[0]), **setup.cfg)
@@ -451,7 +453,7 @@ def test_the_schedule_is_on_the_clock_of_the_policies(setup):
     @kv.stateless
     def watching(obs):
         seen.append((obs.sigma, obs.steps_left))
-        return kv.Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return kv.Control(lock=0.0)
 
     times = torch.tensor([0.9, 0.7, 0.5, 0.2, 0.0])
     lock = kv.KVLock(FlowForm(), policy=watching)
@@ -465,10 +467,10 @@ def test_the_schedule_is_on_the_clock_of_the_policies(setup):
 
 def test_a_policy_that_locks_although_it_never_does_is_told(setup):
     class Liar(kv.Policy):
-        never_locks = True
+        may_lock = False
 
         def step(self, state, obs):
-            return state, kv.Control(lock=1.0, cfg_scale=obs.cfg_scale)
+            return state, kv.Control(lock=1.0)
 
     lock = setup.lock(policy=Liar())
     with pytest.raises(SourceError, match="nothing to lock to"):

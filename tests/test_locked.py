@@ -21,10 +21,10 @@ from in_diffusers import (
     noise,
     run,
 )
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
-from kvlock_sampling.testing.pipelines import tiny_pipeline
 from kvlock_sampling.types import RunError, SourceError
 
 
@@ -50,7 +50,7 @@ def test_estimators_that_ask_again_get_the_same_answers(pipe: Any) -> None:
     _, trace = by_sampler(pipe, **options)
     with locked(pipe, **EDIT, **options) as session:
         run(pipe)
-    assert session.trace.evaluations == trace.evaluations > 3 * 5
+    assert session.trace.nfe == trace.nfe > 3 * 5
     for ours, theirs in zip(session.trace.rows(), trace.rows(), strict=True):
         assert ours["variance"] == pytest.approx(theirs["variance"], rel=0.02, nan_ok=True)
 
@@ -63,14 +63,14 @@ def test_off_is_the_same_bits_in_a_classic_pipeline(dtype: torch.dtype) -> None:
     with locked(pipe, policy=kv.Constant(lock=0.0)) as session:
         assert torch.equal(run(pipe), plain)
     assert len(session.trace) == 5
-    assert session.trace.evaluations == 10
+    assert session.trace.nfe == 10
     with locked(pipe, **EDIT, policy=kv.Constant(lock=0.0), composite=False):
         assert torch.equal(run(pipe), plain)
 
 
 def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
     plain = run(pipe)
-    inside = dict(pipe.transformer.__dict__)
+    inside, kind = dict(pipe.transformer.__dict__), type(pipe.transformer)
     hooks = [
         (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
     ]
@@ -88,6 +88,7 @@ def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
     with pytest.raises(KeyError, match="stop"), locked(pipe, **EDIT):
         run(pipe, callback_on_step_end=stop)
     assert pipe.transformer.__dict__.keys() == inside.keys()
+    assert type(pipe.transformer) is kind
     assert [
         (len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in pipe.transformer.modules()
     ] == hooks
@@ -95,7 +96,7 @@ def test_the_pipeline_is_what_it_was(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-ti2v", "wan-image", "wan-vace"])
-def test_the_background_is_the_sources_and_the_sites_fire(name: str) -> None:
+def test_the_background_is_the_sources_and_the_layers_fire(name: str) -> None:
     from PIL import Image
 
     pipe = tiny_pipeline(name)
@@ -137,14 +138,14 @@ def test_the_policy_sets_the_scale_whatever_the_pipeline_was_called_with(pipe: A
 def test_a_scale_of_one_costs_no_unconditional_pass(pipe: Any) -> None:
     with locked(pipe, policy=kv.Constant(lock=0.0, cfg_scale=1.0)) as session:
         got = run(pipe)
-    assert session.trace.evaluations == 5
+    assert session.trace.nfe == 5
     assert far_apart(got, run(pipe, guidance_scale=1.0)) < 1e-5
 
 
 def test_a_pipeline_without_guidance_is_locked_too(pipe: Any) -> None:
     with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0)) as session:
         got = run(pipe, guidance_scale=1.0)
-    assert session.trace.evaluations == 10  # the edit and the source
+    assert session.trace.nfe == 10  # the edit and the source
     assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) < 1e-5
 
 
@@ -241,7 +242,7 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
-def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlock_sampling.kv_cache import session as keeping
 
     pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
@@ -253,13 +254,13 @@ def test_a_bank_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPa
     for passes, experts in ((15, 1 + (name == "wan-2.2")), (10, 2 * (1 + (name == "wan-2.2")))):
         with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
-        assert session.trace.evaluations == passes
+        assert session.trace.nfe == passes
         assert len(keys) == experts  # told once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
         sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))
-        first, kept = sample(), guider.trace.evaluations
-        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.evaluations) == (15, True, 10)
+        first, kept = sample(), guider.trace.nfe
+        assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.nfe) == (15, True, 10)
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
@@ -295,10 +296,11 @@ def test_calls_that_are_not_the_pipelines_pass(pipe: Any) -> None:
         plain = pipe.transformer(**arguments)[0]
         with locked(pipe, **EDIT):
             assert torch.equal(pipe.transformer(**arguments)[0], plain)
+            assert torch.equal(pipe.transformer(**arguments | {"return_dict": True}).sample, plain)
 
 
 def test_two_clips_are_two_edits() -> None:
-    """Each clip's result is its own, whoever is beside it."""
+    """A clip gives the same result alone and in a batch."""
     pipe = classic()
     starts, sources = torch.cat([noise(4), noise(5)]), torch.cat([noise(6), noise(7)])
     prompts = ["a red square", "a circle"]
@@ -319,13 +321,13 @@ def test_offloading_may_renew_its_hooks_between_two_calls() -> None:
     pipe = classic()
     with locked(pipe, **EDIT) as session:
         wanted = run(pipe)
-    passes = session.trace.evaluations
+    passes = session.trace.nfe
     plain = run(pipe)
     add_hook_to_module(pipe.transformer, ModelHook())
     with locked(pipe, **EDIT) as session:
         for _ in range(3):
             assert torch.equal(run(pipe), wanted)
-            assert session.trace.evaluations == passes
+            assert session.trace.nfe == passes
             remove_hook_from_module(pipe.transformer)
             add_hook_to_module(pipe.transformer, ModelHook())
     assert torch.equal(run(pipe), plain)
@@ -334,3 +336,19 @@ def test_offloading_may_renew_its_hooks_between_two_calls() -> None:
     assert (
         "forward" not in vars(pipe.transformer) or pipe.transformer.forward.__func__ is type(pipe.transformer).forward
     )
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["transformer.compile()", "torch.compile(transformer)"])
+def test_a_compiled_transformer_is_locked_and_is_compiled_again_afterwards(pipe: Any, inside: bool) -> None:
+    plain = run(pipe)
+    with locked(pipe, **EDIT):
+        wanted = run(pipe)
+    compiled = classic()
+    if inside:
+        compiled.transformer.compile(backend="eager")
+    else:
+        compiled.transformer = torch.compile(compiled.transformer, backend="eager")
+    with locked(compiled, **EDIT) as session:
+        assert far_apart(run(compiled), wanted) < 1e-5
+    assert all(step.fused_layers == 2 for step in session.trace)
+    assert torch.equal(run(compiled), plain)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling import options
+from kvlock_sampling import settings as options
 from kvlock_sampling.types import EstimatorError, MaskError, PolicyError, RunError, SourceError
-from kvlock_sampling.variance import GuidanceGap
 
 OFF, HALF = kv.Constant(0.0), kv.Constant(0.5)
+
+
+@dataclass(frozen=True)
+class Silent(kv.Estimator):
+    """Reports where there is an unconditional prediction only."""
+
+    def step(self, state, evaluation):
+        return state, None if evaluation.uncond is None else torch.ones(len(evaluation.x))
 
 
 def euler(lock, setup, **changes):
@@ -56,14 +64,16 @@ def test_source_mask_and_noise_are_copied(setup, policy):
     array = setup.mask.numpy().copy()
     lock = kv.KVLock(setup.model, source=setup.source, mask=array, policy=policy)
     array[:] = 1
-    assert torch.equal(lock.region.latent(setup.source), setup.mask)
-    assert torch.equal(lock.region.latent(torch.zeros(2, *setup.source.shape[1:]))[:1], setup.mask)
+    assert torch.equal(lock.settings.mask.latent(setup.source), setup.mask)
+    assert torch.equal(lock.settings.mask.latent(torch.zeros(2, *setup.source.shape[1:]))[:1], setup.mask)
 
 
 def test_a_source_made_in_inference_mode_is_an_ordinary_tensor_in_the_lock(setup):
     with torch.inference_mode():
         lock = kv.KVLock(setup.model, source=setup.source * 1, mask=setup.mask * 1, noise=setup.x * 1)
-    assert not any(t.is_inference() for t in (lock.source.latents, lock.source.noise, lock.region.given))
+    assert not any(
+        t.is_inference() for t in (lock.settings.source.latents, lock.settings.source.noise, lock.settings.mask.given)
+    )
 
 
 def test_prompts_are_read_at_every_evaluation(setup):
@@ -106,11 +116,11 @@ def test_several_slips_are_named_together(setup):
 def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     lock = kv.KVLock(setup.model, mask=setup.mask, policy="sigmoid")
     everywhere = kv.KVLock(setup.model, policy=kv.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
-    inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.policy)
+    inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.settings.policy)
     euler(everywhere, setup), euler(inside, setup)
     assert told(recwarn) == []
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
-    assert lock.region is not None
+    assert lock.settings.mask is not None
     kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
     assert told(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
@@ -144,7 +154,7 @@ def test_off_sets_aside_what_describes_and_tells_of_what_was_asked_for(setup, re
     assert torch.equal(euler(off, setup), plain)
     off = setup.lock(policy="off", kv_cache=kv.KVCache(), layers=[0], transition=(1, 0.5), foreground=True)
     assert [t.split(":")[0] for t in told(recwarn)] == ["layers=, transition=, foreground=, kv_cache= without effect"]
-    assert off.kv_cache is None
+    assert off.settings.kv_cache is None
 
 
 @pytest.mark.parametrize("policy", [HALF, "off", "fast"])
@@ -163,8 +173,8 @@ def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn
 
 
 def test_a_run_in_which_nothing_could_be_measured_is_told(setup):
-    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
-    with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*GuidanceGap"):
+    gap = setup.lock(policy="sigmoid", estimator=Silent())
+    with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*Silent"):
         gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,7 +200,7 @@ def test_runs_of_one_block_are_looked_at_one_by_one(setup, told_schedule):
         assert any(torch.isfinite(step.variance).all() for step in lock.trace)
         runs(lock, setup, 1, 1, 1, told_schedule=told_schedule)
         assert len(lock.trace) == 3
-    gap = setup.lock(policy="sigmoid", estimator=GuidanceGap())
+    gap = setup.lock(policy="sigmoid", estimator=Silent())
     with pytest.warns(UserWarning, match="nothing was measured in a run of 5 evaluations"):
         runs(gap, setup, 3, 5, 1, told_schedule=told_schedule)
 
@@ -218,7 +228,7 @@ def test_a_scale_that_the_model_does_not_take_is_refused(setup):
     def script(x, sigma, cond, guidance=3.0):
         return setup.model(x, sigma, cond=cond)
 
-    assert kv.KVLock(script, scale_arg="guidance").scale_arg == "guidance"
+    assert kv.KVLock(script, scale_arg="guidance").settings.scale_arg == "guidance"
     with pytest.raises(RunError, match="scale_arg='scale' is no argument of function, which takes x, sigma, cond, gui"):
         kv.KVLock(script, scale_arg="scale")
 
@@ -233,7 +243,7 @@ def test_an_unconditional_prompt_without_a_scale_is_told_once(setup, recwarn):
     lock = setup.lock(policy=HALF)
     lock.sample("euler", setup.x, setup.sigmas, extra_args=prompts)
     assert [t[:33] for t in told(recwarn)] == ["uncond was given without cond_sca"]
-    assert lock.trace.evaluations == 2 * 6  # indeed: cond and source
+    assert lock.trace.nfe == 2 * 6  # indeed: cond and source
     setup.lock(policy=kv.Constant(0.5, cfg_scale=3.0)).sample("euler", setup.x, setup.sigmas, extra_args=prompts)
     euler(lock, setup, cond_scale=1.0)
     assert told(recwarn) == []
@@ -242,7 +252,7 @@ def test_an_unconditional_prompt_without_a_scale_is_told_once(setup, recwarn):
 # values
 
 
-@pytest.mark.parametrize("name", ["composite", "rescale", "batched", "foreground"])
+@pytest.mark.parametrize("name", ["rescale", "batched", "foreground"])
 def test_switches_are_true_or_false(setup, name):
     with pytest.raises(kv.KVLockError, match=f"{name}='no'; expected True or False"):
         setup.lock(**{name: "no"})
@@ -267,5 +277,11 @@ def test_an_estimator_is_an_object(setup, given, works):
 
 
 def test_names_of_what_was_given():
-    assert options.named({"a": None, "b": False, "c": {}, "d": 0.0, "e": "x"}) == "d=, e="
-    assert options.named({}) == ""
+    assert options._named({"a": None, "b": False, "c": {}, "d": 0.0, "e": "x"}) == "d=, e="
+    assert options._named({}) == ""
+
+
+@pytest.mark.parametrize("weight", ["no", -0.1, 1.1, float("nan")])
+def test_composite_is_a_weight(setup, weight):
+    with pytest.raises(kv.KVLockError, match=r"composite=.*in \[0, 1\], True or False"):
+        setup.lock(composite=weight)

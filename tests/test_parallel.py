@@ -81,7 +81,7 @@ def test_there_was_something_to_get_wrong(case: str, alone: dict[str, Any]) -> N
 REFUSED = {
     "attention that does not communicate": "does not\\s+communicate.*leave enable_parallelism away",
     "a lock from before": "after model.enable_parallelism",
-    "a bank": "without kv_cache=",
+    "a KV cache": "without kv_cache=",
     "layers known as calls": "Declare the model",
     "extra tokens": "extra tokens.*leave enable_parallelism away",
     "no plan": "cp_plan",  # diffusers' own

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.integrations.diffusers.models import PipelineError
-from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.integrations.diffusers import PipelineError
+from kvlock_sampling.integrations.diffusers import latents as codec
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
@@ -135,8 +136,11 @@ def test_a_clip_that_fits_comes_back_from_the_vae_in_its_size(name, size):
 @pytest.mark.parametrize("name", NAMES)
 def test_normalising_is_undone_exactly(name):
     video, clip, _ = model(name)
-    raw = torch.randn(video.pipe.vae.encode(clip).latent_dist.mode().shape)
-    torch.testing.assert_close(video._denormalise(video._normalise(raw)), raw)
+    vae = video.pipe.vae
+    raw = torch.randn(vae.encode(clip).latent_dist.mode().shape)
+    seen = video._padded(codec.normalise(vae, raw))
+    torch.testing.assert_close(codec.denormalise(vae, video._unpadded(seen)), raw)
+    assert not torch.allclose(seen[:, :, -1], raw[:, :, -1])
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2", "wan-image", "wan-vace", "ltx", "cogvideox", "hunyuan"])
@@ -281,7 +285,7 @@ def test_branches_in_one_call_or_one_after_another():
     assert results[0].nfe == results[1].nfe
 
 
-def test_a_subclass_of_somebodys_own_is_of_the_family():
+def test_a_users_subclass_is_of_the_family():
     class Mine(diffusers.LTXPipeline):
         pass
 
@@ -339,7 +343,7 @@ def test_misuse_is_refused_with_the_fix(name):
         use()
 
 
-def test_what_is_missing_or_cannot_be_meant_is_told_at_the_door():
+def test_a_missing_part_or_another_scheduler_is_refused_at_construction():
     pipe = tiny_pipeline("wan")
     pipe.vae = None
     with pytest.raises(PipelineError, match=r"has no vae.*from_pretrained"):

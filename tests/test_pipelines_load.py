@@ -6,18 +6,19 @@ import json
 import re
 import shutil
 import sys
-import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from toy_pipelines import tiny_pipeline
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.app.models import read_pair
-from kvlock_sampling.integrations.diffusers.models import PipelineError, load
-from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.integrations.diffusers import PipelineError
+from kvlock_sampling.integrations.diffusers.models import load
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.video import read_clip, write_clip
 
@@ -184,38 +185,23 @@ def unread(monkeypatch):
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", read)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, monkeypatch, unread):
-    pipe = tiny_pipeline("wan")
-    parts = load.weight_bytes(folder / "wan", torch.float32, torch.float32)
-    assert parts == {
-        name: sum(p.numel() for p in getattr(pipe, name).parameters()) * 4
-        for name in ("text_encoder", "transformer", "vae")
-    }
-    halves = load.weight_bytes(folder / "wan", torch.bfloat16, torch.float32)
-    assert halves["transformer"] * 2 == parts["transformer"]
-    assert halves["vae"] == parts["vae"]
+def test_weights_that_exceed_the_devices_free_memory_are_warned_of(monkeypatch):
+    pipe, cuda = tiny_pipeline("wan"), torch.device("cuda")
+    parts = [sum(p.numel() for p in part.parameters()) * 4 for part in (pipe.text_encoder, pipe.transformer, pipe.vae)]
 
-    cuda, total = torch.device("cuda"), sum(parts.values())
-    memory = {"cuda": total - 1, "cpu": 10 * total}
-    monkeypatch.setattr(load, "memory_of", lambda device: memory[device.type])
-    started = time.perf_counter()
-    with pytest.raises(PipelineError, match=r"(?s)does not fit.*--offload model.*--offload group.*--dtype bfloat16"):
-        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32)
-    assert time.perf_counter() - started < 2
-    memory["cuda"] = max(parts.values()) - 1
-    with pytest.raises(PipelineError, match=r"(?s)does not fit.*--offload group") as refusal:
-        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32, offload="model")
-    assert "--offload model" not in str(refusal.value)
-    memory |= {"cuda": 1, "cpu": total - 1}
-    with pytest.raises(PipelineError, match="host memory"):
-        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32, offload="group")
-    memory["cpu"] = sum(halves.values()) - 1
-    with pytest.raises(PipelineError, match=r"(?s)does not fit.*smaller checkpoint") as refusal:
-        kv.load_pipeline(folder / "wan", device="cpu", dtype=torch.bfloat16)
-    assert "--offload" not in str(refusal.value)
-    memory |= {"cuda": total, "cpu": total}
-    with pytest.raises(AssertionError, match="weights were read"):
-        kv.load_pipeline(folder / "wan", device=cuda, dtype=torch.float32)
+    def warned(free: int, offload: str) -> bool:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load.warn_if_too_large(pipe, cuda, offload)
+        assert all("offload=" in str(w.message) for w in caught)
+        return bool(caught)
+
+    assert warned(sum(parts) - 1, "none")
+    assert not warned(sum(parts), "none")
+    assert warned(max(parts) - 1, "model")
+    assert not warned(max(parts), "model")
+    assert not warned(1, "group")
 
 
 def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folder, tmp_path, unread):
@@ -228,7 +214,7 @@ def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folde
 
 
 def test_a_folder_that_is_no_pipeline(folder, tmp_path):
-    with pytest.raises(PipelineError, match=r"(?s)is not there.*save_pretrained.*hf download"):
+    with pytest.raises(PipelineError, match=r"(?s)does not exist.*save_pretrained.*hf download"):
         kv.load_pipeline(tmp_path / "nowhere")
     with pytest.raises(PipelineError, match=r"holds no model_index\.json"):
         kv.load_pipeline(tmp_path)
@@ -245,20 +231,8 @@ def test_a_folder_that_is_no_pipeline(folder, tmp_path):
 
 def test_packages_that_are_missing_are_named_with_the_command(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(PipelineError, match=r"(?s)needs transformers.*pip install 'kvlock-sampling\[pipelines\]'"):
+    with pytest.raises(kv.KVLockError, match=r"(?s)needs transformers.*pip install 'kvlock-sampling\[diffusers\]'"):
         kv.load_pipeline(folder / "wan")
-
-
-def test_shards_and_variants_are_counted_once(tmp_path):
-    transformer = tiny_pipeline("wan").transformer
-    bytes_of = sum(p.numel() for p in transformer.parameters()) * 4
-    transformer.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
-    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    assert load.weight_bytes(tmp_path, torch.float32, torch.float32) == {"transformer": bytes_of}
-    whole = tmp_path / "both"
-    transformer.save_pretrained(whole / "transformer")
-    transformer.half().save_pretrained(whole / "transformer", variant="fp16")
-    assert load.weight_bytes(whole, torch.float32, torch.float32) == {"transformer": bytes_of}
 
 
 def test_calibrating_on_a_folder_of_clips(folder, tmp_path):
@@ -332,4 +306,4 @@ def test_weights_that_did_not_arrive_are_named(folder, tmp_path, damage):
     file.write_bytes({"header": whole[:100], "data": whole[:-1], "empty": b"", "pointer": POINTER}.get(damage, whole))
     with pytest.raises(PipelineError, match=r"is the download complete\?") as caught:
         load.load_pipeline(broken)
-    assert str(file) in str(caught.value)
+    assert str(broken) in str(caught.value)

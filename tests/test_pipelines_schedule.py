@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.integrations.diffusers.models import PipelineError
-from kvlock_sampling.integrations.diffusers.schedule import DiscreteClock, flow_times, levels
-from kvlock_sampling.testing.pipelines import tiny_pipeline
+from kvlock_sampling.integrations.diffusers import PipelineError
+from kvlock_sampling.integrations.diffusers.schedule import DiscreteClock, flow_times, schedule_sigmas
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
@@ -107,7 +107,7 @@ def test_a_start_part_way_keeps_the_number_of_steps_and_the_spacing(name, streng
 )
 def test_levels_always_fall_strictly_from_finite_to_zero(steps, strength, shift, t_max):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    sigmas = levels(lambda n: flow_times(scheduler, num_inference_steps=n), steps, strength, t_max)
+    sigmas = schedule_sigmas(lambda n: flow_times(scheduler, num_inference_steps=n), steps, strength, t_max)
     assert torch.isfinite(sigmas).all()
     assert (sigmas[1:] < sigmas[:-1]).all()
     assert sigmas[-1] == 0
@@ -120,7 +120,7 @@ def test_no_schedule_at_all_is_refused(steps, strength):
         kv.from_pipeline(tiny_pipeline("wan")).sigmas(steps, strength)
 
 
-def test_a_scheduler_that_needs_more_is_told_of():
+def test_a_scheduler_that_needs_mu_is_refused_with_the_fix():
     pipe = tiny_pipeline("wan")
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     with pytest.raises(PipelineError, match=r"(?s)mu.*kv\.from_pipeline\(pipe, shift=3\.0\)"):

@@ -1,14 +1,13 @@
 """The shelf: every preset loads by name, says what it is, survives a round trip, and reaches people who use pip."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from kvlock_sampling import presets
 from kvlock_sampling.policy import (
@@ -23,10 +22,13 @@ from kvlock_sampling.policy import (
     Windowed,
     stateless,
 )
-from kvlock_sampling.presets import Preset, describe, load_policy, load_policy_text, preset_names, save_policy, to_toml
+from kvlock_sampling.presets import Preset, describe, load_policy, load_preset, preset_names, save_policy, to_toml
 from kvlock_sampling.testing import check_policy
-from kvlock_sampling.types import Control, KVLockError, Observation, PolicyError
+from kvlock_sampling.types import Control, PolicyError
 from kvlock_sampling.utils import files
+from kvlock_sampling.utils.tables import from_table, read_toml, to_table, write_toml
+from kvlock_sampling.variance import Combined, Relative, RenoiseVariance, Sparse, TrajectoryVariance
+from kvlock_sampling.variance.thresholds import ThresholdCurve
 
 ROOT = Path(__file__).parent.parent
 SHELF = sorted((ROOT / "policies").glob("*.toml"))
@@ -34,18 +36,28 @@ SHELF = sorted((ROOT / "policies").glob("*.toml"))
 BUILT_IN = [
     Constant(),
     Constant(lock=0.3, cfg_scale=4.0),
-    Linear(gain=0.5, schedule_cfg=False),
+    Linear(gain=0.5, cfg_max=None),
     Threshold(on=1.5, cfg_alarm=0.5),
     Sigmoid(width=1e-5, cfg_range=(1.5, 0.5)),
     PID(slew=0.5, kd=1 / 3),
-    Windowed(Linear(), last=20, below=3.3, outside=Control(0.5, 1.25)),
+    Windowed(Linear(), last=20, below=3.3),
     Smoothed(PID(), half_life=0.3),
     LockAbove(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
     Clamped(Smoothed(Windowed(Threshold(), above=1.0), half_life=1.0), cfg=(1.0, 8.0)),
+]
+
+MOVES = TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(1, 2, 2))
+
+DEEP = "policy = " + "{ type = 'Smoothed', half_life = 1, policy = " * 20 + "3" + " }" * 20 + "\n"
+
+PRESETS = [
     Preset(PID(), threshold=0.02),
+    Preset(PID(), threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02))),
     Preset(Constant(lock=1.0), kv_cache={"every": 2, "ratio": 1.25, "format": "bf16", "budget": "1GB"}),
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
-    Preset(Linear(), estimator={"type": "X", "k": 3, "s": 'a "b"\\\n', "at": [0.1, 0.2], "in": {"type": "Y", "n": 1}}),
+    Preset(Linear(), estimator=MOVES),
+    Preset(Linear(), estimator=Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True), rescale=True),
+    Preset(Linear(), estimator=Combined((Relative(MOVES), Sparse(MOVES, every=2)), how="mean", weights=(1.0, 2.0))),
 ]
 
 
@@ -64,10 +76,11 @@ def test_there_is_a_preset_for_every_policy():
 
 @pytest.mark.parametrize("path", SHELF, ids=lambda p: p.stem)
 def test_presets_load_keep_the_contract_and_survive_a_round_trip(path):
-    policy = load_policy(path.stem)
-    assert policy == load_policy(path) == load_policy(str(path)) == load_policy_text(path.read_text())
-    assert load_policy(to_toml(policy)) == policy
-    check_policy(policy, tokens=3)
+    preset = load_preset(path.stem)
+    assert preset == load_preset(path) == load_preset(str(path)) == load_preset(path.read_text())
+    assert load_preset(to_toml(preset)) == preset
+    assert load_policy(path.stem) == preset.policy
+    check_policy(preset.policy, tokens=3)
 
 
 @pytest.mark.parametrize("path", SHELF, ids=lambda p: p.stem)
@@ -78,20 +91,20 @@ def test_every_line_of_a_preset_is_commented(path):
 
 
 def test_the_paper_is_the_paper():
-    paper = load_policy("paper")
+    paper = load_preset("paper")
     assert paper == Preset(
         policy=Windowed(Linear(gain=1.0, cfg_max=2.0), last=20, below=3.3),
         threshold=0.01,
         cfg_floor=0.0,
         rescale=True,
-        estimator=(("type", "TrajectoryVariance"), ("window", 10)),
+        estimator=TrajectoryVariance(window=10),
     )
     t = 5 * 0.4 / (1 + 4 * 0.4)  # the flow time at which the last 20 of 50 steps begin, shift 5
     assert t / (1 - t) == pytest.approx(paper.policy.below, abs=0.05)
 
 
 def test_only_the_paper_sets_a_threshold():
-    assert [n for n in preset_names() if getattr(load_policy(n), "threshold", None) not in (None, 1.0)] == ["paper"]
+    assert [n for n in preset_names() if load_preset(n).threshold is not None] == ["paper"]
 
 
 def test_describe_has_a_row_for_each():
@@ -112,64 +125,29 @@ def test_the_readme_lists_every_file_and_links_to_what_exists():
 # -- Preset -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_preset_is_its_policy():
-    inner = PID(bias=0.25)
-    preset = Preset(inner, threshold=0.5)
-    risk = torch.tensor([0.5, 2.0])
-    obs = Observation(1.0, risk, risk, risk, torch.tensor([5.0, 5.0]))
-    assert preset.init() == inner.init()
-    assert preset.start(obs) == inner.start(obs)
-    state, control = preset.step(preset.init(), obs)
-    assert torch.equal(control.lock, inner.step(inner.init(), obs)[1].lock)
-    assert type(state) is type(inner.step(inner.init(), obs)[0])
-    assert (preset.never_locks, preset.uses_risk) == (False, True)
-    assert (Preset(Constant()).never_locks, Preset(Constant()).uses_risk) == (True, False)
-    hash(load_policy("paper"))
+def test_a_preset_is_no_policy():
+    with pytest.raises(PolicyError, match=r"of type Preset; expected a Policy(.|\n)*preset\.policy"):
+        Smoothed(load_preset("paper"), half_life=0.3)
+    assert Smoothed(load_preset("paper").policy, half_life=0.3).policy == load_policy("paper")
+    assert load_preset("fast").kv_cache == {"every": 3, "ratio": 1.5, "format": "int8"}
 
 
-def test_advice_is_never_lost_inside_a_combinator():
-    paper = load_policy("paper")
-    with pytest.raises(PolicyError, match=r"replace\(preset, policy=Smoothed\(preset\.policy"):
-        Smoothed(paper, half_life=0.3)
-    smooth = replace(paper, policy=Smoothed(paper.policy, half_life=0.3))
-    assert (smooth.threshold, smooth.policy.policy) == (0.01, paper.policy)
-
-
-def test_estimator_advice_is_a_table():
-    preset = Preset(PID(), estimator={"type": "RenoiseVariance", "draws": 2})
-    assert dict(preset.estimator) == {"type": "RenoiseVariance", "draws": 2}
-    with pytest.raises(PolicyError, match="names its class"):
-        Preset(PID(), estimator={"window": 10})
-    with pytest.raises(PolicyError, match="directory is not a setting that a preset may give"):
-        Preset(Constant(lock=1.0), kv_cache={"directory": "x"})
-    with pytest.raises(KVLockError, match="every=0"):
-        Preset(Constant(lock=1.0), kv_cache={"every": 0})
-
-
-def test_advice_on_what_a_policy_never_does_is_refused():
-    for advice in ({"threshold": 0.1}, {"estimator": {"type": "RenoiseVariance"}}):
-        with pytest.raises(PolicyError, match=rf"{next(iter(advice))}: Constant\(lock=1.0.*reads no risk"):
-            Preset(Constant(lock=1.0), **advice)
-        assert Preset(PID(), **advice).uses_risk
+def test_settings_for_what_a_policy_never_does_are_refused():
+    for given in ({"threshold": 0.1}, {"estimator": RenoiseVariance()}):
+        with pytest.raises(PolicyError, match=rf"{next(iter(given))}: Constant\(lock=1.0.*reads no risk"):
+            Preset(Constant(lock=1.0), **given)
+        assert Preset(PID(), **given).policy == PID()
     with pytest.raises(PolicyError, match="never locks, so nothing would be kept"):
         Preset(Constant(lock=0.0), kv_cache={"every": 3})
     with pytest.raises(PolicyError, match="text: threshold: "):
-        load_policy('threshold = 0.1\n[policy]\ntype = "Constant"\nlock = 1.0\n')
+        load_preset('threshold = 0.1\n[policy]\ntype = "Constant"\nlock = 1.0\n')
 
 
-@pytest.mark.parametrize(
-    ("kv_cache", "message"),
-    [
-        ("true", r"kv_cache=True; expected a table"),
-        ("{ every = 0 }", "kv_cache: every=0"),
-        ('{ every = "a" }', "every='a'"),
-    ],
-)
-def test_a_bank_that_cannot_be_meant_is_told_with_its_file(tmp_path, kv_cache, message):
+def test_a_kv_cache_is_a_table(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(f'kv_cache = {kv_cache}\n[policy]\ntype = "Constant"\nlock = 1.0\n')
-    with pytest.raises(PolicyError, match=f"mine.toml: .*{message}"):
-        load_policy(path)
+    path.write_text('kv_cache = true\n[policy]\ntype = "Constant"\nlock = 1.0\n')
+    with pytest.raises(PolicyError, match=r"mine.toml: .*kv_cache=True; expected a table"):
+        load_preset(path)
 
 
 # -- reading and writing ----------------------------------------------------------------------------------------------
@@ -180,9 +158,34 @@ def test_round_trip(policy):
     assert load_policy(to_toml(policy)) == policy
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=repr)
+def test_presets_survive_a_round_trip(preset):
+    assert load_preset(to_toml(preset)) == preset
+
+
+def test_any_text_and_number_survives():
+    table = {"s": 'a "b"\\\n\u00e9', "k e y": [0.1, 2, True], "in": {"x": 1e-300, "deep": {"y": -3}}}
+    assert read_toml(write_toml(table), "text") == table
+
+
 def test_code_cannot_be_written():
     with pytest.raises(PolicyError, match="cannot be written as a file"):
-        to_toml(Smoothed(stateless(lambda obs: Control(0.0, obs.cfg_scale)), half_life=1.0))
+        to_toml(Smoothed(stateless(lambda obs: Control(0.0)), half_life=1.0))
+
+
+@pytest.mark.parametrize("kind", [*presets.POLICIES.values(), *presets.ESTIMATORS.values()], ids=lambda k: k.__name__)
+def test_settings_of_any_wrong_type_are_an_error_and_not_a_crash(kind):
+    registry = {**presets.POLICIES, **presets.ESTIMATORS}
+    inner = {"policy": {"type": "PID"}, "estimator": {"type": "TrajectoryVariance", "patch": [1, 2, 2]}}
+    inner["estimators"] = [inner["estimator"]]
+    base = {"type": kind.__name__, "above": 1.0, "half_life": 1.0, **inner}
+    base = {key: value for key, value in base.items() if key == "type" or key in kind.__dataclass_fields__}
+    made = from_table(base, registry, "x")
+    assert from_table(to_table(made, registry), registry, "x") == made
+    for name in kind.__dataclass_fields__:
+        for wrong in ("text", 10**400, [[1]], {"a": 1}, float("nan"), -1, True):
+            with contextlib.suppress(PolicyError):  # no other kind of error
+                from_table({**base, name: wrong}, registry, "x")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +199,20 @@ def test_code_cannot_be_written():
         ("threshold = -1\n[policy]\ntype = 'PID'", ["threshold=-1", "> 0"]),
         ("rescale = 1\n[policy]\ntype = 'PID'", ["rescale=1", "True or False"]),
         ("policy = 3\n", ["policy = 3", "expected a table"]),
+        ("[policy]\ntype = 'Smoothed'\nhalf_life = 1\npolicy = 'PID'", ["policy.policy = 'PID'", "expected a table"]),
+        (DEEP, ["16 tables inside"]),
+        ("policy = " + "[" * 5000 + "\n", ["not valid TOML"]),
+        ("[policy]\ntype = 'PID'\ntarget = " + "1" * 5000, ["not valid TOML", "digits"]),
+        ("[policy]\ntype = 'PID'\ntarget = " + "1" * 400, ["policy: PID(target=111", "> 0"]),
+        ("threshold = " + "1" * 400 + "\n[policy]\ntype = 'PID'", ["threshold=111", "> 0"]),
+        ("[estimator]\ntype = 'Renoise'\n[policy]\ntype = 'PID'", ["estimator.type", "'RenoiseVariance'?"]),
+        (
+            "[estimator]\ntype = 'Sparse'\nevery = 2\nestimator = { type = 'RenoiseVariance', pases = 2 }\n"
+            "[policy]\ntype = 'PID'",
+            ["estimator.estimator.pases is not a setting of RenoiseVariance", "did you mean 'passes'?"],
+        ),
         ("[policy]\ntype = 'Linaer'", ["policy.type = 'Linaer'", "did you mean 'Linear'?", "Smoothed"]),
-        ("[policy]\nkp = 1", ["policy.type = None", "Known: Constant"]),
+        ("[policy]\nkp = 1", ["policy.type = None", "nown: Constant"]),
         ("[policy]\ntype = 'PID'\ntraget = 1", ["policy.traget", "did you mean 'target'?", "filter_width"]),
         (
             "[policy]\ntype = 'Windowed'\nlast = 9\n[policy.policy]\ntype = 'Linear'\ngian = 2",
@@ -253,7 +268,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     save_policy(PID(), path)
     assert load_policy(path) == PID()
     with pytest.raises(PolicyError):
-        save_policy(stateless(lambda obs: Control(0.0, obs.cfg_scale)), path)
+        save_policy(stateless(lambda obs: Control(0.0)), path)
 
     def fail(*_):
         raise OSError("disk full")
@@ -274,11 +289,11 @@ def test_presets_reach_people_who_use_pip(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--no-deps", "--target", str(target), str(wheel)], **run)
     script = (
         "from kvlock_sampling import presets; print(presets.__file__); print(*presets.preset_names());"
-        "print(presets.load_policy('paper').policy)"
+        "print(presets.load_policy('paper'))"
     )
     environment = {**os.environ, "PYTHONPATH": str(target)}
     where, names, paper = subprocess.run([python, "-c", script], env=environment, **run).stdout.splitlines()
     assert Path(where).is_relative_to(target)
     assert names.split() == preset_names()
-    assert paper == repr(load_policy("paper").policy)
+    assert paper == repr(load_policy("paper"))
     assert presets.__file__ != where

@@ -1,25 +1,13 @@
-"""Every recipe on the shelf is a complete policy that keeps the contract, and does what its first line says."""
+"""Every recipe on the shelf is a complete policy or estimator that keeps the contract."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from recipes import RECIPES, load
 
-from kvlock_sampling.testing import check_policy
-from kvlock_sampling.types import Observation
-
-RECIPES = sorted((Path(__file__).parent.parent / "policies" / "recipes").glob("*.py"))
-
-
-def load(name):
-    path = next(p for p in RECIPES if p.stem == name)
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from kvlock_sampling.testing import check_estimator, check_policy
+from kvlock_sampling.types import Evaluation, Observation
 
 
 def play(policy, sigmas, risks):
@@ -27,13 +15,17 @@ def play(policy, sigmas, risks):
     for sigma, risk in zip(sigmas, risks, strict=True):
         risk = torch.tensor([risk])
         state, control = policy.step(state, Observation(sigma, risk, risk, risk * 0, torch.tensor([5.0])))
-        controls.append((float(control.lock), float(control.cfg_scale)))
+        controls.append((float(control.lock), 5.0 if control.cfg_scale is None else float(control.cfg_scale)))
     return controls
 
 
 @pytest.mark.parametrize("name", [p.stem for p in RECIPES])
 def test_recipes_keep_the_contract(name):
-    check_policy(load(name).policy)
+    recipe = load(name)
+    if hasattr(recipe, "estimator"):
+        check_estimator(recipe.estimator)
+    else:
+        check_policy(recipe.policy)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -69,3 +61,34 @@ def test_early_then_release():
     policy = load("early_then_release").policy
     locks = [lock for lock, _ in play(policy, [80, 20, 4, 2, 1], [0.0, 0.1, 0.75, 2.0, 0.25])]
     assert locks == [1, 1, 0.75, 0.75, 0.25]
+
+
+def refuse(x, sigma):
+    raise AssertionError("this estimator must not evaluate the model")
+
+
+def feed(estimator, sigmas, predictions):
+    state, out = estimator.init(), []
+    for sigma, prediction in zip(sigmas, predictions, strict=True):
+        state, variance = estimator.step(state, Evaluation(sigma, prediction, prediction, None, refuse))
+        out.append(variance)
+    return out
+
+
+def test_a_line_in_log_sigma_is_no_disagreement():
+    estimator = load("solver_disagreement").estimator
+    sigmas = [8.0, 5.0, 2.0, 1.5, 0.3]
+    out = feed(estimator, sigmas, [torch.full((2, 4), 3 - 2 * math.log(s)) for s in sigmas])
+    assert out[:2] == [None, None]
+    assert all(float(v.max()) < 1e-10 for v in out[2:])
+    bent = feed(estimator, [4.0, 2.0, 1.0], [torch.full((1, 1), v) for v in (0.0, 1.0, 5.0)])
+    assert float(bent[2]) == pytest.approx(9.0)  # 5 against 2 expected, at sigma 1
+
+
+def test_the_gap_is_that_of_velocities():
+    estimator = load("guidance_gap").estimator
+    x, uncond = torch.full((1, 4), 7.0), torch.full((1, 4), 1.0)
+    evaluation = Evaluation(2.0, x, torch.full((1, 4), 2.0), None, refuse, uncond)
+    assert float(estimator.step(None, evaluation)[1]) == pytest.approx(0.5625)  # (7 - D) / 2 - D: 2 and 0.5
+    assert estimator.step(None, evaluation._replace(uncond=None)) == (None, None)
+    assert not estimator.step(None, evaluation._replace(uncond=evaluation.denoised))[1].any()

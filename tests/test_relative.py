@@ -4,18 +4,17 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
+from kvlock_sampling.presets import ESTIMATORS
 from kvlock_sampling.testing import GaussianDenoiser
-from kvlock_sampling.types import EstimatorError, Evaluation
+from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
+from kvlock_sampling.utils.tables import from_table
 from kvlock_sampling.variance import (
+    Combined,
     DropoutVariance,
-    GuidanceGap,
-    Held,
-    Max,
     Relative,
+    RenoiseVariance,
     Sparse,
     TrajectoryVariance,
-    estimator_table,
-    make_estimator,
 )
 from kvlock_sampling.variance.relative import patch_of
 
@@ -97,29 +96,27 @@ def test_no_background_is_an_error_that_names_the_clip():
     with pytest.raises(EstimatorError, match="there is no mask"):
         estimator.step(estimator.init(), Evaluation(1.0, x, x, None, refuse))
     assert estimator.needs_background
-    assert Held(Sparse(estimator, every=2)).needs_background
-    assert Max((MOVES, estimator)).needs_background
-    assert not Max((MOVES, GuidanceGap())).needs_background
+    assert Sparse(estimator, every=2).needs_background
+    assert Combined((MOVES, estimator)).needs_background
+    assert not Combined((MOVES, RenoiseVariance())).needs_background
 
 
-def test_what_cannot_be_meant_is_refused_at_the_door():
+def test_wrong_settings_are_errors():
     with pytest.raises(EstimatorError, match=r"value for every token.*one value per clip"):
         Relative(TrajectoryVariance())
     with pytest.raises(EstimatorError, match="has patches"):
-        Relative(Max((MOVES, TrajectoryVariance(patch=(2, 2, 2)))))
+        Relative(Combined((MOVES, TrajectoryVariance(patch=(2, 2, 2)))))
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(EstimatorError, match="quantile"):
             Relative(MOVES, quantile=bad)
     with pytest.raises(EstimatorError, match="expected an estimator"):
         Relative("moves")
-    assert patch_of(Held(Sparse(DropoutVariance(patch=PATCH), every=3))) == PATCH
+    assert patch_of(Sparse(DropoutVariance(patch=PATCH), every=3, hold=True)) == PATCH
 
 
-def test_it_is_a_table_in_a_preset():
-    for estimator in (Relative(MOVES), Held(Relative(Sparse(MOVES, every=2), quantile=0.9, local=True))):
-        assert make_estimator(estimator_table(estimator)) == estimator
-    with pytest.raises(EstimatorError, match="estimator: Relative needs a value for every token"):
-        make_estimator({"type": "Relative", "estimator": {"type": "TrajectoryVariance"}})
+def test_a_table_without_patch_is_an_error():
+    with pytest.raises(PolicyError, match="estimator: Relative needs a value for every token"):
+        from_table({"type": "Relative", "estimator": {"type": "TrajectoryVariance"}}, ESTIMATORS, "estimator")
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "heun"])

@@ -13,7 +13,11 @@ from kvlock_sampling.types import Control, Denoiser, PolicyError
 
 
 def lock_by(rule, **settings):
-    return stateless(**settings)(lambda obs: Control(lock=rule(obs), cfg_scale=obs.cfg_scale))
+    return stateless(**settings)(lambda obs: Control(lock=rule(obs)))
+
+
+def guide_by(rule):
+    return stateless(lambda obs: Control(0.0, rule(obs)))
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Mutating(Policy):
     def step(self, state, obs):
         state = torch.zeros_like(obs.risk) if state is None else state
         state += obs.risk.clamp(0, 1)
-        return state, Control(lock=state.clamp(0, 1).clone(), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=state.clamp(0, 1).clone())
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,13 @@ class Forgetful(Policy):
 
     def step(self, state, obs):
         self.calls.append(1)
-        return state, Control(lock=1.0 / len(self.calls), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=1.0 / len(self.calls))
 
 
 @dataclass
 class Melting(Policy):
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 class Bare(Melting):
@@ -48,13 +52,13 @@ class Shy(Policy):
     __repr__ = object.__repr__
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 @dataclass(frozen=True)
 class Positional(Policy):
     def step(self, state, obs):
-        return Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return Control(lock=0.0)
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,26 @@ class Clocked(Policy):
 
     def step(self, last, obs):
         slope = 0.0 * obs.risk if last is None else (obs.risk - last[1]) / math.log(last[0] / obs.sigma)
-        return (obs.sigma, obs.risk), Control(lock=slope.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return (obs.sigma, obs.risk), Control(lock=slope.clamp(0, 1))
 
 
 @dataclass(frozen=True)
 class Eager(Policy):
-    """Reads, at the start, what nobody has measured."""
+    """Reads, in start, what is not measured yet."""
 
     def start(self, obs):
-        return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return Control(lock=obs.risk.clamp(0, 1))
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 @dataclass(frozen=True)
 class Boastful(Policy):
-    never_locks = True
+    may_lock = False
 
     def step(self, state, obs):
-        return state, Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+        return state, Control(lock=obs.risk.clamp(0, 1))
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,18 @@ class Claiming(Policy):
     cfg_range: tuple[float, float] = (0.0, 1.0)
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale * (1 - obs.risk.clamp(max=9)))
+        return state, Control(lock=0.0, cfg_scale=obs.requested_cfg_scale * (1 - obs.risk.clamp(max=9)))
 
 
 @dataclass(frozen=True)
 class Counting(Policy):
-    """Counts, at the start, steps that nobody has told."""
+    """Counts, in start, the steps of an unknown schedule."""
 
     def start(self, obs):
-        return Control(lock=min(1.0, 1 / obs.steps_left), cfg_scale=obs.cfg_scale)
+        return Control(lock=min(1.0, 1 / obs.steps_left))
 
     def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.cfg_scale)
+        return state, Control(lock=0.0)
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -113,12 +117,20 @@ BROKEN: list[tuple[str, Any, str]] = [
         r"lock of shape \(3, 16\); expected",
     ),
     ("scalar over the batch", lock_by(lambda o: o.risk[:2].clamp(0, 1)), r"lock of shape \(2,\); expected"),
-    ("wide guidance", stateless(lambda o: Control(0.0, o.cfg_scale[:, None])), r"cfg_scale of shape \(3, 1\)"),
+    (
+        "wide guidance",
+        guide_by(lambda o: o.requested_cfg_scale[:, None]),
+        r"cfg_scale of shape \(3, 1\)",
+    ),
     ("not a control", stateless(lambda o: (0.0, 1.0)), r"expected a Control"),
     ("out of range", lock_by(lambda o: o.risk), r"values in \[0, 1\](.|\n)*Clamped\(policy"),
     ("negative", lock_by(lambda o: -0.1), r"lock=-0\.1 at sigma=14\.6"),
     ("not a number", lock_by(lambda o: o.risk / o.risk * 0.5), r"expected finite numbers"),
-    ("infinite guidance", stateless(lambda o: Control(0.0, o.cfg_scale / o.risk)), r"cfg_scale=.*inf(.|\n)*finite"),
+    (
+        "infinite guidance",
+        guide_by(lambda o: o.requested_cfg_scale / o.risk),
+        r"cfg_scale=.*inf(.|\n)*finite",
+    ),
     ("batch-coupled", lock_by(lambda o: o.risk / (1 + o.risk.max())), r"a batch of 3(.|\n)*bit for bit"),
     ("random", lock_by(lambda o: torch.rand_like(o.risk)), r"two answers to one question"),
     ("hidden memory", Forgetful(), r"Forgetful\.step gave two answers(.|\n)*must be in the state"),
@@ -140,7 +152,9 @@ BROKEN: list[tuple[str, Any, str]] = [
     ),
     ("schedule unknown at the start", Counting(), r"Counting\.start raised TypeError(.|\n)*steps_left was None"),
     ("guidance below its range", Claiming(), r"Claiming\.step returned cfg_scale=(.|\n)*cfg_range=\(0\.0, 1\.0\) has"),
-    ("locks after all", Boastful(), r"never_locks is True; expected lock 0"),
+    ("compositing out of range", stateless(lambda o: Control(composite=1.0 + o.risk)), r"composite=(.|\n)*in \[0, 1\]"),
+    ("compositing of a wrong type", stateless(lambda o: Control(composite="all")), r"composite of type str"),
+    ("locks after all", Boastful(), r"may_lock is False; expected lock 0"),
 ]
 
 
@@ -151,15 +165,16 @@ def test_broken_policies_are_caught(policy, words):
 
 
 def test_good_policies_pass():
-    check_policy(lambda obs: Control(obs.risk.clamp(0, 1), obs.cfg_scale), batch=1, seed=3)
+    check_policy(lambda obs: Control(obs.risk.clamp(0, 1)), batch=1, seed=3)
     check_policy(lock_by(lambda obs: min(obs.sigma, 1.0), uses_risk=False), batch=5, tokens=2)
     check_policy(lock_by(lambda obs: 1.0 if obs.steps_left is None or obs.steps_left > 3 else 0.0))
-    check_policy(stateless(lambda obs: Control(0.0, -obs.cfg_scale)))  # negative guidance is for who asks for it
+    check_policy(stateless(lambda obs: Control()))  # leaves every actuator as it is
+    check_policy(guide_by(lambda obs: -obs.requested_cfg_scale))  # negative guidance may be meant
     check_policy(lock_by(lambda obs: (obs.risk > 1).float()))  # float32 is always welcome
 
 
 def test_tokens_are_asked_for_only_where_wanted():
-    per_clip = stateless(lambda o: Control(o.risk.clamp(0, 1), o.cfg_scale * o.risk.clamp(0, 1)))
+    per_clip = stateless(lambda o: Control(o.risk.clamp(0, 1), o.requested_cfg_scale * o.risk.clamp(0, 1)))
     check_policy(per_clip)
     with pytest.raises(PolicyError, match=r"risk of shape \(3, 4\)"):
         check_policy(per_clip, tokens=4)

@@ -3,15 +3,20 @@
 import itertools
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kvlock_sampling import samplers
 from kvlock_sampling.policy import PID, Constant, Sigmoid, Smoothed
-from kvlock_sampling.policy.tuning import Plant, Tuned, cost, fit_plant, simulate, tune_pid
 from kvlock_sampling.testing import GaussianDenoiser, check_policy
 from kvlock_sampling.types import PolicyError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from tuning import Plant, Tuned, cost, fit_plant, simulate, tune_pid
 
 KNOWN = Plant(-2.0, -2.0, -2.0, sigmas=(5.0, 0.5), drift=(0.9, 0.5, 0.7), start=3.0)
 RISING = Plant(-2.0, -2.0, -2.0, drift=(0.6,))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvlock_sampling.control import HostReads
+from kvlock_sampling.utils.host import HostReads
 
 
 class Reads(Counter):
@@ -50,10 +50,10 @@ def test_reads_are_together_and_exact():
     with pytest.MonkeyPatch.context() as patch:
         seen = Reads(patch)
         reads.together(*values, 1.0, None)
-        got = [reads.extremes(v) for v in values]
+        got = [reads.range(v) for v in values]
         assert seen["tolist"] == 1
     assert got == [(float(v.min()), float(v.max())) for v in values]
-    assert reads.extremes(2.0) == (2.0, 2.0)
+    assert reads.range(2.0) == (2.0, 2.0)
 
 
 @pytest.mark.parametrize("policy", ["default", "full", "half"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, stateless
-from ..presets import Preset, load_policy
-from ..run import advised_estimator
+from ..presets import Preset, load_preset
 from ..types import Control, Observation, PolicyError, SourceError
-from ..variance import Estimator, estimator_table
-from ..variance.calibration import Band, reference_bands, threshold_curve
+from ..variance import Estimator
+from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, reference_bands, threshold_curve
 from .edit import edit_video
 from .models import VideoModel, read_pair
 
@@ -49,7 +48,7 @@ def calibrate(
     model: VideoModel,
     examples: Sequence[Example],
     *,
-    policy: str | Policy = "default",
+    policy: str | Policy | Preset = "default",
     estimator: Estimator | None = None,
     quantile: float = 0.95,
     bands: int = 12,
@@ -69,14 +68,14 @@ def calibrate(
     """
     if not examples:
         raise SourceError(_NONE)
-    base = load_policy(policy) if isinstance(policy, str) else policy
-    inner = base.policy if isinstance(base, Preset) else base
-    if not inner.uses_risk:
+    given = load_preset(policy) if isinstance(policy, str) else policy
+    base = given if isinstance(given, Preset) else Preset(given)
+    if not base.policy.uses_risk:
         raise PolicyError(
             f"policy={policy!r} reads no risk, so it has no use for a threshold; expected one that does, e.g. "
             'policy="default" or policy="sigmoid".'
         )
-    meter = estimator or advised_estimator(base if isinstance(base, Preset) else None)
+    meter = estimator or base.estimator or DEFAULT_ESTIMATOR
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
@@ -98,15 +97,7 @@ def calibrate(
                 on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
     rounded = [b._replace(sigma=float(f"{b.sigma:.4g}"), quantile=float(f"{b.quantile:.4g}")) for b in found]
-    advice = base if isinstance(base, Preset) else Preset(inner)
-    preset = Preset(
-        inner,
-        threshold=threshold_curve(rounded),
-        cfg_floor=advice.cfg_floor,
-        rescale=advice.rescale,
-        kv_cache=advice.kv_cache,
-        estimator=estimator_table(meter),  # type: ignore[arg-type]  # frozen by Preset
-    )
+    preset = replace(base, threshold=threshold_curve(rounded), estimator=meter)
     return Calibration(preset, found, len(points))
 
 

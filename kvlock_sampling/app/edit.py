@@ -144,7 +144,7 @@ def edit_video(
     x = start_noise(source, seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, **lock_options)
-    if on_plan is not None and lock.kv_cache is not None:
+    if on_plan is not None and lock.settings.kv_cache is not None:
         on_plan(lock.plan(sigmas, sampler))
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     started = time.perf_counter()
@@ -154,7 +154,7 @@ def edit_video(
         seconds = time.perf_counter() - started
         pixels, ceiling = video.decode(latents), video.decode(source)
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
-    if paste and lock.composite:
+    if paste and lock.settings.composite:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
         pixels = torch.lerp(clips, pixels, soft)
     keep = 1 - pixel_mask

@@ -1,23 +1,26 @@
-"""Where the source's keys and values meet the edit's: fusion, hooks and layers."""
+"""Where the source's keys and values meet the edit's: fusion, hooks, and which layers they act on."""
 
-from ..utils.modules import reachable_modules
-from .architecture import Architecture, LayerPattern, register
-from .context import Frame
+from .architecture import Architecture, LayerPattern
+from .context import FusionContext
 from .fuse import fuse, fusion_ratio
 from .hooks import Hooks
-from .layers import AttentionLayer, AttentionLayers, find_layers, sdpa_layers
+from .layers import AttentionLayer, AttentionLayers, Table, TokenFlow, sdpa_layers
+from .record import CallRecord
+from .registry import find_layers, register
 
 __all__ = [
     "Architecture",
     "AttentionLayer",
     "AttentionLayers",
-    "Frame",
+    "CallRecord",
+    "FusionContext",
     "Hooks",
     "LayerPattern",
+    "Table",
+    "TokenFlow",
     "find_layers",
     "fuse",
     "fusion_ratio",
-    "reachable_modules",
     "register",
     "sdpa_layers",
 ]

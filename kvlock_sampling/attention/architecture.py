@@ -1,8 +1,8 @@
-"""How one family of models arranges its attention: all a lock must know of it, in one small declaration.
+"""How one family of models arranges its attention, in one small declaration.
 
 A built-in family is one file in `architectures/` with a constant `ARCHITECTURE`. For a model of your own, write the
-same declaration and pass `layers=architecture.find(network)`, or `register(architecture)` once and let it be found.
-`kvlock_sampling.testing.check_layers` says whether a declaration is right.
+same declaration and pass `layers=architecture.find(network)`, or call `register(architecture)` once so that it is
+found. `kvlock_sampling.testing.check_layers` tests a declaration.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..masks.tokens import Grid
 from ..types import AttentionError
-from .foreground import TokenFlow
-from .layers import AttentionLayer, AttentionLayers, Patch
+from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
 
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """A pattern of layer names that is not like the others of its architecture.
+    """A pattern of layer names that differ from the other layers of their architecture.
 
-    pattern: as in `Architecture.layers`.  text: where text stands in these layers; None: as everywhere.
-    kind: only modules of this class name, where layers of one name differ, e.g. in global and windowed attention.
-    optional: smaller members of the family have no such layers.
+    Attributes:
+        pattern: As in `Architecture.layers`.
+        text: Where text stands in these layers; None: as in the architecture.
+        kind: Only modules of this class name, if layers of one name differ, e.g. in global and windowed attention.
+        optional: Smaller members of the family have no such layers.
     """
 
     pattern: str
@@ -40,36 +42,35 @@ class LayerPattern:
 class Architecture:
     """A family of diffusion transformers.
 
-    name: what messages call it.
-    classes: the network's classes, by the module that defines them, as "package.module:Class"; `*` stands for anything,
-        e.g. for where a copy was put. A subclass is of the family too. Nothing is imported.
-    layers: patterns of the names of its self-attention modules, `*` standing for one component, in the order in which
-        `layers=` counts them, e.g. ("blocks.*.attn1",); or `Layers`, which say more. Cross-attention, refiners and
-        text-only layers stay out.
-    patch: (time, height, width) latents per token, or a function of the network that says so.
-    text: where text tokens stand in the sequence of a layer: "none" of them, "first", or "last".
-    text_arguments: the arguments of the network's forward, (batch, length, dim), that become text tokens. Empty where
-        none has that form: then whatever is not video counts as text.
-    layer_patch: for networks whose layers have larger tokens than the first, as in a pyramid: a function of the network
-        and a layer's name that gives that layer's patch; None where it is `patch`.
-    rows_apart: attention is called once for each row of the batch, one after another.
-    rows_first: whatever a block is given or returns for each row of the batch has the rows as its first axis, and no
-        other tensor is as long there; or a function of the network that says so. The source's rows then leave a call
-        early, see `ending.py`.
-    axes: order of the latents' axes as the network takes them; a note for those who write a denoiser around it.
-    flow: how locked tokens may be left out of the network; None: they are not. See `foreground.TokenFlow`.
+    Attributes:
+        name: The name in messages.
+        classes: The network's classes as "package.module:Class". `*` stands for anything, e.g. for the place of a copy.
+            Subclasses belong to the family too. Nothing is imported.
+        layers: Patterns of the names of its self-attention modules, `*` standing for one component, in the order in
+            which indices count them, e.g. ("blocks.*.attn1",); or `LayerPattern` objects, which say more. Leave
+            cross-attention, refiners and text-only layers out.
+        patch: Latents per token along (time, height, width), or a function of the network that returns them.
+        text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
+        text_arguments: The arguments of the network's forward, (batch, length, dim), that become text tokens. Empty if
+            none has that form: then everything that is not video counts as text.
+        layer_patch: For networks whose layers have larger tokens than the first, as in a pyramid: a function of the
+            network and a layer's name that returns the patch of that layer, or None for `patch`.
+        rows_apart: Attention is called for each row of the batch by itself.
+        flow: How locked tokens can be left out of the network; None if they cannot. See `TokenFlow`.
+
+    Raises:
+        AttentionError: A string where a tuple is expected, an unknown `text`, or, from `find`, a pattern that names no
+            module.
     """
 
     name: str
     classes: tuple[str, ...]
     layers: tuple[str | LayerPattern, ...]
-    patch: Patch | Callable[[Any], Sequence[int]]
+    patch: Grid | Callable[[Any], Sequence[int]]
     text: Text = "none"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
     layer_patch: Callable[[Any, str], Sequence[int] | None] | None = None
     rows_apart: bool = False
-    rows_first: bool | Callable[[Any], bool] = False
-    axes: str = "b c t h w"
     flow: TokenFlow | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +114,6 @@ class Architecture:
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         joint = any(layer.text != "none" for layer in layers)
-        rows_first = self.rows_first(module) if callable(self.rows_first) else self.rows_first
         return AttentionLayers(
             patch=_three(self.patch(module) if callable(self.patch) else self.patch),
             layers=tuple(layers),
@@ -121,7 +121,6 @@ class Architecture:
             networks=(module,),
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
-            rows_first=rows_first,
             blocks=tuple(names[parent] for parent in dict.fromkeys(s.name.rpartition(".")[0] for s in layers)),
             flow=self.flow if self.flow is None or self.flow.supported is None or self.flow.supported(module) else None,
         )
@@ -137,7 +136,7 @@ class Architecture:
         )
 
 
-def _three(patch: Sequence[int]) -> Patch:
+def _three(patch: Sequence[int]) -> Grid:
     t, h, w = (int(size) for size in patch)
     return t, h, w
 
@@ -149,24 +148,3 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _is_kind(module: nn.Module, kind: str | None) -> bool:
     return kind is None or type(module).__name__ == kind
-
-
-_registered: list[Architecture] = []
-
-
-def register(architecture: Architecture) -> Architecture:
-    """Let `find_layers`, and so every KVLock, know a family of models. Returns `architecture`; the latest wins."""
-    if not isinstance(architecture, Architecture):
-        raise AttentionError(
-            f"register got a {type(architecture).__name__}; expected an Architecture, e.g.\n"
-            '  Architecture("mine", ("my_package.model:MyDiT",), layers=("blocks.*.attn",), patch=(1, 2, 2))'
-        )
-    _registered.insert(0, architecture)
-    return architecture
-
-
-def architectures() -> tuple[Architecture, ...]:
-    """Every family that is known now, the registered ones first."""
-    from .architectures import BUILT_IN
-
-    return (*_registered, *BUILT_IN)

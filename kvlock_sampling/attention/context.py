@@ -1,158 +1,175 @@
-"""What an attention layer does during one call of the model: nothing, keep the source's K/V, or fuse them in.
+"""What one call of the model fuses, as an immutable value, and the record of what it did.
 
-A `Frame` lives for one evaluation. Three forms of it serve the two lockstep providers:
-- lockstep: the source rides as the last `batch` rows of the same call; nothing is stored;
-- capture: this call is the source alone; its K/V are kept until the evaluation is over;
-- inject: this call is the edit alone; the K/V kept by a capture are fused in.
-Rows come in chunks of `batch` clips, e.g. [uncond, cond] or [uncond, cond, source].
+Three modes:
+- lockstep: the source rides as the last `batch` rows of the edit's call; nothing is stored.
+- capture: the call is the source alone; its K/V are recorded.
+- inject: the call is the edit alone; recorded K/V are fused in.
+Rows come in chunks of `batch` clips, for example [uncond, cond] or [uncond, cond, source].
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
 
-from ..batching import NotBatchable
-from ..masks.tokens import coarser
+from ..masks.tokens import Grid, Selection, coarser
 from ..types import AttentionError
-from .fuse import fuse_chunks, fuse_chunks_
-
-
-class Repeats(NotBatchable):
-    """A layer acts again, after the source has left the call."""
-
+from .fuse import fuse_positions, fuse_rows, join_kept
+from .record import CallRecord, KeyValue
 
 Mode = Literal["lockstep", "capture", "inject"]
-KeyValue = tuple[Tensor, Tensor]
 
 
-@dataclass
-class Frame:
-    """`ratio` is (batch, tokens) in [0, 1], zero on edited tokens: see `fuse.fusion_ratio`. `grid` is the tokens'
-    (time, height, width), needed where a layer has larger tokens. `text` counts this call's text tokens, if known,
-    and `rows` those of a lockstep call. A capture is over when the layers in `until` have fired, see `ending.py`:
-    what is kept of it is `partial`. The source's rows have `left` a lockstep call where they are no longer
-    computed. `times` counts how often a layer has acted in this call; K/V of a layer that acts several times, in a
-    model that calls its network twice, say, are kept apart.
+@dataclass(frozen=True)
+class FusionContext:
+    """What the attention layers do in one call of the model.
+
+    Attributes:
+        mode: See the module.
+        ratio: Fusion ratio, (batch, tokens), in [0, 1]; 0 on edited tokens. See `fuse.fusion_ratio`.
+        grid: The tokens' (time, height, width).
+        selection: Capture and inject K/V of these tokens only; None for all tokens.
+        narrow: In inject mode the call runs on the computed tokens of the selection only.
+        source: The K/V to inject, by layer name.
+        text: Number of text tokens in this call; None if unknown.
+        text_first: Text tokens stand before the video's.
+        record: What happened.
     """
 
     mode: Mode
     ratio: Tensor
-    store: dict[str, KeyValue] = field(default_factory=dict)
-    grid: tuple[int, int, int] | None = None
+    grid: Grid | None = None
+    selection: Selection | None = None
+    narrow: bool = False
+    source: Mapping[str, KeyValue] = field(default_factory=dict)
     text: int | None = None
-    fired: set[str] = field(default_factory=set)
-    passed_over: list[tuple[int, int]] = field(default_factory=list)
-    until: frozenset[str] | None = None
-    rows: int = 0
-    partial: bool = False
-    left: bool = False
-    times: dict[str, int] = field(default_factory=dict)
-    _coarser: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    text_first: bool = False
+    record: CallRecord = field(default_factory=CallRecord)
 
     @property
     def batch(self) -> int:
-        """Clips, not rows."""
+        """The number of clips."""
         return len(self.ratio)
 
     @property
-    def tokens(self) -> int | None:
-        """How many of the video's tokens are in the sequences of this call; None: as many as `ratio` says."""
-        return None
+    def narrowed(self) -> Selection | None:
+        """The selection whose computed tokens are the only ones in this call; None if all tokens are in it."""
+        return self.selection if self.narrow and self.mode == "inject" else None
 
-    def mask(self, mask: Tensor | None, start: int, length: int) -> Tensor | None:
-        """The attention mask that goes with the keys `process` returns for a sequence of `length`."""
-        return mask
+    @property
+    def tokens(self) -> int:
+        """The number of video tokens in the sequences of this call."""
+        return self.ratio.shape[1] if self.narrowed is None else len(self.narrowed.computed)
 
-    def ratio_at(self, factor: tuple[int, int, int]) -> Tensor:
-        """The ratio on tokens that are `factor` (time, height, width) as large."""
+    def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> FusionContext:
+        """The same context for another call, in this mode, with its own record."""
+        return replace(self, mode=mode, source=source or {}, record=CallRecord())
+
+    def ratio_at(self, factor: Grid) -> Tensor:
+        """The ratio on tokens that are `factor` (time, height, width) times as large."""
         if factor == (1, 1, 1):
             return self.ratio
-        if factor not in self._coarser:
-            assert self.grid is not None
-            self._coarser[factor] = coarser(self.ratio, self.grid, factor)
-        return self._coarser[factor]
+        assert self.grid is not None
+        return coarser(self.ratio, self.grid, factor)
 
-    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
-        """Handle one attention call.  key, value: (rows, ..., length, dim); video tokens begin at `start`."""
-        ratio = self.ratio if ratio is None else ratio
-        batch, tokens = ratio.shape
-        rows = key.shape[0]
+    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
+        """Handle one attention call.
+
+        Args:
+            layer: The layer's name.
+            key: (rows, ..., length, dim), after norm and rotary embedding.
+            value: Likewise.
+            start: Position of the first video token.
+            ratio: The fusion ratio of the video tokens in this sequence, (batch, tokens).
+
+        Returns:
+            The key and value that attention uses instead.
+
+        Raises:
+            AttentionError: The rows are not whole batches, or a narrowed call has no K/V of the source.
+        """
+        batch, rows = len(ratio), len(key)
         if rows % batch:
             raise AttentionError(
                 f"layer {layer!r} was called with {rows} rows; expected a multiple of the batch of {batch} clips.\n"
                 "  A lock needs chunks of whole batches, e.g. torch.cat([x, x]) for guidance. "
                 "Run clips one by one if the model mixes its rows."
             )
-        video = slice(start, start + tokens)
+        turn = self.record.turn(layer)
+        video = slice(start, start + ratio.shape[1])
         if self.mode == "capture":
-            # Whatever chunks a guided denoiser makes of the source, they hold the same prompt: the last one serves.
-            self.fired.add(layer)
-            kept = self._selected(key[-batch:, ..., video, :]), self._selected(value[-batch:, ..., video, :])
-            self.store[self._named(layer)] = kept
+            self.record.fired.add(layer)
+            # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
+            kept = self._stored(key[-batch:, ..., video, :]), self._stored(value[-batch:, ..., video, :])
+            self.record.captured[f"{layer}#{turn}" if turn else layer] = kept
             return key, value
-        if self.mode == "inject":
-            name = self._kept(layer, self.store)
-            if name is None:
-                return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
-            source_key, source_value = self.store[name]
-            edit_rows = rows
-        elif self.left:
-            raise Repeats
+        if self.mode == "lockstep":
+            source = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         else:
-            source_key, source_value = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
-            self.rows, edit_rows = rows, rows - batch
-        self.fired.add(layer)
-        return (
-            _fuse_rows(key, source_key, ratio, video, edit_rows),
-            _fuse_rows(value, source_value, ratio, video, edit_rows),
-        )
+            found = self._source(layer, turn)
+            if found is None:
+                return key, value  # the source's pass skipped this layer, e.g. through a step cache
+            source = found
+        self.record.fired.add(layer)
+        edit_rows = rows - batch if self.mode == "lockstep" else rows
 
-    def _selected(self, source: Tensor) -> Tensor:
-        """Of the source's keys or values what is kept."""
-        return source
+        def fused(own: Tensor, kept: Tensor) -> Tensor:
+            if self.narrowed is not None:
+                return join_kept(own, kept, self.ratio, self.narrowed, start)
+            if self.selection is not None and self.mode == "inject":
+                where = self.selection.stored
+                return fuse_positions(own, kept, ratio[:, where], where + start)
+            return fuse_rows(own, kept, ratio, video, edit_rows)
 
-    def _named(self, layer: str) -> str:
-        """The name of a layer's K/V, this time that it acts."""
-        count = self.times.get(layer, 0)
-        self.times[layer] = count + 1
-        return f"{layer}#{count}" if count else layer
-
-    def _kept(self, layer: str, keys: Container[str]) -> str | None:
-        """The name under which the K/V for this time are kept; None: the layer never acted in the source's pass.
-
-        Where it acted less often there, as of a single branch, the last ones serve the rest.
-
-        Raises:
-            Repeats: the source was only followed until the layer had acted once.
-        """
-        count = self.times.get(layer, 0)
-        name = self._named(layer)
-        if name not in keys and layer in keys and self.partial:
-            raise Repeats
-        names = (name, *(f"{layer}#{n}" for n in range(count - 1, 0, -1)), layer)
-        return next((n for n in names if n in keys), None)
-
-    def latest(self) -> dict[str, KeyValue]:
-        """What is kept, under the layers' own names: of those that acted several times the last."""
-        return {name.partition("#")[0]: kept for name, kept in self.store.items()}
+        return fused(key, source[0]), fused(value, source[1])
 
     def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
-        """The same where attention is called for each row by itself: this is row `index` of the batch."""
+        """Handle an attention call for one row alone: row `index` of the batch."""
         clip = index % self.batch
-        row = Frame(self.mode, self.ratio[clip : clip + 1], self.store)
-        fused = row.process(f"{layer}[{clip}]", key, value, start)
-        if row.fired:
-            self.fired.add(layer)
+        ratio = self.ratio[clip : clip + 1]
+        fused = self.process(f"{layer}[{clip}]", key, value, start, ratio)
+        if f"{layer}[{clip}]" in self.record.fired:
+            self.record.fired.discard(f"{layer}[{clip}]")
+            self.record.fired.add(layer)
         return fused
 
+    def _stored(self, source: Tensor) -> Tensor:
+        return source if self.selection is None else source.index_select(-2, self.selection.stored)
 
-def _fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
-    if edit_rows == own.shape[0] and own.shape[-2] == ratio.shape[1]:
-        return fuse_chunks(own, source, ratio)
-    mixed = own.clone()
-    fuse_chunks_(mixed[:edit_rows, ..., video, :], source, ratio)
-    return mixed
+    def _source(self, layer: str, turn: int) -> KeyValue | None:
+        """The source's K/V for this turn of the layer. If the layer acted less often for the source, as a single branch
+        does beside a guided model's two, its last K/V serve the other turns.
+        """
+        names = (*(f"{layer}#{n}" for n in range(turn, 0, -1)), layer)
+        name = next((name for name in names if name in self.source), None)
+        if name is None and self.narrow:
+            raise AttentionError(
+                f"layer {layer!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
+                "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
+            )
+        return None if name is None else self.source[name]
+
+
+_current: ContextVar[FusionContext | None] = ContextVar("kvlock_fusion_context", default=None)
+
+
+def current() -> FusionContext:
+    """The context of the call that is running."""
+    context = _current.get()
+    assert context is not None
+    return context
+
+
+@contextmanager
+def using(context: FusionContext) -> Iterator[FusionContext]:
+    """Make this the context of calls made inside the block, by this thread or task."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)

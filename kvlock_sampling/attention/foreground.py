@@ -1,280 +1,193 @@
-"""Only what can change runs: a token that is locked to the source in full need not be computed at all.
+"""Run the edited tokens only: at full lock the other tokens need no computation.
 
-At lock 1 a background token's keys and values are the source's whatever its own are, and its output is replaced by the
-source when the prediction is composited. So it is left out between the first block and the last: queries, feed-forward
-and text attention run on the other tokens alone, and its K/V, from the source, join at every layer. The result is the
-dense path's, to rounding. KV-Edit (arXiv 2502.17363) does so with K/V from an inversion.
+At lock 1 the K/V of a background token are the source's, and compositing replaces its output by the source. So the
+token leaves the network before the first block and returns after the last: queries, feed-forward and text attention run
+on the other tokens, and the token's K/V, from the source, join at every attention layer. The result equals that of the
+dense computation up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
+
+The source's K/V come from a pass of its own (`narrowing`), or source and edit go through the network block by block
+(`interleaving`): each block runs on the source's rows, then on the computed tokens of the edit's rows. Then K/V of one
+layer exist at a time, where a pass of its own keeps all layers' K/V until the edit's pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from ..types import AttentionError
-from .context import Frame, KeyValue
-from .forwards import Arguments, Door
-from .fuse import fuse
-
-
-class Table(NamedTuple):
-    """A block's argument with one entry per token along `axis`: a rotary table, a modulation per token. Of one that
-    has other forms too only those with `ndim` axes are meant; of a tuple with a table for the text only `item`.
-    """
-
-    name: str
-    axis: int
-    ndim: int | None = None
-    item: int | None = None
+from .context import FusionContext, current, using
+from .forward_hooks import Arguments, ForwardHook
+from .layers import Table, TokenFlow
 
 
-@dataclass(frozen=True)
-class TokenFlow:
-    """How tokens pass through a network, so that some can be left out on the way.
-
-    leave: the module after the blocks that takes all tokens again, (rows, tokens, dim), as its first argument.
-    tokens: the blocks' arguments (rows, tokens, ...) that hold the video's tokens; others, e.g. text, stay as they are.
-    tables: see `Table`. Their entries are the video's, or the text's before or after them.
-    supported: whether this very network is built so; None: every one of the family.
-    """
-
-    leave: str
-    tokens: tuple[str, ...] = ("hidden_states",)
-    tables: tuple[Table, ...] = ()
-    supported: Callable[[Any], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which of a video's tokens can come from the source. `weight` is how much of the lock each token takes, 0 where
-    it is edited: (batch, tokens) in [0, 1], see `Region.background`.
-
-    Clips of one batch share it: a token is left out where every clip locks it in full. Tensors are positions.
-    """
-
-    weight: Tensor
-
-    @cached_property
-    def kept(self) -> Tensor:
-        """The source's wherever the lock is 1."""
-        return (self.weight >= 1).all(0).nonzero().flatten()
-
-    @cached_property
-    def computed(self) -> Tensor:
-        """All others, which are computed whatever the lock is."""
-        return (self.weight < 1).any(0).nonzero().flatten()
-
-    @cached_property
-    def mixed(self) -> Tensor:
-        """Of the computed ones those that still take something from the source, for some clip, as indices of them."""
-        return (self.weight[:, self.computed] > 0).any(0).nonzero().flatten()
-
-    @cached_property
-    def stored(self) -> Tensor:
-        """Tokens whose source K/V are needed at all: the kept ones, then the mixed ones."""
-        return torch.cat([self.kept, self.computed[self.mixed]])
-
-    @property
-    def share(self) -> float:
-        """Fraction of the tokens that is computed at full lock."""
-        return len(self.computed) / self.weight.shape[1]
-
-
-class Keys(Protocol):
-    """The source's K/V by layer, at the tokens of a selection: a dict, or a level of a KV cache."""
-
-    def __contains__(self, layer: object) -> bool: ...
-    def get(self, layer: str) -> Any: ...
-
-
-@dataclass
-class SelectedFrame(Frame):
-    """A frame that handles the source's K/V at the tokens of a selection alone, and the edit on all of its own."""
-
-    selection: Selection | None = None
-    keys: Keys | None = None
-
-    @property
-    def chosen(self) -> Selection:
-        """The selection, which such a frame always has."""
-        assert self.selection is not None
-        return self.selection
-
-    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor | None = None) -> KeyValue:
-        """See `Frame.process`."""
-        if self.mode == "capture":
-            return super().process(layer, key, value, start, ratio)
-        keys: Keys = self.store if self.keys is None else self.keys
-        name = self._kept(layer, keys)
-        if name is None:
-            return self._missing(layer, key, value)
-        self.fired.add(layer)
-        source_key, source_value = keys.get(name)
-        return self._joined(key, source_key, start), self._joined(value, source_value, start)
-
-    def _selected(self, source: Tensor) -> Tensor:
-        return source.index_select(-2, self.chosen.stored)
-
-    def _missing(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
-        return key, value  # skipped in the source pass, e.g. by a step cache; counted as not fired
-
-    def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
-        where, out = self.chosen.stored + start, own.clone()
-        out[..., where, :] = self._fused(own[..., where, :], source, self._stored_ratio)
-        return out
-
-    @cached_property
-    def _stored_ratio(self) -> Tensor:
-        return self.ratio[:, self.chosen.stored]
-
-    def _fused(self, own: Tensor, source: Tensor, ratio: Tensor) -> Tensor:
-        chunks = len(own) // self.batch
-        return fuse(own, source.to(own.dtype).repeat(chunks, *[1] * (own.ndim - 1)), ratio.repeat(chunks, 1))
-
-
-@dataclass
-class ForegroundFrame(SelectedFrame):
-    """At full lock: injections run on the computed tokens alone."""
-
-    text_first: bool = False
-    narrowed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int | None:
-        """The computed ones where the edit runs; all of them in the source's own pass."""
-        return len(self.chosen.computed) if self.mode == "inject" else None
-
-    def _missing(self, layer: str, key: Tensor, value: Tensor) -> KeyValue:
-        raise AttentionError(
-            f"layer {layer!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
-            "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
-        )
-
-    def _joined(self, own: Tensor, source: Tensor, start: int) -> Tensor:
-        """Text before, computed tokens, kept tokens from the source, text after: (rows, ..., length + kept, dim)."""
-        chosen = self.chosen
-        kept, end = len(chosen.kept), start + len(chosen.computed)
-        out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])
-        out[..., :end, :] = own[..., :end, :]
-        out[..., end + kept :, :] = own[..., end:, :]
-        out[..., end : end + kept, :].unflatten(0, (-1, self.batch)).copy_(source[..., :kept, :])
-        if len(chosen.mixed):
-            where = chosen.mixed + start
-            out[..., where, :] = self._fused(own[..., where, :], source[..., kept:, :], self._mixed_ratio)
-        return out
-
-    @cached_property
-    def _mixed_ratio(self) -> Tensor:
-        return self.ratio[:, self.chosen.computed[self.chosen.mixed]]
-
-    def mask(self, mask: Tensor | None, start: int, length: int) -> Tensor | None:
-        """Rows and columns of the mask in the order of the computed queries and of the joined keys.
-
-        Some networks make their masks before the blocks, for all tokens; others in each block, for those that run.
-        """
-        if self.mode != "inject" or mask is None:
-            return mask
-        known = self.narrowed.get((id(mask), -length))  # every layer is given the same one
-        if known is None:
-            known = self.narrowed[id(mask), -length] = mask, self._cut(mask, start, length)
-        return known[1]
-
-    def _cut(self, mask: Tensor, start: int, length: int) -> Tensor:
-        chosen, tokens = self.chosen, self.ratio.shape[1]
-        end = start + len(chosen.computed)
-        if mask.shape[-1] == length:  # of those that run: what is kept may be seen by all
-            shape = (*mask.shape[:-1], len(chosen.kept))
-            visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
-            return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
-        before = torch.arange(start, device=mask.device)
-        after = torch.arange(start + tokens, mask.shape[-1], device=mask.device)
-        computed, kept = (where.to(mask.device) + start for where in (chosen.computed, chosen.kept))
-        mask = mask.index_select(-1, torch.cat([before, computed, kept, after]))
-        if mask.shape[-2] > 1:
-            mask = mask.index_select(-2, torch.cat([before, computed, after]))
-        return mask
-
-
-def narrowing(network: nn.Module, blocks: list[nn.Module], flow: TokenFlow, frame: ForegroundFrame) -> Iterator[Door]:
-    """Doors that leave tokens out between the first block and `flow.leave`."""
+def narrowing(network: nn.Module, blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[ForwardHook]:
+    """Hooks that drop the kept tokens at the first block and return them at `flow.leave`."""
     for block in blocks:
-        yield Door(block, before=partial(_enter, block, flow, frame))
-    yield Door(network.get_submodule(flow.leave), before=partial(_leave, frame))
+        yield ForwardHook(block, before=partial(_enter, block, flow))
+    yield ForwardHook(network.get_submodule(flow.leave), before=_leave)
 
 
-def _enter(block: nn.Module, flow: TokenFlow, frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
-    bound = signature(block).bind_partial(block, *args, **kwargs)
-    given = bound.arguments
+def interleaving(blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[ForwardHook]:
+    """Hooks that call each block twice in a lockstep call: for the source's rows, then for the edit's."""
+    for block in blocks:
+        yield ForwardHook(block, around=partial(_interleave, block, flow))
+
+
+def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Arguments:
+    bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
     for name in flow.tokens:
-        if isinstance(given.get(name), Tensor) and given[name].shape[1] == frame.ratio.shape[1]:
-            given[name] = given[name].index_select(1, frame.chosen.computed)
-    for table in flow.tables:
-        if given.get(table.name) is not None:
-            given[table.name] = narrow(given[table.name], table, frame)
+        given = bound.arguments.get(name)
+        if isinstance(given, Tensor) and given.shape[1] == context.ratio.shape[1]:
+            bound.arguments[name] = given.index_select(1, _selection(context).computed)
+    _narrow_tables(bound.arguments, flow, context)
     return bound.args[1:], bound.kwargs
 
 
-def _leave(frame: ForegroundFrame, args: Any, kwargs: Any) -> Arguments:
-    if args[0].shape[1] == frame.ratio.shape[1]:
+def _leave(args: Any, kwargs: Any) -> Arguments:
+    context = current()
+    if args[0].shape[1] == context.ratio.shape[1]:
         return args, kwargs
-    return (scattered(args[0], frame.chosen.computed, frame.ratio.shape[1]), *args[1:]), kwargs
+    return (_scattered(args[0], _selection(context).computed, context.ratio.shape[1]), *args[1:]), kwargs
 
 
-def scattered(tokens: Tensor, where: Tensor, length: int) -> Tensor:
-    """Tokens (rows, some, ...) at these places of `length`. The others are filled with one that is there: zeros, which
-    nobody looks at either, have no direction, and a norm would make the gradients of everything NaN.
+def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    context = current()
+    bound = signature_of(block).bind_partial(block, *args, **kwargs)
+    rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
+    edit = rows - context.batch
+    # A table whose first axis is that of the tokens has no rows, even if it happens to be as long.
+    shared = {table.name for table in flow.tables if table.axis == 0}
+
+    def cut(part: slice) -> dict[str, Any]:
+        def take(leaf: Any) -> Any:
+            return leaf[part] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf
+
+        return {n: given if n in shared else tree_map(take, given) for n, given in bound.arguments.items()}
+
+    def run(arguments: dict[str, Any], acting: FusionContext) -> Any:
+        bound.arguments.update(arguments)
+        with using(acting):
+            return call(*bound.args[1:], **bound.kwargs)
+
+    of_source, of_edit = cut(slice(edit, rows)), cut(slice(0, edit))
+    capture = context.fresh("capture")
+    source = run(of_source, capture)
+    inject = context.fresh("inject", capture.record.captured)
+    for name in flow.tokens:
+        given = of_edit.get(name)
+        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
+            of_edit[name] = given.index_select(1, where)
+    _narrow_tables(of_edit, flow, inject)
+    changed = run(of_edit, inject)
+    context.record.fired.update(inject.record.fired)
+
+    def join(of_edit: Any, of_source: Any) -> Any:
+        if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
+            return of_edit
+        if of_edit.shape[1] != of_source.shape[1]:
+            where = _positions(of_source.shape[1], context, of_edit.device)
+            of_edit = _scattered(of_edit, where, of_source.shape[1])
+        return torch.cat([of_edit, of_source])
+
+    return tree_map(join, changed, source)
+
+
+def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
+    """An attention mask with its rows in the order of the computed queries, and its columns in that of the joined keys.
+
+    Some networks make their masks before the blocks, for all tokens; others make them in each block, for the tokens
+    that run.
+
+    Args:
+        mask: (rows or 1, heads or 1, queries or 1, keys), bool or additive.
+        context: That of a narrowed call.
+        start: Position of the first video token.
+        length: Length of the narrowed sequence.
     """
+    known = context.record.cut.get((id(mask), -length))  # every layer is given the same mask
+    if known is None:
+        known = context.record.cut[id(mask), -length] = mask, _cut_mask(mask, context, start, length)
+    return known[1]
+
+
+def _cut_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
+    chosen, tokens = _selection(context), context.ratio.shape[1]
+    end = start + len(chosen.computed)
+    if mask.shape[-1] == length:  # made for the tokens that run: every query may see the kept tokens
+        shape = (*mask.shape[:-1], len(chosen.kept))
+        visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+        return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
+    before = torch.arange(start, device=mask.device)
+    after = torch.arange(start + tokens, mask.shape[-1], device=mask.device)
+    computed, kept = (start + where for where in (chosen.computed, chosen.kept))
+    mask = mask.index_select(-1, torch.cat([before, computed, kept, after]))
+    if mask.shape[-2] > 1:
+        mask = mask.index_select(-2, torch.cat([before, computed, after]))
+    return mask
+
+
+def _selection(context: FusionContext) -> Any:
+    assert context.selection is not None
+    return context.selection
+
+
+def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
+    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length. The other positions hold copies
+    of a real token: a norm would make the gradients of zeros NaN.
+    """
+    assert where is not None
     whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
     whole.index_copy_(1, where, tokens)
     return whole
 
 
-def narrow(value: Any, table: Table, frame: ForegroundFrame) -> Any:
-    """A table, or a tuple of them, for the computed tokens alone."""
+def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
+    for table in flow.tables:
+        if arguments.get(table.name) is not None:
+            arguments[table.name] = _narrow(arguments[table.name], table, context)
+
+
+def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
+    """A table, or a tuple of tables, for the computed tokens."""
     if isinstance(value, (tuple, list)):
         whole = table._replace(item=None)
         chosen = range(len(value)) if table.item is None else (table.item,)
-        return type(value)(narrow(part, whole, frame) if i in chosen else part for i, part in enumerate(value))
+        return type(value)(_narrow(part, whole, context) if i in chosen else part for i, part in enumerate(value))
     if not isinstance(value, Tensor) or value.ndim <= table.axis or table.ndim not in (None, value.ndim):
         return value
-    known = frame.narrowed.get((id(value), table.axis))
+    known = context.record.cut.get((id(value), table.axis))
     if known is None:
-        where = running(value.shape[table.axis], frame, value.device)
+        where = _positions(value.shape[table.axis], context, value.device)
         if where is None:
             return value
-        # The original is kept beside: as long as it lives its id is its own.
-        known = value, value.index_select(table.axis, where)
-        frame.narrowed[id(value), table.axis] = known
+        known = context.record.cut[id(value), table.axis] = value, value.index_select(table.axis, where)
     return known[1]
 
 
-def running(length: int, frame: ForegroundFrame, device: torch.device) -> Tensor | None:
-    """Which positions of a sequence of this length are not left out: of the video's, or of it and the text. None where
-    it is neither.
+def _positions(length: int, context: FusionContext, device: torch.device) -> Tensor | None:
+    """The positions that stay in a sequence of the video's tokens, or of the video's and the text's; None for any other
+    length.
     """
-    tokens, text = frame.ratio.shape[1], frame.text or 0
+    tokens, text, computed = context.ratio.shape[1], context.text or 0, _selection(context).computed
     if length == tokens:
-        return frame.chosen.computed
+        return computed
     if not text or length != tokens + text:
         return None
-    first = text if frame.text_first else 0
-    video = frame.chosen.computed + first
+    first = text if context.text_first else 0
     before = torch.arange(first, device=device)
     after = torch.arange(first + tokens, length, device=device)
-    return torch.cat([before, video, after])
+    return torch.cat([before, computed + first, after])
 
 
-_signatures: dict[type, inspect.Signature] = {}
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The signature of the class's forward. Offloading replaces the instance's forward and may hide its signature."""
+    return _signature(type(module).forward)
 
 
-def signature(module: nn.Module) -> inspect.Signature:
-    # Of the class: offloading replaces the instance's forward, and may hide its signature.
-    if type(module) not in _signatures:
-        _signatures[type(module)] = inspect.signature(type(module).forward)
-    return _signatures[type(module)]
+_signature = cache(inspect.signature)

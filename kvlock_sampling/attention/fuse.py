@@ -1,9 +1,11 @@
 """Fusion of keys and values, as pure math:  K_mix = m K + (1 - m) (lock K_src + (1 - lock) K),  V likewise.
 
-Source: KV-Lock (arXiv 2603.09657); m = 1 marks edited (foreground) tokens, which are never touched.
+Source: KV-Lock (arXiv 2603.09657); m = 1 marks edited (foreground) tokens, which never change.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,9 +16,15 @@ def fusion_ratio(
     lock: Float[Tensor, "batch"] | Float[Tensor, "batch tokens"],
     background: Bool[Tensor, "batch tokens"] | Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch tokens"]:
-    """How much of the source each token takes: `lock` where the token is background, 0 where it is edited.
+    """How much of the source each token takes.
 
-    `background` may also be a weight in [0, 1], for a softer lock near the edit.
+    Args:
+        lock: Fusion ratio in [0, 1], per clip or per token.
+        background: 1 or True where a token is background, 0 where it is edited. A weight in between softens the lock
+            near the edit.
+
+    Returns:
+        The ratio per token, in [0, 1].
     """
     if lock.ndim == 1:
         lock = lock.unsqueeze(1)
@@ -28,10 +36,16 @@ def fuse(
     source: Float[Tensor, "batch *heads tokens dim"],
     ratio: Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch *heads tokens dim"]:
-    """Blend keys (or values) token-wise.
+    """Blend keys (or values) token by token.
 
-    `ratio` is dimensionless in [0, 1]: 0 keeps the edit's own, 1 takes the source's, both exactly, bit for bit
-    (`torch.lerp` counts from the nearer end, so neither end is rounded).
+    Args:
+        edit: The edit's own keys or values.
+        source: The source's.
+        ratio: Dimensionless, in [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits (`torch.lerp` counts
+            from the nearer end, so it rounds neither).
+
+    Returns:
+        The blend, shaped like `edit`.
     """
     return torch.lerp(edit, source, _weight(ratio, edit))
 
@@ -41,18 +55,66 @@ def fuse_chunks(
     source: Float[Tensor, "batch *heads tokens dim"],
     ratio: Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "rows *heads tokens dim"]:
-    """`fuse` where the edit's rows are several chunks of the batch, e.g. two branches, and share one source."""
+    """`fuse` for rows that are several chunks of the batch, e.g. two branches, which share one source."""
     chunks = edit.unflatten(0, (-1, len(ratio)))
     return torch.lerp(chunks, source, _weight(ratio, edit)).flatten(0, 1)
 
 
-def fuse_chunks_(
-    edit: Float[Tensor, "rows *heads tokens dim"],
-    source: Float[Tensor, "batch *heads tokens dim"],
-    ratio: Float[Tensor, "batch tokens"],
-) -> None:
-    """The same in place. (Not `torch.lerp(out=)`, which knows no derivatives.)"""
-    edit.unflatten(0, (-1, len(ratio))).lerp_(source, _weight(ratio, edit))
+def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
+    """`fuse_chunks` for the first `edit_rows` rows and the positions `video` of a sequence. The rest is unchanged.
+
+    Args:
+        own: (rows, ..., length, dim).
+        source: (batch, ..., tokens, dim).
+        ratio: (batch, tokens), in [0, 1].
+        video: Positions of the video tokens in the sequence.
+        edit_rows: Rows that belong to the edit.
+    """
+    if edit_rows == own.shape[0] and own.shape[-2] == ratio.shape[1]:
+        return fuse_chunks(own, source, ratio)
+    mixed = own.clone()
+    # In place, but not `torch.lerp(out=)`, which has no derivative.
+    mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source, _weight(ratio, own))
+    return mixed
+
+
+def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) -> Tensor:
+    """`fuse_chunks` at the positions `where` of a sequence. The rest is unchanged.
+
+    Args:
+        own: (rows, ..., length, dim).
+        source: (batch, ..., positions, dim).
+        ratio: (batch, positions), in [0, 1].
+        where: The positions.
+    """
+    out = own.clone()
+    out[..., where, :] = fuse_chunks(own[..., where, :], source.to(own.dtype), ratio)
+    return out
+
+
+def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start: int) -> Tensor:
+    """Insert the source's kept tokens behind the computed ones, and fuse those that take some of the source.
+
+    Args:
+        own: (rows, ..., length, dim), whose video tokens are the computed ones of the selection.
+        source: (batch, ..., stored, dim).
+        ratio: (batch, all video tokens), in [0, 1].
+        selection: A `masks.tokens.Selection`.
+        start: Position of the first video token.
+
+    Returns:
+        (rows, ..., length + kept, dim): text before, computed tokens, kept tokens, text after.
+    """
+    kept, end = len(selection.kept), start + len(selection.computed)
+    out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])
+    out[..., :end, :] = own[..., :end, :]
+    out[..., end + kept :, :] = own[..., end:, :]
+    out[..., end : end + kept, :].unflatten(0, (-1, len(ratio))).copy_(source[..., :kept, :])
+    if len(selection.mixed):
+        where = selection.mixed + start
+        mixed_ratio = ratio[:, selection.computed[selection.mixed]]
+        out[..., where, :] = fuse_chunks(own[..., where, :], source[..., kept:, :].to(own.dtype), mixed_ratio)
+    return out
 
 
 def _weight(ratio: Tensor, edit: Tensor) -> Tensor:

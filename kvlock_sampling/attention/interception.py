@@ -1,9 +1,9 @@
-"""Seeing an attention call, whoever computes it: torch, or a backend of diffusers' attention dispatch.
+"""See an attention call, whatever computes it: torch, or a backend of diffusers' attention dispatch.
 
-`watching(rewrite)` acts for its own thread only. Two ways lead to attention:
+`intercepted(rewrite)` acts for its own thread or task only. Two ways lead to attention:
 - `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
 - diffusers' `dispatch_attention_fn`, which looks its backend up by name at every call: native, flex, flash, sage,
-  xformers or a kernel from the hub. While somebody watches, the entries of that table are wrapped.
+  xformers or a kernel from the hub. While a call is intercepted, the entries of that table are wrapped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch.nn.functional as F
@@ -22,47 +23,42 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import AttentionError
 
-Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
-"""query, key, value, mask -> key, value, mask that attention is to use instead; (rows, heads, length, dim) each.
-"""
+Fused = tuple[Tensor, Tensor, Tensor | None]
+"""The key, value and mask that attention uses instead."""
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]
+"""`rewrite(query, key, value, mask)`, (rows, heads, length, dim) each."""
 
-_here = threading.local()
+_rewrite: ContextVar[Rewrite | None] = ContextVar("kvlock_rewrite", default=None)
 
 
 @contextmanager
-def watching(rewrite: Rewrite) -> Iterator[None]:
-    """Let `rewrite` change keys, values and mask of every attention call made inside this block, from this thread.
+def intercepted(rewrite: Rewrite) -> Iterator[None]:
+    """Let `rewrite` change keys, values and mask of every attention call made inside the block.
 
-    Where blocks are nested, the outer one sees a call with what the inner one made of it.
+    In nested blocks the outer rewrite sees a call as the inner one changed it.
     """
-    outer = _watcher()
-    _here.rewrite = rewrite if outer is None else functools.partial(_both, rewrite, outer)
+    outer = _rewrite.get()
+    token = _rewrite.set(rewrite if outer is None else functools.partial(_chained, rewrite, outer))
     try:
-        with _dispatch.watched(), _SeesTorch():
+        with _dispatch.wrapped(), _SeesTorch():
             yield
     finally:
-        _here.rewrite = outer
+        _rewrite.reset(token)
 
 
-def _watcher() -> Rewrite | None:
-    return getattr(_here, "rewrite", None)
-
-
-def _both(
-    inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _chained(inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
     return outer(query, *inner(query, key, value, mask))
 
 
 @contextmanager
-def _unwatched() -> Iterator[Rewrite | None]:
-    """Inside, this thread's attention is not watched: a call is rewritten once, whatever computes it in the end."""
-    rewrite = _watcher()
-    _here.rewrite = None
+def _once() -> Iterator[Rewrite | None]:
+    """The rewrite for this call. Inside the block there is none: a backend that calls SDPA is rewritten once."""
+    rewrite = _rewrite.get()
+    token = _rewrite.set(None)
     try:
         yield rewrite
     finally:
-        _here.rewrite = rewrite
+        _rewrite.reset(token)
 
 
 class _SeesTorch(TorchFunctionMode):
@@ -70,7 +66,7 @@ class _SeesTorch(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        with _unwatched() as rewrite:
+        with _once() as rewrite:
             if rewrite is None:
                 return func(*args, **kwargs)
             names = ("query", "key", "value", "attn_mask")
@@ -80,22 +76,22 @@ class _SeesTorch(TorchFunctionMode):
 
 
 class _Dispatch:
-    """diffusers' table of attention backends, exchanged for one of wrappers while any thread is at a layer.
+    """Diffusers' table of attention backends, exchanged for a table of wrappers while any call is intercepted.
 
-    The whole table is exchanged, by one assignment, and not its entries: between layers it is the very object it was,
-    so that compiled code which looked into it stays valid. (A replaced attention processor would lose the backend that
-    `set_attention_backend` chose for its model; a name of our own the table's enumeration does not take.)
+    One assignment exchanges the whole table, so between calls it is the very object it was, and compiled code that
+    looked into it stays valid. Two simpler ways fail: a replaced attention processor loses the backend that
+    `set_attention_backend` chose for its model, and the table's enumeration takes no name of our own.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
         self.own: dict[Any, Callable[..., Any]] = {}
-        self.wrapped: dict[Any, Callable[..., Any]] = {}
-        self.wrappers: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self.wrappers: dict[Any, Callable[..., Any]] = {}
+        self.known: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def wrapped(self) -> Iterator[None]:
         module = sys.modules.get("diffusers.models.attention_dispatch")
         registry = getattr(module, "_AttentionBackendRegistry", None)
         if registry is None:
@@ -104,8 +100,8 @@ class _Dispatch:
         with self.lock:
             if not self.users:
                 self.own = registry._backends
-                self.wrapped = {name: self._wrapper(backend) for name, backend in self.own.items()}
-                registry._backends = self.wrapped
+                self.wrappers = {name: self._wrapper(backend) for name, backend in self.own.items()}
+                registry._backends = self.wrappers
             self.users += 1
         try:
             yield
@@ -113,23 +109,23 @@ class _Dispatch:
             with self.lock:
                 self.users -= 1
                 if not self.users:
-                    late = {n: b for n, b in self.wrapped.items() if n not in self.own}  # registered meanwhile
+                    late = {n: b for n, b in self.wrappers.items() if n not in self.own}  # registered meanwhile
                     registry._backends = self.own
                     self.own.update(late)
 
     def _wrapper(self, backend: Callable[..., Any]) -> Callable[..., Any]:
-        if backend not in self.wrappers:
-            self.wrappers[backend] = _seen(backend)
-        return self.wrappers[backend]
+        if backend not in self.known:
+            self.known[backend] = _seen(backend)
+        return self.known[backend]
 
 
 def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """A backend, (rows, length, heads, dim) in and out, whose keys and values the watcher of this thread rewrites."""
+    """A backend, (rows, length, heads, dim) in and out, whose keys, values and mask are rewritten."""
     takes_mask = "attn_mask" in inspect.signature(backend).parameters
 
     @functools.wraps(backend)
     def seen(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with _unwatched() as rewrite:
+        with _once() as rewrite:
             if rewrite is None:
                 return backend(query, key, value, *args, **kwargs)
             mask: Any = kwargs.get("attn_mask")
@@ -152,7 +148,7 @@ def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
-    """Kernels may count on the memory order that the model gave them."""
+    """The new tensor in the memory order that the kernel was given."""
     return new.contiguous() if old.is_contiguous() else new
 
 

@@ -1,56 +1,129 @@
-"""Which attention calls are layers: self-attention over the video's tokens, found per architecture.
+"""Which attention calls are locked: the self-attention layers over the video's tokens.
 
-`find_layers(model)` looks through the model for a family it knows, see `architecture.py`. For anything else use
-`sdpa_layers`, which watches the calls of `torch.nn.functional.scaled_dot_product_attention` themselves.
+`registry.find_layers(model)` finds them in a model of a known architecture. For any other model, `sdpa_layers` watches
+the calls of `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..masks.tokens import token_grid
+from ..masks.tokens import Grid, token_grid
 from ..types import AttentionError
-from ..utils.modules import reachable_modules
-from .compat.context_parallel import is_cut
-from .foreground import TokenFlow
 
-Patch = tuple[int, int, int]
+
+class Table(NamedTuple):
+    """An argument of a block with one entry per token: a rotary table, or a modulation per token.
+
+    Attributes:
+        name: The argument.
+        axis: Its axis of tokens.
+        ndim: Only tensors with so many axes are meant; None for all.
+        item: Only this item is meant, if the argument is a tuple that also holds the text's table; None for all.
+    """
+
+    name: str
+    axis: int
+    ndim: int | None = None
+    item: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenFlow:
+    """How tokens pass through a network, so that some can be left out on the way.
+
+    Attributes:
+        leave: Name of the module after the blocks that takes all tokens, (rows, tokens, dim), as its first argument.
+        tokens: The blocks' arguments (rows, tokens, ...) that hold the video's tokens.
+        tables: The blocks' arguments with one entry per token. Entries of the text may stand before or after.
+        supported: Whether a network of the family is built like this; None if every network is.
+        interleaves: Whether source and edit may go through the blocks one after the other. That needs the rows of the
+            call as the first axis of everything that a block is given or returns per row. A bool, or a function of the
+            network.
+    """
+
+    leave: str
+    tokens: tuple[str, ...] = ("hidden_states",)
+    tables: tuple[Table, ...] = ()
+    supported: Callable[[Any], bool] | None = None
+    interleaves: bool | Callable[[Any], bool] = True
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One self-attention module. `text` says where text tokens stand in its sequence: "none", "first" or "last".
+    """One self-attention module.
 
-    `patch` is set where this layer's tokens are larger than the model's, as in a pyramid.
+    Attributes:
+        name: Its name in the network.
+        module: The module.
+        text: Where text tokens stand in its sequence: "none", "first" or "last".
+        patch: Its patch (time, height, width), if its tokens are larger than the model's, as in a pyramid; else None.
     """
 
     name: str
     module: nn.Module
     text: str = "none"
-    patch: Patch | None = None
+    patch: Grid | None = None
+
+    def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
+        """Where the video's tokens begin in a sequence of this layer.
+
+        Args:
+            length: Length of the sequence.
+            tokens: Number of video tokens in it.
+            text: Number of text tokens that the network was given; None if unknown.
+            extra: Numbers of other tokens before and after.
+
+        Raises:
+            AttentionError: The parts do not add up to the length.
+        """
+        before, after = extra
+        rest = length - before - tokens - after
+        fits = rest == 0 if self.text == "none" else rest >= 0 if text is None else rest == text
+        if self.text == "last" and text is not None:
+            fits = 0 <= rest <= text  # some models drop the padding of the text
+        if fits:
+            return before + (rest if self.text == "first" else 0)
+        parts = "" if self.text == "none" else f" + {'its' if text is None else text} text tokens"
+        others = "" if extra == (0, 0) else f" + {before + after} others"
+        surplus = length - tokens - before - after - (text or 0)
+        hint = (
+            f"If {surplus} of them are reference frames or guides, say where they stand: "
+            f"layers=kv.find_layers(model).with_extra(after={surplus})."
+            if surplus > 0
+            else "The mask's grid and the model's patches differ: check the latents' shape."
+        )
+        raise AttentionError(
+            f"layer {self.name!r} attends over {length} tokens; expected the mask's {tokens}{parts}{others}.\n  {hint}"
+        )
 
 
 @dataclass(frozen=True)
 class AttentionLayers:
-    """The layers of one model. `patch` is the patch size (time, height, width) that turns latents into tokens.
+    """The attention layers of one model that a lock acts on.
 
-    `networks` are the modules whose calls are one evaluation each: two where experts share a run; `text_arguments`
-    name what becomes text tokens there. `extra` counts tokens that stand before and after the video's and are neither
-    text nor video, e.g. reference images.
-
-    `flow` says how tokens may be left out on the way, None where that is unknown; `whole` is False where only some of
-    the layers are layers. `blocks` are the modules that hold them, and those whose layers are not locked; for
-    `rows_first` see `Architecture`.
-
-    With `watch` set there is no list: every matching attention call inside that module is a layer, numbered in call
-    order (the generic route), and `select` picks among the numbers.
+    Attributes:
+        patch: Latents per token along (time, height, width).
+        layers: The layers; empty for a watched module.
+        watch: A module whose matching attention calls are the layers, numbered in call order; see `sdpa_layers`.
+        start: For a watched module, the position of the first video token.
+        trailing: For a watched module, the number of tokens after the video's; None for any number.
+        calls: For a watched module, the numbers of the calls to lock; None for all.
+        architecture: Name of the architecture.
+        networks: The modules whose calls are one evaluation each: two if experts share a run.
+        text_arguments: Arguments of the network that become text tokens.
+        rows_apart: Attention is called for each row by itself.
+        extra: Numbers of tokens before and after the video's that are neither text nor video, e.g. reference images.
+        flow: How tokens can be left out; None if that is unknown.
+        complete: Every layer of the model is in `layers`.
+        blocks: The modules that hold the layers, also those of layers that are not locked.
     """
 
-    patch: Patch
+    patch: Grid
     layers: tuple[AttentionLayer, ...] = ()
     watch: nn.Module | None = None
     start: int = 0
@@ -62,24 +135,36 @@ class AttentionLayers:
     rows_apart: bool = False
     extra: tuple[int, int] = (0, 0)
     flow: TokenFlow | None = None
-    whole: bool = True
+    complete: bool = True
     blocks: tuple[nn.Module, ...] = ()
-    rows_first: bool = False
 
     @property
     def narrows(self) -> bool:
         """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
-        alike = all(s.patch is None for s in self.layers)
-        apart = self.rows_apart or is_cut(self.networks)
-        return self.flow is not None and self.whole and alike and not apart and self.extra == (0, 0)
+        alike = all(layer.patch is None for layer in self.layers)
+        return self.flow is not None and self.complete and alike and not self.rows_apart and self.extra == (0, 0)
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether source and edit may go through these networks block by block."""
+        if self.flow is None or not self.narrows:
+            return False
+        way = self.flow.interleaves
+        return all(map(way, self.networks)) if callable(way) else way
+
+    @property
+    def per_network(self) -> int:
+        """The number of layers in each network."""
+        return len(self.layers) // max(1, len(self.networks))
 
     def select(self, chosen: Iterable[int] | slice | None) -> AttentionLayers:
-        """Keep only some layers: indices (negative ones count from the end) or a slice. None keeps all.
+        """Keep some layers only. Of a model with several experts the same layers of each are kept.
 
-        Of a model of several experts the same layers of each are kept.
+        Args:
+            chosen: Indices (negative ones count from the end) or a slice. None keeps all.
 
         Raises:
-            AttentionError: an index is out of range, or nothing is left.
+            AttentionError: An index is out of range, or no layer is left.
         """
         if chosen is None:
             return self
@@ -88,11 +173,10 @@ class AttentionLayers:
         if self.watch is not None:
             if isinstance(chosen, slice):
                 raise AttentionError(
-                    "layers of a generic model are known only as calls; give indices: layers=[0, 1, 2]."
+                    "layers of a watched module are known only as calls; give indices: layers=[0, 1, 2]."
                 )
             return replace(self, calls=frozenset(chosen))
-        experts = max(1, len(self.networks))
-        count = len(self.layers) // experts
+        count = self.per_network
         indices = range(count)[chosen] if isinstance(chosen, slice) else chosen
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
@@ -101,12 +185,18 @@ class AttentionLayers:
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
         keep = sorted({i % count for i in indices})
-        kept = tuple(self.layers[e * count + i] for e in range(experts) for i in keep)
-        return replace(self, layers=kept, whole=len(kept) == len(self.layers))
+        kept = tuple(self.layers[first + i] for first in range(0, len(self.layers), count) for i in keep)
+        return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
-        """The same layers where other tokens stand beside the video's, e.g. appended reference images. They are never
-        touched, in the source's pass neither.
+        """The same layers where other tokens stand beside the video's, e.g. reference images. They are never fused.
+
+        Args:
+            before: Their number before the video's tokens, >= 0.
+            after: Their number after the video's tokens, >= 0.
+
+        Raises:
+            AttentionError: A negative number.
         """
         if min(before, after) < 0:
             raise AttentionError(f"with_extra(before={before}, after={after}); expected counts of tokens >= 0.")
@@ -115,16 +205,37 @@ class AttentionLayers:
             return replace(self, start=self.start + before, trailing=trailing)
         return replace(self, extra=(before, after))
 
-    def grid(self, latent_shape: Sequence[int]) -> tuple[int, int, int]:
-        """Tokens along (time, height, width) for latents of a shape; see `grid.token_grid`.
+    def grid(self, latent_shape: Sequence[int]) -> Grid:
+        """Tokens along (time, height, width) for latents of a shape.
 
         Raises:
-            AttentionError: the shape has no such tokens.
+            AttentionError: The shape does not divide into tokens.
         """
         for layer in self.layers:
             if layer.patch is not None:
                 token_grid(latent_shape, layer.patch)
         return token_grid(latent_shape, self.patch)
+
+    def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:
+        """The message of a run in which no layer acted, with the lengths (query, key) of the calls that were seen."""
+        if self.watch is None:
+            return (
+                f"none of the model's {len(self.layers)} attention layers fired during this evaluation, so nothing "
+                "was locked.\n"
+                "  Is the model called through another copy (a replica, an exported graph)? Pass layers= of the module "
+                "that really runs.\n"
+                "  Or does a kernel of the model's own compute attention? A lock sees "
+                "F.scaled_dot_product_attention and every backend of diffusers: model.set_attention_backend('native')."
+            )
+        seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
+        after = "any" if self.trailing is None else self.trailing
+        chosen = "" if self.calls is None else f", at calls {sorted(self.calls)}"
+        return (
+            f"no attention call fitted, so nothing was locked. Expected {self.start} + {tokens} video tokens + {after} "
+            f"after them{chosen}; other calls (query x key): {seen}.\n"
+            "  Set start= and trailing= of sdpa_layers to the text tokens before and after the video, patch= to the "
+            "model's patch size, calls= to calls that exist."
+        )
 
 
 def _indices(chosen: Any) -> list[int]:
@@ -143,85 +254,33 @@ def _indices(chosen: Any) -> list[int]:
 def sdpa_layers(
     module: nn.Module,
     *,
-    patch: Patch,
+    patch: Grid,
     start: int = 0,
     trailing: int | None = 0,
-    layers: Iterable[int] | None = None,
+    calls: Iterable[int] | None = None,
 ) -> AttentionLayers:
-    """AttentionLayers of any module that calls `F.scaled_dot_product_attention`, with tokens in the order time, height, width.
+    """The attention layers of any module that calls `F.scaled_dot_product_attention` on tokens in the order t, h, w.
 
-    A call is a layer when its key sequence holds exactly `start` tokens, the video's, and `trailing` tokens, and the
-    query sequence is as long. So cross-attention is left alone, unless its text has exactly as many tokens: it cannot
-    be told apart then and is locked too; pad or cut the text by one token, or name the calls by `layers`.
+    A call counts as a layer if its key sequence holds exactly `start` tokens, the video's tokens, and `trailing`
+    tokens, and the query sequence is as long. So cross-attention is left alone, unless its text has exactly as many
+    tokens: pad or cut the text by one token then, or name the calls.
 
-    `patch` is the patch size (time, height, width) in latents, >= 1 each, that turns latents into tokens.
-    `start` is the position of the first video token: 0 for video first, the length of the text for text first.
-    `trailing` is what follows the video, None = any number. `layers`: which of these calls, counted in call order
-    from 0; None = all.
+    Args:
+        module: The network.
+        patch: Latents per token along (time, height, width), >= 1 each.
+        start: Position of the first video token: 0 for video first, the text's length for text first.
+        trailing: The number of tokens after the video's; None for any number.
+        calls: Numbers of the calls to lock, counted from 0 in call order; default: all.
 
     Raises:
-        AttentionError: not a module, or numbers that cannot be meant.
+        AttentionError: `module` is no torch module, or a number is out of range.
     """
     if not isinstance(module, nn.Module):
-        raise AttentionError(
-            f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network itself."
-        )
+        raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
     if len(patch) != 3 or min(patch) < 1 or start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(
             f"sdpa_layers(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width) of "
             "whole numbers >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
         )
-    select = None if layers is None else frozenset(layers)
-    return AttentionLayers(patch=patch, watch=module, start=start, trailing=trailing, calls=select)
-
-
-def find_layers(model: Any) -> AttentionLayers:
-    """Find the attention layers of a model, or of a network wrapped in it.
-
-    Looks at the model and everything a wrapper may hold: attributes `inner_model`, `model`, `transformer`,
-    `transformer_2`, `module`, submodules, and what a plain function closes over. Two networks of one family, such as
-    the experts of Wan 2.2, are locked alike.
-
-    Raises:
-        AttentionError: no known architecture; says what was seen and what to pass instead.
-    """
-    from .architecture import architectures
-
-    known, seen, found = architectures(), [], []
-    inside: set[int] = set()
-    for module in reachable_modules(model):
-        if id(module) in inside:
-            continue
-        family = next((a for a in known if a.matches(module)), None)
-        if family is None:
-            seen.append(type(module).__name__)
-            continue
-        found.append(family.find(module))
-        inside.update(id(part) for part in module.modules())
-    if found:
-        return _together(found)
-    looked = ", ".join(dict.fromkeys(seen)) if seen else f"{type(model).__name__} (no torch module inside)"
-    families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
-    raise AttentionError(
-        f"no attention layers found in {looked[:400]}.\n"
-        f"  Known architectures: {families}.\n"
-        "  For another model whose attention calls F.scaled_dot_product_attention say where its tokens are:\n"
-        "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
-        "  or declare it: kv.Architecture(...).find(transformer).\n"
-        "  For control of guidance alone, without a source: KVLock(model, policy=...)."
-    )
-
-
-def _together(found: list[AttentionLayers]) -> AttentionLayers:
-    """The layers of several networks, e.g. experts, as those of one model: only networks built like the first count."""
-    first = found[0]
-    alike = [
-        f
-        for f in found
-        if (f.architecture, f.patch, len(f.layers)) == (first.architecture, first.patch, len(first.layers))
-    ]
-    if len(alike) == 1:
-        return first
-    layers = [replace(s, name=f"{i}.{s.name}") for i, f in enumerate(alike) for s in f.layers]
-    blocks = tuple(block for f in alike for block in f.blocks)
-    return replace(first, layers=tuple(layers), networks=tuple(f.networks[0] for f in alike), blocks=blocks)
+    chosen = None if calls is None else frozenset(calls)
+    return AttentionLayers(patch=patch, watch=module, start=start, trailing=trailing, calls=chosen)

@@ -1,1 +1,1 @@
-"""Hosts that a lock can work in, one folder each."""
+"""Hosts that a lock works in, one folder each."""

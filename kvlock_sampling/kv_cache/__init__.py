@@ -1,25 +1,19 @@
-"""Source K/V kept across steps, seeds and repeated edits: formats, tiers, a byte budget, and when they still serve."""
+"""The KV cache: the source's keys and values kept over steps, seeds, prompts, runs and processes."""
 
-from .cache import KVCache
-from .clock import expected_levels
+from .cache import CacheEntry, CacheSession, KVCache, uncacheable
 from .errors import KVCacheError, KVCacheWarning
-from .fingerprint import KVCacheKey, arguments_fingerprint, model_fingerprint, tensor_fingerprint
-from .level import Level
-from .plan import Plan, plan_for
-from .shelf import Served, Shelf
+from .fingerprint import content_fingerprint, model_fingerprint
+from .plan import Plan, plan
 
 __all__ = [
+    "CacheEntry",
+    "CacheSession",
     "KVCache",
     "KVCacheError",
-    "KVCacheKey",
     "KVCacheWarning",
-    "Level",
     "Plan",
-    "Served",
-    "Shelf",
-    "arguments_fingerprint",
-    "expected_levels",
+    "content_fingerprint",
     "model_fingerprint",
-    "plan_for",
-    "tensor_fingerprint",
+    "plan",
+    "uncacheable",
 ]

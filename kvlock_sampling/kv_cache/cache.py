@@ -1,201 +1,323 @@
-"""The kv_cache: source K/V kept across steps, seeds and repeated edits, within a byte budget.
+"""The KV cache: the source's keys and values kept over steps, seeds, prompts and runs.
 
-    KV cache = kv.KVCache("kv-bank", budget="4GB", format="int8")
-    with KV cache.opened(key, device=x.device) as shelf:      # one run
-        level = shelf.lookup(sigma)                       # None: no stored level serves this noise level
-        if level is None:
-            level = shelf.put(sigma, {layer: (key, value)})
-        key, value = level.get(layer)
+    kv_cache = kv.KVCache("kv-cache", budget="4GB")
+    lock = kv.KVLock(model, source=clip, mask=mask, noise="fixed", kv_cache=kv_cache)
 
-Keeping the source's K/V instead of computing them beside every evaluation: KV-Edit (arXiv 2502.17363) keeps them over
-an inversion; KV-Lock (arXiv 2603.09657) over one step.
+A *level* holds the K/V of every layer at one noise level. A *cache entry* holds the levels of one model, clip, noise,
+mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion; KV-Lock (arXiv 2603.09657) over a
+step.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from .clock import Refresh
-from .disk import Disk
-from .errors import KVCacheError
-from .fingerprint import KVCacheKey
-from .folder import Folder
-from .format import VERBATIM, check_format
-from .pool import Drawer, Pool
-from .settings import check_directory, check_flag, check_layers, check_tier
-from .shelf import Shelf
-from .sizes import parse_bytes, readable
+from ..attention import AttentionLayers
+from ..masks.tokens import Selection
+from ..types import AttentionError
+from .disk import DiskTier
+from .errors import KVCacheError, KVCacheWarning
+from .fingerprint import content_fingerprint, mark, model_fingerprint
+from .memory import MemoryTier, parse_bytes, readable
+from .quantize import Level, PackedLevel, check_format, pack, packed_bytes
+from .refresh import Refresh, add_request, check_sigma
+
+VERSION = 1
+"""Version of the stored form. Entries of another version are other entries."""
+
+KeyValues = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class KVCache:
-    """Settings, and what is held in memory. One KV cache serves any number of runs, clips and threads.
+    """Settings, and the levels held in memory. One cache serves any number of runs, clips and threads.
 
-    directory: also write every level to disk, DIR/<fingerprint>/, and read what is there: the next edit of the same
-        clip, in any process, then runs no source pass. None keeps K/V in memory alone.
-    budget: bytes held in memory, e.g. "4GB", "512MiB" or a number; None is no limit. Never exceeded: levels far from
-        where the run is give way, to disk if there is a directory.
-    disk: bytes that all files of the directory may take, of all clips and models together, e.g. "50GB"; None is no
-        limit. Never exceeded by what this KV cache writes: before a level is written whole levels are removed, those of
-        other clips and models first, least recently used first; never one that a shelf of this process is using. Where
-        too little may go the level is kept in memory alone, with a `KVCacheWarning`. Threads, processes and other KV caches
-        that share the directory are counted in, also with what they are just writing; only on Windows, and on file
-        systems without locks, may processes that begin to write at the same moment exceed it. A KV cache without a limit
-        minds nobody's. A directory that holds more already is brought within the limit when a shelf is opened.
-    format: "int8" (1 byte, 0.4% off), "fp8" (1 byte, 2.6%), "bf16" (2 bytes, 0.2%), "float32", or None: as they come.
-    every: at most so many evaluations per level in a first run; None is no limit. See `clock` for both rules.
-    ratio: a level serves noise levels within this ratio; None is no limit.
-    interpolate: serve points of the line in log sigma through two levels, between them (a second edit) or beyond the
-        last one (a first run, where sigma falls), instead of the nearest level. What the KV cache changes in an edit falls
-        to a half in a first run and to a third or less in a second; the room for two levels is used.
-    layers: which layers the lock reaches, in the form `AttentionLayers.layers` takes; None is all. Fewer need less room.
-    tier: where memory is: "host" (pinned, prefetched, where there is CUDA) or "device".
+    Args:
+        directory: Also write every level to this folder, and read levels from it. The next edit of the same clip, in
+            any process, then runs no source pass. None keeps K/V in memory alone.
+        budget: Bytes of K/V held in host memory: a number, or text such as "4GB" or "512MiB"; None is no limit. The
+            least recently used levels make room for new ones. Files are read through a memory map and do not count.
+        format: "int8" stores one byte per number (0.4% off, see `quantize`); None stores K/V unchanged.
+        every: Evaluations per source pass, at most, in the run that fills the cache, >= 1; None is no limit. See
+            `refresh` for this rule and the next.
+        ratio: A level serves noise levels within this ratio, >= 1; None is no limit.
+        interpolate: Serve points of the line in log sigma through two levels, between them or beyond the last one,
+            instead of the nearest level. The change that the cache makes to an edit falls to a half in the run that
+            fills it, and to a third or less in a later one. Needs room for two levels.
 
     Raises:
-        KVCacheError: a setting that cannot be meant, or a directory that cannot be written to.
+        KVCacheError: A setting is outside its range, or the directory cannot be used.
     """
-
-    directory: Path | None
 
     def __init__(
         self,
         directory: str | os.PathLike[str] | None = None,
         *,
         budget: str | int | float | None = "4GB",
-        disk: str | int | float | None = None,
         format: str | None = "int8",
         every: int | None = 3,
         ratio: float | None = 1.5,
         interpolate: bool = True,
-        layers: Iterable[int] | slice | None = None,
-        tier: str = "host",
     ) -> None:
-        self.tier = check_tier(tier)
-        self.refresh = Refresh(every, ratio)
+        self.refresh = Refresh(every, ratio, interpolate)
         self.format = check_format(format)
-        self.interpolate = check_flag("interpolate", interpolate)
-        self.layers = check_layers(layers)
-        self._pool = Pool(parse_bytes(budget))
-        limit = parse_bytes(disk, "disk")
-        if limit is not None and directory is None:
-            raise KVCacheError(
-                f'disk={disk!r} limits a directory, and none was given; expected e.g. KVCache("kv-bank", disk="50GB").'
-            )
-        if limit == 0:
-            raise KVCacheError(
-                f"disk={disk!r} leaves no room for a file; pass no directory to keep K/V in memory alone."
-            )
+        self.budget = parse_bytes(budget)
         if directory is None and self.budget == 0:
             raise KVCacheError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
-        self.directory = None if directory is None else check_directory(directory)
-        self._disk = None if self.directory is None else Disk(self.directory, limit, self._pool.forget)
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes that may be held in memory; None is no limit."""
-        return self._pool.budget
+        self.memory = MemoryTier(self.budget)
+        self.disk = None if directory is None else DiskTier(directory)
+        self.directory = None if self.disk is None else self.disk.directory
+        self._warned: set[str] = set()
 
     @property
     def used(self) -> int:
-        """Bytes held in memory now: those of the stored tensors, exactly."""
-        return self._pool.used
+        """Bytes held in memory now."""
+        return self.memory.used
 
-    @property
-    def peak(self) -> int:
-        """The most bytes that were ever held in memory."""
-        return self._pool.peak
+    def session(self, model: Any, layers: AttentionLayers) -> CacheSession:
+        """Start to use the cache in one run.
 
-    @property
-    def disk(self) -> int | None:
-        """Bytes that the directory's files may take; None is no limit, or no directory."""
-        return None if self._disk is None else self._disk.limit
-
-    @property
-    def disk_used(self) -> int:
-        """Bytes that the directory's files take now, of all keys: those of other KV caches and processes as well."""
-        return 0 if self._disk is None else self._disk.used
-
-    @contextmanager
-    def opened(self, key: KVCacheKey, *, device: torch.device | str = "cpu") -> Iterator[Shelf]:
-        """One run's shelf for the K/V of `key`, handed out on `device`. What it stores stays when the block is left.
+        Args:
+            model: The denoiser.
+            layers: The attention layers whose K/V are kept.
 
         Raises:
-            KVCacheError: not a key, or the folder of this key holds something else.
+            AttentionError: The K/V of these layers cannot be kept.
         """
-        if not isinstance(key, KVCacheKey):
-            raise KVCacheError(
-                f"opened got a {type(key).__name__}; expected a KVCacheKey, e.g.\n"
-                "  KV cache.opened(KVCacheKey.of(model=model, clip=latents, noise=noise, background=tokens, layers=names))"
-            )
-        shelf = Shelf(
-            self._pool,
-            self._drawer(key),
-            refresh=self.refresh,
-            interpolate=self.interpolate,
-            format=self.format,
-            tier=self.tier,
-            device=_indexed(device),
-        )
-        try:
-            yield shelf
-        finally:
-            shelf.close()
+        if why := uncacheable(layers):
+            raise AttentionError(why)
+        return CacheSession(self, model, layers)
 
-    def _drawer(self, key: KVCacheKey) -> Drawer:
-        """The levels of a key, with one more reader. Drawers that hold nothing and have no reader are let go."""
-        name = key.fingerprint(self.format)
-        with self._pool.lock:
-            drawers = self._pool.drawers
-            for other in [n for n, d in drawers.items() if n != name and not d.readers and not _holds(d)]:
-                del drawers[other]  # what its folder has is found again when it is opened
-            if name not in drawers:
-                folder = None if self._disk is None else Folder(self._disk, key, self.format)
-                drawers[name] = Drawer(key.layers, folder)
-            elif not drawers[name].readers:
-                self._pool.look_again(drawers[name])
-            drawers[name].readers += 1
-            return drawers[name]
+    def warn_once(self, reason: str, text: str) -> None:
+        """Issue a KVCacheWarning, the first time for this reason."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(text, KVCacheWarning, stacklevel=3)
 
     def __deepcopy__(self, memo: Any) -> KVCache:
-        """Itself: a copy of a lock shares its KV cache."""
+        """Return the cache itself: a copy of a lock shares its cache."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Settings travel, what is held in memory does not."""
-        settings: dict[str, Any] = {
-            "budget": self.budget,
-            "disk": self.disk,
-            "format": None if self.format == VERBATIM else self.format,
-            "every": self.refresh.every,
-            "ratio": self.refresh.ratio,
-            "interpolate": self.interpolate,
-            "layers": self.layers,
-            "tier": self.tier,
-        }
+        """Pickle the settings, without the levels in memory."""
+        settings = {"budget": self.budget, "format": self.format, **vars(self.refresh)}
         return functools.partial(KVCache, self.directory, **settings), ()
-
-    def clear(self) -> None:
-        """Let go of everything in memory that no open shelf is using. Files stay: delete the directory for that."""
-        self._pool.clear()
 
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
         budget = "no limit" if self.budget is None else readable(self.budget)
-        disk = "" if self.disk is None else f", at most {readable(self.disk)} on disk"
-        return f"KVCache({where}, {self.format}, {readable(self.used)} of {budget} used{disk})"
+        return f"KVCache({where}, format={self.format!r}, {readable(self.used)} of {budget} used)"
 
 
-def _holds(drawer: Drawer) -> bool:
-    """Whether letting go of it would lose anything: levels without a file, or parts in memory."""
-    return any(stored.held or stored.file is None for stored in drawer.levels)
+class CacheEntry:
+    """The levels of one model, clip, noise, mask, prompt and network, as one run uses them.
+
+    Args:
+        kv_cache: The cache.
+        name: Fingerprint of everything that the K/V depend on.
+        layers: Names of the layers.
+        device: Where K/V are returned.
+    """
+
+    def __init__(self, kv_cache: KVCache, name: str, layers: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.name, self.layers = name, tuple(layers)
+        self._cache, self._device = kv_cache, torch.device(device)
+        self._requested: list[float] = []
+        self._fresh: set[float] = set()
+        self._files: set[float] = set() if kv_cache.disk is None else kv_cache.disk.sigmas(name)
+        self._mapped: dict[float, PackedLevel] = {}
+
+    @property
+    def sigmas(self) -> set[float]:
+        """The noise levels that are stored now."""
+        return self._files | self._cache.memory.sigmas(self.name)
+
+    def lookup(self, sigma: float) -> Level | None:
+        """Return the K/V that serve a noise level, by the rule of `refresh`.
+
+        Args:
+            sigma: Noise level (variance exploding), > 0.
+
+        Returns:
+            K/V by layer; None if the source pass must run and its K/V be stored with `put`.
+
+        Raises:
+            KVCacheError: The noise level is not a finite number > 0.
+        """
+        sigma = check_sigma(sigma)
+        add_request(self._requested, sigma)
+        while True:
+            chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
+            parts = [(packed, weight) for level, weight in chosen if (packed := self._read(level)) is not None]
+            if len(parts) == len(chosen):  # else a file was damaged, or another thread evicted a level: choose again
+                return Level(parts, self._device) if parts else None
+
+    def put(self, sigma: float, keys: KeyValues) -> KeyValues:
+        """Store the K/V of a source pass.
+
+        Args:
+            sigma: Noise level of the pass (variance exploding), > 0.
+            keys: Key and value by layer, (clips, heads, kept tokens, dim) each. Other layers are ignored.
+
+        Returns:
+            K/V by layer as later lookups return them, so that the evaluation that stores a level and those that read
+            it use the same numbers; `keys` itself if the budget is too small for the level.
+
+        Raises:
+            KVCacheError: A layer is missing, or K/V are not floating tensors.
+        """
+        sigma, format, memory = check_sigma(sigma), self._cache.format, self._cache.memory
+        if missing := [layer for layer in self.layers if layer not in keys]:
+            raise KVCacheError(
+                f"put was given no K/V of {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; it had "
+                f"{', '.join(list(keys)[:4]) or 'none'}.\n"
+                "  Did the source pass skip layers, e.g. under a step cache? Lock others: layers=[...]."
+            )
+        size = sum(packed_bytes(x.shape, x.dtype, format) for layer in self.layers for x in keys[layer])
+        if not memory.make_room(size) and self._cache.disk is None:
+            self._warn_too_large(size)
+            return keys
+        level = {layer: (pack(keys[layer][0], format), pack(keys[layer][1], format)) for layer in self.layers}
+        kept, written = memory.put(self.name, sigma, level), self._write(sigma, level)
+        self._fresh.add(sigma)
+        if not (kept or written):
+            self._warn_too_large(size)
+        return Level([(level, 1.0)], self._device)
+
+    def _read(self, sigma: float) -> PackedLevel | None:
+        level = self._cache.memory.get(self.name, sigma) or self._mapped.get(sigma)
+        if level is None and self._cache.disk is not None and sigma in self._files:
+            level = self._cache.disk.read(self.name, sigma, self.layers)
+            if level is None:
+                self._files.discard(sigma)
+            else:
+                self._mapped[sigma] = level
+        return level
+
+    def _write(self, sigma: float, level: PackedLevel) -> bool:
+        if self._cache.disk is None:
+            return False
+        try:
+            self._cache.disk.write(self.name, sigma, level)
+        except OSError as error:
+            self._cache.warn_once("disk", f"{error}. K/V are kept in memory alone.")
+            return False
+        self._mapped.pop(sigma, None)
+        self._files.add(sigma)
+        return True
+
+    def _warn_too_large(self, size: int) -> None:
+        self._cache.warn_once(
+            "budget",
+            f"one level needs {readable(size)} and the budget is {readable(self._cache.budget or 0)}: the KV cache "
+            "keeps nothing in memory, and the source pass runs again.\n"
+            f'  Raise it, e.g. KVCache(budget="{readable(2 * size)}"), use format="int8", or pass a directory.',
+        )
 
 
-def _indexed(device: Any) -> torch.device:
-    """A device as tensors name theirs: "cuda" is "cuda:0" on them."""
-    return torch.empty(0, device=device).device
+class CacheSession:
+    """Finds the cache entries of one run.
+
+    Args:
+        kv_cache: The cache.
+        model: The denoiser.
+        layers: Its attention layers.
+    """
+
+    def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers) -> None:
+        self.kv_cache, self.model, self.layers = kv_cache, model, layers
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin another run: read the model again, and count the levels stored so far as those of an earlier run."""
+        self._entries: dict[str, CacheEntry] = {}
+        self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], CacheEntry]] = []
+        self._model: str | None = None
+
+    def close(self) -> None:
+        """Let go of the entries in use. The cache keeps their levels."""
+        self.restart()
+
+    def entry(
+        self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
+    ) -> CacheEntry:
+        """Return the cache entry of a source.
+
+        Args:
+            clip: Clean latents of the source, (clips, ...).
+            noise: The source's fixed noise, (clips, ...).
+            selection: The tokens whose K/V are kept.
+            expert: The network that runs, or its index; ignored if the model has one network.
+            arguments: The arguments of the source's pass, e.g. {"cond": prompt}.
+
+        Raises:
+            AttentionError: The model has several networks, and `expert` is none of them.
+            KVCacheError: The model or an argument has no fingerprint.
+        """
+        leaves = tree_leaves([clip, noise, selection.weight, *(arguments[name] for name in sorted(arguments))])
+        parts = (expert, *sorted(arguments), *leaves)
+        precision = _autocast(noise.device)
+        marks = (*map(mark, parts), precision)
+        for known, _, entry in self._known:
+            if known == marks:
+                return entry  # the same objects, unchanged: their content need not be read again
+        if self._model is None:
+            self._model = model_fingerprint(self.model)
+        layers = self._layers_of(expert)
+        name = content_fingerprint(
+            {
+                "version": VERSION,
+                "format": self.kv_cache.format,
+                "model": self._model,
+                "clip": clip,
+                "noise": noise,
+                "tokens": selection.weight,
+                "layers": layers,
+                "precision": f"{noise.dtype} {precision}",
+                "arguments": dict(arguments),
+            }
+        )
+        entry = self._entries.get(name) or CacheEntry(self.kv_cache, name, layers, noise.device)
+        self._entries[name] = entry
+        # The objects are kept beside their marks, because an id is unique only while its object lives.
+        self._known = [*self._known[-7:], (marks, parts, entry)]
+        return entry
+
+    def _layers_of(self, expert: Any) -> list[str]:
+        """The names of the layers that one evaluation reaches."""
+        names, networks = [layer.name for layer in self.layers.layers], self.layers.networks
+        if len(networks) < 2:
+            return names
+        index = next((i for i, network in enumerate(networks) if expert is network or expert == i), None)
+        if index is None:
+            raise AttentionError(
+                f"this model has {len(networks)} networks, and a KV cache must know which one runs; expert(sigma) "
+                f"returned {expert!r}.\n"
+                "  Give the denoiser a method expert(sigma) that returns the network, or its index."
+            )
+        return [name for name in names if name.startswith(f"{index}.")]
+
+
+def uncacheable(layers: AttentionLayers) -> str | None:
+    """Return why the K/V of these layers cannot be kept; None if they can."""
+    if layers.watch is not None:
+        return (
+            "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n  layers="
+            "kv.Architecture('mine', ('package.module:Class',), layers=('blocks.*.attn',), patch=...).find(net)"
+        )
+    if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
+        return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
+    return None
+
+
+def _autocast(device: torch.device) -> str:
+    """The precision that autocast computes in; "" without autocast."""
+    on = torch.is_autocast_enabled(device.type)
+    return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""

@@ -1,11 +1,11 @@
-"""What a KV cache refuses, and what it only warns of."""
+"""The error and the warning of the KV cache."""
 
 from ..types import KVLockError
 
 
 class KVCacheError(KVLockError, RuntimeError):
-    """A KV cache that cannot be: settings, a directory, a key or a level that does not fit."""
+    """A KV cache cannot be used as requested: a wrong setting, an unusable directory, K/V that are not complete."""
 
 
 class KVCacheWarning(UserWarning):
-    """A file of a KV cache that is ignored: the run goes on, and the level is computed and written again."""
+    """A level cannot be kept or used: its file is damaged or cannot be written, or the budget is too small for it."""

@@ -1,6 +1,6 @@
-"""What K/V belong to: fingerprints of the model, the clip, its noise, the kept tokens and the source's arguments.
+"""Fingerprints (SHA-256) of a model and of content, the same in every process and on every machine.
 
-All are SHA-256, the same in every process and on every machine, and small enough to be taken at each run.
+K/V are used again only where the fingerprint of everything that they depend on is the same. It is taken at each run.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import functools
 import hashlib
 import json
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -24,104 +23,41 @@ from ..utils.modules import reachable_modules
 from .errors import KVCacheError
 
 SAMPLED = 64
-"""Numbers of each weight that go into its fingerprint themselves, evenly spread: they tell an order, sums do not."""
+"""How many numbers of each weight are read themselves, evenly spread: they show the order of numbers, sums do not."""
 
 BLOCK = 8192
-"""Words of 8 bytes that one sum stands for."""
+"""How many words of 8 bytes are summed together."""
 
 
-@dataclass(frozen=True)
-class KVCacheKey:
-    """Everything that must be equal for K/V to be used again. Make one with `KVCacheKey.of`.
+def content_fingerprint(content: Mapping[str, Any]) -> str:
+    """Take the fingerprint of tensors, arrays and plain values in nested mappings, sequences, sets and dataclasses.
 
-    model, clip, noise, tokens, arguments: fingerprints. layers: names of the attention layers that are kept, in the
-    order in which the model reaches them. dtype: of the evaluation, e.g. "float32".
-    """
-
-    model: str
-    clip: str
-    noise: str
-    tokens: str
-    layers: tuple[str, ...]
-    arguments: str = ""
-    dtype: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.layers or len(set(self.layers)) < len(self.layers):
-            raise KVCacheError(
-                f"layers={self.layers}; expected the distinct names of the layers to keep, at least one."
-            )
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        model: Any,
-        clip: Tensor,
-        noise: Tensor,
-        background: Tensor,
-        layers: Iterable[str],
-        arguments: Mapping[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> KVCacheKey:
-        """Take the fingerprints.
-
-        model: the denoiser, a module or anything that holds one. clip: clean latents (clips, ...). noise: what noises
-        the clip, of its shape. background: (clips, tokens), which tokens are kept. arguments: what the source pass is
-        called with, e.g. {"cond": prompt}. dtype: of the evaluation; that of `clip` by default.
-
-        Raises:
-            KVCacheError: an argument that has no fingerprint.
-        """
-        return cls(
-            model=model_fingerprint(model),
-            clip=tensor_fingerprint(clip),
-            noise=tensor_fingerprint(noise),
-            tokens=tensor_fingerprint(background),
-            layers=tuple(layers),
-            arguments=arguments_fingerprint(arguments or {}),
-            dtype=str(dtype or clip.dtype).removeprefix("torch."),
-        )
-
-    def fingerprint(self, *extra: str) -> str:
-        """One fingerprint of the whole key, and of whatever else matters, e.g. the format."""
-        return hashlib.sha256(json.dumps([asdict(self), *extra], sort_keys=True).encode()).hexdigest()
-
-
-def tensor_fingerprint(x: Tensor) -> str:
-    """Of shape, dtype and every byte; the device does not matter."""
-    digest = hashlib.sha256()
-    _add_tensor(digest, x)
-    return digest.hexdigest()
-
-
-def arguments_fingerprint(arguments: Mapping[str, Any]) -> str:
-    """Of nested mappings, sequences, sets, dataclasses, tensors, arrays and plain values. Order of keys is no matter.
+    Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not.
 
     Raises:
-        KVCacheError: an object whose contents cannot be told, say a function: its equal could not be recognised later.
+        KVCacheError: An object has no content that could be compared in another run, e.g. a function.
     """
     digest = hashlib.sha256()
-    _add(digest, dict(arguments), "")
+    _add(digest, dict(content), "")
     return digest.hexdigest()
 
 
 def model_fingerprint(model: Any) -> str:
-    """Of a denoiser: class, configuration, and of every weight and saved buffer the name, shape, dtype, a sample, and
-    sums over all of its bytes, however it was written to. That takes as long as reading the weights once.
+    """Take the fingerprint of a denoiser.
 
-    Adapters count as well, fused (the weights change) or not (there are more of them, and their scales). Weights that
-    were offloaded to the meta device have no numbers to read; those are told by name and shape alone.
+    Class, configuration and settings count. Of every weight and saved buffer the name, shape and dtype count, a sample
+    of its numbers, and sums over all bytes, which takes as long as reading the weights once. Adapters count, fused (the
+    weights change) or not (they add weights and a scale). Weights offloaded to the meta device have no numbers: only
+    their names and shapes count.
 
     Raises:
-        KVCacheError: no torch module can be found in it.
+        KVCacheError: No torch module is found in the model.
     """
     modules = list(dict.fromkeys(reachable_modules(model)))
     if not modules:
         raise KVCacheError(
-            f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
-            "  Wrap the network in a module, or make the key yourself: KVCacheKey(model='my-model-v1', ...)."
+            f"no torch module was found in {type(model).__name__}, so another model's K/V could be taken for its own.\n"
+            "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
     digest = hashlib.sha256()
     _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
@@ -132,24 +68,24 @@ def model_fingerprint(model: Any) -> str:
         about = [type(module).__qualname__, module.extra_repr()]
         if isinstance(config, Mapping):
             about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
-        # Of adapters (peft): the scale and which one is active are attributes, not weights.
+        # The scale of an adapter (peft), and which one is active, are attributes, not weights.
         for name in ("scaling", "merged_adapters", "active_adapters", "disable_adapters"):
             value = getattr(module, name, None)
             if isinstance(value, (dict, list, str, bool)):
                 about.append(f"{name}={value}")
         _add(digest, [*about, *_settings(vars(module))], "")
-        # What is not saved with the weights is derived from them, or a cache that fills up while the model runs.
+        # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
         derived = module._non_persistent_buffers_set
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
         for name, weight in (*module.named_parameters(recurse=False), *buffers):
             _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
-            _add_tensor(digest, _checksums(weight))
+            _add_tensor(digest, block_sums(weight))
             _add_tensor(digest, _sample(weight))
     return digest.hexdigest()
 
 
 def _settings(attributes: Mapping[str, Any]) -> list[str]:
-    """Plain values among attributes, and what functions among them close over: a guidance, a frame rate, a scale."""
+    """Plain values among attributes, and those that functions close over: a guidance, a frame rate, a scale."""
     found = []
     for name, value in sorted(attributes.items()):
         if name.startswith("_") or name == "training":
@@ -173,14 +109,12 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     return bool(depth) and type(value) is dict and all(_is_plain(item, depth - 1) for item in value.values())
 
 
-def _checksums(weight: Tensor) -> Tensor:
-    """One sum for each `BLOCK` of a weight's bytes, taken as whole numbers of 8 bytes: exact, so the same on every
-    device, and any change of one number tells.
+def block_sums(weight: Tensor) -> Tensor:
+    """Sum every `BLOCK` of a tensor's bytes as 8-byte integers: exact on every device, and any changed number shows.
 
-    Every byte is read, at every run. To read again only what has changed, one would have to know: the version counter
-    of a tensor does not count writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the storage or a
-    fused optimizer, and inference tensors have none. Nor has reading to be avoided: whole words are summed as fast as
-    memory is read.
+    Of a model all bytes are read at every run, at the speed of memory. Nothing tells which weights have changed: the
+    version counter of a tensor misses writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the
+    storage or a fused optimizer.
     """
     weight = weight.detach()
     if weight.is_meta or not weight.numel():
@@ -188,13 +122,13 @@ def _checksums(weight: Tensor) -> Tensor:
     if type(weight) not in (Tensor, nn.Parameter):
         if not hasattr(weight, "__tensor_flatten__"):
             return torch.empty(0, dtype=torch.int64)
-        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # a quantised weight and its scales
-        return torch.cat([_checksums(part) for part in parts])
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # a quantized weight and its scales
+        return torch.cat([block_sums(part) for part in parts])
     if weight.is_complex():
         weight = torch.view_as_real(weight.resolve_conj())
     data = weight.resolve_neg().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8 or data.data_ptr() % 8:
-        data = data.clone()  # words have to be aligned
+        data = data.clone()  # 8-byte words must be aligned
     whole = data.numel() // 8
     words, rest = data[: 8 * whole].view(torch.int64), data[8 * whole :]
     blocks = words[: whole // BLOCK * BLOCK].view(-1, BLOCK).sum(-1)
@@ -206,7 +140,7 @@ def _sample(weight: Tensor) -> Tensor:
     if weight.is_meta or not weight.numel():
         return torch.empty(0)
     if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize"):
-        weight = weight.dequantize()  # a quantised subclass: its elements cannot be taken one by one
+        weight = weight.dequantize()  # single elements of a quantized weight cannot be read
     count = weight.numel()
     index = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
     return torch.take(weight, index.to(weight.device)) if weight.is_contiguous() else weight.reshape(-1)[index]
@@ -219,7 +153,7 @@ def _add_tensor(digest: Any, x: Tensor) -> None:
 
 
 def _add(digest: Any, value: Any, path: str) -> None:
-    """Every value goes in with its type and length, so that no two structures read the same."""
+    """Add a value with its type and length, so that no two structures give the same bytes."""
     if isinstance(value, Tensor):
         _add_tensor(digest, value)
     elif isinstance(value, np.ndarray) and value.dtype != object:
@@ -227,8 +161,9 @@ def _add(digest: Any, value: Any, path: str) -> None:
     elif isinstance(value, Mapping):
         digest.update(f"mapping {len(value)}\n".encode())
         for key in sorted(value, key=repr):
-            _add(digest, key, f"{path}[{key!r}]")
-            _add(digest, value[key], f"{path}[{key!r}]")
+            inner = f"{path}[{key!r}]" if path else str(key)
+            _add(digest, key, inner)
+            _add(digest, value[key], inner)
     elif isinstance(value, (list, tuple)):
         digest.update(f"sequence {len(value)}\n".encode())
         for i, item in enumerate(value):
@@ -245,7 +180,13 @@ def _add(digest: Any, value: Any, path: str) -> None:
         digest.update(f"{type(value).__name__} {value}\n".encode())
     else:
         raise KVCacheError(
-            f"the source's argument {path or 'given'} is a {type(value).__name__}, which has no fingerprint: K/V made "
-            "with it could not be recognised in another run.\n"
-            "  Pass tensors and plain values, or run without a KV cache."
+            f"{path} is a {type(value).__name__}, which has no fingerprint: K/V that depend on it could not be "
+            "recognised in another run.\n  Pass tensors and plain values, or leave kv_cache= away."
         )
+
+
+def mark(part: Any) -> Any:
+    """Return what identifies an object, and shows a change in place, without reading its content."""
+    if not isinstance(part, Tensor):
+        return part if isinstance(part, (str, int, float, bool, type(None))) else id(part)
+    return id(part), None if part.is_inference() else part._version

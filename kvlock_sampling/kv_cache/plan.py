@@ -1,183 +1,142 @@
-"""What a KV cache will need, before anything runs: bytes per level, in all, and how much of it the budget holds.
+"""The memory that a KV cache will need, before anything runs. Sizes are exact.
 
-Exact for the stored tensors: the same arithmetic counts them. Wan 2.1 1.3B at 480 x 832 x 81 (30 layers of 12 heads of
-128, 21 x 30 x 52 tokens, 70% background) needs 2.1 GB per level as int8, 4.2 GB as bf16.
+Wan 2.1 1.3B at 480 x 832 x 81 (30 layers of 12 heads of 128, 21 x 30 x 52 tokens, 70% background) needs 2.1 GB per
+level in int8, 4.2 GB in bfloat16.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ..attention import AttentionLayers
+from ..masks.tokens import Selection
+from .cache import KVCache
 from .errors import KVCacheError
-from .format import FORMATS, VERBATIM, check_format, layout, nbytes
-from .sizes import parse_bytes, readable
+from .memory import readable
+from .quantize import packed_bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes. Print it.
+    """Sizes of a KV cache. Print it for a table.
 
-    layers, clips, heads, dim: of the model. kept: background tokens of `tokens`. levels: noise levels that a run
-    stores. format: as in `KVCache`. budget: memory, None is no limit. dtype: of the model's K/V. directory: whether there
-    is one; disk: what it may hold, None is no limit.
+    Attributes:
+        layers: Attention layers of the network.
+        heads: Heads of each layer.
+        dim: Width of a head.
+        tokens: Video tokens of a clip.
+        kept: Tokens whose K/V are kept: those of the background.
+        levels: Noise levels that a run stores.
+        clips: Clips of the batch.
+        format: "int8", or None for unchanged K/V.
+        budget: Bytes that may be held in memory; None is no limit.
+        dtype: Dtype of the model's K/V.
+        directory: Whether levels are written to disk as well.
     """
 
     layers: int
-    clips: int
     heads: int
     dim: int
     tokens: int
     kept: int
     levels: int
-    format: str
-    budget: int | None
-    dtype: torch.dtype
+    clips: int = 1
+    format: str | None = "int8"
+    budget: int | None = 4_000_000_000
+    dtype: torch.dtype = torch.bfloat16
     directory: bool = False
-    disk: int | None = None
-
-    def per_level_as(self, format: str | None) -> int:
-        """Bytes of one level in another format."""
-        shape = (self.clips, self.heads, self.kept, self.dim)
-        return 2 * self.layers * nbytes(layout(shape, self.dtype, check_format(format)))
 
     @property
     def per_level(self) -> int:
         """Bytes of one level."""
-        return self.per_level_as(self.format)
+        return self._per_level(self.format)
 
     @property
     def total(self) -> int:
-        """Bytes of every level a run stores: what a directory takes on disk, beside headers of some kB each."""
+        """Bytes of every level that a run stores. Files take some kB more each."""
         return self.levels * self.per_level
 
     @property
     def in_memory(self) -> int:
-        """Levels that the budget holds at once."""
+        """How many levels the budget holds at once."""
         return self._fitting(self.per_level)
 
     @property
-    def on_disk(self) -> int:
-        """Levels that the directory holds after a run, where those of others may all go; 0 without a directory."""
-        if not self.directory:
-            return 0
-        return self.levels if self.disk is None or not self.per_level else min(self.levels, self.disk // self.per_level)
-
-    def _fitting(self, per_level: int) -> int:
-        return self.levels if self.budget is None or not per_level else min(self.levels, self.budget // per_level)
-
-    @property
     def verdict(self) -> str:
-        """What this means for a run, in a sentence or two."""
-        if self.directory and self.on_disk < self.levels:
-            return self._too_much_for_the_disk()
-        held = self.in_memory
-        if self.directory and held == self.levels:
-            return "Everything fits in memory, and on disk: the next edit of this clip needs no source pass."
+        """What these sizes mean for a run, in a sentence or two."""
         if self.directory:
-            return (
-                f"{held} of {self.levels} levels fit in memory, all of them on disk, {readable(self.total)}: the next "
-                "edit of this clip needs no source pass."
-            )
-        beyond = (
-            "for the next edit of this clip without a source pass give the KV cache a directory "
-            '(kv_cache=KVCache("DIR"), --kv-cache DIR).'
-        )
-        if held == self.levels:
-            # An object in memory: another KVCache, and so another process, starts empty.
-            return f"Everything fits in memory, for this run and others with this KVCache; beyond them, {beyond}"
-        if held:
-            enough = "enough for one run" if held > 1 else "enough for one run, but two serve it better (interpolate)"
-            return f"{held} of {self.levels} levels fit in memory: {enough}; {beyond}"
-        smaller = next((f for f in ("bf16", "int8") if self._fitting(self.per_level_as(f))), None)
-        advice = f'format="{smaller}"' if smaller else "fewer layers=..."
-        return f"Not one level fits in memory: raise the budget, use {advice}, or give the KV cache a directory."
-
-    def _too_much_for_the_disk(self) -> str:
-        assert self.disk is not None
-        what = f"All levels take {readable(self.total)}, and disk={readable(self.disk)} is the limit"
-        enough = readable(1.005 * self.total)  # headers as well, and what three digits round away
-        cure = f"Raise it to {enough}, or store less: fewer layers=..., a larger every= or ratio=."
-        if not self.on_disk and not self.in_memory:
-            return f"{what}: not one fits, neither there nor in memory. {cure}"
-        rest = "the rest are kept in memory" if self.in_memory else "later ones take the place of earlier ones"
-        return f"{what}: {self.on_disk} of {self.levels} stay there, {rest}. {cure}"
+            where = "in memory and on disk" if self.in_memory == self.levels else "on disk"
+            return f"Everything fits {where} ({readable(self.total)}): the next edit of this clip needs no source pass."
+        later = 'For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'
+        if self.in_memory == self.levels:
+            return f"Everything fits in memory, for this run and others with this KVCache. {later}"
+        if self.in_memory:
+            few = "" if self.in_memory > 1 else ", but two serve it better (interpolate)"
+            return f"{self.in_memory} of {self.levels} levels fit in memory: enough for one run{few}. {later}"
+        advice = 'use format="int8"' if self._fitting(self._per_level("int8")) else "lock fewer layers"
+        return f"Not one level fits in memory, so nothing is kept: raise the budget, {advice}, or pass a directory."
 
     def __str__(self) -> str:
-        budget = "no limit" if self.budget is None else readable(self.budget)
-        disk = "" if self.disk is None else f", disk limit {readable(self.disk)}"
         clips = f", {self.clips} clips" if self.clips != 1 else ""
+        budget = "no limit" if self.budget is None else readable(self.budget)
         lines = [
             f"{self.layers} layers x {self.heads} heads x {self.dim}, {self.kept} of {self.tokens} tokens are "
-            f"background{clips}; {self.levels} levels; memory budget {budget}{disk}",
+            f"background{clips}; {self.levels} levels; memory budget {budget}",
             f"  {'format':<10}{'per level':>12}{'all levels':>12}{'in memory':>11}",
         ]
-        for name in (VERBATIM, *FORMATS):
-            size = self.per_level_as(name)
-            mark = ">" if name == self.format else " "
-            lines.append(
-                f"{mark} {name:<10}{readable(size):>12}{readable(size * self.levels):>12}"
-                f"{f'{self._fitting(size)} of {self.levels}':>11}"
-            )
+        for format in (None, "int8"):
+            size, mark = self._per_level(format), ">" if format == self.format else " "
+            count = f"{self._fitting(size)} of {self.levels}"
+            lines.append(f"{mark} {format!s:<10}{readable(size):>12}{readable(size * self.levels):>12}{count:>11}")
         return "\n".join([*lines, self.verdict])
 
+    def _per_level(self, format: str | None) -> int:
+        return 2 * self.layers * packed_bytes((self.clips, self.heads, self.kept, self.dim), self.dtype, format)
 
-def plan_for(
-    sites_count: int,
-    heads: int,
-    dim: int,
-    tokens: int,
-    background_fraction: float,
-    levels: int,
-    format: str | None = "int8",
-    budget: str | int | float | None = "4GB",
-    *,
-    clips: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    directory: bool = False,
-    disk: str | int | float | None = None,
-) -> Plan:
-    """Plan a KV cache from counts alone.
+    def _fitting(self, size: int) -> int:
+        return self.levels if self.budget is None or not size else min(self.levels, self.budget // size)
 
-    tokens: video tokens per clip. background_fraction: how many of them are kept, in [0, 1]; tokens are rounded up.
-    levels: noise levels stored, e.g. `expected_levels(sigmas, every=3, ratio=1.5)`. directory, disk: whether there is
-    a directory, and what it may hold, as in `KVCache`.
+
+def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, levels: Iterable[float]) -> Plan:
+    """Plan the memory of one run.
+
+    Args:
+        kv_cache: The cache.
+        layers: The attention layers whose K/V are kept.
+        selection: The tokens whose K/V are kept.
+        levels: The noise levels that the sampler evaluates, in its order.
 
     Raises:
-        KVCacheError: a count below 1, a fraction outside [0, 1], no such format, or a budget that is no size.
+        KVCacheError: The attention modules do not show how many heads they have.
     """
-    counts = {
-        "sites_count": sites_count,
-        "heads": heads,
-        "dim": dim,
-        "tokens": tokens,
-        "levels": levels,
-        "clips": clips,
-    }
-    wrong = next(
-        (name for name, count in counts.items() if isinstance(count, bool) or count != int(count) or count < 1), None
-    )
-    if wrong is not None:
-        raise KVCacheError(f"{wrong}={counts[wrong]!r}; expected a whole number >= 1.")
-    if not 0 <= background_fraction <= 1:
-        raise KVCacheError(
-            f"background_fraction={background_fraction!r}; expected a share of the tokens in [0, 1], e.g. 0.7."
-        )
-    # A product such as 0.7 * 10 is 7.000000000000001: rounded before it is rounded up.
-    kept = math.ceil(round(tokens * background_fraction, 6))
+    heads, width, dtype = _heads(layers.layers[0].module)
     return Plan(
-        sites_count,
-        clips,
-        heads,
-        dim,
-        tokens,
-        kept,
-        levels,
-        check_format(format),
-        parse_bytes(budget),
-        dtype,
-        directory,
-        parse_bytes(disk, "disk"),
+        layers=len(layers.layers) // max(1, len(layers.networks)),
+        heads=heads,
+        dim=width // heads,
+        tokens=selection.weight.shape[1],
+        kept=len(selection.stored),
+        levels=kv_cache.refresh.expected_levels(levels),
+        clips=len(selection.weight),
+        format=kv_cache.format,
+        budget=kv_cache.budget,
+        dtype=dtype,
+        directory=kv_cache.directory is not None,
+    )
+
+
+def _heads(module: nn.Module) -> tuple[int, int, torch.dtype]:
+    """Heads, their width together, and dtype of an attention module, by the names that diffusers and others use."""
+    heads = next((getattr(module, n) for n in ("heads", "num_heads", "n_heads") if hasattr(module, n)), None)
+    for name, parts in (("to_k", 1), ("k_proj", 1), ("to_qkv", 3), ("qkv_proj", 3)):
+        projection = getattr(module, name, None)
+        if isinstance(projection, nn.Linear) and isinstance(heads, int):
+            return heads, projection.out_features // parts, projection.weight.dtype
+    raise KVCacheError(
+        f"{type(module).__name__} does not show how many heads it has and how wide they are.\n"
+        "  Plan from counts: kv_cache.Plan(layers=30, heads=12, dim=128, tokens=32760, kept=22932, levels=17)."
     )

@@ -1,4 +1,4 @@
-"""The edited region at every resolution a run needs: latents for compositing and measuring, tokens for locking."""
+"""A mask at every resolution that a run needs: latents for compositing and measuring, tokens for locking."""
 
 from __future__ import annotations
 
@@ -9,79 +9,90 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..attention.foreground import Selection
+from ..batching import take
 from ..types import MaskError
 from . import as_mask, as_tensor, check_mask, grow, latent_mask, token_mask
-from .tokens import token_grid
+from .tokens import Grid, Selection, token_grid
 
 T = TypeVar("T")
 
 
 def as_transition(transition: Any) -> tuple[float, float] | None:
-    """(width in tokens > 0, share of the lock in [0, 1]) from a pair of numbers. Raises MaskError for anything else."""
+    """Check a transition band: (width in tokens > 0, fraction of the lock in [0, 1]), or None.
+
+    Raises:
+        MaskError: Anything else.
+    """
     if transition is None:
         return None
     pair = tuple(transition) if isinstance(transition, list | tuple) else ()
     if len(pair) != 2 or not all(isinstance(n, Real) for n in pair) or not (pair[0] > 0 and 0 <= pair[1] <= 1):
         raise MaskError(
-            f"transition={transition!r}; expected (width in tokens > 0, share of the lock in [0, 1]), e.g. (1, 0.5)."
+            f"transition={transition!r}; expected (width in tokens > 0, fraction of the lock in [0, 1]), e.g. (1, 0.5)."
         )
     return float(pair[0]), float(pair[1])
 
 
 class FittedMask:
-    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents of one shape. It is copied."""
+    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents on demand.
+
+    The mask is copied, and every fitted form is remembered, because a run asks for the same few at every evaluation.
+    """
 
     def __init__(self, mask: Any) -> None:
-        # What was fitted is remembered: a mask that is painted on afterwards would be half old, half new.
         with torch.inference_mode(False):
             self.given = as_tensor(mask).detach().clone()
-        self._known: dict[Any, Any] = {}  # a run asks for the same few again at every evaluation
+        self._known: dict[Any, Any] = {}
+
+    def subset(self, index: Tensor, batch: int, *, videos: bool) -> FittedMask:
+        """The same mask for the clips `index` of a batch of `batch`. With `videos` its first axis is that of clips."""
+        return FittedMask(take(as_mask(self.given) if videos else self.given, index, batch))
 
     def latent(self, like: Tensor) -> Tensor:
-        """The mask at the resolution of `like`, (batch or 1, 1, time, height, width), float.
+        """The mask at the resolution of latents.
 
-        Pictures, (batch, channels, height, width), are videos of one frame. For packed latents, (batch, tokens,
-        channels), and anything else the mask must already be broadcastable to them, e.g. (1, tokens, 1).
+        Args:
+            like: Videos (batch, channels, time, height, width), or pictures (batch, channels, height, width). For
+                packed latents, (batch, tokens, channels), and other forms the mask must already be broadcastable to
+                them, e.g. (1, tokens, 1).
+
+        Returns:
+            Float, (batch or 1, 1, time, height, width) for videos.
 
         Raises:
-            MaskError: the mask fits neither as it is nor by a whole compression factor.
+            MaskError: The mask fits neither as it is nor by a whole compression factor.
         """
         return self._remember((like.shape, like.dtype, like.device), lambda: self._latent(like))
 
-    def tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
-        """Which tokens are edited, (batch or 1, tokens), bool: a token is edited when any of its latents is."""
+    def tokens(self, like: Tensor, patch: Grid) -> Tensor:
+        """Which tokens are edited, (batch or 1, tokens), bool: a token is edited if any of its latents is."""
         return self._remember((like.shape, like.device, patch), lambda: self._tokens(like, patch))
 
-    def background(
-        self, like: Tensor, patch: tuple[int, int, int], transition: Sequence[float] | None = None
-    ) -> Tensor:
-        """How much of the lock each token takes, (batch or 1, tokens), float in [0, 1]: 0 where edited, 1 elsewhere.
+    def background(self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None) -> Tensor:
+        """The fraction of the lock that each token takes, (batch or 1, tokens), float: 0 where edited, 1 elsewhere.
 
-        ring: (width in tokens, share): background tokens within `width` of the edit take only `share` of the lock.
+        Args:
+            like: The latents.
+            patch: Latents per token along (time, height, width).
+            transition: (width in tokens, fraction): background tokens within `width` of the edit take this fraction.
 
         Raises:
-            MaskError: a ring that cannot be meant.
+            MaskError: The transition band is out of range, or the latents are packed.
         """
-        transition = as_transition(transition)
-        return self._remember(
-            (like.shape, like.device, patch, transition), lambda: self._background(like, patch, transition)
-        )
+        band = as_transition(transition)
+        return self._remember((like.shape, like.device, patch, band), lambda: self._background(like, patch, band))
 
     def selection(
-        self, like: Tensor, patch: tuple[int, int, int], transition: Sequence[float] | None = None
+        self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None
     ) -> tuple[Selection, Tensor]:
-        """Which tokens must be computed at full lock, and which latents belong to those that need not: broadcastable
-        to `like`, bool.
+        """Which tokens must be computed at full lock, and which latents belong to the other tokens: bool, broadcastable
+        to `like`. Arguments as in `background`.
         """
-        transition = as_transition(transition)
-        return self._remember(
-            (like.shape, like.device, patch, transition, "full"), lambda: self._selection(like, patch, transition)
-        )
+        band = as_transition(transition)
+        key = (like.shape, like.device, patch, band, "full")
+        return self._remember(key, lambda: self._selection(like, patch, band))
 
-    def _selection(
-        self, like: Tensor, patch: tuple[int, int, int], transition: tuple[float, float] | None
-    ) -> tuple[Selection, Tensor]:
+    def _selection(self, like: Tensor, patch: Grid, transition: tuple[float, float] | None) -> tuple[Selection, Tensor]:
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         chosen = Selection(background)
         left_out = (background >= 1).all(0, keepdim=True)
@@ -92,7 +103,7 @@ class FittedMask:
             cells = cells.repeat_interleave(size, axis)
         return chosen, cells[:, :, 0] if like.ndim == 4 else cells
 
-    def _background(self, like: Tensor, patch: tuple[int, int, int], transition: tuple[float, float] | None) -> Tensor:
+    def _background(self, like: Tensor, patch: Grid, transition: tuple[float, float] | None) -> Tensor:
         edited = self.tokens(like, patch)
         weight = (~edited).to(torch.float32)
         if transition is None:
@@ -100,13 +111,14 @@ class FittedMask:
         width, share = transition
         if like.ndim == 3:
             raise MaskError(
-                f"transition={transition} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave ring away."
+                f"transition={transition} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave "
+                "transition away."
             )
         t, h, w = token_grid(like.shape, patch)
         near = grow(edited.view(len(edited), 1, t, h, w).float(), width).flatten(1).to(weight)
         return weight * torch.where(near > 0, share, 1.0)
 
-    def _tokens(self, like: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    def _tokens(self, like: Tensor, patch: Grid) -> Tensor:
         mask = self.latent(like)
         if like.ndim == 3:
             return (mask > 0).any(-1).expand(-1, like.shape[1])

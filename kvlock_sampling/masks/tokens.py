@@ -1,23 +1,29 @@
-"""From the shape of latents to the grid of tokens."""
+"""From latents to tokens: the grid of tokens, and which tokens of a clip can come from the source."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..types import AttentionError
 
+Grid = tuple[int, int, int]
 
-def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tokens along (time, height, width).
 
-    Latents are a video (batch, channels, time, height, width), a picture (batch, channels, height, width), or packed
-    tokens (batch, tokens, channels), which have been through the patches already and count as one row.
+def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
+    """The number of tokens along (time, height, width).
+
+    Args:
+        latent_shape: A video (batch, channels, time, height, width), a picture (batch, channels, height, width), or
+            packed tokens (batch, tokens, channels), which count as one row of tokens.
+        patch: Latents per token along (time, height, width).
 
     Raises:
-        AttentionError: other axes, or axes that do not divide into patches.
+        AttentionError: The latents have other axes, or axes that do not divide into patches.
     """
     axes = tuple(int(size) for size in latent_shape)[2:]
     if len(latent_shape) == 3:
@@ -38,9 +44,48 @@ def token_grid(latent_shape: Sequence[int], patch: tuple[int, int, int]) -> tupl
     return t, h, w
 
 
-def coarser(ratio: Tensor, grid: tuple[int, int, int], factor: tuple[int, int, int]) -> Tensor:
-    """A map over tokens, (batch, tokens), on tokens `factor` as large: the least of those that merge into one, so that
-    a token with anything edited in it counts as edited.
+def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
+    """A map over tokens, (batch, tokens), on tokens that are `factor` times as large: the minimum of each group, so
+    that a token that holds any edited token counts as edited.
     """
     cells = ratio.view(len(ratio), 1, *grid)
     return -torch.nn.functional.max_pool3d(-cells, factor).flatten(1)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens of a video can come from the source.
+
+    The clips of a batch share one selection: a token is kept if every clip locks it in full.
+
+    Attributes:
+        weight: The fraction of the lock that each token takes, (batch, tokens), in [0, 1]; 0 where edited. See
+            `FittedMask.background`.
+    """
+
+    weight: Tensor
+
+    @cached_property
+    def kept(self) -> Tensor:
+        """Positions of tokens that are the source's wherever the lock is 1."""
+        return (self.weight >= 1).all(0).nonzero().flatten()
+
+    @cached_property
+    def computed(self) -> Tensor:
+        """Positions of all other tokens, which are computed whatever the lock is."""
+        return (self.weight < 1).any(0).nonzero().flatten()
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """The computed tokens that take some of the source in some clip, as indices into `computed`."""
+        return (self.weight[:, self.computed] > 0).any(0).nonzero().flatten()
+
+    @cached_property
+    def stored(self) -> Tensor:
+        """Positions of tokens whose source K/V are needed: the kept ones, then the mixed ones."""
+        return torch.cat([self.kept, self.computed[self.mixed]])
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the tokens that is computed at full lock."""
+        return len(self.computed) / self.weight.shape[1]

@@ -1,13 +1,12 @@
-"""Policies: from what was observed to what to do. One per file, formula on top; combinators wrap any of them."""
+"""Policies: from an observation to a control. One policy a file, formula on top; wrappers change any of them."""
 
 from .base import Policy, Stateless, as_policy, stateless
 from .constant import Constant
 from .linear import Linear
-from .lock_above import LockAbove
 from .pid import PID
 from .sigmoid import Sigmoid
 from .threshold import Threshold
-from .wrappers import Clamped, Smoothed, Windowed, Wrapper
+from .wrappers import Clamped, LockAbove, PolicyWrapper, Smoothed, Windowed
 
 __all__ = [
     "PID",
@@ -16,12 +15,12 @@ __all__ = [
     "Linear",
     "LockAbove",
     "Policy",
+    "PolicyWrapper",
     "Sigmoid",
     "Smoothed",
     "Stateless",
     "Threshold",
     "Windowed",
-    "Wrapper",
     "as_policy",
     "stateless",
 ]

@@ -1,4 +1,4 @@
-"""Settings are checked once, when a policy is made, and the error shows a setting that works."""
+"""Check the settings of a policy when it is made; an error shows a setting that works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def number(
     at_most: float = math.inf,
     optional: bool = False,
 ) -> None:
-    """Makes field `name` a float, strictly `above` and within [at_least, at_most]; None passes where `optional`."""
+    """Convert field `name` to a float `above` and within [at_least, at_most]; None passes if `optional`."""
     value = getattr(policy, name)
     if value is None and optional:
         return
@@ -33,19 +33,6 @@ def number(
     object.__setattr__(policy, name, given)
 
 
-def count(policy: Any, name: str, *, optional: bool = False) -> None:
-    """Checks that field `name` is a whole number >= 1; None passes where `optional`."""
-    value = getattr(policy, name)
-    if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        reject(policy, name, "a whole number >= 1", 20)
-
-
-def flag(policy: Any, name: str) -> None:
-    """Checks that field `name` is True or False."""
-    if not isinstance(getattr(policy, name), bool):
-        reject(policy, name, "True or False", True)
-
-
 def pair(
     policy: Any,
     name: str,
@@ -55,7 +42,7 @@ def pair(
     rising: bool = True,
     optional: bool = False,
 ) -> None:
-    """Makes field `name` a tuple of two floats within [at_least, at_most], low before high where `rising`."""
+    """Convert field `name` to two floats within [at_least, at_most], the lower first if `rising`."""
     value = getattr(policy, name)
     if value is None and optional:
         return
@@ -69,7 +56,7 @@ def pair(
 
 
 def reject(policy: Any, name: str, expected: str, example: Any) -> None:
-    """Raises PolicyError for field `name`; its default, where there is one, is the example that works."""
+    """Raise PolicyError for field `name`; the message shows a value that works, its default or `example`."""
     default = next(f.default for f in dataclasses.fields(policy) if f.name == name)
     shown = example if default is dataclasses.MISSING or default is None else default
     kind = type(policy).__name__
@@ -81,6 +68,9 @@ def reject(policy: Any, name: str, expected: str, example: Any) -> None:
 
 
 def _finite(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    """The value as a float, or None if it is no finite real number."""
+    try:
+        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
         return None
-    return float(value)
+    return given if math.isfinite(given) else None

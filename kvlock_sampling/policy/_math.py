@@ -1,4 +1,4 @@
-"""Arithmetic that several policies share: their clock, their precision, one guidance scale per clip, ranges."""
+"""Arithmetic that several policies share: the clock, ranges, one guidance scale per clip."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from ._checks import Range
 
 
 def elapsed(previous: float | None, sigma: float) -> float:
-    """Time on every policy's clock, -log(sigma): how far sigma fell since `previous`; 0 at first, never < 0."""
+    """Time since `previous` on the clock -log(sigma) of every policy, >= 0; 0 at the first step."""
     return 0.0 if previous is None else max(0.0, math.log(previous / sigma))
 
 
-def working(value: Tensor) -> Tensor:
-    """At least float32: memory kept in half precision would lose small steps."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
 def worst(value: Tensor) -> Tensor:
-    """(batch, tokens) -> (batch,): guidance has one scale per clip, and its worst token speaks for the clip."""
+    """The largest value of each clip, (batch, tokens) -> (batch,): guidance has one scale per clip."""
     return value.amax(dim=tuple(range(1, value.ndim))) if value.ndim > 1 else value
 
 
@@ -32,12 +27,10 @@ def between(limits: Range, fraction: Tensor) -> Tensor:
     return (low + (high - low) * fraction).clamp(min(limits), max(limits))
 
 
-def scaled_cfg(obs: Observation, limits: Range, fraction: Tensor | float) -> Tensor:
-    """The caller's guidance scale times `between(limits, fraction)`, (batch,); of tokens the largest fraction counts.
-
-    With limits (1, 1) it is the caller's own tensor, the same object: how the lock knows that nothing was scheduled.
-    """
+def scaled_cfg(obs: Observation, limits: Range, fraction: Tensor | float) -> Tensor | None:
+    """The requested guidance scale times `between(limits, fraction)`, (batch,); None for limits (1, 1)."""
     if limits == (1.0, 1.0):
-        return obs.cfg_scale
-    fraction = torch.as_tensor(fraction, device=obs.cfg_scale.device)
-    return obs.cfg_scale * between(limits, worst(fraction)).to(obs.cfg_scale.dtype)
+        return None
+    requested = obs.requested_cfg_scale
+    fraction = torch.as_tensor(fraction, device=requested.device)
+    return requested * between(limits, worst(fraction)).to(requested.dtype)

@@ -1,7 +1,8 @@
-"""What a policy is:  (state, observation) -> (state, control).  Settings frozen, state a value, the clock is sigma.
+"""The contract of a policy: `init() -> state`, `step(state, observation) -> (state, control)`.
 
-The smallest policy is a function under `@stateless`; one with memory is a frozen dataclass with `init` and `step`. Both
-are elementwise: they must give a clip the same answer alone as in a batch, and never look at a model or a mask.
+Settings are frozen, state is a value, and the clock is sigma. The smallest policy is a function under `@stateless`. A
+policy with memory is a frozen dataclass with `init` and `step`. Both work elementwise: a clip gets the same answer
+alone as in a batch. A policy never sees a model or a mask.
 """
 
 from __future__ import annotations
@@ -17,26 +18,33 @@ from ..types import Control, Observation, PolicyError
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with `count` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:
         return False
-    except ValueError:  # some built-in functions have no signature to read
+    except ValueError:  # some built-in functions have no signature
         return True
     return True
 
 
 class Policy(ABC):
-    """Base of every policy. Subclass it as `@dataclass(frozen=True)`; wrap a finished policy rather than subclass it.
+    """Base of every policy. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
-    uses_risk: False says that the policy never reads `obs.risk` or `obs.variance`. Nothing is measured then, and both
-        are NaN. A class attribute, so write `uses_risk = False` in the class body.
+    `kvlock_sampling.testing.check_policy` tests a subclass. To change a finished policy, wrap it instead.
 
-    The least that works is `step(self, state, obs) -> (state, Control)`; `kv.testing.check_policy` tries the rest.
-    Raises PolicyError where a class is written whose `step` takes other arguments.
+    Attributes:
+        uses_risk: Whether the policy reads `obs.risk` or `obs.variance`. If False, nothing is measured, both are NaN,
+            and `step` is called from the first evaluation on. Defaults to True.
+        may_lock: Whether the policy may ever return a lock above 0. If False, the lock looks for no attention layers
+            and never evaluates the source. Defaults to True.
+
+    Raises:
+        PolicyError: In the class body, if `step` takes other arguments than (self, state, obs).
     """
 
     uses_risk: ClassVar[bool] = True
+    may_lock: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,48 +56,58 @@ class Policy(ABC):
             )
 
     def init(self) -> Any:
-        """State at the beginning of a run, before any shape is known. Any value; None for a policy without memory."""
+        """Return the state at the beginning of a run, before any shape is known. Defaults to None: no memory."""
         return None
 
     @abstractmethod
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        """One evaluation of the model: the next state, and what to do.
+        """Decide at one evaluation of the model.
 
-        state: as returned by `init` or by the step at a higher sigma. Build a new one, never change this one in place.
-        obs: tensors of shape (batch,); `risk` and `variance` may be (batch, tokens), `cfg_scale` never is.
-        Returns `Control(lock, cfg_scale)`: lock in [0, 1], shaped like `obs.risk` or (batch,) or a float, acts on the
-        next evaluation; cfg_scale, (batch,) or a float, acts on this one.
+        Args:
+            state: What `init` returned, or the step at a higher sigma. Build a new one; never change it in place.
+            obs: What was measured. Its tensors have shape (batch,); `risk`, `variance` and `lock` may be
+                (batch, tokens).
+
+        Returns:
+            The next state, and the control. Its lock is in [0, 1], a float, (batch,) or shaped like `obs.risk`.
         """
 
     def start(self, obs: Observation) -> Control:
-        """What holds before there is a first measurement; `obs.risk` and `obs.variance` are NaN.
+        """Return what holds before the first measurement, beginning with the first evaluation of a run.
 
-        No lock and the caller's guidance; a policy that measures nothing simply takes its first step.
+        Defaults to no lock and the requested guidance. A policy that uses no risk takes its first step instead.
+
+        Args:
+            obs: An observation with `risk` and `variance` NaN.
+
+        Returns:
+            The control.
         """
-        if not self.uses_risk:
-            return self.step(self.init(), obs)[1]
-        return Control(lock=0.0, cfg_scale=obs.cfg_scale)
-
-    @property
-    def never_locks(self) -> bool:
-        """True only where this policy provably never asks for lock > 0, so that no source need be evaluated."""
-        return False
+        return Control(lock=0.0) if self.uses_risk else self.step(self.init(), obs)[1]
 
 
 @dataclass(frozen=True, repr=False)
 class Stateless(Policy):
-    """A function `obs -> Control` as a policy. Made by `@stateless`; still callable as the function it was."""
+    """A function `obs -> Control` as a policy, made by `@stateless`. It can still be called as the function.
+
+    Args:
+        function: Maps an Observation to a Control.
+        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
+
+    Raises:
+        PolicyError: `function` is not a function of one argument.
+    """
 
     function: Callable[[Observation], Control]
-    uses_risk: bool = True  # type: ignore[misc]  # a setting here, a class attribute everywhere else
+    uses_risk: bool = True  # type: ignore[misc]  # a setting here, a class attribute in other policies
 
     def __post_init__(self) -> None:
         if not callable(self.function) or not _takes(self.function, 1):
             raise PolicyError(
                 f"stateless({_name(self.function)}): expected a function of the observation. For example\n"
-                "  stateless(lambda obs: Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale))"
+                "  stateless(lambda obs: Control(lock=obs.risk.clamp(0, 1)))"
             )
-        for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):  # help() shows the function's own words
+        for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):  # for help() and for error messages
             if hasattr(self.function, attribute):
                 object.__setattr__(self, attribute, getattr(self.function, attribute))
 
@@ -110,15 +128,24 @@ def stateless(
     function: None = None, *, uses_risk: bool = True
 ) -> Callable[[Callable[[Observation], Control]], Stateless]: ...
 def stateless(function: Callable[[Observation], Control] | None = None, *, uses_risk: bool = True) -> Any:
-    """Makes a policy of a one-line function. `@stateless(uses_risk=False)` for one that needs no measurement.
-
-    function: from an Observation to a Control, whose tensors are (batch,). Raises PolicyError for anything else.
+    """Make a policy of a function, as `@stateless` or `@stateless(uses_risk=False)`.
 
     >>> from kvlock_sampling.types import Control
     >>> @stateless
-    ... def fade(obs): return Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.cfg_scale)
+    ... def fade(obs): return Control(lock=obs.risk.clamp(0, 1))
     >>> fade
     stateless(fade)
+
+    Args:
+        function: Maps an Observation to a Control.
+        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. If False, nothing is measured. Defaults to
+            True.
+
+    Returns:
+        The policy, or a decorator if no function is given.
+
+    Raises:
+        PolicyError: `function` is not a function of one argument.
     """
     if function is None:
         return functools.partial(stateless, uses_risk=uses_risk)
@@ -126,7 +153,17 @@ def stateless(function: Callable[[Observation], Control] | None = None, *, uses_
 
 
 def as_policy(value: Any) -> Policy:
-    """A policy from a policy or a function `obs -> Control`. Raises PolicyError for anything else, names included."""
+    """Convert a policy or a function `obs -> Control` to a policy.
+
+    Args:
+        value: A Policy, or a function of an Observation.
+
+    Returns:
+        The policy.
+
+    Raises:
+        PolicyError: Any other value, including a class or the name of a preset.
+    """
     if isinstance(value, Policy):
         return value
     if isinstance(value, type):
@@ -137,11 +174,13 @@ def as_policy(value: Any) -> Policy:
         return Stateless(value)
     raise PolicyError(
         f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation.\n"
-        '  These work: PID(target=1.0), load_policy("paper"), or a function under @stateless.'
+        '  These work: PID(target=1.0), load_policy("paper"), the policy of a preset, preset.policy, or a function '
+        "under @stateless."
     )
 
 
 def _name(value: Any) -> str:
+    """The name of a function, or of the function inside a Stateless."""
     if isinstance(value, Stateless):
         return _name(value.function)
     return getattr(value, "__name__", None) or type(value).__name__

@@ -1,7 +1,7 @@
 """Constant policy:  lock = lock,  cfg_scale = cfg_scale.  Nothing is measured.
 
-Range: lock in [0, 1]; lock 0 is "off", lock 1 takes background keys and values wholly from the source at every step,
-as KV-Edit does (Zhu et al. 2025, arXiv 2502.17363).
+Range: lock in [0, 1]. Lock 0 is "off". Lock 1 takes background keys and values from the source at every step, as
+KV-Edit does (Zhu et al. 2025, arXiv 2502.17363).
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Constant(Policy):
-    """The same lock at every evaluation, the first included.
+    """The same lock at every evaluation, including the first.
 
-    lock: in [0, 1]. 0 never locks, 1 locks fully.
-    cfg_scale: absolute guidance scale; None = what the caller asked for.
-    Raises PolicyError for a lock outside [0, 1], or a scale that is not finite.
+    Args:
+        lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.
+        cfg_scale: Absolute guidance scale. Defaults to None, the requested scale.
+
+    Raises:
+        PolicyError: A lock outside [0, 1], or a scale that is not finite.
     """
 
     lock: float = 0.0
@@ -33,8 +36,8 @@ class Constant(Policy):
         number(self, "cfg_scale", optional=True)
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        return state, Control(self.lock, obs.cfg_scale if self.cfg_scale is None else self.cfg_scale)
+        return state, Control(self.lock, self.cfg_scale)
 
     @property
-    def never_locks(self) -> bool:
-        return self.lock == 0.0
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return self.lock > 0.0

@@ -1,8 +1,8 @@
-"""Linear policy:  lock = clamp(gain * risk, 0, 1),  cfg_scale = w0 * clamp(gain * risk, 0, b).
+"""Linear policy:  lock = clamp(gain * risk, 0, 1),  cfg_scale = w0 * clamp(gain * risk, 0, cfg_max).
 
-Range: lock in [0, 1], cfg_scale in [0, b * w0]. Source: KV-Lock (arXiv 2603.09657) with risk = variance / tau, gain = 1
-and b = 2. A calm model (risk near 0) so gets a scale near 0, which is the unconditional prediction; the floor of 1 that
-the lock puts under cfg_scale by default is what prevents that, and the `paper` preset is what asks for it.
+Range: lock in [0, 1], cfg_scale in [0, cfg_max * w0]. Source: KV-Lock (arXiv 2603.09657) with risk = variance / tau,
+gain = 1 and cfg_max = 2. A calm model (risk near 0) gets a scale near 0, the unconditional prediction. By default
+KVLock's `cfg_floor` of 1 prevents that; the `paper` preset sets the floor to 0.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..types import Control, Observation, PolicyError
-from ._checks import flag, number
+from ..types import Control, Observation
+from ._checks import number
 from ._math import worst
 from .base import Policy
 
@@ -20,29 +20,26 @@ from .base import Policy
 class Linear(Policy):
     """The paper's rule: lock and guidance rise in proportion to risk.
 
-    gain: > 0, lock per unit of risk. 1 locks fully at the threshold, 0.5 at twice the threshold.
-    cfg_max: b >= 0, the largest multiple of the caller's guidance scale.
-    schedule_cfg: False leaves guidance as the caller asked, and cfg_max unset.
-    Raises PolicyError for settings out of range, and for a cfg_max that nothing would reach.
+    Args:
+        gain: Lock per unit of risk, > 0. 1 locks fully at the threshold, 0.5 at twice the threshold. Defaults to 1.
+        cfg_max: Largest multiple of the requested guidance scale, >= 0. None leaves guidance as requested. Defaults
+            to 2.
+
+    Raises:
+        PolicyError: A setting out of range.
     """
 
     gain: float = 1.0
-    cfg_max: float = 2.0
-    schedule_cfg: bool = True
+    cfg_max: float | None = 2.0
 
     def __post_init__(self) -> None:
         number(self, "gain", above=0.0)
-        number(self, "cfg_max", at_least=0.0)
-        flag(self, "schedule_cfg")
-        if not self.schedule_cfg and self.cfg_max != Linear.cfg_max:
-            raise PolicyError(
-                f"Linear(cfg_max={self.cfg_max:g}, schedule_cfg=False): guidance is not scheduled, so nothing would be "
-                f"limited. This works: Linear(gain={self.gain:g}, schedule_cfg=False)"
-            )
+        number(self, "cfg_max", at_least=0.0, optional=True)
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         drive = self.gain * obs.risk
         lock = drive.clamp(0.0, 1.0)
-        if not self.schedule_cfg:
-            return state, Control(lock, obs.cfg_scale)
-        return state, Control(lock, obs.cfg_scale * worst(drive).clamp(0.0, self.cfg_max).to(obs.cfg_scale.dtype))
+        if self.cfg_max is None:
+            return state, Control(lock)
+        requested = obs.requested_cfg_scale
+        return state, Control(lock, requested * worst(drive).clamp(0.0, self.cfg_max).to(requested.dtype))

@@ -1,9 +1,9 @@
 """PID policy:  u = bias + kp * e + ki * integral(e dt) + kd * de/dt,  e = log(risk / target),  t = -log(sigma).
 
 lock = clamp(u, lock_range), cfg_scale = w0 * (c_lo + (c_hi - c_lo) * clamp(u, 0, 1)). Risk is first clamped to
-RISK_RANGE, so |log risk| <= 6.9 and neither 0 nor infinity harms. Sources: Astrom & Murray, "Feedback Systems", chapter
-on PID control (filtered derivative of the measurement, anti-windup); acting on the log of an error with set-point 1 as
-the step-size controllers of k-diffusion and diffrax do, whose gains for noisy signals (0.1, 0.3, 0) are the defaults.
+RISK_RANGE, so |log risk| <= 6.9 also for a risk of 0 or infinity. Sources: Astrom & Murray, "Feedback Systems", chapter
+on PID control (filtered derivative of the measurement, anti-windup). The step-size controllers of k-diffusion and
+diffrax act on the logarithm of an error with set-point 1 too; their gains for noisy signals are the defaults.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
+from ..utils.precision import working
 from ._checks import Range, number, pair
-from ._math import elapsed, scaled_cfg, working
+from ._math import elapsed, scaled_cfg
 from .base import Policy
 
 RISK_RANGE: Range = (1e-3, 1e3)
 
 
 class PIDState(NamedTuple):
-    """What a PID remembers, as tensors like `obs.risk`. Before the first step the state is None.
-
-    sigma: noise level of the last step. level: log risk there. integral: ki * integral(e dt), in units of u.
-    slope: filtered d(level)/dt. output: u as it was sent.
-    """
+    """The last noise level, log risk there, ki * integral(e dt), filtered d(level)/dt, and u. None before a step."""
 
     sigma: float
     level: Tensor
@@ -39,18 +36,24 @@ class PIDState(NamedTuple):
 
 @dataclass(frozen=True)
 class PID(Policy):
-    """Holds risk at `target` by locking more while it is above and less while it is below.
+    """Hold risk at `target`: lock more while it is above, less while it is below.
 
-    target: risk > 0 to hold. 1 = at the calibrated threshold.
-    kp, ki, kd: lock per unit of log(risk / target), of its integral over -log sigma, of its slope over -log sigma.
-        Positive gains lock more where risk is high; with all gains 0 this is `Constant(lock=bias)`, bit for bit.
-    lock_range: limits of the lock, within [0, 1].
-    cfg_range: multiple of the caller's guidance scale (at u = 0, at u = 1), >= 0; may fall. (1, 1) leaves it alone.
-    bias: u at zero error, and the lock before the first measurement; within lock_range.
-    filter_width: > 0, time constant of the derivative filter, in units of log sigma (a 40-step run spans about 8);
-        it matters where kd is not 0.
-    slew: > 0, the most that u may move per unit of log sigma, beginning at the bias; None = no limit.
-    Raises PolicyError for settings out of range.
+    Args:
+        target: Risk > 0 to hold. Defaults to 1, the calibrated threshold.
+        kp: Lock per unit of log(risk / target). Defaults to 0.1. A positive gain locks more at higher risk; with all
+            gains 0 the policy is `Constant(lock=bias)`, bit for bit, but it measures.
+        ki: Lock per unit of the integral of log(risk / target) over -log sigma. Defaults to 0.3.
+        kd: Lock per unit of the slope of log risk over -log sigma. Defaults to 0.
+        lock_range: Limits of the lock, within [0, 1]. Defaults to (0, 1).
+        cfg_range: Multiple of the requested guidance scale (at u = 0, at u = 1), >= 0; may fall. Defaults to (1, 1),
+            the requested scale.
+        bias: u at zero error, and the lock before the first measurement, within lock_range. Defaults to 0.
+        filter_width: Time constant of the derivative's low-pass in log sigma, > 0; a 40-step run spans about 8.
+            Defaults to 0.3.
+        slew: Largest change of u per unit of log sigma, > 0, starting at the bias. Defaults to None, no limit.
+
+    Raises:
+        PolicyError: A setting out of range.
     """
 
     target: float = 1.0
@@ -80,7 +83,7 @@ class PID(Policy):
 
     @property
     def limits(self) -> Range:
-        """Where u saturates: at the lock's limits, or at (0, 1) where u also drives guidance."""
+        """The range of u: the lock's limits, or (0, 1) if u also drives guidance."""
         return self.lock_range if self.cfg_range[0] == self.cfg_range[1] else (0.0, 1.0)
 
     def step(self, state: PIDState | None, obs: Observation) -> tuple[PIDState, Control]:
@@ -91,15 +94,16 @@ class PID(Policy):
         dt = elapsed(last.sigma, obs.sigma)
         error, last_error = level - math.log(self.target), last.level - math.log(self.target)
 
-        # On the measurement and through a low-pass, so a first step or a jump gives no kick; exact for any dt.
+        # The derivative acts on the low-passed measurement, so a first step or a jump gives no kick. Exact for any dt.
         slope = last.slope
         if dt > 0.0:
-            share = -math.expm1(-dt / self.filter_width)
-            slope = slope + share * ((level - last.level) / dt - slope)
+            fraction = -math.expm1(-dt / self.filter_width)
+            slope = slope + fraction * ((level - last.level) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
-        # Trapezoid in log sigma, half by half: 20 and 50 steps give the same integral. It grows only as far as u is not
-        # yet at a limit (no windup), and alone it holds u at a limit but not beyond: when the error turns, u leaves.
+        # The trapezoid rule in log sigma, half by half, gives the same integral in 20 and in 50 steps. The integral
+        # stops growing where u reaches a limit (no windup), so u leaves the limit as soon as the error changes its
+        # sign.
         integral = last.integral
         for part in (last_error, error):
             grown = integral + self.ki * dt / 2 * part
@@ -114,10 +118,10 @@ class PID(Policy):
         return new, Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
 
     def start(self, obs: Observation) -> Control:
-        """The bias: u at zero error."""
+        """The bias, u at zero error."""
         lock = min(max(self.bias, self.lock_range[0]), self.lock_range[1])
         return Control(lock, scaled_cfg(obs, self.cfg_range, self.bias))
 
     @property
-    def never_locks(self) -> bool:
-        return self.lock_range[1] == 0.0 or self.kp == self.ki == self.kd == self.bias == 0.0
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return self.lock_range[1] > 0.0

@@ -1,4 +1,4 @@
-"""Threshold policy:  locked once risk > on, free again only once risk < off.
+"""Threshold policy:  locked once risk > on, free again once risk < off.
 
 lock = `locked` or `free`; cfg_scale = w0 * cfg_alarm or w0 * cfg_calm. Range: lock in [0, 1], cfg_scale / w0 >= 0.
 The gap between `on` and `off` keeps a noisy signal from switching at every step: a Schmitt trigger (Schmitt 1938,
@@ -20,13 +20,18 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """All or nothing, with hysteresis. State: who is locked, a bool tensor like `obs.risk`; None = nobody yet.
+    """All or nothing, with hysteresis. Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
 
-    on: risk > 0 above which a clip (or token) locks. 1 = at the calibrated threshold.
-    off: risk in [0, on] below which it lets go.
-    locked, free: the two locks, in [0, 1].
-    cfg_calm, cfg_alarm: the two multiples of the caller's guidance scale, >= 0. A clip is alarmed if any token is.
-    Raises PolicyError for settings out of range, or `off` above `on`.
+    Args:
+        on: Risk > 0 above which a clip (or token) locks. Defaults to 1, the calibrated threshold.
+        off: Risk in [0, on] below which it is free again. Defaults to 0.7.
+        locked: Lock while locked, in [0, 1]. Defaults to 1.
+        free: Lock while free, in [0, 1]. Defaults to 0.
+        cfg_calm: Multiple of the requested guidance scale while free, >= 0. Defaults to 1.
+        cfg_alarm: Multiple of the requested guidance scale while any token of a clip is locked, >= 0. Defaults to 1.
+
+    Raises:
+        PolicyError: A setting out of range, or `off` above `on`.
     """
 
     on: float = 1.0
@@ -45,7 +50,7 @@ class Threshold(Policy):
             number(self, name, at_least=0.0)
         if self.off > self.on:
             raise PolicyError(
-                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on, or a clip would lock and let go "
+                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on, or a clip would lock and release "
                 f"at once. This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
             )
 
@@ -54,12 +59,9 @@ class Threshold(Policy):
         alarm = obs.risk > self.on
         held = alarm if state is None else alarm | (state & ~calm)
         lock = torch.full_like(obs.risk, self.free).masked_fill(held, self.locked)
-        return held, Control(lock, scaled_cfg(obs, (self.cfg_calm, self.cfg_alarm), held.to(obs.cfg_scale.dtype)))
-
-    def start(self, obs: Observation) -> Control:
-        """Free and calm: nothing has been measured that could alarm."""
-        return Control(self.free, scaled_cfg(obs, (self.cfg_calm, self.cfg_alarm), 0.0))
+        alarmed = held.to(obs.requested_cfg_scale.dtype)
+        return held, Control(lock, scaled_cfg(obs, (self.cfg_calm, self.cfg_alarm), alarmed))
 
     @property
-    def never_locks(self) -> bool:
-        return self.locked == self.free == 0.0
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return max(self.locked, self.free) > 0.0

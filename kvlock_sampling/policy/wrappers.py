@@ -1,46 +1,41 @@
-"""Policies around policies:  Windowed (when),  Smoothed (how fast),  Clamped (how much).
+"""Policies around policies:  Windowed (when),  LockAbove (early),  Smoothed (how fast),  Clamped (how much).
 
-Wrap instead of subclass: `Smoothed(PID(target=1.0), half_life=0.3)`, `Windowed(Linear(), last=20)`. Each takes a
-policy or a plain function, and asks for a measurement only if what it wraps does.
+A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`, `Windowed(Linear(), last=20)`.
+It measures only if the inner policy does. The inner policy is stepped at every evaluation, so that its memory is up to
+date when it takes over. A lock acts on the next evaluation, here too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, Scalar
-from ._checks import Range, count, number, pair
-from ._math import elapsed, scaled_cfg, working
+from ..utils.precision import working
+from ._checks import Range, number, pair, reject
+from ._math import elapsed
 from .base import Policy, as_policy
 
 
 @dataclass(frozen=True)
-class Wrapper(Policy):
-    """A policy that passes on another one's control after `adjust`. State: the inner policy's own.
+class PolicyWrapper(Policy):
+    """Base of the wrappers: the inner policy with its control changed by `_adjust`.
 
-    outermost: True for a wrapper that says more than a policy can, as a Preset does; inside another none would hear it.
+    Args:
+        policy: The inner policy, or a function of an Observation.
     """
 
     policy: Policy
 
-    outermost: ClassVar[bool] = False
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
-        if isinstance(self.policy, Wrapper) and self.policy.outermost:
-            kind, inner = type(self).__name__, type(self.policy).__name__
-            raise PolicyError(
-                f"{kind} around a {inner} would lose what the {inner} says about measuring; expected a bare policy.\n"
-                f"  This works: dataclasses.replace(preset, policy={kind}(preset.policy, ...))"
-            )
 
-    def adjust(self, control: Control, obs: Observation) -> Control:
-        """What becomes of the inner control, at the start and at every step. Unchanged here."""
+    def _adjust(self, control: Control, obs: Observation) -> Control:
+        """Change the inner policy's control."""
         return control
 
     def init(self) -> Any:
@@ -48,43 +43,47 @@ class Wrapper(Policy):
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         state, control = self.policy.step(state, obs)
-        return state, self.adjust(control, obs)
+        return state, self._adjust(control, obs)
 
     def start(self, obs: Observation) -> Control:
-        return self.adjust(self.policy.start(obs), obs)
+        return self._adjust(self.policy.start(obs), obs)
 
     @property
-    def uses_risk(self) -> bool:  # type: ignore[override]  # a class attribute everywhere else
+    def uses_risk(self) -> bool:  # type: ignore[override]
         return self.policy.uses_risk
 
     @property
-    def never_locks(self) -> bool:
-        return self.policy.never_locks
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return self.policy.may_lock
 
 
 @dataclass(frozen=True)
-class Windowed(Wrapper):
-    """The inner policy within a stretch of the run, `outside` elsewhere. Source: the last kappa = 20 steps of KV-Lock.
+class Windowed(PolicyWrapper):
+    """The inner policy within a window of the run; no lock and the requested guidance elsewhere.
 
-    last: active in the last so many steps of the schedule. Needs to know it; `below` is the fallback where it is not.
-    below: active at sigma <= below (alone, or as the fallback of `last`). above: active at sigma >= above only.
-    outside: lock, and *multiple of the caller's* cfg_scale, elsewhere; also a (lock, cfg_scale) pair or a dict.
-    The inner policy is stepped outside too, so that its memory is warm when the window opens. As ever, the lock asked
-    for at one evaluation acts on the next.
-    Raises PolicyError without any bound, for bounds out of range, and in a run whose schedule is needed but unknown.
+    Source: KV-Lock (arXiv 2603.09657) acts in the last kappa = 20 steps.
+
+    Args:
+        policy: The inner policy, or a function of an Observation.
+        last: Active in the last `last` steps of the schedule, >= 1. Needs a known schedule, or `below` as fallback.
+        below: Active at sigma <= below, > 0; only the fallback if `last` is given.
+        above: Active at sigma >= above, > 0.
+
+    Raises:
+        PolicyError: No bound, a bound out of range, or in a run an unknown schedule that `last` needs.
     """
 
     last: int | None = None
     below: float | None = None
     above: float | None = None
-    outside: Control = Control(lock=0.0, cfg_scale=1.0)  # noqa: RUF009  # a NamedTuple of floats, immutable
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        count(self, "last", optional=True)
+        whole = isinstance(self.last, int) and not isinstance(self.last, bool)
+        if self.last is not None and not (whole and self.last >= 1):
+            reject(self, "last", "a whole number >= 1", 20)
         number(self, "below", above=0.0, optional=True)
         number(self, "above", above=0.0, optional=True)
-        object.__setattr__(self, "outside", _outside(self.outside))
         if self.last is None and self.below is None and self.above is None:
             raise PolicyError(
                 f"Windowed({self.policy!r}): no window given. "
@@ -96,8 +95,8 @@ class Windowed(Wrapper):
                 f"below >= sigma >= above. This works: Windowed(policy, below={self.above:g}, above={self.below:g})"
             )
 
-    def is_open(self, obs: Observation) -> bool:
-        """Whether the inner policy rules at this evaluation."""
+    def _is_open(self, obs: Observation) -> bool:
+        """Whether the inner policy acts at this evaluation."""
         if self.above is not None and obs.sigma < self.above:
             return False
         if self.last is not None and obs.steps_left is not None:
@@ -108,29 +107,67 @@ class Windowed(Wrapper):
             return True
         raise PolicyError(
             f"Windowed(last={self.last}) must know how many steps are left, but the schedule is unknown.\n"
-            "  Any of these tells it: pass sigmas=... to KVLock, use lock.sample(sampler, x, sigmas), or call the "
-            "sampler through kvlock_sampling.samplers.\n"
+            "  Pass sigmas=... to KVLock, or use lock.sample(sampler, x, sigmas), or call a sampler of "
+            "kvlock_sampling.samplers.\n"
             f"  Or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
         )
 
-    def adjust(self, control: Control, obs: Observation) -> Control:
-        if self.is_open(obs):
-            return control
-        scale = float(self.outside.cfg_scale)
-        return Control(self.outside.lock, scaled_cfg(obs, (scale, scale), 0.0))
-
-    @property
-    def never_locks(self) -> bool:
-        return self.policy.never_locks and float(self.outside.lock) == 0.0
+    def _adjust(self, control: Control, obs: Observation) -> Control:
+        return control if self._is_open(obs) else Control(lock=0.0)
 
 
 @dataclass(frozen=True)
-class Clamped(Wrapper):
-    """The inner control kept within limits.
+class LockAbove(PolicyWrapper):
+    """A lock at high noise whatever the risk; below, the inner policy alone. Guidance is always the inner policy's.
 
-    lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone; (0, 1) is for a policy of your own
-        that overshoots.
-    cfg: (lowest, highest) guidance scale, absolute; None = no limits. Raises PolicyError for limits out of range.
+    The layout of a clip is decided at high noise, before there is a measurement, so the lock holds from the first
+    evaluation on. The first evaluation below `above` is still locked, because a lock acts on the next evaluation.
+    Source: Follow-Your-Shape (arXiv 2508.08134) takes all keys and values from the source in the first 2 steps; its
+    background was best at 2 steps, worse at 0 and at 4.
+
+    >>> from kvlock_sampling.policy import Linear
+    >>> LockAbove(Linear(), above=10.0).may_lock
+    True
+
+    Args:
+        policy: The inner policy, or a function of an Observation.
+        above: Noise level > 0. At this sigma and higher the lock is at least `lock`.
+        lock: The least lock there, in [0, 1]. Defaults to 1.
+
+    Raises:
+        PolicyError: A setting out of range.
+    """
+
+    above: float
+    lock: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number(self, "above", above=0.0)
+        number(self, "lock", at_least=0.0, at_most=1.0)
+
+    def _adjust(self, control: Control, obs: Observation) -> Control:
+        if obs.sigma < self.above:
+            return control
+        return control._replace(lock=_clamp(_lock(control, obs), (self.lock, math.inf)))
+
+    @property
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return self.lock > 0.0 or self.policy.may_lock
+
+
+@dataclass(frozen=True)
+class Clamped(PolicyWrapper):
+    """The inner policy's lock and guidance scale, kept within limits.
+
+    Args:
+        policy: The inner policy, or a function of an Observation.
+        lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone. Defaults to (0, 1), which limits a
+            policy that returns more.
+        cfg: (lowest, highest) absolute guidance scale. Defaults to None, no limits.
+
+    Raises:
+        PolicyError: Limits out of range.
     """
 
     lock: Range = (0.0, 1.0)
@@ -141,34 +178,41 @@ class Clamped(Wrapper):
         pair(self, "lock", at_least=0.0, at_most=1.0)
         pair(self, "cfg", optional=True)
 
-    def adjust(self, control: Control, obs: Observation) -> Control:
-        cfg_scale = control.cfg_scale if self.cfg is None else _clamp(control.cfg_scale, self.cfg)
-        return Control(_clamp(control.lock, self.lock), cfg_scale)
+    def _adjust(self, control: Control, obs: Observation) -> Control:
+        control = control._replace(lock=_clamp(_lock(control, obs), self.lock))
+        if self.cfg is None:
+            return control
+        scale = obs.requested_cfg_scale if control.cfg_scale is None else control.cfg_scale
+        return control._replace(cfg_scale=_clamp(scale, self.cfg))
 
     @property
-    def never_locks(self) -> bool:
-        return self.lock[1] == 0.0 or (self.lock[0] == 0.0 and self.policy.never_locks)
+    def may_lock(self) -> bool:  # type: ignore[override]
+        return self.lock[0] > 0.0 or (self.lock[1] > 0.0 and self.policy.may_lock)
 
 
 class SmoothedState(NamedTuple):
-    """The inner state, the noise level of the last step, and what was sent then, at least float32.
-
-    `cfg_scale` stays None for as long as the inner policy just passes on the caller's.
-    """
+    """The inner state, the noise level of the last step, and what was sent then; None where nothing was."""
 
     inner: Any
     sigma: float | None = None
-    lock: Tensor | None = None
-    cfg_scale: Tensor | None = None
+    lock: Scalar | None = None
+    cfg_scale: Scalar | None = None
 
 
 @dataclass(frozen=True)
-class Smoothed(Wrapper):
-    """Follows the inner control exponentially:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
+class Smoothed(PolicyWrapper):
+    """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
-    half_life: > 0, in units of log sigma: when sigma has fallen by a factor exp(half_life), half of a jump remains.
-    It begins at the inner policy's `start`, so nothing ever jumps, and gives almost the same curve in 20 steps as 50.
-    Raises PolicyError for half_life <= 0.
+    It begins at the inner policy's `start`, so the first value does not jump, and its curve is almost the same in 20
+    steps as in 50. The inner policy's `composite` passes unchanged.
+
+    Args:
+        policy: The inner policy, or a function of an Observation.
+        half_life: Half-life in log sigma, > 0: after sigma has fallen by a factor exp(half_life), half of a jump is
+            left.
+
+    Raises:
+        PolicyError: half_life <= 0.
     """
 
     half_life: float
@@ -182,21 +226,24 @@ class Smoothed(Wrapper):
 
     def step(self, state: SmoothedState, obs: Observation) -> tuple[SmoothedState, Control]:
         inner, control = self.policy.step(state.inner, obs)
+        before = state if state.sigma is not None else self.policy.start(obs)
         weight = 1.0 - 2.0 ** (-elapsed(state.sigma, obs.sigma) / self.half_life)
-        before = self.policy.start(obs)
-        if state.lock is not None:
-            before = Control(state.lock, obs.cfg_scale if state.cfg_scale is None else state.cfg_scale)
-        lock = _follow(before.lock, control.lock, weight, obs.risk)
-        if before.cfg_scale is control.cfg_scale is obs.cfg_scale:
-            return SmoothedState(inner, obs.sigma, lock), Control(lock.to(obs.risk.dtype), obs.cfg_scale)
-        cfg_scale = _follow(before.cfg_scale, control.cfg_scale, weight, obs.cfg_scale)
-        sent = Control(lock.to(obs.risk.dtype), cfg_scale.to(obs.cfg_scale.dtype))
+        lock = _follow(before.lock, control.lock, weight, obs.lock, obs.risk)
+        requested = obs.requested_cfg_scale
+        cfg_scale = _follow(before.cfg_scale, control.cfg_scale, weight, requested, requested)
+        sent = control._replace(
+            lock=None if lock is None else lock.to(obs.risk.dtype),
+            cfg_scale=None if cfg_scale is None else cfg_scale.to(requested.dtype),
+        )
         return SmoothedState(inner, obs.sigma, lock, cfg_scale), sent
 
 
-def _follow(before: Scalar, now: Scalar, weight: float, like: Tensor) -> Tensor:
-    old, new = _spread(before, like), _spread(now, like)
-    return old + weight * (new - old)  # equal ones stay exactly what they are
+def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Tensor, like: Tensor) -> Tensor | None:
+    """One step of the low-pass, at least float32. `unset` is the value of an actuator that was left as it is."""
+    if before is None and now is None:
+        return None
+    old, new = (_spread(unset if value is None else value, like) for value in (before, now))
+    return old + weight * (new - old)  # exactly the same value if both are equal
 
 
 def _spread(value: Scalar, like: Tensor) -> Tensor:
@@ -211,14 +258,6 @@ def _clamp(value: Scalar, limits: Range) -> Scalar:
     return value.clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
 
 
-def _outside(value: Any) -> Control:
-    try:
-        lock, scale = map(float, Control(**value) if isinstance(value, Mapping) else value)
-    except (TypeError, ValueError):
-        lock, scale = -1.0, -1.0
-    if not (0.0 <= lock <= 1.0 and 0.0 <= scale < float("inf")):
-        raise PolicyError(
-            f"Windowed(outside={value!r}): expected a lock in [0, 1] and a multiple >= 0 of the caller's cfg_scale. "
-            "This works: Windowed(policy, last=20, outside=Control(lock=0.0, cfg_scale=1.0))"
-        )
-    return Control(lock, scale)
+def _lock(control: Control, obs: Observation) -> Scalar:
+    """The lock that a control asks for: its own, or the one in force."""
+    return obs.lock if control.lock is None else control.lock

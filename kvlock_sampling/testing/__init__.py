@@ -9,6 +9,7 @@ def test_my_network(): check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"con
 from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
 from .estimator import check_estimator
 from .layers import check_layers
+from .pipelines import tiny_pipeline
 from .policy import check_policy
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "check_estimator",
     "check_layers",
     "check_policy",
+    "tiny_pipeline",
     "toy_denoisers",
 ]

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ..attention import AttentionLayers, reachable_modules
+from ..attention import AttentionLayers
+from ..attention.context import KeyValue
 from ..types import AttentionError
-from ._spy import Seen
+from ..utils.modules import reachable_modules
 
 Place = tuple[int, int, int]
+
+
+class Seen(NamedTuple):
+    """One attention call of a layer. Keys and values are (rows, ..., length, dim).
+
+    Attributes:
+        layer: Name of the layer.
+        clips: The clip that each row belongs to.
+        start: Position of the first video token.
+        ratio: The fusion ratio, (rows, tokens).
+        own: The call's keys and values.
+        used: The keys and values that attention used.
+    """
+
+    layer: str
+    clips: list[int]
+    start: int
+    ratio: Tensor
+    own: KeyValue
+    used: KeyValue
 
 
 def moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
@@ -132,15 +154,8 @@ def module_state(model: Any) -> dict[str, Any]:
 
 
 def in_precision(value: Any, dtype: torch.dtype) -> Any:
-    """Floating tensors in another precision, through mappings and sequences."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {k: in_precision(v, dtype) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        parts = [in_precision(v, dtype) for v in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
+    """Floating tensors in another precision, through dicts and sequences."""
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, value)
 
 
 def some(names: Sequence[str]) -> str:

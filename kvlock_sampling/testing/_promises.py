@@ -1,27 +1,27 @@
-"""Every promise that check_layers asks a network about, at one noise level and in one precision."""
+"""Every promise that `check_layers` tests, at one noise level and in one precision."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import _len_torch_function_stack
 
-from ..attention import AttentionLayers, Hooks
+from ..attention import AttentionLayers, FusionContext, Hooks
+from ..attention.context import KeyValue
 from ..batching import take
 from ..lock import KVLock
 from ..masks.fitted import FittedMask
 from ..policy import Constant, Policy
-from ..run import method_of, names_parameter
 from ..source import Source
 from ..types import AttentionError, Control, Denoiser, Observation
-from ._parts import Hit, check_hits, coarsest, hit, module_state, moved, some, two_masks
-from ._spy import Seen, SpyFrame
+from ..utils.signature import method_of, parameters_of
+from ._parts import Hit, Seen, check_hits, coarsest, hit, module_state, moved, some, two_masks
 
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest deviation that counts as rounding, in standard deviations of the output."""
@@ -36,7 +36,30 @@ class _Each(Policy):
     uses_risk = False
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        return state, Control(torch.tensor(self.locks), obs.cfg_scale)
+        return state, Control(torch.tensor(self.locks))
+
+
+@dataclass(frozen=True)
+class _Spy(FusionContext):
+    """A context that also remembers every attention call, to look at keys and values from inside."""
+
+    seen: list[Seen] = field(default_factory=list)
+
+    def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
+        used = super().process(layer, key, value, start, ratio)
+        if len(ratio) == self.batch:  # else `process_row` remembers it
+            chunks = len(key) // self.batch
+            clips = list(range(self.batch)) * chunks
+            own = key.clone(), value.clone()
+            self.seen.append(Seen(layer, clips, start, ratio.repeat(chunks, 1), own, used))
+        return used
+
+    def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
+        used = super().process_row(layer, index, key, value, start)
+        clip = index % self.batch
+        own = key.clone(), value.clone()
+        self.seen.append(Seen(f"{layer}[{index}]", [clip], start, self.ratio[clip : clip + 1], own, used))
+        return used
 
 
 def _turns(seen: Sequence[Seen]) -> Iterator[tuple[Seen, int]]:
@@ -80,7 +103,6 @@ class Promises:
             self._same(self._bare(self.x), self.plain, "the same call", "model.eval() turns dropout off.")
             self._clips_apart()
             self._places()
-            self._source_leaves_early()
             self._off()
             self._keys_and_values()
             self._self_consistent()
@@ -137,36 +159,14 @@ class Promises:
                     if from_source is not None:
                         other = from_source[0].own[which == "values"][from_source[1]]
                         self._equal(used[row][..., kept, :], other[..., kept, :], seen.layer, which, "background")
-        self.fired |= edit.fired
-        count = len(edit.fired)
-        if edit.fired != source.fired or (self.expected is not None and count != self.expected):
+        self.fired |= edit.record.fired
+        count = len(edit.record.fired)
+        if edit.record.fired != source.record.fired or (self.expected is not None and count != self.expected):
             raise AttentionError(
-                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.fired)} ran for the "
-                f"source; expected {len(source.fired) if self.expected is None else self.expected}.\n"
-                f"  Fused: {some(sorted(edit.fired))}."
+                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.record.fired)} ran for the "
+                f"source; expected {len(source.record.fired) if self.expected is None else self.expected}.\n"
+                f"  Fused: {some(sorted(edit.record.fired))}."
             )
-
-    def _source_leaves_early(self) -> None:
-        if not self.layers.rows_first or self.layers.rows_apart:
-            return
-        advice = "The architecture's rows_first=True is not right: something its blocks are given has other first axes."
-        whole = self._locked(0.6, layers=replace(self.layers, rows_first=False))
-        try:
-            early = self._locked(0.6)
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise AttentionError(
-                f"letting the source's rows leave after the last layer fails: {str(error).splitlines()[0]}\n  {advice}"
-            ) from error
-        what = "letting the source's rows leave after the last layer changed the edit"
-        self._close(early, whole, what, advice)
-        if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
-            # One clip, guided: three rows, of which what there are three of, say axes, could be taken for.
-            more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0}
-            with self._lock(Constant(lock=0.6), 0, layers=replace(self.layers, rows_first=False)) as lock:
-                whole = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
-            with self._lock(Constant(lock=0.6), 0) as lock:
-                early = lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more)
-            self._close(early, whole, what, advice)
 
     def _off(self) -> None:
         advice = "A hook changes the model where it should do nothing: is the forward of a layer called twice?"
@@ -206,7 +206,7 @@ class Promises:
             one, two = self._locked(0.6), self._locked(0.6, batched=False)
             what = "the source as rows of the same call, and in a pass of its own, gave two answers"
             self._close(one, two, what, advice)
-        if "cond" in self.extra_args and not self._guides and not names_parameter(self.model, "uncond"):
+        if "cond" in self.extra_args and not self._guides and "uncond" not in parameters_of(self.model):
             order = torch.arange(len(self.x)).flip(0)
             more = {"uncond": take(self.extra_args["cond"], order, len(self.x)), "cond_scale": 2.0}
             one, two = self._locked(0.6, **more), self._locked(0.6, batched=False, **more)
@@ -239,7 +239,15 @@ class Promises:
             raise AttentionError(
                 f"leaving fully locked tokens out of the computation fails: {str(error).splitlines()[0]}\n  {advice}"
             ) from error
-        self._close(fewer, every, "leaving fully locked tokens out of the computation changed the edit", advice)
+        what = "leaving fully locked tokens out of the computation changed the edit"
+        self._close(fewer, every, what, advice)
+        if "cond" in self.extra_args and not self._guides and "uncond" not in parameters_of(self.model):
+            # One clip, guided: three rows, which nothing else must be taken for.
+            more, found = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0}, []
+            for foreground in (None, False):
+                with self._lock(Constant(lock=1.0), 0, composite=True, foreground=foreground) as lock:
+                    found.append(lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more))
+            self._close(found[0], found[1], what, advice)
 
     # -- means --------------------------------------------------------------------------------------------------------
 
@@ -270,12 +278,12 @@ class Promises:
         with self._lock(Constant(lock=lock), **options) as locked:
             return locked(self.x, self.sigma, **self.extra_args, **more)
 
-    def _spy(self, mode: Any, x: Tensor, kept: SpyFrame | None = None) -> SpyFrame:
+    def _spy(self, mode: Any, x: Tensor, kept: _Spy | None = None) -> _Spy:
         ratio = FittedMask(self.mask).background(x, self.layers.patch).expand(len(x), -1)
-        frame = SpyFrame(mode, ratio, {} if kept is None else kept.store, self.layers.grid(x.shape))
-        with Hooks(self.layers).frame(frame):
-            self._bare(x)
-        return frame
+        source = {} if kept is None else kept.record.captured
+        spy = _Spy(mode, ratio, self.layers.grid(x.shape), source=source)
+        Hooks(self.layers).run(spy, lambda: self._bare(x), may_skip=True)
+        return spy
 
     def _factor(self, layer: str) -> tuple[int, int, int]:
         """How much larger this layer's tokens are than the network's."""

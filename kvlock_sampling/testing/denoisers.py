@@ -1,4 +1,4 @@
-"""Denoisers whose posterior mean and variance are known in closed form: tests against them have right answers."""
+"""Denoisers with posterior mean and variance in closed form, for tests with exact answers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from torch import Tensor, nn
 class GaussianDenoiser(nn.Module):
     """The exact denoiser of data x0 ~ N(mean, std^2), elementwise:  D = (std^2 x + sigma^2 mean) / (std^2 + sigma^2).
 
-    mean: a float, or a tensor broadcastable to x's trailing axes. std: > 0, of the data.
-    Usable wherever a model is: `model(x, sigma, **extra)`, x = x0 + sigma * noise of any shape (batch, ...).
-
     >>> denoiser = GaussianDenoiser(mean=1.0, std=2.0)
     >>> denoiser(torch.zeros(1, 4), torch.tensor([2.0]))
     tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     >>> float(denoiser.variance(2.0))
     2.0
+
+    It is called as any model, `model(x, sigma, **extra)`, with x = x0 + sigma * noise of any shape (batch, ...).
+
+    Args:
+        mean: Mean of the data, a float or a tensor broadcastable to x's trailing axes. Defaults to 0.
+        std: Standard deviation of the data, > 0, a float or a tensor likewise. Defaults to 1.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float | Tensor = 0.0, std: float = 1.0) -> None:
+    def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
         super().__init__()
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
@@ -36,7 +39,7 @@ class GaussianDenoiser(nn.Module):
         return (signal * x + noise * self.mean.to(x)) / (signal + noise)
 
     def variance(self, sigma: Tensor | float) -> Tensor:
-        """Var[x0 | x] = std^2 sigma^2 / (std^2 + sigma^2) of every element, shaped like sigma; the same for every x."""
+        """Return Var[x0 | x] = std^2 sigma^2 / (std^2 + sigma^2) of every element, the same for every x."""
         noise = torch.as_tensor(sigma).to(self.std).square()
         return self.std.square() * noise / (self.std.square() + noise)
 
@@ -44,8 +47,12 @@ class GaussianDenoiser(nn.Module):
 class MixtureDenoiser(nn.Module):
     """The exact denoiser of a mixture of isotropic Gaussians over whole clips, x0 ~ sum_k weights_k N(means_k, std^2).
 
-    means: (modes, ...), its trailing axes those of x. std: > 0, of every mode. weights: (modes,), > 0, any sum.
-    Usable wherever a model is: `model(x, sigma, **extra)`. `covariance`, `trace`, `variance` are of x0 given x.
+    It is called as any model, `model(x, sigma, **extra)`. `covariance`, `trace` and `variance` are of x0 given x.
+
+    Args:
+        means: Centres of the modes, (modes, ...), with the trailing axes of x.
+        std: Standard deviation of every mode, > 0. Defaults to 0.1.
+        weights: One weight > 0 per mode, of any sum. Defaults to None, equal weights.
     """
 
     means: Tensor
@@ -65,19 +72,19 @@ class MixtureDenoiser(nn.Module):
         return torch.einsum("bk,bkd->bd", weights, centres).reshape(x.shape)
 
     def covariance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Cov[x0 | x], (batch, d, d), d = the number of elements of a clip."""
+        """Return Cov[x0 | x], (batch, d, d), with d elements per clip."""
         weights, centres, spread = self._posterior(x, sigma)
         away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
         return torch.einsum("bk,bkd,bke->bde", weights, away, away) + torch.diag_embed(spread.expand(-1, x[0].numel()))
 
     def variance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The diagonal of `covariance` as a tensor like x, without building the matrix."""
+        """Return the diagonal of `covariance` as a tensor like x, without building the matrix."""
         weights, centres, spread = self._posterior(x, sigma)
         away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
         return (torch.einsum("bk,bkd->bd", weights, away.square()) + spread).reshape(x.shape)
 
     def trace(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The trace of `covariance`, (batch,)."""
+        """Return the trace of `covariance`, (batch,)."""
         return self.variance(x, sigma).flatten(1).sum(1)
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +98,14 @@ class MixtureDenoiser(nn.Module):
 
 
 def toy_denoisers(shape: tuple[int, ...] = (4,)) -> dict[str, nn.Module]:
-    """One of each for clips of shape (batch, *shape), to parametrise a test: {"gaussian": ..., "mixture": ...}."""
+    """Return one denoiser of each kind by name, to parametrise a test.
+
+    Args:
+        shape: Shape of one clip.
+
+    Returns:
+        {"gaussian": ..., "mixture": ...}.
+    """
     return {
         "gaussian": GaussianDenoiser(mean=0.5, std=0.8),
         "mixture": MixtureDenoiser(torch.stack([torch.full(shape, v) for v in (-1.0, 0.0, 1.0)]), std=0.1),

@@ -1,4 +1,4 @@
-"""check_layers: are these the attention layers of this network, and does a lock keep its word there?"""
+"""check_layers: test the attention layers of a network, and what a lock promises there."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import AttentionLayers, find_layers
-from ..run import names_parameter
 from ..types import AttentionError, Denoiser, KVLockError
+from ..utils.signature import parameters_of
 from ._parts import in_precision, some
 from ._promises import Promises
 
@@ -28,40 +28,39 @@ def check_layers(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Checks that a network can be locked: its layers are where they are said to be, and a lock keeps its word.
+    """Test that a network can be locked: its layers are where the declaration says, and a lock keeps its promises.
 
-    denoiser: as for KVLock, `denoiser(x, sigma, **extra_args)`.
-    x: example latents of two clips or more, (batch, channels, time, height, width) or as the sampler has them, with two
-        tokens or more along some axis. Their values do not matter; small ones are quick.
-    extra_args: of a call; what belongs to a clip has the batch first. With `cond` in it guidance is checked too;
-        `uncond` and `cond_scale` are left away, as a lock does, unless the denoiser names one of them.
-    layers: to be checked; default: those that are found.  expected: how many layers one evaluation should fuse.
-    sigma: noise levels > 0 to check at. Of a model of several experts name one for each: sigma=(8.0, 0.5).
-    half: a copy of the denoiser keeps the first six promises in this precision too, where it is a torch module; None:
-        that is not checked.
-    tolerance: what counts as rounding, in standard deviations of the output; default: 0.001 in float32.
+    Tested, in this order:
 
-    Checked, in this order:
-    - the denoiser answers the same twice, and a clip alone as in a batch;
-    - every layer runs, and holds the video's tokens in the order, and at the place, that it is said to: one token of the
-      latents is changed, and the keys and values that change most must be its own;
-    - where the architecture says that rows come first, the source's can leave a call after the last layer;
+    - the denoiser answers the same twice, and a clip alone like a clip in a batch;
+    - every layer runs and holds the video's tokens in the declared order and place: if one token of the latents
+      changes, the keys and values that change most are its own;
     - off is identical bit for bit, inside the block and after it, and nothing stays behind on any module;
-    - at lock 1 the background's keys and values are exactly the source's, the edit's own elsewhere, text included;
-    - with the source's own noise and prompt any lock changes nothing; with another source it changes something;
+    - at lock 1 the background's keys and values are exactly the source's, and the edit's own elsewhere;
+    - with the source's own noise and prompt a lock changes nothing; with another source it changes something;
     - the source beside the edit in one call, or in a pass of its own, gives the same; so does guidance;
-    - clips of one batch, of different masks and locks, come out as they do alone;
-    - leaving fully locked tokens out changes nothing, where the architecture says how that is done.
+    - the clips of a batch, with different masks and locks, come out as they do alone;
+    - leaving fully locked tokens out changes nothing, if the architecture says how that is done.
+
+    >>> check_layers(denoiser, x, {"cond": text}, expected=30)  # doctest: +SKIP
+
+    Args:
+        denoiser: As for KVLock, `denoiser(x, sigma, **extra_args)`.
+        x: Example latents of two clips or more, (batch, channels, time, height, width) or as the sampler has them, with
+            two tokens or more along some axis. Small ones are quick; their values do not matter.
+        extra_args: Of a call; what belongs to a clip has the batch first. With `cond` guidance is tested too.
+        layers: The layers to test. Default: those that are found.
+        expected: How many layers one evaluation should fuse. Default: as many as run for the source.
+        sigma: Noise levels > 0 to test at. Of a model with several experts name one for each: sigma=(8.0, 0.5).
+        half: A copy of the denoiser in this precision is tested too, if it is a torch module. None: not tested.
+        tolerance: What counts as rounding, in standard deviations of the output. Default: 0.001 in float32.
+        seed: Of the random clips.
 
     Raises:
-        AttentionError: names the promise that is not kept, what was seen, and what to change.
-
-    Example:
-        def test_my_network():
-            check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts}, expected=30)
+        AttentionError: Names the promise that is broken, what was seen, and what to change.
     """
     extra_args = dict(extra_args or {})
-    if "cond" in extra_args and not any(names_parameter(denoiser, name) for name in ("uncond", "cond_scale")):
+    if "cond" in extra_args and not {"uncond", "cond_scale"} & parameters_of(denoiser).keys():
         extra_args = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
     levels = [float(s) for s in (sigma if isinstance(sigma, Sequence) else [sigma])]
     if x.ndim < 3 or len(x) < 2 or not x.is_floating_point():
@@ -92,7 +91,7 @@ def check_layers(
 
 
 def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: float) -> None:
-    """A first call, so that what is no denoiser, or is given what it cannot take, is told from a broken promise."""
+    """Call the model once first, to separate user errors from broken promises."""
     names = "".join(f", {name}=" for name in extra_args)
     call = f"{type(denoiser).__name__}(x, sigma{names}), x of shape {tuple(x.shape)}, sigma of shape ({len(x)},)"
     advice = (
@@ -114,7 +113,7 @@ def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: f
 
 
 def _runs(model: Denoiser, layers: AttentionLayers, x: Tensor, extra_args: dict[str, Any], level: float) -> None:
-    """A network that cannot run in half precision is not one whose layers are wrong."""
+    """Refuse a network that cannot run in half precision, before its layers are blamed."""
     try:
         with torch.no_grad():
             model(x, torch.full((len(x),), level, device=x.device), **extra_args)

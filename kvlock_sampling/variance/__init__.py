@@ -1,40 +1,28 @@
-"""Estimators of how uncertain the model is about its clean prediction. One file each; all behind init/step.
+"""Estimators of how uncertain the model is about its clean prediction. One estimator a file, formula on top.
 
-Free: TrajectoryVariance, SolverDisagreement, GuidanceGap. At the cost of evaluations: RenoiseVariance,
-PosteriorVariance, DropoutVariance. Around others: Sparse, Held, Relative, Max, Mean, Weighted.
+TrajectoryVariance is free. RenoiseVariance, PosteriorVariance and DropoutVariance evaluate the model again. Sparse,
+Relative and Combined wrap others. `policies/recipes/` has two more to copy: GuidanceGap and SolverDisagreement.
 """
 
 from .base import Estimator, masked_mean
-from .combined import Max, Mean, Weighted
-from .disagreement import SolverDisagreement
 from .dropout import DropoutVariance
-from .dropout_hooks import dropout_hooks
-from .gap import GuidanceGap
 from .posterior import PosteriorVariance
 from .relative import Relative
 from .renoise import RenoiseVariance
-from .sparse import Sparse
-from .table import ESTIMATORS, estimator_table, make_estimator
+from .thresholds import ThresholdCurve
 from .trajectory import TrajectoryVariance
-from .wrappers import Held
+from .wrappers import Combined, EstimatorWrapper, Sparse
 
 __all__ = [
-    "ESTIMATORS",
+    "Combined",
     "DropoutVariance",
     "Estimator",
-    "GuidanceGap",
-    "Held",
-    "Max",
-    "Mean",
+    "EstimatorWrapper",
     "PosteriorVariance",
     "Relative",
     "RenoiseVariance",
-    "SolverDisagreement",
     "Sparse",
+    "ThresholdCurve",
     "TrajectoryVariance",
-    "Weighted",
-    "dropout_hooks",
-    "estimator_table",
-    "make_estimator",
     "masked_mean",
 ]

@@ -1,63 +1,86 @@
-"""Random draws of estimators: seeded per measurement, so that a rewound run repeats itself, and the same for every clip
-of a batch, so that a clip alone and in a batch agree. Drawn in float32 on the latents' own device.
+"""Estimators that evaluate the model again, and the random draws they do it with.
+
+Draws are seeded per measurement, so that a rewound run repeats itself, and are the same for every clip of a batch, so
+that a clip alone agrees with the clip in a batch. They are drawn in float32 on the latents' own device.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..types import EstimatorError
+from .base import Estimator
 
 
-def draw(
-    kind: Literal["normal", "signs"],
-    passes: int,
-    like: Tensor,
-    count: int,
-    seed: int,
-    seeds: tuple[int, ...] | None = None,
-) -> Tensor:
-    """Fresh values for `passes` copies of `like`, clip-major as `like.repeat(passes, ...)`: (passes * batch, ...).
+@dataclass(frozen=True)
+class ProbingEstimator(Estimator):
+    """Base of the estimators that evaluate the model again, `passes` times per clip and measurement.
 
-    kind: "normal" for unit noise, "signs" for +1 and -1 (Rademacher). count: which measurement of the run this is.
-        Passes of unit noise are orthogonal to one another, so that each looks where the others did not.
-    seed: one draw for all clips. seeds: (batch,) integers instead, a draw of its own for each clip.
+    Its state counts measurements and seeds the next draw.
+
+    Args:
+        passes: Evaluations per clip and measurement.
+        seed: Seed of the draws.
 
     Raises:
-        EstimatorError: `seeds` does not have one entry per clip.
+        EstimatorError: Too few passes.
     """
-    clips = len(like)
-    if seeds is not None and len(seeds) != clips:
-        raise EstimatorError(f"seeds has {len(seeds)} entries for a batch of {clips} clips; give one per clip.")
-    draws = []
-    for own in (seed,) if seeds is None else seeds:
-        generator = torch.Generator(like.device).manual_seed((own * 1_000_003 + count) % 2**63)
-        shape = (passes, 1, *like.shape[1:])
-        values = torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
-        draws.append(_orthogonal(values) if kind == "normal" else torch.where(values < 0, -1.0, 1.0))
-    values = torch.cat(draws, dim=1).expand(passes, clips, *like.shape[1:])
-    return values.reshape(passes * clips, *like.shape[1:])
+
+    passes: int = 1
+    seed: int = 0
+
+    default_threshold = 0.01
+    """What calm clips of the embedded model stay below from sigma 1.5 down, in latent units squared."""
+
+    least_passes: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.passes < self.least_passes:
+            raise EstimatorError(
+                f"passes={self.passes}; {type(self).__name__} needs {self.least_passes} or more. "
+                f"Try passes={max(type(self).passes, self.least_passes)}."
+            )
+
+    @property
+    def cost(self) -> float:  # type: ignore[override]
+        """Evaluations per clip and measurement."""
+        return float(self.passes)
+
+    def init(self) -> int:
+        """Return 0, the number of measurements made."""
+        return 0
 
 
-def check_seeds(seed: int, seeds: tuple[int, ...] | None) -> None:
-    """The door of an estimator that draws.
+def generator(seed: int, count: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator for draw number `count` of a seed."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + count) % 2**63)
 
-    Raises:
-        EstimatorError: a seed for all clips beside one for each.
+
+def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int, count: int) -> Tensor:
+    """Draw unit noise or +1 and -1 (Rademacher) for `passes` copies of `like`: (passes * batch, ...), float32.
+
+    Passes of unit noise are orthogonal to one another: together they cover space evenly. `count` is the number of
+    measurements made before.
     """
-    if seeds is not None and seed != 0:
-        raise EstimatorError(
-            f"seed={seed} beside seeds={seeds}; expected one of them: seed={seed} for all clips, or seeds with one per "
-            f"clip, e.g. seeds={tuple(seed + i for i in range(len(seeds)))}."
-        )
+    shape = (passes, 1, *like.shape[1:])
+    values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)
+    values = _orthogonal(values) if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
+    return values.expand(passes, *like.shape).reshape(passes * len(like), *like.shape[1:])
+
+
+def copies(values: Tensor, passes: int) -> Tensor:
+    """Repeat (batch, ...) `passes` times: (passes * batch, ...)."""
+    return values.repeat(passes, *[1] * (values.ndim - 1))
 
 
 def _orthogonal(values: Tensor) -> Tensor:
-    """Gaussian draws (passes, 1, ...) made orthogonal, each keeping its length: every one stays Gaussian, for its
-    direction is still uniform and its length independent of it, but together they cover space evenly.
+    """Make Gaussian draws (passes, 1, ...) orthogonal and keep the length of each.
+
+    Each draw stays Gaussian, because its direction is still uniform and its length independent of it.
     """
     rows = values.flatten(1)
     if not 1 < len(rows) <= rows.shape[1]:
@@ -69,8 +92,3 @@ def _orthogonal(values: Tensor) -> Tensor:
             row = row - (row @ other) * other
         basis.append(row / row.norm())
     return (torch.stack(basis) * lengths).view_as(values)
-
-
-def copies(values: Tensor, passes: int) -> Tensor:
-    """`values`, (batch, ...), `passes` times over, clip-major: (passes * batch, ...)."""
-    return values.repeat(passes, *[1] * (values.ndim - 1))

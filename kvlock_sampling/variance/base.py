@@ -1,7 +1,7 @@
 """The contract of an estimator: `init() -> state`, `step(state, evaluation) -> (state, variance or None)`.
 
-Settings are frozen, state is a value: rewinding a run is restoring an old state. `step` is given evaluations at
-falling sigma; whoever drives it (the lock does) restores an earlier state when a sampler goes back up.
+Settings are frozen, state is a value: to rewind a run is to restore an old state. `step` sees evaluations at falling
+sigma; where a sampler goes back up, the lock restores an earlier state.
 """
 
 from __future__ import annotations
@@ -21,54 +21,76 @@ from ..utils.precision import working
 Patch = tuple[int, int, int]
 """Latents per token along (time, height, width)."""
 
+SAME_SIGMA = 1e-4
+"""Two noise levels closer than this, relatively, are the same one."""
+
 
 class Estimator(ABC):
-    """Base of all estimators. Subclasses are frozen dataclasses; the least they define is `step(state, evaluation)`,
-    which returns the next state and the variance, (batch,), >= 0, or None while that is unknown. In what units is its
-    own affair: divided by its threshold it is risk. `kv.testing.check_estimator` tries the rest.
+    """Base of every estimator. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
-    Raises:
-        EstimatorError: in a run, by a lock, for what breaks the contract.
+    A variance may have any unit: divided by its threshold it is risk. `kvlock_sampling.testing.check_estimator` tests a
+    subclass.
+
+    Attributes:
+        cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
+        default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
+        needs_background: Whether it raises EstimatorError without a mask that leaves some background. Defaults to
+            False.
     """
 
     cost: float = 0.0
-    """Extra evaluations of the model per clip and measurement."""
-
     default_threshold: float = 1.0
-    """The variance that counts as risk 1 when the user names no threshold."""
-
     needs_background: bool = False
-    """Whether it raises an EstimatorError where there is no mask, or one that leaves nothing outside."""
 
     @property
     def reads_background(self) -> bool:
-        """Whether what it measures depends on the prediction outside the mask: it then needs every token computed.
+        """Whether the variance depends on the prediction outside the mask, so that every token must be computed.
 
-        A local estimator, one with a `patch`, measures every token.
+        True for an estimator with a `patch`, which measures every token.
         """
         return self.needs_background or getattr(self, "patch", None) is not None
 
     def init(self) -> Any:
-        """The state before the first evaluation."""
+        """Return the state before the first evaluation. Defaults to None: no memory."""
         return None
 
     @abstractmethod
     def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
-        """Take in one evaluation. Returns the new state and the variance, (batch,), or None while it is unknown.
+        """Measure at one evaluation of the model.
 
-        The variance is >= 0 and float32 or better; a local estimator gives (batch, tokens).
+        Args:
+            state: What `init` returned, or the step at a higher sigma. Build a new one; never change it in place.
+            evaluation: Input, prediction and mask, and a way to evaluate the model again.
+
+        Returns:
+            The next state, and the variance: >= 0, float32 or better, (batch,) or (batch, tokens); None if it is not
+            known yet.
         """
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """This estimator for one model, given its modules, outermost first. The lock calls it once, at construction.
+        """Return this estimator for one model. The lock calls it once, at construction.
 
-        Only an estimator that changes the model for its passes has use for it; all others return themselves.
+        Only an estimator that changes the model for its passes overrides it.
+
+        Args:
+            modules: The modules of the model, outermost first.
+
+        Returns:
+            The estimator to use.
         """
         return self
 
 
 def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Float[Tensor, "batch"]:
-    """Mean per clip, in float32 or better, weighted by a mask broadcastable to `values` (None: all)."""
+    """Average per clip, in float32 or better.
+
+    Args:
+        values: What to average.
+        mask: Weights broadcastable to `values`; None weighs all alike.
+
+    Returns:
+        One mean per clip.
+    """
     values = working(values)
     if mask is None:
         return values.flatten(1).mean(1)
@@ -77,12 +99,10 @@ def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Fl
 
 
 def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Patch | None) -> Tensor:
-    """`masked_mean` without a patch; with one the mean of every token, (batch, tokens), in the order t, h, w.
+    """Average per clip, or per token in the order (t, h, w) if there is a patch.
 
-    Tokens are measured everywhere, edited or not: it is the background's that a lock acts on.
-
-    Raises:
-        EstimatorError: the values are not (batch, channels, time, height, width) in whole patches.
+    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens. Raises EstimatorError
+    for values that are not (batch, channels, time, height, width) in whole patches.
     """
     if patch is None:
         return masked_mean(values, mask)
@@ -96,15 +116,12 @@ def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Pat
     return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
 
 
-def check_patch(patch: Any) -> Patch | None:
-    """A patch as a tuple of three sizes >= 1, or None.
-
-    Raises:
-        EstimatorError: anything else.
-    """
+def check_patch(estimator: Any) -> None:
+    """Convert the field `patch` to a tuple of three sizes >= 1, or None; raise EstimatorError for anything else."""
+    patch = estimator.patch
     if patch is None:
-        return None
+        return
     sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
     if len(sizes) != 3 or not all(isinstance(p, int) and p >= 1 for p in sizes):
         raise EstimatorError(f"patch={patch!r}; expected latents per token along (time, height, width): (1, 2, 2).")
-    return sizes[0], sizes[1], sizes[2]
+    object.__setattr__(estimator, "patch", sizes)

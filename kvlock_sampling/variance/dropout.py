@@ -1,67 +1,79 @@
-"""Dropout variance: how much the prediction depends on units of the network that could have been otherwise.
+"""Dropout variance: how much the prediction depends on single units of the network.
 
-    var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network (see `dropout_hooks.py`)
-averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty.
-Range >= 0, latent units squared. Cost: `passes` evaluations. Source: Gal & Ghahramani, arXiv 1506.02142.
+    var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network
+averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty. Range >= 0, latent units
+squared.
+Cost: `passes` evaluations. Source: Gal & Ghahramani, arXiv 1506.02142.
+
+A network is thinned by forward hooks that exist only within a `with` block, so a model that ships without dropout will
+do. In each chosen linear layer the same random output units are 0 for all rows and tokens, the others are scaled by
+1 / (1 - rate). Sharing the units makes it a draw of a *network* (for sequences: arXiv 1512.05287), keeps a clip
+independent of its batch, and costs one small vector per layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
 from ..utils.precision import working
+from ._noise import ProbingEstimator, generator
 from .base import Estimator, Patch, check_patch, pooled
-from .dropout_hooks import dropout_hooks, droppable
+
+RESIDUAL = (
+    r"\.\d+\.(.*\.)?("
+    r"to_out\.0|to_out|to_add_out|out_proj|proj_out|attn_proj|\w+_attn_proj|o|wo|"  # attention
+    r"net\.2|ff\w*\.2|mlp\.2|fc2|linear2|w2|down_proj"  # feed-forward
+    r")$"
+)
+"""Names, inside a numbered block, of the linear layers that write into the residual stream; diffusers' and others'."""
 
 
 @dataclass(frozen=True)
-class DropoutVariance(Estimator):
-    """Sample variance between thinned networks at the same point. Costs `passes` evaluations, one after another.
+class DropoutVariance(ProbingEstimator):
+    """Sample variance between thinned networks at the same point, in latent units squared.
 
-    passes: thinned networks per measurement, at least 2. rate: share of units dropped, in (0, 1).
-    seed: of the networks, which are the same for every clip of a batch and new at every measurement.
-    select: a regular expression on names of linear layers; None: those that end attention and feed-forward.
-    patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
-    model: the network behind the denoiser; None: the lock fills in the one it wraps.
+    Args:
+        passes: Thinned networks per measurement, >= 2, evaluated one after another. Defaults to 4.
+        seed: Seed of the networks, which are the same for every clip and new at every measurement. Defaults to 0.
+        rate: Fraction of units dropped, in (0, 1). Defaults to 0.1.
+        select: A regular expression on names of linear layers. Defaults to None, the last layers of attention and
+            feed-forward.
+        patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
+            one value per clip.
+        model: The network behind the denoiser. Defaults to None, the one that the lock wraps.
 
     Raises:
-        EstimatorError: settings out of range; no model; or a model without a layer that fits.
+        EstimatorError: A setting out of range; no model, or a model without a layer that fits.
     """
 
     passes: int = 4
     rate: float = 0.1
-    seed: int = 0
     select: str | None = None
     patch: Patch | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
+    least_passes = 2
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch", check_patch(self.patch))
-        if self.passes < 2:
-            raise EstimatorError(f"passes={self.passes}; a spread needs 2 passes or more. Try passes=4.")
+        super().__post_init__()
+        check_patch(self)
         if not 0 < self.rate < 1:
-            raise EstimatorError(f"rate={self.rate}; expected a share of units between 0 and 1. Try rate=0.1.")
+            raise EstimatorError(f"rate={self.rate}; expected a fraction of units between 0 and 1. Try rate=0.1.")
         if self.model is not None:
             droppable(self.model, self.select)
 
-    @property
-    def cost(self) -> float:  # type: ignore[override]
-        """Extra evaluations per clip and measurement."""
-        return float(self.passes)
-
-    @property
-    def default_threshold(self) -> float:  # type: ignore[override]
-        """What calm clips of the embedded model stay below from sigma 1.5 down."""
-        return 0.01
-
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """The same with the first module whose layers fit as its model, unless it has one."""
+        """Return the same with the first module whose layers fit as its model, unless it has one."""
         if self.model is not None:
             return self
         error: EstimatorError | None = None
@@ -72,15 +84,11 @@ class DropoutVariance(Estimator):
                 error = error or first
         raise error or EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
 
-    def init(self) -> int:
-        """State: how many measurements were made. It seeds the next networks, so that a rewound run repeats itself."""
-        return 0
-
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
-        """Evaluate the thinned networks and compare them. Variance: (batch,) or (batch, tokens)."""
+        """Evaluate the thinned networks and compare them."""
         if self.model is None:
             raise EstimatorError(
-                "DropoutVariance knows no model to drop units of.\n"
+                "DropoutVariance has no model to drop units of.\n"
                 "  Give it to KVLock(estimator=...), or name one: DropoutVariance(model=transformer)."
             )
         passes = []
@@ -88,3 +96,36 @@ class DropoutVariance(Estimator):
             with dropout_hooks(self.model, self.rate, (self.seed * 1_000_003 + state) * self.passes + k, self.select):
                 passes.append(working(evaluation.probe(evaluation.x.detach(), evaluation.sigma)))
         return state + 1, pooled(torch.stack(passes).var(dim=0, correction=1), evaluation.mask, self.patch)
+
+
+def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linear]:
+    """Return the linear layers of a model whose names match `select` (None: `RESIDUAL`), or raise EstimatorError."""
+    pattern = re.compile(RESIDUAL if select is None else select)
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = {name: m for name, m in linears.items() if pattern.search(f".{name}")}
+    if not chosen:
+        shown = ", ".join(list(linears)[:12]) or "none at all"
+        raise EstimatorError(
+            f"no linear layer of {type(model).__name__} to drop units of: {select or 'the usual names'!r} fits none.\n"
+            f"  Its linear layers: {shown}. Name some by a regular expression: select=r'ffn\\.2$'."
+        )
+    return chosen
+
+
+@contextmanager
+def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None = None) -> Iterator[None]:
+    """Thin `model` within the block, in this thread only; the same seed gives the same network."""
+    owner = threading.get_ident()
+
+    def thinned(keep: Tensor) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            return output * keep.to(output) if threading.get_ident() == owner else None
+
+        return hook
+
+    with ExitStack() as stack:
+        if rate > 0:
+            for index, module in enumerate(droppable(model, select).values()):
+                keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
+                stack.callback(module.register_forward_hook(thinned(keep / (1 - rate))).remove)
+        yield

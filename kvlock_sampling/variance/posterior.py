@@ -1,13 +1,13 @@
-"""Posterior variance: what the model itself says about how sharply x determines x0.
+"""Posterior variance: how sharply x determines x0, by the model itself.
 
     Cov[x0 | x] = sigma^2 dD/dx                                     (Tweedie, second order)
     var = sigma^2 * mean_k v_k' (dD/dx) v_k / number of masked elements,   v_k = +-1 on the mask, 0 elsewhere
 the mean posterior variance of a masked element, unbiased by Hutchinson's identity E[v' J v] = trace J.
-Range >= 0, latent units squared. Cost: one evaluation per probe, at either method (a forward-mode one takes about
+Range >= 0, latent units squared. Cost: one evaluation per pass, with either method (in forward mode it takes about
 twice the time). Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
 
-Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known: half the price of central ones at
-the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v, so random signs average it away.
+Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known: half the price of central differences
+at the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v, so random signs average it away.
 """
 
 from __future__ import annotations
@@ -21,92 +21,73 @@ from torch.autograd import forward_ad
 
 from ..types import EstimatorError, Evaluation, KVLockError
 from ..utils.precision import working
-from ._noise import check_seeds, copies, draw
-from .base import Estimator
-
-Method = Literal["auto", "finite", "forward"]
+from ._noise import ProbingEstimator, copies, draw
 
 STEP = 2.0**-3
 """Default step of finite differences, in units of sigma. Their bias is of second order, so it balances the rounding of
 bfloat16, in which most models compute whatever the latents' dtype, between eps^(1/2) = 1/16 and eps^(1/3) = 1/6."""
 
 GRID_STEPS = 2
-"""A step is at least so many roundings, eps * |x|, of the latents' own dtype: less could round away."""
+"""The least step in roundings, eps * |x|, of the latents' dtype: a smaller one could round away."""
 
 
 class PosteriorState(NamedTuple):
-    """How many measurements were made, which seeds the next probes, and whether forward mode was found missing."""
+    """The number of measurements made, which seeds the next directions, and whether forward mode was found missing."""
 
     measured: int = 0
     finite: bool = False
 
 
 @dataclass(frozen=True)
-class PosteriorVariance(Estimator):
-    """Mean posterior variance of the masked elements, in latent units squared. Costs `probes` evaluations.
+class PosteriorVariance(ProbingEstimator):
+    """Mean posterior variance of the masked elements, in latent units squared.
 
-    probes: random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is about
-        sqrt(2 / effective number of independent elements): for a video one is enough.
-    method: "forward" differentiates exactly, in forward mode, and raises EstimatorError where the model cannot;
-        "finite" takes differences; "auto" tries forward mode once per run, then takes differences. A model that leaves
-        autograd on its way (inference_mode, detach) needs "finite": a part of its derivative would be missing.
-    seed, seeds: of the directions; one for all clips, or in its place one per clip.
-    step_size: of finite differences, in units of sigma, > 0; None: 1/8, which a model in bfloat16 survives. For a
-        model in float32 0.01 has a smaller bias. Never less than a few roundings of the latents themselves.
+    What bfloat16 adds to finite differences averages out over elements and clips, not over passes: D(x) is rounded
+    once. Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
 
-    What bfloat16 adds to differences averages out over elements and clips, not over probes: D(x) is rounded once.
-    Negative estimates, which only rounding or a Jacobian that is no covariance can give, are reported as 0.
+    Args:
+        passes: Random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is
+            about sqrt(2 / effective number of independent elements): for a video one is enough. Defaults to 1.
+        seed: Seed of the directions. Defaults to 0.
+        method: "forward" differentiates exactly, in forward mode. "finite" takes differences. "auto" tries forward mode
+            once per run, then takes differences. A model that leaves autograd on its way (inference_mode, detach) needs
+            "finite", because a part of its derivative would be missing. Defaults to "auto".
+        step_size: Step of finite differences in units of sigma, > 0. Defaults to None, 1/8, which a model in bfloat16
+            survives; for a model in float32 0.01 has a smaller bias.
 
     Raises:
-        EstimatorError: settings out of range, or that exclude one another; in a run, a model that `method` cannot ask.
+        EstimatorError: Settings out of range or without effect; in a run, a model that `method` cannot differentiate.
     """
 
-    probes: int = 1
-    method: Method = "auto"
-    seed: int = 0
-    seeds: tuple[int, ...] | None = None
+    method: Literal["auto", "finite", "forward"] = "auto"
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if self.probes < 1:
-            raise EstimatorError(f"probes={self.probes}; a measurement needs at least one direction. Try probes=1.")
+        super().__post_init__()
         if self.method not in ("auto", "finite", "forward"):
             raise EstimatorError(f'method={self.method!r}; expected "auto", "finite" or "forward".')
         if self.step_size is not None and not self.step_size > 0:
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
             raise EstimatorError(
-                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it away, '
+                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it out, '
                 f'or try method="finite", step_size={self.step_size}.'
             )
-        if self.seeds is not None:
-            object.__setattr__(self, "seeds", tuple(self.seeds))
-        check_seeds(self.seed, self.seeds)
 
-    @property
-    def cost(self) -> float:  # type: ignore[override]
-        """Extra evaluations per clip and measurement."""
-        return float(self.probes)
-
-    @property
-    def default_threshold(self) -> float:  # type: ignore[override]
-        """What calm clips of the embedded model stay below from sigma 1.5 down."""
-        return 0.01
-
-    def init(self) -> PosteriorState:
-        """Nothing measured yet, nothing known about the model."""
+    def init(self) -> PosteriorState:  # type: ignore[override]
+        """Return the state of a run without measurements."""
         return PosteriorState()
 
     def step(self, state: PosteriorState, evaluation: Evaluation) -> tuple[PosteriorState, Tensor | None]:
-        """Probe the Jacobian along random signs on the mask. Variance: (batch,), float32 or better."""
+        """Probe the Jacobian along random signs on the mask. The variance is (batch,)."""
         x, mask = evaluation.x.detach(), evaluation.mask
-        v = draw("signs", self.probes, x, state.measured, self.seed, self.seeds)
+        v = draw("signs", self.passes, x, self.seed, state.measured)
         if mask is not None:
-            # sqrt: a soft mask then weighs the trace as it weighs a mean.
-            v = v * copies(torch.broadcast_to(working(mask).sqrt(), x.shape), self.probes)
+            # With the square root a soft mask weighs the trace as it weighs a mean.
+            v = v * copies(torch.broadcast_to(working(mask).sqrt(), x.shape), self.passes)
         quadratic, finite = None, state.finite or self.method == "finite"
         if not finite:
-            quadratic = self._forward(evaluation, copies(x, self.probes), v)
+            quadratic = self._forward(evaluation, copies(x, self.passes), v)
             if quadratic is None and self.method == "forward":
                 raise EstimatorError(
                     "the model cannot be differentiated in forward mode: an operation lacks it (fused attention "
@@ -114,15 +95,15 @@ class PosteriorVariance(Estimator):
                 )
             finite = quadratic is None
         if quadratic is None:
-            quadratic = self._finite(evaluation, copies(x, self.probes), v)
-        trace = quadratic.unflatten(0, (self.probes, len(x))).mean(0).flatten(1).sum(1)
+            quadratic = self._finite(evaluation, copies(x, self.passes), v)
+        trace = quadratic.unflatten(0, (self.passes, len(x))).mean(0).flatten(1).sum(1)
         weight = torch.ones_like(x) if mask is None else torch.broadcast_to(mask, x.shape)
         variance = evaluation.sigma**2 * trace / working(weight).flatten(1).sum(1).clamp_min(1e-12)
         return PosteriorState(state.measured + 1, finite), variance.clamp_min(0.0)
 
     @staticmethod
     def _forward(evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor | None:
-        """v_i (J v)_i by forward-mode differentiation, or None where some operation has none."""
+        """v_i (J v)_i by forward-mode differentiation, or None if an operation lacks it."""
         try:
             with forward_ad.dual_level():
                 out = evaluation.probe(forward_ad.make_dual(x, v.to(x.dtype)), evaluation.sigma)
@@ -134,11 +115,11 @@ class PosteriorVariance(Estimator):
         return None if tangent is None else v * working(tangent)
 
     def _finite(self, evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor:
-        """The same by one-sided differences, divided by the displacement that rounding really left."""
+        """The same by one-sided differences, divided by the displacement that is left after rounding."""
         step = evaluation.sigma * (STEP if self.step_size is None else self.step_size)
         steps = (working(x).abs() * (GRID_STEPS * torch.finfo(x.dtype).eps)).clamp_min(step)
         moved = (working(x) + steps * v).to(x.dtype)
         change = working(evaluation.probe(moved, evaluation.sigma))
-        change = change - copies(working(evaluation.denoised.detach()), self.probes)
+        change = change - copies(working(evaluation.denoised.detach()), self.passes)
         displacement = working(moved) - working(x)
         return torch.where(displacement == 0, 0.0, v.square() * change / displacement)

@@ -1,11 +1,11 @@
 """Relative: the edit's variance in units of the background's, so that a run calibrates itself.
 
     var = mean of the inner variance over the edited region / quantile of it over the background's tokens
-Compositing holds the background to the source: nothing can go wrong there. How much the prediction still moves *there*
-is therefore what a calm prediction does in this run, under this sampler, with this schedule, at this noise level.
-Longer steps, another deterministic solver and another scale of the latents move both regions alike and cancel; what
-the two show does not, and renewed noise only in part (benchmarks/transfer.py). Dimensionless,
-range >= 0, cost: the inner estimator's.
+Compositing holds the background to the source, so nothing can go wrong there: how much the prediction still moves in
+the background is what a calm prediction does in this run, under this sampler and schedule, at this noise level. Longer
+steps, another deterministic solver and another scale of the latents move both regions alike and cancel; the content of
+the two regions does not, and renewed noise only in part (benchmarks/transfer.py). Dimensionless, range >= 0. Cost: the
+inner estimator's.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from torch import Tensor
 from ..types import EstimatorError, Evaluation
 from ..utils.precision import working
 from .base import Estimator, Patch, pooled
-from .wrappers import Wrapper
+from .wrappers import EstimatorWrapper
 
 
 class RelativeState(NamedTuple):
-    """The inner state and, once known, the edited share of every token, (batch, tokens), in [0, 1]."""
+    """The inner state and, from the first evaluation on, the edited fraction of every token, (batch, tokens)."""
 
     inner: Any
     edited: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Relative(Wrapper):
+class Relative(EstimatorWrapper):
     """An inner estimator's variance inside the mask over its quantile outside, per clip.
 
-    estimator: measures every token: give it a `patch`, e.g. Relative(TrajectoryVariance(patch=(1, 2, 2))).
-    quantile: of the background's tokens, in [0, 1]. High, because the edit is content and most of a background is not:
-        under renewed noise flat tokens move far more than they do without, and those with content come closest to
-        keeping in step; a stochastic sampler still deserves its own threshold. 0.5 compares with the typical token.
-        Tokens that the mask's edge crosses are no reference.
-    local: False = one value per clip, (batch,); True = every token's own ratio, (batch, tokens).
+    The reference is as good as the background: without compositing, or with a background that was never right, it is
+    only the rest of the clip.
 
-    The reference is as good as the background: with compositing off, or a background that was never right, it is only
-    the rest of the clip.
+    Args:
+        estimator: An estimator that measures every token: Relative(TrajectoryVariance(patch=(1, 2, 2))).
+        quantile: Quantile of the background's tokens, in [0, 1]. It is high because the edit is content and most of a
+            background is not: under renewed noise flat tokens move far more than without, and tokens with content come
+            closest to keeping in step. 0.5 compares with the typical token. Tokens that the mask's edge crosses are no
+            reference. Defaults to 0.96.
+        local: Whether every token has its own ratio, (batch, tokens), instead of one value per clip. Defaults to False.
 
     Raises:
-        EstimatorError: an inner estimator that does not measure tokens, or a quantile out of range; in a run, a clip
-            without a single background token.
+        EstimatorError: An inner estimator that does not measure tokens, or a quantile out of range; in a run, a clip
+            without a background token.
     """
 
     quantile: float = 0.96
@@ -55,7 +56,7 @@ class Relative(Wrapper):
         super().__post_init__()
         patch_of(self.estimator)
         if not 0 <= self.quantile <= 1:
-            raise EstimatorError(f"quantile={self.quantile}; expected a share in [0, 1]. Try quantile=0.96.")
+            raise EstimatorError(f"quantile={self.quantile}; expected a fraction in [0, 1]. Try quantile=0.96.")
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
@@ -64,15 +65,14 @@ class Relative(Wrapper):
 
     @property
     def needs_background(self) -> bool:  # type: ignore[override]
-        """True: without a mask there is nothing to compare with."""
         return True
 
     def init(self) -> RelativeState:
-        """The inner state; the mask is not known yet."""
+        """Return the inner estimator's state; the mask is not known yet."""
         return RelativeState(self.estimator.init())
 
     def step(self, state: RelativeState, evaluation: Evaluation) -> tuple[RelativeState, Tensor | None]:
-        """The inner measurement over its own background; None while the inner estimator is silent."""
+        """Divide the inner variance by that of its own background."""
         edited = state.edited
         if edited is None:
             edited = self._edited(evaluation)
@@ -85,7 +85,7 @@ class Relative(Wrapper):
                 f"every token of its patch, {tuple(edited.shape)}."
             )
         background = torch.where(edited > 0, torch.nan, variance)
-        # A reference of exactly 0 (flat content in float16, say) must not make risk infinite.
+        # The clamp keeps risk finite over flat content, whose variance may be exactly 0 in float16.
         reference = background.nanquantile(self.quantile, dim=1, keepdim=True).clamp_min(1e-12)
         if self.local:
             return RelativeState(inner, edited), variance / reference
@@ -93,7 +93,7 @@ class Relative(Wrapper):
         return RelativeState(inner, edited), region / reference.squeeze(1)
 
     def _edited(self, evaluation: Evaluation) -> Tensor:
-        """The edited share of every token. Looked at once per run: the check reads from the device."""
+        """The edited fraction of every token. Computed once per run, because the check reads from the device."""
         if evaluation.mask is None:
             raise EstimatorError(
                 "Relative measures the edit in units of the background, and there is no mask, so no background.\n"
@@ -112,18 +112,14 @@ class Relative(Wrapper):
 
 
 def patch_of(estimator: Estimator) -> Patch:
-    """The patch in which an estimator measures tokens, its own or that of those inside it.
-
-    Raises:
-        EstimatorError: it measures whole clips, or its parts disagree.
-    """
+    """Return the one patch of an estimator and those inside it, or raise EstimatorError."""
     inside = [estimator]
     found = set()
     while inside:
         part = inside.pop()
         if getattr(part, "patch", None) is not None:
             found.add(part.patch)  # type: ignore[attr-defined]
-        inside += [part.estimator] if isinstance(part, Wrapper) else list(getattr(part, "estimators", ()))
+        inside += [part.estimator] if isinstance(part, EstimatorWrapper) else list(getattr(part, "estimators", ()))
     if len(found) != 1:
         what = "gives one value per clip" if not found else f"has patches {', '.join(map(str, sorted(found)))}"
         raise EstimatorError(

@@ -1,21 +1,35 @@
-"""A threshold that depends on the noise level:  risk = variance / threshold(sigma)."""
+"""Thresholds: the variance at risk 1, as a function of the noise level, measured on calm runs.
+
+    threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
+A fixed threshold (the paper's 0.01) depends on the latents' scale, the number of steps and where the window lies. A
+curve over sigma does not.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..types import EstimatorError
+from .base import Estimator
+from .trajectory import TrajectoryVariance
 
 
 @dataclass(frozen=True)
 class ThresholdCurve:
     """A threshold per noise level, interpolated linearly in log sigma and log threshold, constant beyond the ends.
 
-    sigmas: falling noise levels > 0.  values: thresholds > 0 at these levels, in the estimator's own units.
+    Args:
+        sigmas: Falling noise levels > 0.
+        values: Thresholds > 0 at these levels, in the estimator's units.
+
+    Raises:
+        EstimatorError: Unequal lengths, values out of range, or sigmas that do not fall.
     """
 
     sigmas: tuple[float, ...]
@@ -33,6 +47,91 @@ class ThresholdCurve:
             )
 
     def __call__(self, sigma: float) -> float:
-        """The threshold at one noise level."""
+        """Return the threshold at one noise level."""
         levels = np.log(self.sigmas[::-1])
         return float(np.exp(np.interp(math.log(max(sigma, 1e-12)), levels, np.log(self.values[::-1]))))
+
+
+DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, integral=True)
+"""Free, and its scale does not depend on the number of steps of a deterministic sampler."""
+
+DEFAULT_THRESHOLD = ThresholdCurve(
+    sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
+    values=(2.35e-5, 1.48e-4, 6.22e-4, 0.00174, 0.0033, 0.00498, 0.00751, 0.011, 0.0168, 0.0208, 0.03, 0.0715),
+)
+"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`. Another model needs its own curve."""
+
+
+def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
+    """Return the threshold of an estimator for which neither the user nor a preset gives one."""
+    return DEFAULT_THRESHOLD if estimator == DEFAULT_ESTIMATOR else estimator.default_threshold
+
+
+class Band(NamedTuple):
+    """The variance of reference runs in one band of noise levels.
+
+    Attributes:
+        sigma: Geometric mean of the noise levels.
+        quantile: Quantile of the variance.
+        low: Lower bound of its confidence interval.
+        high: Upper bound of its confidence interval.
+        measurements: Number of measurements.
+    """
+
+    sigma: float
+    quantile: float
+    low: float
+    high: float
+    measurements: int
+
+
+def reference_bands(
+    measurements: Iterable[tuple[float, float]],
+    *,
+    quantile: float = 0.95,
+    bands: int = 12,
+    confidence: float = 0.95,
+) -> list[Band]:
+    """Estimate quantiles of variance over the noise level, with distribution-free confidence intervals.
+
+    The intervals come from order statistics (scipy.stats.quantile_test): no distribution is assumed.
+
+    Args:
+        measurements: (sigma, variance) of calm runs, e.g. from `Trace.rows()`. Non-finite ones are dropped.
+        quantile: In (0, 1). Defaults to 0.95.
+        bands: Number of bands of equal width in log sigma; empty ones are left out. Defaults to 12.
+        confidence: Of the intervals, in (0, 1). Defaults to 0.95.
+
+    Returns:
+        The bands, from high noise to low.
+
+    Raises:
+        EstimatorError: Fewer than 20 usable measurements.
+    """
+    from scipy import stats  # slow to import, and only calibration needs it
+
+    points = np.array([(s, v) for s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
+    if len(points) < 20:
+        raise EstimatorError(
+            f"{len(points)} usable measurements; a curve needs 20 or more. Use more clips or more steps, and a policy "
+            "that measures (uses_risk)."
+        )
+    logs = np.log(points[:, 0])
+    edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
+    found = []
+    for low_edge, high_edge in itertools.pairwise(edges):
+        inside = points[(logs >= low_edge) & (logs < high_edge)]
+        if not len(inside):
+            continue
+        values = inside[:, 1]
+        level = float(np.quantile(values, quantile))
+        interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(confidence)
+        low = float(interval.low) if math.isfinite(interval.low) else float(values.min())
+        high = float(interval.high) if math.isfinite(interval.high) else float(values.max())
+        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, low, high, len(values)))
+    return sorted(found, key=lambda b: -b.sigma)
+
+
+def threshold_curve(bands: Sequence[Band]) -> ThresholdCurve:
+    """Return the quantiles of bands as a curve."""
+    return ThresholdCurve(tuple(b.sigma for b in bands), tuple(b.quantile for b in bands))

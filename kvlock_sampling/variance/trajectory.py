@@ -7,9 +7,9 @@ dividing by sigma^2 lets a long window see late, suspicious ones.
 Integral form: sum of |x0hat_k - x0hat_(k-1)|^2 / (sigma_k sigma_(k-1) h_k) with h_k = log(sigma_(k-1) / sigma_k), which
 converges to the integral of |d x0hat / d log sigma|^2 / sigma^2 over log sigma, to second order in h.
 
-Which when. Under a deterministic sampler a move shrinks as the step h, so its square as h^2: the plain sum falls as 1/n
-and the integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain
-sum is the one that does not depend on n. Cost: none. Range >= 0.
+Under a deterministic sampler a move shrinks as the step h and its square as h^2: the plain sum falls as 1/n, and the
+integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain sum does
+not depend on n. Cost: none. Range >= 0.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ from torch import Tensor
 
 from ..types import EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import Estimator, Patch, check_patch, pooled
-
-SAME_SIGMA = 1e-4
-"""Two noise levels closer than this, relatively, are the same one."""
+from .base import SAME_SIGMA, Estimator, Patch, check_patch, pooled
 
 
 class Entry(NamedTuple):
-    """One prediction of the trajectory. `move` is the normalised step from the entry before, (batch,) or per token."""
+    """A noise level, the prediction (None once only its move is needed), and the normalised move to it."""
 
     sigma: float
     denoised: Tensor | None
@@ -41,16 +38,19 @@ class Entry(NamedTuple):
 class TrajectoryVariance(Estimator):
     """Variance of x0-hat along the trajectory.
 
-    window: how many predictions at different sigmas to keep, >= 2; None = no limit.
-    span: keep predictions at sigmas up to `span` > 1 times the present one, and always the one before; None = no limit.
-        This is the window that means the same for any number of steps and any sampler.
-    normalise: False = the paper's sample variance, in latent units squared; True = the sum of squared moves over
-        sigma squared, dimensionless.
-    integral: with `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
-    patch: latents per token along (time, height, width): measure every token, (batch, tokens). None: one per clip.
+    Args:
+        window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.
+        span: Keep predictions at sigmas up to `span` > 1 times the present one, and always the one before. This window
+            means the same for any number of steps and any sampler. Defaults to None, no limit.
+        normalise: False for the paper's sample variance, in latent units squared; True for the sum of squared moves
+            over sigma squared, dimensionless. Defaults to False.
+        integral: With `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
+            Defaults to False.
+        patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
+            one value per clip.
 
     Raises:
-        EstimatorError: settings out of range, or the paper's form without any window.
+        EstimatorError: A setting out of range, or the paper's form without any window.
     """
 
     window: int | None = 10
@@ -60,7 +60,7 @@ class TrajectoryVariance(Estimator):
     patch: Patch | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patch", check_patch(self.patch))
+        check_patch(self)
         if self.window is not None and self.window < 2:
             raise EstimatorError(f"window={self.window}; a variance needs at least 2 predictions. Try window=10.")
         if self.span is not None and self.span <= 1:
@@ -72,15 +72,15 @@ class TrajectoryVariance(Estimator):
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """0.01 as in the paper; for the normalised form what calm clips of the embedded model reach."""
+        """0.01 as in the paper; for the normalised form, what calm clips of the embedded model reach."""
         return 0.02 if self.normalise else 0.01
 
     def init(self) -> tuple[Entry, ...]:
-        """An empty trajectory."""
+        """Return an empty trajectory."""
         return ()
 
     def step(self, state: tuple[Entry, ...], evaluation: Evaluation) -> tuple[tuple[Entry, ...], Tensor | None]:
-        """Append, or replace an entry at nearly the same sigma; entries below this sigma are dropped first."""
+        """Append the prediction; it replaces an entry at nearly the same sigma and those below."""
         sigma, denoised = evaluation.sigma, evaluation.denoised.detach()
         kept = [e for e in state if e.sigma > sigma * (1 + SAME_SIGMA)]
         move = None
@@ -89,8 +89,7 @@ class TrajectoryVariance(Estimator):
             assert before is not None
             scale = sigma * above * math.log(above / sigma) if self.integral else sigma**2
             move = pooled((working(denoised) - working(before)).square(), evaluation.mask, self.patch) / scale
-            # Older predictions are no longer needed, only their moves: a long window costs no memory.
-            kept[-1] = kept[-1]._replace(denoised=before)
+            # Of older predictions only the moves are needed, so a long window costs no memory.
             kept[:-1] = [e._replace(denoised=None) for e in kept[:-1]]
         kept.append(Entry(sigma, denoised, move))
         if self.span is not None:

@@ -1,4 +1,4 @@
-"""Lock first, ask later: full lock while the layout forms, then only as much as risk needs, and never more again."""
+"""Full lock while the layout forms, then only as much as risk needs, and never more again."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class EarlyThenRelease(kv.Policy):
         lock = torch.ones_like(obs.risk) if lock is None else lock
         if obs.sigma <= self.until:
             lock = torch.minimum(lock, obs.risk.clamp(0, 1))
-        return lock, kv.Control(lock=lock, cfg_scale=obs.cfg_scale)
+        return lock, kv.Control(lock=lock)
 
     def start(self, obs):
-        return kv.Control(lock=1.0, cfg_scale=obs.cfg_scale)  # before anything is measured
+        return kv.Control(lock=1.0)  # before the first measurement
 
 
 policy = EarlyThenRelease()

@@ -1,4 +1,4 @@
-"""A policy with memory: lock hard once risk is high, let go only when it is clearly low again."""
+"""A policy with memory: lock fully once risk is high, release only when it is clearly low again."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import kvlock_sampling as kv
 
 @dataclass(frozen=True)
 class Hysteresis(kv.Policy):
-    """Lock hard once risk exceeds `on`; let go only when it falls under `off`."""
+    """Lock fully once risk exceeds `on`; release only when it falls below `off`."""
 
     on: float = 1.2
     off: float = 0.8
@@ -19,7 +19,7 @@ class Hysteresis(kv.Policy):
 
     def step(self, locked, obs):
         locked = torch.where(obs.risk > self.on, True, torch.where(obs.risk < self.off, False, locked))
-        return locked, kv.Control(lock=locked.float(), cfg_scale=obs.cfg_scale)
+        return locked, kv.Control(lock=locked.float())
 
 
 policy = Hysteresis()

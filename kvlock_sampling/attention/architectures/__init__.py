@@ -1,56 +1,10 @@
-"""The families of models that are known without being told: one declaration per file."""
+"""The built-in families of models: one file with a constant `ARCHITECTURE` each."""
 
-from . import (
-    allegro,
-    cogvideox,
-    cogview4,
-    cosmos,
-    easyanimate,
-    flux,
-    flux2,
-    hunyuan_image,
-    hunyuan_video,
-    hunyuan_video15,
-    k_diffusion_v1,
-    k_diffusion_v2,
-    kandinsky5,
-    ltx,
-    ltx2,
-    mochi,
-    pixart,
-    qwen_image,
-    sd3,
-    wan,
-    wan_like,
-    wan_vace,
-    z_image,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-BUILT_IN = tuple(
-    family.ARCHITECTURE
-    for family in (
-        wan,
-        wan_vace,
-        wan_like,
-        cogvideox,
-        hunyuan_video,
-        hunyuan_video15,
-        hunyuan_image,
-        ltx,
-        ltx2,
-        mochi,
-        flux,
-        flux2,
-        qwen_image,
-        sd3,
-        cogview4,
-        z_image,
-        easyanimate,
-        allegro,
-        cosmos,
-        pixart,
-        kandinsky5,
-        k_diffusion_v1,
-        k_diffusion_v2,
-    )
+from ..architecture import Architecture
+
+BUILT_IN: tuple[Architecture, ...] = tuple(
+    import_module(f".{family.name}", __name__).ARCHITECTURE for family in iter_modules(__path__)
 )

@@ -6,6 +6,5 @@ ARCHITECTURE = Architecture(
     name="allegro",
     classes=("diffusers.models.transformers.transformer_allegro:AllegroTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
 )

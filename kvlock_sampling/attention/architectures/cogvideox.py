@@ -1,7 +1,7 @@
 """CogVideoX, also 1.5 with two frames per token, and ConsisID (diffusers): joint attention, text first."""
 
 from ..architecture import Architecture
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="cogvideox",
@@ -10,14 +10,12 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.consisid_transformer_3d:ConsisIDTransformer3DModel",
     ),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (
         getattr(network.config, "patch_size_t", None) or 1,
         network.config.patch_size,
         network.config.patch_size,
     ),
     text="first",
-    axes="b t c h w",
     # ConsisID adds what it knows of a face to all tokens between the blocks.
     flow=TokenFlow(
         "norm_final",

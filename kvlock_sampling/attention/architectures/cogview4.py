@@ -6,8 +6,6 @@ ARCHITECTURE = Architecture(
     name="cogview4",
     classes=("diffusers.models.transformers.transformer_cogview4:CogView4Transformer2DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="first",
-    axes="b c h w",
 )

@@ -6,6 +6,5 @@ ARCHITECTURE = Architecture(
     name="cosmos",
     classes=("diffusers.models.transformers.transformer_cosmos:CosmosTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: network.config.patch_size,
 )

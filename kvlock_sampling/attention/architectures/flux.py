@@ -5,7 +5,7 @@ Kontext's reference stands after: layers=kv.find_layers(model).with_extra(after=
 """
 
 from ..architecture import Architecture, LayerPattern
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="flux",
@@ -15,9 +15,7 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_bria:BriaTransformer2DModel",
     ),
     layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
-    rows_first=True,
     patch=(1, 2, 2),
     text="first",
-    axes="b tokens c",
     flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 0),)),
 )

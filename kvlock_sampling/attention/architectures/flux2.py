@@ -10,8 +10,6 @@ ARCHITECTURE = Architecture(
     name="flux-2",
     classes=("diffusers.models.transformers.transformer_flux2:Flux2Transformer2DModel",),
     layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
-    rows_first=True,
     patch=(1, 1, 1),
     text="first",
-    axes="b tokens c",
 )

@@ -6,9 +6,7 @@ ARCHITECTURE = Architecture(
     name="hunyuan-image",
     classes=("diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
-    rows_first=True,
     patch=lambda network: (1, 1, *network.config.patch_size)[-3:],
     text="last",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_2"),
-    axes="b c h w; the refiner's b c t h w",
 )

@@ -4,7 +4,7 @@ FramePack packs frames of the past before the video: layers=kv.find_layers(model
 """
 
 from ..architecture import Architecture, LayerPattern
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="hunyuan-video",
@@ -13,7 +13,6 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
     ),
     layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
-    rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "image_embeds"),

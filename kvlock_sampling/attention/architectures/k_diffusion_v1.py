@@ -6,7 +6,5 @@ ARCHITECTURE = Architecture(
     name="k-diffusion-v1",
     classes=("*k_diffusion.models.image_transformer_v1:ImageTransformerDenoiserModelV1",),
     layers=("blocks.*.self_attn",),
-    rows_first=True,
     patch=lambda network: (1, *network.patch_in.patch_size),
-    axes="b c h w",
 )

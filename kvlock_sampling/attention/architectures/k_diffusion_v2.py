@@ -25,5 +25,4 @@ ARCHITECTURE = Architecture(
     ),
     patch=_patch,
     layer_patch=_patch,
-    axes="b c h w",
 )

@@ -20,7 +20,5 @@ ARCHITECTURE = Architecture(
     name="kandinsky5",
     classes=("diffusers.models.transformers.transformer_kandinsky:Kandinsky5Transformer3DModel",),
     layers=("visual_transformer_blocks.*.self_attention",),
-    rows_first=True,
     patch=_patch,
-    axes="b t h w c",
 )

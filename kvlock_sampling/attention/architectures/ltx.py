@@ -5,14 +5,12 @@ Conditions that are appended stand after: layers=kv.find_layers(model).with_extr
 """
 
 from ..architecture import Architecture
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="ltx",
     classes=("diffusers.models.transformers.transformer_ltx:LTXVideoTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
-    axes="b tokens c",
     flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 1), Table("temb", 1))),
 )

@@ -6,7 +6,5 @@ ARCHITECTURE = Architecture(
     name="ltx-2",
     classes=("diffusers.models.transformers.transformer_ltx2:LTX2VideoTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
-    axes="b tokens c",
 )

@@ -6,7 +6,5 @@ ARCHITECTURE = Architecture(
     name="pixart",
     classes=("diffusers.models.transformers.pixart_transformer_2d:PixArtTransformer2DModel",),
     layers=("transformer_blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
-    axes="b c h w",
 )

@@ -5,16 +5,18 @@ Pictures to edit stand after: layers=kv.find_layers(model).with_extra(after=thei
 """
 
 from ..architecture import Architecture
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="qwen-image",
     classes=("diffusers.models.transformers.transformer_qwenimage:QwenImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn",),
-    # Its second edit models give every block times for the reference beside those of the picture: twice the rows.
-    rows_first=lambda network: not getattr(network, "zero_cond_t", False),
     patch=(1, 2, 2),
     text="first",
-    axes="b tokens c",
-    flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 0, item=0), Table("modulate_index", 1))),
+    flow=TokenFlow(
+        "norm_out",
+        tables=(Table("image_rotary_emb", 0, item=0), Table("modulate_index", 1)),
+        # The later edit models give every block the reference's times beside the picture's: twice the rows.
+        interleaves=lambda network: not getattr(network, "zero_cond_t", False),
+    ),
 )

@@ -1,15 +1,13 @@
 """Stable Diffusion 3 and 3.5 (diffusers): joint attention, the picture first; 3.5 medium has `attn2` for it alone."""
 
 from ..architecture import Architecture, LayerPattern
-from ..foreground import TokenFlow
+from ..layers import TokenFlow
 
 ARCHITECTURE = Architecture(
     name="sd3",
     classes=("diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",),
     layers=("transformer_blocks.*.attn", LayerPattern("transformer_blocks.*.attn2", text="none", optional=True)),
-    rows_first=True,
     patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
     text="last",
-    axes="b c h w",
     flow=TokenFlow("norm_out"),
 )

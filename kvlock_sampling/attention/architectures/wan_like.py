@@ -4,7 +4,7 @@ Wan Animate's reference image is the first latent frame of the latents.
 """
 
 from ..architecture import Architecture
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="wan-like",
@@ -15,7 +15,6 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
     ),
     layers=("blocks.*.attn1",),
-    rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow(
         "norm_out",

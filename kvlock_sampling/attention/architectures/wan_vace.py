@@ -4,13 +4,12 @@ Reference images are latent frames before the clip's, part of the latents: keep 
 """
 
 from ..architecture import Architecture
-from ..foreground import Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 ARCHITECTURE = Architecture(
     name="wan-vace",
     classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
     layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
-    rows_first=True,
     patch=lambda network: network.config.patch_size,
     flow=TokenFlow("norm_out", tokens=("hidden_states", "control_hidden_states"), tables=(Table("rotary_emb", 1),)),
 )

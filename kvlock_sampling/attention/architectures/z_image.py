@@ -6,9 +6,7 @@ ARCHITECTURE = Architecture(
     name="z-image",
     classes=("diffusers.models.transformers.transformer_z_image:ZImageTransformer2DModel",),
     layers=("layers.*.attention",),
-    rows_first=True,
     patch=(1, 2, 2),
     text="last",
     text_arguments=(),
-    axes="a list of c t h w",
 )

@@ -1,32 +1,26 @@
-"""Context parallelism of diffusers: every process holds some of a sequence's tokens, a layer sees only those.
+"""Context parallelism of diffusers: every process holds a piece of the tokens, and a layer sees that piece only.
 
 `model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))`, or `ring_degree`, cuts the sequence into
-contiguous pieces, one per process; what is communicated, is so behind the attention call. Fusion is token by token and
-the source's pass is cut alike, so a lock needs no communication of its own: each process takes its piece of the ratio.
-Predictions are gathered before a lock sees them, so that all processes measure, and decide, the same.
+contiguous pieces, one per process, and communicates behind the attention call. Fusion works token by token and the
+source's pass is cut alike, so a lock needs no communication: each process takes its piece of the ratio. Predictions are
+gathered before a lock sees them, so all processes measure and decide the same.
 
-Text that shares the sequence is cut too, by the plans of diffusers: a process then holds [its text, its video].
+Diffusers' plans also cut text that shares the sequence: a process then holds [its text, its video].
 Source: diffusers `hooks/context_parallel.py`, `models/_modeling_parallel.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...types import AttentionError
-from ..context import Frame
-from ..foreground import SelectedFrame
-
-if TYPE_CHECKING:
-    from ..layers import AttentionLayer, AttentionLayers
-
-Local = Callable[[Tensor, int, int | None], tuple[Tensor, int | None]]
-"""`local(ratio, length, text) -> (ratio, text)`: what of both a sequence of this length holds."""
+from ..context import FusionContext
+from ..layers import AttentionLayer, AttentionLayers
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,9 @@ class Shard:
     count: int
 
     def bounds(self, length: int) -> tuple[int, int]:
-        """First position of a sequence of `length` that is held here, and the one after the last.
+        """The first position that this process holds of a sequence of `length`, and the one after the last.
 
-        Where pieces cannot be equal, the first ones are longer by one, as `torch.tensor_split` has it.
+        If pieces cannot be equal, the first ones are longer by one, as in `torch.tensor_split`.
         """
         size, longer = divmod(length, self.count)
         start = self.rank * size + min(self.rank, longer)
@@ -47,7 +41,7 @@ class Shard:
 
 
 def shard_of(module: Any) -> Shard | None:
-    """How a network, or an attention processor, of diffusers is cut; None where it is not."""
+    """How a network, or an attention processor, of diffusers is cut; None if it is not."""
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
     mesh = getattr(config, "_flattened_mesh", None)
     if mesh is None or mesh.size() == 1:
@@ -60,19 +54,36 @@ def is_cut(networks: Iterable[nn.Module]) -> bool:
     return any(shard_of(network) is not None for network in networks)
 
 
-def localiser(layers: AttentionLayers, layer: AttentionLayer, frame: Frame) -> Local:
-    """How the calls of one layer are to be read in this process.
+def local_piece(
+    layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, ratio: Tensor, length: int
+) -> tuple[Tensor, int | None]:
+    """What this process holds of the ratio and of the text, in a sequence of `length` at one layer.
+
+    Args:
+        layers: All layers.
+        layer: The layer.
+        context: The context of the call.
+        ratio: The fusion ratio on this layer's tokens, (batch, tokens).
+        length: The length of the sequence in this process.
+
+    Returns:
+        The ratio of the tokens in this process, and the number of text tokens; both unchanged without parallelism.
 
     Raises:
-        AttentionError: parallelism that this lock, or this model's own attention, cannot take part in.
+        AttentionError: A lock, or the model's attention, cannot work with this parallelism.
     """
     processor = getattr(layer.module, "processor", None)
-    shard = shard_of(processor)
+    shard, text = shard_of(processor), context.text
     if shard is None:
         if is_cut(layers.networks):
-            _refuse_silent(layer, processor)
-        return lambda ratio, length, text: (ratio, text)
-    if isinstance(frame, SelectedFrame):
+            raise AttentionError(
+                f"context parallelism is enabled, but attention at layer {layer.name!r} ({type(processor).__name__}) "
+                "does not communicate: each process attends to its own tokens alone, with a lock or without.\n"
+                "  Models whose attention communicates are Wan, LTX, Flux and Qwen-Image; for this one leave "
+                "enable_parallelism away."
+            )
+        return ratio, text
+    if context.selection is not None:
         raise AttentionError(
             "context parallelism leaves each process some of the tokens, and this lock keeps the source's K/V by their "
             "positions in the whole clip.\n"
@@ -84,32 +95,23 @@ def localiser(layers: AttentionLayers, layer: AttentionLayer, frame: Frame) -> L
             f"supported for architecture {layers.architecture!r}: where its tokens stand in a piece is unknown.\n"
             "  Use one process per clip instead: leave enable_parallelism away."
         )
-    piece: Shard = shard
-
-    def local(ratio: Tensor, length: int, text: int | None) -> tuple[Tensor, int | None]:
-        start, end = piece.bounds(ratio.shape[1])
-        texts = () if layer.text == "none" or text is None else (piece.bounds(text)[1] - piece.bounds(text)[0], text)
-        rest = length - (end - start)
-        if layer.text == "none" and length == ratio.shape[1]:
-            return ratio, text  # a layer before the cut
-        # Plans cut the text along with the video, or leave it whole; the length tells.
-        return ratio[:, start:end], rest if rest in texts else next(iter(texts), text)
-
-    return local
+    start, end = shard.bounds(ratio.shape[1])
+    if layer.text == "none" and length == ratio.shape[1]:
+        return ratio, text  # a layer before the cut
+    texts = () if layer.text == "none" or text is None else (shard.bounds(text)[1] - shard.bounds(text)[0], text)
+    rest = length - (end - start)
+    # Plans cut the text along with the video, or leave it whole; the length tells which.
+    return ratio[:, start:end], rest if rest in texts else next(iter(texts), text)
 
 
-def refuse_unknown(network: nn.Module) -> None:
-    """Raises AttentionError where a network whose layers are known as calls alone is cut: which tokens, nobody says."""
+def refuse_cut(network: nn.Module) -> None:
+    """Refuse a watched network under context parallelism, since the positions of its tokens are unknown.
+
+    Raises:
+        AttentionError: Parallelism is enabled.
+    """
     if is_cut(network.modules()):
         raise AttentionError(
-            f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers knows by their number "
-            "alone.\n  Declare the model, kv.Architecture(...).find(network), or leave enable_parallelism away."
+            f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers knows by their "
+            "number alone.\n  Declare the model, kv.Architecture(...).find(network), or leave enable_parallelism away."
         )
-
-
-def _refuse_silent(layer: AttentionLayer, processor: Any) -> None:
-    raise AttentionError(
-        f"context parallelism is enabled, but attention at layer {layer.name!r} ({type(processor).__name__}) does not "
-        "communicate: each process attends to its own tokens alone, with a lock or without.\n"
-        "  Models whose attention does are Wan, LTX, Flux and Qwen-Image; for this one leave enable_parallelism away."
-    )

@@ -1,11 +1,11 @@
 """Step caches of diffusers (FirstBlockCache, MagCache, PyramidAttentionBroadcast, ...) beside a lock.
 
-They keep results of one call for the next, on the network itself, and take it that all calls are of one kind. A lock's
-are not: the source's pass, probes at other points, one branch or two. So
-- the source's pass and probes go past the caches: nothing they see is remembered, and every layer fires for the source;
-- each kind of call of the edit has a memory of its own, which lives as long as the run;
-- the network's own memory is afterwards what it was, by identity.
-A layer that the edit skips then is not fused, and not counted: it reuses what it computed when it was.
+They keep results of one call for the next, on the network, and assume calls of one kind. A lock makes calls of several
+kinds: the source's pass, probes at other points, one branch or two. Therefore
+- the source's pass and probes bypass the caches: nothing is remembered, and every layer fires for the source;
+- each kind of call of the edit has its own memory, which lives as long as the run;
+- afterwards the network's own memory is the object that it was.
+A layer that the edit skips is not fused and not counted: it reuses what it computed when it was fused.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from torch import nn
 
 
 class StepCaches:
-    """The step caches on some modules, whichever are enabled at the time of a call."""
+    """The step caches that are enabled on these modules at the time of a call."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
         self._memories: dict[tuple[Hashable, int], Any] = {}
-        self._owners: dict[int, Any] = {}  # kept alive, so that an id stays theirs
+        self._owners: dict[int, Any] = {}  # kept alive, so that their ids stay unique
 
     @property
     def active(self) -> bool:
-        """Whether any is enabled. The source must then not ride in the edit's batch, or its rows would be remembered
-        with the edit's, and rows would come and go between calls.
+        """Whether any is enabled. The source must then not ride in the edit's batch: the cache would remember its rows
+        with the edit's.
         """
         return next(self._hooks(), None) is not None
 
     @contextmanager
     def apart(self, kind: Hashable, branches: tuple[str, ...] = ("guided",)) -> Iterator[None]:
-        """Calls inside this block are of one kind: they remember what earlier calls of that kind did, in this run.
+        """Give calls inside this block the memory of their kind in this run.
 
-        branches: the call's rows, or that the model arranges them itself. FasterCache derives one branch from the
-            other: it is passed by where they are not there both, the unconditional one first.
+        Args:
+            kind: Tells the kinds apart.
+            branches: The call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from the
+                other, so it is bypassed unless both are there, the unconditional one first.
         """
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
@@ -76,7 +78,7 @@ class StepCaches:
 
     @contextmanager
     def passed_by(self) -> Iterator[None]:
-        """Calls inside this block are computed in full, and nothing of them is remembered."""
+        """Compute calls inside this block in full, and remember nothing."""
         kind = object()
         with ExitStack() as stack:
             stack.callback(self._forget, kind)
@@ -99,7 +101,7 @@ class StepCaches:
 
 
 def _memories(hook: Any) -> list[tuple[str, Any]]:
-    """What a hook remembers from call to call: a manager of states, or a state that can be reset."""
+    """The memories of a hook by attribute: a manager of states, or a state that can be reset."""
     return [
         (name, value)
         for name, value in vars(hook).items()
@@ -114,7 +116,7 @@ def _emptied(state: Any) -> Any:
 
 
 def _give_context(stack: ExitStack, manager: Any) -> None:
-    """A manager of states wants to be told a name, by `cache_context`; a denoiser of one branch need not bother."""
+    """Name a context for a manager of states that has none; a denoiser of one branch need not call `cache_context`."""
     if getattr(manager, "_context", None) is not None or getattr(manager, "_current_context", None) is not None:
         return
     make = getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)
@@ -131,7 +133,7 @@ def _output(module: nn.Module, output: Any) -> Any:
 
 
 def _pass_by(stack: ExitStack, hook: Any) -> None:
-    """The hook's module is called as if the hook were not there."""
+    """Call the hook's module as if the hook did not exist."""
     chain = hook.fn_ref
     found = (chain.pre_forward, chain.forward, chain.post_forward)
 

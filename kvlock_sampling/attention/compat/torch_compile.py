@@ -1,14 +1,18 @@
-"""The way out where compiled code cannot be stopped at a door: the same call again, without the compiler."""
+"""Compiled models under a lock: which modules are compiled, and a call without the compiler where a graph cannot break."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _users = 0
@@ -17,10 +21,10 @@ _stance = ExitStack()
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Inside, compiled code runs as it was written.
+    """Run compiled code uncompiled inside the block.
 
-    The compiler's stance is one for all threads, and each that leaves would put back what it found: so the first one
-    in sets it, and the last one out resets it.
+    The compiler has one stance for all threads, and each thread that leaves would restore what it found. So the first
+    one in sets the stance, and the last one out resets it.
     """
     global _users, _stance
     with _lock:
@@ -37,29 +41,47 @@ def without_compiler() -> Iterator[None]:
                 _stance.close()
 
 
-def anything_compiled() -> bool:
-    """Whether any function of this process has been through the compiler."""
-    utils = getattr(sys.modules.get("torch._dynamo"), "utils", None)
-    return utils is not None and bool(utils.counters["frames"])
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this very module was compiled, by `torch.compile(module)` or `module.compile()`."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
-def refuses_to_stop(error: BaseException) -> bool:
+def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple[T, bool]:
+    """Make a call whose compiled code must break at hooks; if it cannot, make it again without the compiler.
+
+    Args:
+        call: The call. It must be repeatable.
+        unreached: The error that `call` raises if no hook ran.
+
+    Returns:
+        The result, and whether the compiler had to be left out. A warning then says why.
+    """
+    try:
+        return call(), False
+    except unreached:
+        why = "a lock cannot reach into the compiled model"
+    except Exception as error:
+        if not _refuses_to_break(error):
+            raise
+        why = "the model is compiled as a graph that must not break (fullgraph=True)"
+    with without_compiler():
+        result = call()
+    warnings.warn(
+        f"{why}, so evaluations that lock run without torch.compile: the same result, at the speed of the uncompiled "
+        "model. Evaluations that do not lock still run compiled.\n"
+        "  Compile so that a graph may break, model.compile_repeated_blocks() or torch.compile(model) without "
+        "fullgraph=True: then only the locked attention runs outside of it.",
+        stacklevel=2,
+    )
+    return result, True
+
+
+def _refuses_to_break(error: BaseException) -> bool:
     """Whether the compiler raised this because the graph may not break, or not be compiled another time."""
     exceptions = getattr(sys.modules.get("torch._dynamo"), "exc", None)
     if exceptions is None:
         return False
-    # Of a graph that would be nothing but the break the compiler complains without a class of its own.
+    # For a graph that would be nothing but the break, the compiler raises a plain RuntimeError.
     return isinstance(error, exceptions.TorchDynamoException) or (
         type(error) is RuntimeError and "fullgraph=True" in str(error)
-    )
-
-
-def warn_uncompiled(why: str) -> None:
-    """Say that locked evaluations do not profit from compilation, and what would change that."""
-    warnings.warn(
-        f"{why}, so evaluations that lock run without torch.compile: the same result, at the speed of the model as it "
-        "was before. Evaluations that do not lock still run compiled.\n"
-        "  Compile so that a graph may break, model.compile_repeated_blocks() or torch.compile(model) without "
-        "fullgraph=True: then only the locked attention runs outside of it.",
-        stacklevel=2,
     )

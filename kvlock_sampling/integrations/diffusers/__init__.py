@@ -1,14 +1,23 @@
-"""For those who stay in diffusers: the lock inside its pipelines, with their own loops and schedulers.
+"""The lock inside diffusers' own pipelines, and diffusers' pipelines as models to edit with.
 
 - `locked(pipe, ...)`: a `with` block in which a classic Wan pipeline samples under a lock.
 - `KVLockGuider`: a guider for modular pipelines, and for classic ones that take a guider.
 - `encode_clip(vae, pixels)`: the source's latents, as the transformer sees them.
+- `from_pipeline(pipe)`, `load_pipeline(folder)`: a pipeline as a model for `edit_video` and any k-diffusion sampler.
 
-Everything a `KVLock` knows (policies, presets, estimators, traces) is the same here; k-diffusion is not involved.
+Policies, presets, estimators and traces are those of `KVLock`. `locked` and `KVLockGuider` do not need k-diffusion.
 """
 
+from ...utils.extras import require
+from ...utils.torchvision import broken_torchvision_hidden
+
+with broken_torchvision_hidden():
+    require("diffusers", "diffusers")
+
+from .errors import PipelineError
 from .guider import KVLockGuider
 from .latents import encode_clip
+from .models import from_pipeline, load_pipeline
 from .pipeline import locked
 
-__all__ = ["KVLockGuider", "encode_clip", "locked"]
+__all__ = ["KVLockGuider", "PipelineError", "encode_clip", "from_pipeline", "load_pipeline", "locked"]

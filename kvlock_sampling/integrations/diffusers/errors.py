@@ -1,4 +1,4 @@
-"""The error of this room."""
+"""The error of this wing."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ...types import KVLockError
 
 
 class PipelineError(KVLockError, ValueError):
-    """A pipeline that cannot be loaded, is of no known family, or is used in a way it cannot mean."""
+    """A pipeline cannot be loaded, is of no known family, or was given an argument that does not fit it."""

@@ -2,8 +2,8 @@
 
     D(x, sigma) = z - t * v(z, t),   z = (1 - t) x0 + t noise,   x = z / (1 - t),   sigma = t / (1 - t)
 
-The change of variables is `FlowDenoiser`'s. What differs: at the pipeline's own noise level the transformer is asked
-with the very latents and the very timestep the pipeline gave, so that what is not changed stays as it is, bit for bit.
+The change of variables is `FlowDenoiser`'s. The difference: at the pipeline's own noise level the transformer gets the
+very latents and timestep that the pipeline gave, so that an evaluation without a lock has the pipeline's own bits.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call
-from .time import sigma_of
+from .schedule import sigmas_of
 
-_ASKED_HERE = ("hidden_states", "timestep", "return_dict")
+_OWN = ("hidden_states", "timestep", "return_dict")
+"""Arguments that every call sets anew."""
+
 _NOT_PER_CLIP = ("control_hidden_states_scale", "attention_kwargs")
-"""Arguments with no row per clip, whatever their first axis is: VACE has one scale per layer."""
+"""Arguments without a row per clip, even if their first axis is as long: VACE has one scale per layer."""
 
 
 class FlowCalls:
-    """`calls(x, sigma, cond=...) -> x0-hat` for one transformer, at the step that `at` describes.
+    """`calls(x, sigma, cond=...) -> x0-hat` for one transformer, at the step that `at` sets.
 
-    index: which of the pipeline's experts it is.
+    Args:
+        network: The transformer.
+        index: Which of the pipeline's experts it is.
+        train_steps: The transformer's own time at flow time 1.
     """
 
     def __init__(self, network: nn.Module, index: int = 0, train_steps: float = 1000.0) -> None:
@@ -34,32 +39,35 @@ class FlowCalls:
         self.raw: dict[int, Tensor] = {}
 
     def expert(self, sigma: Tensor) -> int:
-        """Which expert is in charge now; a lock starts measuring anew where that changes."""
+        """The index of the expert: a lock starts to measure anew where it changes."""
         return self.index
 
     def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Stand at the step of this call: x and sigma, in variance-exploding form.
+        """Go to the step of this call, and return its x and sigma in variance-exploding form.
 
-        latents: the pipeline's state, if it is known more exactly than what the transformer was given.
+        Args:
+            call: The conditional branch.
+            time: Flow time in (0, 1].
+            latents: The pipeline's state, if it is known more exactly than what the transformer gets.
         """
         z = call.hidden[:, : call.channels] if latents is None else latents
         self.z = z.to(torch.promote_types(z.dtype, torch.float32))
-        self.time, self.level, self._dtype = time, sigma_of(time), call.hidden.dtype
-        self._timestep = call.timestep
-        self._shared = {k: v for k, v in call.arguments.items() if k not in self._rows(call) and k not in _ASKED_HERE}
+        self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
+        self._dtype, self._timestep = call.hidden.dtype, call.timestep
+        self._shared = {k: v for k, v in call.arguments.items() if k not in self._rows(call) and k not in _OWN}
         self.raw = {}
         self.x = self.z * (1 + self.level)
         self.sigma = torch.full((len(z),), self.level, device=z.device, dtype=self.z.dtype)
         return self.x, self.sigma
 
     def branch(self, call: Call) -> dict[str, Tensor]:
-        """What a branch is told beside latents and time, one row per clip."""
+        """The arguments of a branch beside latents and time, one row per clip."""
         rows = self._rows(call)
-        beside = call.hidden[:, call.channels :]
-        return self.known(rows | ({"beside": beside} if beside.shape[1] else {}))
+        appended = call.hidden[:, call.channels :]
+        return self.known(rows | ({"appended": appended} if appended.shape[1] else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same branch as an earlier one, if it is: a KV cache knows its arguments again by identity."""
+        """An equal earlier branch if there is one: a KV cache recognises its arguments by identity."""
         for other in self._branches:
             if other.keys() == branch.keys() and all(other[name] is branch[name] for name in branch):
                 return other
@@ -67,15 +75,15 @@ class FlowCalls:
         return branch
 
     def _rows(self, call: Call) -> dict[str, Tensor]:
-        skip = (*_ASKED_HERE, *_NOT_PER_CLIP)
+        skip = (*_OWN, *_NOT_PER_CLIP)
         given = {k: v for k, v in call.arguments.items() if k not in skip and isinstance(v, Tensor) and v.ndim}
         return {k: v for k, v in given.items() if len(v) == len(call.hidden)}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """x0-hat, shaped like x.  cond: of `branch`, or several of them as the rows of one."""
-        cond: dict[str, Tensor] = extra_args["cond"]
+        """Return x0-hat, shaped like x. `cond` is what `branch` returned, or several of those as rows of one."""
+        cond = dict(extra_args["cond"])
         own = x is self.x
-        z = self.z if own else x / _rows_of(1 + sigma, x)
+        z = self.z if own else x / _per_row(1 + sigma, x)
         if sigma is self.sigma:
             time, timestep = torch.full_like(sigma, self.time), self._timestep
         else:
@@ -85,26 +93,22 @@ class FlowCalls:
             timestep = torch.where(here, given, time * self.train_steps)
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
-        timestep = timestep.expand(len(x), *self._timestep.shape[1:])
-        given_beside = cond.get("beside")
-        hidden = z.to(self._dtype)
-        if given_beside is not None:
-            hidden = torch.cat([hidden, given_beside.to(hidden)], dim=1)
+        hidden, appended = z.to(self._dtype), cond.pop("appended", None)
         velocity = self.transformer(
-            hidden_states=hidden,
-            timestep=timestep,
+            hidden_states=hidden if appended is None else torch.cat([hidden, appended.to(hidden)], dim=1),
+            timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
             **self._shared,
-            **{k: v for k, v in cond.items() if k != "beside"},
+            **cond,
             return_dict=False,
         )[0]
         if own:
-            self.raw[id(cond)] = velocity
-        return z - _rows_of(time, x) * velocity.to(z.dtype)
+            self.raw[id(extra_args["cond"])] = velocity
+        return z - _per_row(time, x) * velocity.to(z.dtype)
 
     def velocity(self, denoised: Tensor) -> Tensor:
         """The velocity that leads from the pipeline's latents to `denoised`."""
         return (self.z - denoised) / self.time
 
 
-def _rows_of(value: Tensor, x: Tensor) -> Tensor:
+def _per_row(value: Tensor, x: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""A clip as the transformer of a pipeline sees it: encoded, and normalised by the VAE's own statistics."""
+"""A VAE's latents as the transformer sees them: normalised by the VAE's own statistics."""
 
 from __future__ import annotations
 
@@ -13,35 +13,77 @@ from .errors import PipelineError
 
 
 def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
-    """Latents of clips, float32, on the VAE's device: the mode of its posterior, (latents - mean) / std.
+    """Encode clips to the latents that a pipeline's transformer sees, (latents - mean) * scaling_factor / std.
 
-    vae: an `AutoencoderKLWan`, e.g. `pipe.vae`, or any whose config has `latents_mean` and `latents_std`.
-    pixels: (3, frames, height, width) or (batch, 3, frames, height, width) in [-1, 1], tensor or array; frames 1 + a
-        multiple of the VAE's temporal compression, sides multiples of its spatial one.
+    Args:
+        vae: The pipeline's VAE, e.g. `pipe.vae`. Its config names `latents_mean` and `latents_std`, a
+            `scaling_factor`, or both.
+        pixels: (3, frames, height, width) or (batch, 3, frames, height, width), tensor or array, in [-1, 1]. Frames
+            are 1 + a multiple of the VAE's temporal compression, sides are multiples of its spatial compression.
+
+    Returns:
+        (batch, channels, time, height, width), float32, on the VAE's device: the mode of the posterior, so the same
+        clip gives the same latents.
 
     Raises:
-        SourceError: pixels that are no clip, are not in [-1, 1], or that the VAE would cut.
-        PipelineError: a VAE without those statistics; use `kv.from_pipeline(pipe).encode(pixels)`.
+        SourceError: The pixels are not a clip, are not in [-1, 1], or have a size that the VAE would cut.
+        PipelineError: The VAE names no statistics.
     """
-    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
-        raise PipelineError(
-            f"{type(vae).__name__} does not say how its latents are normalised (config.latents_mean, latents_std).\n"
-            "  For a classic pipeline of a known family: kv.from_pipeline(pipe).encode(pixels)."
-        )
     clips = as_clips(pixels)
     check_floats(clips)
     _check_shape(clips, vae)
     check_pixels(clips)
+    return normalise(vae, encode(vae, clips, vae.device))
+
+
+def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
+    """The VAE's own latents, float32: the mode of the posterior."""
     with torch.no_grad():
-        latents = vae.encode(clips.to(vae.device, vae.dtype)).latent_dist.mode().float()
-    low, spread = (latents.new_tensor(values).view(1, -1, 1, 1, 1) for values in (mean, std))
-    return (latents - low) / spread
+        return vae.encode(clips.to(device, vae.dtype)).latent_dist.mode().float()
+
+
+def normalise(vae: Any, latents: Tensor) -> Tensor:
+    """The VAE's own latents, float32, as the transformer sees them."""
+    mean, scale = _statistics(vae, latents)
+    return (latents - mean) * scale
+
+
+def denormalise(vae: Any, latents: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    mean, scale = _statistics(vae, latents)
+    return latents / scale + mean
+
+
+def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the VAE's latents and the factor to unit scale, per channel if the VAE names them so."""
+    named = {**vae.config, **dict(vae.named_buffers(recurse=False))}
+    mean, std, factor = (named.get(name) for name in ("latents_mean", "latents_std", "scaling_factor"))
+    if factor is None and (mean is None or std is None):
+        raise PipelineError(
+            f"{type(vae).__name__} does not say how its latents are normalised: its config has no scaling_factor, "
+            "and no latents_mean with latents_std.\n  Normalise them as its pipeline does, and pass those as source=."
+        )
+    scale = like.new_tensor(1.0 if factor is None else factor)
+    if mean is None or std is None:
+        return like.new_zeros(()), scale
+    low, spread = (torch.as_tensor(values).to(like).view(1, -1, 1, 1, 1) for values in (mean, std))
+    return low, scale / spread
+
+
+def compression(vae: Any) -> tuple[int, int]:
+    """Pixels per latent of a VAE, (time, space); 1 where the VAE does not say."""
+    named = {**vae.config, **vars(vae)}
+
+    def ratio(axis: str, otherwise: int) -> int:
+        found = named.get(f"scale_factor_{axis}") or named.get(f"{axis}_compression_ratio")
+        return int(found or otherwise)
+
+    return ratio("temporal", 1), ratio("spatial", 2 ** (len(named.get("block_out_channels", [0])) - 1))
 
 
 def _check_shape(clips: Tensor, vae: Any) -> None:
-    """A VAE drops frames and rows that fill no latent, without a word."""
-    time, space = _compression(vae, "temporal"), _compression(vae, "spatial")
+    """Raise SourceError for frames and rows that fill no latent: a VAE drops them without a warning."""
+    time, space = compression(vae)
     if clips.ndim != 5 or clips.shape[1] != 3:
         raise SourceError(
             f"clip has shape {tuple(clips.shape)}; expected (3, frames, height, width) or (batch, 3, frames, height, "
@@ -52,12 +94,6 @@ def _check_shape(clips: Tensor, vae: Any) -> None:
     if (frames, height, width) != fits:
         raise SourceError(
             f"clip has {frames} frames of {height} x {width}; {type(vae).__name__} takes 1 + {time} * n frames and "
-            f"sides of {space} * n, so it would cut this one. The next it takes: {fits[0]} of {fits[1]} x {fits[2]}.\n"
+            f"sides of {space} * n, so it would cut this one. It takes e.g. {fits[0]} of {fits[1]} x {fits[2]}.\n"
             f"  clip = kvlock_sampling.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
         )
-
-
-def _compression(vae: Any, axis: str) -> int:
-    """Pixels per latent; 1, which fits everything, where the VAE does not say."""
-    named = (getattr(vae.config, f"scale_factor_{axis}", None), getattr(vae, f"{axis}_compression_ratio", None))
-    return next((int(factor) for factor in named if isinstance(factor, int | float)), 1)

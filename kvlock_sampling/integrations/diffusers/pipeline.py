@@ -1,9 +1,9 @@
 """The lock inside a classic pipeline of diffusers: `with locked(pipe, source=..., mask=...): pipe(...)`.
 
-The pipeline keeps its loop, its scheduler and its arithmetic. A hook on the transformer sees its calls: first the
+The pipeline keeps its loop, its scheduler and its arithmetic. Its calls of the transformer are intercepted: first the
 conditional one, then the unconditional one with the same latents. The first is answered with a tensor that is filled
-in at the second, when both are known: with the guided, composited velocity v, in both answers. Whatever scale w the
-pipeline's own line  u + w (c - u)  uses, it gives v, exactly; that line reads a local variable nobody else can reach.
+in at the second, when both are known: with the guided, composited velocity v, in both answers. The pipeline's own line
+u + w (c - u) then gives v exactly, for every scale w; no caller can change that local variable.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import RunError
-from .calls import Call, Interception, intercepted
+from .calls import Call, intercepted
 from .errors import PipelineError
-from .schedule import check_flow
+from .schedule import check_flow, time_of
 from .session import Session
-from .time import is_new_run, time_of
 
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
-"""Classic pipelines that run their branches as calls of their own, the conditional one first."""
+"""Classic pipelines that call each branch separately, the conditional one first."""
 
 
 @contextmanager
@@ -39,26 +37,26 @@ def locked(
     batched: bool | None = None,
     **options: Any,
 ) -> Iterator[Session]:
-    """Inside the block, every call of the pipeline samples under the lock; afterwards it is what it was.
+    """Sample under the lock in every call of the pipeline inside the block; afterwards the pipeline is what it was.
 
     Args:
-        pipe: a classic pipeline; the classes are `PIPELINES`. Two experts (Wan 2.2) share one lock and one state.
-        source: clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
+        pipe: A classic Wan pipeline: text to video, video to video, image to video or VACE. Two experts (Wan 2.2)
+            share one lock and one state.
+        source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
-        source_prompt: what the clip shows now; the source's own pass reads it (default: the edit's prompt). Or
-            `source_embeds`, encoded already: (1 or batch, tokens, dim), or several of the transformer's arguments by
-            name.
-        policy: a Policy, a function of an Observation, or the name or path of a preset.
+        source_prompt: What the clip shows now, read by the source's own pass; default: the edit's prompt.
+        source_embeds: The same, encoded: (1 or batch, tokens, dim), or several of the transformer's arguments by name.
+        policy: A Policy, a function of an Observation, or the name or path of a preset.
         batched: True runs branches and source as rows of one call, False one after another with the source's K/V kept
-            for one step; default: True if the policy may lock, else as the pipeline does.
-        options: anything else `KVLock` takes, e.g. estimator, composite, rescale, layers, ring.
+            for one step; default: True if the policy may lock, else False, as the pipeline does.
+        options: Other options of `KVLock`, e.g. estimator, composite, rescale, layers, transition.
 
     Yields:
-        The session; its `trace` tells what happened in the latest call of the pipeline.
+        The session. Its `trace` says what happened in the latest call of the pipeline.
 
     Raises:
-        PipelineError: a pipeline, or a form of it, in which this cannot work; says what can.
-        KVLockError: whatever `KVLock` refuses.
+        PipelineError: The lock cannot work in this pipeline; the message says what can.
+        KVLockError: As `KVLock` raises.
     """
     networks = _networks(pipe)
     check_flow(pipe.scheduler, type(pipe).__name__)
@@ -66,19 +64,19 @@ def locked(
         if source_embeds is not None:
             raise PipelineError("source_prompt and source_embeds were both given; pass one of them.")
         source_embeds = _encoded(pipe, source_prompt)
-    session = Session(
-        networks, source_embeds=source_embeds, batched=batched, source=source, mask=mask, policy=policy, **options
-    )
+    session = Session(source_embeds=source_embeds, batched=batched, source=source, mask=mask, policy=policy, **options)
     steps = _Steps(pipe, session)
+    for network in networks:
+        session.expert(network)  # What KVLock refuses is refused before anything runs.
     with ExitStack() as stack:
         stack.callback(session.end)
         for network in networks:
-            stack.enter_context(intercepted(network, Interception(steps.answer, steps.passing)))
+            stack.enter_context(intercepted(network, steps.answer))
         yield session
 
 
 def _encoded(pipe: Any, prompt: str) -> Tensor:
-    """A prompt as the pipeline's own call encodes it: the method alone has another default for the length."""
+    """A prompt as the pipeline's own call encodes it: `encode_prompt` alone has another default length."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
     length = {} if parameter is None else {"max_sequence_length": parameter.default}
     with torch.no_grad():
@@ -103,64 +101,49 @@ def _networks(pipe: Any) -> list[Any]:
         )
     if "WanImageToVideoPipeline" in names and pipe.config.get("expand_timesteps"):
         raise PipelineError(
-            "this Wan 2.2 5B pipeline keeps its first frame at noise level 0, so its latents have no one noise level.\n"
-            "  Edit with kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
+            "this Wan 2.2 5B pipeline keeps its first frame at noise level 0, so its latents have no single noise "
+            "level.\n  Edit with kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
         )
     found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     return [network for network in found if network is not None]
 
 
 class _Steps:
-    """Pairs the pipeline's calls up to steps, and answers them."""
+    """Pairs the pipeline's calls of one step, and answers them."""
 
     def __init__(self, pipe: Any, session: Session) -> None:
         self.pipe, self.session = pipe, session
         self._waiting: tuple[Call, Tensor, float] | None = None
         self._last = 0.0
 
-    def passing(self) -> bool:
-        """The lock's own calls, and calls from outside the pipeline's loop, are none of a step's."""
-        return self.session.busy or getattr(self.pipe, "_current_timestep", None) is None
-
-    def answer(self, call: Call) -> Tensor:
-        """The prediction for one call of the pipeline."""
+    def answer(self, call: Call) -> Tensor | None:
+        """The prediction for one call of the pipeline; None for a call from outside its loop."""
+        if getattr(self.pipe, "_current_timestep", None) is None:
+            return None
         if self._waiting is not None and self._waiting[0].hidden is call.hidden:
             (cond, blank, time), self._waiting = self._waiting, None
-            return self._both(cond, call, blank, time)
-        self._waiting = None
+            first, second = self.session.evaluate(cond, call, time=time, requested=self._requested(cond))
+            blank.copy_(first)
+            return blank if second is first else second
         time = self._time(call)
         if self.pipe.do_classifier_free_guidance:
-            passive = self.session.expert(call.network).lock.changes_nothing_itself
-            blank = call.blank(call.hidden.dtype if passive else torch.float32)
+            only_scales = self.session.expert(call.network).only_scales
+            blank = call.blank(call.hidden.dtype if only_scales else torch.float32)
             self._waiting = call, blank, time
             return blank
-        answer = self.session.evaluate(call, None, time=time, requested=1.0)
-        return _known(answer.guided if answer.guided is not None else answer.cond)
+        return self.session.evaluate(call, None, time=time, requested=1.0)[0]
 
-    def _both(self, cond: Call, uncond: Call, blank: Tensor, time: float) -> Tensor:
-        answer = self.session.evaluate(cond, uncond, time=time, requested=self._asked(cond))
-        if answer.guided is None:
-            blank.copy_(_known(answer.cond))
-            return _known(answer.uncond)
-        blank.copy_(answer.guided)
-        return blank
-
-    def _asked(self, call: Call) -> float:
+    def _requested(self, call: Call) -> float:
         second = call.network is getattr(self.pipe, "transformer_2", None)
-        scale = self.pipe._guidance_scale_2 if second else self.pipe._guidance_scale
-        return float(scale)
+        return float(self.pipe._guidance_scale_2 if second else self.pipe._guidance_scale)
 
     def _time(self, call: Call) -> float:
+        """Flow time of this step. Begins a run if the scheduler has not stepped yet, or went back up."""
         scheduler = self.pipe.scheduler
+        self._waiting = None
         time = time_of(scheduler, call.timestep)
-        if self.session.run is None or is_new_run(scheduler) or time > self._last * (1 + 1e-4):
-            first = getattr(scheduler, "begin_index", None) or 0
-            self.session.begin(scheduler.sigmas[first:])
+        fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
+        if self.session.run is None or fresh or time > self._last * (1 + 1e-4):
+            self.session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
         self._last = time
         return time
-
-
-def _known(prediction: Tensor | None) -> Tensor:
-    if prediction is None:
-        raise RunError("the transformer's prediction was not evaluated; this is a bug in kvlock_sampling.")
-    return prediction

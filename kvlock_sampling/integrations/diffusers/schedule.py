@@ -1,9 +1,9 @@
-"""A diffusers scheduler as k-diffusion noise levels:  sigma of x = x0 + sigma * noise, falling, the last exactly 0.
+"""Noise levels of diffusers' schedulers, as sigma of  x = x0 + sigma * noise.
 
-Flow schedulers keep t in (0, 1]:             z = (1 - t) x0 + t noise,                  sigma = t / (1 - t).
-DDPM schedulers keep a table alphas_cumprod:  z = sqrt(a) x0 + sqrt(1 - a) noise,        sigma = sqrt((1 - a) / a).
-Both maps are exact. Their ends are not reachable: t = 1, or a = 0 ("zero terminal SNR", Lin et al. 2305.08891), is pure
-noise, sigma = infinity. A schedule that begins there begins at `t_max` here, or at `DiscreteClock.top`.
+Flow schedulers keep a time t in (0, 1]:      z = (1 - t) x0 + t noise,             sigma = t / (1 - t).
+DDPM schedulers keep a table alphas_cumprod:  z = sqrt(a) x0 + sqrt(1 - a) noise,   sigma = sqrt((1 - a) / a).
+Both maps are exact. Pure noise, t = 1 or a = 0 ("zero terminal SNR", Lin et al. 2305.08891), is sigma = infinity:
+a schedule that begins there begins at `t_max` instead, or at `DiscreteClock.top`.
 """
 
 from __future__ import annotations
@@ -12,38 +12,87 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ...denoisers import FlowDenoiser
+from ...types import RunError
 from .errors import PipelineError
 
 FINE = 1000
-"""Steps of the schedule that is read between the lines for a start part-way: as many as models were trained on."""
+"""Steps of the schedule that is interpolated for a start part-way: as many as models were trained on."""
 
-
-def is_flow(scheduler: Any) -> bool:
-    """Whether this scheduler steps along a rectified flow."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return True
-    config = scheduler.config
-    return config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))
+LATEST = 1 - 1e-6
+"""Flow time 1 is sigma = infinity. Policies see sigma = 1e6 there; the transformer is still called at 1."""
 
 
 def check_flow(scheduler: Any, family: str) -> None:
-    """Raises PipelineError for a scheduler that is none of a flow model."""
-    if not is_flow(scheduler):
+    """Raise PipelineError for a scheduler that does not step along a rectified flow."""
+    config = scheduler.config
+    unipc = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
+    if not (unipc or type(scheduler).__name__.startswith("FlowMatch")):
         raise PipelineError(
-            f"{type(scheduler).__name__} (prediction_type={scheduler.config.get('prediction_type')!r}) is no flow "
-            f"scheduler, and {family} is a flow model.\n"
+            f"{type(scheduler).__name__} (prediction_type={config.get('prediction_type')!r}) is no flow scheduler, and "
+            f"{family} is a flow model.\n"
             "  pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0), or pass the schedule's shift: "
             "kv.from_pipeline(pipe, shift=3.0)."
         )
 
 
-def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
-    """The times t of `scheduler.set_timesteps(**arguments)`, (steps,), float64, falling, without the final 0.
+def train_steps(scheduler: Any) -> float:
+    """What flow time 1 is called in the transformer's own time."""
+    return float(scheduler.config.get("num_train_timesteps", 1000))
 
-    The scheduler itself is left as it is. Raises PipelineError for times outside (0, 1].
+
+def sigmas_of(times: Tensor) -> Tensor:
+    """Noise levels of flow times in [0, 1], float64 on the host, at most 1e6."""
+    return FlowDenoiser.sigma_from_t(times.detach().to("cpu", torch.float64).clamp(max=LATEST))
+
+
+def time_of(scheduler: Any, timestep: Tensor) -> float:
+    """Return the flow time of a pipeline's current step.
+
+    Args:
+        scheduler: The pipeline's scheduler. Without one, None, the timestep must not be rounded: many schedulers cut
+            it to an integer, and the noise level is then not exact.
+        timestep: What the pipeline gives its transformer, one number or one per clip or token, all equal.
+
+    Raises:
+        RunError: The timestep of another scheduler, or an integer without a scheduler.
+    """
+    step = timestep.flatten()[0]
+    if scheduler is None:
+        if not timestep.is_floating_point():
+            raise RunError(
+                f"timestep {step.item()} is an integer, so the exact noise level is unknown.\n"
+                "  Pass the pipeline's scheduler to the guider: KVLockGuider(..., scheduler=pipe.scheduler)."
+            )
+        return float(step) / 1000.0
+    check_flow(scheduler, "this pipeline's transformer")
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    try:
+        t = float(scheduler.sigmas[scheduler.index_for_timestep(step) if index is None else index])
+    except IndexError:  # no such timestep
+        t = -1.0
+    if abs(t * train_steps(scheduler) - float(step)) > 1.5:
+        raise RunError(
+            f"the transformer was called at timestep {float(step):g}, which is not the current step of the given "
+            "scheduler: it is not the scheduler of this run.\n  Pass the pipeline's own: scheduler=pipe.scheduler."
+        )
+    return t
+
+
+def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
+    """Return the times t of `scheduler.set_timesteps(**arguments)`, called on a copy of the scheduler.
+
+    Returns:
+        (steps,), float64, falling, in (0, 1], without the final 0.
+
+    Raises:
+        PipelineError: The scheduler refuses the arguments, or its times lie outside (0, 1].
     """
     own = copy.deepcopy(scheduler)
     try:
@@ -51,55 +100,59 @@ def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
     except (TypeError, ValueError) as error:
         raise PipelineError(
             f"{type(scheduler).__name__}.set_timesteps({', '.join(arguments)}) failed: {error}\n"
-            "  Give the shift yourself: kv.from_pipeline(pipe, shift=3.0)."
+            "  Pass the shift yourself: kv.from_pipeline(pipe, shift=3.0)."
         ) from error
     times = torch.as_tensor(own.sigmas[: len(own.timesteps)], dtype=torch.float64).cpu()
-    if scheduler.config.get("invert_sigmas"):  # Mochi's counts what is signal
+    if scheduler.config.get("invert_sigmas"):  # Mochi counts signal, not noise.
         times = 1 - times
-    # Schedulers of second order repeat every time; the levels themselves are what a k-diffusion sampler wants.
+    # Second-order schedulers list every time twice; a k-diffusion sampler takes each level once.
     times = times[times > 0].unique().flip(0)
-    if not len(times) or times[0] > 1 + 1e-5:  # shifting in float32 ends up that near to 1
+    if not len(times) or times[0] > 1 + 1e-5:  # Shifting in float32 gives 1 only to this precision.
         raise PipelineError(f"{type(scheduler).__name__} gave times {times[:3].tolist()}...; expected 0 < t <= 1.")
     return times.clamp(max=1.0)
 
 
-def levels(times_of: Callable[[int], Tensor], steps: int, strength: float, t_max: float) -> Tensor:
-    """(steps + 1,) noise levels, float32, falling to exactly 0, from flow times.
+def schedule_sigmas(times_of: Callable[[int], Tensor], steps: int, strength: float, t_max: float) -> Tensor:
+    """Return `steps` falling noise levels and a final 0, from flow times.
 
-    times_of: number of steps -> falling flow times in (0, 1].  strength: the time to start at; 1 = where the schedule
-        does. Then the levels are the schedule's own; otherwise `steps` levels with the schedule's spacing below that
-        time.  t_max: no level lies above this time.
+    Args:
+        times_of: Maps a number of steps to falling flow times in (0, 1].
+        steps: Number of steps, >= 1.
+        strength: Flow time to start at, in (0, 1]. 1 starts where the schedule does, with the schedule's own levels;
+            less gives `steps` levels below that time, with the schedule's spacing.
+        t_max: No level lies above this flow time.
+
+    Returns:
+        (steps + 1,), float32.
+
+    Raises:
+        PipelineError: `steps` or `strength` is out of range.
     """
     if steps < 1 or not 0 < strength <= 1:
         raise PipelineError(f"sigmas(steps={steps}, strength={strength}): expected steps >= 1 and 0 < strength <= 1.")
     times = times_of(steps)
     if strength < float(times[0]):
-        times = _from(times_of(FINE), steps, strength)
-    # Several times may lie above t_max: only the first moves, and stays above the second.
+        times = _part_of(times_of(FINE), steps, strength)
+    # Several times may lie above t_max: only the first moves, and it stays above the second.
     second = float(times[1]) if len(times) > 1 else 0.0
     times = torch.cat([times[:1].clamp(max=max(t_max, (1 + second) / 2)), times[1:]])
-    return torch.cat([times / (1 - times), times.new_zeros(1)]).float()
+    return torch.cat([FlowDenoiser.sigma_from_t(times), times.new_zeros(1)]).float()
 
 
-def _from(fine: Tensor, steps: int, start: float) -> Tensor:
-    """`steps` times from `start` down, spaced as the schedule is: its curve over [0, 1], read at even places."""
-    curve = torch.cat([fine, fine.new_zeros(1)])
-    after = int((curve > start).sum())  # curve[after - 1] > start >= curve[after]
-    if after == 0:
-        first = 0.0
-    else:
-        above, below = float(curve[after - 1]), float(curve[after])
-        first = after - 1 + (above - start) / (above - below)
-    places = torch.linspace(first, len(curve) - 1, steps + 1, dtype=torch.float64)[:-1]
-    low = places.floor().long()
-    return torch.lerp(curve[low], curve[(low + 1).clamp(max=len(curve) - 1)], places - low)
+def _part_of(fine: Tensor, steps: int, start: float) -> Tensor:
+    """`steps` times from `start` down, spaced as the fine schedule is: its curve, read at even places."""
+    curve = np.append(fine.numpy(), 0.0)
+    index = np.arange(len(curve))
+    first = np.interp(start, curve[::-1], index[::-1])
+    return torch.from_numpy(np.interp(np.linspace(first, index[-1], steps + 1)[:-1], index, curve))
 
 
 class DiscreteClock:
     """Noise level <-> training step of a DDPM model, log-linear between the steps, as in k-diffusion's wrappers.
 
-    alphas_cumprod: (train_steps,), falling, of the scheduler.  top: the noise level that stands for the last step
-    where that one is pure noise (infinite); at least twice that of the step before.
+    Args:
+        alphas_cumprod: (train_steps,), falling, of the scheduler.
+        top: Noise level that stands for the last step if that step is pure noise; at least twice the level before it.
     """
 
     def __init__(self, alphas_cumprod: Tensor, top: float = 0.0) -> None:
@@ -108,11 +161,10 @@ class DiscreteClock:
         if not torch.isfinite(sigmas[-1]):
             sigmas[-1] = max(2 * float(sigmas[-2]), top)
         self.top = float(sigmas[-1])
-        self._sigmas = sigmas
-        self._logs = sigmas.log()
+        self._sigmas, self._logs = sigmas, sigmas.log()
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The training step, fractional, of noise levels of any shape; clamped to the table's ends."""
+        """The fractional training step of noise levels of any shape, clamped to the table's ends."""
         logs = self._logs.to(sigma.device)
         wanted = sigma.double().clamp(min=1e-12).log().clamp(logs[0], logs[-1])
         high = torch.searchsorted(logs, wanted.contiguous()).clamp(1, len(logs) - 1)

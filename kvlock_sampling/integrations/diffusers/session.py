@@ -1,155 +1,133 @@
-"""A lock whose evaluations somebody else's loop asks for, one at a time: what a pipeline hook and a guider share."""
+"""A lock driven by another loop, one evaluation at a time: what `locked` and `KVLockGuider` share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...attention import Hooks
-from ...attention.compat.step_caches import StepCaches
-from ...kv_cache.session import Keeper
-from ...lock import KVLock
-from ...run import Run, as_schedule
+from ...lock import KVLock, evaluate
+from ...run import Run
+from ...settings import LockSettings
 from ...trace import Trace
 from ...types import RunError, SourceError
 from .calls import Call
 from .errors import PipelineError
 from .flow import FlowCalls
-from .time import levels_of
+from .schedule import sigmas_of
 
-_DECIDED_HERE = {"sigmas", "scale_arg", "source_args", "branch"}
-
-
-class PipelineLock(KVLock):
-    """A `KVLock` that can leave its run between two evaluations: hooks are in the model only during one."""
-
-    @contextmanager
-    def resumed(self, run: Run, hooks: Hooks | None) -> Iterator[None]:
-        """Go on with a run inside the block."""
-        with ExitStack() as stack:
-            run.hooks = hooks
-            self._local.runs = [*self._runs(), run]
-            stack.callback(self._local.runs.pop)
-            yield
-
-    @property
-    def changes_nothing_itself(self) -> bool:
-        """Whether no more than the guidance scale can be touched."""
-        return self.layers is None and not self.composite and not self.rescale
+_PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
 
 
-class Answer(NamedTuple):
-    """What an evaluation found. `guided` is the velocity to step with; None where nothing changed, and the pipeline's
-    own arithmetic on `cond` and `uncond` is to be used.
-    """
-
-    guided: Tensor | None
-    cond: Tensor | None
-    uncond: Tensor | None
-
-
-class Expert(NamedTuple):
-    """One transformer with its lock."""
+@dataclass(frozen=True)
+class Expert:
+    """One transformer and the settings of its lock."""
 
     calls: FlowCalls
-    lock: PipelineLock
-    hooks: Hooks | None
+    settings: LockSettings
+
+    @property
+    def only_scales(self) -> bool:
+        """Whether the lock can change no more than the guidance scale."""
+        return self.settings.layers is None and not self.settings.composite and not self.settings.rescale
 
 
 class Session:
-    """The lock of one pipeline, over one sampling run after another; one state, also where two experts take turns.
+    """The lock of one pipeline, over one sampling run after another. Two experts share one state.
 
-    source_embeds: what the source's own pass reads as text, (1 or batch, tokens, dim), or several of the transformer's
-        arguments by name, with their masks, say; None: the edit's prompt.
-    options: of `KVLock`. `batched` None: branches run one after another, as the pipeline runs them, unless the policy
-        may lock; then the source rides along as rows of one call, and nothing has to be kept.
+    Args:
+        options: Of `KVLock`, and `source_embeds`: text of the source's own pass, (1 or batch, tokens, dim), or several
+            of the transformer's arguments by name, e.g. with their masks; default: the edit's prompt. `batched`
+            defaults to True if the policy may lock, so that nothing is kept, else to False, as the pipeline does.
+
+    Attributes:
+        trace: What happened in the latest run; empty before the first.
+
+    Raises:
+        PipelineError: An option that the pipeline decides.
     """
 
-    def __init__(
-        self,
-        networks: Sequence[nn.Module] = (),
-        *,
-        source_embeds: Tensor | Mapping[str, Tensor] | None = None,
-        batched: bool | None = None,
-        **options: Any,
-    ) -> None:
-        if wrong := sorted(_DECIDED_HERE & options.keys()):
+    def __init__(self, **options: Any) -> None:
+        self.edit(**options)
+
+    def edit(self, **options: Any) -> None:
+        """Set the options. Locks are made anew, each when its transformer is first seen."""
+        if wrong := sorted(_PIPELINES_OWN & options.keys()):
             raise PipelineError(
-                f"{wrong[0]}= is for a lock around a denoiser; inside a pipeline of diffusers the schedule, the scale "
-                "and the arguments are the pipeline's.\n"
-                "  The source's own prompt is source_prompt='...' or source_embeds=...; leave the rest away."
+                f"{wrong[0]}= is for a lock around a denoiser; in a diffusers pipeline the schedule, the scale and the "
+                "arguments are the pipeline's.\n"
+                "  For the source's own prompt pass source_prompt='...' or source_embeds=...; leave out the rest."
             )
-        self.source_embeds, self.batched, self.options = source_embeds, batched, options
-        self._placed: dict[tuple[str, int], Tensor] = {}
-        self.busy = False
+        self.source_embeds = options.pop("source_embeds", None)
+        self.batched: bool | None = options.pop("batched", None)
+        self.options = options
         self.run: Run | None = None
         self._experts: dict[int, Expert] = {}
-        # Of this run, by expert: what step caches remember, and what the KV cache holds.
-        self._caches: dict[int, StepCaches | None] = {}
-        self._keepers: dict[int, Keeper] = {}
-        for network in networks:
-            self.expert(network)
+        self._placed: dict[str, Tensor] | None = None
 
     @property
     def trace(self) -> Trace:
-        """What happened in the latest run; empty before the first."""
+        """The trace of the latest run."""
         return Trace() if self.run is None else self.run.trace
 
     def expert(self, network: nn.Module) -> Expert:
-        """This transformer's lock, made when it is first seen. Raises KVLockError: whatever `KVLock` refuses."""
+        """The lock of this transformer, made when it is first seen."""
         if id(network) not in self._experts:
             calls = FlowCalls(network, index=len(self._experts))
-            lock = PipelineLock(calls, **self.options)
-            lock.batched = lock.layers is not None if self.batched is None else self.batched
-            hooks = None if lock.layers is None else Hooks(lock.layers)
-            self._experts[id(network)] = Expert(calls, lock, hooks)
+            settings = KVLock(calls, **self.options).settings
+            batched = settings.layers is not None if self.batched is None else self.batched
+            self._experts[id(network)] = Expert(calls, replace(settings, batched=batched))
         return self._experts[id(network)]
 
     def begin(self, times: Tensor | None) -> None:
-        """A new sampling run begins.  times: its flow times, falling, for policies that count steps."""
+        """Begin a sampling run. `times` are its falling flow times, for policies that count steps."""
         self.end()
-        self.run = Run(None, ExitStack(), None if times is None else as_schedule(levels_of(times)))
-        self._caches, self._keepers = {}, {}
+        self.run = Run(None if times is None else tuple(sigmas_of(times).tolist()))
 
     def end(self) -> None:
-        """The run is over: what it held open is let go. Its trace stays."""
+        """End the run, and release what it held open. Its trace stays."""
         if self.run is not None:
-            self.run.stack.close()
+            self.run.close()
 
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, requested: float, latents: Tensor | None = None
-    ) -> Answer:
-        """One step: the branches of one noise level, evaluated under the lock.
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate the branches of one step under the lock.
 
-        time: flow time in (0, 1].  asked: the guidance scale the pipeline was called with.
-        latents: the pipeline's state, where it is finer than what the transformer is given.
+        Args:
+            cond: The conditional branch.
+            uncond: The unconditional branch, if the pipeline guides.
+            time: Flow time in (0, 1].
+            requested: The guidance scale that the pipeline was called with.
+            latents: The pipeline's state, if it is finer than what the transformer gets.
+
+        Returns:
+            Answers for the conditional and the unconditional branch: both are the guided, composited velocity v, so
+            that the pipeline's own  u + w (c - u)  gives v for every w. If the lock changed nothing they are the two
+            predictions, and the pipeline's arithmetic gives its own bits.
         """
         if self.run is None:
-            raise RunError("the lock saw a step before the run began; start the pipeline anew.")
+            raise RunError("the lock saw a step before the run began; start the pipeline again.")
         expert = self.expert(cond.network)
         self._check(cond)
-        calls, lock = expert.calls, expert.lock
+        calls = expert.calls
         x, sigma = calls.at(cond, time, latents)
         branches: dict[str, Any] = {"cond": calls.branch(cond)}
         if uncond is not None:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
-        lock.source_args = self._source_args(expert, branches["cond"])
-        self.busy = True
-        self.run.caches, self.run.keeper = self._caches.get(calls.index), self._keeper(expert, self.run)
-        try:
-            with lock.resumed(self.run, expert.hooks):
-                denoised = lock(x, sigma, **branches)
-        finally:
-            self.busy = False
-            self._caches[calls.index] = self.run.caches
-        raw = [calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond")]
-        if self._untouched(lock, requested, uncond is not None, raw):
-            return Answer(None, raw[0], raw[1])
-        return Answer(calls.velocity(denoised), raw[0], raw[1])
+        settings = replace(expert.settings, source_args=self._source_args(expert, branches["cond"]))
+        denoised = evaluate(settings, self.run, x, sigma, branches)
+        c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
+        if expert.only_scales and c is not None:
+            used = self.trace.steps[-1].cfg_scale
+            if uncond is None:
+                return c, c
+            if u is not None and bool((used == torch.full_like(used, requested)).all()):
+                return c, u
+        guided = calls.velocity(denoised)
+        return guided, guided
 
     def _source_args(self, expert: Expert, cond: dict[str, Tensor]) -> dict[str, Any]:
         if self.source_embeds is None:
@@ -162,36 +140,18 @@ class Session:
                 f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
                 f"{', '.join(sorted(cond))}."
             )
-        for name, value in given.items():
-            if (name, id(value)) not in self._placed:
-                like = cond[name]
-                dtype = like.dtype if value.is_floating_point() else value.dtype
-                self._placed[name, id(value)] = value.to(like.device, dtype)
-        placed = {name: self._placed[name, id(value)] for name, value in given.items()}
-        return {"cond": expert.calls.known({**cond, **placed})}
-
-    def _keeper(self, expert: Expert, run: Run) -> Keeper | None:
-        lock = expert.lock
-        if lock.kv_cache is None or lock.layers is None:
-            return None
-        if expert.calls.index not in self._keepers:
-            self._keepers[expert.calls.index] = Keeper(lock.kv_cache, lock.model, lock.layers, run.stack)
-        return self._keepers[expert.calls.index]
-
-    def _untouched(self, lock: PipelineLock, requested: float, guided: bool, raw: list[Tensor | None]) -> bool:
-        """Whether this evaluation is the pipeline's own: then its own arithmetic gives its own bits."""
-        if not lock.changes_nothing_itself or raw[0] is None or (guided and raw[1] is None):
-            return False
-        used = self.trace.steps[-1].cfg_scale
-        return not guided or bool((used == torch.tensor(requested, dtype=used.dtype, device=used.device)).all())
+        if self._placed is None:
+            like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}
+            self._placed = {k: v.to(cond[k].device, like[k]) for k, v in given.items()}
+        return {"cond": expert.calls.known({**cond, **self._placed})}
 
     def _check(self, call: Call) -> None:
         steps = call.timestep.flatten()
         if call.timestep.ndim == 2 and bool((steps != steps[0]).any()):
             raise PipelineError(
-                "this pipeline gives some frames a timestep of their own, the known first one 0, so there is no one "
-                "noise level for the source.\n"
-                "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which knows such models."
+                "this pipeline gives its known first frame a timestep of its own, 0, so there is no single noise level "
+                "for the source.\n"
+                "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."
             )
         source = self.options.get("source")
         latents = call.hidden[:, : call.channels]

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as models to edit with: `from_pipeline(pipe)`, `load_pipeline(folder)`."""
+"""Diffusers pipelines as models to edit with: `from_pipeline(pipe)`, `load_pipeline(folder)`."""
 
 from ..errors import PipelineError
 from .base import PipelineVideo

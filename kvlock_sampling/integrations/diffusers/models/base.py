@@ -1,8 +1,7 @@
-"""What the families share: a diffusers pipeline with everything an edit needs around its denoiser.
+"""A diffusers pipeline with everything that an edit needs around its denoiser: what all families share.
 
-A family says how its transformer is called (a `Branch`), how its text is encoded, and what its VAE's latents look like
-to the transformer. Latents here are always (batch, channels, time, height, width), float32, normalised as the
-transformer sees them, in variance-exploding form; packing, axis order, rotary tables and masks are inside the branch.
+Latents here are (batch, channels, time, height, width), float32, normalised as the transformer sees them, in
+variance-exploding form. A family says how its transformer is called: packing, axis order, rotary tables and masks.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ....denoisers import FlowDenoiser, Preconditioned
+from ....masks import as_mask
 from ....samplers import flow_sigmas
+from .. import latents as codec
 from ..errors import PipelineError
-from ..schedule import check_flow, flow_times, levels
+from ..schedule import check_flow, flow_times, schedule_sigmas, train_steps
 
 Conditioning = dict[str, Tensor]
 
@@ -28,16 +30,34 @@ Conditioning = dict[str, Tensor]
 class Branch(nn.Module):
     """A transformer behind one call for all families: `branch(z, time, cond) -> prediction`, shaped like z.
 
-    z: (batch, channels, time, height, width), the model's own noisy latents.  time: (batch,), in training steps.
-    cond: what `PipelineVideo.prompt` returned.  The weights may be of any dtype: z is cast to theirs, time stays float.
+    Args:
+        transformer: The network.
+        channels: Channels of the latents.
+        call: `call(network, z, time, cond, dtype) -> prediction`, the family's way to call it.
+        transformer_2: The second expert, which runs below `boundary`; None if there is one network.
+        boundary: Time in training steps from which on `transformer` runs.
     """
 
-    def __init__(self, transformer: nn.Module, channels: int) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        channels: int,
+        call: Callable[..., Tensor],
+        transformer_2: nn.Module | None = None,
+        boundary: float | None = None,
+    ) -> None:
         super().__init__()
-        self.transformer = transformer
-        self.channels = channels
+        self.transformer, self.transformer_2 = transformer, transformer_2
+        self.channels, self.call, self.boundary = channels, call, boundary
 
     def forward(self, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Call the transformer.
+
+        Args:
+            z: The model's own noisy latents, (batch, channels, time, height, width), float32 or finer.
+            time: (batch,), in training steps.
+            cond: What `PipelineVideo.prompt` returned. Floating tensors are cast to the weights' dtype.
+        """
         if z.ndim != 5 or z.shape[1] != self.channels:
             raise PipelineError(
                 f"the sampler's x has shape {tuple(z.shape)}; expected latents (batch, {self.channels}, time, height, "
@@ -45,43 +65,49 @@ class Branch(nn.Module):
             )
         network = self.expert(time)
         dtype = getattr(network, "dtype", z.dtype)
-        # Masks and indices keep their type; what was encoded in another precision takes the weights'.
-        own = {k: v.to(z.device, dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}
-        return self.call(network, z, time, own, dtype)
+        placed = {k: v.to(z.device, dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}
+        return self.call(network, z, time, placed, dtype)
 
     def expert(self, time: Tensor) -> nn.Module:
-        """The transformer in charge at this time."""
-        return self.transformer
-
-    def call(self, network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
-        """Call the transformer; z and time are float32 or finer, cond has the weights' dtype."""
-        raise NotImplementedError
+        """The transformer that runs at this time. All clips of a call share one noise level."""
+        if self.boundary is None or self.transformer_2 is None:
+            return self.transformer
+        high, low = self.transformer, self.transformer_2
+        chosen, other = (high, low) if float(time.max()) >= self.boundary else (low, high)
+        if type(getattr(other, "_hf_hook", None)).__name__ == "CpuOffload":
+            other.to("cpu")  # Offloading only looks ahead, and a sampler may go back up the noise levels.
+        return chosen
 
 
 def finite(name: str, value: Any) -> float:
-    """An option that is a number. Raises PipelineError for anything else."""
+    """Return an option that must be a number. Raises PipelineError for anything else."""
     if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
         raise PipelineError(f"{name}={value!r}; expected a finite number, e.g. {name}=6.0.")
     return float(value)
 
 
 class PipelineVideo:
-    """A diffusers pipeline as a `VideoModel`: hand it to `edit_video`, or use its parts in your own script.
+    """A diffusers pipeline as a `VideoModel`: pass it to `edit_video`, or use its parts in your own script.
 
     Args:
-        pipe: the pipeline. It stays yours: weights, scheduler and offloading are used as they are, nothing is copied.
-        cfg_scale: guidance where none is asked for; default: that of the pipeline's own call.
-        negative_prompt: what the unconditional branch reads; default: nothing, "".
-        shift: a static flow shift in place of the scheduler's schedule.
-        max_sequence_length: text tokens per prompt, padded or cut; default: the pipeline's.
-        t_max: flow time at which schedules begin that would begin at pure noise, t = 1, which is sigma = infinity.
-            The default is sigma = 9999; from about 1e6 on, rounding of a float32 state costs more than it brings.
+        pipe: The pipeline. Its weights, scheduler and offloading are used as they are; nothing is copied.
+        cfg_scale: Guidance scale if the caller passes none; default: that of the pipeline's own call.
+        negative_prompt: Text of the unconditional branch; default "".
+        shift: A static flow shift instead of the scheduler's schedule.
+        max_sequence_length: Text tokens per prompt, padded or cut; default: the pipeline's.
+        t_max: Flow time at which schedules begin that would begin at pure noise, t = 1 (sigma = infinity). The
+            default is sigma = 9999; above about 1e6 the rounding of a float32 state costs more than it gains.
 
-    denoiser: `denoiser(x, sigma, cond=video.prompt(text)) -> x0-hat`, for any k-diffusion sampler and for `KVLock`.
+    Attributes:
+        denoiser: `denoiser(x, sigma, cond=video.prompt(text)) -> x0-hat`, for any k-diffusion sampler and `KVLock`.
+
+    Raises:
+        PipelineError: The pipeline lacks a part, its scheduler does not fit the family, or an option is no number.
     """
 
     family: ClassVar[str]
     scale_name: ClassVar[str] = "guidance_scale"
+    prompt_parts: ClassVar[tuple[str, ...]] = ("text",)
     frames: int | None = None
     size: tuple[int, int] | None = None
     denoiser: Preconditioned
@@ -97,8 +123,10 @@ class PipelineVideo:
         t_max: float = 0.9999,
     ) -> None:
         self.pipe = pipe
-        self.transformer = self._component("transformer")
-        self._component("vae")
+        if missing := [name for name in ("transformer", "vae") if getattr(pipe, name, None) is None]:
+            kind = type(pipe).__name__
+            raise PipelineError(f"this {kind} has no {missing[0]}; load it whole: {kind}.from_pretrained(path).")
+        self.transformer = pipe.transformer
         self.cfg_scale = finite("cfg_scale", self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale)
         self.negative_prompt = negative_prompt or ""
         self.shift, self.t_max = shift, t_max
@@ -111,72 +139,93 @@ class PipelineVideo:
 
     # -- what a family says -------------------------------------------------------------------------------------------
 
-    def _denoiser(self) -> Preconditioned:
-        """The family's branch as a denoiser."""
+    @staticmethod
+    def call(network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
+        """Call the transformer; z and time are float32 or finer, cond has the weights' dtype."""
         raise NotImplementedError
+
+    def _call_options(self) -> dict[str, Any]:
+        """Keyword arguments of `call` beside the usual five: plain values, so that a KVCache can compare them."""
+        return {}
+
+    def _branch(self) -> Branch:
+        call = partial(type(self).call, **self._call_options())
+        second, ratio = getattr(self.pipe, "transformer_2", None), self.pipe.config.get("boundary_ratio")
+        boundary = None if ratio is None else ratio * train_steps(self.pipe.scheduler)
+        return Branch(self.transformer, self.channels, call, second, boundary)
+
+    def _denoiser(self) -> Preconditioned:
+        # Everything is float32 until the branch, which casts to the weights' dtype.
+        return FlowDenoiser(self._branch(), time_scale=train_steps(self.pipe.scheduler), model_dtype=torch.float32)
 
     def _encode_text(self, text: str) -> Conditioning:
-        """What the transformer reads for one prompt; every tensor has a first axis of 1."""
-        raise NotImplementedError
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        """The VAE's latents as the transformer sees them; float32."""
-        raise NotImplementedError
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        """The inverse of `_normalise`."""
-        raise NotImplementedError
+        """What the transformer reads of one prompt; every tensor has a first axis of 1."""
+        encoded = self.pipe.encode_prompt(
+            [text], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
+        )
+        return dict(zip(self.prompt_parts, encoded, strict=False))  # Negative prompts follow, and are None.
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         """What the transformer reads of the clips themselves, one row per clip; nothing by default."""
         return {}
 
     @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return self.transformer.config.in_channels
+
+    @property
     def usual(self) -> tuple[int, int, int]:
-        """The clips this model makes if not told otherwise, (frames, height, width)."""
+        """The default (frames, height, width) of the pipeline's own call."""
         return self._default("num_frames", 49), self._default("height", 480), self._default("width", 832)
 
     @property
     def compression(self) -> tuple[int, int]:
         """Pixels per latent of the VAE, (time, space)."""
-        return int(self.pipe.vae_scale_factor_temporal), int(self.pipe.vae_scale_factor_spatial)
+        return codec.compression(self.pipe.vae)
 
     @property
     def patch(self) -> tuple[int, int, int]:
         """Latents per token, (time, height, width)."""
-        t, h, w = self.transformer.config.patch_size
-        return t, h, w
+        config = self.transformer.config
+        size = config.patch_size
+        return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
 
     # -- VideoModel ---------------------------------------------------------------------------------------------------
 
     def fit(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """The largest clip (frames, height, width) this model can edit that is no larger than this one; at least one
-        token. Frames are 1 + a multiple of the VAE's temporal compression, sides whole patches."""
+        """Return the largest (frames, height, width) that the model can edit and that is no larger than this one.
+
+        Frames are 1 + a multiple of the VAE's temporal compression, sides are whole patches; at least one token.
+        """
         (t, s), (_, ph, pw) = self.compression, self.patch
         latents = self._latent_frames((max(frames, 1) - 1) // t + 1)
         return 1 + (latents - 1) * t, max(1, height // (s * ph)) * s * ph, max(1, width // (s * pw)) * s * pw
 
     def _latent_frames(self, most: int) -> int:
-        """The largest number of latent frames this model takes, up to `most`, but at least the smallest it takes."""
+        """The largest number of latent frames up to `most` that this model takes, at least its smallest."""
         return max(1, most // self.patch[0]) * self.patch[0]
 
     def lock_mask(self, mask: Any) -> Any:
-        """The mask that a lock wants beside `encode(clips)`: the same, unless the latents hold frames of their own."""
+        """The mask for a lock beside `encode(clips)`: `mask`, unless the latents hold frames that the clip lacks."""
         return mask
 
     def given(self, clips: Tensor, mask: Any = None) -> PipelineVideo:
-        """The same model for these clips: it knows their size, which some schedules need, and reads what its
-        transformer wants of them (a first frame, an inpainting condition). Prompts of one text count for all of them.
+        """Return this model bound to clips: it knows their size, and holds what its transformer reads of them.
 
-        clips: (3, frames, height, width) or (batch, 3, ...), in [-1, 1].  mask: 1 = edit, as `masks.as_mask` reads;
-        default: everything. Raises PipelineError for a size the model cannot edit.
+        Some schedules depend on the size; some transformers read a first frame or an inpainting condition. A prompt
+        of one text then counts for all clips.
+
+        Args:
+            clips: (3, frames, height, width) or (batch, 3, frames, height, width), in [-1, 1].
+            mask: 1 = edit, as `masks.as_mask` reads; default: everything.
+
+        Raises:
+            PipelineError: The model cannot edit this size, or the mask has another size.
         """
-        from ....masks import as_mask
-
         clips = clips if clips.ndim == 5 else clips.unsqueeze(0)
         frames, height, width = clips.shape[2:]
-        if self.fit(frames, height, width) != (frames, height, width):
-            fitting = self.fit(frames, height, width)
+        if (fitting := self.fit(frames, height, width)) != (frames, height, width):
             raise PipelineError(
                 f"a clip of {frames} frames of {height} x {width}; {self.family} edits e.g. {fitting[0]} of "
                 f"{fitting[1]} x {fitting[2]}.\n"
@@ -197,26 +246,40 @@ class PipelineVideo:
         return bound
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clips (batch, 3, frames, height, width) in [-1, 1] to latents: the mode of the VAE's posterior, so the same
-        clip gives the same latents, float32, on the pipeline's device."""
-        vae = self.pipe.vae
-        with torch.no_grad():
-            latents = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode()
-            return self._normalise(latents.float())
+        """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32, on the pipeline's device.
+
+        Takes the mode of the VAE's posterior, so the same clip gives the same latents.
+        """
+        return self._padded(codec.normalise(self.pipe.vae, codec.encode(self.pipe.vae, pixels, self.device)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to clips in [-1, 1], float32."""
+        """Decode latents to clips in [-1, 1], float32."""
         with torch.no_grad():
-            raw = self._denormalise(latents.to(self.device).float()).to(self.pipe.vae.dtype)
-            return self._decode(raw).float().clamp(-1, 1)
+            raw = codec.denormalise(self.pipe.vae, self._unpadded(latents.to(self.device).float()))
+            return self._decode(raw.to(self.pipe.vae.dtype)).float().clamp(-1, 1)
+
+    def _padded(self, latents: Tensor) -> Tensor:
+        """Latents with the frames that the transformer wants beside the clip's."""
+        return latents
+
+    def _unpadded(self, latents: Tensor) -> Tensor:
+        """The inverse of `_padded`."""
+        return latents
 
     def _decode(self, raw: Tensor) -> Tensor:
         return self.pipe.vae.decode(raw, return_dict=False)[0]
 
     def prompt(self, texts: str | Sequence[str]) -> Conditioning:
-        """Prompts as the denoiser's `cond`: a dictionary of tensors, one row per text. A text is encoded once.
+        """Encode prompts as the denoiser's `cond`: a dictionary of tensors, one row per text.
 
-        After `given(clips)` one text stands for all clips, and what the transformer reads of them is in there, too.
+        A text is encoded once and kept. After `given(clips)` one text stands for all clips, and the dictionary also
+        holds what the transformer reads of them.
+
+        Args:
+            texts: One text, or one per clip.
+
+        Raises:
+            PipelineError: Texts and clips differ in number, or a new text comes after `release_text_encoder`.
         """
         count = self._shape[0] if self._shape is not None else 1
         texts = [texts] * count if isinstance(texts, str) else list(texts)
@@ -238,19 +301,24 @@ class PipelineVideo:
         return encoded | self._clips
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoders from the pipeline; prompts encoded before still work."""
+        """Drop the text encoders from the pipeline; prompts that were encoded before still work."""
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        """The schedule of the pipeline's scheduler: `steps` noise levels and a final 0.
+        """Return the schedule of the pipeline's scheduler: `steps` noise levels and a final 0.
 
-        strength: 1 starts where the scheduler does; less starts at that flow time.
+        Args:
+            steps: Number of steps, >= 1.
+            strength: Flow time to start at, in (0, 1]; 1 starts where the scheduler does.
+
+        Raises:
+            PipelineError: An argument is out of range, or the scheduler needs what it was not given.
         """
         if self.shift is not None:
             return flow_sigmas(steps, shift=self.shift, t_max=min(self.t_max, strength))
-        return levels(self._times, steps, strength, self.t_max)
+        return schedule_sigmas(self._times, steps, strength, self.t_max)
 
     def _times(self, steps: int) -> Tensor:
         """The flow times of a schedule of so many steps."""
@@ -268,28 +336,10 @@ class PipelineVideo:
         return torch.device(self.pipe._execution_device)
 
     @property
-    def train_steps(self) -> float:
-        """What flow time 1 is called in the transformer's own time."""
-        return float(self.pipe.scheduler.config.get("num_train_timesteps", 1000))
-
-    @property
     def offloaded(self) -> bool:
-        """Whether weights move while the model runs: diffusers' or accelerate's hooks are on some part."""
+        """Whether weights move while the model runs: a part has hooks of diffusers or accelerate."""
         parts = [part for part in self.pipe.components.values() if isinstance(part, nn.Module)]
         return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for part in parts for m in part.modules())
-
-    def _flow(self, branch: Branch) -> FlowDenoiser:
-        # The branch casts to the weights' dtype itself; until there everything is float32.
-        return FlowDenoiser(branch, time_scale=self.train_steps, model_dtype=torch.float32)
-
-    def _component(self, name: str) -> Any:
-        found = getattr(self.pipe, name, None)
-        if found is None:
-            raise PipelineError(
-                f"this {type(self.pipe).__name__} has no {name}; load it whole: "
-                f"{type(self.pipe).__name__}.from_pretrained(path)."
-            )
-        return found
 
     def _default(self, name: str, otherwise: Any) -> Any:
         """The default of an argument of the pipeline's own call."""

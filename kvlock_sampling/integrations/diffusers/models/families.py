@@ -1,45 +1,54 @@
-"""The table of families: a pipeline's class name -> the file and class here that know it."""
+"""Find the family of a pipeline: `from_pipeline`, and the table of pipeline classes."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from importlib import import_module
 from typing import Any
 
 from ..errors import PipelineError
 from .base import PipelineVideo
+from .cogvideox import CogVideoXVideo
+from .hunyuan import Hunyuan15Video, HunyuanVideo
+from .ltx import LTXVideo
+from .mochi import MochiVideo
+from .wan import WanImageVideo, WanVaceVideo, WanVideo
 
-FAMILIES = {
-    "WanPipeline": "wan:WanVideo",
-    "WanVideoToVideoPipeline": "wan:WanVideo",
-    "WanImageToVideoPipeline": "wan_image:WanImageVideo",
-    "WanVACEPipeline": "wan_vace:WanVaceVideo",
-    "LTXPipeline": "ltx:LTXVideo",
-    "CogVideoXPipeline": "cogvideox:CogVideoXVideo",
-    "CogVideoXVideoToVideoPipeline": "cogvideox:CogVideoXVideo",
-    "HunyuanVideoPipeline": "hunyuan:HunyuanVideo",
-    "HunyuanVideo15Pipeline": "hunyuan15:Hunyuan15Video",
-    "MochiPipeline": "mochi:MochiVideo",
+FAMILIES: dict[str, type[PipelineVideo]] = {
+    "WanPipeline": WanVideo,
+    "WanVideoToVideoPipeline": WanVideo,
+    "WanImageToVideoPipeline": WanImageVideo,
+    "WanVACEPipeline": WanVaceVideo,
+    "LTXPipeline": LTXVideo,
+    "CogVideoXPipeline": CogVideoXVideo,
+    "CogVideoXVideoToVideoPipeline": CogVideoXVideo,
+    "HunyuanVideoPipeline": HunyuanVideo,
+    "HunyuanVideo15Pipeline": Hunyuan15Video,
+    "MochiPipeline": MochiVideo,
 }
 
 
 def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
-    """A diffusers pipeline as a denoiser with its codec, prompts and schedule: what `edit_video(model=...)` takes.
+    """Make a diffusers pipeline a model to edit with: a denoiser with its VAE, prompts and schedule.
 
-    pipe: a loaded pipeline; the classes are the keys of `pipelines.FAMILIES`.  options: of `PipelineVideo`
-    (cfg_scale, negative_prompt, shift, max_sequence_length, t_max) and of the family, see its file, e.g. `image=` for
-    Wan image to video.
+    Args:
+        pipe: A loaded pipeline of a known family: Wan, LTX, CogVideoX, HunyuanVideo or Mochi.
+        options: `cfg_scale`, `negative_prompt`, `shift`, `max_sequence_length` and `t_max` of every family, and those
+            of one: `image` (Wan image to video), `reactive` and `conditioning_scale` (VACE), `frame_rate`,
+            `decode_timestep` and `decode_noise_scale` (LTX), `embedded_guidance` and `prompt_template` (HunyuanVideo).
+
+    Returns:
+        What `edit_video(model=...)` takes.
+
+    Raises:
+        PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
 
     >>> from kvlock_sampling.testing.pipelines import tiny_pipeline
     >>> model = kv.from_pipeline(tiny_pipeline("wan"))
     >>> model.sigmas(3).shape, model.prompt("a red square")["text"].shape
     (torch.Size([4]), torch.Size([1, 512, 32]))
-
-    Raises:
-        PipelineError: an unknown class, an unknown option, or a scheduler that the model cannot mean.
     """
-    names = [kind.__name__ for kind in type(pipe).__mro__]  # also a subclass of somebody's own
+    names = [kind.__name__ for kind in type(pipe).__mro__]  # A user's subclass is of the family, too.
     family = family_of(next((name for name in names if name in FAMILIES), names[0]))
     known = _options(family)
     if wrong := sorted(options.keys() - known):
@@ -52,31 +61,24 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
 
 
 def family_of(name: str) -> type[PipelineVideo]:
-    """The class here for a pipeline class of this name. Raises PipelineError for an unknown one."""
+    """Return the class for pipelines of this class name. Raises PipelineError for an unknown one."""
     if name not in FAMILIES:
-        sibling = next((k for k in FAMILIES if k.startswith(_stem(name))), None)
+        stem = next(
+            (s for s in ("CogVideoX", "HunyuanVideo15", "HunyuanVideo", "Wan", "LTX") if name.startswith(s)), "?"
+        )
+        sibling = next((known for known in FAMILIES if known.startswith(stem)), None)
         same = f"\n  If it has the parts of {sibling}: {sibling}.from_pipe(pipe)." if sibling else ""
         raise PipelineError(
             f"{name} is of no known family; there are {', '.join(FAMILIES)}.{same}\n"
             "  Any other model works in your own script: wrap its transformer, kv.FlowDenoiser(transformer, "
             "time_scale=1000, call=...),\n"
-            "  and if its attention is not found, say where its tokens are: kv.sdpa_layers(transformer, patch=(1, 2, 2))."
+            "  and if its attention is not found, say where tokens are: kv.sdpa_layers(transformer, patch=(1, 2, 2))."
         )
-    file, _, kind = FAMILIES[name].partition(":")
-    return getattr(import_module(f".{file}", __package__), kind)
-
-
-def _stem(name: str) -> str:
-    """The first capitalised word: "LTXConditionPipeline" -> "LTX"."""
-    stem = name.removesuffix("Pipeline")
-    for known in ("CogVideoX", "HunyuanVideo", "Wan", "LTX"):
-        if stem.startswith(known):
-            return known
-    return f"{stem}\0"  # matches nothing
+    return FAMILIES[name]
 
 
 def _options(family: type[PipelineVideo]) -> set[str]:
-    """Keyword-only arguments of the class and of what it passes the rest on to."""
+    """Keyword-only arguments of the class and of the classes it passes the rest to."""
     return {
         name
         for kind in family.__mro__

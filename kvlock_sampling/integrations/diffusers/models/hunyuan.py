@@ -1,10 +1,13 @@
-"""HunyuanVideo: HunyuanVideoPipeline.
+"""HunyuanVideo and HunyuanVideo 1.5, text to video: HunyuanVideoPipeline, HunyuanVideo15Pipeline.
 
-- Distilled guidance: the transformer reads a scale (`embedded_guidance`); plain guidance on top is off by default.
-- Text: hidden states of a language model with a mask, and pooled CLIP features.
 - Latents: VAE's * scaling_factor. Flow, velocity, time 0 to 1000.
+- 1.0: distilled guidance, the transformer reads a scale (`embedded_guidance`); plain guidance on top is off by default.
+  Text: hidden states of a language model with a mask, and pooled CLIP features.
+- 1.5: guidance is a component of the pipeline, its `guider`. After the noisy channels the transformer reads those of a
+  first frame and its mask, and features of an image, all zero for text to video. Text: hidden states of a language
+  model, and of a character model for quoted text, each with a mask.
 
-Source: diffusers `pipelines/hunyuan_video/pipeline_hunyuan_video.py`; HunyuanVideo, arXiv 2412.03603.
+Sources: diffusers `pipelines/hunyuan_video/`, `pipelines/hunyuan_video1_5/`; HunyuanVideo, arXiv 2412.03603.
 """
 
 from __future__ import annotations
@@ -15,53 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import PipelineError
 from ..schedule import flow_times
-from .base import Branch, Conditioning, PipelineVideo, finite
+from .base import Conditioning, PipelineVideo, finite
 
 
-class HunyuanBranch(Branch):
-    """cond: "text" (batch, tokens, dim); "mask" (batch, tokens), 1 for real tokens; "pooled" (batch, dim)."""
-
-    def __init__(self, transformer: nn.Module, channels: int, guidance: float) -> None:
-        super().__init__(transformer, channels)
-        self.guidance = guidance
-
-    def call(self, network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
-        return network(
-            hidden_states=z.to(dtype),
-            timestep=time,
-            encoder_hidden_states=cond["text"],
-            encoder_attention_mask=cond["mask"].to(dtype),
-            pooled_projections=cond["pooled"],
-            guidance=torch.full((len(z),), self.guidance, dtype=dtype, device=z.device) * 1000,
-            return_dict=False,
-        )[0]
-
-
-class HunyuanFlow(PipelineVideo):
-    """What HunyuanVideo and HunyuanVideo 1.5 share: patches, schedule, and the scale of latents."""
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        config = self.transformer.config
-        return config.patch_size_t, config.patch_size, config.patch_size
-
-    def _times(self, steps: int) -> Tensor:
-        return flow_times(self.pipe.scheduler, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        return latents * self.pipe.vae.config.scaling_factor
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        return latents / self.pipe.vae.config.scaling_factor
-
-
-class HunyuanVideo(HunyuanFlow):
+class HunyuanVideo(PipelineVideo):
     """HunyuanVideo, text to video.
 
-    embedded_guidance: the scale the transformer reads; default: the pipeline's.
-    prompt_template: what the language model is told around the prompt; default: the pipeline's.
-    Other options: see `PipelineVideo`.
+    `cond` holds "text" (batch, tokens, dim); "mask" (batch, tokens), 1 for real tokens; "pooled" (batch, dim).
+
+    Args:
+        pipe: The pipeline.
+        embedded_guidance: The scale that the transformer reads; default: the pipeline's.
+        prompt_template: The language model's instructions around the prompt; default: the pipeline's.
+        options: As in `PipelineVideo`.
+
+    Raises:
+        PipelineError: The scale is no number, and as in `PipelineVideo`.
     """
 
     family = "HunyuanVideo"
@@ -78,10 +52,23 @@ class HunyuanVideo(HunyuanFlow):
         self.embedded_guidance, self.prompt_template = embedded_guidance, prompt_template
         super().__init__(pipe, **options)
 
-    def _denoiser(self) -> Any:
-        requested = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
-        scale = finite("embedded_guidance", requested)
-        return self._flow(HunyuanBranch(self.transformer, self.transformer.config.in_channels, scale))
+    @staticmethod
+    def call(
+        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, guidance: float = 6.0
+    ) -> Tensor:
+        return network(
+            hidden_states=z.to(dtype),
+            timestep=time,
+            encoder_hidden_states=cond["text"],
+            encoder_attention_mask=cond["mask"].to(dtype),
+            pooled_projections=cond["pooled"],
+            guidance=torch.full((len(z),), guidance, dtype=dtype, device=z.device) * 1000,
+            return_dict=False,
+        )[0]
+
+    def _call_options(self) -> dict[str, Any]:
+        scale = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
+        return {"guidance": finite("embedded_guidance", scale)}
 
     def _encode_text(self, text: str) -> Conditioning:
         template = {} if self.prompt_template is None else {"prompt_template": self.prompt_template}
@@ -89,3 +76,57 @@ class HunyuanVideo(HunyuanFlow):
             [text], max_sequence_length=self.max_sequence_length, device=self.device, **template
         )
         return {"text": embeds, "mask": mask, "pooled": pooled}
+
+    def _times(self, steps: int) -> Tensor:
+        return flow_times(self.pipe.scheduler, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+
+
+class Hunyuan15Video(PipelineVideo):
+    """HunyuanVideo 1.5, text to video.
+
+    `cond` holds "text", "glyphs" (batch, tokens, dim); "mask", "glyph_mask" (batch, tokens), 1 for real tokens.
+    Options as in `PipelineVideo`, without `max_sequence_length`: set the pipeline's `tokenizer_max_length` instead.
+    """
+
+    family = "HunyuanVideo 1.5"
+    _times = HunyuanVideo._times
+
+    def __init__(self, pipe: Any, *, max_sequence_length: int | None = None, **options: Any) -> None:
+        if max_sequence_length is not None:
+            raise PipelineError(
+                f"HunyuanVideo 1.5 takes no max_sequence_length; set pipe.tokenizer_max_length = {max_sequence_length}."
+            )
+        super().__init__(pipe, **options)
+
+    @staticmethod
+    def call(
+        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, image: Any = (1, 1)
+    ) -> Tensor:
+        """`image` is (tokens, dim) of the image features, which are zero."""
+        no_frame = z.new_zeros(len(z), z.shape[1] + 1, *z.shape[2:])  # no first frame, and a mask that says so
+        return network(
+            hidden_states=torch.cat([z, no_frame], dim=1).to(dtype),
+            timestep=time.to(dtype),  # in the weights' precision, as in the pipeline: the network does not cast it
+            encoder_hidden_states=cond["text"],
+            encoder_attention_mask=cond["mask"],
+            encoder_hidden_states_2=cond["glyphs"],
+            encoder_attention_mask_2=cond["glyph_mask"],
+            image_embeds=torch.zeros(len(z), *image, dtype=dtype, device=z.device),
+            return_dict=False,
+        )[0]
+
+    def _call_options(self) -> dict[str, Any]:
+        return {"image": (int(self.pipe.vision_num_semantic_tokens), int(self.pipe.vision_states_dim))}
+
+    @property
+    def channels(self) -> int:
+        return self.pipe.num_channels_latents
+
+    def _default(self, name: str, otherwise: Any) -> Any:
+        if name == self.scale_name:
+            return getattr(self.pipe.guider, "guidance_scale", otherwise)
+        return super()._default(name, otherwise)
+
+    def _encode_text(self, text: str) -> Conditioning:
+        names = ("text", "mask", "glyphs", "glyph_mask")
+        return dict(zip(names, self.pipe.encode_prompt([text], device=self.device), strict=True))

@@ -1,6 +1,6 @@
 """LTX-Video: LTXPipeline.
 
-- The transformer takes tokens, (batch, time * height * width, channels * patch), not a grid: packed here.
+- The transformer takes tokens, (batch, time * height * width, channels * patch), not a grid: they are packed here.
 - Latents: (VAE's - mean) * scaling_factor / std, statistics held by the VAE. Flow, velocity, time 0 to 1000.
 - The schedule's shift grows with the number of tokens (mu), so it needs the clip's size: `video.given(clip)`.
 - Some VAEs finish the denoising while they decode: `decode_timestep`, `decode_noise_scale`.
@@ -18,50 +18,30 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ....utils.torchvision import broken_torchvision_hidden
 from ..errors import PipelineError
 from ..schedule import flow_times
-from .base import Branch, Conditioning, PipelineVideo, finite
-
-
-class LTXBranch(Branch):
-    """cond: "text" (batch, tokens, dim); "mask" (batch, tokens), True for real tokens.
-
-    patch: (time, height, width).  scale: seconds and pixels per latent, of the rotary embedding.
-    """
-
-    def __init__(
-        self, transformer: nn.Module, channels: int, patch: tuple[int, int, int], scale: tuple[float, float, float]
-    ) -> None:
-        super().__init__(transformer, channels)
-        self.patch, self.scale = patch, scale
-
-    def call(self, network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
-        t, h, w = (size // step for size, step in zip(z.shape[2:], self.patch, strict=True))
-        steps = dict(zip(("pt", "ph", "pw"), self.patch, strict=True))
-        tokens = rearrange(z, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", **steps)
-        out = network(
-            hidden_states=tokens.to(dtype),
-            encoder_hidden_states=cond["text"],
-            timestep=time,
-            encoder_attention_mask=cond["mask"],
-            num_frames=t,
-            height=h,
-            width=w,
-            rope_interpolation_scale=self.scale,
-            return_dict=False,
-        )[0]
-        return rearrange(out, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, **steps)
+from .base import Conditioning, PipelineVideo, finite
 
 
 class LTXVideo(PipelineVideo):
     """LTX-Video, text to video.
 
-    frame_rate: of the clip, frames per second; the model moves things accordingly.
-    decode_timestep, decode_noise_scale: flow time left to the VAE, and noise added for it, of VAEs that denoise.
-    Other options: see `PipelineVideo`.
+    `cond` holds "text" (batch, tokens, dim); "mask" (batch, tokens), True for real tokens.
+
+    Args:
+        pipe: The pipeline.
+        frame_rate: Frames per second of the clip; it sets the speed of motion.
+        decode_timestep: Flow time left to the VAE, of VAEs that denoise.
+        decode_noise_scale: Noise added for it; default: `decode_timestep`.
+        options: As in `PipelineVideo`.
+
+    Raises:
+        PipelineError: An option is no number, and as in `PipelineVideo`.
     """
 
     family = "LTX-Video"
+    prompt_parts = ("text", "mask")
 
     def __init__(
         self,
@@ -80,59 +60,62 @@ class LTXVideo(PipelineVideo):
         self.decode_noise_scale = finite("decode_noise_scale", noise)
         super().__init__(pipe, **options)
 
-    @property
-    def compression(self) -> tuple[int, int]:
-        return int(self.pipe.vae_temporal_compression_ratio), int(self.pipe.vae_spatial_compression_ratio)
+    @staticmethod
+    def call(
+        network: nn.Module,
+        z: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        dtype: torch.dtype,
+        patch: tuple[int, int, int] = (1, 1, 1),
+        scale: tuple[float, float, float] = (8 / 25, 32, 32),
+    ) -> Tensor:
+        """`scale` is seconds and pixels per latent, of the rotary embedding."""
+        t, h, w = (size // step for size, step in zip(z.shape[2:], patch, strict=True))
+        steps = dict(zip(("pt", "ph", "pw"), patch, strict=True))
+        tokens = rearrange(z, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", **steps)
+        out = network(
+            hidden_states=tokens.to(dtype),
+            encoder_hidden_states=cond["text"],
+            timestep=time,
+            encoder_attention_mask=cond["mask"],
+            num_frames=t,
+            height=h,
+            width=w,
+            rope_interpolation_scale=scale,
+            return_dict=False,
+        )[0]
+        return rearrange(out, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, **steps)
 
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        space = int(self.pipe.transformer_spatial_patch_size)
-        return int(self.pipe.transformer_temporal_patch_size), space, space
-
-    def _denoiser(self) -> Any:
+    def _call_options(self) -> dict[str, Any]:
         time, space = self.compression
-        channels = self.transformer.config.in_channels // math.prod(self.patch)
-        return self._flow(LTXBranch(self.transformer, channels, self.patch, (time / self.frame_rate, space, space)))
+        return {"patch": self.patch, "scale": (time / self.frame_rate, space, space)}
 
-    def _encode_text(self, text: str) -> Conditioning:
-        embeds, mask, *_ = self.pipe.encode_prompt(
-            [text], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
-        )
-        return {"text": embeds, "mask": mask}
+    @property
+    def channels(self) -> int:
+        return self.transformer.config.in_channels // math.prod(self.patch)
 
     def _times(self, steps: int) -> Tensor:
-        config = self.pipe.scheduler.config
         given: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
-        if config.get("use_dynamic_shifting"):
-            given["mu"] = self._mu(config)
+        if self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            given["mu"] = self._mu(self.pipe.scheduler.config)
         return flow_times(self.pipe.scheduler, num_inference_steps=steps, **given)
 
     def _mu(self, config: Any) -> float:
-        """log of the shift: linear in the number of latents, through two points that the scheduler names."""
+        """Logarithm of the shift: linear in the number of latents, through two points that the scheduler names."""
         if self._shape is None:
             raise PipelineError(
                 "LTX-Video's schedule depends on the size of the clip, which is not known yet.\n"
                 "  sigmas = kv.from_pipeline(pipe).given(clip).sigmas(30), or a static shift: "
                 "kv.from_pipeline(pipe, shift=3.0)."
             )
+        with broken_torchvision_hidden():
+            from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+
         (t, s), (frames, height, width) = self.compression, self._shape[2:]
-        count = ((frames - 1) // t + 1) * (height // s) * (width // s)
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        start, stop = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return start + (count - low) * (stop - start) / (high - low)
-
-    def _normalise(self, latents: Tensor) -> Tensor:
-        mean, std, factor = self._statistics(latents)
-        return (latents - mean) * factor / std
-
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        mean, std, factor = self._statistics(latents)
-        return latents * std / factor + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor, float]:
-        vae = self.pipe.vae
-        mean, std = (value.to(like).view(1, -1, 1, 1, 1) for value in (vae.latents_mean, vae.latents_std))
-        return mean, std, float(vae.config.scaling_factor)
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        points = [config.get(name, default) for name, default in names.items()]
+        return calculate_shift(((frames - 1) // t + 1) * (height // s) * (width // s), *points)
 
     def _decode(self, raw: Tensor) -> Tensor:
         vae = self.pipe.vae
@@ -140,7 +123,7 @@ class LTXVideo(PipelineVideo):
             return vae.decode(raw, None, return_dict=False)[0]
         times = raw.new_full((len(raw),), self.decode_timestep)
         if self.decode_noise_scale:
-            # The same noise for every decode: source and edit must differ only where their latents do.
+            # Every decode adds the same noise: source and edit must differ only where their latents do.
             noise = torch.randn(raw.shape[1:], generator=torch.Generator().manual_seed(0)).to(raw)
             raw = torch.lerp(raw, noise.expand_as(raw), self.decode_noise_scale)
         return vae.decode(raw, times, return_dict=False)[0]

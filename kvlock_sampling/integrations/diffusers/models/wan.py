@@ -1,97 +1,194 @@
-"""Wan 2.1 and 2.2, text to video: WanPipeline, WanVideoToVideoPipeline. The base of Wan's other pipelines.
+"""Wan 2.1 and 2.2: WanPipeline, WanVideoToVideoPipeline, WanImageToVideoPipeline, WanVACEPipeline.
 
 - Latents: (VAE's - latents_mean) / latents_std. Flow, velocity, time 0 to 1000.
 - Two experts (Wan 2.2 A14B): `transformer` for times from boundary_ratio * 1000 up, `transformer_2` below.
-- expand_timesteps (Wan 2.2 TI2V-5B): one time per token; for text to video they are all equal.
+- expand_timesteps (Wan 2.2 TI2V-5B): one time per token. Text to video: all are equal. Image to video: the first latent
+  frame *is* the image, at time 0.
+- Image to video of the others: 4 channels that say which frames are given and the latents of (first frame, then grey)
+  follow the 16 noisy channels; Wan 2.1 also reads the frame's CLIP features.
+- VACE reads latents of what is kept, latents of what is to change, and the mask folded into 64 channels. Reference
+  images are not offered: the pipeline generates them as extra frames, and a lock has no source for those.
 
-Source: diffusers `pipelines/wan/pipeline_wan.py`; Wan, arXiv 2503.20314.
+Sources: diffusers `pipelines/wan/`, whose own functions fold VACE's control; Wan, arXiv 2503.20314; VACE, 2503.07598.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .base import Branch, Conditioning, PipelineVideo
-
-
-class WanBranch(Branch):
-    """Calls a Wan transformer, or the one of two that is in charge.  cond: "text" (batch, tokens, dim)."""
-
-    def __init__(
-        self,
-        transformer: nn.Module,
-        channels: int,
-        transformer_2: nn.Module | None = None,
-        boundary: float | None = None,
-        per_token: bool = False,
-        train_steps: float = 1000.0,
-    ) -> None:
-        super().__init__(transformer, channels)
-        self.transformer_2 = transformer_2
-        self.boundary = boundary if transformer_2 is not None else None
-        self.per_token, self.train_steps = per_token, train_steps
-
-    def expert(self, time: Tensor) -> nn.Module:
-        if self.boundary is None or self.transformer_2 is None:
-            return self.transformer
-        # One noise level per call: a lock asks for that, and samplers do nothing else.
-        high, low = self.transformer, self.transformer_2
-        chosen, other = (high, low) if float(time.max()) >= self.boundary else (low, high)
-        if type(getattr(other, "_hf_hook", None)).__name__ == "CpuOffload":
-            other.to("cpu")  # offloading looks ahead only, and a run may go back up the noise levels
-        return chosen
-
-    def call(self, network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
-        times = self._times(network, z, time) if self.per_token else time
-        return self._ask(network, z.to(dtype), times, cond)
-
-    def _times(self, network: Any, z: Tensor, time: Tensor) -> Tensor:
-        """(batch, tokens): every token's time."""
-        patch = network.config.patch_size
-        t, h, w = (size // step for size, step in zip(z.shape[2:], patch, strict=True))
-        return time[:, None].expand(-1, t * h * w)
-
-    def _ask(self, network: nn.Module, z: Tensor, times: Tensor, cond: Conditioning) -> Tensor:
-        return network(hidden_states=z, timestep=times, encoder_hidden_states=cond["text"], return_dict=False)[0]
+from ..errors import PipelineError
+from ..schedule import train_steps
+from .base import Conditioning, PipelineVideo, finite
 
 
 class WanVideo(PipelineVideo):
-    """Wan, text to video. See `PipelineVideo` for the options."""
+    """Wan, text to video. `cond` holds "text" (batch, tokens, dim). See `PipelineVideo` for the options."""
 
     family = "Wan"
-    branch: type[WanBranch] = WanBranch
 
-    def _denoiser(self) -> Any:
-        config = self.pipe.config
-        ratio = config.get("boundary_ratio")
-        branch = self.branch(
-            self.transformer,
-            channels=self.pipe.vae.config.z_dim,
-            transformer_2=getattr(self.pipe, "transformer_2", None),
-            boundary=None if ratio is None else ratio * self.train_steps,
-            per_token=bool(config.get("expand_timesteps")),
-            train_steps=self.train_steps,
-        )
-        return self._flow(branch)
+    @staticmethod
+    def call(
+        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, per_token: bool = False
+    ) -> Tensor:
+        times = token_times(network, z, time) if per_token else time
+        return _ask(network, z.to(dtype), times, cond)
 
-    def _encode_text(self, text: str) -> Conditioning:
-        embeds, _ = self.pipe.encode_prompt(
-            [text], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
-        )
-        return {"text": embeds}
+    def _call_options(self) -> dict[str, Any]:
+        return {"per_token": bool(self.pipe.config.get("expand_timesteps"))}
 
-    def _normalise(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
+    @property
+    def channels(self) -> int:
+        return self.pipe.vae.config.z_dim
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        mean, std = self._statistics(latents)
-        return latents * std + mean
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipe.vae.config
-        mean, std = (like.new_tensor(v).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-        return mean, std
+class WanImageVideo(WanVideo):
+    """Wan, image to video.
+
+    `cond` holds "text"; "frame", latents of the first frame (batch, 16, 1, height, width) if times are per token,
+    otherwise channels to append (batch, 20, time, height, width); "features" (batch, patches, dim), optional.
+
+    Args:
+        pipe: The pipeline.
+        image: The frame to start from, (3, height, width) in [-1, 1], e.g. the first frame edited by an image model;
+            default: the clip's own first frame.
+        options: As in `PipelineVideo`.
+
+    Raises:
+        PipelineError: The image has another size than the clip (raised by `given`), and as in `PipelineVideo`.
+    """
+
+    def __init__(self, pipe: Any, *, image: Tensor | None = None, **options: Any) -> None:
+        self.image = image
+        super().__init__(pipe, **options)
+
+    @staticmethod
+    def call(
+        network: Any,
+        z: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        dtype: torch.dtype,
+        per_token: bool = False,
+        steps: float = 1000.0,
+    ) -> Tensor:
+        if "frame" not in cond:
+            raise PipelineError(
+                "image to video reads the clip's first frame, which this prompt does not hold.\n"
+                "  video = kv.from_pipeline(pipe).given(clip); cond = video.prompt(text)"
+            )
+        read = {"encoder_hidden_states_image": cond.get("features")}
+        if not per_token:
+            frame = cond["frame"].expand(len(z), -1, -1, -1, -1)
+            return _ask(network, torch.cat([z.to(dtype), frame], dim=1), time, cond, **read)
+        known = cond["frame"].to(z)
+        times = token_times(network, z, time).clone()
+        times[:, : times.shape[1] // z.shape[2]] = 0  # tokens of the first frame, time being the outermost axis
+        velocity = _ask(network, torch.cat([known, z[:, :, 1:]], dim=2).to(dtype), times, cond, **read)
+        # The first frame is known, so x0-hat = z - t * v must be it.
+        t = (time / steps).clamp(min=torch.finfo(torch.float32).tiny).view(-1, 1, 1, 1, 1)
+        return torch.cat([(z[:, :, :1] - known) / t, velocity[:, :, 1:].to(z)], dim=2)
+
+    def _call_options(self) -> dict[str, Any]:
+        return {**super()._call_options(), "steps": train_steps(self.pipe.scheduler)}
+
+    def starting_from(self, image: Tensor) -> WanImageVideo:
+        """Return the same model with another frame to start from, (3, height, width) in [-1, 1]."""
+        other = copy.copy(self)
+        other.image, other._clips = image, {}
+        return other
+
+    def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
+        first = clips[:, :, :1]
+        if self.image is not None:
+            if self.image.shape != clips.shape[1:2] + clips.shape[3:]:
+                raise PipelineError(
+                    f"image has shape {tuple(self.image.shape)}; expected (3, height, width) of the clip, "
+                    f"(3, {clips.shape[3]}, {clips.shape[4]}), in [-1, 1]."
+                )
+            first = self.image[None, :, None].to(clips).expand(len(clips), -1, -1, -1, -1)
+        found = {"features": self._features(first)} if self.transformer.config.image_dim is not None else {}
+        if self.pipe.config.get("expand_timesteps"):
+            return {"frame": self.encode(first), **found}
+        latents = self.encode(torch.cat([first, torch.zeros_like(clips[:, :, 1:])], dim=2))
+        # One channel per pixel frame of a latent frame, 1 where that frame is given.
+        given = latents.new_zeros(len(clips), self.compression[0], *latents.shape[2:])
+        given[:, :, 0] = 1
+        return {"frame": torch.cat([given, latents], dim=1), **found}
+
+    def _features(self, first: Tensor) -> Tensor:
+        """CLIP features of the first frames, (batch, patches, dim)."""
+        if getattr(self.pipe, "image_encoder", None) is None:
+            raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
+        images = [pixels[:, 0].float().cpu() for pixels in first.add(1).div(2).clamp(0, 1)]
+        pictures = self.pipe.video_processor.numpy_to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy())
+        return self.pipe.encode_image(pictures, self.device)
+
+
+class WanVaceVideo(WanVideo):
+    """Wan-VACE: the transformer reads the clip and the mask of the edit through its control layers.
+
+    `cond` holds "text"; "control" (batch, 96, time, height, width); "strength" (batch, layers).
+
+    Args:
+        pipe: The pipeline.
+        reactive: What the model sees where the mask is 1: "grey" (VACE's inpainting), or "clip", the old content.
+        conditioning_scale: Strength of the control.
+        options: As in `PipelineVideo`.
+
+    Raises:
+        PipelineError: Another `reactive`, a strength that is no number, and as in `PipelineVideo`.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        reactive: Literal["grey", "clip"] = "grey",
+        conditioning_scale: float = 1.0,
+        **options: Any,
+    ) -> None:
+        if reactive not in ("grey", "clip"):
+            raise PipelineError(f"reactive={reactive!r}; expected 'grey' (inpainting) or 'clip' (the old content).")
+        self.reactive, self.conditioning_scale = reactive, finite("conditioning_scale", conditioning_scale)
+        super().__init__(pipe, **options)
+
+    @staticmethod
+    def call(
+        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, per_token: bool = False
+    ) -> Tensor:
+        if "control" not in cond:
+            raise PipelineError(
+                "VACE reads the clip and its mask, which this prompt does not hold.\n"
+                "  video = kv.from_pipeline(pipe).given(clip, mask); cond = video.prompt(text)"
+            )
+        control = cond["control"].expand(len(z), -1, -1, -1, -1)
+        read = {"control_hidden_states": control, "control_hidden_states_scale": cond["strength"][0]}
+        return _ask(network, z.to(dtype), time, cond, **read)
+
+    def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
+        clips = clips.to(self.device).float()
+        region = (mask.to(self.device) > 0.5).float().expand_as(clips)
+        shown = clips * (1 - region) if self.reactive == "grey" else clips
+        controls = []
+        for clip, part in zip(shown.split(1), region.split(1), strict=True):  # the pipeline takes one clip at a time
+            latents = self.pipe.prepare_video_latents(clip, part, [[]], None, self.device)
+            folded = self.pipe.prepare_masks(part, [[]]).to(latents)
+            controls.append(torch.cat([latents, folded], dim=1).float())
+        layers = len(self.transformer.config.vace_layers)
+        strength = controls[0].new_full((len(clips), layers), self.conditioning_scale)
+        return {"control": torch.cat(controls), "strength": strength}
+
+
+def token_times(network: Any, z: Tensor, time: Tensor) -> Tensor:
+    """The time of every token, (batch, tokens)."""
+    t, h, w = (size // step for size, step in zip(z.shape[2:], network.config.patch_size, strict=True))
+    return time[:, None].expand(-1, t * h * w)
+
+
+def _ask(network: nn.Module, z: Tensor, times: Tensor, cond: Conditioning, **read: Any) -> Tensor:
+    """One call of a Wan transformer; the velocity."""
+    return network(hidden_states=z, timestep=times, encoder_hidden_states=cond["text"], return_dict=False, **read)[0]

@@ -1,0 +1,140 @@
+"""Run code around a module's forward: for the length of a `with` block, in one thread, compiled or not.
+
+`torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. In
+a compiled graph such a hook would never run, or run for a lock that is gone. So a hook here replaces
+`module.forward` by a function that the compiler does not enter. The compiler's guards notice the new attribute and it
+compiles a second form of the graph, which breaks at the hook. Both forms stay cached, and an idle module costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""`around(call, args, kwargs)` calls `call` with the arguments it chooses, and returns the output."""
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]
+"""`before(args, kwargs)` returns the arguments to call the module with."""
+
+
+class ForwardHook(NamedTuple):
+    """Code to run at the calls of a module.
+
+    Attributes:
+        module: The module.
+        around: Wraps the whole call. Nothing inside the module stays compiled.
+        before: Changes the arguments only. Compiled code inside the module stays compiled.
+    """
+
+    module: nn.Module
+    around: Around | None = None
+    before: Before | None = None
+
+
+class _Forward:
+    """The replacement of one module's forward. It is made once, because compiled graphs hold on to it."""
+
+    def __init__(self, module: nn.Module, whole: bool) -> None:
+        self.users = 0
+        self.own: Any = None
+        self.replaced: Any = None
+        self.hidden = compiler_imported()
+        reference = weakref.ref(module)
+
+        def here() -> nn.Module:
+            module = reference()
+            assert module is not None
+            return module
+
+        def prepared(args: Any, kwargs: Any) -> Arguments:
+            for hook in _hooks.get().get(id(here()), ()):
+                if hook.before is not None:
+                    args, kwargs = hook.before(args, kwargs)
+            return args, kwargs
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = prepared(args, kwargs)
+            call = self.own or here().forward
+            for hook in _hooks.get().get(id(here()), ()):
+                if hook.around is not None:
+                    call = partial(_around, hook.around, call)
+            return call(*args, **kwargs)
+
+        if self.hidden:  # torch.compiler.disable imports the compiler, which takes seconds
+            prepared = torch.compiler.disable(prepared)
+            forward = torch.compiler.disable(forward, recursive=whole)
+        self.forward = forward
+
+    def install(self, module: nn.Module) -> None:
+        self.replaced, self.own = module.__dict__.get("forward"), module.forward
+        module.forward = self.forward
+
+    def remove(self, module: nn.Module) -> None:
+        if module.__dict__.get("forward") is not self.forward:
+            return  # other code wrapped it meanwhile; this function passes every call on
+        if self.replaced is None:
+            del module.forward
+        else:
+            module.forward = self.replaced
+        self.own = self.replaced = None
+
+
+def _around(around: Around, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around(call, args, kwargs)
+
+
+_lock = threading.RLock()
+_forwards: weakref.WeakKeyDictionary[nn.Module, _Forward] = weakref.WeakKeyDictionary()
+_hooks: ContextVar[dict[int, tuple[ForwardHook, ...]]] = ContextVar("kvlock_forward_hooks", default={})  # noqa: B039
+
+
+@contextmanager
+def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
+    """Run these hooks for calls made inside the block, by this thread or task. Nested blocks add up.
+
+    Once every thread has left, each module's `forward` is the object that it was.
+    """
+    now = dict(_hooks.get())
+    with ExitStack() as stack:
+        for hook in hooks:
+            now[id(hook.module)] = (*now.get(id(hook.module), ()), hook)
+            _install(hook)
+            stack.callback(_remove, hook.module)
+        token = _hooks.set(now)
+        try:
+            yield
+        finally:
+            _hooks.reset(token)
+
+
+def _install(hook: ForwardHook) -> None:
+    with _lock:
+        forward = _forwards.get(hook.module)
+        if forward is None or (not forward.users and forward.hidden != compiler_imported()):
+            forward = _forwards[hook.module] = _Forward(hook.module, hook.around is not None)
+        if not forward.users:
+            forward.install(hook.module)
+        forward.users += 1
+
+
+def _remove(module: nn.Module) -> None:
+    with _lock:
+        forward = _forwards[module]
+        forward.users -= 1
+        if not forward.users:
+            forward.remove(module)
+
+
+def compiler_imported() -> bool:
+    """Whether the compiler was imported. Without it nothing can be compiled."""
+    return "torch._dynamo" in sys.modules

@@ -1,0 +1,85 @@
+"""The architectures that are known, and the search for their attention layers in a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..types import AttentionError
+from ..utils.modules import reachable_modules
+from .architecture import Architecture
+from .architectures import BUILT_IN
+from .layers import AttentionLayers
+
+_registered: list[Architecture] = []
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Let `find_layers`, and so every KVLock, know a family of models. The latest registration goes first.
+
+    Args:
+        architecture: The declaration.
+
+    Returns:
+        The same declaration.
+
+    Raises:
+        AttentionError: The argument is no Architecture.
+    """
+    if not isinstance(architecture, Architecture):
+        raise AttentionError(
+            f"register got a {type(architecture).__name__}; expected an Architecture, e.g.\n"
+            '  Architecture("mine", ("my_package.model:MyDiT",), layers=("blocks.*.attn",), patch=(1, 2, 2))'
+        )
+    _registered.insert(0, architecture)
+    return architecture
+
+
+def find_layers(model: Any) -> AttentionLayers:
+    """Find the attention layers of a model, or of a network wrapped in it.
+
+    The search covers submodules, what a wrapper holds under `inner_model`, `model`, `transformer`, `transformer_2` or
+    `module`, and what a plain function closes over. Two networks of one family, such as the experts of Wan 2.2, are
+    locked alike.
+
+    Args:
+        model: A denoiser, a network, or a function around one.
+
+    Raises:
+        AttentionError: No known architecture was found; the message says what was seen and what to pass instead.
+    """
+    known, seen, found = (*_registered, *BUILT_IN), [], []
+    inside: set[int] = set()
+    for module in reachable_modules(model):
+        if id(module) in inside:
+            continue
+        family = next((a for a in known if a.matches(module)), None)
+        if family is None:
+            seen.append(type(module).__name__)
+            continue
+        found.append(family.find(module))
+        inside.update(id(part) for part in module.modules())
+    if found:
+        return _combined(found)
+    looked = ", ".join(dict.fromkeys(seen)) if seen else f"{type(model).__name__} (no torch module inside)"
+    families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
+    raise AttentionError(
+        f"no attention layers found in {looked[:400]}.\n"
+        f"  Known architectures: {families}.\n"
+        "  For another model whose attention calls F.scaled_dot_product_attention, say where its tokens are:\n"
+        "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
+        "  or declare it: kv.Architecture(...).find(transformer).\n"
+        "  For control of guidance alone, without a source: KVLock(model, policy=...)."
+    )
+
+
+def _combined(found: list[AttentionLayers]) -> AttentionLayers:
+    """The layers of several networks, e.g. experts, as those of one model, if the networks are built like the first."""
+    first = found[0]
+    built = (first.architecture, first.patch, len(first.layers))
+    alike = [f for f in found if (f.architecture, f.patch, len(f.layers)) == built]
+    if len(alike) == 1:
+        return first
+    layers = [replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers]
+    blocks = tuple(block for f in alike for block in f.blocks)
+    return replace(first, layers=tuple(layers), networks=tuple(f.networks[0] for f in alike), blocks=blocks)

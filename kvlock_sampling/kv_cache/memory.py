@@ -1,0 +1,97 @@
+"""Levels in host memory: least recently used eviction within one byte budget."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from .errors import KVCacheError
+from .quantize import PackedLevel, level_bytes
+
+_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+
+
+class MemoryTier:
+    """Levels by cache entry and noise level. `used` never exceeds `budget`.
+
+    Attributes:
+        budget: Bytes that may be held; None is no limit.
+        used: Bytes of the tensors held now.
+    """
+
+    def __init__(self, budget: int | None) -> None:
+        self.budget = budget
+        self.used = 0
+        self._levels: OrderedDict[tuple[str, float], PackedLevel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def sigmas(self, entry: str) -> set[float]:
+        """Return the noise levels held of one cache entry."""
+        with self._lock:
+            return {sigma for name, sigma in self._levels if name == entry}
+
+    def get(self, entry: str, sigma: float) -> PackedLevel | None:
+        """Return a level and mark it as used last; None if it is not held."""
+        with self._lock:
+            level = self._levels.get((entry, sigma))
+            if level is not None:
+                self._levels.move_to_end((entry, sigma))
+            return level
+
+    def make_room(self, size: int) -> bool:
+        """Evict levels until `size` more bytes fit. Returns False, and evicts nothing, if they exceed the budget."""
+        with self._lock:
+            return self._make_room(size)
+
+    def put(self, entry: str, sigma: float, level: PackedLevel) -> bool:
+        """Hold a level in place of an older one. Returns False if it exceeds the whole budget."""
+        with self._lock:
+            self.used -= level_bytes(self._levels.pop((entry, sigma), {}))
+            if not self._make_room(level_bytes(level)):
+                return False
+            self._levels[entry, sigma] = level
+            self.used += level_bytes(level)
+            return True
+
+    def _make_room(self, size: int) -> bool:
+        if self.budget is None:
+            return True
+        if size > self.budget:
+            return False
+        while self.used + size > self.budget:
+            _, level = self._levels.popitem(last=False)
+            self.used -= level_bytes(level)
+        return True
+
+
+def parse_bytes(size: Any, name: str = "budget") -> int | None:
+    """Read a size: a number of bytes, text such as "4GB" (10^9) or "4GiB" (2^30), or None for no limit.
+
+    Args:
+        size: The size.
+        name: Name of the setting, for the error.
+
+    Raises:
+        KVCacheError: The size cannot be read.
+    """
+    if size is None:
+        return None
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < float("inf"):
+        return int(size)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", size, re.I) if isinstance(size, str) else None
+    if found is None or found[2].lower() not in _UNITS:
+        raise KVCacheError(
+            f'{name}={size!r}; expected bytes, e.g. {name}=4_000_000_000, "4GB" or "512MiB", or None for no limit.'
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def readable(count: float) -> str:
+    """Write a number of bytes with a unit, e.g. "2.1 GB"."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{int(count)} bytes"

@@ -1,0 +1,68 @@
+"""Check what a policy returned, in a run and in `testing.check_policy`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Control, PolicyError
+
+
+def policy_name(policy: Any) -> str:
+    """The name of the policy's class, or of the function under `@stateless`."""
+    return getattr(policy, "__name__", None) or type(policy).__name__
+
+
+def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
+    """Check the types and shapes of a policy's answer, without reading values from a device.
+
+    Args:
+        policy: The policy, for its name.
+        control: What it returned.
+        batch: The number of clips.
+        tokens: The number of tokens that a per-token lock must have; None if nothing can be locked.
+        method: The method that returned it, "step" or "start".
+
+    Raises:
+        PolicyError: Says what was returned, what is expected, and what to write.
+    """
+    name = f"{policy_name(policy)}.{method}"
+    if not isinstance(control, Control):
+        raise PolicyError(
+            f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
+            f"{' and the new state: return state, Control(...)' if method == 'step' else ''}."
+        )
+    for field, value in control._asdict().items():
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape)
+            per_token = field == "lock" and tokens is not None and shape == (batch, tokens)
+            if shape not in ((), (batch,)) and not per_token:
+                extra = f" or (batch, tokens) = ({batch}, {tokens})" if field == "lock" and tokens else ""
+                raise PolicyError(
+                    f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},),{extra} or a float.\n"
+                    "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
+                )
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
+    return control
+
+
+def check_finite(policy: Any, control: Control, method: str) -> None:
+    """Check the values of an answer, where that costs no transfer from a device.
+
+    Raises:
+        PolicyError: A value is NaN or infinite.
+    """
+    for field, value in control._asdict().items():
+        if isinstance(value, Tensor):
+            finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
+        else:
+            finite = value is None or math.isfinite(value)
+        if not finite:
+            raise PolicyError(
+                f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
+                "  Is x0-hat finite? A policy with uses_risk=False, and any policy in start, sees NaN as risk."
+            )

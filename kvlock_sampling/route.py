@@ -1,0 +1,118 @@
+"""What one evaluation takes of the source, and the route by which it reaches the edit: decided once per evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .attention import AttentionLayers, FusionContext, Hooks, fusion_ratio
+from .kv_cache import CacheEntry
+from .run import Run, Step
+from .settings import LockSettings
+
+WORTH_NARROWING = 0.9
+"""If more than this fraction of the tokens must be computed, gathering them costs more than it saves."""
+
+
+class Route(Enum):
+    """How the source's K/V reach the edit in one evaluation.
+
+    UNLOCKED: not at all. LOCKSTEP: the source rides as more rows of the edit's call. INTERLEAVED: likewise, but each
+    block runs on the source's rows, then on the edited tokens alone. SOURCE_PASS: from a source pass just before.
+    CACHED: from the KV cache, which a source pass fills where it has nothing for this noise level.
+    """
+
+    UNLOCKED = "unlocked"
+    LOCKSTEP = "lockstep"
+    INTERLEAVED = "interleaved"
+    SOURCE_PASS = "source pass"
+    CACHED = "cached"
+
+
+def choose_route(
+    *,
+    locked: bool,
+    narrow: bool,
+    cached: bool,
+    one_call: bool,
+    interleaves: bool,
+    probes: bool,
+) -> Route:
+    """The route of one evaluation, from this evaluation alone.
+
+    Args:
+        locked: The lock is above 0 somewhere.
+        narrow: The edit runs on the edited tokens alone.
+        cached: The lock has a K/V cache.
+        one_call: Source and edit can be rows of one call.
+        interleaves: The model's blocks can be called one after the other for source and edit.
+        probes: The estimator evaluates the model again, and then needs the source's K/V again.
+    """
+    if not locked:
+        return Route.UNLOCKED
+    if cached:
+        return Route.CACHED
+    if not one_call:
+        return Route.SOURCE_PASS
+    if not narrow:
+        return Route.LOCKSTEP
+    return Route.INTERLEAVED if interleaves and not probes else Route.SOURCE_PASS
+
+
+@dataclass(frozen=True)
+class Locked:
+    """What one evaluation takes of the source.
+
+    Attributes:
+        layers: The attention layers.
+        hooks: They make the locked calls.
+        context: What the layers fuse; each call has its own copy.
+        x: The source at this noise level.
+        clean: The clean source.
+        left_out: The latents that are not computed, bool; None if all are.
+        entry: Opens the K/V cache's entry for the arguments of the source's pass; None without a cache.
+    """
+
+    layers: AttentionLayers
+    hooks: Hooks
+    context: FusionContext
+    x: Tensor
+    clean: Tensor
+    left_out: Tensor | None
+    entry: Callable[[Mapping[str, Any]], CacheEntry] | None
+
+    @property
+    def computed(self) -> float:
+        """The fraction of the tokens that the edit runs on."""
+        selection = self.context.selection
+        return selection.fraction if self.context.narrow and selection is not None else 1.0
+
+
+def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
+    """What this evaluation takes of the source; None if it locks nothing."""
+    tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
+    if step.lock.high == 0 or source is None or mask is None or layers is None or tools.hooks is None:
+        return None
+    noise, full = run.source_noise(source, step.x, step.model_sigma), settings.foreground and step.lock.low == 1
+    selection = left_out = entry = None
+    if full or tools.cached is not None:
+        selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
+    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
+    if tools.cached is not None and selection is not None:
+        entry = partial(tools.cached.entry, source.latents, noise, selection, step.state.expert)
+    background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)
+    context = FusionContext(
+        "inject",
+        fusion_ratio(step.lock.rows(step.x.device), background),
+        grid=layers.grid(step.x.shape),
+        selection=selection if narrow or entry is not None else None,
+        narrow=narrow,
+        text_first=bool(layers.layers) and layers.layers[0].text == "first",
+    )
+    at_sigma, clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)
+    return Locked(layers, tools.hooks, context, at_sigma, clean, left_out if narrow else None, entry)

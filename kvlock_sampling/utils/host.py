@@ -1,0 +1,35 @@
+"""Read ranges of tensors from their device in one transfer, since every transfer makes the host wait for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Range = tuple[float, float]
+
+
+class HostReads:
+    """The smallest and largest entries of tensors as floats, read once per tensor. One object serves one evaluation."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Range]] = {}
+
+    def together(self, *values: Any) -> None:
+        """Read all of these values that are tensors and not known yet, with one transfer per device."""
+        new = {id(v): v for v in values if isinstance(v, Tensor) and v.numel() and id(v) not in self._known}
+        for device in {v.device for v in new.values()}:
+            here = [v for v in new.values() if v.device == device]
+            # float64 holds every float32 exactly. MPS has no float64.
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            ends = torch.stack([end.to(wide) for v in here for end in v.detach().aminmax()]).tolist()
+            for v, low, high in zip(here, ends[::2], ends[1::2], strict=True):
+                self._known[id(v)] = v, (low, high)
+
+    def range(self, value: float | Tensor) -> Range:
+        """The smallest and the largest entry; a float is both."""
+        if not isinstance(value, Tensor):
+            return float(value), float(value)
+        self.together(value)
+        return self._known[id(value)][1]

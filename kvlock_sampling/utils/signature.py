@@ -1,0 +1,27 @@
+"""What a denoiser's methods and signature say about it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+
+def method_of(model: Any, name: str) -> Any:
+    """A method that a denoiser may define to replace a rule of the variance-exploding form; None without it."""
+    found = getattr(model, name, None)
+    return found if callable(found) else None
+
+
+def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the denoiser's signature; empty if it has none to read."""
+    try:
+        return inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def default_of(model: Any, name: str) -> Any:
+    """The default of a parameter; 1.0 without one."""
+    parameter = parameters_of(model).get(name)
+    return 1.0 if parameter is None or parameter.default is parameter.empty else parameter.default

@@ -1,0 +1,347 @@
+"""Fingerprints: every change of a weight, a setting or an argument shows, and an equal one gives the same."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kvlock_sampling.attention import AttentionLayer, AttentionLayers
+from kvlock_sampling.attention.foreground import Selection
+from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint
+from kvlock_sampling.kv_cache import fingerprint as module
+from kvlock_sampling.kv_cache.fingerprint import block_sums
+from kvlock_sampling.types import AttentionError
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 300), nn.LayerNorm(300), nn.Linear(300, 5))
+
+
+def fused_optimizer(w):
+    optimizer = torch.optim.AdamW([w], lr=0.1, fused=True)
+    w.sum().backward()
+    optimizer.step()
+    w.grad = None
+
+
+def in_inference_mode(w):
+    with torch.inference_mode():
+        w.view(-1)[3] += 1
+
+
+@torch.no_grad()
+def in_place(w):
+    w[2, 3] += 1
+
+
+def version_kept(w):
+    with torch.autograd._unsafe_preserve_version_counter(w):
+        in_place(w)
+
+
+UNSEEN = {
+    "through data": lambda w: w.data[1].mul_(1.5),  # as peft does when it fuses a LoRA
+    "through data, all": lambda w: w.data.add_(1),
+    "numpy": lambda w: w.detach().numpy().__setitem__((2, 3), 9.0),
+    "dlpack": lambda w: torch.from_dlpack(w.detach())[2].zero_(),
+    "the storage": lambda w: w.untyped_storage().copy_(torch.ones_like(w).untyped_storage()),
+    "a fused optimizer": fused_optimizer,
+    "the version kept": version_kept,
+}
+SEEN = {
+    "in place": in_place,
+    "inference mode": in_inference_mode,
+    "detached": lambda w: w.detach().view(-1)[0].neg_(),
+    "other memory": lambda w: setattr(w, "data", w.data + 1),
+    "swapped": lambda w: torch.utils.swap_tensors(w, nn.Parameter(torch.ones_like(w))),
+}
+
+
+@pytest.mark.parametrize("way", [*UNSEEN, *SEEN])
+def test_every_way_of_writing_to_a_weight_shows(way):
+    model = network()
+    own, weight = model_fingerprint(model), model[0].weight
+    before = weight._version, weight.data_ptr()
+    (UNSEEN | SEEN)[way](weight)
+    # Why nothing is remembered of a weight: of these writes neither counter nor address tells. Later torches may count.
+    if torch.__version__.startswith("2.13."):
+        assert ((weight._version, weight.data_ptr()) == before) == (way in UNSEEN)
+    assert model_fingerprint(model) != own
+    assert model_fingerprint(model) == model_fingerprint(model)
+
+
+def test_weights_made_in_inference_mode_are_read_as_well():
+    with torch.inference_mode():
+        model = network()
+        own = model_fingerprint(model)
+        model[2].weight[4, 4] += 1
+        changed = model_fingerprint(model)
+    assert own == model_fingerprint(network())
+    assert changed != own
+
+
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float64,
+    torch.complex64,
+    torch.int8,
+    torch.bool,
+)
+
+
+@given(st.integers(1, 500), st.integers(0, 7), st.sampled_from(DTYPES), st.data())
+@settings(max_examples=80, deadline=None)
+def test_one_number_anywhere_in_any_dtype_shows(count, offset, dtype, data):
+    at = data.draw(st.integers(0, count - 1))
+    generator = torch.Generator().manual_seed(count)
+    numbers = (torch.randn(offset + count, generator=generator) * 3).to(dtype)
+    sums = block_sums(numbers[offset:])
+    assert torch.equal(block_sums(numbers[offset:].clone()), sums)  # at any address
+    one = numbers.view(torch.uint8).view(-1, dtype.itemsize)[offset + at, data.draw(st.integers(0, dtype.itemsize - 1))]
+    one.bitwise_xor_(1 << data.draw(st.integers(0, 0 if dtype == torch.bool else 7)))
+    assert not torch.equal(block_sums(numbers[offset:]), sums)
+
+
+def test_sums_are_of_blocks_so_that_rows_in_another_order_show(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 4)
+    rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    sums = block_sums(rows)
+    assert not torch.equal(block_sums(rows.flip(0)), sums)
+    assert torch.equal(sums[:50], rows.view(torch.int64).sum(-1))
+    assert torch.equal(block_sums(rows.t().contiguous().t()), sums)  # the layout does not matter
+
+
+class Scaled(torch.Tensor):
+    """A quantised weight as libraries make them: 8 bits, a scale, and no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values_, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values_", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values_, args[0].scale)
+        raise NotImplementedError(func)
+
+    def dequantize(self):
+        return self.values_ * self.scale
+
+
+def test_the_parts_of_a_quantised_weight_are_read():
+    model = nn.Module()
+    values = torch.arange(2000).remainder(100).to(torch.int8).view(40, 50)
+    model.register_buffer("weight", Scaled(values, torch.tensor(0.5)))
+    own = model_fingerprint(model)
+    values[0, 1] += 1  # not among those that are sampled
+    changed = model_fingerprint(model)
+    model.weight.scale.mul_(2)
+    assert len({own, changed, model_fingerprint(model)}) == 3
+
+
+# -- settings and content ----------------------------------------------------------------------------------------------
+
+
+def test_a_models_fingerprint_changes_with_what_changes_its_keys():
+    model = network()
+    own = model_fingerprint(model)
+    assert model_fingerprint(copy.deepcopy(model)) == own
+    assert model_fingerprint(network(1)) != own
+    assert model_fingerprint(network().double()) != own
+    wrapped = lambda x, sigma: model(x)  # noqa: E731 - what users write around a network
+    assert model_fingerprint(wrapped) != own  # another denoiser may prepare its input otherwise
+    assert model_fingerprint(wrapped) == model_fingerprint(wrapped)
+    with torch.no_grad():  # a fused LoRA: a small change of low rank everywhere in one matrix
+        model[0].weight += 1e-3 * torch.randn(300, 1) @ torch.randn(1, 5)
+    assert model_fingerprint(model) != own
+    with pytest.raises(KVCacheError, match="no torch module"):
+        model_fingerprint(lambda x, sigma: x)
+
+
+def test_an_adapter_that_is_not_fused_counts_too():
+    model = network()
+    own = model_fingerprint(model)
+    model[0].scaling = {"default": 1.0}
+    adapted = model_fingerprint(model)
+    model[0].scaling = {"default": 0.5}
+    assert len({own, adapted, model_fingerprint(model)}) == 3
+
+
+def test_weights_of_any_kind_have_a_fingerprint():
+    empty = nn.Linear(3, 3, device="meta")
+    assert model_fingerprint(empty) == model_fingerprint(nn.Linear(3, 3, device="meta"))
+    odd = nn.Module()
+    odd.register_buffer("steps", torch.arange(1000).view(50, 20).t())
+    odd.register_buffer("nothing", torch.empty(0))
+    odd.register_buffer("number", torch.tensor(3))
+    own = model_fingerprint(odd)
+    odd.register_buffer("cache", torch.randn(4), persistent=False)  # filled by a first call, say
+    assert model_fingerprint(odd) == own
+    odd.number += 1
+    assert model_fingerprint(odd) != own
+
+
+def test_arguments_are_told_apart_by_content():
+    x = torch.randn(2, 3)
+    given_ = {"cond": x, "scales": [1, 2.5], "names": ("a", None), "nested": {"flag": True, "dtype": torch.float16}}
+    own = content_fingerprint(given_)
+    assert content_fingerprint(dict(reversed(given_.items()))) == own
+    assert content_fingerprint({**given_, "cond": x.clone()}) == own
+    others = [
+        {**given_, "cond": x + 1e-6},
+        {**given_, "cond": x.view(3, 2)},
+        {**given_, "cond": x.double()},
+        {**given_, "scales": [1, 2]},
+        {**given_, "scales": [12.5]},
+        {**given_, "names": ("aN", "one")},
+        {**given_, "nested": {"flag": 1, "dtype": torch.float16}},
+        {**given_, "more": None},
+    ]
+    assert len({own, *map(content_fingerprint, others)}) == len(others) + 1
+    with pytest.raises(KVCacheError, match=r"cond\['callback'\] is a function, which has no"):
+        content_fingerprint({"cond": {"callback": lambda: 0}})
+
+
+def test_fingerprints_are_the_same_in_another_process():
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_kv_cache_fingerprint import *\n"
+        "x = torch.arange(12.0).view(3, 4)\n"
+        "print(model_fingerprint(network()), content_fingerprint({'b': {3, 1}, 'a': x.bfloat16()}))"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "7", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    x = torch.arange(12.0).view(3, 4)
+    here = [model_fingerprint(network()), content_fingerprint({"a": x.bfloat16(), "b": {1, 3}})]
+    assert there.stdout.split() == here
+
+
+# -- entries ----------------------------------------------------------------------------------------------------------
+
+
+def layers(names=("0.attn", "1.attn"), networks=()):
+    return AttentionLayers((1, 2, 2), tuple(AttentionLayer(name, nn.Identity()) for name in names), networks=networks)
+
+
+class Parts:
+    """Everything that K/V depend on; `entry` looks up the entry with some of it changed."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.clip = torch.randn(1, 4, 2, 4, 4, generator=generator)
+        self.given = {
+            "cache": {},
+            "model": network(),
+            "layers": layers(),
+            "clip": self.clip,
+            "noise": self.clip + 1,
+            "weight": torch.ones(1, 8),
+            "expert": None,
+            "arguments": {"cond": self.clip, "scale": 2.0},
+        }
+
+    def entry(self, **changes):
+        given = self.given | changes
+        session = KVCache(**given["cache"]).session(given["model"], given["layers"])
+        names = ("clip", "noise", "weight", "expert", "arguments")
+        clip, noise, weight, expert, arguments = (given[name] for name in names)
+        return session.entry(clip, noise, Selection(weight), expert, arguments)
+
+
+def test_everything_that_keys_and_values_depend_on_is_another_entry():
+    parts = Parts()
+    own = parts.entry().name
+    weight = torch.ones(1, 8)
+    weight[0, 3] = 0.5
+    changes = [
+        {"model": network(1)},
+        {"clip": parts.clip + 1e-6},
+        {"noise": parts.clip},
+        {"noise": (parts.clip + 1).double()},
+        {"weight": weight},
+        {"layers": layers(("0.attn",))},
+        {"arguments": {"cond": parts.clip, "scale": 2}},
+        {"arguments": {"cond": parts.clip + 1e-6, "scale": 2.0}},
+        {"cache": {"format": None}},
+    ]
+    names = {own, *(parts.entry(**change).name for change in changes)}
+    with torch.autocast("cpu", torch.bfloat16):
+        names.add(parts.entry().name)
+    assert len(names) == len(changes) + 2
+    same = [
+        {},
+        {"model": network()},
+        {"clip": parts.clip.clone(), "arguments": {"scale": 2.0, "cond": parts.clip.clone()}},
+        {"cache": {"every": 5, "ratio": 1.2, "budget": "1GB", "interpolate": False}},
+        {"expert": 1},  # there is one network
+    ]
+    assert {parts.entry(**change).name for change in same} == {own}
+
+
+def test_each_of_several_networks_has_its_own_entry():
+    parts, nets = Parts(), (network(), network(1))
+    given = {"layers": layers(("0.a", "0.b", "1.a", "1.b"), nets)}
+    first, second = parts.entry(**given, expert=0), parts.entry(**given, expert=nets[1])
+    assert (first.layers, second.layers) == (("0.a", "0.b"), ("1.a", "1.b"))
+    assert first.name != second.name
+    for unknown in (None, 2, network()):
+        with pytest.raises(AttentionError, match=r"has 2 networks[^$]*expert\(sigma\) that returns"):
+            parts.entry(**given, expert=unknown)
+
+
+def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
+    parts, read = Parts(), []
+    real = module._add_tensor
+    monkeypatch.setattr(module, "_add_tensor", lambda digest, x: (read.append(x), real(digest, x))[1])
+    session = KVCache().session(parts.given["model"], parts.given["layers"])
+    selection = Selection(parts.given["weight"])
+
+    def entry(cond):
+        read.clear()
+        return session.entry(parts.clip, parts.given["noise"], selection, None, {"cond": cond})
+
+    cond = torch.zeros(3)
+    first = entry(cond)
+    assert read
+    assert entry(cond) is first
+    assert not read
+    assert entry(cond.clone()) is first  # other objects of the same content
+    assert read
+    cond.add_(1)
+    assert entry(cond) is not first  # a change in place is noticed
+    for i in range(2, 12):
+        entry(torch.full((3,), float(i)))
+    assert len(session._known) == 8
+    session.restart()
+    again = entry(torch.zeros(3))
+    assert (again is first, again.name) == (False, first.name)
+    session.close()
+    session.close()
+
+
+def test_layers_whose_keys_and_values_cannot_be_kept_raise():
+    watched = AttentionLayers((1, 2, 2), watch=network())
+    pyramid = AttentionLayers((1, 2, 2), (AttentionLayer("a", nn.Identity(), patch=(1, 4, 4)),), architecture="k1")
+    for wrong, message in ((watched, "declare it"), (pyramid, "architecture 'k1' cannot be kept")):
+        with pytest.raises(AttentionError, match=message):
+            KVCache().session(network(), wrong)

@@ -1,0 +1,114 @@
+"""Clips at risk are sent back, alone, and everything else stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling.batching import take
+from kvlock_sampling.restart import last_risk, restart
+from kvlock_sampling.types import RunError
+
+
+def measured_lock(pair, **arguments):
+    return pair.lock(policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)), threshold=1.0, **arguments)
+
+
+def test_only_flagged_clips_change(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    risk = last_risk(lock.trace)
+    first = lock.trace
+    limit = float(risk.mean())  # between the two clips
+    arguments = {"back_to": 3.0, "extra_args": pair.cfg, "seed": 1}
+    result = restart(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
+    assert torch.equal(result.sent_back, risk > limit)
+    assert result.sent_back.sum() == 1
+    kept, sent = int((~result.sent_back).nonzero()), int(result.sent_back.nonzero())
+    assert torch.equal(result.x[kept], x[kept])
+    assert not torch.equal(result.x[sent], x[sent])
+    background = (pair.mask[sent] == 0).expand_as(x[sent])
+    torch.testing.assert_close(result.x[sent][background], pair.source[sent][background], rtol=0, atol=1e-3)
+    assert len(result.traces[0]) == int(((pair.sigmas <= 3.0) & (pair.sigmas > 0)).sum())
+    assert lock.trace is first
+    again = restart(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
+    assert torch.equal(again.x, result.x)
+
+
+def test_nothing_at_risk_costs_nothing(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=1e9, extra_args=pair.cfg)
+    assert torch.equal(result.x, x)
+    assert not result.traces
+
+
+def test_rounds_are_bounded(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=0.0, rounds=3, extra_args=pair.cfg)
+    assert len(result.traces) == 3
+    assert result.sent_back.all()
+
+
+def test_a_subset_of_a_lock_is_the_lock_of_the_subset(pair):
+    index = torch.tensor([1])
+    cfg = take(pair.cfg, index, 2)
+    part = measured_lock(pair, source_args={"cond": pair.cond}).subset(index, 2)
+    alone = kv.KVLock(
+        pair.model,
+        source=pair.source[1:],
+        mask=pair.mask[1:],
+        policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)),
+        threshold=1.0,
+        source_args={"cond": pair.cond[1:]},
+    )
+    outs = [lock.sample("heun", pair.x[1:], pair.sigmas, extra_args=cfg) for lock in (part, alone)]
+    assert torch.equal(*outs)
+
+
+def test_what_cannot_be_resampled_says_why(pair):
+    lock = pair.lock(policy=kv.Constant(0.5))
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    with pytest.raises(RunError, match="nothing was measured"):
+        restart(lock, "euler", x, pair.sigmas, back_to=3.0, extra_args=pair.cfg)
+    with pytest.raises(RunError, match="leaves no step of the schedule"):
+        restart(lock, "euler", x, pair.sigmas, back_to=1e-6, extra_args=pair.cfg)
+
+
+def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
+    three = [torch.cat([t, 0.7 * t[:1]]) for t in (pair.x, pair.source, pair.cond, pair.uncond)]
+    cfg = {"cond": three[2], "uncond": three[3], "cond_scale": 3.0}
+    mask = pair.mask[0, 0]  # (3 frames, height, width), for 3 clips
+    lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)))
+    x = lock.sample("euler", three[0], pair.sigmas, extra_args=cfg)
+    limit = float(last_risk(lock.trace).median())
+    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=limit, extra_args=cfg)
+    assert 0 < result.sent_back.sum() < 3
+
+
+@pytest.mark.parametrize("slip", [{"rounds": 0}, {"limit": float("nan")}])
+def test_resampling_that_could_do_nothing_is_refused(pair, slip):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    with pytest.raises(RunError, match="expected rounds >= 1 and a risk"):
+        restart(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **slip)
+
+
+def test_one_step_is_enough_for_one_round(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    back = float(pair.sigmas[-2])
+    assert restart(lock, "euler", x, pair.sigmas, back_to=back, limit=0.0, extra_args=pair.cfg).sent_back.all()
+
+
+def test_take_cuts_whatever_has_a_row_per_clip():
+    table = torch.zeros(5, 2)
+    tree = {"a": torch.tensor([1, 2]), "b": [torch.tensor([[3], [4]])], "c": ["p", "q"], "d": table, "e": 7}
+    cut = take(tree, torch.tensor([1]), 2)
+    assert cut["a"].tolist() == [2]
+    assert cut["b"][0].tolist() == [[4]]
+    assert cut["c"] == ["q"]
+    assert cut["d"] is table
+    assert cut["e"] == 7

@@ -21,12 +21,12 @@ from world.judge import judge
 import kvlock_sampling as kv
 from kvlock_sampling.app.edit import Edit
 from kvlock_sampling.policy import Policy
-from kvlock_sampling.run import DEFAULT_ESTIMATOR
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.world import EDITS, sample_edit
 from kvlock_sampling.types import Control, Observation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
+from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE = 710_000

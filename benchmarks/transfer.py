@@ -25,13 +25,12 @@ from torch import Tensor
 import kvlock_sampling as kv
 from kvlock_sampling.app.calibrate import resting, scenes
 from kvlock_sampling.app.edit import edit_video
-from kvlock_sampling.run import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
-from kvlock_sampling.variance.thresholds import reference_bands, threshold_curve
+from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD, reference_bands, threshold_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = 0.95

@@ -38,7 +38,7 @@ PROBES: dict[str, Probe] = {
     "trajectory, sigma window, / sigma^2": Probe(kv.TrajectoryVariance(window=None, span=BAND, normalise=True)),
     "trajectory, all, / sigma^2": Probe(kv.TrajectoryVariance(window=None, normalise=True)),
     **{
-        f"renoise x{passes} at {at}": Probe(kv.RenoiseVariance(passes=passes), at)
+        f"renoise x{passes} at {at}": Probe(kv.variance.RenoiseVariance(passes=passes), at)
         for passes, at in ((1, 0.05), (1, 0.1), (1, 0.2), (2, 0.06), (2, 0.1), (4, 0.1), (32, 0.1))
     },
     **{

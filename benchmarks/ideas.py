@@ -36,7 +36,7 @@ CONFIRMED = 1.0  # the end of guidance that did best on the first scenes
 STEPS = 20
 FULL = kv.Constant(lock=1.0)
 MOVES = kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)
-LOCAL = kv.Relative(MOVES, quantile=0.5, local=True)
+LOCAL = kv.variance.Relative(MOVES, quantile=0.5, local=True)
 """Every token in units of the median background token, so that risk 1 has half of the background on either side."""
 
 

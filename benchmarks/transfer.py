@@ -34,12 +34,14 @@ from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = 0.95
-RELATIVE = kv.Relative(kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH), quantile=0.96)
+RELATIVE = kv.variance.Relative(
+    kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH), quantile=0.96
+)
 ESTIMATORS: dict[str, Estimator] = {
     "default": DEFAULT_ESTIMATOR,
     "window 10": kv.TrajectoryVariance(window=10),
     "relative": RELATIVE,
-    "relative to the median": kv.Relative(RELATIVE.estimator, quantile=0.5),
+    "relative to the median": kv.variance.Relative(RELATIVE.estimator, quantile=0.5),
 }
 CALIBRATED = ("dpmpp_2m", 30)
 RUNS = (CALIBRATED, ("dpmpp_2m", 20), ("dpmpp_2m", 50), ("euler", 30), ("heun", 20), ("euler_ancestral", 30))

@@ -9,29 +9,25 @@ lock.trace.plot("trace.png")
 from importlib import import_module
 from typing import Any
 
-from . import masks, samplers
-from .attention import Architecture, find_layers, sdpa_layers
-from .attention import register as register_architecture
+from . import samplers
+from .attention import find_layers, sdpa_layers
 from .denoisers import CFGDenoiser, FlowDenoiser
 from .kv_cache import KVCache
 from .lock import KVLock
-from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, stateless
+from .policy import PID, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Windowed, stateless
 from .presets import load_policy, to_toml
 from .restart import restart
 from .trace import Trace
 from .types import Control, KVLockError, Observation
-from .variance import Estimator, PosteriorVariance, Relative, RenoiseVariance, TrajectoryVariance
+from .variance import TrajectoryVariance
 
 __version__ = "0.1.0"
 
 __all__ = [
     "PID",
-    "Architecture",
     "CFGDenoiser",
-    "Clamped",
     "Constant",
     "Control",
-    "Estimator",
     "FlowDenoiser",
     "KVCache",
     "KVLock",
@@ -40,40 +36,35 @@ __all__ = [
     "LockAbove",
     "Observation",
     "Policy",
-    "PosteriorVariance",
-    "Relative",
-    "RenoiseVariance",
     "Sigmoid",
     "Smoothed",
-    "Threshold",
     "Trace",
     "TrajectoryVariance",
     "Windowed",
-    "diffusers",
     "edit_video",
     "find_layers",
     "from_pipeline",
-    "load_pipeline",
     "load_policy",
-    "masks",
-    "register_architecture",
     "restart",
     "samplers",
     "sdpa_layers",
     "stateless",
-    "testing",
     "to_toml",
 ]
 
+_ON_FIRST_USE = {
+    "diffusers": (".integrations.diffusers", None),
+    "edit_video": (".app.edit", "edit_video"),
+    "from_pipeline": (".integrations.diffusers", "from_pipeline"),
+    "testing": (".testing", None),
+    "video": (".video", None),
+}
+"""Rooms that need an extra, or that only some users need."""
+
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: they bring video codecs and the embedded model along.
-    if name == "edit_video":
-        return import_module(".app.edit", __name__).edit_video
-    if name in ("from_pipeline", "load_pipeline"):
-        return getattr(import_module(".integrations.diffusers.models", __name__), name)
-    if name == "diffusers":
-        return import_module(".integrations.diffusers", __name__)
-    if name == "testing":
-        return import_module(".testing", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _ON_FIRST_USE[name]
+    found = import_module(module, __name__)
+    return found if attribute is None else getattr(found, attribute)

@@ -75,8 +75,8 @@ class KVLock(DenoiserProxy):
             `scale_arg`.
         source: Clean latents of the clip being edited, (batch or 1, channels, time, height, width), in the sampler's
             space; copied. None: nothing to lock; the policy schedules guidance alone.
-        mask: 1 = edit, at the clip's or the latents' size, copied; see `kvlock_sampling.masks`. Without a source it says
-            where to measure.
+        mask: 1 = edit, at the clip's or the latents' size, copied; see `kvlock_sampling.masks`. Without a source it
+            says where to measure.
         policy: A Policy, a function of an Observation, a Preset, or the name or path of a preset.
         estimator: Measures variance. Default: the preset's, or sigma-normalised trajectory variance.
         threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's or the estimator's.
@@ -105,7 +105,7 @@ class KVLock(DenoiserProxy):
 
     Raises:
         SourceError, MaskError, PolicyError, EstimatorError, AttentionError: An option that cannot be used, at
-            construction wherever possible. Without a source a policy that asks for a lock raises SourceError in the run.
+            construction wherever possible. Without a source, a policy that asks for a lock raises it in the run.
         RunError: A lock around a lock, an unknown `scale_arg`, or a call outside the `with` block.
         KVLockError: The base of all these; a switch that is neither True nor False.
     """
@@ -137,7 +137,7 @@ class KVLock(DenoiserProxy):
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "model", "__class__")}
         self.model = model
-        self.settings = resolve(model, **options)
+        self.settings = resolve(model, options)
         self.trace = Trace()
 
     def __enter__(self) -> KVLock:
@@ -154,8 +154,8 @@ class KVLock(DenoiserProxy):
         # A run of one or two evaluations may be too short for an estimator.
         if error[0] is None and self.settings.measures and run.unmeasured > 2:
             warnings.warn(
-                f"nothing was measured in a run of {run.unmeasured} evaluations, so {self.settings.policy!r} never took "
-                f"a step in it: {self.settings.estimator!r} did not report. A guidance gap needs uncond and a scale "
+                f"nothing was measured in a run of {run.unmeasured} evaluations, so {self.settings.policy!r} never "
+                f"took a step in it: {self.settings.estimator!r} did not report. A guidance gap needs uncond and a scale "
                 "other than 1; Sparse needs noise levels within the schedule.",
                 stacklevel=2,
             )
@@ -195,14 +195,7 @@ class KVLock(DenoiserProxy):
         if settings.kv_cache is None or settings.layers is None or settings.mask is None or settings.source is None:
             raise RunError("this lock keeps nothing, so there is nothing to plan; pass kv_cache=kv.KVCache(...).")
         selection, _ = settings.mask.selection(settings.source.latents, settings.layers.patch, settings.transition)
-        levels: list[float] = []
-
-        def noting(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-            levels.append(float(sigma.max()))
-            return x * 0
-
-        samplers.run(sampler, noting, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), seed=0)
-        return plan(settings.kv_cache, settings.layers, selection, levels)
+        return plan(settings.kv_cache, settings.layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""

@@ -20,12 +20,9 @@ from .controller import LockRatio, State, start
 from .settings import LockSettings, nothing_to_lock_to, to_sigma
 from .source import Source
 from .trace import Trace
-from .types import Observation, RunError, Scalar
+from .types import SAME_SIGMA, Observation, RunError, Scalar
 from .utils.host import HostReads
 from .utils.modules import reachable_modules
-
-SAME_SIGMA = 1e-4
-"""Noise levels that differ by less than this fraction are the same level."""
 
 T = TypeVar("T")
 
@@ -132,7 +129,7 @@ class Run:
         return self._tools[id(settings.model)]
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
-        """Read the noise level, the requested guidance and the state of one evaluation, with one transfer from a device.
+        """Read noise level, requested guidance and state of one evaluation, with one transfer from a device.
 
         Raises:
             RunError: A noise level or a guidance scale that cannot be used.

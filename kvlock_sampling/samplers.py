@@ -287,3 +287,20 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     if len(seed) != len(x):
         raise SamplerError(f"{len(seed)} seeds for a batch of {len(x)}: pass one int, or one seed per clip")
     return list(seed)
+
+
+def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
+    """The noise levels at which a sampler evaluates the model over a schedule, in order.
+
+    Args:
+        sampler: A sampler's name or function.
+        sigmas: The schedule.
+    """
+    levels: list[float] = []
+
+    def model(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        levels.append(float(sigma.max()))
+        return x * 0
+
+    run(sampler, model, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), seed=0)
+    return levels

@@ -30,6 +30,7 @@ from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
 from .utils.modules import reachable_modules
 from .utils.signature import default_of, method_of, parameters_of
+from .utils.tables import nearest
 from .variance import Estimator
 from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
 
@@ -82,7 +83,7 @@ class LockSettings:
         return None if expert is None else expert(torch.tensor(model_sigma))
 
     def subset(self, index: Tensor, batch: int) -> LockSettings:
-        """The same settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
+        """The settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         source = None if self.source is None else self.source.subset(index, batch)
         videos = self.source is not None and self.source.latents.ndim == 5
         mask = None if self.mask is None else self.mask.subset(index, batch, videos=videos)
@@ -100,58 +101,35 @@ def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
     return tuple(to_sigma(model, level) for level in torch.as_tensor(sigmas).tolist())
 
 
-def resolve(
-    model: Any,
-    *,
-    source: Any,
-    mask: Any,
-    policy: Any,
-    estimator: Any,
-    threshold: Any,
-    source_args: Any,
-    noise: Any,
-    composite: Any,
-    rescale: Any,
-    cfg_floor: Any,
-    layers: Any,
-    transition: Any,
-    sigmas: Any,
-    scale_arg: str | None,
-    branch: Any,
-    batched: Any,
-    foreground: Any,
-    kv_cache: Any,
-) -> LockSettings:
+def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     """The settings of a lock with these options; see `KVLock` for the options and the errors."""
-    given = dict(locals())
+    source, layers, branch = given["source"], given["layers"], given["branch"]
     for wrapped in (model, branch):
         _check_no_lock_inside(wrapped)
-    _check_flags(rescale=rescale, batched=batched, foreground=foreground)
-    preset = _preset(policy, locks=source is not None)
+    _check_flags({name: given[name] for name in ("rescale", "batched", "foreground")})
+    preset = _preset(given["policy"], locks=source is not None)
     policy = preset.policy
-    measure, limit, floor = _measuring(model, preset, estimator, threshold, cfg_floor)
-    rescale = bool(_first(rescale, preset.rescale, False))
-    scale_arg = _scale_arg(model, scale_arg)
-    source_args = _source_args(source_args, scale_arg)
-    clip, fitted = _source(model, source, mask, noise)
+    measure, limit, floor = _measuring(model, preset, given)
+    rescale = bool(_first(given["rescale"], preset.rescale, False))
+    scale_arg = _scale_arg(model, given["scale_arg"])
+    clip, fitted = _source(model, source, given["mask"], given["noise"])
     if clip is None:
         _check_needs_source(policy, given)
     locks = clip is not None and policy.may_lock
-    weight = _composite(composite, locks, clip)
-    transition = as_transition(transition)
+    composite = _composite(given["composite"], locks, clip)
+    transition = as_transition(given["transition"])
     chosen, no_token_left = None, False
-    if locks:
+    if clip is not None and fitted is not None and policy.may_lock:
         chosen = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         no_token_left = _no_token_left(chosen, clip, fitted, transition)
         chosen = None if no_token_left else chosen
     elif clip is not None:
-        asked = _named({name: given[name] for name in ("layers", "transition", "foreground", "kv_cache")})
-        if isinstance(layers, AttentionLayers):  # describes the model
-            asked = asked.removeprefix("layers=").removeprefix(", ")
-        if asked:
+        names = ["layers", "transition", "foreground", "kv_cache"]
+        described = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
+        if asked := _named({name: given[name] for name in names[described:]}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
     _check_branch(branch, scale_arg)
-    _warn_unused(policy, scale_arg, given, rescale=rescale, mask_only=clip is None)
+    _warn_unused(policy, scale_arg, given, rescale=rescale)
     return LockSettings(
         model=model,
         policy=policy,
@@ -161,22 +139,19 @@ def resolve(
         rescale=rescale,
         source=clip,
         mask=fitted,
-        source_args=source_args,
-        composite=weight,
+        source_args=_source_args(given["source_args"], scale_arg),
+        composite=composite,
         layers=chosen,
         no_token_left=no_token_left,
         transition=transition,
-        foreground=_foreground(foreground, chosen, measure if policy.uses_risk else None, weight, rescale),
-        schedule=None if sigmas is None else on_clock(model, sigmas),
+        foreground=_foreground(given["foreground"], chosen, measure if policy.uses_risk else None, composite, rescale),
+        schedule=None if given["sigmas"] is None else on_clock(model, given["sigmas"]),
         scale_arg=scale_arg,
         default_scale=default_of(model, scale_arg or "cond_scale"),
         branch=branch,
-        batched=batched,
-        kv_cache=_kv_cache(kv_cache, preset, chosen),
+        batched=given["batched"],
+        kv_cache=_kv_cache(given["kv_cache"], preset, chosen),
     )
-
-
-# -- one option after the other -----------------------------------------------------------------------------------------
 
 
 def _preset(policy: Any, *, locks: bool) -> Preset:
@@ -190,18 +165,17 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
     return preset
 
 
-def _measuring(
-    model: Any, preset: Preset, estimator: Any, threshold: Any, cfg_floor: Any
-) -> tuple[Estimator, Any, float]:
+def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Estimator, Any, float]:
+    estimator = given["estimator"]
     if estimator is not None and not isinstance(estimator, Estimator):
         name = estimator.__name__ if isinstance(estimator, type) else repr(estimator)
-        hint = f"{name}()" if isinstance(estimator, type) else "kv.RenoiseVariance(passes=1)"
+        hint = f"{name}()" if isinstance(estimator, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
-    limit = _first(threshold, preset.threshold, default_threshold(measure))
+    limit = _first(given["threshold"], preset.threshold, default_threshold(measure))
     if not callable(limit) and not (_is_number(limit) and 0 < limit < math.inf):
         raise EstimatorError(f"threshold={limit!r}; expected a variance > 0, e.g. 0.01, or a function of sigma.")
-    floor = _first(cfg_floor, preset.cfg_floor, 1.0)
+    floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
     if not (_is_number(floor) and math.isfinite(floor) and floor >= 0):
         raise PolicyError(
             f"cfg_floor={floor!r}; expected the least guidance scale a policy may ask for, a finite number >= 0: "
@@ -211,13 +185,11 @@ def _measuring(
 
 
 def _source(model: Any, source: Any, mask: Any, noise: Any) -> tuple[Source | None, FittedMask | None]:
-    if source is not None and mask is None:
-        raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
-    fitted = None if mask is None else FittedMask(mask)
     if source is None:
-        return None, fitted
-    clip = Source(source, noise=noise, add_noise=method_of(model, "add_noise"))
-    assert fitted is not None
+        return None, None if mask is None else FittedMask(mask)
+    if mask is None:
+        raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
+    clip, fitted = Source(source, noise=noise, add_noise=method_of(model, "add_noise")), FittedMask(mask)
     fitted.latent(clip.latents)
     return clip, fitted
 
@@ -255,10 +227,8 @@ def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
     return float(composite)
 
 
-def _no_token_left(layers: AttentionLayers, clip: Source | None, fitted: FittedMask | None, transition: Any) -> bool:
+def _no_token_left(layers: AttentionLayers, clip: Source, fitted: FittedMask, transition: Any) -> bool:
     """Check that mask, clip and layers fit, and warn if every token is edited."""
-    assert clip is not None
-    assert fitted is not None
     layers.grid(clip.latents.shape)
     fitted.background(clip.latents, layers.patch, transition)
     edited = fitted.tokens(clip.latents, layers.patch)
@@ -298,7 +268,7 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     if kv_cache is None:
         if preset.kv_cache is None or layers is None or uncacheable(layers):
             return None
-        return KVCache(**preset.kv_cache)
+        return _preset_cache(preset.kv_cache)
     if not isinstance(kv_cache, KVCache):
         raise AttentionError(
             f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB')."
@@ -308,6 +278,18 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     if why := uncacheable(layers):
         raise AttentionError(why)
     return kv_cache
+
+
+def _preset_cache(table: Mapping[str, Any]) -> KVCache:
+    """A cache in memory from the settings of a preset, which may come from elsewhere: it names no folder."""
+    known = ("every", "ratio", "format", "interpolate", "budget")
+    for key in table:
+        if key not in known:
+            raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
+    try:
+        return KVCache(**table)
+    except (KVLockError, TypeError, ValueError) as error:
+        raise PolicyError(f"kv_cache: {error}") from error
 
 
 def _scale_arg(model: Any, name: str | None) -> str | None:
@@ -359,19 +341,17 @@ def _check_no_lock_inside(model: Any) -> None:
         inside = next((p[name] for name in ("inner_model", "model") for p in held if name in p), None)
 
 
-def _check_flags(**flags: Any) -> None:
+def _check_flags(flags: Mapping[str, Any]) -> None:
     for name, value in flags.items():
         if value is not None and not isinstance(value, bool):
             raise KVLockError(f"{name}={value!r}; expected True or False.")
 
 
-def _warn_unused(
-    policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool, mask_only: bool
-) -> None:
+def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool) -> None:
     asked = ", ".join(["rescaled guidance"] * rescale + ["batched=False"] * (not given["batched"]))
     if scale_arg is not None and asked:
         _warn(f"{asked} without effect: this model takes {scale_arg} and does its own guidance.")
-    measuring = {name: given[name] for name in ("estimator", "threshold", *(["mask"] * mask_only))}
+    measuring = {name: given[name] for name in ("estimator", "threshold", *(["mask"] * (given["source"] is None)))}
     if not policy.uses_risk and (names := _named(measuring)):
         _warn(
             f"{names} without effect: the policy {policy!r} reads no risk, so nothing is measured. "

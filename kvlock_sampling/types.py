@@ -13,6 +13,9 @@ from torch import Tensor
 
 Scalar: TypeAlias = float | Tensor
 
+SAME_SIGMA = 1e-4
+"""Noise levels that differ by less than this fraction are the same level."""
+
 
 @runtime_checkable
 class Denoiser(Protocol):

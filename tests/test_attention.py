@@ -56,8 +56,8 @@ def test_lockstep_equals_capture_and_inject():
 
 
 def test_rows_that_are_no_whole_batches_are_refused():
+    ratio, rows = torch.ones(2, 5), torch.zeros(3, 1, 5, 2)
     with pytest.raises(AttentionError, match="3 rows; expected a multiple of the batch of 2"):
-        ratio, rows = torch.ones(2, 5), torch.zeros(3, 1, 5, 2)
         FusionContext("lockstep", ratio).process("a", rows, rows, 0, ratio)
 
 

@@ -84,7 +84,7 @@ def test_calibrating_the_embedded_model_writes_a_working_preset(tmp_path):
     done = runner.invoke(app, arguments)
     assert done.exit_code == 0, done.output
     preset = load_preset(target)
-    assert isinstance(preset.policy, kv.Threshold)
+    assert isinstance(preset.policy, kv.policy.Threshold)
     assert isinstance(preset.threshold, ThresholdCurve)
     again = runner.invoke(app, [*arguments[:-1], "nosuch"])
     assert again.exit_code == 2
@@ -134,7 +134,9 @@ def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
         "patch = [2, 4, 4]\n"
     )
     found = calibrate(load(), scenes(2), policy=str(path), steps=12, bands=2)
-    relative = kv.Relative(kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)), quantile=0.9)
+    relative = kv.variance.Relative(
+        kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)), quantile=0.9
+    )
     assert found.preset.estimator == relative
     assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared
     path.write_text(kv.to_toml(found.preset))

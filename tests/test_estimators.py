@@ -180,7 +180,7 @@ def along_the_flow(estimator, steps, sampler="euler", seed=0):
     """The last variance of a run on an analytic denoiser."""
     model = GaussianDenoiser(mean=torch.linspace(-1, 1, 64), std=0.5)
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) * 10
-    policy = kv.Clamped(kv.Linear(), lock=(0.0, 0.0))
+    policy = kv.policy.Clamped(kv.Linear(), lock=(0.0, 0.0))
     lock = kv.KVLock(model, policy=policy, estimator=estimator)
     lock.sample(sampler, x, samplers.get_sigmas_karras(steps, 0.05, 10.0), seed=1)
     return lock.trace.steps[-1].variance
@@ -493,7 +493,7 @@ def test_it_runs_on_a_transformer_and_clips_stay_apart(pair, estimator, batched)
 
 def test_probes_are_counted(setup):
     def passes(estimator):
-        lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
+        lock = setup.lock(policy=kv.policy.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         return lock.trace.nfe, len(lock.trace)
 

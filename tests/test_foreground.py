@@ -64,7 +64,7 @@ def test_a_ring_with_another_share_is_computed(setup, transition):
     assert fast.steps[0].computed > both(setup)[1][1].steps[0].computed
 
 
-@pytest.mark.parametrize("options", [{"batched": False}, {"estimator": kv.RenoiseVariance(passes=2)}])
+@pytest.mark.parametrize("options", [{"batched": False}, {"estimator": kv.variance.RenoiseVariance(passes=2)}])
 def test_other_ways_to_evaluate(setup, options):
     policy = kv.stateless(lambda obs: kv.Control(lock=1.0))
     (dense, _), (narrow, fast) = both(setup, policy=policy, **options)
@@ -239,3 +239,22 @@ def test_gradient_checkpointing_is_refused(setup):
         lock(setup.x, setup.sigmas[:1], **setup.cfg)
     with torch.no_grad():
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+def test_what_measures_every_token_gets_every_token(setup):
+    from kvlock_sampling.variance import Combined
+
+    for estimator in (
+        kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
+        Combined((kv.TrajectoryVariance(window=3), kv.variance.RenoiseVariance(patch=(1, 2, 2))), how="max"),
+    ):
+        measuring = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # locks as the constant does, and measures
+        lock = setup.lock(policy=measuring, estimator=estimator)
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert {s.computed for s in lock.trace} == {1.0}
+        with pytest.warns(UserWarning, match="measures the background too"):
+            setup.lock(policy=measuring, estimator=estimator, foreground=True)
+        with pytest.warns(UserWarning, match="estimator= without effect"):  # so it does not prevent it
+            idle = setup.lock(policy=kv.Constant(lock=1.0), estimator=estimator, foreground=True)
+        idle.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert max(s.computed for s in idle.trace) < 1.0

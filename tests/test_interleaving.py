@@ -113,7 +113,7 @@ def test_a_source_whose_keys_serve_again_has_a_pass_of_its_own(options):
         lock = kv.KVLock(
             made.denoiser,
             policy=kv.stateless(lambda obs: kv.Control(lock=1.0)),
-            estimator=kv.RenoiseVariance(passes=1),
+            estimator=kv.variance.RenoiseVariance(passes=1),
             source=source,
             noise=noise,
             mask=masks(made),

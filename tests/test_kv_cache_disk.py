@@ -18,7 +18,7 @@ import torch
 from kv_entries import LAYERS, LEVEL_BYTES, entry, equal, run, served, source_pass
 from safetensors.torch import load_file, save_file
 
-from kvlock_sampling.kv_cache import KVCache, KVCacheError, KVCacheWarning
+from kvlock_sampling.kv_cache import CacheEntry, KVCache, KVCacheError, KVCacheWarning
 from kvlock_sampling.kv_cache import disk as module
 from kvlock_sampling.kv_cache.quantize import pack
 
@@ -97,6 +97,23 @@ def test_odd_shapes_dtypes_and_tensors_stored_unchanged(tmp_path):
         assert equal(level, put)
         assert [x.dtype for x in level[LAYERS[2]]] == [torch.float16] * 2
         assert level[LAYERS[1]][0][0, 0, 0, 0].isinf()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_levels_are_kept_on_the_host_and_served_on_the_device(tmp_path, format):
+    for kv_cache in (KVCache(format=format), KVCache(tmp_path, format=format, budget=0)):
+        on_host = entry(kv_cache)
+        on_device = CacheEntry(kv_cache, on_host.name, LAYERS, "cuda")
+        keys = {layer: (key.cuda(), value.cuda()) for layer, (key, value) in source_pass(4.0).items()}
+        put = on_device.put(4.0, keys)
+        later = CacheEntry(kv_cache, on_host.name, LAYERS, "cuda").lookup(4.0)
+        assert equal(put, later)
+        assert all(x.is_cuda for pair in later.values() for x in pair)
+        host = entry(kv_cache).lookup(4.0)
+        for pair, on_cpu in zip(later.values(), host.values(), strict=True):
+            for x, y in zip(pair, on_cpu, strict=True):
+                torch.testing.assert_close(x.cpu(), y)
 
 
 # -- files that are not what they should be ---------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvlock_sampling.attention import AttentionLayer, AttentionLayers
-from kvlock_sampling.attention.foreground import Selection
 from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint
 from kvlock_sampling.kv_cache import fingerprint as module
 from kvlock_sampling.kv_cache.fingerprint import block_sums
+from kvlock_sampling.masks.tokens import Selection
 from kvlock_sampling.types import AttentionError
 
 

@@ -13,7 +13,6 @@ import kvlock_sampling as kv
 from kvlock_sampling.kv_cache import KVCacheWarning, model_fingerprint
 from kvlock_sampling.tiny import world
 from kvlock_sampling.types import AttentionError, RunError, SourceError
-from kvlock_sampling.variance import Max
 
 FULL = kv.Constant(lock=1.0)
 
@@ -257,23 +256,6 @@ def test_autocast_has_an_entry_of_its_own(setup):
     out, passes, trace = run(setup, kv_cache)
     assert passes == len(trace)
     torch.testing.assert_close(out, run(setup, kv.KVCache(every=1, format=None))[0])
-
-
-def test_what_measures_every_token_gets_every_token(setup):
-    for estimator in (
-        kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
-        Max((kv.TrajectoryVariance(window=3), kv.RenoiseVariance(patch=(1, 2, 2)))),
-    ):
-        measuring = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # locks as FULL does, and measures
-        lock = setup.lock(policy=measuring, estimator=estimator)
-        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        assert {s.computed for s in lock.trace} == {1.0}
-        with pytest.warns(UserWarning, match="measures the background too"):
-            setup.lock(policy=measuring, estimator=estimator, foreground=True)
-        with pytest.warns(UserWarning, match="estimator= without effect"):  # so it is in nobody's way
-            idle = setup.lock(policy=FULL, estimator=estimator, foreground=True)
-        idle.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
-        assert max(s.computed for s in idle.trace) < 1.0
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde", "dpmpp_2m", "lms"])

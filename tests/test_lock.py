@@ -15,12 +15,12 @@ SAMPLERS = samplers.names()
 POLICIES = {
     "constant": kv.Constant(lock=0.6),
     "linear": kv.Linear(),
-    "threshold": kv.Threshold(),
+    "threshold": kv.policy.Threshold(),
     "sigmoid": kv.Sigmoid(),
     "pid": kv.PID(),
     "windowed": kv.Windowed(kv.Linear(), last=3),
     "smoothed": kv.Smoothed(kv.Linear(), half_life=0.5),
-    "clamped": kv.Clamped(kv.Linear(), lock=(0.1, 0.6)),
+    "clamped": kv.policy.Clamped(kv.Linear(), lock=(0.1, 0.6)),
     "function": kv.stateless(
         lambda obs: kv.Control(lock=obs.risk.clamp(0, 1), cfg_scale=obs.requested_cfg_scale * 0.8)
     ),
@@ -206,7 +206,7 @@ def test_the_paper_preset_is_the_papers():
 
 
 def test_variance_control_without_a_source(setup):
-    lock = kv.KVLock(setup.model, policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)))
+    lock = kv.KVLock(setup.model, policy=kv.policy.Clamped(kv.Linear(), lock=(0.0, 0.0)))
     assert torch.isfinite(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)).all()
     greedy = kv.KVLock(setup.model, policy=kv.LockAbove(kv.Linear(), above=1e-3))
     with greedy, pytest.raises(SourceError, match=r"asks for lock 1, but there is nothing to lock to.*\n.*Clamped"):
@@ -214,7 +214,7 @@ def test_variance_control_without_a_source(setup):
 
 
 def test_renoise_probes_are_counted_and_locked(setup):
-    lock = setup.lock(policy=kv.Linear(), estimator=kv.RenoiseVariance(passes=2), threshold=1e-6)
+    lock = setup.lock(policy=kv.Linear(), estimator=kv.variance.RenoiseVariance(passes=2), threshold=1e-6)
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     # cond + uncond + 2 probes; with the lock on, a source row beside the branches and one beside the probes, or where
     # only what can change is computed one source pass for all of them.
@@ -224,7 +224,7 @@ def test_renoise_probes_are_counted_and_locked(setup):
 
 def test_a_threshold_may_depend_on_sigma(setup):
     def risks(threshold):
-        lock = setup.lock(policy=kv.Clamped(kv.Linear(), lock=(0, 0)), threshold=threshold)
+        lock = setup.lock(policy=kv.policy.Clamped(kv.Linear(), lock=(0, 0)), threshold=threshold)
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         return [(s.sigma, float(s.variance), float(s.risk)) for s in lock.trace][1:]
 

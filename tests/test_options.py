@@ -17,7 +17,7 @@ OFF, HALF = kv.Constant(0.0), kv.Constant(0.5)
 
 
 @dataclass(frozen=True)
-class Silent(kv.Estimator):
+class Silent(kv.variance.Estimator):
     """Reports where there is an unconditional prediction only."""
 
     def step(self, state, evaluation):
@@ -115,7 +115,7 @@ def test_several_slips_are_named_together(setup):
 
 def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     lock = kv.KVLock(setup.model, mask=setup.mask, policy="sigmoid")
-    everywhere = kv.KVLock(setup.model, policy=kv.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
+    everywhere = kv.KVLock(setup.model, policy=kv.policy.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
     inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.settings.policy)
     euler(everywhere, setup), euler(inside, setup)
     assert told(recwarn) == []
@@ -131,7 +131,7 @@ def test_a_constant_lock_without_a_source_is_refused_before_the_run(setup, polic
         kv.KVLock(setup.model, mask=setup.mask, policy=policy)
     policy = kv.load_policy(policy) if isinstance(policy, str) else policy
     written = re.search(r"Clamped\(.*\)\)", str(error.value))
-    forbidden = eval(written[0], {"Clamped": kv.Clamped, "policy": policy})  # what the message says works
+    forbidden = eval(written[0], {"Clamped": kv.policy.Clamped, "policy": policy})  # what the message says works
     lock = kv.KVLock(setup.model, policy=forbidden)
     assert torch.equal(euler(lock, setup), euler(kv.KVLock(setup.model, policy=OFF), setup))
 
@@ -159,14 +159,14 @@ def test_off_sets_aside_what_describes_and_tells_of_what_was_asked_for(setup, re
 
 @pytest.mark.parametrize("policy", [HALF, "off", "fast"])
 def test_measuring_for_a_policy_that_never_looks_is_told(setup, policy, recwarn):
-    lock = setup.lock(policy=policy, estimator=kv.RenoiseVariance(passes=1), threshold=0.5)
+    lock = setup.lock(policy=policy, estimator=kv.variance.RenoiseVariance(passes=1), threshold=0.5)
     assert [t.split(":")[0] for t in told(recwarn)] == ["estimator=, threshold= without effect"]
     euler(lock, setup)
     assert all(torch.isnan(step.risk).all() for step in lock.trace)  # indeed
 
 
 def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn):
-    lock = setup.lock(policy=kv.PID(kp=0.0, ki=0.0, bias=0.5), estimator=kv.RenoiseVariance(passes=1))
+    lock = setup.lock(policy=kv.PID(kp=0.0, ki=0.0, bias=0.5), estimator=kv.variance.RenoiseVariance(passes=1))
     euler(lock, setup)
     assert told(recwarn) == []
     assert all(torch.isfinite(step.risk).all() and float(step.lock) == 0.5 for step in lock.trace)
@@ -270,7 +270,9 @@ def test_a_ring_is_looked_at_when_the_lock_is_made(setup, policy):
         setup.lock(policy=policy, transition=(-1, 0.5))
 
 
-@pytest.mark.parametrize(("given", "works"), [(kv.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.Reno")])
+@pytest.mark.parametrize(
+    ("given", "works"), [(kv.variance.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.Reno")]
+)
 def test_an_estimator_is_an_object(setup, given, works):
     with pytest.raises(EstimatorError, match=rf"expected an Estimator, e\.g\. estimator={works}"):
         setup.lock(estimator=given)

@@ -72,7 +72,7 @@ def test_a_saved_pipeline_edits_a_film_with_offloading_on_and_off(folder, model)
 
 @pytest.mark.parametrize("offload", ["none", "model", "group"])
 def test_offloading_changes_no_bit_and_its_hooks_are_there(folder, offload):
-    video = kv.load_pipeline(folder / "wan", offload=offload)
+    video = kv.diffusers.load_pipeline(folder / "wan", offload=offload)
     transformer = video.pipe.transformer
     hooked = {
         "none": False,
@@ -95,7 +95,7 @@ def test_offloading_changes_no_bit_and_its_hooks_are_there(folder, offload):
 def test_where_weights_begin_in_memory_changes_no_bit_either(tmp_path, offload):
     pipe = tiny_pipeline("mochi")  # its kernels round by the alignment of their operands
     pipe.save_pretrained(tmp_path)
-    loaded = kv.load_pipeline(tmp_path, offload=offload)
+    loaded = kv.diffusers.load_pipeline(tmp_path, offload=offload)
     assert all(p.data_ptr() % 64 == 0 for p in loaded.pipe.transformer.parameters())
     x, sigma = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor(1.0)
     with torch.no_grad():
@@ -104,16 +104,16 @@ def test_where_weights_begin_in_memory_changes_no_bit_either(tmp_path, offload):
 
 
 def test_edit_video_takes_the_folder_itself(folder):
-    source, mask = read_pair(kv.load_pipeline(folder / "wan"), folder / "clip.mp4", folder / "mask.png")
+    source, mask = read_pair(kv.diffusers.load_pipeline(folder / "wan"), folder / "clip.mp4", folder / "mask.png")
     edited = kv.edit_video(source.pixels, mask, "a red square", model=str(folder / "wan"), steps=2)
     assert edited.pixels.shape == (1, 3, 9, 48, 64)
 
 
 def test_dtype_is_of_the_weights_and_not_of_the_vae_or_the_state(folder):
-    video = kv.load_pipeline(folder / "wan", dtype="bfloat16")
+    video = kv.diffusers.load_pipeline(folder / "wan", dtype="bfloat16")
     assert video.pipe.transformer.dtype == video.pipe.text_encoder.dtype == torch.bfloat16
     assert video.pipe.vae.dtype == torch.float32
-    full = kv.load_pipeline(folder / "wan")
+    full = kv.diffusers.load_pipeline(folder / "wan")
     source, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
     options = {"steps": 3, "policy": "half", "paste": False}
     half, exact = (kv.edit_video(source.pixels, mask, "a red square", model=m, **options) for m in (video, full))
@@ -124,7 +124,7 @@ def test_dtype_is_of_the_weights_and_not_of_the_vae_or_the_state(folder):
 
 
 def test_frames_and_size_are_the_clips_as_far_as_the_model_can(folder, monkeypatch):
-    video = kv.load_pipeline(folder / "wan")
+    video = kv.diffusers.load_pipeline(folder / "wan")
     own, mask = read_pair(video, folder / "clip.mp4", folder / "mask.png")
     assert own.pixels.shape == (3, 9, 48, 64)  # 12 frames and 72 columns do not divide
     assert mask.shape == (1, 9, 48, 64)
@@ -207,24 +207,24 @@ def test_weights_that_exceed_the_devices_free_memory_are_warned_of(monkeypatch):
 def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folder, tmp_path, unread):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AllegroPipeline"}))
     with pytest.raises(PipelineError, match=r"(?s)AllegroPipeline is of no known family; there are WanPipeline"):
-        kv.load_pipeline(tmp_path)
+        kv.diffusers.load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LTXConditionPipeline"}))
     with pytest.raises(PipelineError, match=r"LTXPipeline\.from_pipe"):
-        kv.load_pipeline(tmp_path)
+        kv.diffusers.load_pipeline(tmp_path)
 
 
 def test_a_folder_that_is_no_pipeline(folder, tmp_path):
     with pytest.raises(PipelineError, match=r"(?s)does not exist.*save_pretrained.*hf download"):
-        kv.load_pipeline(tmp_path / "nowhere")
+        kv.diffusers.load_pipeline(tmp_path / "nowhere")
     with pytest.raises(PipelineError, match=r"holds no model_index\.json"):
-        kv.load_pipeline(tmp_path)
+        kv.diffusers.load_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(PipelineError, match="names no pipeline class"):
-        kv.load_pipeline(tmp_path)
+        kv.diffusers.load_pipeline(tmp_path)
     index = json.loads((folder / "wan" / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(PipelineError, match="could not be loaded as WanPipeline"):
-        kv.load_pipeline(tmp_path)
+        kv.diffusers.load_pipeline(tmp_path)
     with pytest.raises(kv.KVLockError, match=r"(?s)no model at.*model_index\.json.*hf download"):
         kv.edit_video(torch.zeros(3, 8, 32, 32), torch.zeros(32, 32), "x", model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
@@ -232,7 +232,7 @@ def test_a_folder_that_is_no_pipeline(folder, tmp_path):
 def test_packages_that_are_missing_are_named_with_the_command(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(kv.KVLockError, match=r"(?s)needs transformers.*pip install 'kvlock-sampling\[diffusers\]'"):
-        kv.load_pipeline(folder / "wan")
+        kv.diffusers.load_pipeline(folder / "wan")
 
 
 def test_calibrating_on_a_folder_of_clips(folder, tmp_path):
@@ -259,7 +259,7 @@ def test_a_first_frame_from_a_file(folder, tmp_path):
     said = edit(folder, "moved.mp4", *words, model=tmp_path / "image")
     assert "9 model passes" in said
     assert "image-to-video" in edit(folder, "never.mp4", *words, code=2)
-    video = kv.load_pipeline(tmp_path / "image")
+    video = kv.diffusers.load_pipeline(tmp_path / "image")
     picture = read_clip(tmp_path / "red.png", size=(48, 64)).pixels[:, 0]
     clip = read_pair(video, folder / "clip.mp4", folder / "mask.png")[0].pixels
     frame = video.starting_from(picture).given(clip).prompt("x")["frame"]
@@ -268,8 +268,8 @@ def test_a_first_frame_from_a_file(folder, tmp_path):
 
 
 def test_the_vae_may_work_in_tiles(folder):
-    assert kv.load_pipeline(folder / "wan", tile_vae=True).pipe.vae.use_tiling
-    assert not kv.load_pipeline(folder / "wan").pipe.vae.use_tiling
+    assert kv.diffusers.load_pipeline(folder / "wan", tile_vae=True).pipe.vae.use_tiling
+    assert not kv.diffusers.load_pipeline(folder / "wan").pipe.vae.use_tiling
     edit(folder, "tiled.mp4", "--tile-vae")
 
 

@@ -12,7 +12,7 @@ from kvlock_sampling.types import RunError
 
 
 def measured_lock(pair, **arguments):
-    return pair.lock(policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)), threshold=1.0, **arguments)
+    return pair.lock(policy=kv.policy.Clamped(kv.Linear(), lock=(0.2, 1.0)), threshold=1.0, **arguments)
 
 
 def test_only_flagged_clips_change(pair):
@@ -60,7 +60,7 @@ def test_a_subset_of_a_lock_is_the_lock_of_the_subset(pair):
         pair.model,
         source=pair.source[1:],
         mask=pair.mask[1:],
-        policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)),
+        policy=kv.policy.Clamped(kv.Linear(), lock=(0.2, 1.0)),
         threshold=1.0,
         source_args={"cond": pair.cond[1:]},
     )
@@ -81,7 +81,7 @@ def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
     three = [torch.cat([t, 0.7 * t[:1]]) for t in (pair.x, pair.source, pair.cond, pair.uncond)]
     cfg = {"cond": three[2], "uncond": three[3], "cond_scale": 3.0}
     mask = pair.mask[0, 0]  # (3 frames, height, width), for 3 clips
-    lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.Clamped(kv.Linear(), lock=(0.2, 1.0)))
+    lock = kv.KVLock(pair.model, source=three[1], mask=mask, policy=kv.policy.Clamped(kv.Linear(), lock=(0.2, 1.0)))
     x = lock.sample("euler", three[0], pair.sigmas, extra_args=cfg)
     limit = float(last_risk(lock.trace).median())
     result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=limit, extra_args=cfg)

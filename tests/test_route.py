@@ -94,7 +94,7 @@ def test_the_sources_own_prediction_reaches_the_estimator(pair):
 
     for options in ({}, {"batched": False}):
         lock = pair.lock(
-            policy=kv.Clamped(kv.Linear(), lock=(0.5, 0.5)), estimator=Noting(kv.TrajectoryVariance()), **options
+            policy=kv.policy.Clamped(kv.Linear(), lock=(0.5, 0.5)), estimator=Noting(kv.TrajectoryVariance()), **options
         )
         lock.sample("euler", pair.x, pair.sigmas[:3], extra_args=pair.cfg)
     together, apart = seen[:2], seen[2:]

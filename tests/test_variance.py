@@ -106,7 +106,7 @@ def test_the_trajectory_follows_sigma_not_calls(case):
         records.append((e.sigma, [k.sigma for k in new]))
         return new, variance
 
-    lock = kv.KVLock(model, policy=kv.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
+    lock = kv.KVLock(model, policy=kv.policy.Clamped(kv.Linear(), lock=(0.0, 0.0)), estimator=estimator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv.TrajectoryVariance, "step", watched)
         if case == "churn":
@@ -148,7 +148,7 @@ def test_renoise_has_the_exact_mean_on_a_gaussian(sigma):
     k = std**2 / (std**2 + sigma**2)
     denoised = torch.full((1, n), 0.3)
     for around, expected in (("prediction", (k * sigma) ** 2 + ((1 - k) * 0.3) ** 2), ("mean", (k * sigma) ** 2)):
-        estimator = kv.RenoiseVariance(passes=4, around=around)
+        estimator = kv.variance.RenoiseVariance(passes=4, around=around)
         _, variance = estimator.step(estimator.init(), evaluation(sigma, denoised, probe=gaussian(std)))
         assert float(variance) == pytest.approx(expected, rel=4 * math.sqrt(2 / (3 * n)) + 1e-3)
 
@@ -160,7 +160,7 @@ def test_renoise_evaluates_once_in_a_batch_and_replays():
         calls.append(x.clone())
         return x * 0.5
 
-    estimator = kv.RenoiseVariance(passes=3)
+    estimator = kv.variance.RenoiseVariance(passes=3)
     denoised = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
     first, a = estimator.step(estimator.init(), evaluation(1.0, denoised, probe=probe))
     _, again = estimator.step(estimator.init(), evaluation(1.0, denoised, probe=probe))
@@ -170,7 +170,7 @@ def test_renoise_evaluates_once_in_a_batch_and_replays():
     assert not torch.equal(a, b)  # fresh noise at the next measurement
     _, alone = estimator.step(estimator.init(), evaluation(1.0, denoised[1:], probe=probe))
     assert torch.equal(alone, a[1:])  # a clip alone is the clip in a batch
-    _, other = kv.RenoiseVariance(passes=3, seed=6).step(0, evaluation(1.0, denoised, probe=probe))
+    _, other = kv.variance.RenoiseVariance(passes=3, seed=6).step(0, evaluation(1.0, denoised, probe=probe))
     assert not torch.equal(a, other)
 
 
@@ -179,9 +179,9 @@ def test_settings_are_checked():
         lambda: kv.TrajectoryVariance(window=1),
         lambda: kv.TrajectoryVariance(span=0.5),
         lambda: kv.TrajectoryVariance(window=None),
-        lambda: kv.RenoiseVariance(passes=0),
-        lambda: kv.RenoiseVariance(passes=1, around="mean"),
-        lambda: kv.RenoiseVariance(around="median"),
+        lambda: kv.variance.RenoiseVariance(passes=0),
+        lambda: kv.variance.RenoiseVariance(passes=1, around="mean"),
+        lambda: kv.variance.RenoiseVariance(around="median"),
     ):
         with pytest.raises(ValueError, match=r"(?s)."):
             bad()

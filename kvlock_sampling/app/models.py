@@ -49,7 +49,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
 
     Args:
         model: "tiny" (the embedded model), a folder or file of its weights, or a folder of a diffusers pipeline.
-        options: Options of `kv.load_pipeline`. None and offload="none" count as not given.
+        options: Options of `kv.diffusers.load_pipeline`. None and offload="none" count as not given.
 
     Returns:
         The model.

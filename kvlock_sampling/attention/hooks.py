@@ -104,7 +104,7 @@ class Hooks:
         return [(network, [block for block in self.layers.blocks if block in own]) for network, own in owned]
 
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Note how many text tokens this call of the network has, because its sequences hold them beside the video's."""
+        """Note how many text tokens this call of the network has beside the video's."""
         names = self.layers.text_arguments
         if not names:
             return call(*args, **kwargs)

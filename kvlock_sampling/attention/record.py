@@ -30,7 +30,7 @@ class CallRecord:
     def clear(self) -> None:
         """Forget everything: the call is made again."""
         for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
-            part.clear()  # type: ignore[attr-defined]
+            part.clear()
 
     def turn(self, layer: str) -> int:
         """How often the layer has acted before in this call."""

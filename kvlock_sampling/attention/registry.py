@@ -68,7 +68,7 @@ def find_layers(model: Any) -> AttentionLayers:
         f"  Known architectures: {families}.\n"
         "  For another model whose attention calls F.scaled_dot_product_attention, say where its tokens are:\n"
         "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
-        "  or declare it: kv.Architecture(...).find(transformer).\n"
+        "  or declare it: kv.attention.Architecture(...).find(transformer).\n"
         "  For control of guidance alone, without a source: KVLock(model, policy=...)."
     )
 

@@ -310,7 +310,7 @@ def uncacheable(layers: AttentionLayers) -> str | None:
     if layers.watch is not None:
         return (
             "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n  layers="
-            "kv.Architecture('mine', ('package.module:Class',), layers=('blocks.*.attn',), patch=...).find(net)"
+            "kv.attention.Architecture('mine', ('package.module:Class',), layers=('blocks.*.attn',), patch=...).find(net)"
         )
     if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
         return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."

@@ -69,8 +69,9 @@ class Plan:
     def verdict(self) -> str:
         """What these sizes mean for a run, in a sentence or two."""
         if self.directory:
-            where = "in memory and on disk" if self.in_memory == self.levels else "on disk"
-            return f"Everything fits {where} ({readable(self.total)}): the next edit of this clip needs no source pass."
+            fits = self.in_memory == self.levels
+            start = "Everything fits in memory and is kept on disk" if fits else "Every level is kept on disk"
+            return f"{start} ({readable(self.total)}): the next edit of this clip needs no source pass."
         later = 'For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'
         if self.in_memory == self.levels:
             return f"Everything fits in memory, for this run and others with this KVCache. {later}"

@@ -19,10 +19,8 @@ import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
+from ..types import SAME_SIGMA
 from .errors import KVCacheError
-
-SAME_SIGMA = 1e-4
-"""Noise levels that differ by less than this, relatively, are one: samplers compute them in float32."""
 
 
 def same(a: float, b: float) -> bool:

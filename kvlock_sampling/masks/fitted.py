@@ -111,8 +111,8 @@ class FittedMask:
         width, share = transition
         if like.ndim == 3:
             raise MaskError(
-                f"transition={transition} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: leave "
-                "transition away."
+                f"transition={transition} needs the tokens' grid; latents of shape {tuple(like.shape)} are packed: "
+                "leave transition away."
             )
         t, h, w = token_grid(like.shape, patch)
         near = grow(edited.view(len(edited), 1, t, h, w).float(), width).flatten(1).to(weight)

@@ -89,8 +89,8 @@ def check_hits(hits: Sequence[Hit], grid: Place) -> None:
     if first.where is None:
         raise AttentionError(
             f"layer {first.layer!r}: its keys and values do not change with the video.\n"
-            "  This is cross-attention, a refiner of text, or attention over a reference. Leave it out: a layer attends "
-            "over the video's own tokens."
+            "  This is cross-attention, a refiner of text, or attention over a reference. Leave it out: a layer "
+            "attends over the video's own tokens."
         )
     behind = first.length - first.start - first.tokens
     if first.start and all(h.where == h.wanted - h.start for h in missed):

@@ -163,8 +163,8 @@ class Promises:
         count = len(edit.record.fired)
         if edit.record.fired != source.record.fired or (self.expected is not None and count != self.expected):
             raise AttentionError(
-                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.record.fired)} ran for the "
-                f"source; expected {len(source.record.fired) if self.expected is None else self.expected}.\n"
+                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.record.fired)} ran for "
+                f"the source; expected {len(source.record.fired) if self.expected is None else self.expected}.\n"
                 f"  Fused: {some(sorted(edit.record.fired))}."
             )
 

@@ -21,9 +21,6 @@ from ..utils.precision import working
 Patch = tuple[int, int, int]
 """Latents per token along (time, height, width)."""
 
-SAME_SIGMA = 1e-4
-"""Two noise levels closer than this, relatively, are the same one."""
-
 
 class Estimator(ABC):
     """Base of every estimator. Subclass it as `@dataclass(frozen=True)` and define `step`.

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import EstimatorError, Evaluation
+from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import SAME_SIGMA, Estimator, Patch, check_patch, pooled
+from .base import Estimator, Patch, check_patch, pooled
 
 
 class Entry(NamedTuple):

@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..types import EstimatorError, Evaluation
-from .base import SAME_SIGMA, Estimator
+from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from .base import Estimator
 
 
 def check_inner(outer: Estimator, inner: Any) -> None:

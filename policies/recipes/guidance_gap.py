@@ -6,7 +6,7 @@ import kvlock_sampling as kv
 
 
 @dataclass(frozen=True)
-class GuidanceGap(kv.Estimator):
+class GuidanceGap(kv.variance.Estimator):
     """|c - u|^2 / |u|^2 over the mask, of the conditional and unconditional velocity v = (x - D) / sigma - D."""
 
     default_threshold = 0.01  # what calm clips of the embedded model reach

@@ -7,7 +7,7 @@ import kvlock_sampling as kv
 
 
 @dataclass(frozen=True)
-class SolverDisagreement(kv.Estimator):
+class SolverDisagreement(kv.variance.Estimator):
     """Squared gap, over sigma^2, to the line in log sigma through the two predictions before."""
 
     default_threshold = 0.02  # calm clips of the embedded model in 30 steps; it falls as the 4th power of the step

@@ -113,5 +113,5 @@ def refuse_cut(network: nn.Module) -> None:
     if is_cut(network.modules()):
         raise AttentionError(
             f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers knows by their "
-            "number alone.\n  Declare the model, kv.Architecture(...).find(network), or leave enable_parallelism away."
+            "number alone.\n  Declare the model, kv.attention.Architecture(...).find(network), or leave enable_parallelism away."
         )

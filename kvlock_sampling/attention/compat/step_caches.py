@@ -41,8 +41,8 @@ class StepCaches:
 
         Args:
             kind: Tells the kinds apart.
-            branches: The call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from the
-                other, so it is bypassed unless both are there, the unconditional one first.
+            branches: The call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from
+                the other, so it is bypassed unless both are there, the unconditional one first.
         """
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Compiled models under a lock: which modules are compiled, and a call without the compiler where a graph cannot break."""
+"""Compiled models under a lock, and calls without the compiler where a graph cannot break."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...types import SAME_SIGMA
 from .calls import Call, intercepted
 from .errors import PipelineError
 from .schedule import check_flow, time_of
@@ -143,7 +144,7 @@ class _Steps:
         self._waiting = None
         time = time_of(scheduler, call.timestep)
         fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
-        if self.session.run is None or fresh or time > self._last * (1 + 1e-4):
+        if self.session.run is None or fresh or time > self._last * (1 + SAME_SIGMA):
             self.session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
         self._last = time
         return time

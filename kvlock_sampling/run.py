@@ -158,6 +158,8 @@ class Run:
             state = found
         lock = LockRatio(state.lock, len(x), settings.policy, reads)
         observation = observation._replace(lock=lock.rows(x.device))
+        if settings.source is not None and settings.layers is not None:
+            self.source_noise(settings.source, x, model_sigma)  # the first x leads to the noise, locked or not
         if lock.high > 0 and settings.layers is None and not settings.no_token_left:
             raise nothing_to_lock_to(settings.policy, lock.high)
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, lock, observation, reads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import math
@@ -176,42 +175,6 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         write_atomically(tmp_path / "dir", "x")
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "dir"]
-
-
-def imports_of(path: Path) -> set[str]:
-    """Absolute module names imported anywhere in a file of the package."""
-    package = ["kvlock_sampling", *path.relative_to(PACKAGE).parts[:-1]]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found |= {module} | {f"{module}.{a.name}" for a in node.names}
-    return found
-
-
-def test_rooms_keep_to_themselves():
-    """The import rules of the design: pure rooms never import one another; outside libraries enter by one door."""
-    files = {p: imports_of(p) for p in PACKAGE.rglob("*.py")}
-    pure = ("policy", "variance", "guidance", "attention.fuse", "masks")
-
-    def room(path: Path) -> str:
-        return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-    for path, names in files.items():
-        name = room(path)
-        for one in pure:
-            if name == one or name.startswith(one + "."):
-                others = [f"kvlock_sampling.{o}" for o in pure if o != one] + ["kvlock_sampling.lock"]
-                assert not [n for n in names if any(n == o or n.startswith(o + ".") for o in others)], name
-        if name.split(".")[0] not in ("tiny", "integrations", "testing"):
-            assert not [n for n in names if n.split(".")[0] == "diffusers"], name
-        if name != "samplers":
-            assert not [n for n in names if n.split(".")[0] == "k_diffusion"], name
-        if not name.startswith("testing"):
-            assert not [n for n in names if n.startswith("kvlock_sampling.testing")], name
 
 
 def test_importing_the_library_is_light():

@@ -271,7 +271,7 @@ def test_a_ring_is_looked_at_when_the_lock_is_made(setup, policy):
 
 
 @pytest.mark.parametrize(
-    ("given", "works"), [(kv.variance.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.Reno")]
+    ("given", "works"), [(kv.variance.RenoiseVariance, r"RenoiseVariance\(\)"), ("renoise", r"kv\.variance\.Reno")]
 )
 def test_an_estimator_is_an_object(setup, given, works):
     with pytest.raises(EstimatorError, match=rf"expected an Estimator, e\.g\. estimator={works}"):

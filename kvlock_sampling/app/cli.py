@@ -171,8 +171,8 @@ def edit(
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
-        from ..plot import figure_format
         from ..samplers import get
+        from ..trace import figure_format
         from ..utils.files import check_writable
         from ..video import check_suffix, read_clip, write_clip
         from .edit import edit_video

@@ -73,7 +73,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     if given:
         name = sorted(given)[0]
         raise KVLockError(
-            f"{name}={given[name]!r} is an option of diffusers pipelines, and {str(model)!r} is the embedded "
+            f"{name}={given[name]!r} is for a pipeline of diffusers, and {str(model)!r} is the embedded "
             f"architecture. Leave it out, or name a folder with {INDEX}."
         )
     return load(model)
@@ -132,7 +132,7 @@ def read_pair(
     count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
     if (frames is not None and count != frames) or (size is not None and sides != tuple(size)):
         raise SourceError(
-            f"frames={frames}, size={size}: this model does not edit that; the nearest is frames={count}, size={sides}."
+            f"frames={frames}, size={size}: not for this model; this model edits e.g. frames={count}, size={sides}."
         )
     read = whole if sides == own else read_clip(clip, frames=frames, size=sides, pad=pad)
     return Clip(read.pixels[:, :count], read.fps), read_mask(mask, frames=have, size=sides)[:, :count]

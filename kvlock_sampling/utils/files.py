@@ -5,24 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..types import KVLockError
 
 
 @contextmanager
-def atomic(
-    path: str | os.PathLike[str], *, renaming: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` if the block succeeds and removed otherwise.
 
     Missing folders are created. The temporary name keeps the suffix, because some writers read it.
 
     Args:
         path: The file to write.
-        renaming: Makes a context, such as a lock, in which the file is renamed.
 
     Yields:
         The temporary path.
@@ -31,22 +28,13 @@ def atomic(
         OSError: The folder or the file cannot be written.
     """
     path = Path(path)
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
-        with renaming():
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, even if another process removes an empty one at the same moment."""
-    for _ in range(10):
-        with suppress(FileExistsError, FileNotFoundError):
-            return folder.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +28,6 @@ _CURVES = {
     "lock": ("lock", "#228833"),
     "cfg_scale": ("CFG scale", "#aa3377"),
 }
-
-
-class Evaluated(Protocol):
-    """What the trace records of the branches of one evaluation; `route` is a `Route`."""
-
-    nfe: int
-    fused_layers: int
-    route: Any
-    computed: float
 
 
 class Trace:
@@ -76,12 +67,7 @@ class Trace:
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def record(
-        self,
-        observation: Observation,
-        next_lock: Scalar,
-        cfg_scale: Scalar,
-        composite: Scalar,
-        evaluated: Evaluated,
+        self, observation: Observation, next_lock: Scalar, cfg_scale: Scalar, composite: Scalar, **counts: Any
     ) -> None:
         """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
         like = observation.requested_cfg_scale
@@ -100,10 +86,7 @@ class Trace:
                 next_lock=rows(next_lock),
                 cfg_scale=rows(cfg_scale),
                 composite=rows(composite),
-                nfe=evaluated.nfe,
-                fused_layers=evaluated.fused_layers,
-                route=evaluated.route.value,
-                computed=evaluated.computed,
+                **counts,
             )
         )
 

@@ -5,9 +5,9 @@ token leaves the network before the first block and returns after the last: quer
 on the other tokens, and the token's K/V, from the source, join at every attention layer. The result equals that of the
 dense computation up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
 
-The source's K/V come from a pass of its own (`narrowing`), or source and edit go through the network block by block
-(`interleaving`): each block runs on the source's rows, then on the computed tokens of the edit's rows. Then K/V of one
-layer exist at a time, where a pass of its own keeps all layers' K/V until the edit's pass.
+The source's K/V come from a separate pass, which keeps all layers' K/V until the edit's pass (`narrowing`); or each
+block runs on the source's rows, then on the computed tokens of the edit's rows, so that K/V of one layer exist at a
+time (`interleaving`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .layers import Table, TokenFlow
 
 
 def narrowing(network: nn.Module, blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[ForwardHook]:
-    """Hooks that drop the kept tokens at the first block and return them at `flow.leave`."""
+    """Hooks that remove the kept tokens at the first block and restore the sequence at `flow.leave`."""
     for block in blocks:
         yield ForwardHook(block, before=partial(_enter, block, flow))
     yield ForwardHook(network.get_submodule(flow.leave), before=_leave)
@@ -40,12 +40,8 @@ def interleaving(blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[Forwa
 
 
 def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Arguments:
-    bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
-    for name in flow.tokens:
-        given = bound.arguments.get(name)
-        if isinstance(given, Tensor) and given.shape[1] == context.ratio.shape[1]:
-            bound.arguments[name] = given.index_select(1, _selection(context).computed)
-    _narrow_tables(bound.arguments, flow, context)
+    bound = signature_of(block).bind_partial(block, *args, **kwargs)
+    _narrow_arguments(bound.arguments, flow, current())
     return bound.args[1:], bound.kwargs
 
 
@@ -75,15 +71,11 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
         with using(acting):
             return call(*bound.args[1:], **bound.kwargs)
 
-    of_source, of_edit = cut(slice(edit, rows)), cut(slice(0, edit))
+    of_source, of_edit = cut(slice(edit, rows)), cut(slice(edit))
     capture = context.fresh("capture")
     source = run(of_source, capture)
     inject = context.fresh("inject", capture.record.captured)
-    for name in flow.tokens:
-        given = of_edit.get(name)
-        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
-            of_edit[name] = given.index_select(1, where)
-    _narrow_tables(of_edit, flow, inject)
+    _narrow_arguments(of_edit, flow, inject)
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
@@ -101,16 +93,10 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
 def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
     """An attention mask with its rows in the order of the computed queries, and its columns in that of the joined keys.
 
-    Some networks make their masks before the blocks, for all tokens; others make them in each block, for the tokens
-    that run.
-
-    Args:
-        mask: (rows or 1, heads or 1, queries or 1, keys), bool or additive.
-        context: That of a narrowed call.
-        start: Position of the first video token.
-        length: Length of the narrowed sequence.
+    The mask is (rows or 1, heads or 1, queries or 1, keys), made for all tokens or for those that run; `start` is the
+    position of the first video token, `length` that of the narrowed sequence.
     """
-    known = context.record.cut.get((id(mask), -length))  # every layer is given the same mask
+    known = context.record.cut.get((id(mask), -length))  # every layer gets the same mask
     if known is None:
         known = context.record.cut[id(mask), -length] = mask, _cut_mask(mask, context, start, length)
     return known[1]
@@ -138,16 +124,18 @@ def _selection(context: FusionContext) -> Any:
 
 
 def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
-    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length. The other positions hold copies
-    of a real token: a norm would make the gradients of zeros NaN.
-    """
-    assert where is not None
+    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length, between copies of the first."""
+    assert where is not None  # copies, because a norm makes the gradients of zeros NaN
     whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
     whole.index_copy_(1, where, tokens)
     return whole
 
 
-def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
+def _narrow_arguments(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
+    for name in flow.tokens:
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
+            arguments[name] = given.index_select(1, where)
     for table in flow.tables:
         if arguments.get(table.name) is not None:
             arguments[table.name] = _narrow(arguments[table.name], table, context)
@@ -171,9 +159,7 @@ def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
 
 
 def _positions(length: int, context: FusionContext, device: torch.device) -> Tensor | None:
-    """The positions that stay in a sequence of the video's tokens, or of the video's and the text's; None for any other
-    length.
-    """
+    """The positions that stay in a sequence of the video's tokens, or of video and text; None for another length."""
     tokens, text, computed = context.ratio.shape[1], context.text or 0, _selection(context).computed
     if length == tokens:
         return computed

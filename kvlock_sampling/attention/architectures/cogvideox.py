@@ -16,7 +16,7 @@ ARCHITECTURE = Architecture(
         network.config.patch_size,
     ),
     text="first",
-    # ConsisID adds what it knows of a face to all tokens between the blocks.
+    # ConsisID adds face features to all tokens between the blocks.
     flow=TokenFlow(
         "norm_final",
         tables=(Table("image_rotary_emb", 0),),

@@ -1,8 +1,7 @@
 """The declaration of one family of models: where its attention layers, tokens and text are.
 
-A built-in family is one file in `architectures/` with a constant `ARCHITECTURE`. For another model, write the same
-declaration and pass `layers=architecture.find(network)`, or call `register(architecture)` once.
-`kvlock_sampling.testing.check_layers` tests a declaration.
+Pass a declaration as `layers=architecture.find(network)`, or call `register(architecture)` once.
+`kvlock_sampling.testing.check_layers` tests it. Built-in families are in `architectures/`.
 """
 
 from __future__ import annotations
@@ -74,7 +73,8 @@ class Architecture:
         for name in ("classes", "layers", "text_arguments"):
             if isinstance(given := getattr(self, name), str):
                 raise AttentionError(
-                    f"Architecture({self.name!r}): {name}={given!r} is a string; expected a tuple, {name}=({given!r},)"
+                    f"Architecture({self.name!r}): {name}={given!r} is one string; expected a tuple, "
+                    f"{name}=({given!r},)"
                 )
         for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
             if text not in ("none", "first", "last"):
@@ -101,17 +101,13 @@ class Architecture:
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
-            found = [
-                name
-                for name, part in names.items()
-                if _fits(name, pattern.pattern) and pattern.kind in (None, type(part).__name__)
-            ]
+            found = [name for name, part in names.items() if _fits(name, part, pattern)]
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
             for name in found:
-                larger = None if self.layer_patch is None else self.layer_patch(module, name)
-                text = pattern.text or self.text
-                layers.append(AttentionLayer(name, names[name], text, None if larger is None else _three(larger)))
+                larger = self.layer_patch(module, name) if self.layer_patch else None
+                patch = _three(larger) if larger else None
+                layers.append(AttentionLayer(name, names[name], pattern.text or self.text, patch))
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         joint = any(layer.text != "none" for layer in layers)
@@ -142,6 +138,7 @@ def _three(patch: Sequence[int]) -> Grid:
     return t, h, w
 
 
-def _fits(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+def _fits(name: str, module: nn.Module, pattern: LayerPattern) -> bool:
+    parts, wanted = name.split("."), pattern.pattern.split(".")
+    named = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    return named and pattern.kind in (None, type(module).__name__)

@@ -1,9 +1,8 @@
 """Run the edited tokens only: at full lock the other tokens need no computation.
 
-At lock 1 the K/V of a background token are the source's, and compositing replaces its output by the source. So the
-token leaves the network before the first block and returns after the last: queries, feed-forward and text attention run
-on the other tokens, and the token's K/V, from the source, join at every attention layer. The result equals that of the
-dense computation up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
+At lock 1 a background token has the source's K/V, and compositing replaces its output. So the token leaves the network
+before the first block and returns after the last; its K/V, from the source, join at every attention layer. The result
+equals the dense one up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
 
 The source's K/V come from a separate pass, which keeps all layers' K/V until the edit's pass (`narrowing`); or each
 block runs on the source's rows, then on the computed tokens of the edit's rows, so that K/V of one layer exist at a
@@ -83,8 +82,7 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
         if of_edit.shape[1] != of_source.shape[1]:
-            where = _positions(of_source.shape[1], context, of_edit.device)
-            of_edit = _scattered(of_edit, where, of_source.shape[1])
+            of_edit = _scattered(of_edit, _positions(of_source.shape[1], context), of_source.shape[1])
         return torch.cat([of_edit, of_source])
 
     return tree_map(join, changed, source)
@@ -109,13 +107,9 @@ def _cut_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> 
         shape = (*mask.shape[:-1], len(chosen.kept))
         visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
         return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
-    before = torch.arange(start, device=mask.device)
-    after = torch.arange(start + tokens, mask.shape[-1], device=mask.device)
-    computed, kept = (start + where for where in (chosen.computed, chosen.kept))
-    mask = mask.index_select(-1, torch.cat([before, computed, kept, after]))
-    if mask.shape[-2] > 1:
-        mask = mask.index_select(-2, torch.cat([before, computed, after]))
-    return mask
+    whole = mask.shape[-1]
+    mask = mask.index_select(-1, _with_others(torch.cat([chosen.computed, chosen.kept]), start, tokens, whole))
+    return mask if mask.shape[-2] == 1 else mask.index_select(-2, _with_others(chosen.computed, start, tokens, whole))
 
 
 def _selection(context: FusionContext) -> Any:
@@ -134,7 +128,7 @@ def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
 def _narrow_arguments(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
     for name in flow.tokens:
         given = arguments.get(name)
-        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
+        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context)) is not None:
             arguments[name] = given.index_select(1, where)
     for table in flow.tables:
         if arguments.get(table.name) is not None:
@@ -151,29 +145,30 @@ def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
         return value
     known = context.record.cut.get((id(value), table.axis))
     if known is None:
-        where = _positions(value.shape[table.axis], context, value.device)
+        where = _positions(value.shape[table.axis], context)
         if where is None:
             return value
         known = context.record.cut[id(value), table.axis] = value, value.index_select(table.axis, where)
     return known[1]
 
 
-def _positions(length: int, context: FusionContext, device: torch.device) -> Tensor | None:
+def _positions(length: int, context: FusionContext) -> Tensor | None:
     """The positions that stay in a sequence of the video's tokens, or of video and text; None for another length."""
     tokens, text, computed = context.ratio.shape[1], context.text or 0, _selection(context).computed
-    if length == tokens:
-        return computed
-    if not text or length != tokens + text:
-        return None
-    first = text if context.text_first else 0
-    before = torch.arange(first, device=device)
-    after = torch.arange(first + tokens, length, device=device)
-    return torch.cat([before, computed + first, after])
+    if text and length == tokens + text:
+        return _with_others(computed, text if context.text_first else 0, tokens, length)
+    return computed if length == tokens else None
+
+
+def _with_others(where: Tensor, start: int, tokens: int, length: int) -> Tensor:
+    """The positions `where` among the video's tokens, which begin at `start`, and all other positions of a sequence."""
+    every = torch.arange(length, device=where.device)
+    return torch.cat([every[:start], where + start, every[start + tokens :]])
+
+
+_signature = cache(inspect.signature)
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward. Offloading replaces the instance's forward and may hide its signature."""
     return _signature(type(module).forward)
-
-
-_signature = cache(inspect.signature)

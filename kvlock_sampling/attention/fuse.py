@@ -64,15 +64,9 @@ def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) ->
 def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start: int) -> Tensor:
     """Insert the source's kept tokens behind the computed ones, and fuse those that take some of the source.
 
-    Args:
-        own: (rows, ..., length, dim), whose video tokens are the computed ones of the selection.
-        source: (batch, ..., stored, dim).
-        ratio: (batch, all video tokens), in [0, 1].
-        selection: A `masks.tokens.Selection`.
-        start: Position of the first video token.
-
-    Returns:
-        (rows, ..., length + kept, dim): text before, computed tokens, kept tokens, text after.
+    `own` is (rows, ..., length, dim) with the computed tokens of the `masks.tokens.Selection` from `start` on, `source`
+    (batch, ..., stored, dim), `ratio` (batch, all video tokens). Returns (rows, ..., length + kept, dim): text before,
+    computed tokens, kept tokens, text after.
     """
     kept, end = len(selection.kept), start + len(selection.computed)
     out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])

@@ -1,9 +1,8 @@
 """See an attention call, whatever computes it: torch, or a backend of diffusers' attention dispatch.
 
-`intercepted(rewrite)` acts for its own thread or task only. Two ways lead to attention:
+`intercepted(rewrite)` acts for its own thread or task only. Attention is computed by
 - `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
-- diffusers' `dispatch_attention_fn`, which looks its backend up by name at every call: native, flex, flash, sage,
-  xformers or a kernel from the hub. While a call is intercepted, the entries of that table are wrapped.
+- diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call.
 """
 
 from __future__ import annotations
@@ -38,16 +37,12 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
     In nested blocks the outer rewrite sees a call as the inner one changed it.
     """
     outer = _rewrite.get()
-    token = _rewrite.set(rewrite if outer is None else functools.partial(_chained, rewrite, outer))
+    token = _rewrite.set(rewrite if outer is None else lambda q, k, v, mask: outer(q, *rewrite(q, k, v, mask)))
     try:
         with _dispatch_seen(), _SeesTorch():
             yield
     finally:
         _rewrite.reset(token)
-
-
-def _chained(inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
-    return outer(query, *inner(query, key, value, mask))
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class AttentionLayer:
         others = "" if extra == (0, 0) else f" + {before + after} others"
         surplus = rest - (text or 0)
         hint = (
-            f"If {surplus} of them are reference frames or guides, say where they stand: "
+            f"If {surplus} tokens are reference frames or guides, declare them: "
             f"layers=kv.find_layers(model).with_extra(after={surplus})."
             if surplus > 0
             else "The mask's grid and the model's patches differ: check the latents' shape."
@@ -192,7 +192,7 @@ class AttentionLayers:
         return replace(self, extra=(before, after))
 
     def grid(self, latent_shape: Sequence[int]) -> Grid:
-        """Tokens along (time, height, width) for latents of a shape, which must divide into the tokens of all layers."""
+        """Tokens along (time, height, width) for latents of a shape, which must fit the patches of all layers."""
         for patch in {layer.patch for layer in self.layers if layer.patch is not None}:
             token_grid(latent_shape, patch)
         return token_grid(latent_shape, self.patch)
@@ -201,10 +201,10 @@ class AttentionLayers:
         """The message of a run in which no layer acted, with the lengths (query, key) of the calls that were seen."""
         if self.watch is None:
             return (
-                f"none of the model's {len(self.layers)} attention layers fired in this evaluation, so nothing was "
-                "locked.\n  If another copy of the model runs (a replica, an exported graph), pass layers= of that "
-                "copy.\n  If the model has an attention kernel of its own, use F.scaled_dot_product_attention or a "
-                "backend of diffusers instead: model.set_attention_backend('native')."
+                f"none of the model's {len(self.layers)} attention layers fired in this evaluation.\n"
+                "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
+                "  If the model calls its own attention kernel, use F.scaled_dot_product_attention or a backend of "
+                "diffusers instead: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing
@@ -222,7 +222,7 @@ def _indices(chosen: Any) -> list[int]:
     if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
         raise AttentionError(
             f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
-            "layers=slice(None, 10), or None for all layers."
+            "layers=slice(None, 10), or None for all."
         )
     return indices
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..types import MaskError
@@ -37,8 +38,7 @@ def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float =
     values = as_tensor(noise_mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
-    values = as_mask(values, frames)
-    return (values > _checked(threshold)).to(values.dtype)
+    return _hard(as_mask(values, frames), threshold, torch.gt)
 
 
 def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0.5) -> Mask:
@@ -65,8 +65,7 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
         mask = np.stack(pages)
     elif not isinstance(mask, Tensor | str | os.PathLike):
         mask = _luminance(mask)
-    values = as_mask(mask, frames)
-    return (values >= _checked(threshold)).to(values.dtype)
+    return _hard(as_mask(mask, frames), threshold, torch.ge)
 
 
 def _luminance(page: Any) -> np.ndarray:
@@ -79,7 +78,7 @@ def _luminance(page: Any) -> np.ndarray:
     return array
 
 
-def _checked(threshold: float) -> float:
+def _hard(values: Tensor, threshold: float, edited: Callable[..., Tensor]) -> Tensor:
     if not 0 <= threshold <= 1:
         raise MaskError(f"threshold is {threshold}; expected [0, 1]")
-    return threshold
+    return edited(values, threshold).to(values.dtype)

@@ -20,11 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def as_transition(transition: Any) -> tuple[float, float] | None:
-    """Check a transition band: (width in tokens > 0, fraction of the lock in [0, 1]), or None.
-
-    Raises:
-        MaskError: The band has another form.
-    """
+    """Check a transition band: (width in tokens > 0, fraction of the lock in [0, 1]), or None."""
     if transition is None:
         return None
     pair = tuple(transition) if isinstance(transition, list | tuple) else ()
@@ -50,11 +46,7 @@ def _remembered(make: F) -> F:
 
 
 class FittedMask:
-    """A mask, 1 = edit, given in pixels or in latents, and fitted to latents on demand.
-
-    Args:
-        mask: Tensor or array, as `as_mask` reads it. It is copied.
-    """
+    """A mask as in `as_mask`, in pixels or in latents, fitted to latents on demand. It is copied."""
 
     def __init__(self, mask: Any) -> None:
         with torch.inference_mode(False):
@@ -67,17 +59,11 @@ class FittedMask:
 
     @_remembered
     def latent(self, like: Tensor) -> Tensor:
-        """The mask at the resolution of latents.
+        """The mask at the resolution of latents, float, (batch or 1, 1, time, height, width) for videos.
 
-        Args:
-            like: Videos (batch, channels, time, height, width), or pictures (batch, channels, height, width). For
-                packed latents (batch, tokens, channels) and other forms the mask must be broadcastable already.
-
-        Returns:
-            Float, (batch or 1, 1, time, height, width) for videos.
-
-        Raises:
-            MaskError: The mask fits neither as it is nor by a whole compression factor.
+        Videos are (batch, channels, time, height, width), images (batch, channels, height, width). For packed latents
+        (batch, tokens, channels) and other forms the mask must be broadcastable already. Raises MaskError if the mask
+        fits neither as it is nor by a whole compression factor.
         """
         if like.ndim == 5:
             return self._video(like)
@@ -101,18 +87,9 @@ class FittedMask:
 
     @_remembered
     def background(self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None) -> Tensor:
-        """The fraction of the lock that each token takes.
+        """The fraction of the lock that each token takes, float, (batch or 1, tokens): 0 where edited, 1 elsewhere.
 
-        Args:
-            like: The latents.
-            patch: Latents per token along (time, height, width).
-            transition: (width in tokens, fraction): background tokens within `width` of the edit take this fraction.
-
-        Returns:
-            Float, (batch or 1, tokens): 0 where edited, 1 in the background.
-
-        Raises:
-            MaskError: Latents are packed, so that a transition band has no grid.
+        With `transition` (width in tokens, fraction) background tokens within `width` of the edit take this fraction.
         """
         edited = self.tokens(like, patch)
         weight = (~edited).to(torch.float32)
@@ -131,11 +108,7 @@ class FittedMask:
     def selection(
         self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None
     ) -> tuple[Selection, Tensor]:
-        """The tokens that must be computed at full lock, and the latents of all other tokens.
-
-        Returns:
-            The selection, and a bool tensor that broadcasts to `like`. Arguments are those of `background`.
-        """
+        """The tokens that must be computed at full lock, and where the latents of the others are, bool, like `like`."""
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         left_out = (background >= 1).all(0, keepdim=True)
         if like.ndim == 3:

@@ -15,15 +15,10 @@ Grid = tuple[int, int, int]
 
 
 def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
-    """The number of tokens along (time, height, width).
+    """The number of tokens along (time, height, width), for `patch` latents per token along the same axes.
 
-    Args:
-        latent_shape: That of a video (batch, channels, time, height, width), a picture (batch, channels, height,
-            width), or packed tokens (batch, tokens, channels), which count as one row of tokens.
-        patch: Latents per token along (time, height, width).
-
-    Raises:
-        AttentionError: The latents have other axes, or axes that do not divide into patches.
+    Packed latents (batch, tokens, channels) count as one row of tokens. Raises AttentionError for a shape that does not
+    divide into patches.
     """
     axes = tuple(int(size) for size in latent_shape)[2:]
     if len(latent_shape) == 3:
@@ -52,12 +47,9 @@ def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens of a video can come from the source.
+    """Which tokens of a video can come from the source: those that every clip of the batch locks in full.
 
-    The clips of a batch share one selection: a token is kept if every clip locks it in full.
-
-    Attributes:
-        weight: The fraction of the lock that each token takes, (batch, tokens), as from `FittedMask.background`.
+    `weight` is the fraction of the lock that each token takes, (batch, tokens), as from `FittedMask.background`.
     """
 
     weight: Tensor

@@ -21,6 +21,8 @@ ARCHITECTURE = Architecture(
         "norm_out",
         # Modulation per token is (rows, tokens, 6, dim), but (rows, 6, tokens, dim) in SkyReels' diffusion forcing.
         tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4), Table("temb", 2, ndim=4)),
-        supported=lambda network: type(network).__name__.startswith(("WanT", "SkyReels", "ChronoEdit")),
+        supported=lambda network: (
+            not any(kind.__name__.startswith(("WanAnimate", "AnyFlow")) for kind in type(network).mro())
+        ),
     ),
 )

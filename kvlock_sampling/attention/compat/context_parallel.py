@@ -1,11 +1,9 @@
 """Context parallelism of diffusers: every process holds a piece of the tokens, and a layer sees that piece only.
 
 `model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))`, or `ring_degree`, cuts the sequence into
-contiguous pieces, one per process, and communicates behind the attention call. Fusion works token by token and the
-source's pass is cut alike, so a lock needs no communication: each process takes its piece of the ratio. Predictions are
-gathered before a lock sees them, so that all processes measure and decide the same.
-
-Diffusers' plans also cut text that shares the sequence: a process then holds [its text, its video].
+contiguous pieces, one per process, and communicates inside the attention call. Fusion works token by token, so each
+process takes its piece of the ratio. Predictions are gathered, so that all processes measure and decide the same.
+Text in the same sequence is cut too: a process then holds [its text, its video].
 Source: diffusers `hooks/context_parallel.py`, `models/_modeling_parallel.py`.
 """
 

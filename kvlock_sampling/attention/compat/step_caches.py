@@ -1,11 +1,10 @@
 """Step caches of diffusers (FirstBlockCache, MagCache, PyramidAttentionBroadcast, ...) under a lock.
 
-They keep results of one call for the next, on the network, and assume calls of one kind. A lock makes calls of several
-kinds: the source's pass, probes at other points, one branch or two. Therefore
-- the source's pass and probes bypass the caches: the caches store nothing, and every layer fires for the source;
-- each kind of call of the edit has its own memory, which lives as long as the run;
-- after the call each cache has the memory object that it had before.
-A layer that the edit skips is not fused and not counted: it reuses what it computed when it was fused.
+Caches reuse results of one call in the next and assume calls of one kind. A lock makes calls of several kinds:
+- the source's pass and probes at other points bypass the caches, so that every layer fires for the source;
+- each kind of call of the edit (one branch or two) has its own memory, which lives as long as the run.
+After the call each cache has the memory object that it had before. A layer that the edit skips is not fused and not
+counted: it reuses what it computed when it was fused.
 """
 
 from __future__ import annotations
@@ -41,21 +40,15 @@ class StepCaches:
         """
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
-            seen: set[Any] = set()
+            owners: dict[Any, tuple[str, Callable[[], Any]]] = {}  # the blocks of a network share one manager of states
             for hook in self._hooks():
                 if not pair and getattr(hook, "is_guidance_distilled", True) is False:  # FasterCache's
                     _pass_by(stack, hook)
-                for name, memory in _memories(hook):
-                    manager = hasattr(memory, "_state_cache")
-                    owner = memory if manager else hook
-                    if owner in seen:
-                        continue  # the blocks of a network share one manager
-                    seen.add(owner)
-                    if manager:
-                        _give_context(stack, memory)
-                        self._exchange(stack, owner, "_state_cache", kind, dict)
-                    else:
-                        self._exchange(stack, owner, name, kind, partial(_emptied, memory))
+                owners |= {owner: (name, fresh) for owner, name, fresh in _memories(hook)}
+            for owner, (name, fresh) in owners.items():
+                if name == "_state_cache":
+                    _give_context(stack, owner)
+                self._exchange(stack, owner, name, kind, fresh)
             yield
 
     def _exchange(self, stack: ExitStack, owner: Any, name: str, kind: Hashable, fresh: Callable[[], Any]) -> None:
@@ -84,17 +77,17 @@ class StepCaches:
         for module in self.modules:
             registry = module.__dict__.get("_diffusers_hook")
             for hook in getattr(registry, "hooks", {}).values():
-                if _memories(hook):
+                if any(_memories(hook)):
                     yield hook
 
 
-def _memories(hook: Any) -> list[tuple[str, Any]]:
-    """The memories of a hook by attribute name: a manager of states, or a state that can be reset."""
-    return [
-        (name, value)
-        for name, value in vars(hook).items()
-        if hasattr(value, "_state_cache") or (name == "state" and callable(getattr(value, "reset", None)))
-    ]
+def _memories(hook: Any) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
+    """The owner, attribute and maker of each memory of a hook: a manager of states, or a state that can be reset."""
+    for name, value in vars(hook).items():
+        if hasattr(value, "_state_cache"):
+            yield value, "_state_cache", dict
+        elif name == "state" and callable(getattr(value, "reset", None)):
+            yield hook, name, partial(_emptied, value)
 
 
 def _emptied(state: Any) -> Any:

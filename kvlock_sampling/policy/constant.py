@@ -21,9 +21,6 @@ class Constant(Policy):
     Args:
         lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.
         cfg_scale: Absolute guidance scale. Defaults to None, the requested scale.
-
-    Raises:
-        PolicyError: A lock outside [0, 1], or a scale that is not finite.
     """
 
     lock: float = 0.0

@@ -7,7 +7,7 @@ that a clip alone agrees with the clip in a batch. They are drawn in float32 on 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,16 +18,11 @@ from .base import Estimator
 
 @dataclass(frozen=True)
 class ProbingEstimator(Estimator):
-    """Base of the estimators that evaluate the model again, `passes` times per clip and measurement.
-
-    Its state counts measurements and seeds the next draw.
+    """Base of the estimators that evaluate the model again. The state counts measurements and seeds the next draw.
 
     Args:
         passes: Evaluations per clip and measurement.
         seed: Seed of the draws.
-
-    Raises:
-        EstimatorError: Too few passes.
     """
 
     passes: int = 1
@@ -47,11 +42,9 @@ class ProbingEstimator(Estimator):
 
     @property
     def cost(self) -> float:  # type: ignore[override]
-        """Evaluations per clip and measurement."""
         return float(self.passes)
 
-    def init(self) -> int:
-        """Return 0, the number of measurements made."""
+    def init(self) -> Any:
         return 0
 
 
@@ -80,7 +73,7 @@ def copies(values: Tensor, passes: int) -> Tensor:
 def _orthogonal(values: Tensor) -> Tensor:
     """Make Gaussian draws (passes, 1, ...) orthogonal and keep the length of each.
 
-    Each draw stays Gaussian, because its direction is still uniform and its length independent of it.
+    Each draw stays Gaussian: its direction is still uniform, and its length does not depend on it.
     """
     rows = values.flatten(1)
     if not 1 < len(rows) <= rows.shape[1]:

@@ -53,7 +53,7 @@ class DropoutVariance(ProbingEstimator):
         model: The network behind the denoiser. Defaults to None, the one that the lock wraps.
 
     Raises:
-        EstimatorError: A setting out of range; no model, or a model without a layer that fits.
+        EstimatorError: No model, or a model without a layer that fits.
     """
 
     passes: int = 4
@@ -73,19 +73,17 @@ class DropoutVariance(ProbingEstimator):
             droppable(self.model, self.select)
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """Return the same with the first module whose layers fit as its model, unless it has one."""
         if self.model is not None:
             return self
-        error: EstimatorError | None = None
-        for module in modules:
+        error = EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
+        for index, module in enumerate(modules):
             try:
                 return dataclasses.replace(self, model=module)
-            except EstimatorError as first:
-                error = error or first
-        raise error or EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
+            except EstimatorError as found:
+                error = error if index else found  # the outermost module has the most names to show
+        raise error
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
-        """Evaluate the thinned networks and compare them."""
         if self.model is None:
             raise EstimatorError(
                 "DropoutVariance has no model to drop units of.\n"

@@ -42,8 +42,8 @@ from .variance.thresholds import ThresholdCurve
 POLICIES: dict[str, type] = {
     kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
 }
-_MEASURES = (TrajectoryVariance, RenoiseVariance, PosteriorVariance, DropoutVariance, Sparse, Relative, Combined)
-ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _MEASURES}
+_KINDS = (TrajectoryVariance, RenoiseVariance, PosteriorVariance, DropoutVariance, Sparse, Relative, Combined)
+ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Load the policy of a preset, without the settings that belong to it. Arguments and errors as in `load_preset`.
+    """Load the policy of a preset alone. `name_or_path` and errors are those of `load_preset`.
 
     >>> load_policy("half")
     Constant(lock=0.5, cfg_scale=None)

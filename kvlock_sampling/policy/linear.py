@@ -18,7 +18,7 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Linear(Policy):
-    """The paper's rule: lock and guidance rise in proportion to risk.
+    """The paper's rule: lock and guidance rise in proportion to risk. Raises PolicyError for a setting out of range.
 
     Args:
         gain: Lock per unit of risk, > 0. 1 locks fully at the threshold, 0.5 at twice the threshold. Defaults to 1.

@@ -20,7 +20,9 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """All or nothing, with hysteresis. Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
+    """All or nothing, with hysteresis. Raises PolicyError for a setting out of range.
+
+    Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
 
     Args:
         on: Risk > 0 above which a clip (or token) locks. Defaults to 1, the calibrated threshold.

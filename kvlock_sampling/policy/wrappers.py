@@ -119,7 +119,7 @@ class LockAbove(PolicyWrapper):
     The layout of a clip is decided at high noise, before there is a measurement, so the lock holds from the first
     evaluation on. The first evaluation below `above` is still locked, because a lock acts on the next evaluation.
     Source: Follow-Your-Shape (arXiv 2508.08134) takes all keys and values from the source in the first 2 steps; its
-    background was best at 2 steps, worse at 0 and at 4.
+    background was best at 2 steps, worse at 0 and at 4. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -147,7 +147,7 @@ class LockAbove(PolicyWrapper):
 
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
-    """The inner policy's lock and guidance scale, kept within limits.
+    """The inner policy's lock and guidance scale, kept within limits. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -183,7 +183,7 @@ class Smoothed(PolicyWrapper):
 
     It begins at the inner policy's `start`, so the first value does not jump, and its curve is almost the same in 20
     steps as in 50. The inner policy's `composite` passes unchanged. Its state is the inner state, and the noise level
-    and the control of the last step, None before one.
+    and the control of the last step, None before one. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.

@@ -21,7 +21,6 @@ class Contract(NamedTuple):
         error: The error to raise.
         given: What the second argument of `step` is called.
         returned: What the second half of the answer is called.
-        describe: Describes a second argument, for the error of a step that raised another error.
         check: Checks the second half of an answer to a second argument.
     """
 
@@ -29,7 +28,6 @@ class Contract(NamedTuple):
     error: type[KVLockError]
     given: str
     returned: str
-    describe: Callable[[Any], str]
     check: Callable[[Any, Any], None]
 
     @property
@@ -46,9 +44,7 @@ class Contract(NamedTuple):
                 f"  Write @dataclass(frozen=True) over class {kind}, and keep memory in the state that step returns."
             )
         if " object at 0x" in repr(self.checked):
-            raise self.error(
-                f"{self.checked!r} does not show its settings; expected {kind}(...), as a dataclass prints."
-            )
+            raise self.error(f"{self.checked!r} does not show its settings; expected {kind}(...) as of a dataclass.")
 
     def attempt(self, method: str, *arguments: Any) -> Any:
         """Call a method; an error of another kind becomes one that says what the method was given."""
@@ -57,10 +53,10 @@ class Contract(NamedTuple):
         except self.error:
             raise
         except Exception as error:
-            raise self.error(
-                f"{self.name}.{method} raised {type(error).__name__}: {error}\n  It was given "
-                f"{self.describe(arguments[-1])}."
-            ) from error
+            tensors = {name: v for name, v in arguments[-1]._asdict().items() if isinstance(v, Tensor)}
+            shapes = ", ".join(f"{name} of shape {tuple(v.shape)}, {v.dtype}" for name, v in tensors.items())
+            problem = f"{self.name}.{method} raised {type(error).__name__}: {error}"
+            raise self.error(f"{problem}\n  It was given {shapes}.") from error
 
     def step(self, state: Any, given: Any) -> tuple[Any, Any]:
         """Step twice; check that a pair returns, that nothing is changed in place, and that the answer repeats."""

@@ -83,14 +83,8 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
 
 
 def _contract(estimator: Estimator) -> Contract:
-    return Contract(
-        estimator,
-        EstimatorError,
-        "evaluation",
-        "variance",
-        lambda e: f"latents of shape {tuple(e.x.shape)}, {e.x.dtype}, and {'no' if e.mask is None else 'a'} mask",
-        lambda variance, e: _check_variance(f"{type(estimator).__name__}.step returned", variance, e),
-    )
+    who = f"{type(estimator).__name__}.step returned"
+    return Contract(estimator, EstimatorError, "evaluation", "variance", lambda v, e: _check_variance(who, v, e))
 
 
 def _evaluations(

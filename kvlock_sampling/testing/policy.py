@@ -40,15 +40,7 @@ def check_policy(
     """
     policy = as_policy(policy)
     contract = Contract(
-        policy,
-        PolicyError,
-        "observation",
-        "Control",
-        lambda obs: (
-            f"risk of shape {tuple(obs.risk.shape)} and requested_cfg_scale of shape "
-            f"{tuple(obs.requested_cfg_scale.shape)}, both {obs.risk.dtype}"
-        ),
-        lambda control, obs: _check_values(policy, control, obs, "step"),
+        policy, PolicyError, "observation", "Control", lambda control, obs: _check_values(policy, control, obs, "step")
     )
     contract.check_settings()
     for shape in [(batch,)] + ([(batch, tokens)] if tokens else []):
@@ -60,8 +52,7 @@ def check_policy(
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
             _explained(
-                "This was a second evaluation at the same sigma, where no time has passed on a policy's clock, "
-                "-log(sigma): guard what divides by it.",
+                "This was a second evaluation at the same sigma, where no time has passed: guard what divides by time.",
                 lambda last=states[-1], obs=run[-1]: contract.step(last, obs),  # type: ignore[misc]
             )
 
@@ -76,9 +67,8 @@ def _check_clips(contract: Contract, run: list[Observation], controls: list[Cont
     batch = len(run[0].requested_cfg_scale)
     for clip in range(batch):
         alone = [one_clip(obs, clip) for obs in run]
-        for obs, single, together in zip(
-            alone, contract.play(contract.checked.init(), alone)[1], controls, strict=True
-        ):
+        singles = contract.play(contract.checked.init(), alone)[1]
+        for obs, single, together in zip(alone, singles, controls, strict=True):
             for field, value, other in zip(Control._fields, single, together, strict=True):
                 other = other[clip : clip + 1] if isinstance(other, Tensor) and other.ndim else other
                 if not same(*(None if v is None else torch.as_tensor(v).flatten() for v in (value, other))):
@@ -99,10 +89,7 @@ def _check_unknown_schedule(contract: Contract, run: list[Observation]) -> None:
         return  # a policy may need the schedule, and says so with an error of its own
     except Exception:  # reported below
         pass
-    why = (
-        "Here obs.steps_left was None, as it is for an unknown schedule: test for None before you count, or use "
-        "obs.sigma, which is always there."
-    )
+    why = "Here obs.steps_left was None: the schedule is unknown. Test for None before you count, or use obs.sigma."
     _explained(why, lambda: _check_start(contract, run[0]))
     _explained(why, lambda: contract.play(contract.checked.init(), run))
 
@@ -118,14 +105,12 @@ def _explained(explanation: str, check: Callable[[], Any]) -> None:
 def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -> None:
     who = f"{policy_name(policy)}.{method}"
     seen = f"at sigma={obs.sigma:.3g} with risk={[f'{r:.3g}' for r in obs.risk.flatten()[:4].tolist()]}"
-    check_control(
-        policy, control, len(obs.requested_cfg_scale), obs.risk.shape[1] if obs.risk.ndim > 1 else None, method
-    )
+    tokens = obs.risk.shape[1] if obs.risk.ndim > 1 else None
+    check_control(policy, control, len(obs.requested_cfg_scale), tokens, method)
     for field, value in control._asdict().items():
         like = obs.risk if field == "lock" else obs.requested_cfg_scale
-        if isinstance(value, Tensor) and not (
-            value.dtype in (like.dtype, torch.float32) and value.device == like.device
-        ):
+        kinds = (like.dtype, torch.float32)
+        if isinstance(value, Tensor) and not (value.dtype in kinds and value.device == like.device):
             raise PolicyError(
                 f"{who} returned {field} as {value.dtype} on {value.device} for an observation in {like.dtype} on "
                 f"{like.device}; expected the same, or float32.\n  Write {field}.to(obs.risk), or use torch.full_like."

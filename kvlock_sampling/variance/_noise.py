@@ -56,32 +56,14 @@ def generator(seed: int, count: int, device: torch.device | str = "cpu") -> torc
 def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int, count: int) -> Tensor:
     """Draw unit noise or +1 and -1 (Rademacher) for `passes` copies of `like`: (passes * batch, ...), float32.
 
-    Passes of unit noise are orthogonal to one another: together they cover space evenly. `count` is the number of
-    measurements made before.
+    `count` is the number of measurements made before.
     """
     shape = (passes, 1, *like.shape[1:])
     values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)
-    values = _orthogonal(values) if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
+    values = values if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
     return values.expand(passes, *like.shape).reshape(passes * len(like), *like.shape[1:])
 
 
 def copies(values: Tensor, passes: int) -> Tensor:
     """Repeat (batch, ...) `passes` times: (passes * batch, ...)."""
     return values.repeat(passes, *[1] * (values.ndim - 1))
-
-
-def _orthogonal(values: Tensor) -> Tensor:
-    """Make Gaussian draws (passes, 1, ...) orthogonal and keep the length of each.
-
-    Each draw stays Gaussian: its direction is still uniform, and its length does not depend on it.
-    """
-    rows = values.flatten(1)
-    if not 1 < len(rows) <= rows.shape[1]:
-        return values
-    lengths = rows.norm(dim=1, keepdim=True)
-    basis: list[Tensor] = []
-    for row in rows:
-        for other in basis:
-            row = row - (row @ other) * other
-        basis.append(row / row.norm())
-    return (torch.stack(basis) * lengths).view_as(values)

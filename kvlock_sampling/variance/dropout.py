@@ -1,14 +1,12 @@
 """Dropout variance: how much the prediction depends on single units of the network.
 
     var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network
-averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty. Range >= 0, latent units
-squared.
-Cost: `passes` evaluations. Source: Gal & Ghahramani, arXiv 1506.02142.
+averaged over masked elements: Monte Carlo dropout. Range >= 0, latent units squared. Cost: `passes` evaluations.
+Source: Gal & Ghahramani, arXiv 1506.02142.
 
-A network is thinned by forward hooks that exist only within a `with` block, so a model that ships without dropout will
-do. In each chosen linear layer the same random output units are 0 for all rows and tokens, the others are scaled by
-1 / (1 - rate). Sharing the units makes it a draw of a *network* (for sequences: arXiv 1512.05287), keeps a clip
-independent of its batch, and costs one small vector per layer.
+Forward hooks thin a network within a `with` block, so the model needs no dropout layers. In each chosen linear layer
+the same random output units are 0 for all rows and tokens, and the others are scaled by 1 / (1 - rate). This is one
+draw of a network (for sequences: arXiv 1512.05287), and a clip stays independent of its batch.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .base import Patch, check_patch, pooled
 
 @dataclass(frozen=True)
 class RenoiseVariance(ProbingEstimator):
-    """Variance over stochastic passes, in latent units squared.
+    """Variance over stochastic passes, in latent units squared. Raises EstimatorError for a setting out of range.
 
     Args:
         passes: Fresh noises per measurement, >= 1, evaluated as one batch. Defaults to 2.

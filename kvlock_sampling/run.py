@@ -188,8 +188,8 @@ class Run:
         if settings.measures and self.unmeasured > 2:
             warnings.warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
-                f"step in it: {settings.estimator!r} did not report. A guidance gap needs uncond and a scale other than "
-                "1; Sparse needs noise levels within the schedule.",
+                f"step in it: {settings.estimator!r} did not report. A guidance gap needs uncond and a scale other "
+                "than 1; Sparse needs noise levels within the schedule.",
                 stacklevel=3,
             )
 

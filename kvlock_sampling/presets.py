@@ -124,7 +124,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Load the policy of a preset alone. `name_or_path` and errors are those of `load_preset`.
+    """Load the policy of a preset alone. Takes `name_or_path` and raises PolicyError as `load_preset` does.
 
     >>> load_policy("half")
     Constant(lock=0.5, cfg_scale=None)

@@ -274,7 +274,7 @@ def test_layers_that_never_run():
 def test_tokens_without_a_declaration(name):
     made = random_network(name)
     before, after = made.layers.extra
-    match = rf"If {before + after} of them are reference frames or guides"
+    match = rf"If {before + after} tokens are reference frames or guides"
     if name == "ltx-guided":
         match = rf"(?s)attends over 36 tokens; expected the mask's 24.*with_extra\(after={after}\)"
     refused(made, match, layers=replace(made.layers, extra=(0, 0)))

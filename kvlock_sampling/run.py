@@ -77,7 +77,7 @@ class Step:
         state: What the evaluation before this one left.
         lock: The lock that acts now.
         observation: What a policy sees before the measurement.
-        reads: Ranges of this evaluation's tensors on the host.
+        reads: Ranges of tensors on the host.
     """
 
     x: Tensor
@@ -98,7 +98,7 @@ class Step:
 
 
 class Tools:
-    """What acts on one model during a run: hooks, the memories of its step caches, and the entries of its K/V cache."""
+    """What acts on one model during a run: hooks, its step caches' memories, and entries of the KV cache."""
 
     def __init__(self, settings: LockSettings) -> None:
         layers = settings.layers

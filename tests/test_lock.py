@@ -9,6 +9,7 @@ import torch
 
 import kvlock_sampling as kv
 from kvlock_sampling import attention, samplers
+from kvlock_sampling.source import Source
 from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
 SAMPLERS = samplers.names()
@@ -475,3 +476,19 @@ def test_a_policy_that_locks_although_it_never_does_is_told(setup):
     lock = setup.lock(policy=Liar())
     with pytest.raises(SourceError, match="nothing to lock to"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+def test_the_sources_noise_leads_to_the_runs_first_x_also_where_locking_begins_later(setup, monkeypatch):
+    seen, at = [], Source.at
+
+    def noting(self, x, sigma, noise):
+        seen.append(noise)
+        return at(self, x, sigma, noise)
+
+    monkeypatch.setattr(Source, "at", noting)
+    late = setup.lock(policy=kv.Windowed(kv.Constant(1.0), last=2))
+    late.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert [float(step.lock) for step in late.trace][:2] == [0.0, 0.0]
+    assert seen
+    for noise in seen:
+        torch.testing.assert_close(noise, (setup.x - setup.source) / setup.sigmas[0])

@@ -89,7 +89,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_where_it_cannot_work_it_says_so(case: str, results: list[dict[str, Any]]) -> None:
+def test_where_it_cannot_work_it_raises(case: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         assert re.search(REFUSED[case], result["refusals"][case], flags=re.DOTALL)
 

@@ -203,8 +203,8 @@ class AttentionLayers:
             return (
                 f"none of the model's {len(self.layers)} attention layers fired in this evaluation.\n"
                 "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
-                "  If the model calls its own attention kernel, use F.scaled_dot_product_attention or a backend of "
-                "diffusers instead: model.set_attention_backend('native')."
+                "  If a kernel of the model's own computes attention, use F.scaled_dot_product_attention, or a backend "
+                "of diffusers: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing

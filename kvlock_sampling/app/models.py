@@ -51,9 +51,6 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
         model: "tiny" (the embedded model), a folder or file of its weights, or a folder of a diffusers pipeline.
         options: Options of `kv.diffusers.load_pipeline`. None and offload="none" count as not given.
 
-    Returns:
-        The model.
-
     Raises:
         KVLockError: There is no model, or the options are for a pipeline and the model is not one.
     """
@@ -71,10 +68,9 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
             f"({INDEX}), or a folder with weights.safetensors of the embedded architecture.{hint}"
         )
     if given:
-        name = sorted(given)[0]
+        name = min(given)
         raise KVLockError(
-            f"{name}={given[name]!r} is for a pipeline of diffusers, and {str(model)!r} is the embedded "
-            f"architecture. Leave it out, or name a folder with {INDEX}."
+            f"{name}={given[name]!r} is for a pipeline of diffusers; leave it out, or name a folder with {INDEX}."
         )
     return load(model)
 
@@ -96,7 +92,7 @@ def read_pair(
     size: tuple[int, int] | None = None,
     pad: bool = True,
 ) -> tuple[Clip, Tensor]:
-    """Read a clip and its mask at a length and size that a model can edit.
+    """Read a clip (3, frames, height, width) and its mask (1, frames, height, width) as a model can edit them.
 
     For a model of one size, frames are picked evenly from first to last and the centre is cropped. A model of free size
     gets the first frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
@@ -109,9 +105,6 @@ def read_pair(
         size: (height, width) to edit at, in pixels.
         pad: Repeat the last frame of a clip that is too short for a model of one size.
 
-    Returns:
-        The clip, pixels (3, frames, height, width) in [-1, 1] and their rate, and its mask (1, frames, height, width).
-
     Raises:
         SourceError: The model cannot edit this number of frames or this size.
         VideoError: A file cannot be read.
@@ -119,10 +112,7 @@ def read_pair(
     if model.frames is not None and model.size is not None:
         fixed = (model.frames, (model.size[0], model.size[1]))
         if (frames or fixed[0], size or fixed[1]) != fixed:
-            raise SourceError(
-                f"frames={frames}, size={size}: this model edits only {fixed[0]} frames of {fixed[1][0]} x "
-                f"{fixed[1][1]}. Leave both out."
-            )
+            raise SourceError(f"frames={frames}, size={size}: this model edits only {fixed}. Leave both out.")
         return read_clip(clip, frames=fixed[0], size=fixed[1], pad=pad), read_mask(mask, frames=fixed[0], size=fixed[1])
     whole = read_clip(clip, frames=frames, pad=pad)
     have, own = whole.pixels.shape[1], (whole.pixels.shape[2], whole.pixels.shape[3])

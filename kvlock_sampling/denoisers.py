@@ -9,8 +9,7 @@
 | EpsDenoiser           | 1                 | -sigma                     | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 | VDenoiser             | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 
-For models with a discrete schedule (Stable Diffusion 1 and 2) this module also has k-diffusion's wrappers, loaded on
-first use: DiscreteEpsDDPMDenoiser, DiscreteVDDPMDenoiser, OpenAIDenoiser, CompVisDenoiser, CompVisVDenoiser.
+For a discrete schedule (Stable Diffusion 1, 2) use k-diffusion's own wrappers: `samplers.external().CompVisDenoiser`.
 
 Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), section 5.
 """
@@ -25,13 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import samplers
 from .types import KVLockError
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
 Call: TypeAlias = Callable[..., Tensor]
-
-_KDIFFUSION = ("OpenAIDenoiser", *(f"{n}Denoiser" for n in ("CompVis", "CompVisV", "DiscreteEpsDDPM", "DiscreteVDDPM")))
 
 
 class DenoiserError(KVLockError, ValueError):
@@ -193,8 +189,6 @@ def angle(sigma: Tensor) -> Tensor:
 class EpsDenoiser(Preconditioned):
     """A model that predicts the noise, with continuous time:  D = x - sigma * eps(x / sqrt(1 + sigma^2), time(sigma)).
 
-    For the discrete schedule of Stable Diffusion use DiscreteEpsDDPMDenoiser.
-
     Args:
         inner_model: The model.
         time: Maps noise levels (batch,) to the model's time. Default: `angle`.
@@ -254,16 +248,6 @@ class CFGDenoiser(DenoiserWrapper):
         if isinstance(cond_scale, Tensor):
             cond_scale = _per_row(cond_scale.to(x), x)
         return d_uncond + (d_cond - d_uncond) * cond_scale
-
-
-def __getattr__(name: str) -> Any:
-    if name in _KDIFFUSION:
-        return getattr(samplers.external(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_KDIFFUSION})
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ Offload = Annotated[str, typer.Option(help="none; model: one network on the devi
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Print the user's errors without a traceback and exit with status 2; print warnings without code."""
+    """Print errors without a traceback and exit with status 2; print warnings without code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)

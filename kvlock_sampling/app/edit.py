@@ -39,8 +39,7 @@ class Edit:
         seconds: Time of sampling alone.
         nfe: Number of function evaluations, model passes per clip.
         background_psnr: PSNR outside the mask against the source, (batch,), dB.
-        ceiling_psnr: The same for the clip only encoded and decoded, (batch,), dB. An edit in latents cannot exceed it;
-            pasted pixels can.
+        ceiling_psnr: The same for the clip only encoded and decoded, which only pasted pixels can exceed.
     """
 
     pixels: Tensor
@@ -190,8 +189,7 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
     if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         raise SourceError(
-            f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width)"
-            f"{' such as' if video.frames is None else ' ='} (batch, {sides}).\n"
+            f"clip has shape {tuple(clips.shape)}; this model edits clips such as (batch, {sides}).\n"
             f"  clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
         )
     check_pixels(clips)

@@ -17,15 +17,15 @@ from ..video.read import Clip, PathLike, read_clip, read_mask
 class VideoModel(Protocol):
     """A denoiser with its codec, prompts and schedule: the model that `edit_video` and `calibrate` take.
 
-    `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one from a diffusers pipeline. Optional members are:
-    `negative_prompt`, the unconditional prompt (default ""); `usual`, the (frames, height, width) that it was trained
-    for; `given(clips, mask)`, this model prepared for these clips; `lock_mask(mask)`, the mask at the latents' size.
+    `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one. Optional members: `negative_prompt` (default ""),
+    `usual`, the (frames, height, width) that it was trained for; `given(clips, mask)`, this model prepared for these
+    clips; `lock_mask(mask)`, the mask at the latents' size.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.
-        frames: Length of the clips it edits. None for a model of free size, which has `fit(frames, height, width)`: the
+        frames: Length of its clips; None for a model of free size, whose `fit(frames, height, width)` returns the
             largest (frames, height, width) within these that it can edit.
-        size: (height, width) of the clips it edits, in pixels; None as for frames.
+        size: (height, width) of its clips in pixels; None likewise.
         cfg_scale: Its usual guidance scale.
     """
 
@@ -76,7 +76,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
 
 
 def editable(model: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
-    """Frames and (height, width) that this model edits for a clip of the given length and size."""
+    """The frames and (height, width) that this model edits for a clip of the given length and size."""
     if model.frames is not None and model.size is not None:
         return model.frames, (model.size[0], model.size[1])
     count, *size = model.fit(frames, height, width)  # type: ignore[attr-defined]  # see VideoModel
@@ -121,8 +121,6 @@ def read_pair(
     shrink = 1.0 if usual is None else min(1.0, math.sqrt(usual[1] * usual[2] / math.prod(own)))
     count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
     if (frames is not None and count != frames) or (size is not None and sides != tuple(size)):
-        raise SourceError(
-            f"frames={frames}, size={size}: not for this model; this model edits e.g. frames={count}, size={sides}."
-        )
+        raise SourceError(f"frames={frames}, size={size}: this model edits e.g. frames={count}, size={sides}.")
     read = whole if sides == own else read_clip(clip, frames=frames, size=sides, pad=pad)
     return Clip(read.pixels[:, :count], read.fps), read_mask(mask, frames=have, size=sides)[:, :count]

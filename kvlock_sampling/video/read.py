@@ -98,7 +98,7 @@ def read_mask(path: PathLike, *, frames: int, size: tuple[int, int], pad: bool =
     if 26 <= brightest < 128:  # Below 26 it may be black with compression noise.
         raise VideoError(
             f"read_mask({str(path)!r}): nothing is white; the brightest value is {brightest} of 255. Expected white = "
-            "edit, black = keep. If this is a mask of object indices, save it as (index > 0) * 255 first."
+            "edit; save a mask of object indices as (index > 0) * 255."
         )
     chosen = images * frames if len(images) == 1 else _pick(images, rate, frames, pad, path)[0]
     return (torch.from_numpy(np.stack(chosen)) >= 128).float().unsqueeze(0)

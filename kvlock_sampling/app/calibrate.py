@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,32 +22,18 @@ _NONE = "no clips to calibrate on; give a few dozen, e.g. --clips 32 for the emb
 
 
 class Example(NamedTuple):
-    """A clip whose ordinary run is calm.
-
-    Attributes:
-        clip: Pixels (3, T, H, W) in [-1, 1].
-        mask: (1, T, H, W), 1 = edit.
-        prompt: What the clip shows.
-    """
+    """A clip (3, T, H, W) in [-1, 1] whose ordinary run is calm, its mask (1, T, H, W), 1 = edit, and its prompt."""
 
     clip: Tensor
     mask: Tensor
     prompt: str
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The result of a calibration.
-
-    Attributes:
-        preset: The policy with the measured threshold curve and its estimator.
-        bands: Quantiles of the variance, and their confidence intervals, over noise levels.
-        measurements: How many variances were measured.
-    """
+class Calibration(NamedTuple):
+    """The policy with its measured threshold curve and estimator, and quantiles of the variance over noise levels."""
 
     preset: Preset
     bands: list[Band]
-    measurements: int
 
 
 @stateless
@@ -85,9 +71,6 @@ def calibrate(
         batch: Clips per run.
         on_clip: Called after each clip.
 
-    Returns:
-        The preset and the measured bands.
-
     Raises:
         SourceError: There are no examples.
         PolicyError: The policy does not read risk.
@@ -98,44 +81,30 @@ def calibrate(
     preset = load_preset(policy) if isinstance(policy, str) else policy
     preset = preset if isinstance(preset, Preset) else Preset(preset)
     if not preset.policy.uses_risk:
-        raise PolicyError(
-            f"policy={policy!r} reads no risk, so it has no use for a threshold; expected one that does, e.g. "
-            'policy="default" or policy="sigmoid".'
-        )
+        raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="default".')
     meter = estimator or preset.estimator or DEFAULT_ESTIMATOR
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
-        edit = edit_video(
-            torch.stack([e.clip for e in part]),
-            torch.stack([e.mask for e in part]),
-            [e.prompt for e in part],
-            model=model,
-            sampler=sampler,
-            steps=steps,
-            policy=resting,
-            estimator=meter,
-            seed=seed + first,
-            composite=True,
-        )
+        clips, masks, prompts = zip(*part, strict=True)
+        options: dict[str, Any] = {"sampler": sampler, "steps": steps, "policy": resting, "estimator": meter}
+        options |= {"model": model, "seed": seed + first, "composite": True}
+        edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         points += [(float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
         if on_clip is not None:
             for _ in part:
                 on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
     rounded = [b._replace(sigma=float(f"{b.sigma:.4g}"), quantile=float(f"{b.quantile:.4g}")) for b in found]
-    return Calibration(replace(preset, threshold=threshold_curve(rounded), estimator=meter), found, len(points))
+    return Calibration(replace(preset, threshold=threshold_curve(rounded), estimator=meter), found)
 
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
-    """Make examples for the embedded model from its procedural world.
+    """Make `count` examples for the embedded model from its procedural world.
 
     Args:
         count: How many, >= 1.
         first: Seed of the first scene.
-
-    Returns:
-        The examples.
 
     Raises:
         SourceError: The count is below 1.
@@ -154,9 +123,6 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
     Args:
         path: The folder.
         model: The model that decides the clips' length and size.
-
-    Returns:
-        The examples, sorted by name.
 
     Raises:
         SourceError: A clip lacks its mask or prompt.

@@ -102,7 +102,7 @@ class Promises:
         if changed or _len_torch_function_stack() != depth:
             raise AttentionError(
                 f"after the block something stayed behind on {some(changed) or 'the stack of torch functions'}; "
-                "expected every hook gone.\n  Was another hook installed inside the block, or does the model make one?"
+                "expected every hook gone.\n  Does the model install one itself?"
             )
         return self.fired
 
@@ -177,18 +177,14 @@ class Promises:
             with self._lock(Constant(lock=lock)) as locked:
                 out = locked(self.z, self.sigma, **arguments)
             rounding = max(rounding, self._apart(out, plain))
-            advice = (
-                "The source's keys and values went to other tokens or rows than they came from, or differ from call to "
-                "call: noise inside the model, or a mask that was made for another batch."
-            )
             what = f"locked by {lock} to the clip it is itself, at the same noise, the output changed"
+            advice = "The source's K/V went to other tokens or rows than they came from, or the model draws noise."
             self._close(out, plain, what, advice)
         change = self._apart(self._locked(Constant(lock=1.0)), self.plain)
         if not change > max(1e-4, 3 * rounding):
             raise AttentionError(
                 f"lock 1 to another clip changed the output by {change:.2g} standard deviations; expected more than "
-                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: weights of 0, as fresh "
-                "networks have them? Or the layers are of a copy that does not answer."
+                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: are its weights 0?"
             )
 
     def _ways_agree(self) -> None:
@@ -283,10 +279,7 @@ def _each(locks: list[float]) -> Policy:
 
 
 def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid: Place) -> None:
-    """Raise AttentionError if at least half of the changed tokens (place, expected and moved position) missed.
-
-    A token's own keys move most before anything is mixed, and nearly always thereafter.
-    """
+    # A token's own keys move most before anything is mixed, and nearly always thereafter.
     missed = [hit for hit in hits if hit[1] != hit[2]]
     if 2 * len(missed) < len(hits):
         return
@@ -303,10 +296,8 @@ def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid:
     elif behind and all(b == a + behind for _, a, b in missed):
         hint = 'The video comes last: declare text="first", or layers.with_extra(before=...).'
     else:
-        hint = (
-            "Either patch= is not the network's, or its tokens are in another order than time, height, width, or the "
-            "rows of its batch are in another order than they came."
-        )
+        hint = "Either patch= is not the network's, or its tokens are in another order than time, height, width, "
+        hint += "or the rows of its batch are in another order than they came."
     raise AttentionError(
         f"layer {seen.layer!r}: changing the token (time, height, width) = {place} of {grid} moves position {where} of "
         f"{length} most; expected {wanted}: the video's {tokens} tokens begin at {seen.start}. So it was {len(missed)} "
@@ -326,7 +317,7 @@ def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 
 
 def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
-    """Masks, 1 = edit, that edit some of the largest tokens of every clip, and not the same in every clip."""
+    """Masks, 1 = edit, that edit some of the largest tokens of every clip, others in the next clip."""
     patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
     patch = tuple(max(sizes) for sizes in zip(*patches, strict=True))
     sizes = {5: patch, 4: patch[1:]}.get(x.ndim, (1,))
@@ -345,7 +336,6 @@ def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
 
 
 def _module_state(model: Any) -> dict[str, Any]:
-    """What hooks and wrappers change on modules."""
     return {
         f"{type(m).__name__} {i}": (list(m._forward_hooks), list(m._forward_pre_hooks), id(m.__dict__.get("forward")))
         for i, m in enumerate(dict.fromkeys(reachable_modules(model)))

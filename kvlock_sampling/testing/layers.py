@@ -65,7 +65,7 @@ def check_layers(
     if x.ndim < 3 or len(x) < 2 or not x.is_floating_point():
         raise AttentionError(
             f"check_layers got x of shape {tuple(x.shape)}, {x.dtype}; expected floating latents of two clips or more, "
-            "e.g. torch.randn(2, 16, 3, 8, 8): whether clips stay apart shows only in a batch."
+            "e.g. torch.randn(2, 16, 3, 8, 8)."
         )
     layers = layers or find_layers(denoiser)
     _answers(denoiser, x, extra_args, levels[0])
@@ -91,8 +91,8 @@ def check_layers(
             if silent:
                 raise AttentionError(
                     f"{len(silent)} of {len(its_layers.layers)} layers never ran at sigma={levels}: {some(silent)}.\n"
-                    "  Leave out layers that the model skips. If another expert is in charge at other noise levels "
-                    "name those too: check_layers(..., sigma=(8.0, 0.5))."
+                    "  Leave out layers that the model skips. For a model with several experts give a noise level of "
+                    "each: check_layers(..., sigma=(8.0, 0.5))."
                 )
 
 
@@ -101,9 +101,8 @@ def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: f
     names = "".join(f", {name}=" for name in extra_args)
     call = f"{type(denoiser).__name__}(x, sigma{names}), x of shape {tuple(x.shape)}, sigma of shape ({len(x)},)"
     advice = (
-        "Expected denoiser(x, sigma, **extra_args) -> x0-hat, shaped like x, of a video (batch, channels, time, "
-        "height, width).\n  A network itself becomes one by a wrapper, e.g. kv.FlowDenoiser(network, time_scale=1000, "
-        'call=...); what it reads belongs in extra_args: check_layers(denoiser, x, {"cond": text}).'
+        "Expected denoiser(x, sigma, **extra_args) -> x0-hat, shaped like x.\n  Wrap a network, e.g. "
+        'kv.FlowDenoiser(network, call=...); what it reads is in extra_args: check_layers(denoiser, x, {"cond": text}).'
     )
     try:
         out = _call(denoiser, x, extra_args, level)

@@ -27,25 +27,15 @@ class DenoiserProxy:
             raise AttributeError(name)
         found = getattr(self.model, name)
         if name in _RETURNS_SELF and callable(found):
-
-            def applied(*arguments: Any, **options: Any) -> DenoiserProxy:
-                found(*arguments, **options)
-                return self
-
-            return applied
+            return lambda *arguments, **options: (found(*arguments, **options), self)[1]
         return found
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """The same as a call."""
         return self(x, sigma, **extra_args)
 
 
 def check_no_lock_inside(model: Any) -> None:
-    """Refuse a model that is a lock, or a wrapper around one.
-
-    Raises:
-        RunError: Names where the lock is.
-    """
+    """Raise RunError for a model that is a lock, or a wrapper around one."""
     seen, inside = set(), model
     while inside is not None and id(inside) not in seen:
         seen.add(id(inside))

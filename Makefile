@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint docs benchmark-edits
+.PHONY: help demo test test-slow install lint docs site benchmark-edits
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: $(READY)  ## edit three clips in five ways; writes demo/
 test: $(READY)  ## all tests but the slow ones; ARGS="-n 2" for two processes
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
+test-slow: $(READY)  ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
 install: $(READY)  ## .venv with everything in it
 
 lint: $(READY)  ## style and types
@@ -22,8 +25,12 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY)  ## run every code block of README.md, docs/ and policies/README.md, check every link
+docs: $(READY)  ## run every code block of the docs, check every link, build the site
 	$(BIN)/python -m pytest tests/test_docs.py
+	$(MAKE) site
+
+site: $(READY)  ## build the documentation into site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmark-edits: $(READY)  ## the table of edits in README.md
 	$(BIN)/python benchmarks/edits.py

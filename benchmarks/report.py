@@ -1,4 +1,4 @@
-"""Write docs/measured.md and its figures from benchmarks/results/*.json:  python benchmarks/report.py"""
+"""Write benchmarks/measured.md and its figures from benchmarks/results/*.json:  python benchmarks/report.py"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def embedded_model() -> str:
         f"{r['cfg_scale']:g}: colour right in {r['colour']:.1%}, shape in {r['shape']:.1%}, both in {r['both']:.1%}, "
         f"motion in {r['motion']:.1%}. Edges are softer than a render's: the judge's strict test for an unblemished "
         f"shape (quality 0.97) passes {r['clean']:.0%}, median quality {r['median_quality']:.3f}.\n\n"
-        "![Samples of the embedded model](images/samples.png)"
+        "![Samples of the embedded model](../docs/images/samples.png)"
     )
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here ("
         + " and ".join(f"{parts['training_steps']:,}" for parts in grid.values())
         + " steps of batch 2,048; the papers train 100,000 steps of batch 10,000). A sample further than 5 standard "
-        "deviations from every mode is a hallucination.\n\n![AUROC over cost](images/hallucination.png)",
+        "deviations from every mode is a hallucination.\n\n![AUROC over cost](../docs/images/hallucination.png)",
     ]
     for title, rows in grid.items():
         parts += [
@@ -166,9 +166,9 @@ def main() -> None:
         ]
     parts.append(
         "## Posterior variance against exact values\n\n`python benchmarks/posterior.py`\n\n"
-        "![Bias and spread over the number of probes](images/posterior.png)"
+        "![Bias and spread over the number of probes](../docs/images/posterior.png)"
     )
-    write_atomically(ROOT / "docs/measured.md", "\n\n".join(parts) + "\n")
+    write_atomically(ROOT / "benchmarks/measured.md", "\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":

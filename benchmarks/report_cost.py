@@ -1,4 +1,4 @@
-"""What a locked edit costs, in time and in quality, as tables for docs/measured.md and docs/cost.md."""
+"""What a locked edit costs, in time and in quality, as tables for benchmarks/measured.md and docs/cost.md."""
 
 from __future__ import annotations
 

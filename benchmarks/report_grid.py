@@ -1,4 +1,4 @@
-"""The grid's part of docs/measured.md: tables of detection, of the paper's setting and of control, and the figure."""
+"""Detection, the paper's setting and control on the 2D grid, as tables and a figure for benchmarks/measured.md."""
 
 from __future__ import annotations
 

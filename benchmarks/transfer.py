@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.app.calibrate import resting, scenes
+from kvlock_sampling.app.calibration import resting, scenes
 from kvlock_sampling.app.edit import edit_video
 from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.model import PATCH

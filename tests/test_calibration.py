@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.app.calibrate import calibrate, folder, scenes
+from kvlock_sampling.app.calibration import calibrate, folder, scenes
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.presets import Preset, load_preset
 from kvlock_sampling.tiny import load
@@ -118,7 +118,7 @@ def test_a_kv_cache_survives_calibration(tmp_path):
 )
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("kvlock_sampling.app.calibrate.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("kvlock_sampling.app.calibration.calibrate", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output

@@ -196,8 +196,8 @@ def calibrate(
         from ..presets import save_policy
         from ..samplers import get
         from ..utils.files import check_writable
-        from .calibrate import calibrate as measure
-        from .calibrate import folder, scenes
+        from .calibration import calibrate as measure
+        from .calibration import folder, scenes
         from .models import open_model
 
         get(sampler)

@@ -103,7 +103,9 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     source, layers, branch = given["source"], given["layers"], given["branch"]
     for wrapped in (model, branch):
         check_no_lock_inside(wrapped)
-    _check_flags({name: given[name] for name in ("rescale", "batched", "foreground")})
+    for name in ("rescale", "batched", "foreground"):
+        if given[name] is not None and not isinstance(given[name], bool):
+            raise KVLockError(f"{name}={given[name]!r}; expected True or False.")
     preset = _preset(given["policy"], locks=source is not None)
     policy = preset.policy
     measure, limit, floor = _measuring(model, preset, given)
@@ -125,7 +127,11 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         described = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
         if asked := _named({name: given[name] for name in names[described:]}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
-    _check_branch(branch, scale_arg)
+    if branch is not None and scale_arg is None:
+        raise SourceError(
+            "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
+            "so the lock guides it already.\n  Leave branch away, or name the guidance scale: scale_arg='guidance'."
+        )
     _warn_unused(policy, scale_arg, given, rescale=rescale)
     return LockSettings(
         model=model,
@@ -267,9 +273,7 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
             return None
         return _preset_cache(preset.kv_cache)
     if not isinstance(kv_cache, KVCache):
-        raise AttentionError(
-            f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB')."
-        )
+        raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache').")
     if layers is None:
         return None
     if why := uncacheable(layers):
@@ -311,21 +315,6 @@ def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -
             '  Give what the model itself takes: source_args={"cond": source_prompt}.'
         )
     return given
-
-
-def _check_branch(branch: Any, scale_arg: str | None) -> None:
-    if branch is not None and scale_arg is None:
-        raise SourceError(
-            "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
-            "so the lock does the guidance and calls it branch by branch already.\n"
-            "  Leave branch away, or name the model's guidance scale: scale_arg='guidance'."
-        )
-
-
-def _check_flags(flags: Mapping[str, Any]) -> None:
-    for name, value in flags.items():
-        if value is not None and not isinstance(value, bool):
-            raise KVLockError(f"{name}={value!r}; expected True or False.")
 
 
 def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool) -> None:

@@ -34,8 +34,7 @@ class Trace:
     """The steps of one run, in the order in which they happened. Tensors stay on their device until they are read.
 
     Attributes:
-        steps: One `StepInfo` per evaluation; iterating over the trace gives the same. `rows()` returns them as plain
-            numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
+        steps: One `StepInfo` per evaluation; iterating over the trace gives the same.
 
     Raises:
         KVLockError: A figure of another kind than png, svg or pdf.
@@ -119,15 +118,7 @@ class Trace:
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draw variance, risk, lock and CFG scale over sigma, one thin line per clip, at most eight.
-
-        Args:
-            path: A PNG, SVG or PDF, by suffix.
-            title: Default: the number of evaluations and model passes.
-
-        Raises:
-            KVLockError: Another suffix, or matplotlib is not installed.
-        """
+        """Draw variance, risk, lock and CFG scale over sigma, one line per clip, at most eight, as PNG, SVG or PDF."""
         suffix = figure_format(path)
         ticker = require("matplotlib.ticker", "plot")
         figure = require("matplotlib.figure", "plot").Figure(figsize=(7.2, 7.6), dpi=130, layout="constrained")
@@ -163,11 +154,7 @@ class Trace:
 
 
 def figure_format(path: str | os.PathLike[str]) -> str:
-    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one.
-
-    Raises:
-        KVLockError: Another suffix.
-    """
+    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one."""
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     if suffix not in ("png", "svg", "pdf"):
         raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")

@@ -164,6 +164,25 @@ def test_tables_are_cut_to_the_computed_tokens():
     assert _narrow(joint, Table("rope", 0, ndim=3), context) is joint
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma", "hunyuan-video", "cogvideox", "qwen-image", "sd3"])
+def test_as_many_kept_tokens_as_text_tokens(name):
+    """A narrowed sequence of video and text is then as long as the whole video, and is not cut again."""
+    made = random_network(name, clips=1)
+    text = made.extra_args["cond"]["text"].shape[1]
+    mask = torch.ones(1, 1, *made.layers.grid(made.x.shape))
+    mask.flatten()[:text] = 0
+    for axis, size in enumerate(made.layers.patch, start=2):
+        mask = mask.repeat_interleave(size, axis)
+    given = {"source": made.x.flip(-1), "mask": mask[:, :, 0] if made.x.ndim == 4 else mask, "layers": made.layers}
+    found = []
+    for foreground in (True, False):
+        lock = kv.KVLock(made.denoiser, policy=FULL, batched=False, foreground=foreground, **given)
+        with lock, torch.no_grad():
+            found.append(lock(made.x, torch.ones(1), **made.extra_args))
+        assert (lock.trace.steps[0].computed < 1) == foreground
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
     try:

@@ -39,8 +39,13 @@ def interleaving(blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[Forwa
 
 
 def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Arguments:
-    bound = signature_of(block).bind_partial(block, *args, **kwargs)
-    _narrow_arguments(bound.arguments, flow, current())
+    bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
+    # Where text shares the sequence, the first block takes the tokens out, and what later blocks get is narrow already,
+    # even if it happens to be as long as the video. Elsewhere a block may be given all tokens again.
+    if not (context.text and context.record.entered):
+        _narrow_tokens(bound.arguments, flow, context)
+    context.record.entered = True
+    _narrow_tables(bound.arguments, flow, context)
     return bound.args[1:], bound.kwargs
 
 
@@ -74,7 +79,8 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     capture = context.fresh("capture")
     source = run(of_source, capture)
     inject = context.fresh("inject", capture.record.captured)
-    _narrow_arguments(of_edit, flow, inject)
+    _narrow_tokens(of_edit, flow, inject)
+    _narrow_tables(of_edit, flow, inject)
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
@@ -125,11 +131,14 @@ def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
     return whole
 
 
-def _narrow_arguments(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
+def _narrow_tokens(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
     for name in flow.tokens:
         given = arguments.get(name)
         if isinstance(given, Tensor) and (where := _positions(given.shape[1], context)) is not None:
             arguments[name] = given.index_select(1, where)
+
+
+def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
     for table in flow.tables:
         if arguments.get(table.name) is not None:
             arguments[table.name] = _narrow(arguments[table.name], table, context)

@@ -17,6 +17,7 @@ class CallRecord:
         fired: Names of the layers that fused or recorded K/V.
         captured: The source's K/V by layer; "layer#n" for the later calls of a layer that acts several times.
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
+        entered: A block of a narrowed call has run.
         cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
     """
 
@@ -24,12 +25,14 @@ class CallRecord:
     captured: dict[str, KeyValue] = field(default_factory=dict)
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entered: bool = False
     _turns: dict[str, int] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Empty the record, before the call is repeated."""
         for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
             part.clear()
+        self.entered = False
 
     def turn(self, layer: str) -> int:
         """Count a call of the layer, and return how often it acted before."""

@@ -191,8 +191,8 @@ class CacheEntry:
     def _warn_too_large(self, size: int) -> None:
         self._cache.warn_once(
             "budget",
-            f"one level needs {readable(size)} and the budget is {readable(self._cache.budget or 0)}: nothing is kept in "
-            f'memory.\n  Pass KVCache(budget="{readable(2 * size)}"), format="int8", or a directory.',
+            f"one level needs {readable(size)} and the budget is {readable(self._cache.budget or 0)}: nothing is kept "
+            f'in memory.\n  Pass KVCache(budget="{readable(2 * size)}"), format="int8", or a directory.',
         )
 
 

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
-from .policy._checks import number, reject
+from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
-from .utils.files import write_atomically
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import (
     Combined,
@@ -53,15 +52,13 @@ class Preset:
     Args:
         policy: The policy, or a function of an Observation.
         estimator: How variance is measured. Defaults to None, the lock's default.
-        threshold: Variance at risk 1, > 0, in the estimator's units, or a curve over sigma. Defaults to None, the
-            estimator's.
+        threshold: Variance at risk 1, > 0, or a curve over sigma. Defaults to None, the estimator's.
         cfg_floor: Lower bound >= 0 of a scheduled guidance scale. Defaults to None, the lock's default.
         rescale: Whether guidance is s*-rescaled. Defaults to None, the lock's default.
         kv_cache: Settings of a `KVCache` by name. Defaults to None, no cache.
 
     Raises:
-        PolicyError: A setting out of range; an estimator or threshold for a policy that uses no risk; a KV cache for a
-            policy that never locks.
+        PolicyError: A setting that is out of range, or has no effect on this policy.
     """
 
     policy: Policy
@@ -97,13 +94,11 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     0.01
 
     Args:
-        name_or_path: A name on the shelf ("paper"); a path, which ends in .toml or has a separator ("mine.toml"); or
-            TOML text, which has a line break. A name is looked up in the folders that the environment variable
-            KVLOCK_POLICIES lists, then among the presets of this package.
+        name_or_path: A name ("paper") of a preset of this package or in a folder that the environment variable
+            KVLOCK_POLICIES lists; a path ("mine.toml"); or TOML text, which has a line break.
 
     Raises:
-        PolicyError: An unknown name, key or type, with the nearest known one; a file that cannot be read; a setting out
-            of range.
+        PolicyError: An unknown name, key or type, a setting out of range, or a file that cannot be read.
     """
     name = os.fspath(name_or_path)
     if "\n" in name:
@@ -113,8 +108,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     else:
         shelf = _shelf()
         if name not in shelf:
-            hint = f"A file is named with its suffix, e.g. {name + '.toml'!r}."
-            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n  {hint}")
+            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}. A file ends in .toml.")
         path = shelf[name]
     try:
         text = path.read_text(encoding="utf-8")
@@ -155,11 +149,6 @@ def to_toml(policy: Policy | Preset) -> str:
     if isinstance(preset.threshold, ThresholdCurve):
         table["threshold"] = {"sigmas": preset.threshold.sigmas, "values": preset.threshold.values}
     return write_toml({name: value for name, value in table.items() if value is not None})
-
-
-def save_policy(policy: Policy | Preset, path: str | os.PathLike[str]) -> None:
-    """Write `to_toml(policy)` to the file `path`, atomically. Errors as in `to_toml`."""
-    write_atomically(path, to_toml(policy))
 
 
 def preset_names() -> list[str]:

@@ -193,9 +193,9 @@ def calibrate(
 ) -> None:
     """Measure the variance of calm runs at every noise level, and write a preset whose risk is relative to it."""
     with readable():
-        from ..presets import save_policy
+        from ..presets import to_toml
         from ..samplers import get
-        from ..utils.files import check_writable
+        from ..utils.files import check_writable, write_atomically
         from .calibration import calibrate as measure
         from .calibration import folder, scenes
         from .models import open_model
@@ -210,7 +210,7 @@ def calibrate(
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
             found = measure(video, examples, seed=seed, batch=batch, on_clip=advance, **settings)
-        save_policy(found.preset, output)
+        write_atomically(output, to_toml(found.preset))
         table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "measurements", title=str(output))
         for band in found.bands:
             interval = f"{band.low:.3g} to {band.high:.3g}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..policy.contract import policy_name
+from ..policy.base import policy_name
 from ..types import KVLockError
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, as_policy
-from ..policy.contract import check_control, check_finite, policy_name
+from ..policy.base import check_control, check_finite, policy_name
 from ..types import Control, Observation, PolicyError
 from ._contract import Contract, one_clip, same
 

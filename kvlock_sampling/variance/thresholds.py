@@ -1,8 +1,6 @@
 """Thresholds: the variance at risk 1, as a function of the noise level, measured on calm runs.
 
-    threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
-A fixed threshold (the paper's 0.01) depends on the latents' scale, the number of steps and where the window lies. A
-curve over sigma does not.
+threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class ThresholdCurve:
         if not good or any(b >= a for a, b in itertools.pairwise(self.sigmas)):
             raise EstimatorError(
                 f"ThresholdCurve with {len(self.sigmas)} sigmas and {len(self.values)} values; expected as many of "
-                "each, all above 0, sigmas falling, e.g. ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
+                "each, all > 0, sigmas falling: ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
             )
 
     def __call__(self, sigma: float) -> float:
@@ -97,7 +95,7 @@ def reference_bands(
     points = np.array([(s, v) for s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
     if len(points) < 20:
         raise EstimatorError(
-            f"{len(points)} usable measurements; a curve needs 20 or more. Use more clips or steps, and a policy that "
+            f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
             "measures (uses_risk)."
         )
     logs = np.log(points[:, 0])

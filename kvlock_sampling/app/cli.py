@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,14 +41,12 @@ def readable() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)
             yield
-    except (KVLockError, OSError) as error:
-        _say("[bold red]error:[/]", error)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
-        _say("[bold red]error:[/]", f"out of memory: {str(error).splitlines()[0]}\n  {less}")
+    except (KVLockError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
+            text = f"out of memory: {text.splitlines()[0]}\n  {less}"
+        _say("[bold red]error:[/]", text)
         raise typer.Exit(2) from None
 
 

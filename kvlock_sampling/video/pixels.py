@@ -19,11 +19,7 @@ class VideoError(KVLockError, ValueError):
 
 
 def as_clips(clip: Any) -> Tensor:
-    """Convert a tensor or array to clips (batch, channels, frames, height, width); float64 arrays become float32.
-
-    Other numbers of axes than 4 and 5 are kept, because the caller knows the shape that its model expects. A path, or
-    another object without pixels, raises SourceError.
-    """
+    """Convert a tensor or array to clips (batch, channels, frames, height, width), or keep other numbers of axes."""
     if isinstance(clip, str | os.PathLike):
         name = os.fspath(clip)
         raise SourceError(

@@ -212,7 +212,7 @@ def sent_back(task: Task, video: TinyVideo, back_to: float = 2.0, share: float =
     title = f"quarter at highest risk back to sigma {back_to:g}"
     return [
         row(title, "any quarter", mixed, random),
-        row(title, "nobody sent back", mixed, first._replace(passes=passes)),
+        row(title, "none sent back", mixed, first._replace(passes=passes)),
     ]
 
 

@@ -62,13 +62,13 @@ def loops() -> str:
             "### Open loop: how the signal answers\n\nd(log variance) per unit of lock, and of guidance scale, "
             f"mean ± standard error over {record['scenes']} edits.",
             table(["estimator", "actuator", "sigma", "slope"], open_rows),
-            "### Closed loop against constants\n\nEvery scheduling preset beside a constant setting with the same mean "
+            "### Closed loop against constants\n\nEvery scheduling preset against a constant setting with the same mean "
             "lock and mean scale, paired by scene and noise.",
             table(
                 ["policy", "mean lock", "scale", "PSNR", "both right", "constant PSNR", "both right", "difference, dB"],
                 closed,
             ),
-            "### Does risk predict failure?\n\nAUROC of the variance at a share of the run against failed edits "
+            "### Does risk predict failure?\n\nAUROC of the variance at a fraction of the run against failed edits "
             "(colour or shape wrong) and against the quarter of edits with the lowest shape quality.",
             table(["estimator", "of the run", "failed", "AUROC failed", "AUROC low quality"], predicted),
         ]
@@ -118,10 +118,10 @@ def ideas() -> str:
 
     again = record["confirmed"]
     return (
-        f"{record['scenes']} further scenes, {record['steps']} steps, everything composited and fully locked unless "
-        f"it says otherwise; paired by scene and noise, ± standard error.\n\n{rows(record['rows'])}\n\n"
-        f"The best of them again, `--confirm {again['scenes']}`, on {again['scenes']} scenes that nothing was chosen "
-        f"on:\n\n{rows(again['rows'])}"
+        f"{record['scenes']} further scenes, {record['steps']} steps, composited and fully locked unless stated "
+        f"otherwise; paired by scene and noise, ± standard error.\n\n{rows(record['rows'])}\n\n"
+        f"The best idea again, `--confirm {again['scenes']}`, on {again['scenes']} scenes that played no part in the "
+        f"choice:\n\n{rows(again['rows'])}"
     )
 
 
@@ -130,26 +130,26 @@ def main() -> None:
     figure(grid)
     page(load("speed"), load("cost"), load("where_time_goes"))
     parts = [
-        "# Measured\n\nEvery number on this page is written by a script in `benchmarks/`, as it came out; "
-        "`python benchmarks/report.py` makes the page from `benchmarks/results/`.",
+        "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
+        "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Edits\n\n`python benchmarks/edits.py`. 32 held-out scenes, five kinds of edit, the same noise for every "
         "variant; mean ± standard error. PSNR in dB; 100 dB is exact. The in-mask PSNR compares with the true render "
-        "of the edit. Passes are evaluations of the model per clip; seconds on two idle CPU "
+        "of the edit. Passes are function evaluations (nfe) per clip; seconds on two idle CPU "
         "cores.\n\n" + (RESULTS / "edits.md").read_text(),
         "## When and where to lock\n\n`python benchmarks/when.py`. Other scenes, 20 steps; gain over compositing, "
         "paired by scene and noise, ± standard error.\n\n" + (RESULTS / "when.md").read_text(),
         "## Further ideas against a constant lock\n\n`python benchmarks/ideas.py`. " + ideas(),
-        "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. Share of measurements of calm runs with "
+        "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. Fraction of measurements of calm runs with "
         "risk above 1. Curves and numbers were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes; the "
-        "built-in curve, likewise, by `kvlock calibrate` on its 32 scenes. 95% intervals from resampling the clips. "
+        "built-in curve by `kvlock calibrate` on its 32 scenes. 95% intervals from resampling the clips. "
         "*default* is the default estimator, *relative* is "
         "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)))`.\n\n" + transfer(),
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. 32 further scenes, full lock, 30 "
-        "steps. Gain over compositing; against the full lock, both paired by scene and noise, ± standard error; and "
-        "how far pixels move from the full lock's, over how far the lock itself moves them, on average and at most.\n\n"
+        "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard error; "
+        "change of pixels from the full lock's, relative to the change that the lock itself makes, mean and maximum.\n\n"
         + quality(load("cost")),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here ("

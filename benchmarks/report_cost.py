@@ -16,8 +16,8 @@ WAYS = {
     "one more row": "plain guidance with one more row that does nothing",
     "procedure": "the published procedure: source pass, all K/V kept, two branches",
     "lockstep": "the source in lockstep",
-    "foreground": "the foreground alone",
-    "foreground, KV cache every 3": "the same, with a KV cache asked anew every third evaluation",
+    "foreground": "lock 1, edited tokens only",
+    "foreground, KV cache every 3": "the same, with a KV cache and a source pass at every third evaluation",
     "foreground, filled KV cache": "the same, with a KV cache that an earlier edit filled",
 }
 
@@ -47,7 +47,7 @@ def speed(record: dict) -> str:
             memory = max(r["memory_ratio"] for r in own)
             body.append([said, *cells, f"{memory:.2f}"])
         base = next(r for r in mine if r["way"] == "plain")
-        how = " Read off the line through the two above, round by round." if base["computed"] else ""
+        how = " Extrapolated from the two depths above, round by round." if base["computed"] else ""
         parts.append(
             f"{model}; plain guidance takes {base['seconds']:.3g} s per evaluation.{how}\n\n"
             + table(["way", *(f"{s:.0%} edited" for s in shares), "memory"], body)
@@ -56,8 +56,8 @@ def speed(record: dict) -> str:
     where = f"{about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}"
     return (
         f"Time per evaluation over that of plain guidance, median of interleaved rounds (least to most), on {where}. "
-        "Memory is the peak of what is alive beyond weights and inputs, over plain guidance's; the largest of the row, "
-        "what the KV cache holds included.\n\n" + "\n\n".join(parts)
+        "Memory is the peak beyond weights and inputs, with the KV cache, over that of plain guidance; the largest of the "
+        "row.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -91,7 +91,7 @@ def _ends(record: dict) -> tuple[int, int]:
 def where(record: dict) -> str:
     kinds = [name for name in record["rows"][0] if name not in ("way", "seconds")]
     named = WAYS | {
-        "foreground, KV cache every 3": "the foreground alone, with a KV cache asked every third evaluation"
+        "foreground, KV cache every 3": "lock 1, edited tokens only, with a KV cache and a source pass at every third evaluation"
     }
     body = [[named[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
     about = f"{record['model']}, a quarter of the tokens edited, {record['threads']} threads, by torch's profiler:"
@@ -111,10 +111,10 @@ def page(record: dict, rows: list[dict], profile: dict) -> None:
     )
     about = (
         f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
-        f"measured; {deep[0]['layers']}, the whole network, read off the line through two depths. Memory is that of "
-        "the latter, with what the KV cache holds:"
+        f"measured; {deep[0]['layers']}, the whole network, extrapolated on the line through two depths. Memory is at "
+        "that depth, with the KV cache:"
     )
     path = ROOT / "docs/cost.md"
-    text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited share](images/speed.png)")
+    text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited fraction](images/speed.png)")
     text = _put(text, "where", where(profile))
     write_atomically(path, _put(text, "quality", quality(rows)))

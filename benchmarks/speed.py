@@ -124,7 +124,7 @@ def evaluations(denoiser: Any, subject: Subject) -> Iterator[Callable[[], None]]
 
 
 class OneMoreRow:
-    """Guidance on [uncond, cond, cond], whose last row nobody looks at: what a row of a source must cost at least."""
+    """Guidance on [uncond, cond, cond], whose last row is unused: the least cost of a row for the source."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

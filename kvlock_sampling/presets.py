@@ -1,17 +1,11 @@
 """Presets: a policy and the settings that belong to it, in TOML files such as those of `policies/`. Data only.
 
-    threshold = 0.01                # variance at risk 1; default: the calibrated one
-    cfg_floor = 0.0                 # lower bound of a scheduled guidance scale
-    rescale = true                  # s*-rescaled guidance
-    [estimator]                     # how to measure
-    type = "TrajectoryVariance"
-    window = 10
-    [kv_cache]                      # keep the source's K/V over evaluations: settings of a KVCache
-    every = 3
-    [policy]                        # what to do
-    type = "Linear"
-
-Only [policy] is required.
+threshold = 0.01                # and the other settings of a Preset
+[estimator]                     # how to measure
+type = "TrajectoryVariance"
+window = 10
+[policy]                        # what to do, the only table that is required
+type = "Linear"
 """
 
 from __future__ import annotations
@@ -185,15 +179,11 @@ def _from_text(text: str, where: str) -> Preset:
 
 
 def _curve(table: Mapping[str, Any]) -> ThresholdCurve:
-    if set(table) != {"sigmas", "values"}:
-        raise PolicyError(
-            f"threshold has the keys {', '.join(table)}; a curve has sigmas and values, e.g.\n"
-            "  threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
-        )
     try:
-        return ThresholdCurve(tuple(table["sigmas"]), tuple(table["values"]))
+        return ThresholdCurve(**{name: tuple(values) for name, values in table.items()})
     except (TypeError, ValueError, OverflowError) as error:  # EstimatorError is a ValueError
-        raise PolicyError(f"threshold: {error}") from None
+        example = "threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
+        raise PolicyError(f"threshold: {error}; a curve has sigmas and values, e.g. {example}") from None
 
 
 def _shelf() -> dict[str, Path]:

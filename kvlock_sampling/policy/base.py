@@ -113,12 +113,6 @@ def stateless(
 def stateless(function: Callable[[Observation], Control] | None = None, *, uses_risk: bool = True) -> Any:
     """Make a policy of a function, as `@stateless` or `@stateless(uses_risk=False)`.
 
-    >>> from kvlock_sampling.types import Control
-    >>> @stateless
-    ... def fade(obs): return Control(lock=obs.risk.clamp(0, 1))
-    >>> fade
-    stateless(fade)
-
     Args:
         function: Maps an Observation to a Control.
         uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
@@ -153,7 +147,7 @@ def as_policy(value: Any) -> Policy:
         return Stateless(value)
     raise PolicyError(
         f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation, e.g. "
-        'PID(target=1.0), load_policy("paper") or preset.policy.'
+        'PID(target=1.0), load_policy("paper"), preset.policy or a function under @stateless.'
     )
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..types import Control, Observation
+from ..types import Control, Observation, PolicyError
 from ..utils.precision import working
-from ._shared import Range, elapsed, number, pair, reject, scaled_cfg
+from ._shared import Range, elapsed, number, pair, scaled_cfg
 from .base import Policy
 
 RISK_RANGE: Range = (1e-3, 1e3)
@@ -59,7 +59,9 @@ class PID(Policy):
         number(self, "filter_width", above=0.0)
         number(self, "slew", above=0.0, optional=True)
         if not self.limits[0] <= self.bias <= self.limits[1]:
-            reject(self, "bias", f"a number within lock_range={self.lock_range}", 0.0)
+            raise PolicyError(
+                f"bias={self.bias:g}: bias must lie within lock_range. Try PID(bias={self.lock_range[0]:g}, ...)"
+            )
 
     @property
     def limits(self) -> Range:

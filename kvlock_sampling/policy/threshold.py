@@ -46,9 +46,8 @@ class Threshold(Policy):
         for name in ("cfg_calm", "cfg_alarm"):
             number(self, name, at_least=0.0)
         if self.off > self.on:
-            raise PolicyError(
-                f"off={self.off:g} > on={self.on:g}. This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
-            )
+            works = f"Threshold(on={self.on:g}, off={0.7 * self.on:g})"
+            raise PolicyError(f"on={self.on:g}, off={self.off:g}: off must be below on. This works: {works}")
 
     def step(self, state: Tensor | None, obs: Observation) -> tuple[Tensor, Control]:
         calm = obs.risk < self.off

@@ -92,8 +92,8 @@ class Windowed(PolicyWrapper):
         if self.last is None:
             return True
         raise PolicyError(
-            f"Windowed(last={self.last}): the schedule is unknown. Pass sigmas=... to KVLock, use lock.sample(...), a "
-            f"sampler of kvlock_sampling.samplers, or fall back on sigma: Windowed(policy, last={self.last}, below=...)"
+            "unknown schedule. Pass sigmas=... to KVLock, use lock.sample or a sampler of kvlock_sampling.samplers"
+            f", or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
         )
 
     def _adjust(self, control: Control, obs: Observation) -> Control:

@@ -31,7 +31,7 @@ RESIDUAL = (
     r"net\.2|ff\w*\.2|mlp\.2|fc2|linear2|w2|down_proj"  # feed-forward
     r")$"
 )
-"""Names, inside a numbered block, of the linear layers that write into the residual stream; diffusers' and others'."""
+"""Names, inside a numbered block, of the linear layers that write into the residual stream."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class Relative(EstimatorWrapper):
         super().__post_init__()
         if self.estimator.patch is None:
             raise EstimatorError(
-                f"Relative needs a value for every token, and {self.estimator!r} gives one per clip. Name the model's "
-                "patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(1, 2, 2)))."
+                f"Relative needs a value for every token, and {self.estimator!r} gives one value per clip. Name the "
+                "model's patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(1, 2, 2)))."
             )
         if not 0 <= self.quantile <= 1:
             raise EstimatorError(f"quantile={self.quantile}; expected a fraction in [0, 1]. Try quantile=0.96.")
@@ -79,8 +79,9 @@ class Relative(EstimatorWrapper):
         mask = torch.broadcast_to(working(evaluation.mask), evaluation.denoised.shape)
         edited = pooled(mask, None, self.estimator.patch)
         if full := (edited > 0).all(1).nonzero().flatten().tolist():
+            clips = ", ".join(map(str, full))
             raise EstimatorError(
-                f"the mask of clips {full} touches every one of {edited.shape[1]} tokens; Relative expected some "
-                f"background. Shrink the mask, or take the estimator by itself: estimator={self.estimator!r}."
+                f"the mask of clip {clips} touches every one of {edited.shape[1]} tokens; expected some background. "
+                f"Shrink the mask, or take the estimator by itself: estimator={self.estimator!r}."
             )
         return edited

@@ -77,15 +77,12 @@ class Band(NamedTuple):
 def reference_bands(
     measurements: Iterable[tuple[float, float]], *, quantile: float = 0.95, bands: int = 12
 ) -> list[Band]:
-    """Estimate quantiles of variance over the noise level, with 95% intervals from order statistics.
+    """Return quantiles of variance in bands of equal width in log sigma, from high noise to low, without empty bands.
 
     Args:
         measurements: (sigma, variance) of calm runs, e.g. from `Trace.rows()`. Non-finite ones are dropped.
         quantile: In (0, 1). Defaults to 0.95.
-        bands: Number of bands of equal width in log sigma; empty ones are left out. Defaults to 12.
-
-    Returns:
-        The bands, from high noise to low.
+        bands: Number of bands. Defaults to 12.
 
     Raises:
         EstimatorError: Fewer than 20 usable measurements.
@@ -108,9 +105,8 @@ def reference_bands(
         values = inside[:, 1]
         level = float(np.quantile(values, quantile))
         interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(0.95)
-        low = float(interval.low) if math.isfinite(interval.low) else float(values.min())
-        high = float(interval.high) if math.isfinite(interval.high) else float(values.max())
-        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, low, high, len(values)))
+        low, high = np.fmax(interval.low, values.min()), np.fmin(interval.high, values.max())
+        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, float(low), float(high), len(values)))
     return sorted(found, key=lambda b: -b.sigma)
 
 

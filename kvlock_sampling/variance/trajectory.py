@@ -94,9 +94,5 @@ class TrajectoryVariance(Estimator):
             return None
         if self.normalise:
             return torch.stack([e.move for e in kept[1:] if e.move is not None]).sum(0)
-        predictions = [working(e.denoised) for e in kept if e.denoised is not None]
-        mean = sum(predictions[1:], predictions[0].clone()).div_(len(predictions))
-        squares = torch.zeros_like(mean)
-        for prediction in predictions:
-            squares += (prediction - mean).square()
-        return pooled(squares / (len(predictions) - 1), mask, self.patch)
+        predictions = torch.stack([working(e.denoised) for e in kept if e.denoised is not None])
+        return pooled(predictions.var(dim=0, correction=1), mask, self.patch)

@@ -65,7 +65,7 @@ class Sparse(EstimatorWrapper):
         estimator: The inner estimator.
         sigmas: Noise levels > 0; each is measured once, at the first evaluation at or below it.
         every: Measure at every n-th new noise level, >= 1. Not together with sigmas.
-        below: Measure at sigma <= below only. Alone: at every evaluation there.
+        below: Measure at sigma <= below only; alone, at every new level there. Defaults to no limit.
         above: Measure at sigma >= above only, likewise.
         hold: Whether to return the last variance in between, instead of None: the policy then steps. Defaults to False.
     """
@@ -89,7 +89,7 @@ class Sparse(EstimatorWrapper):
         if self.every is not None and not (isinstance(self.every, int) and self.every >= 1):
             raise EstimatorError(f"every={self.every}; expected a whole number of noise levels, 1 or more.")
         if self.below is not None and self.above is not None and self.below < self.above:
-            raise EstimatorError(f"above={self.above:g} > below={self.below:g} is an empty window; try them swapped.")
+            raise EstimatorError(f"empty window; expected above <= below: above={self.below:g}, below={self.above:g}.")
 
     def init(self) -> tuple[Any, float, int, Tensor | None]:
         return self.estimator.init(), math.inf, 0, None

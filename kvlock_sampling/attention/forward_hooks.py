@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""`around(call, args, kwargs)` calls `call` with the arguments it chooses, and returns the output."""
-Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]
-"""`before(args, kwargs)` returns the arguments to call the module with."""
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (call, args, kwargs) -> the output
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]  # (args, kwargs) -> the arguments to call with
 
 
 class ForwardHook(NamedTuple):

@@ -25,8 +25,7 @@ from .models import VideoModel, editable, open_model
 if TYPE_CHECKING:
     from ..kv_cache import Plan
 
-FEATHER = 2.0
-"""Default width in pixels of the blend between the edit and the source's pixels around the mask."""
+FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask
 
 
 @dataclass(frozen=True)

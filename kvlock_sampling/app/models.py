@@ -92,8 +92,8 @@ def read_pair(
 ) -> tuple[Clip, Tensor]:
     """Read a clip (3, frames, height, width) and its mask (1, frames, height, width) as a model can edit them.
 
-    For a model of one size, frames are picked evenly from first to last and the centre is cropped. A model of free size
-    gets the first frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
+    For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
+    frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
 
     Args:
         model: The model that will edit the clip.

@@ -1,8 +1,8 @@
 """Run code around a module's forward: for the length of a `with` block, in one thread, compiled or not.
 
 `torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. So
-a hook here replaces `module.forward` by a function that the compiler does not enter. Its guards notice the function and
-compile a second graph, which breaks at the hook. Both graphs stay cached, and a module without hooks costs nothing.
+a hook here replaces `module.forward` by a function that the compiler does not enter. The compiler's guards notice that,
+and it compiles a second graph, which breaks at the hook. Both graphs stay cached; a module without hooks costs nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""`around(call, args, kwargs)` calls `call` with the arguments it chooses, and returns the output."""
-Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]
-"""`before(args, kwargs)` returns the arguments to call the module with."""
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (call, args, kwargs) -> the output
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]  # (args, kwargs) -> the arguments to call with
 
 
 class ForwardHook(NamedTuple):

@@ -22,10 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import AttentionError
 
-Fused = tuple[Tensor, Tensor, Tensor | None]
-"""The key, value and mask that attention uses instead."""
-Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]
-"""`rewrite(query, key, value, mask)`, (rows, heads, length, dim) each."""
+Fused = tuple[Tensor, Tensor, Tensor | None]  # the key, value and mask that attention uses instead
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]  # of (rows, heads, length, dim) each
 
 _rewrite: ContextVar[Rewrite | None] = ContextVar("kvlock_rewrite", default=None)
 
@@ -44,7 +42,7 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
 
 @contextmanager
 def _once() -> Iterator[Rewrite | None]:
-    """The rewrite for this call. Inside the block there is none: a backend that calls SDPA is rewritten once."""
+    # Inside the block there is no rewrite: a backend that calls SDPA is rewritten once.
     rewrite = _rewrite.get()
     token = _rewrite.set(None)
     try:

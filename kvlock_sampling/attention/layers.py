@@ -83,7 +83,8 @@ class AttentionLayer:
         surplus = rest - (text or 0)
         hint = "The mask's grid and the model's patches differ: check the latents' shape."
         if surplus > 0:
-            hint = f"If {surplus} are reference tokens: layers=kv.find_layers(model).with_extra(after={surplus})."
+            call = f"layers=kv.find_layers(model).with_extra(after={surplus})"
+            hint = f"If {surplus} tokens are reference frames or guides, declare them: {call}."
         raise AttentionError(
             f"layer {self.name!r} attends over {length} tokens; expected the mask's {tokens}{parts}{others}.\n  {hint}"
         )
@@ -165,11 +166,7 @@ class AttentionLayers:
         return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
-        """The same layers in sequences that hold other tokens too, e.g. reference images. They are never fused.
-
-        Args:
-            before: The number of other tokens before the video's, >= 0.
-            after: The same after the video's.
+        """The same layers in sequences that hold `before` + `after` other tokens around the video's, which never fuse.
 
         Raises:
             AttentionError: A negative number.
@@ -193,7 +190,7 @@ class AttentionLayers:
             return (
                 f"none of the model's {len(self.layers)} attention layers fired in this evaluation.\n"
                 "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
-                "  If a kernel of its own computes attention, choose one: model.set_attention_backend('native')."
+                "  If a kernel of the model's own computes attention: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing

@@ -67,7 +67,7 @@ def find_layers(model: Any) -> AttentionLayers:
 
 
 def _combined(found: list[AttentionLayers]) -> AttentionLayers:
-    """The layers of all networks that are built like the first, e.g. experts, as those of one model."""
+    # Networks that are built like the first, e.g. experts, count as one model.
     first, *_ = built = [(f.architecture, f.patch, len(f.layers)) for f in found]
     alike = [f for f, like in zip(found, built, strict=True) if like == first]
     if len(alike) == 1:

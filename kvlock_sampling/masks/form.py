@@ -72,7 +72,6 @@ def check_mask(mask: MaskLike) -> Mask:
 
 
 def as_tensor(mask: Any) -> Tensor:
-    """A tensor or array as a tensor of the same shape and values; raises MaskError for other objects."""
     if isinstance(mask, Tensor):
         return mask
     if isinstance(mask, str | os.PathLike):

@@ -16,7 +16,7 @@ from .form import Mask, MaskLike, as_mask
 
 
 def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, int] = 8) -> Mask:
-    """The latent mask of a pixel mask, for a VAE with causal temporal compression.
+    """The latent mask, (batch, 1, 1 + (T-1) / temporal, H / spatial, W / spatial), of a mask, for a causal video VAE.
 
     Latent frame 0 covers pixel frame 0; latent frame t >= 1 covers pixel frames 1 + (t-1) * temporal to t * temporal.
 
@@ -24,9 +24,6 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
         mask: As in `as_mask`.
         temporal: The VAE's factor in time, >= 1.
         spatial: The VAE's factor in space, an int or (height, width), >= 1.
-
-    Returns:
-        (batch, 1, 1 + (T-1) / temporal, H / spatial, W / spatial).
 
     Raises:
         MaskError: Frames or size do not fit the factors.

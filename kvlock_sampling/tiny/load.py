@@ -82,8 +82,6 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
             state = {name: weights.get_tensor(name).float() for name in weights.keys()}  # noqa: SIM118 - not a dict
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise KVLockError(
-            f"{str(path)!r} does not hold weights of the embedded architecture: {str(error).splitlines()[0]}\n"
-            "  benchmarks/world/train.py trains such weights."
-        ) from error
+        first = str(error).splitlines()[0]
+        raise KVLockError(f"{str(path)!r} does not hold weights of the embedded architecture: {first}") from error
     return TinyVideo(network.to(device))

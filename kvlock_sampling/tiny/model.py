@@ -26,14 +26,7 @@ _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is padding
 
 
 def tokenize(prompts: str | Sequence[str]) -> Tensor:
-    """Convert prompts to word indices (batch, PROMPT_LENGTH), padded with 0.
-
-    Args:
-        prompts: One prompt, or one per clip; "" is the unconditional prompt.
-
-    Raises:
-        KVLockError: A word is not in the vocabulary, or a prompt is too long.
-    """
+    """Convert one or more prompts to word indices (batch, PROMPT_LENGTH), padded with 0; "" is unconditional."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = torch.zeros(len(prompts), PROMPT_LENGTH, dtype=torch.long)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -75,13 +68,7 @@ class TinyWan(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
-        """Predict x0, shaped like z.
-
-        Args:
-            z: Noisy clips (batch, 3, frames, height, width).
-            t: Flow time (batch,) in [0, 1].
-            cond: Prompts, or word indices (batch, words).
-        """
+        """Predict x0 from noisy clips z at flow time t (batch,) and prompts, or word indices (batch, words)."""
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.words(words.to(z.device).expand(len(z), -1))
         return self.transformer(z, t * 1000, text, return_dict=False)[0]

@@ -12,10 +12,8 @@ from torch import Tensor
 from ..types import MaskError
 from ..utils.extras import require
 
-PEAK = 2.0
-"""Range of pixel values, [-1, 1]."""
-MAX_PSNR = 100.0
-"""PSNR in dB of identical clips, so that averages stay finite."""
+PEAK = 2.0  # the range of pixel values, [-1, 1]
+MAX_PSNR = 100.0  # dB of identical clips, so that averages stay finite
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -51,9 +49,8 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Structural similarity inside the region, (batch,) in [-1, 1], 1 = identical; needs the extra `video`.
 
-    This averages skimage's map of `structural_similarity` (7x7 windows, smaller on tiny frames) over the region and the
-    colours. Windows at the border of the region reach outside, where both clips are replaced by `a`. Arguments and
-    errors are those of `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
+    This averages skimage's map of 7x7 windows, which see `a` outside the region. Arguments and errors are those of
+    `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
     """
     weight = check_region(a, b, mask)
     size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)

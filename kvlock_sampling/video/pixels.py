@@ -37,7 +37,6 @@ def as_clips(clip: Any) -> Tensor:
 
 
 def check_floats(clips: Tensor) -> None:
-    """Raise SourceError for integer pixels."""
     if not clips.is_floating_point():
         raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
 

@@ -26,8 +26,7 @@ Conform: TypeAlias = "Callable[[Image.Image], Array]"
 
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-IMAGE_FPS = 8.0
-"""Frames per second of images, whose files do not store a rate."""
+IMAGE_FPS = 8.0  # images' files do not store a rate
 
 
 class Clip(NamedTuple):
@@ -162,7 +161,6 @@ def _load(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array],
 
 
 def _natural(file: Path) -> list[tuple[int, int, str]]:
-    """Sort key under which frame2 comes before frame10."""
     parts = re.split(r"(\d+)", file.name)
     return [(1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in parts]
 
@@ -179,7 +177,6 @@ def _images(file: Path) -> list[Image.Image]:
 
 
 def _on_black(image: Image.Image) -> Image.Image:
-    """Turn an image upright and composite it on black, as RGB."""
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.

@@ -18,10 +18,8 @@ from .read import Array, PathLike
 
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
-ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}
-"""Container and encoders by suffix, in order of preference."""
-DARK, LIGHT = (22, 22, 28), (235, 235, 235)
-"""RGB of the ground behind tiles and captions, and of the text on it."""
+ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}  # in order of preference
+DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
 def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -> None:
@@ -149,10 +147,7 @@ def _write_film(path: Path, images: Array, fps: float, kind: str) -> None:
 
 
 def _write_gif(path: Path, images: Array, fps: float) -> None:
-    """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither.
-
-    Pillow stores a repeated frame as a longer duration of the frame before it.
-    """
+    """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither."""
     from scipy.spatial import cKDTree
 
     pil = require("PIL.Image", "video")

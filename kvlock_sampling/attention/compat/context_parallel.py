@@ -17,8 +17,7 @@ from ...types import AttentionError
 from ..context import FusionContext
 from ..layers import AttentionLayer, AttentionLayers
 
-Shard = tuple[int, int]
-"""The piece of every sequence that this process holds: (number of the piece, count of pieces)."""
+Shard = tuple[int, int]  # the piece of every sequence that this process holds: (its number, count of pieces)
 
 
 def piece(shard: Shard, length: int) -> slice:
@@ -39,7 +38,6 @@ def shard_of(module: Any) -> Shard | None:
 
 
 def is_cut(networks: Iterable[nn.Module]) -> bool:
-    """Whether context parallelism is enabled on any of these networks."""
     return any(shard_of(network) is not None for network in networks)
 
 
@@ -54,7 +52,7 @@ def local_piece(
             raise AttentionError(
                 f"context parallelism is enabled, but attention at layer {layer.name!r} ({type(processor).__name__}) "
                 "does not communicate, as it does for Wan, LTX, Flux and Qwen-Image.\n"
-                "  Leave enable_parallelism away for this model."
+                "  For this model leave enable_parallelism away."
             )
         return ratio, text
     if context.selection is not None:
@@ -65,7 +63,7 @@ def local_piece(
     if layers.rows_apart or layers.extra != (0, 0):
         raise AttentionError(
             f"context parallelism with {'attention row by row' if layers.rows_apart else 'extra tokens'} is not "
-            f"supported for architecture {layers.architecture!r}.\n  Leave enable_parallelism away."
+            f"supported for architecture {layers.architecture!r}; leave enable_parallelism away."
         )
     if layer.text == "none" and length == ratio.shape[1]:
         return ratio, text  # a layer before the cut
@@ -76,7 +74,6 @@ def local_piece(
 
 
 def refuse_cut(network: nn.Module) -> None:
-    """Raise AttentionError for a watched network under context parallelism: its tokens' positions are unknown."""
     if is_cut(network.modules()):
         raise AttentionError(
             f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers only counts.\n"

@@ -20,13 +20,6 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
     Tensors whose first axis is the batch (or 1) are concatenated, and a list with one prompt per clip is chained.
     Dicts, tuples and lists of equal structure are joined leaf by leaf. Anything else must be equal everywhere.
 
-    Args:
-        calls: The keyword arguments of each branch.
-        batch: The number of clips.
-
-    Returns:
-        Keyword arguments for a call of `len(calls) * batch` rows.
-
     Raises:
         NotBatchable: The branches differ in a way that rows cannot express.
     """

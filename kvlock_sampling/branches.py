@@ -19,7 +19,7 @@ from .guidance import composite, guide, guide_rescaled
 from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
 from .settings import LockSettings
-from .types import AttentionError, Denoiser, PolicyError, RunError, Scalar
+from .types import AttentionError, Denoiser, Evaluation, PolicyError, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
 Kind = tuple[str, ...] | None
@@ -33,10 +33,10 @@ class Branches:
         x: The sampler's input.
         uncond: Unconditional x0-hat; None before it was evaluated.
         source: The source's x0-hat; None if it was not evaluated.
+        locked: What this evaluation takes of the source; None if it locks nothing.
         route: How the source's K/V reach the edit.
         nfe: Model passes per clip so far.
         fused_layers: The largest number of layers that were fused in a call.
-        computed: The fraction of the tokens that the edit runs on.
     """
 
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
@@ -46,26 +46,34 @@ class Branches:
         self.nfe, self.fused_layers = 0, 0
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
-        self.locked = lock_step(settings, run, step)
-        self.route = self._choose_route(self.locked)
-        self.computed = 1.0 if self.locked is None else self.locked.computed
-
-    def _choose_route(self, locked: Locked | None) -> Route:
-        return choose_route(
+        self.locked = locked = lock_step(settings, run, step)
+        self.route = choose_route(
             locked=locked is not None,
             narrow=locked is not None and locked.context.narrow,
             cached=locked is not None and locked.entry is not None,
-            one_call=locked is not None
-            and self._one_call()
-            and not locked.layers.rows_apart
-            and not self._caches.active,
+            one_call=locked is not None and not locked.layers.rows_apart and self._one_call(),
             interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
-            probes=self.settings.measures and self.settings.estimator.cost > 0,
+            probes=settings.measures and settings.estimator.cost > 0,
         )
 
     def _one_call(self) -> bool:
         """Whether source and edit can be rows of one call."""
         return False
+
+    def probe(self, x: Tensor, sigma: float) -> Tensor:
+        """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
+        raise NotImplementedError
+
+    def evaluation(self, cond: Tensor) -> Evaluation:
+        """What an estimator sees."""
+        mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
+        return Evaluation(self.step.sigma, self.x, cond, mask, self.probe, self.uncond, self.source)
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What ran, for the trace."""
+        computed = 1.0 if self.locked is None else self.locked.computed
+        return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
         """The prediction with the source, by this weight, in its background.
@@ -76,7 +84,7 @@ class Branches:
         source, mask = self.settings.source, self.settings.mask
         if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
             return denoised
-        if self.computed < 1 and (isinstance(weight, Tensor) or weight != 1):
+        if self.locked is not None and self.locked.context.narrow and (isinstance(weight, Tensor) or weight != 1):
             raise PolicyError(
                 f"{self.settings.policy!r} set composite, but only the edited tokens were computed, so the background "
                 "is the source's.\n  Pass foreground=False to KVLock."
@@ -178,7 +186,6 @@ class OwnBranches(Branches):
         return 1.0 if self._uncond_args is None else scale
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
-        """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
         step, batch = self.step, len(self.x)
         # At this evaluation's noise level the very same tensor, so that the source's K/V serve again.
         level = step.sigma_arg if sigma == step.sigma else torch.full_like(step.sigma_arg, sigma)
@@ -186,7 +193,7 @@ class OwnBranches(Branches):
 
     def _one_call(self) -> bool:
         calls = [self._cond_args, self._source_args, *([] if self._uncond_args is None else [self._uncond_args])]
-        return self.settings.batched and joinable(calls, len(self.x))
+        return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
@@ -245,7 +252,6 @@ class GuidedBranches(Branches):
         return self.step.expected_cfg_scale
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
-        """The model's x0-hat at other points, one batch after another."""
         level = torch.full_like(self.step.sigma_arg, sigma)
         return torch.cat([self._evaluate(rows, level, None) for rows in x.split(len(self.x))])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,16 +36,6 @@ class State(NamedTuple):
     expert: Any = None
 
 
-class Measured(Protocol):
-    """What a decision needs of an evaluation: its input, its other branches, and a way to ask the model again."""
-
-    x: Tensor
-    uncond: Tensor | None
-    source: Tensor | None
-
-    def probe(self, x: Tensor, sigma: float) -> Tensor: ...
-
-
 def start(settings: LockSettings, observation: Observation, expert: Any = None) -> State:
     """The state of a new run, before anything was measured."""
     control = _checked(settings, settings.policy.start(observation), observation, "start")
@@ -53,15 +43,14 @@ def start(settings: LockSettings, observation: Observation, expert: Any = None) 
 
 
 def decide(
-    settings: LockSettings, state: State, branches: Measured, cond: Tensor, observation: Observation
+    settings: LockSettings, state: State, evaluation: Evaluation, observation: Observation
 ) -> tuple[State, Observation]:
     """Measure the conditional x0-hat, judge the risk, and ask the policy.
 
     Args:
         settings: The lock's settings.
         state: What the evaluation before this one left.
-        branches: The evaluation.
-        cond: Conditional x0-hat before guidance and compositing, (batch, ...).
+        evaluation: What the estimator sees.
         observation: What is known before the measurement.
 
     Returns:
@@ -72,11 +61,7 @@ def decide(
     """
     policy, inner, variance = settings.policy, state.estimator, None
     if settings.measures:
-        mask = None if settings.mask is None else settings.mask.latent(cond)
         with torch.no_grad():
-            evaluation = Evaluation(
-                observation.sigma, branches.x, cond, mask, branches.probe, branches.uncond, branches.source
-            )
             inner, variance = settings.estimator.step(inner, evaluation)
     if variance is not None:
         limit = settings.threshold(observation.sigma) if callable(settings.threshold) else settings.threshold

@@ -9,10 +9,9 @@
 | EpsDenoiser           | 1                 | -sigma                     | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 | VDenoiser             | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 
-For models with a discrete schedule (Stable Diffusion 1 and 2) this module also has k-diffusion's wrappers, loaded on
-first use: DiscreteEpsDDPMDenoiser, DiscreteVDDPMDenoiser, OpenAIDenoiser, CompVisDenoiser, CompVisVDenoiser.
+For a discrete schedule (Stable Diffusion 1, 2) use k-diffusion's own wrappers: `samplers.external().CompVisDenoiser`.
 
-Sources: k-diffusion `external.py`; the c_skip, c_out, c_in form is Karras et al. 2022 (arXiv 2206.00364), section 5.
+Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), section 5.
 """
 
 from __future__ import annotations
@@ -25,19 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from . import samplers
 from .types import KVLockError
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
 Call: TypeAlias = Callable[..., Tensor]
-
-_KDIFFUSION = (
-    "CompVisDenoiser",
-    "CompVisVDenoiser",
-    "DiscreteEpsDDPMDenoiser",
-    "DiscreteVDDPMDenoiser",
-    "OpenAIDenoiser",
-)
 
 
 class DenoiserError(KVLockError, ValueError):
@@ -45,9 +35,7 @@ class DenoiserError(KVLockError, ValueError):
 
 
 class DenoiserWrapper(nn.Module):
-    """A module around `inner_model` that forwards unknown attributes (config, dtype, ...) to it.
-
-    Its noise level is variance exploding; `add_noise` and `to_ve` state that for code that noises a source.
+    """A variance-exploding denoiser around `inner_model` that forwards unknown attributes (config, dtype, ...) to it.
 
     Args:
         inner_model: The wrapped model, a module or a function.
@@ -70,7 +58,7 @@ class DenoiserWrapper(nn.Module):
         return (x0 + _per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
 
     def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
-        """Convert this denoiser's noise level to the variance-exploding one: they are the same."""
+        """Return the noise level in variance-exploding form: sigma itself."""
         return sigma
 
 
@@ -79,9 +67,8 @@ class Preconditioned(DenoiserWrapper):
 
     Args:
         inner_model: The model F.
-        call: How to call it: `call(model, z, time, **extra_args) -> prediction`. Default: `model(z, time,
-            **extra_args)`. For diffusers:
-            `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
+        call: `call(model, z, time, **extra_args) -> prediction`. Default: `model(z, time, **extra_args)`.
+            For diffusers: `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
         model_dtype: Dtype of the model's input. Default: that of its first floating parameter, or of x. Time stays at
             least float32, because 999 rounds to 1000 in bfloat16.
     """
@@ -107,15 +94,12 @@ class Preconditioned(DenoiserWrapper):
         return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
 
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
-        """Predict x0 at (x, sigma), with arithmetic in x's dtype, at least float32.
+        """Return x0-hat at (x, sigma), like x, with arithmetic in x's dtype, at least float32.
 
         Args:
             x: Noisy latents x0 + sigma * noise.
             sigma: Noise level >= 0, () or (batch,).
             extra_args: Passed to the model unchanged.
-
-        Returns:
-            x0-hat, with shape, dtype and device of x.
 
         Raises:
             DenoiserError: sigma has another shape, or the model returns another shape.
@@ -147,15 +131,14 @@ class FlowDenoiser(Preconditioned):
     `samplers.flow_sigmas` makes schedules.
 
     Args:
-        inner_model: Called as `inner_model(z_t, t * time_scale, **extra_args)` on latents shaped like x and times
-            (batch,).
+        inner_model: Called as `inner_model(z_t, t * time_scale, **extra_args)`, with times (batch,).
         prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v; or "x0".
         time_scale: Factor of t; 1000 for the models of diffusers.
         call: See `Preconditioned`.
         model_dtype: See `Preconditioned`.
 
     Raises:
-        DenoiserError: `prediction` is unknown; in a call, sigma or the model's result has another shape.
+        DenoiserError: `prediction` is unknown.
 
     >>> model = FlowDenoiser(lambda z, t: torch.zeros_like(z))  # velocity 0: z_t is x0 already
     >>> model(torch.full((1, 2), 8.0), torch.tensor([3.0]))
@@ -199,14 +182,12 @@ class FlowDenoiser(Preconditioned):
 
 
 def angle(sigma: Tensor) -> Tensor:
-    """Return 2/pi * atan(sigma) in [0, 1), the time of the cosine schedule (v-diffusion, k-diffusion's VDenoiser)."""
+    """Return 2/pi * atan(sigma) in [0, 1), the time of the cosine schedule of v-diffusion."""
     return sigma.atan() / math.pi * 2
 
 
 class EpsDenoiser(Preconditioned):
     """A model that predicts the noise, with continuous time:  D = x - sigma * eps(x / sqrt(1 + sigma^2), time(sigma)).
-
-    For the discrete schedule of Stable Diffusion use DiscreteEpsDDPMDenoiser.
 
     Args:
         inner_model: The model.
@@ -233,17 +214,14 @@ class EpsDenoiser(Preconditioned):
 
 
 class VDenoiser(EpsDenoiser):
-    """A model that predicts v = (noise - sigma * x0) / sqrt(1 + sigma^2), like k-diffusion's VDenoiser.
-
-    Arguments are those of EpsDenoiser. For a discrete schedule use DiscreteVDDPMDenoiser.
-    """
+    """Like EpsDenoiser, for a model that predicts v = (noise - sigma * x0) / sqrt(1 + sigma^2)."""
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return 1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5, 1 / (sigma**2 + 1) ** 0.5
 
 
 class CFGDenoiser(DenoiserWrapper):
-    """Classifier-free guidance as in the Stable Diffusion scripts: one call on the doubled batch [uncond, cond].
+    """Classifier-free guidance in one call on the doubled batch [uncond, cond].
 
     Args:
         inner_model: A denoiser `inner_model(x, sigma, cond=...)`.
@@ -260,8 +238,8 @@ class CFGDenoiser(DenoiserWrapper):
         Args:
             x: Noisy latents.
             sigma: Noise level, () or (batch,).
-            uncond: Unconditional prompt, a tensor (batch, ...) or a mapping of tensors.
-            cond: Prompt of the same structure.
+            uncond: Unconditional prompt, a tensor (batch, ...) or a mapping of tensors like cond.
+            cond: The prompt.
             cond_scale: Guidance scale, a float or (batch,).
         """
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
@@ -270,16 +248,6 @@ class CFGDenoiser(DenoiserWrapper):
         if isinstance(cond_scale, Tensor):
             cond_scale = _per_row(cond_scale.to(x), x)
         return d_uncond + (d_cond - d_uncond) * cond_scale
-
-
-def __getattr__(name: str) -> Any:
-    if name in _KDIFFUSION:
-        return getattr(samplers.external(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_KDIFFUSION})
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
@@ -299,8 +267,6 @@ def _doubled(uncond: Any, cond: Any) -> Any:
             raise DenoiserError(f"cond has the keys {sorted(cond)}; expected a mapping with the same keys as uncond")
         return {key: _doubled(uncond[key], cond[key]) for key in cond}
     if uncond.shape != cond.shape:
-        raise DenoiserError(
-            f"uncond has shape {tuple(uncond.shape)}, cond {tuple(cond.shape)}; expected the same: pad the shorter "
-            "prompt, or pass uncond.expand_as(cond) for one unconditional embedding"
-        )
+        shapes = f"uncond has shape {tuple(uncond.shape)}, cond {tuple(cond.shape)}"
+        raise DenoiserError(f"{shapes}; expected the same: pad the shorter prompt, or pass uncond.expand_as(cond)")
     return torch.cat([uncond, cond])

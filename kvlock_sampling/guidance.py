@@ -60,13 +60,8 @@ def composite(
     mask: Tensor,
     weight: float | Float[Tensor, "batch"],
 ) -> Float[Tensor, "batch *axes"]:
-    """Put the source into the background of a prediction.
-
-    Args:
-        denoised: The prediction.
-        source: The clean source.
-        mask: Broadcastable to both, 1 = edit, in [0, 1].
-        weight: 1 = exactly the source in the background, bit for bit; 0 = the prediction.
+    """Put the source into the background of a prediction, by a weight: 1 makes it the source's, bit for bit. The
+    mask is broadcastable to both, 1 = edit.
     """
     if isinstance(weight, Tensor):
         weight = weight.to(denoised).view(-1, *[1] * (denoised.ndim - 1))

@@ -21,10 +21,11 @@ from .branches import GuidedBranches, OwnBranches
 from .controller import decide
 from .kv_cache import KVCache, Plan, plan
 from .run import Run
-from .settings import LockSettings, on_clock, resolve
+from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
 from .utils.proxy import DenoiserProxy
+from .utils.signature import on_clock
 from .variance import Estimator
 
 
@@ -40,21 +41,18 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
 
     Returns:
         The denoised x0-hat, like x.
-
-    Raises:
-        KVLockError: See `KVLock`.
     """
     step = run.enter(settings, x, sigma, extra_args)
     branches = (GuidedBranches if settings.scale_arg else OwnBranches)(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
         return branches.composited(branches.guided(cond, step.requested), settings.composite)
-    state, observation = decide(settings, step.state, branches, cond, step.observation)
+    state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
     weight = settings.composite if state.composite is None else state.composite
     denoised = branches.composited(branches.guided(cond, scale), weight)
     run.leave(step.sigma, state)
-    run.trace.record(observation, state.lock, branches.used_scale(scale), weight, branches)
+    run.trace.record(observation, state.lock, branches.used_scale(scale), weight, **branches.counts)
     return denoised
 
 
@@ -151,14 +149,8 @@ class KVLock(DenoiserProxy):
         others = {lock: runs for lock, runs in _active.get().items() if lock != id(self)}
         _active.set({**others, id(self): self._runs()[:-1]} if len(self._runs()) > 1 else others)
         run.close()
-        # A run of one or two evaluations may be too short for an estimator.
-        if error[0] is None and self.settings.measures and run.unmeasured > 2:
-            warnings.warn(
-                f"nothing was measured in a run of {run.unmeasured} evaluations, so {self.settings.policy!r} never "
-                f"took a step in it: {self.settings.estimator!r} did not report. A guidance gap needs uncond and a scale "
-                "other than 1; Sparse needs noise levels within the schedule.",
-                stacklevel=2,
-            )
+        if error[0] is None:
+            run.warn_unmeasured(self.settings)
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """One evaluation; see `evaluate`."""
@@ -169,14 +161,7 @@ class KVLock(DenoiserProxy):
         return denoised
 
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
-        """One run in one line, with the schedule known: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`.
-
-        Args:
-            sampler: A sampler's name, or a function of k-diffusion's form.
-            x: Noise at the first level, (batch, ...).
-            sigmas: Falling noise levels, ending in 0.
-            arguments: Of `samplers.run`, e.g. extra_args, seed.
-        """
+        """One run in one line, with the schedule known: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`."""
         with self:
             self.on_schedule(sigmas)
             return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
@@ -191,11 +176,10 @@ class KVLock(DenoiserProxy):
         Raises:
             RunError: This lock has no cache.
         """
-        settings = self.settings
-        if settings.kv_cache is None or settings.layers is None or settings.mask is None or settings.source is None:
+        kv_cache, layers, selection = self.settings.kv_cache, self.settings.layers, self.settings.selection
+        if kv_cache is None or layers is None or selection is None:
             raise RunError("this lock keeps nothing, so there is nothing to plan; pass kv_cache=kv.KVCache(...).")
-        selection, _ = settings.mask.selection(settings.source.latents, settings.layers.patch, settings.transition)
-        return plan(settings.kv_cache, settings.layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
+        return plan(kv_cache, layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
 
     def subset(self, index: Tensor, batch: int) -> KVLock:
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""

@@ -42,18 +42,8 @@ from .variance.thresholds import ThresholdCurve
 POLICIES: dict[str, type] = {
     kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
 }
-ESTIMATORS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        TrajectoryVariance,
-        RenoiseVariance,
-        PosteriorVariance,
-        DropoutVariance,
-        Sparse,
-        Relative,
-        Combined,
-    )
-}
+_KINDS = (TrajectoryVariance, RenoiseVariance, PosteriorVariance, DropoutVariance, Sparse, Relative, Combined)
+ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,8 @@ class Preset:
         measuring = [name for name in ("threshold", "estimator") if getattr(self, name) is not None]
         if measuring and not self.policy.uses_risk:
             raise PolicyError(
-                f"{' and '.join(measuring)}: {self.policy!r} reads no risk, so nothing would be measured.\n"
-                '  Remove it, or take a policy that reads risk, e.g. { type = "Sigmoid" }'
+                f"{' and '.join(measuring)}: {self.policy!r} reads no risk, so nothing would be measured. "
+                'Remove it, or take a policy that reads risk, e.g. { type = "Sigmoid" }'
             )
         if self.kv_cache and not self.policy.may_lock:
             raise PolicyError(f"kv_cache: {self.policy!r} never locks, so nothing would be kept. Remove it.")
@@ -111,9 +101,6 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
             TOML text, which has a line break. A name is looked up in the folders that the environment variable
             KVLOCK_POLICIES lists, then among the presets of this package.
 
-    Returns:
-        The preset.
-
     Raises:
         PolicyError: An unknown name, key or type, with the nearest known one; a file that cannot be read; a setting out
             of range.
@@ -126,10 +113,8 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     else:
         shelf = _shelf()
         if name not in shelf:
-            raise PolicyError(
-                f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n"
-                f"  A file is named with its suffix, e.g. {name + '.toml'!r}."
-            )
+            hint = f"A file is named with its suffix, e.g. {name + '.toml'!r}."
+            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n  {hint}")
         path = shelf[name]
     try:
         text = path.read_text(encoding="utf-8")
@@ -139,27 +124,16 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Load the policy of a preset, without the settings that belong to it.
+    """Load the policy of a preset alone. Takes `name_or_path` and raises PolicyError as `load_preset` does.
 
     >>> load_policy("half")
     Constant(lock=0.5, cfg_scale=None)
-
-    Args:
-        name_or_path: As in `load_preset`.
-
-    Returns:
-        The policy.
-
-    Raises:
-        PolicyError: As in `load_preset`.
     """
     return load_preset(name_or_path).policy
 
 
 def to_toml(policy: Policy | Preset) -> str:
-    """Return the TOML text of a built-in policy or a preset.
-
-    `load_policy(to_toml(policy)) == policy`, and `load_preset(to_toml(preset)) == preset`.
+    """Return TOML text: `load_policy(to_toml(policy)) == policy`, and `load_preset(to_toml(preset)) == preset`.
 
     >>> from kvlock_sampling.policy import Constant
     >>> print(to_toml(Constant(lock=0.5)), end="")
@@ -169,9 +143,6 @@ def to_toml(policy: Policy | Preset) -> str:
 
     Args:
         policy: A policy of this library, or a preset with one.
-
-    Returns:
-        TOML text.
 
     Raises:
         PolicyError: A policy or estimator that is code.
@@ -187,15 +158,7 @@ def to_toml(policy: Policy | Preset) -> str:
 
 
 def save_policy(policy: Policy | Preset, path: str | os.PathLike[str]) -> None:
-    """Write `to_toml(policy)` to a file, atomically.
-
-    Args:
-        policy: As in `to_toml`.
-        path: The file.
-
-    Raises:
-        PolicyError: As in `to_toml`.
-    """
+    """Write `to_toml(policy)` to the file `path`, atomically. Errors as in `to_toml`."""
     write_atomically(path, to_toml(policy))
 
 
@@ -214,7 +177,6 @@ def describe() -> list[tuple[str, str, str]]:
 
 
 def _from_text(text: str, where: str) -> Preset:
-    """A preset from TOML text; `where` names the text in errors."""
     table = read_toml(text, where)
     known = [field.name for field in fields(Preset)]
     for key in table:
@@ -234,11 +196,10 @@ def _from_text(text: str, where: str) -> Preset:
 
 
 def _curve(table: Mapping[str, Any]) -> ThresholdCurve:
-    """A threshold curve from its table."""
     if set(table) != {"sigmas", "values"}:
         raise PolicyError(
             f"threshold has the keys {', '.join(table)}; a curve has sigmas and values, e.g.\n"
-            "  [threshold]\n  sigmas = [10.0, 1.0, 0.1]\n  values = [0.001, 0.01, 0.02]"
+            "  threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
         )
     try:
         return ThresholdCurve(tuple(table["sigmas"]), tuple(table["values"]))
@@ -256,6 +217,5 @@ def _shelf() -> dict[str, Path]:
 
 
 def _classes(policy: Any) -> str:
-    """The class of a policy and those inside it, "Windowed(Linear)"."""
     inner = f"({_classes(policy.policy)})" if hasattr(policy, "policy") else ""
     return type(policy).__name__ + inner

@@ -74,15 +74,11 @@ def restart(
         limit: A clip whose risk exceeds this, dimensionless, is sent back; 1 = at the threshold.
         rounds: How often a clip may be sent back, >= 1. Every round measures again.
         extra_args: As for the first run.
-        seed: Of the fresh noise and of a stochastic sampler. Every clip has its own noise.
+        seed: Of the fresh noise, each clip's own, and of a stochastic sampler.
         arguments: Other arguments of `samplers.run`, as for the first run.
 
-    Returns:
-        The clips, which of them were sent back, and the traces of the extra rounds.
-
     Raises:
-        RunError: Nothing was measured, no noise level of the schedule lies at or below `back_to`, there are no rounds,
-            or the limit is NaN.
+        RunError: Nothing was measured, or `back_to`, `limit` or `rounds` leaves nothing to do.
     """
     if rounds < 1 or limit != limit:
         raise RunError(f"rounds={rounds}, limit={limit}; expected rounds >= 1 and a risk, e.g. rounds=1, limit=1.0.")

@@ -48,9 +48,9 @@ def choose_route(
     Args:
         locked: The lock is above 0 somewhere.
         narrow: The edit runs on the edited tokens alone.
-        cached: The lock has a K/V cache.
+        cached: The lock has a KV cache.
         one_call: Source and edit can be rows of one call.
-        interleaves: The model's blocks can be called one after the other for source and edit.
+        interleaves: Each block can be called for the source and then for the edit.
         probes: The estimator evaluates the model again, and then needs the source's K/V again.
     """
     if not locked:

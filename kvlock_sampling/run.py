@@ -7,6 +7,7 @@ noise levels, adaptively with rejections, with churn, or backwards.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -17,12 +18,13 @@ from torch import Tensor
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
 from .controller import LockRatio, State, start
-from .settings import LockSettings, nothing_to_lock_to, to_sigma
+from .settings import LockSettings, nothing_to_lock_to
 from .source import Source
 from .trace import Trace
 from .types import SAME_SIGMA, Observation, RunError, Scalar
 from .utils.host import HostReads
 from .utils.modules import reachable_modules
+from .utils.signature import to_sigma
 
 T = TypeVar("T")
 
@@ -75,7 +77,7 @@ class Step:
         state: What the evaluation before this one left.
         lock: The lock that acts now.
         observation: What a policy sees before the measurement.
-        reads: Ranges of this evaluation's tensors on the host.
+        reads: Ranges of tensors on the host.
     """
 
     x: Tensor
@@ -96,7 +98,7 @@ class Step:
 
 
 class Tools:
-    """What acts on one model during a run: hooks, the memories of its step caches, and the entries of its K/V cache."""
+    """What acts on one model during a run: hooks, its step caches' memories, and entries of the KV cache."""
 
     def __init__(self, settings: LockSettings) -> None:
         layers = settings.layers
@@ -180,6 +182,16 @@ class Run:
     def unmeasured(self) -> int:
         """Evaluations of the longest run in this block in which nothing was measured; 0 without such a run."""
         return max(self._unmeasured, 0 if self._measured else self._evaluations)
+
+    def warn_unmeasured(self, settings: LockSettings) -> None:
+        """Warn of a run in which the policy waited for a measurement. Two evaluations may be too few to measure."""
+        if settings.measures and self.unmeasured > 2:
+            warnings.warn(
+                f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
+                f"step in it: {settings.estimator!r} did not report. A guidance gap needs uncond and a scale other "
+                "than 1; Sparse needs noise levels within the schedule.",
+                stacklevel=3,
+            )
 
     def restart(self, schedule: Sequence[float]) -> None:
         """A sampler told its schedule: what came before in this block was another run."""

@@ -1,18 +1,15 @@
 """k-diffusion's samplers by name:  samplers.dpmpp_2m(model, x, sigmas)  is  k_diffusion.sampling.sample_dpmpp_2m.
 
-`import k_diffusion` runs its training half (clip, cleanfid, wandb, torchvision), which fails on many machines. Samplers
-need none of it, so they are loaded on first use as submodules of a private, bare parent package. A later real `import
-k_diffusion` is not affected, and a `k_diffusion.sampling` that is already imported is used.
-
-The functions are k-diffusion's, with one addition: they call `model.on_schedule(sigmas)`, if the model has it, before
-the first step. dpm_fast and dpm_adaptive choose their own steps and do not call it.
+`import k_diffusion` runs its training half (clip, cleanfid, wandb, torchvision), which fails on many machines, and
+samplers need none of it. So its submodules are loaded on first use below a private, bare parent package; a
+`k_diffusion.sampling` that is already imported is used. The samplers are k-diffusion's, with one addition: they first
+call `model.on_schedule(sigmas)` if the model has it, except dpm_fast and dpm_adaptive, which choose their own steps.
 
 Source: Crowson, github.com/crowsonkb/k-diffusion. No other module of this library imports k_diffusion.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import functools
 import importlib
@@ -20,8 +17,7 @@ import importlib.util
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -49,15 +45,10 @@ _ABSENT = (
 )
 
 
-class _UnknownSamplerError(SamplerError, AttributeError):
-    """Also an AttributeError, so that hasattr(samplers, name) returns False."""
-
-
 def names() -> tuple[str, ...]:
     """Return the sorted names of all samplers, without `sample_`. Raises SamplerError if k-diffusion is missing."""
-    return tuple(
-        sorted(name.removeprefix("sample_") for name in vars(_module("sampling")) if name.startswith("sample_"))
-    )
+    found = (name for name in vars(_module("sampling")) if name.startswith("sample_"))
+    return tuple(sorted(name.removeprefix("sample_") for name in found))
 
 
 def get(name: str) -> Sampler:
@@ -69,9 +60,6 @@ def get(name: str) -> Sampler:
     Args:
         name: E.g. "dpmpp_2m"; the prefix `sample_` is accepted.
 
-    Returns:
-        The sampler.
-
     Raises:
         SamplerError: The name is unknown (the message names the nearest ones), or k-diffusion is not installed.
     """
@@ -79,11 +67,15 @@ def get(name: str) -> Sampler:
     with _LOCK:
         if name not in _SAMPLERS:
             if name not in names():
-                near = difflib.get_close_matches(name, names(), n=3)
-                hint = f" Did you mean {' or '.join(near)}?" if near else ""
-                raise _UnknownSamplerError(f"no sampler is called {name!r}.{hint} There are: {', '.join(names())}")
+                raise SamplerError(_unknown(name))
             _SAMPLERS[name] = _announcing(name, getattr(_module("sampling"), f"sample_{name}"))
         return _SAMPLERS[name]
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, names(), n=3)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"no sampler is called {name!r}.{hint} There are: {', '.join(names())}"
 
 
 def is_ranged(sampler: str | Sampler) -> bool:
@@ -102,23 +94,20 @@ def run(
     disable: bool | None = True,
     **kwargs: Any,
 ) -> Float[Tensor, "batch ..."]:
-    """Run any sampler through one signature.
+    """Run any sampler through one signature, and return the final x.
 
-    dpm_fast and dpm_adaptive get the first and the last non-zero level, and dpm_fast also n = levels - 1 evaluations.
-    They end at that last level, as k-diffusion defines them.
+    dpm_fast and dpm_adaptive get the first and the last non-zero level, where they end as k-diffusion defines them, and
+    dpm_fast also n = levels - 1 evaluations.
 
     Args:
         sampler: A name, or a callable sampler(model, x, sigmas, extra_args=None, callback=None, disable=None).
         model: A denoiser, called as `model(x, sigma, **extra_args)`.
         x: The start: noise of scale sigmas[0], plus the clip if it starts part-way.
         sigmas: The schedule (levels,), finite and >= 0.
-        seed: Seeds ancestral and SDE samplers without touching torch's global state: one int, or one per clip. A given
+        seed: Seed of ancestral and SDE samplers, apart from torch's global state: one int, or one per clip. A given
             `noise_sampler` takes precedence.
         disable: Whether to hide the progress bar.
         kwargs: Passed to the sampler: extra_args, callback, eta, ...
-
-    Returns:
-        The final x.
 
     Raises:
         SamplerError: The sampler does not exist, the schedule is invalid, or the seed cannot reach the noise.
@@ -154,7 +143,7 @@ def run(
 
 
 def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
-    """Make a noise sampler of standard normal noise like x, for the ancestral samplers.
+    """Return a function (sigma, sigma_next) -> standard normal noise like x, for the ancestral samplers.
 
     The noise differs from what torch.manual_seed(seed) draws: runs often start from that, and the first step must not
     add the same noise again.
@@ -162,9 +151,6 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
     Args:
         x: Latents whose shape, dtype and device the noise gets.
         seed: One int, or one per clip; a clip's noise then does not depend on the other clips of the batch.
-
-    Returns:
-        A function (sigma, sigma_next) -> noise.
     """
     if not isinstance(seed, Sequence):
         generator = torch.Generator(x.device).manual_seed((seed + _SALT) % 2**63)
@@ -189,9 +175,11 @@ def external() -> ModuleType:
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_module("sampling"), name) if name in _EXTRAS else get(name)
+    if name in _EXTRAS:
+        return getattr(_module("sampling"), name)
+    if name.startswith("_") or name.removeprefix("sample_") not in names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}" if name[:1] == "_" else _unknown(name))
+    return get(name)
 
 
 def __dir__() -> list[str]:
@@ -202,7 +190,6 @@ def __dir__() -> list[str]:
 
 
 def _announcing(name: str, original: Sampler) -> Sampler:
-    """Wrap a sampler so that it announces its schedule to the model first."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -234,10 +221,18 @@ def _module(stem: str) -> ModuleType:
 
 def _load(stem: str) -> ModuleType:
     try:
-        if _PARENT not in sys.modules:
-            sys.modules[_PARENT] = _bare_parent()
-        with _torchvision_placeholder():
-            importlib.import_module(f"{_PARENT}.utils")
+        found = importlib.util.find_spec("k_diffusion")  # does not execute the package
+    except ValueError:  # sys.modules has a module without a spec
+        found = None
+    if found is None or found.submodule_search_locations is None:
+        raise SamplerError(_ABSENT)
+    if _PARENT not in sys.modules:
+        parent, utils = ModuleType(_PARENT), ModuleType(f"{_PARENT}.utils")
+        # k-diffusion's utils.py imports torchvision; samplers and denoisers need only this function of it.
+        vars(utils)["append_dims"] = lambda x, ndim: x[(..., *[None] * (ndim - x.ndim))]
+        vars(parent).update(utils=utils, __path__=list(found.submodule_search_locations))
+        sys.modules.update({_PARENT: parent, f"{_PARENT}.utils": utils})
+    try:
         return importlib.import_module(f"{_PARENT}.{stem}")
     except BaseException as error:
         for name in [name for name in sys.modules if name == _PARENT or name.startswith(f"{_PARENT}.")]:
@@ -245,35 +240,6 @@ def _load(stem: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError):
             raise SamplerError(f"k-diffusion's {stem}.py needs {error.name}: pip install {error.name}") from error
         raise
-
-
-def _bare_parent() -> ModuleType:
-    try:
-        found = importlib.util.find_spec("k_diffusion")  # does not execute the package
-    except ValueError:  # sys.modules has a module without a spec
-        found = None
-    if found is None or found.submodule_search_locations is None:
-        raise SamplerError(_ABSENT)
-    spec = ModuleSpec(_PARENT, None, is_package=True)
-    spec.submodule_search_locations = list(found.submodule_search_locations)
-    return importlib.util.module_from_spec(spec)
-
-
-@contextlib.contextmanager
-def _torchvision_placeholder() -> Iterator[None]:
-    """Satisfy the import of torchvision in k-diffusion's utils.py, which only converts PIL images and may be broken."""
-    name = "torchvision.transforms"
-    if sys.modules.get("torchvision") or name in sys.modules:
-        yield
-        return
-    placeholder = ModuleType(name)
-    placeholder.functional = ModuleType(f"{name}.functional")  # type: ignore[attr-defined]
-    sys.modules[name] = placeholder
-    try:
-        yield
-    finally:
-        if sys.modules.get(name) is placeholder:
-            del sys.modules[name]
 
 
 def _parameters(function: Sampler) -> dict[str, inspect.Parameter]:
@@ -290,12 +256,7 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
 
 
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
-    """The noise levels at which a sampler evaluates the model over a schedule, in order.
-
-    Args:
-        sampler: A sampler's name or function.
-        sigmas: The schedule.
-    """
+    """The noise levels at which a sampler, a name or a function, evaluates a model over a schedule, in order."""
     levels: list[float] = []
 
     def model(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:

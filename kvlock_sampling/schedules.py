@@ -28,8 +28,8 @@ def flow_sigmas(
     Args:
         n: Number of steps, >= 1.
         shift: Flow shift > 0; above 1 it spends more steps at high noise (Wan: 3 at 480p, 5 at 720p).
-        t_max: Flow time of the first level, after the shift, below 1. Flow models start at t = 1, which is sigma =
-            infinity; at the default, sigma = 999, x lacks 0.1% of the clean signal, far below the model's error.
+        t_max: Flow time of the first level, after the shift, below 1. t = 1, where flow models start, is sigma =
+            infinity; at the default, sigma = 999, x lacks 0.1% of the clean signal.
         t_min: Flow time of the last level above 0, after the shift. Default: the grid runs evenly down to 0.
         device: Device of the result.
         dtype: Dtype of the result.

@@ -24,12 +24,14 @@ from .attention.compat.context_parallel import is_cut
 from .batching import take
 from .kv_cache import KVCache, uncacheable
 from .masks.fitted import FittedMask, as_transition
+from .masks.tokens import Selection
 from .policy import Clamped, Constant, Policy
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
 from .utils.modules import reachable_modules
-from .utils.signature import default_of, method_of, parameters_of
+from .utils.proxy import check_no_lock_inside
+from .utils.signature import default_of, method_of, on_clock, parameters_of
 from .utils.tables import nearest
 from .variance import Estimator
 from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
@@ -37,10 +39,9 @@ from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
 
 @dataclass(frozen=True)
 class LockSettings:
-    """The resolved options of a `KVLock`; its docstring explains them.
-
-    `layers` is None if nothing can be locked. `composite` is a weight in [0, 1]. `foreground` says whether fully locked
-    tokens may be left out. `schedule` is on the policies' clock. `default_scale` is the model's own default guidance.
+    """The resolved options of a `KVLock`, which explains them. `layers` is None if nothing can be locked, `foreground`
+    says whether fully locked tokens may be left out, `schedule` is on the policies' clock, and `default_scale` is the
+    model's own default guidance.
     """
 
     model: Denoiser
@@ -66,7 +67,7 @@ class LockSettings:
 
     @property
     def measures(self) -> bool:
-        """Whether the estimator is asked at all."""
+        """Whether the estimator is asked."""
         return self.policy.uses_risk
 
     @property
@@ -75,6 +76,13 @@ class LockSettings:
         if self.layers is None or self.source is None:
             return None
         return math.prod(self.layers.grid(self.source.latents.shape))
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which tokens can come from the source; None if nothing can be locked."""
+        if self.layers is None or self.source is None or self.mask is None:
+            return None
+        return self.mask.selection(self.source.latents, self.layers.patch, self.transition)[0]
 
     def expert(self, model_sigma: float) -> Any:
         """Which network evaluates this noise level, for a denoiser of several; else None."""
@@ -90,23 +98,14 @@ class LockSettings:
         return replace(self, source=source, mask=mask, source_args=take(self.source_args, index, batch))
 
 
-def to_sigma(model: Any, model_sigma: float) -> float:
-    """A noise level of the model on the policies' clock, in variance-exploding form."""
-    to_ve = method_of(model, "to_ve")
-    return model_sigma if to_ve is None else float(to_ve(model_sigma))
-
-
-def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
-    """A schedule of the model's noise levels on the policies' clock, as floats on the host."""
-    return tuple(to_sigma(model, level) for level in torch.as_tensor(sigmas).tolist())
-
-
 def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     """The settings of a lock with these options; see `KVLock` for the options and the errors."""
     source, layers, branch = given["source"], given["layers"], given["branch"]
     for wrapped in (model, branch):
-        _check_no_lock_inside(wrapped)
-    _check_flags({name: given[name] for name in ("rescale", "batched", "foreground")})
+        check_no_lock_inside(wrapped)
+    for name in ("rescale", "batched", "foreground"):
+        if given[name] is not None and not isinstance(given[name], bool):
+            raise KVLockError(f"{name}={given[name]!r}; expected True or False.")
     preset = _preset(given["policy"], locks=source is not None)
     policy = preset.policy
     measure, limit, floor = _measuring(model, preset, given)
@@ -128,7 +127,11 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         described = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
         if asked := _named({name: given[name] for name in names[described:]}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
-    _check_branch(branch, scale_arg)
+    if branch is not None and scale_arg is None:
+        raise SourceError(
+            "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
+            "so the lock guides it already.\n  Leave branch away, or name the guidance scale: scale_arg='guidance'."
+        )
     _warn_unused(policy, scale_arg, given, rescale=rescale)
     return LockSettings(
         model=model,
@@ -270,9 +273,7 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
             return None
         return _preset_cache(preset.kv_cache)
     if not isinstance(kv_cache, KVCache):
-        raise AttentionError(
-            f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache', budget='4GB')."
-        )
+        raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache').")
     if layers is None:
         return None
     if why := uncacheable(layers):
@@ -314,37 +315,6 @@ def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -
             '  Give what the model itself takes: source_args={"cond": source_prompt}.'
         )
     return given
-
-
-def _check_branch(branch: Any, scale_arg: str | None) -> None:
-    if branch is not None and scale_arg is None:
-        raise SourceError(
-            "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
-            "so the lock does the guidance and calls it branch by branch already.\n"
-            "  Leave branch away, or name the model's guidance scale: scale_arg='guidance'."
-        )
-
-
-def _check_no_lock_inside(model: Any) -> None:
-    seen, inside = set(), model
-    while inside is not None and id(inside) not in seen:
-        seen.add(id(inside))
-        if isinstance(getattr(inside, "__dict__", {}).get("settings"), LockSettings):
-            where = "model is a KVLock" if inside is model else f"model is a {type(model).__name__} around a KVLock"
-            raise RunError(
-                f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"
-                "  Make one lock of it: KVLock(lock.model, source=..., mask=..., policy=...)\n"
-                "  Two policies in one: kv.LockAbove(kv.Sigmoid(), above=4.0)."
-            )
-        held = [vars(inside), vars(inside).get("_modules", {})] if hasattr(inside, "__dict__") else []
-        # A wrapper keeps the denoiser under one of these names.
-        inside = next((p[name] for name in ("inner_model", "model") for p in held if name in p), None)
-
-
-def _check_flags(flags: Mapping[str, Any]) -> None:
-    for name, value in flags.items():
-        if value is not None and not isinstance(value, bool):
-            raise KVLockError(f"{name}={value!r}; expected True or False.")
 
 
 def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool) -> None:

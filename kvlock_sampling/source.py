@@ -24,11 +24,7 @@ def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
 
 
 def check_noise(word: Any) -> None:
-    """Check a noise that is no tensor.
-
-    Raises:
-        SourceError: Anything but "fixed".
-    """
+    """Raise SourceError for a noise that is neither a tensor nor "fixed"."""
     if not (isinstance(word, str) and word == "fixed"):
         raise SourceError(f'noise={word!r}; expected a tensor like source, "fixed", or None for the run\'s own.')
 

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,21 +30,11 @@ _CURVES = {
 }
 
 
-class Evaluated(Protocol):
-    """What the trace records of the branches of one evaluation; `route` is a `Route`."""
-
-    nfe: int
-    fused_layers: int
-    route: Any
-    computed: float
-
-
 class Trace:
     """The steps of one run, in the order in which they happened. Tensors stay on their device until they are read.
 
     Attributes:
-        steps: One `StepInfo` per evaluation; iterating over the trace gives the same. `rows()` returns them as plain
-            numbers, one row per evaluation and clip; `to_csv`, `to_json` and `plot` write them.
+        steps: One `StepInfo` per evaluation; iterating over the trace gives the same.
 
     Raises:
         KVLockError: A figure of another kind than png, svg or pdf.
@@ -76,12 +66,7 @@ class Trace:
         return {name: names.count(name) for name in dict.fromkeys(names)}
 
     def record(
-        self,
-        observation: Observation,
-        next_lock: Scalar,
-        cfg_scale: Scalar,
-        composite: Scalar,
-        evaluated: Evaluated,
+        self, observation: Observation, next_lock: Scalar, cfg_scale: Scalar, composite: Scalar, **counts: Any
     ) -> None:
         """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
         like = observation.requested_cfg_scale
@@ -100,10 +85,7 @@ class Trace:
                 next_lock=rows(next_lock),
                 cfg_scale=rows(cfg_scale),
                 composite=rows(composite),
-                nfe=evaluated.nfe,
-                fused_layers=evaluated.fused_layers,
-                route=evaluated.route.value,
-                computed=evaluated.computed,
+                **counts,
             )
         )
 
@@ -136,15 +118,7 @@ class Trace:
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draw variance, risk, lock and CFG scale over sigma, one thin line per clip, at most eight.
-
-        Args:
-            path: A PNG, SVG or PDF, by suffix.
-            title: Default: the number of evaluations and model passes.
-
-        Raises:
-            KVLockError: Another suffix, or matplotlib is not installed.
-        """
+        """Draw variance, risk, lock and CFG scale over sigma, one line per clip, at most eight, as PNG, SVG or PDF."""
         suffix = figure_format(path)
         ticker = require("matplotlib.ticker", "plot")
         figure = require("matplotlib.figure", "plot").Figure(figsize=(7.2, 7.6), dpi=130, layout="constrained")
@@ -180,11 +154,7 @@ class Trace:
 
 
 def figure_format(path: str | os.PathLike[str]) -> str:
-    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one.
-
-    Raises:
-        KVLockError: Another suffix.
-    """
+    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one."""
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     if suffix not in ("png", "svg", "pdf"):
         raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")

@@ -1,7 +1,7 @@
 """The shared vocabulary: what a policy sees and returns, what an estimator sees, one row of the trace, and the errors.
 
-Shapes: `batch` counts independent clips, `tokens` counts video tokens, `...` stands for the latent's own axes, usually
-channels, time, height, width. Where a tensor is documented as (batch,), a local estimator may make it (batch, tokens).
+`batch` counts clips, `tokens` video tokens, `...` stands for the latent's own axes, usually channels, time, height,
+width. A tensor documented as (batch,) may be (batch, tokens) under a local estimator.
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ class Observation(NamedTuple):
 
     Attributes:
         sigma: Noise level of this evaluation, a float > 0 (variance exploding). The clock of every policy.
-        variance: Estimate of Var[x0-hat] over the masked region, (batch,), latent units squared, >= 0. NaN before the
-            first measurement.
-        risk: Variance divided by its threshold at this sigma, (batch,), dimensionless; 1 = at the threshold. NaN before
-            the first measurement.
+        variance: Var[x0-hat] over the masked region, (batch,), latent units squared, >= 0; NaN until measured.
+        risk: Variance over its threshold at this sigma, (batch,); 1 = at the threshold, NaN until measured.
         lock: The lock in force during this evaluation, (batch,), in [0, 1].
         requested_cfg_scale: The guidance scale that the caller passed, (batch,). A policy may return a multiple of it.
-        steps_left: Steps of the schedule that remain at this noise level, counting this one; None if the schedule is
-            unknown.
+        steps_left: Steps of the schedule that remain, counting this one; None if the schedule is unknown.
     """
 
     sigma: float
@@ -72,8 +69,8 @@ class Evaluation(NamedTuple):
         x: The sampler's input, (batch, ...).
         denoised: Conditional x0-hat before guidance and compositing, (batch, ...).
         mask: Latent mask broadcastable to `x`, 1 = edit; None means everywhere.
-        probe: Evaluates the conditional model again: `probe(x, sigma) -> x0-hat`. The rows of x may be any multiple of
-            batch, in the order of `x.repeat(k, ...)`. Every row counts as one function evaluation.
+        probe: Evaluates the conditional model again, `probe(x, sigma) -> x0-hat`, on any multiple of batch rows, in the
+            order of `x.repeat(k, ...)`. Every row counts as one function evaluation.
         uncond: Unconditional x0-hat at the same point, (batch, ...); None if it was not evaluated.
         source: The source's x0-hat at the same sigma and noise, (batch, ...); None if it was not evaluated.
     """
@@ -93,8 +90,8 @@ class StepInfo(NamedTuple):
     Attributes:
         call: Index of the evaluation in its run, from 0.
         sigma: Noise level (variance exploding).
-        variance: Estimate of Var[x0-hat], (batch,), latent units squared; NaN before the first measurement.
-        risk: Variance over its threshold, (batch,), dimensionless; NaN before the first measurement.
+        variance: Var[x0-hat], (batch,), latent units squared; NaN until measured.
+        risk: Variance over its threshold, (batch,), dimensionless; NaN until measured.
         lock: The lock that acted in this evaluation, (batch,), in [0, 1].
         next_lock: The lock for the next evaluation, (batch,), in [0, 1].
         cfg_scale: The guidance scale that was used, (batch,).

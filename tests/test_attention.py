@@ -65,7 +65,7 @@ def hooks_of(model: nn.Module) -> list:
     return [(n, dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()]
 
 
-def test_wan_sites_are_its_self_attention(setup):
+def test_the_layers_of_wan_are_its_self_attention(setup):
     layers = find_layers(setup.model)
     assert [s.name for s in layers.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
     assert layers.patch == (1, 2, 2)
@@ -78,7 +78,7 @@ def test_wan_sites_are_its_self_attention(setup):
         layers.grid((1, 4, 3, 7, 8))
 
 
-def test_sites_are_found_behind_functions_and_wrappers(setup):
+def test_layers_are_found_behind_functions_and_wrappers(setup):
     model = setup.model
 
     def closure(x, sigma, cond):
@@ -95,7 +95,7 @@ def test_sites_are_found_behind_functions_and_wrappers(setup):
         assert len(find_layers(wrapped).layers) == 2
 
 
-def test_a_model_without_sites_is_told_what_to_pass():
+def test_the_error_for_a_model_without_layers_says_what_to_pass():
     with pytest.raises(
         AttentionError, match=r"no attention layers found in Linear.*\n.*\n.*\n    KVLock\(model, ..., layers=kv.sdpa"
     ):
@@ -121,7 +121,7 @@ class Joint(nn.Module):
         return joint[:, 0, 2:].transpose(1, 2).reshape(x.shape)
 
 
-def test_generic_sites_lock_any_module_that_calls_sdpa():
+def test_sdpa_layers_lock_any_module_that_calls_sdpa():
     torch.manual_seed(0)
     model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
     mask = torch.zeros(1, 1, 2, 4, 4)
@@ -141,7 +141,7 @@ def test_generic_sites_lock_any_module_that_calls_sdpa():
     assert torch.equal(model(x, sigma, cond), free)
 
 
-def test_generic_sites_that_do_not_fit_say_what_they_saw():
+def test_sdpa_layers_that_do_not_fit_say_which_calls_were_seen():
     torch.manual_seed(0)
     model, source = Joint(), torch.randn(1, 4, 2, 4, 4)
     mask = torch.zeros(1, 1, 2, 4, 4)
@@ -160,7 +160,7 @@ def test_generic_sites_that_do_not_fit_say_what_they_saw():
         kv.sdpa_layers(model, patch=(1, 2))
 
 
-def test_a_site_that_never_fires_is_an_error(setup):
+def test_a_layer_that_never_fires_is_an_error(setup):
     class Detached(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Attention is reached whoever computes it, once, by this thread's lock alone, and is left as it was found."""
+"""Attention of every backend is fused once, by this thread's lock alone, and is left as it was found."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_native_attention_below_the_dispatch_is_fused_once(dispatch, monkeypatch
     assert sorted(seen) == ["blocks.0.attn1", "blocks.1.attn1"]
 
 
-def test_attention_of_the_models_own_is_told_what_a_lock_can_see(setup):
+def test_the_error_for_a_kernel_of_the_models_own_names_what_a_lock_can_see(setup):
     class OwnMath:
         _attention_backend = _parallel_config = None
 
@@ -240,7 +240,7 @@ def test_hooks_nest_restore_what_stood_there_and_survive_errors():
     assert module.forward is replaced
     with hooked([hook]):
         held = module.forward
-        module.forward = wrapped = lambda x: held(x) + 100  # somebody wraps the hook itself
+        module.forward = wrapped = lambda x: held(x) + 100  # other code wraps the hook itself
     assert module.forward is wrapped
     assert module(x).item() == 111
 

@@ -89,7 +89,7 @@ def cached(name: str | None, context: str | None = "both") -> Setup:
 
 
 def memories(setup: Setup) -> list[object]:
-    """Everything the network's caches remember, as it stands there."""
+    """All memories of the network's caches."""
     hooks = StepCaches(setup.model.modules())._hooks()
     return [
         v for hook in hooks for v in (vars(hook).get("state"), getattr(hook, "state_manager", None)) if v is not None
@@ -147,7 +147,7 @@ def test_an_idle_lock_caches_as_diffusers_does_and_leaves_its_memory_alone(name)
 
 
 @pytest.mark.parametrize("name", CACHES)
-def test_sites_that_are_skipped_are_tolerated_and_counted(name):
+def test_layers_that_are_skipped_are_tolerated_and_counted(name):
     setup = cached(name)
     got, fused = outputs(setup, sigmas=SIGMAS)
     full, all_fused = outputs(cached(None), sigmas=SIGMAS)
@@ -190,7 +190,7 @@ def test_a_denoiser_of_one_branch_need_not_name_it(name):
 
 
 @pytest.mark.parametrize("name", ["first block", "attention broadcast"])
-def test_the_foreground_path_beside_a_cache(name):
+def test_the_foreground_path_with_a_cache(name):
     options = {"sigmas": SIGMAS, "lock": 1.0, "composite": True, "foreground": True}
     got, fused = outputs(cached(name), **options)
     assert got.isfinite().all()
@@ -236,7 +236,7 @@ def test_the_sources_pass_is_computed_in_full_whatever_the_cache_has_seen(monkey
     with_cache, kept = kept, []
     monkeypatch.setattr(FusionContext, "process", lambda *a: spy(*a))
     setup = cached(None)
-    monkeypatch.setattr(StepCaches, "active", property(lambda self: True))  # the source apart, as beside a cache
+    monkeypatch.setattr(StepCaches, "active", property(lambda self: True))  # the source apart, as with a cache
     outputs(setup, sigmas=SIGMAS)
     assert len(with_cache) == len(kept) == 2 * len(SIGMAS)
     assert all(a[0] == b[0] and torch.equal(a[1], b[1]) for a, b in zip(with_cache, kept, strict=True))

@@ -105,7 +105,7 @@ def test_an_idle_lock_is_the_compiled_model_bit_for_bit():
 
 
 @pytest.mark.parametrize("kind", ["compile_repeated_blocks", "torch.compile"])
-def test_a_graph_that_may_not_break_runs_uncompiled_where_locked_and_says_so_once(kind):
+def test_a_graph_that_may_not_break_runs_uncompiled_where_locked_and_warns_once(kind):
     expected, fused = outputs(Setup())
     setup, backend = Setup(), Counted()
     model = compiled(setup, kind, backend, fullgraph=True)
@@ -136,7 +136,7 @@ def test_a_graph_that_does_not_look_at_the_model_again_is_no_silent_no_op():
     assert got[1] == fused
 
 
-def test_a_site_error_of_an_uncompiled_model_does_not_run_it_twice(setup):
+def test_a_layer_error_of_an_uncompiled_model_does_not_run_it_twice(setup):
     torch._dynamo.utils.counters.clear()  # nothing has been compiled in this process
     calls = []
     setup.model.inner_model.register_forward_pre_hook(lambda module, args: calls.append(1))

@@ -148,7 +148,7 @@ BROKEN = [
     ("dear", Broken(lambda s, st, e: (st, masked_mean(e.probe(e.x, e.sigma) ** 2, None))), r"1 times(.|\n)*cost is 0"),
     ("cheap", Broken(lambda s, st, e: (st, squares(e)), price=2.0), r"0 times(.|\n)*cost is 2"),
     ("rows", Broken(lambda s, st, e: (st, squares(e) + e.probe(e.x[:1], 1.0).sum())), r"probed \(1, 4, 2, 4, 4\)"),
-    ("crash", Broken(lambda s, st, e: (st, e.noise)), r"raised AttributeError(.|\n)*latents of shape \(3, 4"),
+    ("crash", Broken(lambda s, st, e: (st, e.noise)), r"raised AttributeError(.|\n)*x of shape \(3, 4"),
     ("no estimator", TrajectoryVariance, r"is not an Estimator"),
     ("no price", Broken(lambda s, st, e: (st, squares(e)), price=-1.0), r"cost is -1"),
 ]

@@ -45,6 +45,7 @@ NEEDS = {
     "writing a gif": ("video.write_clip('out.gif', clip)", "video"),
     "writing a sheet": ("video.write_clip('out.png', clip)", "video"),
     "labels": ("video.side_by_side([clip], ['a'])", "video"),
+    "a figure": ("kvlock_sampling.trace.Trace().plot('run.png')", "plot"),
     "SSIM": ("video.metrics.masked_ssim(clip[None], clip[None])", "video"),
 }
 

@@ -58,7 +58,7 @@ def test_two_clips_with_masks_of_their_own(setup):
 
 
 @pytest.mark.parametrize("transition", [(1, 0.0), (1, 0.4)])
-def test_a_ring_with_another_share_is_computed(setup, transition):
+def test_a_transition_band_with_another_fraction_is_computed(setup, transition):
     (dense, _), (narrow, fast) = both(setup, transition=transition)
     torch.testing.assert_close(narrow, dense, rtol=1e-4, atol=1e-4)
     assert fast.steps[0].computed > both(setup)[1][1].steps[0].computed
@@ -164,6 +164,25 @@ def test_tables_are_cut_to_the_computed_tokens():
     assert _narrow(joint, Table("rope", 0, ndim=3), context) is joint
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma", "hunyuan-video", "cogvideox", "qwen-image", "sd3"])
+def test_as_many_kept_tokens_as_text_tokens(name):
+    """A narrowed sequence of video and text is then as long as the whole video, and is not cut again."""
+    made = random_network(name, clips=1)
+    text = made.extra_args["cond"]["text"].shape[1]
+    mask = torch.ones(1, 1, *made.layers.grid(made.x.shape))
+    mask.flatten()[:text] = 0
+    for axis, size in enumerate(made.layers.patch, start=2):
+        mask = mask.repeat_interleave(size, axis)
+    given = {"source": made.x.flip(-1), "mask": mask[:, :, 0] if made.x.ndim == 4 else mask, "layers": made.layers}
+    found = []
+    for foreground in (True, False):
+        lock = kv.KVLock(made.denoiser, policy=FULL, batched=False, foreground=foreground, **given)
+        with lock, torch.no_grad():
+            found.append(lock(made.x, torch.ones(1), **made.extra_args))
+        assert (lock.trace.steps[0].computed < 1) == foreground
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
     try:
@@ -200,7 +219,7 @@ def test_every_network_that_declares_its_flow_gives_the_dense_result(name):
 
 
 class ByHand:
-    """Attention past every door a lock knows."""
+    """Attention that no hook of a lock sees."""
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
         q, k, v = (
@@ -210,7 +229,7 @@ class ByHand:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def test_a_layer_whose_attention_is_not_seen_is_told(setup):
+def test_a_layer_whose_attention_is_not_seen_is_reported(setup):
     setup.model.inner_model.transformer.blocks[1].attn1.set_processor(ByHand())
     lock = setup.lock(policy=FULL)
     with pytest.raises(AttentionError, match=r"(?s)1 of 2 layers.*not blocks.1.attn1.*foreground=False"):
@@ -221,7 +240,7 @@ def test_a_layer_whose_attention_is_not_seen_is_told(setup):
     assert {s.fused_layers for s in lock.trace} == {1}
 
 
-def test_a_mask_that_leaves_no_token_locks_nothing_and_says_so(setup):
+def test_a_mask_that_leaves_no_token_locks_nothing_and_warns(setup):
     mask = torch.ones_like(setup.mask)
     mask[..., ::2] = 0  # half of every token is kept, and no token
     with pytest.warns(UserWarning, match="no token is left to lock"):

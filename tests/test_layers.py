@@ -86,7 +86,7 @@ def known_to(module):
         ("wan-2.2", ["0.blocks.0.attn1", "0.blocks.1.attn1", "1.blocks.0.attn1", "1.blocks.1.attn1"]),
     ],
 )
-def test_sites_are_self_attention_alone(name, layers):
+def test_layers_are_self_attention_alone(name, layers):
     assert [layer.name for layer in random_network(name).layers.layers] == layers
 
 
@@ -256,7 +256,7 @@ def test_cross_attention_and_refiners():
     refused(made, "refiner_blocks.0.attn' attends over 5 tokens", layers=also(made, refiner))
 
 
-def test_sites_that_never_run():
+def test_layers_that_never_run():
     made = random_network("wan")
     refused(made, "none of the model's 2 attention layers fired", layers=find_layers(copy.deepcopy(made.denoiser)))
     idle = AttentionLayer("idle", nn.Identity())
@@ -271,10 +271,10 @@ def test_sites_that_never_run():
 
 
 @pytest.mark.parametrize("name", ["flux-kontext", "qwen-image-edit", "ltx-guided", "framepack"])
-def test_tokens_that_nobody_declared(name):
+def test_tokens_without_a_declaration(name):
     made = random_network(name)
     before, after = made.layers.extra
-    match = rf"If {before + after} of them are reference frames or guides"
+    match = rf"If {before + after} tokens are reference frames or guides"
     if name == "ltx-guided":
         match = rf"(?s)attends over 36 tokens; expected the mask's 24.*with_extra\(after={after}\)"
     refused(made, match, layers=replace(made.layers, extra=(0, 0)))
@@ -348,7 +348,7 @@ def test_arguments_that_tell_nothing():
         random_network("wann")
 
 
-def test_a_first_call_that_fails_is_told_from_a_broken_promise():
+def test_a_first_call_that_fails_is_not_reported_as_a_broken_promise():
     made = random_network("wan")
     network = made.denoiser.inner_model.network
     for denoiser, x, arguments, message in (
@@ -405,11 +405,11 @@ def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
     refused(made, "the source as rows of the same call, and in a pass of its own, gave two answers")
 
 
-# -- models that nobody declared ---------------------------------------------------------------------------------------
+# -- models without a declaration --------------------------------------------------------------------------------------
 
 
 class Foreign(nn.Module):
-    """Joint attention, text first, rows of h, then w; one cross-attention beside it."""
+    """Joint attention, text first, rows of h, then w; one cross-attention."""
 
     def __init__(self, window: bool = False) -> None:
         super().__init__()

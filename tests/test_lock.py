@@ -1,4 +1,4 @@
-"""The lock as a whole: off is identical, every sampler and policy, per clip, two providers, errors at the door."""
+"""The lock as a whole: off is identical, every sampler and policy, per clip, all routes, errors for options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import kvlock_sampling as kv
 from kvlock_sampling import attention, samplers
+from kvlock_sampling.source import Source
 from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
 SAMPLERS = samplers.names()
@@ -276,7 +277,7 @@ def test_bad_inputs_name_the_fix(setup):
         (lambda o: kv.Control("high", 1.0), "lock of type str"),
     ],
 )
-def test_a_policy_that_breaks_the_contract_is_told_how(setup, answer, message):
+def test_the_error_of_a_broken_policy_names_the_fix(setup, answer, message):
     with pytest.raises(PolicyError, match=message):
         setup.lock(policy=kv.stateless(answer)).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
 
@@ -288,7 +289,7 @@ def test_a_lock_per_token(setup):
     assert lock.trace.rows()[-1]["lock"] == pytest.approx(0.5)
 
 
-def test_a_ring_around_the_edit_takes_a_share_of_the_lock(setup):
+def test_a_transition_band_takes_a_fraction_of_the_lock(setup):
     mask = torch.zeros(1, 1, 3, 8, 8)
     mask[..., 0:2, 0:2] = 1  # the first token of every frame
     seen = []
@@ -398,7 +399,7 @@ def test_an_impossible_guidance_is_refused(setup, scale):
         lock(setup.x, setup.sigmas[:1], **{**setup.cfg, "cond_scale": scale})
 
 
-def test_more_doors(setup, tmp_path):
+def test_more_options_that_cannot_be_used(setup, tmp_path):
     with pytest.raises(SourceError, match=r"torch.uint8; expected floating"):
         kv.KVLock(setup.model, source=setup.source.byte(), mask=setup.mask)
     with pytest.raises(SourceError, match="noise has shape"):
@@ -465,7 +466,7 @@ def test_the_schedule_is_on_the_clock_of_the_policies(setup):
     assert seen[0][0] == pytest.approx(0.7 / 0.3)
 
 
-def test_a_policy_that_locks_although_it_never_does_is_told(setup):
+def test_a_policy_that_locks_although_it_never_does_raises(setup):
     class Liar(kv.Policy):
         may_lock = False
 
@@ -475,3 +476,19 @@ def test_a_policy_that_locks_although_it_never_does_is_told(setup):
     lock = setup.lock(policy=Liar())
     with pytest.raises(SourceError, match="nothing to lock to"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+def test_the_sources_noise_leads_to_the_runs_first_x_also_where_locking_begins_later(setup, monkeypatch):
+    seen, at = [], Source.at
+
+    def noting(self, x, sigma, noise):
+        seen.append(noise)
+        return at(self, x, sigma, noise)
+
+    monkeypatch.setattr(Source, "at", noting)
+    late = setup.lock(policy=kv.Windowed(kv.Constant(1.0), last=2))
+    late.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert [float(step.lock) for step in late.trace][:2] == [0.0, 0.0]
+    assert seen
+    for noise in seen:
+        torch.testing.assert_close(noise, (setup.x - setup.source) / setup.sigmas[0])

@@ -28,7 +28,7 @@ def euler(lock, setup, **changes):
     return lock.sample("euler", setup.x, setup.sigmas, extra_args={**setup.cfg, **changes})
 
 
-def told(recwarn) -> list[str]:
+def warned(recwarn) -> list[str]:
     """What this library has said since the last look, nobody else's warnings."""
     texts = [str(w.message) for w in recwarn.list if "without effect" in str(w.message) or "uncond" in str(w.message)]
     recwarn.clear()
@@ -105,7 +105,7 @@ def test_what_is_about_a_source_needs_one(setup, name):
 
 def test_what_says_nothing_needs_no_source(setup, recwarn):
     kv.KVLock(setup.model, policy=OFF, source_args={}, foreground=False, batched=False)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
 
 
 def test_several_slips_are_named_together(setup):
@@ -118,11 +118,11 @@ def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     everywhere = kv.KVLock(setup.model, policy=kv.policy.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
     inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.settings.policy)
     euler(everywhere, setup), euler(inside, setup)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
     assert lock.settings.mask is not None
     kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
-    assert told(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
+    assert warned(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
 
 @pytest.mark.parametrize("policy", [HALF, "half", "full", "fast"])
@@ -137,7 +137,7 @@ def test_a_constant_lock_without_a_source_is_refused_before_the_run(setup, polic
 
 
 @pytest.mark.parametrize("policy", ["paper", "early", kv.LockAbove(HALF, above=4.0), kv.Windowed(HALF, last=2)])
-def test_a_lock_that_only_the_run_can_show_is_told_there(setup, policy):
+def test_a_lock_that_only_the_run_can_show_raises_there(setup, policy):
     lock = kv.KVLock(setup.model, policy=policy)
     with pytest.raises(SourceError, match="but there is nothing to lock to"):
         euler(lock, setup)
@@ -146,21 +146,21 @@ def test_a_lock_that_only_the_run_can_show_is_told_there(setup, policy):
 # under a policy that never locks, or never looks
 
 
-def test_off_sets_aside_what_describes_and_tells_of_what_was_asked_for(setup, recwarn):
+def test_off_ignores_what_describes_and_warns_of_what_was_asked_for(setup, recwarn):
     described = {"source_args": {"cond": setup.cond}, "noise": "fixed", "layers": kv.find_layers(setup.model)}
     off = setup.lock(policy="off", **described)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
     plain = kv.samplers.euler(kv.CFGDenoiser(setup.model), setup.x, setup.sigmas, extra_args=setup.cfg)
     assert torch.equal(euler(off, setup), plain)
     off = setup.lock(policy="off", kv_cache=kv.KVCache(), layers=[0], transition=(1, 0.5), foreground=True)
-    assert [t.split(":")[0] for t in told(recwarn)] == ["layers=, transition=, foreground=, kv_cache= without effect"]
+    assert [t.split(":")[0] for t in warned(recwarn)] == ["layers=, transition=, foreground=, kv_cache= without effect"]
     assert off.settings.kv_cache is None
 
 
 @pytest.mark.parametrize("policy", [HALF, "off", "fast"])
-def test_measuring_for_a_policy_that_never_looks_is_told(setup, policy, recwarn):
+def test_measuring_for_a_policy_that_never_looks_warns(setup, policy, recwarn):
     lock = setup.lock(policy=policy, estimator=kv.variance.RenoiseVariance(passes=1), threshold=0.5)
-    assert [t.split(":")[0] for t in told(recwarn)] == ["estimator=, threshold= without effect"]
+    assert [t.split(":")[0] for t in warned(recwarn)] == ["estimator=, threshold= without effect"]
     euler(lock, setup)
     assert all(torch.isnan(step.risk).all() for step in lock.trace)  # indeed
 
@@ -168,11 +168,11 @@ def test_measuring_for_a_policy_that_never_looks_is_told(setup, policy, recwarn)
 def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn):
     lock = setup.lock(policy=kv.PID(kp=0.0, ki=0.0, bias=0.5), estimator=kv.variance.RenoiseVariance(passes=1))
     euler(lock, setup)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
     assert all(torch.isfinite(step.risk).all() and float(step.lock) == 0.5 for step in lock.trace)
 
 
-def test_a_run_in_which_nothing_could_be_measured_is_told(setup):
+def test_a_run_in_which_nothing_could_be_measured_warns(setup):
     gap = setup.lock(policy="sigmoid", estimator=Silent())
     with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*Silent"):
         gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
@@ -208,15 +208,15 @@ def test_runs_of_one_block_are_looked_at_one_by_one(setup, told_schedule):
 # beside a model that does its own guidance
 
 
-def test_options_of_branches_are_told_where_the_model_has_its_own(setup, recwarn):
+def test_options_of_branches_warn_where_the_model_has_its_own(setup, recwarn):
     arguments = {"source": setup.source, "mask": setup.mask, "policy": HALF}
     guided = kv.CFGDenoiser(setup.model)
     kv.KVLock(guided, **arguments, branch=setup.model)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
     kv.KVLock(guided, **arguments, rescale=True, batched=False)
-    assert told(recwarn)[0].startswith("rescaled guidance, batched=False without effect: this model takes cond_scale")
+    assert warned(recwarn)[0].startswith("rescaled guidance, batched=False without effect: this model takes cond_scale")
     kv.KVLock(guided, **{**arguments, "policy": "paper"})
-    assert "rescaled guidance without effect" in told(recwarn)[0]
+    assert "rescaled guidance without effect" in warned(recwarn)[0]
 
 
 def test_a_branch_of_a_model_without_guidance_is_refused(setup):
@@ -238,15 +238,15 @@ def test_the_source_is_not_guided(setup):
         setup.lock(policy=HALF, source_args=setup.cfg)
 
 
-def test_an_unconditional_prompt_without_a_scale_is_told_once(setup, recwarn):
+def test_an_unconditional_prompt_without_a_scale_warns_once(setup, recwarn):
     prompts = {"cond": setup.cond, "uncond": setup.uncond}
     lock = setup.lock(policy=HALF)
     lock.sample("euler", setup.x, setup.sigmas, extra_args=prompts)
-    assert [t[:33] for t in told(recwarn)] == ["uncond was given without cond_sca"]
+    assert [t[:33] for t in warned(recwarn)] == ["uncond was given without cond_sca"]
     assert lock.trace.nfe == 2 * 6  # indeed: cond and source
     setup.lock(policy=kv.Constant(0.5, cfg_scale=3.0)).sample("euler", setup.x, setup.sigmas, extra_args=prompts)
     euler(lock, setup, cond_scale=1.0)
-    assert told(recwarn) == []
+    assert warned(recwarn) == []
 
 
 # values
@@ -265,7 +265,7 @@ def test_a_floor_is_a_guidance_scale(setup, floor):
 
 
 @pytest.mark.parametrize("policy", [HALF, OFF])
-def test_a_ring_is_looked_at_when_the_lock_is_made(setup, policy):
+def test_a_transition_band_is_checked_when_the_lock_is_made(setup, policy):
     with pytest.raises(MaskError, match=r"transition=\(-1, 0.5\); expected"):
         setup.lock(policy=policy, transition=(-1, 0.5))
 

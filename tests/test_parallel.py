@@ -13,7 +13,7 @@ import parallel_worker
 import pytest
 import torch
 
-from kvlock_sampling.attention.compat.context_parallel import Shard
+from kvlock_sampling.attention.compat.context_parallel import piece
 
 WORKER = Path(parallel_worker.__file__)
 SECONDS = 240
@@ -89,7 +89,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_where_it_cannot_work_it_says_so(case: str, results: list[dict[str, Any]]) -> None:
+def test_where_it_cannot_work_it_raises(case: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         assert re.search(REFUSED[case], result["refusals"][case], flags=re.DOTALL)
 
@@ -99,7 +99,7 @@ def test_where_it_cannot_work_it_says_so(case: str, results: list[dict[str, Any]
 def test_pieces_are_those_of_diffusers(length: int, count: int) -> None:
     """tensor_split where pieces may differ in size; chunk, which agrees with it, where they are equal."""
     whole = torch.arange(length)
-    pieces = [whole[slice(*Shard(rank, count).bounds(length))] for rank in range(count)]
+    pieces = [whole[piece((rank, count), length)] for rank in range(count)]
     assert all(torch.equal(a, b) for a, b in zip(pieces, whole.tensor_split(count), strict=True))
     if length % count == 0:
         assert all(torch.equal(a, b) for a, b in zip(pieces, whole.chunk(count), strict=True))

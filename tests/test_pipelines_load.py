@@ -19,6 +19,7 @@ from kvlock_sampling.app.cli import app
 from kvlock_sampling.app.models import read_pair
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers.models import load
+from kvlock_sampling.presets import load_preset
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.video import read_clip, write_clip
 
@@ -245,7 +246,7 @@ def test_calibrating_on_a_folder_of_clips(folder, tmp_path):
     words = ["calibrate", "-o", tmp_path / "mine.toml", "--model", folder / "wan", "--clips", clips, "--steps", 12]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
-    assert kv.load_policy(tmp_path / "mine.toml").threshold is not None
+    assert load_preset(tmp_path / "mine.toml").threshold is not None
     words[words.index(clips)] = "8"
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 2

@@ -207,7 +207,7 @@ def test_what_an_inner_policy_leaves_as_it_is_starts_from_what_holds():
     assert (clamped.lock.tolist(), clamped.cfg_scale.tolist()) == ([0.0, 0.5], [4.0, 4.0])
     assert Smoothed(fade, half_life=1).step(Smoothed(fade, half_life=1).init(), obs)[1].cfg_scale is None
     state, first = Smoothed(Silent(), half_life=1).step(Smoothed(Silent(), half_life=1).init(), obs)
-    assert (first.lock.tolist(), state.cfg_scale) == ([0.0, 0.0], None)
+    assert (first.lock.tolist(), state[2].cfg_scale) == ([0.0, 0.0], None)
 
 
 def test_guidance_listens_to_the_worst_token():

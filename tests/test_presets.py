@@ -150,6 +150,30 @@ def test_a_kv_cache_is_a_table(tmp_path):
         load_preset(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("evry = 3", "evry is not a setting that a preset may give; did you mean 'every'?"),
+        ("directory = 'cache'", "directory is not a setting that a preset may give"),
+        ("every = 0", "every=0"),
+        ("every = 'a'", "every='a'"),
+    ],
+)
+def test_a_preset_makes_no_kv_cache_of_wrong_settings(setup, tmp_path, line, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(f"[policy]\ntype = 'Constant'\nlock = 1.0\n[kv_cache]\n{line}\n")
+    with pytest.raises(PolicyError, match="kv_cache: ") as info:
+        setup.lock(policy=path)
+    assert words in str(info.value)
+
+
+def test_a_preset_makes_a_kv_cache(setup, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[policy]\ntype = 'Constant'\nlock = 1.0\n[kv_cache]\nevery = 2\nratio = 1.25\n")
+    refresh = setup.lock(policy=path).settings.kv_cache.refresh
+    assert (refresh.every, refresh.ratio) == (2, 1.25)
+
+
 # -- reading and writing ----------------------------------------------------------------------------------------------
 
 

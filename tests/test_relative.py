@@ -16,7 +16,6 @@ from kvlock_sampling.variance import (
     Sparse,
     TrajectoryVariance,
 )
-from kvlock_sampling.variance.relative import patch_of
 
 PATCH = (1, 2, 2)
 SHAPE = (2, 3, 2, 4, 4)  # eight tokens, 0 to 3 in the first frame
@@ -111,7 +110,7 @@ def test_wrong_settings_are_errors():
             Relative(MOVES, quantile=bad)
     with pytest.raises(EstimatorError, match="expected an estimator"):
         Relative("moves")
-    assert patch_of(Sparse(DropoutVariance(patch=PATCH), every=3, hold=True)) == PATCH
+    assert Sparse(DropoutVariance(patch=PATCH), every=3, hold=True).patch == PATCH
 
 
 def test_a_table_without_patch_is_an_error():

@@ -1,4 +1,4 @@
-"""check_policy catches what breaks the contract and says so; the toy denoisers are exact."""
+"""check_policy catches what breaks the contract and says so; the denoisers are exact."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kvlock_sampling.policy import Policy, stateless
-from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_policy, toy_denoisers
+from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_policy
 from kvlock_sampling.types import Control, Denoiser, PolicyError
 
 
@@ -90,16 +90,6 @@ class Boastful(Policy):
 
 
 @dataclass(frozen=True)
-class Claiming(Policy):
-    """Guidance that falls with risk, below the range it names."""
-
-    cfg_range: tuple[float, float] = (0.0, 1.0)
-
-    def step(self, state, obs):
-        return state, Control(lock=0.0, cfg_scale=obs.requested_cfg_scale * (1 - obs.risk.clamp(max=9)))
-
-
-@dataclass(frozen=True)
 class Counting(Policy):
     """Counts, in start, the steps of an unknown schedule."""
 
@@ -129,7 +119,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     (
         "infinite guidance",
         guide_by(lambda o: o.requested_cfg_scale / o.risk),
-        r"cfg_scale=.*inf(.|\n)*finite",
+        r"cfg_scale with NaN or inf(.|\n)*finite(.|\n)*risk=",
     ),
     ("batch-coupled", lock_by(lambda o: o.risk / (1 + o.risk.max())), r"a batch of 3(.|\n)*bit for bit"),
     ("random", lock_by(lambda o: torch.rand_like(o.risk)), r"two answers to one question"),
@@ -143,15 +133,18 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("no state", Positional(), r"return state, Control"),
     ("no time", Clocked(), r"expected finite numbers(.|\n)*second evaluation at the same sigma"),
     ("crash", lock_by(lambda o: o.rsik), r"AttributeError(.|\n)*risk of shape \(3,\)"),
-    ("start reads risk", Eager(), r"Eager\.start returned lock=(.|\n)*do not read them in start"),
-    ("no measurement", lock_by(lambda o: o.risk.clamp(0, 1), uses_risk=False), r"start returned lock(.|\n)*are NaN"),
+    ("start reads risk", Eager(), r"Eager\.start returned lock with NaN(.|\n)*do not read them in start"),
+    (
+        "no measurement",
+        lock_by(lambda o: o.risk.clamp(0, 1), uses_risk=False),
+        r"start returned lock with(.|\n)*are NaN",
+    ),
     (
         "schedule unknown",
         lock_by(lambda o: 1.0 if o.steps_left > 3 else 0.0),
         r"TypeError(.|\n)*steps_left was None(.|\n)*obs\.sigma",
     ),
     ("schedule unknown at the start", Counting(), r"Counting\.start raised TypeError(.|\n)*steps_left was None"),
-    ("guidance below its range", Claiming(), r"Claiming\.step returned cfg_scale=(.|\n)*cfg_range=\(0\.0, 1\.0\) has"),
     ("compositing out of range", stateless(lambda o: Control(composite=1.0 + o.risk)), r"composite=(.|\n)*in \[0, 1\]"),
     ("compositing of a wrong type", stateless(lambda o: Control(composite="all")), r"composite of type str"),
     ("locks after all", Boastful(), r"may_lock is False; expected lock 0"),
@@ -183,10 +176,14 @@ def test_tokens_are_asked_for_only_where_wanted():
 # -- denoisers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+def mixture(shape):
+    return MixtureDenoiser(torch.stack([torch.full(shape, v) for v in (-1.0, 0.0, 1.0)]), std=0.1)
+
+
+@pytest.mark.parametrize("make", [lambda shape: GaussianDenoiser(mean=0.5, std=0.8), mixture])
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4, 4)])
-def test_toys_are_models_of_any_shape(name, shape):
-    model = toy_denoisers(shape)[name]
+def test_exact_denoisers_are_models_of_any_shape(make, shape):
+    model = make(shape)
     assert isinstance(model, Denoiser)
     x = torch.randn(2, *shape)
     for sigma in (torch.tensor([0.5, 2.0]), torch.tensor(0.5), 0.5):
@@ -214,14 +211,11 @@ def test_mixture_agrees_with_numerical_integration():
     weight = weight / weight.sum()
     mean = (weight * grid).sum()
     torch.testing.assert_close(model(x, sigma)[0, 0], mean)
-    torch.testing.assert_close(model.trace(x, sigma)[0], (weight * (grid - mean) ** 2).sum())
+    torch.testing.assert_close(model.variance(x, sigma)[0, 0], (weight * (grid - mean) ** 2).sum())
 
 
-def test_mixture_covariance_is_tweedies():
-    model = toy_denoisers((2, 2))["mixture"].double()
+def test_mixture_variance_is_tweedies():
+    model = mixture((2, 2)).double()
     x, sigma = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.7
-    covariance = model.covariance(x, sigma)
     jacobian = torch.autograd.functional.jacobian(lambda v: model(v, sigma).flatten(), x).reshape(4, 4)
-    torch.testing.assert_close(covariance[0], sigma**2 * jacobian)
-    torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2).reshape(x.shape), model.variance(x, sigma))
-    torch.testing.assert_close(covariance.diagonal(dim1=1, dim2=2).sum(1), model.trace(x, sigma))
+    torch.testing.assert_close(model.variance(x, sigma).flatten(), sigma**2 * jacobian.diagonal())

@@ -1,4 +1,4 @@
-"""Edits with a known right answer, done in several ways and measured: the demo's table and the benchmarks' core."""
+"""Make edits whose true results are known, in several ways from the same noise, and score them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Task(NamedTuple):
-    """A batch of edits: source clips, masks (1 = edit), the true results, and both prompts."""
+    """A batch of edits: source clips, masks (1 = edit), true results, prompts of edit and source, target scenes."""
 
     source: Tensor
     mask: Tensor
@@ -43,8 +43,11 @@ class Task(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What one way of editing reached. Tensors are per clip; PSNR in dB, SSIM in [-1, 1], temporal error (along the
-    known motion of the object, or of the background where it was removed) in units of [-1, 1] squared."""
+    """Scores of one variant, per clip.
+
+    PSNR is in dB, SSIM in [-1, 1]. Temporal error is along the known motion of the object, or of the background if the
+    object was removed, in units of [-1, 1] squared. colour and shape are 1 if the judge finds the right ones.
+    """
 
     background_psnr: Tensor
     background_ssim: Tensor
@@ -96,7 +99,7 @@ def score(task: Task, edit: Edit) -> Score:
 
 
 def _temporal(task: Task, pixels: Tensor) -> Tensor:
-    """Temporal error over the true object along its motion; over the mask along the background's, if it is gone."""
+    """Temporal error of the true object along its motion; if it was removed, of the mask along the background's."""
     motions, regions = [], []
     for mask, scene in zip(task.mask, task.targets, strict=True):
         dx, dy = MOTIONS[scene.motion][1]
@@ -113,7 +116,7 @@ def compare(
     on_variant: Callable[[str], None] | None = None,
     **arguments: Any,
 ) -> dict[str, tuple[Edit, Score]]:
-    """Do the task in every way of `variants`, from the same noise. `arguments` go to `edit_video`."""
+    """Edit the task once per variant, from the same noise. `arguments` go to `edit_video`."""
     results = {}
     for name, options in variants.items():
         edit = edit_video(

@@ -1,14 +1,14 @@
-"""What does a clip of the procedural world show?  An exact judge, by matching renders; there is no network in it.
+"""Judge exactly what a clip of the procedural world shows, by matching renders. No network is involved.
 
 A background of this world varies in brightness only: its chroma (RGB without the grey axis, a plane) is one constant m.
 An object of palette colour C with coverage a in [0, 1] therefore shows up as
 
     D(p) = chroma(p) - m = a(p - centre) * (chroma(C) - m)          (p = pixel; background 0, object full strength)
 
-so the best render minimises  sum |D - a (chroma(C) - m)|^2;  `match` finds it. One colour, shape and radius hold for
-the clip, the centre is free in every frame. Inside the object its brightness is checked too.
+so the best render minimises  sum |D - a (chroma(C) - m)|^2;  `match` finds it. A clip has one colour, shape and radius,
+and one centre per frame. Inside the object its brightness is checked too.
 
-Grey things outside the object are invisible here; compare backgrounds with `kvlock_sampling.video.metrics` instead.
+Grey objects in the background are invisible to this judge; `kvlock_sampling.video.metrics` compares backgrounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ AXES = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -
 
 
 class JudgeError(KVLockError, ValueError):
-    """Clips, a region or scenes that the judge cannot read."""
+    """Clips, a region or scenes of the wrong shape."""
 
 
 class Verdict(NamedTuple):
@@ -84,7 +84,7 @@ class Verdict(NamedTuple):
 
 
 def judge(clips: Tensor, region: Tensor | None = None, *, chunk: int = 16) -> list[Verdict]:
-    """Say for each clip which object it shows, how sure that is, and whether the object is whole.
+    """Find the object in each clip, the confidence, and whether the object is whole.
 
     clips: (batch, 3, T, SIZE, SIZE) in [-1, 1]; values outside are clamped.
     region: (batch or 1, 1, T, SIZE, SIZE) in [0, 1]; only what is inside is matched and counted. None = everywhere.
@@ -123,7 +123,7 @@ def judge(clips: Tensor, region: Tensor | None = None, *, chunk: int = 16) -> li
 
 
 def attribute_accuracy(clips: Tensor, scenes: Sequence[Scene], region: Tensor | None = None) -> dict[str, float]:
-    """How often clips show what their scenes say: rates in [0, 1].
+    """Rates in [0, 1] at which clips show what their scenes describe.
 
     `colour` and `motion` are over the scenes that have an object (nan where there is none); `shape`, `both` (colour
     and shape) and `clean` (both, and a quality of at least `CLEAN`) are over all scenes: an empty scene counts as right

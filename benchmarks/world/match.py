@@ -1,10 +1,10 @@
-"""Fitting renders to a chroma picture: find shape, radius, and one centre per frame.  The geometry half of `judge`.
+"""Fit renders to a chroma picture: shape, radius, and one centre per frame. The geometry of `judge`.
 
 For a template a (coverage in [0, 1]) of full strength C, a picture D and a mask w, the squared error splits as
 
     sum w |D - a C|^2 = sum w |D|^2 - gain,      gain = 2 C . (wD * a) - |C|^2 (w * a^2)        (* = correlation)
 
-so two correlations give the gain of every template at every whole-pixel centre at once. `refine` goes below the pixel.
+so two correlations give the gain of every template at every whole-pixel centre. `refine` adds sub-pixel precision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A contact sheet of clips for the docs: one captioned tile per clip, a few of its frames in a row."""
+"""Write contact sheets for the docs: one captioned tile per clip with some of its frames in a row."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Train the embedded model from nothing:  python benchmarks/world/train.py --steps 8000 --out runs/tiny
+"""Train the embedded model from scratch:  python benchmarks/world/train.py --steps 8000 --out runs/tiny
 
-Rectified flow on an endless stream of procedural scenes. What made it work on two cores:
-x0-prediction with the loss taken on the velocity it implies, Muon for the block matrices, logit-normal times,
-and an exponential moving average of the weights. The learning rate is held and then decays linearly over the last
-quarter, so that a run can be extended: resume an earlier checkpoint with a larger --steps.
+Rectified flow on an endless stream of procedural scenes, on two CPU cores: x0-prediction with the loss of the implied
+velocity, Muon for the block matrices, logit-normal times, and an exponential moving average of the weights. The
+learning rate is held, then decays linearly over the last quarter. To extend a run, resume an earlier checkpoint with a
+larger --steps.
 
-A run can be killed at any time: every --save-every steps the whole state is written to a temporary name and renamed.
+A run can be killed at any time: every --save-every steps the state is written to a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def train(
     log_every: int = 50,
     fast: bool = False,
 ) -> Path:
-    """Train, or go on training, in folder `out`. Returns the path of the checkpoint.
+    """Train, or resume training, in the folder `out`. Returns the path of the checkpoint.
 
     The averaged weights are written beside it, as weights.safetensors: load them with `tiny.load(out)`.
     """

@@ -1,9 +1,9 @@
-"""Measure what calm runs of a model reach, and write it into a preset: thresholds that fit this model and clip size."""
+"""Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +22,18 @@ _NONE = "no clips to calibrate on; give a few dozen, e.g. --clips 32 for the emb
 
 
 class Example(NamedTuple):
-    """A clip whose ordinary run is calm: pixels (3, T, H, W), mask (1, T, H, W), and its own prompt."""
+    """A clip (3, T, H, W) in [-1, 1] whose ordinary run is calm, its mask (1, T, H, W), 1 = edit, and its prompt."""
 
     clip: Tensor
     mask: Tensor
     prompt: str
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A preset with a measured threshold curve, the bands it was read from, and how many measurements there were."""
+class Calibration(NamedTuple):
+    """The policy with its measured threshold curve and estimator, and quantiles of the variance over noise levels."""
 
     preset: Preset
     bands: list[Band]
-    measurements: int
 
 
 @stateless
@@ -58,54 +56,58 @@ def calibrate(
     batch: int = 8,
     on_clip: Callable[[], None] | None = None,
 ) -> Calibration:
-    """Run `examples` unlocked, composited, with measuring on; return `policy` with the curve of the `quantile`.
+    """Remake examples unlocked and composited, and set risk 1 to a quantile of their variance at each noise level.
 
-    estimator: what to measure with; default: the one that the preset `policy` names, or the lock's own default.
-    risk is then 1 where a run moves more than a share `quantile` of calm ones does at this noise level.
+    Args:
+        model: The model to calibrate for.
+        examples: A few dozen clips with masks and their own prompts.
+        policy: The policy that the thresholds are for: a name, a file, a Policy or a Preset.
+        estimator: How to measure. Default: the preset's estimator, or the lock's default.
+        quantile: Fraction of calm runs below risk 1, in (0, 1).
+        bands: Number of bands of noise levels.
+        steps: Sampling steps, >= 1.
+        sampler: A name from `samplers.names()`, or a callable.
+        seed: Seed of the noise; clip i uses seed + i.
+        batch: Clips per run.
+        on_clip: Called after each clip.
 
     Raises:
-        EstimatorError: too few measurements.  SourceError: no examples.  PolicyError: a policy that reads no risk.
+        SourceError: There are no examples.
+        PolicyError: The policy does not read risk.
+        EstimatorError: There are too few measurements.
     """
     if not examples:
         raise SourceError(_NONE)
-    given = load_preset(policy) if isinstance(policy, str) else policy
-    base = given if isinstance(given, Preset) else Preset(given)
-    if not base.policy.uses_risk:
-        raise PolicyError(
-            f"policy={policy!r} reads no risk, so it has no use for a threshold; expected one that does, e.g. "
-            'policy="default" or policy="sigmoid".'
-        )
-    meter = estimator or base.estimator or DEFAULT_ESTIMATOR
+    preset = load_preset(policy) if isinstance(policy, str) else policy
+    preset = preset if isinstance(preset, Preset) else Preset(preset)
+    if not preset.policy.uses_risk:
+        raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="default".')
+    meter = estimator or preset.estimator or DEFAULT_ESTIMATOR
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
-        edit = edit_video(
-            torch.stack([e.clip for e in part]),
-            torch.stack([e.mask for e in part]),
-            [e.prompt for e in part],
-            model=model,
-            sampler=sampler,
-            steps=steps,
-            policy=resting,
-            estimator=meter,
-            seed=seed + first,
-            composite=True,
-        )
+        clips, masks, prompts = zip(*part, strict=True)
+        options: dict[str, Any] = {"sampler": sampler, "steps": steps, "policy": resting, "estimator": meter}
+        options |= {"model": model, "seed": seed + first, "composite": True}
+        edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         points += [(float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
         if on_clip is not None:
             for _ in part:
                 on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
     rounded = [b._replace(sigma=float(f"{b.sigma:.4g}"), quantile=float(f"{b.quantile:.4g}")) for b in found]
-    preset = replace(base, threshold=threshold_curve(rounded), estimator=meter)
-    return Calibration(preset, found, len(points))
+    return Calibration(replace(preset, threshold=threshold_curve(rounded), estimator=meter), found)
 
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
-    """Examples for the embedded model: scenes of its world, each re-made under its own prompt inside its mask.
+    """Make `count` examples for the embedded model from its procedural world.
+
+    Args:
+        count: How many, >= 1.
+        first: Seed of the first scene.
 
     Raises:
-        SourceError: a count below 1.
+        SourceError: The count is below 1.
     """
     from ..tiny.world import edit_mask, render, sample_scene
 
@@ -116,10 +118,15 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
 
 
 def folder(path: Path, model: VideoModel) -> list[Example]:
-    """Examples from a folder: NAME.mp4 (or gif, webm, mov), NAME.mask.png (or a film), and NAME.txt with the prompt.
+    """Read examples from a folder of NAME.mp4 (or gif, webm, mov), NAME.mask.png (or a film) and NAME.txt, the prompt.
+
+    Args:
+        path: The folder.
+        model: The model that decides the clips' length and size.
 
     Raises:
-        SourceError: a clip without its mask or prompt.
+        SourceError: A clip lacks its mask or prompt.
+        VideoError: A file cannot be read.
     """
     examples = []
     for clip in sorted(p for p in path.glob("*") if p.suffix in (".mp4", ".gif", ".webm", ".mov")):

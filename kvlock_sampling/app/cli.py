@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,14 +30,12 @@ Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
 Steps = Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive chooses its own.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
-Offload = Annotated[
-    str, typer.Option(help="none; model: one network on the device at a time; group: one layer at a time.")
-]
+Offload = Annotated[str, typer.Option(help="none; model: one network on the device at a time; group: one layer.")]
 
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """Print the user's errors without a traceback and exit with status 2; print warnings without code."""
+    """Print errors without a traceback and exit with status 2; print warnings without code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)
@@ -46,9 +43,8 @@ def readable() -> Iterator[None]:
     except (KVLockError, OSError) as error:
         _say("[bold red]error:[/]", error)
         raise typer.Exit(2) from None
-    except Exception as error:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
             raise
         less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
         _say("[bold red]error:[/]", f"out of memory: {str(error).splitlines()[0]}\n  {less}")
@@ -70,7 +66,6 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    """Parse "480x832" to (height, width)."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", text.strip())
@@ -79,22 +74,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _kv_cache(folder: str | None, memory: str | None) -> dict[str, Any]:
-    """The option kv_cache of an edit, if there is a folder."""
-    if folder is None:
-        if memory is not None:
-            raise KVLockError(
-                f"--kv-cache-memory {memory} is for a KV cache, and there is none; name its folder: "
-                f"--kv-cache kv-cache --kv-cache-memory {memory}."
-            )
-        return {}
-    from ..kv_cache import KVCache
-
-    return {"kv_cache": KVCache(folder, budget=memory or "4GB")}
-
-
 def _decibels(psnr: Any) -> str:
-    """A PSNR for reading; the metrics stop at 100 dB."""
     return "exact" if float(psnr) >= 100 else f"{float(psnr):.1f} dB"
 
 
@@ -111,9 +91,8 @@ def demo(
 
         with progress("editing", len(VARIANTS)) as advance:
             metrics = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
-        table = Table(title="Three edits against their true renders (means)", title_justify="left")
-        table.add_column("variant", no_wrap=True)
-        for name in ("background", "in mask", "passes", "time"):
+        table = Table("variant", title="Three edits against their true renders (means)", title_justify="left")
+        for name in ("background", "in mask", "nfe", "time"):
             table.add_column(name, justify="right")
         for name, row in metrics.items():
             background, inside = f"{row['background_psnr']:.1f} dB", f"{row['inside_psnr']:.1f} dB"
@@ -121,7 +100,7 @@ def demo(
         out.print(table)
         out.print(
             "Background: PSNR against the source outside the mask; 100 dB is exact, since this model has no VAE. In "
-            "mask: PSNR against the true render. Passes: model passes per clip."
+            "mask: PSNR against the true render. nfe: function evaluations (model passes) per clip."
         )
         for name in FILES:
             out.print(f"  {out_dir / name}", highlight=False, soft_wrap=True)
@@ -133,29 +112,17 @@ def edit(
     mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
     prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
-    source_prompt: Annotated[
-        str | None, typer.Option(help="What the clip shows now, read by the source's branch; default: --prompt.")
-    ] = None,
+    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows now; default: --prompt.")] = None,
     model: Model = "tiny",
     sampler: Sampler = "dpmpp_2m",
     steps: Steps = 30,
     policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    strength: Annotated[
-        float, typer.Option(min=0.05, max=1.0, help="1 = start from noise; less keeps more of the clip.")
-    ] = 1.0,
+    strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")] = 1.0,
     seed: Seed = 0,
-    scale: Annotated[
-        int | None,
-        typer.Option(min=1, help="Enlarge the written clip by a whole factor; default: 8 for 'tiny', otherwise 1."),
-    ] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many, picked evenly; default: the first ones, as many as the model makes."),
-    ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH to edit at, e.g. 480x832; default: about the clip's.")
-    ] = None,
+    scale: Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 8 for 'tiny', else 1.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")] = None,
     dtype: Dtype = None,
     offload: Offload = "none",
     tile_vae: Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")] = False,
@@ -163,16 +130,13 @@ def edit(
     negative_prompt: Annotated[str | None, typer.Option(help="The unconditional prompt; for pipelines.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
-    kv_cache: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Keep the source's K/V in this folder: the next edit of the clip is cheap."),
-    ] = None,
-    kv_cache_memory: Annotated[str | None, typer.Option(help="Memory that the KV cache may use; default: 4GB.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar="DIR", help="Keep the source's K/V for later edits.")] = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
-        from ..plot import figure_format
+        from ..kv_cache import KVCache
         from ..samplers import get
+        from ..trace import figure_format
         from ..utils.files import check_writable
         from ..video import check_suffix, read_clip, write_clip
         from .edit import edit_video
@@ -186,7 +150,8 @@ def edit(
             figure_format(trace)
             check_writable(trace)
         get(sampler)
-        options, sides = _kv_cache(kv_cache, kv_cache_memory), _size(size)
+        options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
+        sides = _size(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
         )
@@ -199,22 +164,10 @@ def edit(
             _, _, height, width = source.pixels.shape
             video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
         with progress("sampling", steps) as advance:
-            result = edit_video(
-                source.pixels,
-                region.unsqueeze(0),
-                prompt,
-                source_prompt=source_prompt,
-                model=video,
-                sampler=sampler,
-                steps=steps,
-                policy=policy,
-                cfg_scale=cfg_scale,
-                strength=strength,
-                seed=seed,
-                on_step=advance,
-                on_plan=lambda plan: err.print(str(plan), highlight=False),
-                **options,
-            )
+            options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
+            options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
+            options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
+            result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (8 if model_is_tiny else 1))
         if trace is not None:
             result.trace.plot(trace)
@@ -229,10 +182,7 @@ def edit(
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The preset to write, NAME.toml.")],
     model: Model = "tiny",
-    clips: Annotated[
-        str,
-        typer.Option(help="How many scenes of the embedded world, or a folder of NAME.mp4, NAME.mask.png, NAME.txt."),
-    ] = "32",
+    clips: Annotated[str, typer.Option(help="How many scenes; or a folder of NAME.mp4, .mask.png and .txt.")] = "32",
     policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "default",
     quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Fraction of calm runs below risk 1.")] = 0.95,
     sampler: Sampler = "dpmpp_2m",
@@ -258,17 +208,8 @@ def calibrate(
         examples = scenes(int(clips)) if clips.isdecimal() else folder(Path(clips), video)
         batch = 1 if video.frames is None else 8
         with progress("measuring", len(examples)) as advance:
-            found = measure(
-                video,
-                examples,
-                policy=policy,
-                quantile=quantile,
-                sampler=sampler,
-                steps=steps,
-                seed=seed,
-                batch=batch,
-                on_clip=advance,
-            )
+            settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
+            found = measure(video, examples, seed=seed, batch=batch, on_clip=advance, **settings)
         save_policy(found.preset, output)
         table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "measurements", title=str(output))
         for band in found.bands:

@@ -48,11 +48,10 @@ def run_demo(
         on_variant: Called after each variant with its name.
 
     Returns:
-        Per variant: background and in-mask PSNR (dB), model passes per clip and seconds, as means over the clips.
+        Means over the clips by variant: background and in-mask PSNR (dB), nfe, and seconds.
 
     Raises:
-        SamplerError: The sampler does not exist.
-        KVLockError: An optional package is missing; the message names the extra to install.
+        KVLockError: The sampler does not exist, or an optional package is missing.
     """
     get(sampler)  # Errors come before the folder is created.
     for module, extra in (("av", "video"), ("matplotlib", "plot")):
@@ -83,12 +82,7 @@ def run_demo(
     trace = edits["default"].trace
     trace.plot(files[2], title=f"default policy, {sampler}, {steps} steps, one line per clip")
     trace.to_csv(files[3])
-    record = {
-        "seed": seed,
-        "sampler": sampler,
-        "steps": steps,
-        "edits": [f"{s.prompt} -> {t.prompt}" for s, t in pairs],
-        "variants": metrics,
-    }
+    edited = [f"{s.prompt} -> {t.prompt}" for s, t in pairs]
+    record = {"seed": seed, "sampler": sampler, "steps": steps, "edits": edited, "variants": metrics}
     write_atomically(files[4], json.dumps(record, indent=1))
     return metrics

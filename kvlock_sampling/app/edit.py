@@ -37,10 +37,9 @@ class Edit:
         pixels: Edited clips (batch, 3, frames, height, width) in [-1, 1].
         trace: What happened in each evaluation.
         seconds: Time of sampling alone.
-        nfe: Function evaluations: model passes per clip.
+        nfe: Number of function evaluations, model passes per clip.
         background_psnr: PSNR outside the mask against the source, (batch,), dB.
-        ceiling_psnr: The same for the clip only encoded and decoded, (batch,), dB. An edit in latents cannot exceed it;
-            pasted pixels can.
+        ceiling_psnr: The same for the clip only encoded and decoded, which only pasted pixels can exceed.
     """
 
     pixels: Tensor
@@ -79,13 +78,12 @@ def edit_video(
     """Edit the masked part of clips after a prompt, and keep the rest.
 
     Args:
-        clip: Clips (3, frames, height, width) or (batch, 3, frames, height, width) in [-1, 1], a tensor or an array.
-        mask: 1 = edit, 0 = keep, at the clip's height and width, still or per frame, in a form of `masks.as_mask`.
+        clip: (3, frames, height, width) or (batch, 3, frames, height, width) in [-1, 1], a tensor or an array.
+        mask: 1 = edit, 0 = keep, at the clip's height and width, still or per frame; see `masks.as_mask`.
         prompt: What the masked region should show; one text, or one per clip.
         source_prompt: What the clip shows now, read by the source's branch. Default: `prompt`; with a KV cache, "".
-            A policy that never locks evaluates no source and does not read it.
-        model: "tiny", a folder of its weights, a folder of a diffusers pipeline, or a `VideoModel`, such as
-            `kv.from_pipeline(pipe)`.
+            A policy that never locks does not read it.
+        model: "tiny", a folder of its weights or of a diffusers pipeline, or a `VideoModel`: `kv.from_pipeline(pipe)`.
         sampler: A name from `samplers.names()`, or a callable with k-diffusion's signature.
         steps: Sampling steps, >= 1; dpm_adaptive chooses its own.
         policy: A Policy, the name of a preset, or a TOML file.
@@ -99,9 +97,6 @@ def edit_video(
         lock_options: Other options of `KVLock`, e.g. composite, layers, estimator, kv_cache. With a KV cache the source
             gets a noise of its own (noise="fixed"), so that its stored K/V serve every seed.
 
-    Returns:
-        The edited clips, the trace and the PSNR of the background.
-
     Raises:
         SourceError: The clip, prompts or seeds do not fit the model or each other.
         MaskError: The mask does not fit the clip.
@@ -109,10 +104,7 @@ def edit_video(
         KVLockError: Another option is wrong; each message shows a call that works.
     """
     if taken := sorted({"source", "source_args"} & lock_options.keys()):
-        raise SourceError(
-            f"{taken[0]}= is made from clip and source_prompt; pass those two instead.\n"
-            "  For another source make the lock yourself: KVLock(model, source=..., source_args=..., mask=...)."
-        )
+        raise SourceError(f"{taken[0]}= is made from clip and source_prompt; pass those, or call KVLock yourself.")
     if not (isinstance(feather, Real) and 0 <= feather < math.inf):
         raise KVLockError(f"feather={feather!r}; expected pixels >= 0 around the mask, e.g. feather=2.0; 0 cuts hard.")
     if feather != FEATHER and not paste:
@@ -158,14 +150,8 @@ def edit_video(
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
         pixels = torch.lerp(clips, pixels, soft)
     keep = 1 - pixel_mask
-    return Edit(
-        pixels=pixels,
-        trace=lock.trace,
-        seconds=seconds,
-        nfe=lock.trace.nfe,
-        background_psnr=masked_psnr(pixels, clips, keep),
-        ceiling_psnr=masked_psnr(ceiling, clips, keep),
-    )
+    background, best = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
+    return Edit(pixels, lock.trace, seconds, lock.trace.nfe, background_psnr=background, ceiling_psnr=best)
 
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
@@ -179,7 +165,6 @@ def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> T
 
 
 def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> list[Any]:
-    """One entry per clip from a single value, which is repeated, or from a sequence."""
     single = isinstance(given, str) or not isinstance(given, Iterable)
     entries = [given] * count if single else list(given)
     if not all(isinstance(entry, kind) for entry in entries):
@@ -199,14 +184,12 @@ def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
 
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
-    """Check that the model can edit clips of this shape and that their values are in [-1, 1]."""
     check_floats(clips)
     frames, size = editable(video, *clips.shape[2:]) if clips.ndim == 5 else (video.frames, video.size)
     if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         raise SourceError(
-            f"clip has shape {tuple(clips.shape)}; this model edits (batch, 3, frames, height, width)"
-            f"{' such as' if video.frames is None else ' ='} (batch, {sides}).\n"
+            f"clip has shape {tuple(clips.shape)}; this model edits clips such as (batch, {sides}).\n"
             f"  clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
         )
     check_pixels(clips)

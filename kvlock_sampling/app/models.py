@@ -17,15 +17,15 @@ from ..video.read import Clip, PathLike, read_clip, read_mask
 class VideoModel(Protocol):
     """A denoiser with its codec, prompts and schedule: the model that `edit_video` and `calibrate` take.
 
-    `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one from a diffusers pipeline. Optional members are:
-    `negative_prompt`, the unconditional prompt (default ""); `usual`, the (frames, height, width) that it was trained
-    for; `given(clips, mask)`, this model prepared for these clips; `lock_mask(mask)`, the mask at the latents' size.
+    `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one. Optional members: `negative_prompt` (default ""),
+    `usual`, the (frames, height, width) that it was trained for; `given(clips, mask)`, this model prepared for these
+    clips; `lock_mask(mask)`, the mask at the latents' size.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.
-        frames: Length of the clips it edits. None for a model of free size, which has `fit(frames, height, width)`: the
+        frames: Length of its clips; None for a model of free size, whose `fit(frames, height, width)` returns the
             largest (frames, height, width) within these that it can edit.
-        size: (height, width) of the clips it edits, in pixels; None as for frames.
+        size: (height, width) of its clips in pixels; None likewise.
         cfg_scale: Its usual guidance scale.
     """
 
@@ -51,9 +51,6 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
         model: "tiny" (the embedded model), a folder or file of its weights, or a folder of a diffusers pipeline.
         options: Options of `kv.diffusers.load_pipeline`. None and offload="none" count as not given.
 
-    Returns:
-        The model.
-
     Raises:
         KVLockError: There is no model, or the options are for a pipeline and the model is not one.
     """
@@ -71,16 +68,15 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
             f"({INDEX}), or a folder with weights.safetensors of the embedded architecture.{hint}"
         )
     if given:
-        name = sorted(given)[0]
+        name = min(given)
         raise KVLockError(
-            f"{name}={given[name]!r} is an option of diffusers pipelines, and {str(model)!r} is the embedded "
-            f"architecture. Leave it out, or name a folder with {INDEX}."
+            f"{name}={given[name]!r} is for a pipeline of diffusers; leave it out, or name a folder with {INDEX}."
         )
     return load(model)
 
 
 def editable(model: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
-    """Frames and (height, width) that this model edits for a clip of the given length and size."""
+    """The frames and (height, width) that this model edits for a clip of the given length and size."""
     if model.frames is not None and model.size is not None:
         return model.frames, (model.size[0], model.size[1])
     count, *size = model.fit(frames, height, width)  # type: ignore[attr-defined]  # see VideoModel
@@ -96,7 +92,7 @@ def read_pair(
     size: tuple[int, int] | None = None,
     pad: bool = True,
 ) -> tuple[Clip, Tensor]:
-    """Read a clip and its mask at a length and size that a model can edit.
+    """Read a clip (3, frames, height, width) and its mask (1, frames, height, width) as a model can edit them.
 
     For a model of one size, frames are picked evenly from first to last and the centre is cropped. A model of free size
     gets the first frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
@@ -109,9 +105,6 @@ def read_pair(
         size: (height, width) to edit at, in pixels.
         pad: Repeat the last frame of a clip that is too short for a model of one size.
 
-    Returns:
-        The clip, pixels (3, frames, height, width) in [-1, 1] and their rate, and its mask (1, frames, height, width).
-
     Raises:
         SourceError: The model cannot edit this number of frames or this size.
         VideoError: A file cannot be read.
@@ -119,10 +112,7 @@ def read_pair(
     if model.frames is not None and model.size is not None:
         fixed = (model.frames, (model.size[0], model.size[1]))
         if (frames or fixed[0], size or fixed[1]) != fixed:
-            raise SourceError(
-                f"frames={frames}, size={size}: this model edits only {fixed[0]} frames of {fixed[1][0]} x "
-                f"{fixed[1][1]}. Leave both out."
-            )
+            raise SourceError(f"frames={frames}, size={size}: this model edits only {fixed}. Leave both out.")
         return read_clip(clip, frames=fixed[0], size=fixed[1], pad=pad), read_mask(mask, frames=fixed[0], size=fixed[1])
     whole = read_clip(clip, frames=frames, pad=pad)
     have, own = whole.pixels.shape[1], (whole.pixels.shape[2], whole.pixels.shape[3])
@@ -131,8 +121,6 @@ def read_pair(
     shrink = 1.0 if usual is None else min(1.0, math.sqrt(usual[1] * usual[2] / math.prod(own)))
     count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
     if (frames is not None and count != frames) or (size is not None and sides != tuple(size)):
-        raise SourceError(
-            f"frames={frames}, size={size}: this model does not edit that; the nearest is frames={count}, size={sides}."
-        )
+        raise SourceError(f"frames={frames}, size={size}: this model edits e.g. frames={count}, size={sides}.")
     read = whole if sides == own else read_clip(clip, frames=frames, size=sides, pad=pad)
     return Clip(read.pixels[:, :count], read.fps), read_mask(mask, frames=have, size=sides)[:, :count]

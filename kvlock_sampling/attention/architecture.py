@@ -1,8 +1,7 @@
-"""How one family of models arranges its attention, in one small declaration.
+"""The declaration of one family of models: where its attention layers, tokens and text are.
 
-A built-in family is one file in `architectures/` with a constant `ARCHITECTURE`. For a model of your own, write the
-same declaration and pass `layers=architecture.find(network)`, or call `register(architecture)` once so that it is
-found. `kvlock_sampling.testing.check_layers` tests a declaration.
+Pass a declaration as `layers=architecture.find(network)`, or call `register(architecture)` once.
+`kvlock_sampling.testing.check_layers` tests it. Built-in families are in `architectures/`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class LayerPattern:
     Attributes:
         pattern: As in `Architecture.layers`.
         text: Where text stands in these layers; None: as in the architecture.
-        kind: Only modules of this class name, if layers of one name differ, e.g. in global and windowed attention.
-        optional: Smaller members of the family have no such layers.
+        kind: Only modules of this class name; None: all.
+        optional: Some members of the family have no such layers.
     """
 
     pattern: str
@@ -44,23 +43,20 @@ class Architecture:
 
     Attributes:
         name: The name in messages.
-        classes: The network's classes as "package.module:Class". `*` stands for anything, e.g. for the place of a copy.
-            Subclasses belong to the family too. Nothing is imported.
-        layers: Patterns of the names of its self-attention modules, `*` standing for one component, in the order in
-            which indices count them, e.g. ("blocks.*.attn1",); or `LayerPattern` objects, which say more. Leave
-            cross-attention, refiners and text-only layers out.
+        classes: The network's classes as "package.module:Class"; `*` stands for any text. Subclasses match too.
+        layers: Name patterns of the self-attention modules, without cross-attention, refiners and text-only layers, in
+            the order of their indices; `*` stands for one component, e.g. ("blocks.*.attn1",). Or `LayerPattern`s.
         patch: Latents per token along (time, height, width), or a function of the network that returns them.
         text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
-        text_arguments: The arguments of the network's forward, (batch, length, dim), that become text tokens. Empty if
-            none has that form: then everything that is not video counts as text.
-        layer_patch: For networks whose layers have larger tokens than the first, as in a pyramid: a function of the
-            network and a layer's name that returns the patch of that layer, or None for `patch`.
-        rows_apart: Attention is called for each row of the batch by itself.
-        flow: How locked tokens can be left out of the network; None if they cannot. See `TokenFlow`.
+        text_arguments: The arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
+            everything that is not video counts as text.
+        layer_patch: A function of the network and a layer's name that returns the layer's patch, or None for `patch`,
+            for networks with layers of larger tokens, as in a pyramid.
+        rows_apart: Attention is called for each row of the batch separately.
+        flow: How locked tokens can be left out of the network; None if they cannot.
 
     Raises:
-        AttentionError: A string where a tuple is expected, an unknown `text`, or, from `find`, a pattern that names no
-            module.
+        AttentionError: A string in place of a tuple, or an unknown `text`.
     """
 
     name: str
@@ -75,19 +71,17 @@ class Architecture:
 
     def __post_init__(self) -> None:
         for name in ("classes", "layers", "text_arguments"):
-            if isinstance(getattr(self, name), str):
-                given = getattr(self, name)
+            if isinstance(given := getattr(self, name), str):
                 raise AttentionError(
                     f"Architecture({self.name!r}): {name}={given!r} is one string; expected a tuple, "
                     f"{name}=({given!r},)"
                 )
-        places = [self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)]
-        wrong = [place for place in places if place not in ("none", "first", "last")]
-        if wrong:
-            raise AttentionError(
-                f'Architecture({self.name!r}): text={wrong[0]!r}; expected "none", "first" or "last": where text '
-                "tokens stand in the sequences that the layers attend over."
-            )
+        for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
+            if text not in ("none", "first", "last"):
+                raise AttentionError(
+                    f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last": where text '
+                    "tokens stand in the sequences that the layers attend over."
+                )
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
@@ -97,20 +91,23 @@ class Architecture:
     def find(self, module: nn.Module) -> AttentionLayers:
         """The layers of one network of this family.
 
+        Args:
+            module: The network.
+
         Raises:
-            AttentionError: a pattern names no module of it.
+            AttentionError: A pattern names no module of the network.
         """
         names = dict(module.named_modules())
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
-            found = [name for name in names if _fits(name, pattern.pattern) and _is_kind(names[name], pattern.kind)]
+            found = [name for name, part in names.items() if _fits(name, part, pattern)]
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
             for name in found:
-                larger = None if self.layer_patch is None else self.layer_patch(module, name)
-                text = pattern.text or self.text
-                layers.append(AttentionLayer(name, names[name], text, None if larger is None else _three(larger)))
+                larger = self.layer_patch(module, name) if self.layer_patch else None
+                patch = _three(larger) if larger else None
+                layers.append(AttentionLayer(name, names[name], pattern.text or self.text, patch))
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         joint = any(layer.text != "none" for layer in layers)
@@ -141,10 +138,7 @@ def _three(patch: Sequence[int]) -> Grid:
     return t, h, w
 
 
-def _fits(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-
-
-def _is_kind(module: nn.Module, kind: str | None) -> bool:
-    return kind is None or type(module).__name__ == kind
+def _fits(name: str, module: nn.Module, pattern: LayerPattern) -> bool:
+    parts, wanted = name.split("."), pattern.pattern.split(".")
+    named = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    return named and pattern.kind in (None, type(module).__name__)

@@ -1,13 +1,12 @@
 """Run the edited tokens only: at full lock the other tokens need no computation.
 
-At lock 1 the K/V of a background token are the source's, and compositing replaces its output by the source. So the
-token leaves the network before the first block and returns after the last: queries, feed-forward and text attention run
-on the other tokens, and the token's K/V, from the source, join at every attention layer. The result equals that of the
-dense computation up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
+At lock 1 a background token has the source's K/V, and compositing replaces its output. So the token leaves the network
+before the first block and returns after the last; its K/V, from the source, join at every attention layer. The result
+equals the dense one up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
 
-The source's K/V come from a pass of its own (`narrowing`), or source and edit go through the network block by block
-(`interleaving`): each block runs on the source's rows, then on the computed tokens of the edit's rows. Then K/V of one
-layer exist at a time, where a pass of its own keeps all layers' K/V until the edit's pass.
+The source's K/V come from a separate pass, which keeps all layers' K/V until the edit's pass (`narrowing`); or each
+block runs on the source's rows, then on the computed tokens of the edit's rows, so that K/V of one layer exist at a
+time (`interleaving`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .layers import Table, TokenFlow
 
 
 def narrowing(network: nn.Module, blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[ForwardHook]:
-    """Hooks that drop the kept tokens at the first block and return them at `flow.leave`."""
+    """Hooks that remove the kept tokens at the first block and restore the sequence at `flow.leave`."""
     for block in blocks:
         yield ForwardHook(block, before=partial(_enter, block, flow))
     yield ForwardHook(network.get_submodule(flow.leave), before=_leave)
@@ -41,10 +40,11 @@ def interleaving(blocks: Iterable[nn.Module], flow: TokenFlow) -> Iterator[Forwa
 
 def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Arguments:
     bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
-    for name in flow.tokens:
-        given = bound.arguments.get(name)
-        if isinstance(given, Tensor) and given.shape[1] == context.ratio.shape[1]:
-            bound.arguments[name] = given.index_select(1, _selection(context).computed)
+    # Where text shares the sequence, the first block takes the tokens out, and what later blocks get is narrow already,
+    # even if it happens to be as long as the video. Elsewhere a block may be given all tokens again.
+    if not (context.text and context.record.entered):
+        _narrow_tokens(bound.arguments, flow, context)
+    context.record.entered = True
     _narrow_tables(bound.arguments, flow, context)
     return bound.args[1:], bound.kwargs
 
@@ -75,14 +75,11 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
         with using(acting):
             return call(*bound.args[1:], **bound.kwargs)
 
-    of_source, of_edit = cut(slice(edit, rows)), cut(slice(0, edit))
+    of_source, of_edit = cut(slice(edit, rows)), cut(slice(edit))
     capture = context.fresh("capture")
     source = run(of_source, capture)
     inject = context.fresh("inject", capture.record.captured)
-    for name in flow.tokens:
-        given = of_edit.get(name)
-        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context, given.device)) is not None:
-            of_edit[name] = given.index_select(1, where)
+    _narrow_tokens(of_edit, flow, inject)
     _narrow_tables(of_edit, flow, inject)
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
@@ -91,8 +88,7 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
         if of_edit.shape[1] != of_source.shape[1]:
-            where = _positions(of_source.shape[1], context, of_edit.device)
-            of_edit = _scattered(of_edit, where, of_source.shape[1])
+            of_edit = _scattered(of_edit, _positions(of_source.shape[1], context), of_source.shape[1])
         return torch.cat([of_edit, of_source])
 
     return tree_map(join, changed, source)
@@ -101,16 +97,10 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
 def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
     """An attention mask with its rows in the order of the computed queries, and its columns in that of the joined keys.
 
-    Some networks make their masks before the blocks, for all tokens; others make them in each block, for the tokens
-    that run.
-
-    Args:
-        mask: (rows or 1, heads or 1, queries or 1, keys), bool or additive.
-        context: That of a narrowed call.
-        start: Position of the first video token.
-        length: Length of the narrowed sequence.
+    The mask is (rows or 1, heads or 1, queries or 1, keys), made for all tokens or for those that run; `start` is the
+    position of the first video token, `length` that of the narrowed sequence.
     """
-    known = context.record.cut.get((id(mask), -length))  # every layer is given the same mask
+    known = context.record.cut.get((id(mask), -length))  # every layer gets the same mask
     if known is None:
         known = context.record.cut[id(mask), -length] = mask, _cut_mask(mask, context, start, length)
     return known[1]
@@ -123,13 +113,9 @@ def _cut_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> 
         shape = (*mask.shape[:-1], len(chosen.kept))
         visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
         return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
-    before = torch.arange(start, device=mask.device)
-    after = torch.arange(start + tokens, mask.shape[-1], device=mask.device)
-    computed, kept = (start + where for where in (chosen.computed, chosen.kept))
-    mask = mask.index_select(-1, torch.cat([before, computed, kept, after]))
-    if mask.shape[-2] > 1:
-        mask = mask.index_select(-2, torch.cat([before, computed, after]))
-    return mask
+    whole = mask.shape[-1]
+    mask = mask.index_select(-1, _with_others(torch.cat([chosen.computed, chosen.kept]), start, tokens, whole))
+    return mask if mask.shape[-2] == 1 else mask.index_select(-2, _with_others(chosen.computed, start, tokens, whole))
 
 
 def _selection(context: FusionContext) -> Any:
@@ -138,13 +124,18 @@ def _selection(context: FusionContext) -> Any:
 
 
 def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
-    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length. The other positions hold copies
-    of a real token: a norm would make the gradients of zeros NaN.
-    """
-    assert where is not None
+    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length, between copies of the first."""
+    assert where is not None  # copies, because a norm makes the gradients of zeros NaN
     whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
     whole.index_copy_(1, where, tokens)
     return whole
+
+
+def _narrow_tokens(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
+    for name in flow.tokens:
+        given = arguments.get(name)
+        if isinstance(given, Tensor) and (where := _positions(given.shape[1], context)) is not None:
+            arguments[name] = given.index_select(1, where)
 
 
 def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
@@ -163,31 +154,30 @@ def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
         return value
     known = context.record.cut.get((id(value), table.axis))
     if known is None:
-        where = _positions(value.shape[table.axis], context, value.device)
+        where = _positions(value.shape[table.axis], context)
         if where is None:
             return value
         known = context.record.cut[id(value), table.axis] = value, value.index_select(table.axis, where)
     return known[1]
 
 
-def _positions(length: int, context: FusionContext, device: torch.device) -> Tensor | None:
-    """The positions that stay in a sequence of the video's tokens, or of the video's and the text's; None for any other
-    length.
-    """
+def _positions(length: int, context: FusionContext) -> Tensor | None:
+    """The positions that stay in a sequence of the video's tokens, or of video and text; None for another length."""
     tokens, text, computed = context.ratio.shape[1], context.text or 0, _selection(context).computed
-    if length == tokens:
-        return computed
-    if not text or length != tokens + text:
-        return None
-    first = text if context.text_first else 0
-    before = torch.arange(first, device=device)
-    after = torch.arange(first + tokens, length, device=device)
-    return torch.cat([before, computed + first, after])
+    if text and length == tokens + text:
+        return _with_others(computed, text if context.text_first else 0, tokens, length)
+    return computed if length == tokens else None
+
+
+def _with_others(where: Tensor, start: int, tokens: int, length: int) -> Tensor:
+    """The positions `where` among the video's tokens, which begin at `start`, and all other positions of a sequence."""
+    every = torch.arange(length, device=where.device)
+    return torch.cat([every[:start], where + start, every[start + tokens :]])
+
+
+_signature = cache(inspect.signature)
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward. Offloading replaces the instance's forward and may hide its signature."""
     return _signature(type(module).forward)
-
-
-_signature = cache(inspect.signature)

@@ -1,9 +1,9 @@
 """Run code around a module's forward: for the length of a `with` block, in one thread, compiled or not.
 
 `torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. In
-a compiled graph such a hook would never run, or run for a lock that is gone. So a hook here replaces
-`module.forward` by a function that the compiler does not enter. The compiler's guards notice the new attribute and it
-compiles a second form of the graph, which breaks at the hook. Both forms stay cached, and an idle module costs nothing.
+a compiled graph such a hook would never run, or run after its lock. So a hook here replaces `module.forward` by a
+function that the compiler does not enter. The compiler's guards notice the new attribute, and it compiles a second
+graph, which breaks at the hook. Both graphs stay cached, and a module without hooks costs nothing.
 """
 
 from __future__ import annotations
@@ -45,27 +45,21 @@ class _Forward:
     """The replacement of one module's forward. It is made once, because compiled graphs hold on to it."""
 
     def __init__(self, module: nn.Module, whole: bool) -> None:
-        self.users = 0
+        self.users, self.hidden = 0, compiler_imported()
         self.own: Any = None
         self.replaced: Any = None
-        self.hidden = compiler_imported()
-        reference = weakref.ref(module)
-
-        def here() -> nn.Module:
-            module = reference()
-            assert module is not None
-            return module
+        reference: Callable[[], Any] = weakref.ref(module)
 
         def prepared(args: Any, kwargs: Any) -> Arguments:
-            for hook in _hooks.get().get(id(here()), ()):
+            for hook in _hooks.get().get(id(reference()), ()):
                 if hook.before is not None:
                     args, kwargs = hook.before(args, kwargs)
             return args, kwargs
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = prepared(args, kwargs)
-            call = self.own or here().forward
-            for hook in _hooks.get().get(id(here()), ()):
+            call = self.own or reference().forward
+            for hook in _hooks.get().get(id(reference()), ()):
                 if hook.around is not None:
                     call = partial(_around, hook.around, call)
             return call(*args, **kwargs)
@@ -74,19 +68,6 @@ class _Forward:
             prepared = torch.compiler.disable(prepared)
             forward = torch.compiler.disable(forward, recursive=whole)
         self.forward = forward
-
-    def install(self, module: nn.Module) -> None:
-        self.replaced, self.own = module.__dict__.get("forward"), module.forward
-        module.forward = self.forward
-
-    def remove(self, module: nn.Module) -> None:
-        if module.__dict__.get("forward") is not self.forward:
-            return  # other code wrapped it meanwhile; this function passes every call on
-        if self.replaced is None:
-            del module.forward
-        else:
-            module.forward = self.replaced
-        self.own = self.replaced = None
 
 
 def _around(around: Around, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -108,8 +89,7 @@ def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
     with ExitStack() as stack:
         for hook in hooks:
             now[id(hook.module)] = (*now.get(id(hook.module), ()), hook)
-            _install(hook)
-            stack.callback(_remove, hook.module)
+            stack.enter_context(_replaced(hook.module, hook.around is not None))
         token = _hooks.set(now)
         try:
             yield
@@ -117,22 +97,28 @@ def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
             _hooks.reset(token)
 
 
-def _install(hook: ForwardHook) -> None:
+@contextmanager
+def _replaced(module: nn.Module, whole: bool) -> Iterator[None]:
     with _lock:
-        forward = _forwards.get(hook.module)
-        if forward is None or (not forward.users and forward.hidden != compiler_imported()):
-            forward = _forwards[hook.module] = _Forward(hook.module, hook.around is not None)
-        if not forward.users:
-            forward.install(hook.module)
-        forward.users += 1
-
-
-def _remove(module: nn.Module) -> None:
-    with _lock:
-        forward = _forwards[module]
-        forward.users -= 1
-        if not forward.users:
-            forward.remove(module)
+        mine = _forwards.get(module)
+        if mine is None or (not mine.users and mine.hidden != compiler_imported()):
+            mine = _forwards[module] = _Forward(module, whole)
+        if not mine.users:
+            mine.replaced, mine.own = module.__dict__.get("forward"), module.forward
+            module.forward = mine.forward
+        mine.users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            mine.users -= 1
+            # If other code wrapped this forward meanwhile, it stays in place and passes every call on.
+            if not mine.users and module.__dict__.get("forward") is mine.forward:
+                if mine.replaced is None:
+                    del module.forward
+                else:
+                    module.forward = mine.replaced
+                mine.own = mine.replaced = None
 
 
 def compiler_imported() -> bool:

@@ -16,62 +16,38 @@ def fusion_ratio(
     lock: Float[Tensor, "batch"] | Float[Tensor, "batch tokens"],
     background: Bool[Tensor, "batch tokens"] | Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "batch tokens"]:
-    """How much of the source each token takes.
+    """How much of the source each token takes, in [0, 1].
 
     Args:
         lock: Fusion ratio in [0, 1], per clip or per token.
-        background: 1 or True where a token is background, 0 where it is edited. A weight in between softens the lock
-            near the edit.
-
-    Returns:
-        The ratio per token, in [0, 1].
+        background: 1 or True for background tokens, 0 for edited tokens, in between for a softer lock near the edit.
     """
-    if lock.ndim == 1:
-        lock = lock.unsqueeze(1)
-    return lock * background
+    return (lock.unsqueeze(1) if lock.ndim == 1 else lock) * background
 
 
 def fuse(
-    edit: Float[Tensor, "batch *heads tokens dim"],
+    edit: Float[Tensor, "rows *heads tokens dim"],
     source: Float[Tensor, "batch *heads tokens dim"],
     ratio: Float[Tensor, "batch tokens"],
-) -> Float[Tensor, "batch *heads tokens dim"]:
+) -> Float[Tensor, "rows *heads tokens dim"]:
     """Blend keys (or values) token by token.
 
     Args:
-        edit: The edit's own keys or values.
-        source: The source's.
+        edit: The edit's own keys or values. Rows are chunks of the batch, e.g. two branches, which share one source.
+        source: The source's keys or values.
         ratio: Dimensionless, in [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits (`torch.lerp` counts
             from the nearer end, so it rounds neither).
 
     Returns:
         The blend, shaped like `edit`.
     """
-    return torch.lerp(edit, source, _weight(ratio, edit))
-
-
-def fuse_chunks(
-    edit: Float[Tensor, "rows *heads tokens dim"],
-    source: Float[Tensor, "batch *heads tokens dim"],
-    ratio: Float[Tensor, "batch tokens"],
-) -> Float[Tensor, "rows *heads tokens dim"]:
-    """`fuse` for rows that are several chunks of the batch, e.g. two branches, which share one source."""
-    chunks = edit.unflatten(0, (-1, len(ratio)))
-    return torch.lerp(chunks, source, _weight(ratio, edit)).flatten(0, 1)
+    return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source, _weight(ratio, edit)).flatten(0, 1)
 
 
 def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
-    """`fuse_chunks` for the first `edit_rows` rows and the positions `video` of a sequence. The rest is unchanged.
-
-    Args:
-        own: (rows, ..., length, dim).
-        source: (batch, ..., tokens, dim).
-        ratio: (batch, tokens), in [0, 1].
-        video: Positions of the video tokens in the sequence.
-        edit_rows: Rows that belong to the edit.
-    """
+    """`fuse` the first `edit_rows` rows at the positions `video` of a sequence. The rest is unchanged."""
     if edit_rows == own.shape[0] and own.shape[-2] == ratio.shape[1]:
-        return fuse_chunks(own, source, ratio)
+        return fuse(own, source, ratio)
     mixed = own.clone()
     # In place, but not `torch.lerp(out=)`, which has no derivative.
     mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source, _weight(ratio, own))
@@ -79,31 +55,18 @@ def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_row
 
 
 def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) -> Tensor:
-    """`fuse_chunks` at the positions `where` of a sequence. The rest is unchanged.
-
-    Args:
-        own: (rows, ..., length, dim).
-        source: (batch, ..., positions, dim).
-        ratio: (batch, positions), in [0, 1].
-        where: The positions.
-    """
+    """`fuse` at the positions `where` of a sequence. The rest is unchanged."""
     out = own.clone()
-    out[..., where, :] = fuse_chunks(own[..., where, :], source.to(own.dtype), ratio)
+    out[..., where, :] = fuse(own[..., where, :], source.to(own.dtype), ratio)
     return out
 
 
 def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start: int) -> Tensor:
     """Insert the source's kept tokens behind the computed ones, and fuse those that take some of the source.
 
-    Args:
-        own: (rows, ..., length, dim), whose video tokens are the computed ones of the selection.
-        source: (batch, ..., stored, dim).
-        ratio: (batch, all video tokens), in [0, 1].
-        selection: A `masks.tokens.Selection`.
-        start: Position of the first video token.
-
-    Returns:
-        (rows, ..., length + kept, dim): text before, computed tokens, kept tokens, text after.
+    `own` is (rows, ..., length, dim) with the computed tokens of the `masks.tokens.Selection` from `start` on, `source`
+    (batch, ..., stored, dim), `ratio` (batch, all video tokens). Returns (rows, ..., length + kept, dim): text before,
+    computed tokens, kept tokens, text after.
     """
     kept, end = len(selection.kept), start + len(selection.computed)
     out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])
@@ -113,7 +76,7 @@ def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start:
     if len(selection.mixed):
         where = selection.mixed + start
         mixed_ratio = ratio[:, selection.computed[selection.mixed]]
-        out[..., where, :] = fuse_chunks(own[..., where, :], source[..., kept:, :].to(own.dtype), mixed_ratio)
+        out[..., where, :] = fuse(own[..., where, :], source[..., kept:, :].to(own.dtype), mixed_ratio)
     return out
 
 

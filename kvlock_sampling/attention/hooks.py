@@ -105,6 +105,7 @@ class Hooks:
 
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has beside the video's."""
+        current().record.entered = False
         names = self.layers.text_arguments
         if not names:
             return call(*args, **kwargs)

@@ -1,9 +1,8 @@
 """See an attention call, whatever computes it: torch, or a backend of diffusers' attention dispatch.
 
-`intercepted(rewrite)` acts for its own thread or task only. Two ways lead to attention:
+`intercepted(rewrite)` acts for its own thread or task only. Attention is computed by
 - `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
-- diffusers' `dispatch_attention_fn`, which looks its backend up by name at every call: native, flex, flash, sage,
-  xformers or a kernel from the hub. While a call is intercepted, the entries of that table are wrapped.
+- diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call.
 """
 
 from __future__ import annotations
@@ -38,16 +37,12 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
     In nested blocks the outer rewrite sees a call as the inner one changed it.
     """
     outer = _rewrite.get()
-    token = _rewrite.set(rewrite if outer is None else functools.partial(_chained, rewrite, outer))
+    token = _rewrite.set(rewrite if outer is None else lambda q, k, v, mask: outer(q, *rewrite(q, k, v, mask)))
     try:
-        with _dispatch.wrapped(), _SeesTorch():
+        with _dispatch_seen(), _SeesTorch():
             yield
     finally:
         _rewrite.reset(token)
-
-
-def _chained(inner: Rewrite, outer: Rewrite, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
-    return outer(query, *inner(query, key, value, mask))
 
 
 @contextmanager
@@ -75,50 +70,40 @@ class _SeesTorch(TorchFunctionMode):
             return func(given["query"], key, value, mask, *args[4:], **kwargs)
 
 
-class _Dispatch:
-    """Diffusers' table of attention backends, exchanged for a table of wrappers while any call is intercepted.
+_lock = threading.Lock()
+_users = 0
+_backends: dict[Any, Callable[..., Any]] = {}
 
-    One assignment exchanges the whole table, so between calls it is the very object it was, and compiled code that
+
+@contextmanager
+def _dispatch_seen() -> Iterator[None]:
+    """Exchange diffusers' table of backends for a table of wrappers while any thread intercepts calls.
+
+    One assignment exchanges the whole table, so afterwards it is the very object that it was, and compiled code that
     looked into it stays valid. Two simpler ways fail: a replaced attention processor loses the backend that
-    `set_attention_backend` chose for its model, and the table's enumeration takes no name of our own.
+    `set_attention_backend` chose for its model, and the table's enumeration takes no new names.
     """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.own: dict[Any, Callable[..., Any]] = {}
-        self.wrappers: dict[Any, Callable[..., Any]] = {}
-        self.known: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-    @contextmanager
-    def wrapped(self) -> Iterator[None]:
-        module = sys.modules.get("diffusers.models.attention_dispatch")
-        registry = getattr(module, "_AttentionBackendRegistry", None)
-        if registry is None:
-            yield  # diffusers was never imported, or is older than its dispatch
-            return
-        with self.lock:
-            if not self.users:
-                self.own = registry._backends
-                self.wrappers = {name: self._wrapper(backend) for name, backend in self.own.items()}
-                registry._backends = self.wrappers
-            self.users += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    late = {n: b for n, b in self.wrappers.items() if n not in self.own}  # registered meanwhile
-                    registry._backends = self.own
-                    self.own.update(late)
-
-    def _wrapper(self, backend: Callable[..., Any]) -> Callable[..., Any]:
-        if backend not in self.known:
-            self.known[backend] = _seen(backend)
-        return self.known[backend]
+    global _users, _backends
+    registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
+    if registry is None:
+        yield  # diffusers was never imported, or is older than its dispatch
+        return
+    with _lock:
+        if not _users:
+            _backends, registry._backends = registry._backends, {n: _seen(b) for n, b in registry._backends.items()}
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                late = {name: b for name, b in registry._backends.items() if name not in _backends}
+                registry._backends = _backends
+                _backends.update(late)  # registered meanwhile
 
 
+@functools.cache
 def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
     """A backend, (rows, length, heads, dim) in and out, whose keys, values and mask are rewritten."""
     takes_mask = "attn_mask" in inspect.signature(backend).parameters
@@ -131,9 +116,8 @@ def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
             mask: Any = kwargs.get("attn_mask")
             flat = isinstance(mask, Tensor) and mask.ndim == 2  # a key mask (rows, length)
             shown = mask[:, None, None] if flat else mask
-            new_key, new_value, new_mask = rewrite(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), shown
-            )
+            q, k, v = (given.transpose(1, 2) for given in (query, key, value))
+            new_key, new_value, new_mask = rewrite(q, k, v, shown)
             if new_mask is not shown:
                 if not takes_mask:
                     raise AttentionError(
@@ -141,15 +125,9 @@ def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
                         "here.\n  Choose one that does: model.set_attention_backend('native'), or 'flex'."
                     )
                 kwargs["attn_mask"] = new_mask[:, 0, 0] if flat and new_mask is not None else new_mask
-            key, value = (_like(new.transpose(1, 2), old) for new, old in ((new_key, key), (new_value, value)))
-            return backend(query, key, value, *args, **kwargs)
+            new_key, new_value = new_key.transpose(1, 2), new_value.transpose(1, 2)
+            if key.is_contiguous():
+                new_key, new_value = new_key.contiguous(), new_value.contiguous()
+            return backend(query, new_key, new_value, *args, **kwargs)
 
     return seen
-
-
-def _like(new: Tensor, old: Tensor) -> Tensor:
-    """The new tensor in the memory order that the kernel was given."""
-    return new.contiguous() if old.is_contiguous() else new
-
-
-_dispatch = _Dispatch()

@@ -1,7 +1,7 @@
 """Which attention calls are locked: the self-attention layers over the video's tokens.
 
-`registry.find_layers(model)` finds them in a model of a known architecture. For any other model, `sdpa_layers` watches
-the calls of `torch.nn.functional.scaled_dot_product_attention`.
+`find_layers(model)` finds them in a model of a known architecture; `sdpa_layers` watches the calls of
+`torch.nn.functional.scaled_dot_product_attention` in any other model.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Table(NamedTuple):
 
     Attributes:
         name: The argument.
-        axis: Its axis of tokens.
-        ndim: Only tensors with so many axes are meant; None for all.
-        item: Only this item is meant, if the argument is a tuple that also holds the text's table; None for all.
+        axis: The axis of tokens.
+        ndim: Only tensors with this number of axes; None for all.
+        item: Only this item of a tuple that also holds the text's table; None for all.
     """
 
     name: str
@@ -40,10 +40,9 @@ class TokenFlow:
         leave: Name of the module after the blocks that takes all tokens, (rows, tokens, dim), as its first argument.
         tokens: The blocks' arguments (rows, tokens, ...) that hold the video's tokens.
         tables: The blocks' arguments with one entry per token. Entries of the text may stand before or after.
-        supported: Whether a network of the family is built like this; None if every network is.
-        interleaves: Whether source and edit may go through the blocks one after the other. That needs the rows of the
-            call as the first axis of everything that a block is given or returns per row. A bool, or a function of the
-            network.
+        supported: Tells whether a network of the family is built like this; None if every network is.
+        interleaves: Whether source and edit may go through the blocks one after the other: a bool, or a function of the
+            network. Everything that a block takes or returns per row must have the rows as its first axis.
     """
 
     leave: str
@@ -58,10 +57,10 @@ class AttentionLayer:
     """One self-attention module.
 
     Attributes:
-        name: Its name in the network.
+        name: The module's name in the network.
         module: The module.
-        text: Where text tokens stand in its sequence: "none", "first" or "last".
-        patch: Its patch (time, height, width), if its tokens are larger than the model's, as in a pyramid; else None.
+        text: Where text tokens stand in the layer's sequence: "none", "first" or "last".
+        patch: Latents per token (time, height, width), if tokens are larger than the model's, as in a pyramid.
     """
 
     name: str
@@ -70,29 +69,21 @@ class AttentionLayer:
     patch: Grid | None = None
 
     def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
-        """Where the video's tokens begin in a sequence of this layer.
+        """The position of the first of `tokens` video tokens in a sequence of this layer.
 
-        Args:
-            length: Length of the sequence.
-            tokens: Number of video tokens in it.
-            text: Number of text tokens that the network was given; None if unknown.
-            extra: Numbers of other tokens before and after.
-
-        Raises:
-            AttentionError: The parts do not add up to the length.
+        `text` is the network's number of text tokens, None if unknown; `extra` the numbers of other tokens before and
+        after the video's. Raises AttentionError if the parts do not add up to `length`.
         """
         before, after = extra
         rest = length - before - tokens - after
         fits = rest == 0 if self.text == "none" else rest >= 0 if text is None else rest == text
-        if self.text == "last" and text is not None:
-            fits = 0 <= rest <= text  # some models drop the padding of the text
-        if fits:
+        if fits or (self.text == "last" and 0 <= rest <= (text or 0)):  # some models drop the padding of the text
             return before + (rest if self.text == "first" else 0)
         parts = "" if self.text == "none" else f" + {'its' if text is None else text} text tokens"
         others = "" if extra == (0, 0) else f" + {before + after} others"
-        surplus = length - tokens - before - after - (text or 0)
+        surplus = rest - (text or 0)
         hint = (
-            f"If {surplus} of them are reference frames or guides, say where they stand: "
+            f"If {surplus} tokens are reference frames or guides, declare them: "
             f"layers=kv.find_layers(model).with_extra(after={surplus})."
             if surplus > 0
             else "The mask's grid and the model's patches differ: check the latents' shape."
@@ -109,18 +100,19 @@ class AttentionLayers:
     Attributes:
         patch: Latents per token along (time, height, width).
         layers: The layers; empty for a watched module.
-        watch: A module whose matching attention calls are the layers, numbered in call order; see `sdpa_layers`.
-        start: For a watched module, the position of the first video token.
-        trailing: For a watched module, the number of tokens after the video's; None for any number.
-        calls: For a watched module, the numbers of the calls to lock; None for all.
+        watch: A module whose matching attention calls are the layers, in call order; `start`, `trailing` and `calls`
+            belong to it, as in `sdpa_layers`.
+        start: The position of the first video token.
+        trailing: The number of tokens after the video's; None for any number.
+        calls: The numbers of the calls to lock; None for all.
         architecture: Name of the architecture.
         networks: The modules whose calls are one evaluation each: two if experts share a run.
         text_arguments: Arguments of the network that become text tokens.
-        rows_apart: Attention is called for each row by itself.
+        rows_apart: Attention is called for each row separately.
         extra: Numbers of tokens before and after the video's that are neither text nor video, e.g. reference images.
         flow: How tokens can be left out; None if that is unknown.
         complete: Every layer of the model is in `layers`.
-        blocks: The modules that hold the layers, also those of layers that are not locked.
+        blocks: The modules that hold the layers, also of layers that are not locked.
     """
 
     patch: Grid
@@ -147,10 +139,8 @@ class AttentionLayers:
     @property
     def interleaves(self) -> bool:
         """Whether source and edit may go through these networks block by block."""
-        if self.flow is None or not self.narrows:
-            return False
-        way = self.flow.interleaves
-        return all(map(way, self.networks)) if callable(way) else way
+        way = self.flow is not None and self.flow.interleaves
+        return self.narrows and (all(map(way, self.networks)) if callable(way) else way)
 
     @property
     def per_network(self) -> int:
@@ -158,7 +148,7 @@ class AttentionLayers:
         return len(self.layers) // max(1, len(self.networks))
 
     def select(self, chosen: Iterable[int] | slice | None) -> AttentionLayers:
-        """Keep some layers only. Of a model with several experts the same layers of each are kept.
+        """Keep some layers only; of a model with several experts, the same layers of each.
 
         Args:
             chosen: Indices (negative ones count from the end) or a slice. None keeps all.
@@ -168,20 +158,16 @@ class AttentionLayers:
         """
         if chosen is None:
             return self
-        if not isinstance(chosen, slice):
-            chosen = _indices(chosen)
         if self.watch is not None:
             if isinstance(chosen, slice):
-                raise AttentionError(
-                    "layers of a watched module are known only as calls; give indices: layers=[0, 1, 2]."
-                )
-            return replace(self, calls=frozenset(chosen))
+                raise AttentionError("layers of a watched module are its calls; give indices: layers=[0, 1, 2].")
+            return replace(self, calls=frozenset(_indices(chosen)))
         count = self.per_network
-        indices = range(count)[chosen] if isinstance(chosen, slice) else chosen
+        indices = range(count)[chosen] if isinstance(chosen, slice) else _indices(chosen)
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
             raise AttentionError(
-                f"layers={chosen!r} names {wrong or 'no layer'}; this model has {count} layers, 0 to {count - 1}.\n"
+                f"layers={indices!r} names {wrong or 'no layer'}; this model has {count} layers, 0 to {count - 1}.\n"
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
         keep = sorted({i % count for i in indices})
@@ -189,11 +175,11 @@ class AttentionLayers:
         return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
-        """The same layers where other tokens stand beside the video's, e.g. reference images. They are never fused.
+        """The same layers in sequences that hold other tokens too, e.g. reference images. They are never fused.
 
         Args:
-            before: Their number before the video's tokens, >= 0.
-            after: Their number after the video's tokens, >= 0.
+            before: The number of other tokens before the video's, >= 0.
+            after: The number of other tokens after the video's, >= 0.
 
         Raises:
             AttentionError: A negative number.
@@ -206,26 +192,19 @@ class AttentionLayers:
         return replace(self, extra=(before, after))
 
     def grid(self, latent_shape: Sequence[int]) -> Grid:
-        """Tokens along (time, height, width) for latents of a shape.
-
-        Raises:
-            AttentionError: The shape does not divide into tokens.
-        """
-        for layer in self.layers:
-            if layer.patch is not None:
-                token_grid(latent_shape, layer.patch)
+        """Tokens along (time, height, width) for latents of a shape, which must fit the patches of all layers."""
+        for patch in {layer.patch for layer in self.layers if layer.patch is not None}:
+            token_grid(latent_shape, patch)
         return token_grid(latent_shape, self.patch)
 
     def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:
         """The message of a run in which no layer acted, with the lengths (query, key) of the calls that were seen."""
         if self.watch is None:
             return (
-                f"none of the model's {len(self.layers)} attention layers fired during this evaluation, so nothing "
-                "was locked.\n"
-                "  Is the model called through another copy (a replica, an exported graph)? Pass layers= of the module "
-                "that really runs.\n"
-                "  Or does a kernel of the model's own compute attention? A lock sees "
-                "F.scaled_dot_product_attention and every backend of diffusers: model.set_attention_backend('native')."
+                f"none of the model's {len(self.layers)} attention layers fired in this evaluation.\n"
+                "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
+                "  If a kernel of the model's own computes attention, use F.scaled_dot_product_attention, or a backend "
+                "of diffusers: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing
@@ -233,20 +212,17 @@ class AttentionLayers:
         return (
             f"no attention call fitted, so nothing was locked. Expected {self.start} + {tokens} video tokens + {after} "
             f"after them{chosen}; other calls (query x key): {seen}.\n"
-            "  Set start= and trailing= of sdpa_layers to the text tokens before and after the video, patch= to the "
-            "model's patch size, calls= to calls that exist."
+            "  Set start= and trailing= of sdpa_layers to the numbers of text tokens before and after the video's, "
+            "patch= to the model's patch size, calls= to calls that exist."
         )
 
 
 def _indices(chosen: Any) -> list[int]:
-    try:
-        indices = list(chosen)
-    except TypeError:
-        indices = [chosen]
-    if isinstance(chosen, str) or any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
+    indices = list(chosen) if isinstance(chosen, Iterable) else [chosen]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
         raise AttentionError(
             f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
-            "layers=slice(None, 10), or None for all of them."
+            "layers=slice(None, 10), or None for all."
         )
     return indices
 
@@ -261,16 +237,15 @@ def sdpa_layers(
 ) -> AttentionLayers:
     """The attention layers of any module that calls `F.scaled_dot_product_attention` on tokens in the order t, h, w.
 
-    A call counts as a layer if its key sequence holds exactly `start` tokens, the video's tokens, and `trailing`
-    tokens, and the query sequence is as long. So cross-attention is left alone, unless its text has exactly as many
-    tokens: pad or cut the text by one token then, or name the calls.
+    A call counts as a layer if queries and keys are `start` + the video's + `trailing` tokens long. This excludes
+    cross-attention, unless its text has exactly as many tokens: then pad the text by one token, or name the calls.
 
     Args:
         module: The network.
         patch: Latents per token along (time, height, width), >= 1 each.
         start: Position of the first video token: 0 for video first, the text's length for text first.
         trailing: The number of tokens after the video's; None for any number.
-        calls: Numbers of the calls to lock, counted from 0 in call order; default: all.
+        calls: Numbers of the calls to lock, counted from 0 in call order; None for all.
 
     Raises:
         AttentionError: `module` is no torch module, or a number is out of range.
@@ -279,8 +254,8 @@ def sdpa_layers(
         raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
     if len(patch) != 3 or min(patch) < 1 or start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(
-            f"sdpa_layers(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width) of "
-            "whole numbers >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
+            f"sdpa_layers(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width), "
+            "each >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
         )
     chosen = None if calls is None else frozenset(calls)
     return AttentionLayers(patch=patch, watch=module, start=start, trailing=trailing, calls=chosen)

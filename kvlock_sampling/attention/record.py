@@ -1,4 +1,4 @@
-"""The record of one call of the model: which layers acted, and the source's K/V that they saw."""
+"""The record of one call of the model: which layers acted, and the source's K/V."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ class CallRecord:
 
     Attributes:
         fired: Names of the layers that fused or recorded K/V.
-        captured: The source's K/V by layer; of a layer that acts several times in a call, each time by "layer#n".
+        captured: The source's K/V by layer; "layer#n" for the later calls of a layer that acts several times.
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
-        cut: Tables and masks that were cut to the computed tokens, by the identity of the original and a number. The
-            original is kept beside the cut one, so that its identity stays unique.
+        entered: A block of a narrowed call has run.
+        cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
     """
 
     fired: set[str] = field(default_factory=set)
     captured: dict[str, KeyValue] = field(default_factory=dict)
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entered: bool = False
     _turns: dict[str, int] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forget everything: the call is made again."""
+        """Empty the record, before the call is repeated."""
         for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
             part.clear()
+        self.entered = False
 
     def turn(self, layer: str) -> int:
-        """How often the layer has acted before in this call."""
-        count = self._turns.get(layer, 0)
-        self._turns[layer] = count + 1
-        return count
+        """Count a call of the layer, and return how often it acted before."""
+        self._turns[layer] = self._turns.get(layer, -1) + 1
+        return self._turns[layer]
 
     @property
     def repeated(self) -> str | None:
-        """The name of a layer that acted more than once, if there is one."""
-        return next((layer for layer, turns in self._turns.items() if turns > 1), None)
+        """The name of a layer that acted more than once, or None."""
+        return next((layer for layer, turns in self._turns.items() if turns), None)
 
     def latest(self) -> dict[str, KeyValue]:
-        """The captured K/V by the plain names of their layers: the last ones of a layer that acted several times."""
+        """The last captured K/V of each layer, by plain name."""
         return {name.partition("#")[0]: kept for name, kept in self.captured.items()}

@@ -1,9 +1,11 @@
-"""The architectures that are known, and the search for their attention layers in a model."""
+"""The known architectures, and the search for their attention layers in a model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from ..types import AttentionError
 from ..utils.modules import reachable_modules
@@ -15,13 +17,10 @@ _registered: list[Architecture] = []
 
 
 def register(architecture: Architecture) -> Architecture:
-    """Let `find_layers`, and so every KVLock, know a family of models. The latest registration goes first.
+    """Add a family of models to those that `find_layers`, and so KVLock, knows. The latest registration goes first.
 
     Args:
-        architecture: The declaration.
-
-    Returns:
-        The same declaration.
+        architecture: The declaration, which is also returned.
 
     Raises:
         AttentionError: The argument is no Architecture.
@@ -38,30 +37,28 @@ def register(architecture: Architecture) -> Architecture:
 def find_layers(model: Any) -> AttentionLayers:
     """Find the attention layers of a model, or of a network wrapped in it.
 
-    The search covers submodules, what a wrapper holds under `inner_model`, `model`, `transformer`, `transformer_2` or
-    `module`, and what a plain function closes over. Two networks of one family, such as the experts of Wan 2.2, are
-    locked alike.
+    The search covers submodules, the attributes `inner_model`, `model`, `transformer`, `transformer_2` and `module` of
+    wrappers, and closures of functions. Two networks of one family, such as the experts of Wan 2.2, are locked alike.
 
     Args:
         model: A denoiser, a network, or a function around one.
 
     Raises:
-        AttentionError: No known architecture was found; the message says what was seen and what to pass instead.
+        AttentionError: No known architecture was found.
     """
     known, seen, found = (*_registered, *BUILT_IN), [], []
-    inside: set[int] = set()
+    inside: set[nn.Module] = set()
     for module in reachable_modules(model):
-        if id(module) in inside:
+        if module in inside:
             continue
-        family = next((a for a in known if a.matches(module)), None)
-        if family is None:
+        if family := next((a for a in known if a.matches(module)), None):
+            found.append(family.find(module))
+            inside.update(module.modules())
+        else:
             seen.append(type(module).__name__)
-            continue
-        found.append(family.find(module))
-        inside.update(id(part) for part in module.modules())
     if found:
         return _combined(found)
-    looked = ", ".join(dict.fromkeys(seen)) if seen else f"{type(model).__name__} (no torch module inside)"
+    looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise AttentionError(
         f"no attention layers found in {looked[:400]}.\n"
@@ -74,12 +71,12 @@ def find_layers(model: Any) -> AttentionLayers:
 
 
 def _combined(found: list[AttentionLayers]) -> AttentionLayers:
-    """The layers of several networks, e.g. experts, as those of one model, if the networks are built like the first."""
+    """The layers of all networks that are built like the first, e.g. experts, as those of one model."""
     first = found[0]
     built = (first.architecture, first.patch, len(first.layers))
     alike = [f for f in found if (f.architecture, f.patch, len(f.layers)) == built]
     if len(alike) == 1:
         return first
-    layers = [replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers]
+    layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
     blocks = tuple(block for f in alike for block in f.blocks)
-    return replace(first, layers=tuple(layers), networks=tuple(f.networks[0] for f in alike), blocks=blocks)
+    return replace(first, layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)

@@ -1,9 +1,9 @@
 """Masks, from pixels to tokens:  pixel mask --latent_mask--> latent mask --token_mask--> token mask.
 
 One polarity everywhere: 1 = edit (foreground), 0 = keep (background). `from_keep_mask`, `from_comfy` and
-`from_diffusers` bring other people's conventions into it. The normal form is a float tensor (batch, 1, frames, height,
-width) in [0, 1]; every function here accepts whatever `as_mask` accepts. Soft values are allowed, and every reduction
-is a maximum, so a small region is never lost: a cell that holds any edited pixel is edited.
+`from_diffusers` convert the conventions of other tools. The normal form is a float tensor (batch, 1, frames, height,
+width) in [0, 1]; every function here accepts what `as_mask` accepts. Soft values are allowed, and every reduction is a
+maximum, so that a small region is never lost: a cell that holds any edited pixel is edited.
 
 >>> import torch
 >>> video = torch.zeros(9, 64, 96)  # frames, height, width
@@ -11,22 +11,17 @@ is a maximum, so a small region is never lost: a cell that holds any edited pixe
 >>> latent = latent_mask(video, temporal=4, spatial=8)
 >>> latent.shape, token_mask(latent, patch=(1, 2, 2)).sum()
 (torch.Size([1, 1, 3, 8, 12]), tensor(6))
-
-In this room: `form` (shapes, dtypes, values), `resolution` (latents, tokens, sizes), `morphology` (larger, smaller,
-softer), `conventions` (other people's masks).
 """
 
 from .conventions import from_comfy, from_diffusers, from_keep_mask
-from .form import Mask, MaskLike, as_mask, as_tensor, check_mask
-from .morphology import feather, grow, shrink, transition
-from .resolution import LatentMask, latent_mask, resize, snap_to_patches, token_mask
+from .form import Mask, MaskLike, as_mask, check_mask
+from .morphology import feather, grow, shrink
+from .resolution import latent_mask, resize, token_mask
 
 __all__ = [
-    "LatentMask",
     "Mask",
     "MaskLike",
     "as_mask",
-    "as_tensor",
     "check_mask",
     "feather",
     "from_comfy",
@@ -36,7 +31,5 @@ __all__ = [
     "latent_mask",
     "resize",
     "shrink",
-    "snap_to_patches",
     "token_mask",
-    "transition",
 ]

@@ -1,12 +1,13 @@
-"""Other people's masks: kept regions in white, ComfyUI's and diffusers' shapes, pictures."""
+"""Masks of other tools: kept regions in white, ComfyUI's and diffusers' shapes, pictures."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..types import MaskError
@@ -14,28 +15,46 @@ from .form import Mask, MaskLike, as_mask, as_tensor
 
 
 def from_keep_mask(mask: MaskLike, frames: int | None = None) -> Mask:
-    """From a mask with 1 = keep, e.g. the concat mask of Wan image-to-video. Shapes and values as in `as_mask`."""
+    """From a mask with 1 = keep, e.g. the concat mask of Wan image-to-video. Arguments are those of `as_mask`."""
     return 1 - as_mask(mask, frames)
 
 
 def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float = 0.0) -> Mask:
-    """From ComfyUI's `noise_mask` or MASK (1 = regenerate), hardened to 0/1: edited where above `threshold`.
+    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate.
 
-    As in ComfyUI's `reshape_mask` for video, (N, H, W) and (N, 1, H, W) are N *frames* of one clip; 5-D is taken as it
-    is. ComfyUI resizes trilinearly, which leaves soft borders: the default 0 keeps every touched cell (ComfyUI
-    regenerates it in part), 0.5 follows the outline.
+    Args:
+        noise_mask: (N, H, W) or (N, 1, H, W) with N *frames* of one clip, as in ComfyUI's `reshape_mask` for video; or
+            (batch, 1, T, H, W).
+        frames: As in `as_mask`.
+        threshold: Values above it are edited. ComfyUI resizes trilinearly, which leaves soft borders: 0 keeps every
+            cell that ComfyUI regenerates in part, 0.5 follows the outline.
+
+    Returns:
+        The mask in the normal form, 0 or 1.
+
+    Raises:
+        MaskError: `as_mask` refuses the mask, or the threshold is outside [0, 1].
     """
     values = as_tensor(noise_mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
-    return _harden(as_mask(values, frames), threshold)
+    return _hard(as_mask(values, frames), threshold, torch.gt)
 
 
 def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0.5) -> Mask:
-    """From a diffusers inpainting mask (white = repaint), hardened to 0/1 at `threshold`, as its image processor does.
+    """From a diffusers inpainting mask, white = repaint.
 
-    `mask`: a PIL image or a list of them, one per frame; an array (H, W), (T, H, W), (H, W, C) or (T, H, W, C) with C
-    1, 3 (RGB) or 4 (RGBA), or a list of (H, W) or (H, W, C); or a tensor as in `as_mask`.
+    Args:
+        mask: A PIL image or a list of images, one per frame; an array (H, W), (T, H, W), (H, W, C) or (T, H, W, C) with
+            1, 3 (RGB) or 4 (RGBA) channels, or a list of arrays of one frame; or a tensor as in `as_mask`.
+        frames: As in `as_mask`.
+        threshold: Values from it on are edited, as in diffusers' image processor.
+
+    Returns:
+        The mask in the normal form, 0 or 1.
+
+    Raises:
+        MaskError: `as_mask` refuses the mask, frames differ in size, or the threshold is outside [0, 1].
     """
     if isinstance(mask, Sequence) and not isinstance(mask, str):
         if not mask:
@@ -46,11 +65,11 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
         mask = np.stack(pages)
     elif not isinstance(mask, Tensor | str | os.PathLike):
         mask = _luminance(mask)
-    return _harden(as_mask(mask, frames), threshold, inclusive=True)
+    return _hard(as_mask(mask, frames), threshold, torch.ge)
 
 
 def _luminance(page: Any) -> np.ndarray:
-    """One image, PIL or array, or an array of frames, as gray values (..., height, width)."""
+    """Gray values (..., height, width) of one image, PIL or array, or of an array of frames."""
     if hasattr(page, "convert"):  # PIL, not imported here
         return np.asarray(page.convert("L"))
     array = np.asarray(page)
@@ -59,7 +78,7 @@ def _luminance(page: Any) -> np.ndarray:
     return array
 
 
-def _harden(values: Tensor, threshold: float, *, inclusive: bool = False) -> Tensor:
+def _hard(values: Tensor, threshold: float, edited: Callable[..., Tensor]) -> Tensor:
     if not 0 <= threshold <= 1:
         raise MaskError(f"threshold is {threshold}; expected [0, 1]")
-    return (values >= threshold if inclusive else values > threshold).to(values.dtype)
+    return edited(values, threshold).to(values.dtype)

@@ -1,6 +1,8 @@
-"""A larger, smaller or softer region, at the same resolution, by each cell's distance to the nearest edited one.
+"""A larger, smaller or softer region, by each cell's distance to the nearest edited cell (value above 0) of its frame.
 
-Runs in scipy on the CPU, frame by frame, and returns to the mask's device.
+Runs in scipy on the CPU and returns to the mask's device. Every function takes
+- mask: as in `as_mask`;
+- radius: in cells, Euclidean, >= 0; a negative radius raises MaskError.
 """
 
 from __future__ import annotations
@@ -18,32 +20,26 @@ from .form import Mask, MaskLike, as_mask
 
 
 def grow(mask: MaskLike, radius: float) -> Mask:
-    """0/1 mask of the cells within `radius` cells (Euclidean, >= 0) of an edited one (value above 0), per frame."""
+    """1 on cells within `radius` of an edited cell, else 0."""
     return _per_frame(mask, radius, lambda distance: distance <= radius)
 
 
 def shrink(mask: MaskLike, radius: float) -> Mask:
-    """0/1 mask of the cells further than `radius` cells from any kept one: the dual, 1 - grow(1 - mask, radius)."""
+    """1 on cells further than `radius` from every kept cell, else 0: 1 - grow(1 - mask, radius)."""
     return 1 - grow(1 - as_mask(mask), radius)
 
 
 def feather(mask: MaskLike, radius: float) -> Mask:
-    """Soft mask for pasting pixels: 1 on edited cells, falling to 0 at `radius` cells outside, per frame.
+    """A soft mask for pasting pixels: 1 on edited cells, falling to 0 at `radius` outside; radius 0 is a hard mask.
 
-    weight = (1 + cos(pi * min(d / radius, 1))) / 2 at distance d from the nearest edited cell; radius 0: a hard mask.
+    weight = (1 + cos(pi * min(d / radius, 1))) / 2 at distance d from the nearest edited cell.
     """
     if radius == 0:
         return grow(mask, 0)
     return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)
 
 
-def transition(mask: MaskLike, width: float) -> Mask:
-    """0/1 mask of the background within `width` cells of the edited region: grow(mask, width) minus the mask."""
-    return grow(mask, width) - grow(mask, 0)
-
-
 def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """Apply `weight` to each cell's distance to the nearest edited cell of its frame; 0 where the frame has none."""
     if not radius >= 0:
         raise MaskError(f"radius is {radius}; expected cells >= 0. Use masks.shrink to go inwards")
     values = as_mask(mask)

@@ -15,15 +15,10 @@ Grid = tuple[int, int, int]
 
 
 def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
-    """The number of tokens along (time, height, width).
+    """The number of tokens along (time, height, width), for `patch` latents per token along the same axes.
 
-    Args:
-        latent_shape: A video (batch, channels, time, height, width), a picture (batch, channels, height, width), or
-            packed tokens (batch, tokens, channels), which count as one row of tokens.
-        patch: Latents per token along (time, height, width).
-
-    Raises:
-        AttentionError: The latents have other axes, or axes that do not divide into patches.
+    Packed latents (batch, tokens, channels) count as one row of tokens. Raises AttentionError for a shape that does not
+    divide into patches.
     """
     axes = tuple(int(size) for size in latent_shape)[2:]
     if len(latent_shape) == 3:
@@ -45,34 +40,28 @@ def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
 
 
 def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
-    """A map over tokens, (batch, tokens), on tokens that are `factor` times as large: the minimum of each group, so
-    that a token that holds any edited token counts as edited.
-    """
+    """A map over tokens, (batch, tokens), on tokens that are `factor` times as large: the minimum of each group."""
     cells = ratio.view(len(ratio), 1, *grid)
     return -torch.nn.functional.max_pool3d(-cells, factor).flatten(1)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens of a video can come from the source.
+    """Which tokens of a video can come from the source: those that every clip of the batch locks in full.
 
-    The clips of a batch share one selection: a token is kept if every clip locks it in full.
-
-    Attributes:
-        weight: The fraction of the lock that each token takes, (batch, tokens), in [0, 1]; 0 where edited. See
-            `FittedMask.background`.
+    `weight` is the fraction of the lock that each token takes, (batch, tokens), as from `FittedMask.background`.
     """
 
     weight: Tensor
 
     @cached_property
     def kept(self) -> Tensor:
-        """Positions of tokens that are the source's wherever the lock is 1."""
+        """Positions of tokens whose K/V are the source's if the lock is 1."""
         return (self.weight >= 1).all(0).nonzero().flatten()
 
     @cached_property
     def computed(self) -> Tensor:
-        """Positions of all other tokens, which are computed whatever the lock is."""
+        """Positions of all other tokens, which are computed at any lock."""
         return (self.weight < 1).any(0).nonzero().flatten()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Arithmetic that several policies share: the clock, ranges, one guidance scale per clip."""
+"""Arithmetic that several policies share: the clock, ranges, and one guidance scale per clip."""
 
 from __future__ import annotations
 

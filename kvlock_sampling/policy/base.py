@@ -1,8 +1,7 @@
 """The contract of a policy: `init() -> state`, `step(state, observation) -> (state, control)`.
 
 Settings are frozen, state is a value, and the clock is sigma. The smallest policy is a function under `@stateless`. A
-policy with memory is a frozen dataclass with `init` and `step`. Both work elementwise: a clip gets the same answer
-alone as in a batch. A policy never sees a model or a mask.
+policy works elementwise: a clip gets the same answer alone as in a batch. It never sees a model or a mask.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 class Policy(ABC):
     """Base of every policy. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
-    `kvlock_sampling.testing.check_policy` tests a subclass. To change a finished policy, wrap it instead.
+    Every built-in policy raises PolicyError for a setting out of range. `kvlock_sampling.testing.check_policy` tests a
+    subclass. To change a finished policy, wrap it instead.
 
     Attributes:
         uses_risk: Whether the policy reads `obs.risk` or `obs.variance`. If False, nothing is measured, both are NaN,
@@ -73,30 +73,16 @@ class Policy(ABC):
         """
 
     def start(self, obs: Observation) -> Control:
-        """Return what holds before the first measurement, beginning with the first evaluation of a run.
+        """Return the control before the first measurement, when `obs.risk` and `obs.variance` are NaN.
 
         Defaults to no lock and the requested guidance. A policy that uses no risk takes its first step instead.
-
-        Args:
-            obs: An observation with `risk` and `variance` NaN.
-
-        Returns:
-            The control.
         """
         return Control(lock=0.0) if self.uses_risk else self.step(self.init(), obs)[1]
 
 
 @dataclass(frozen=True, repr=False)
 class Stateless(Policy):
-    """A function `obs -> Control` as a policy, made by `@stateless`. It can still be called as the function.
-
-    Args:
-        function: Maps an Observation to a Control.
-        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
-
-    Raises:
-        PolicyError: `function` is not a function of one argument.
-    """
+    """A function `obs -> Control` as a policy. `stateless` makes it. It can still be called as the function."""
 
     function: Callable[[Observation], Control]
     uses_risk: bool = True  # type: ignore[misc]  # a setting here, a class attribute in other policies
@@ -104,12 +90,12 @@ class Stateless(Policy):
     def __post_init__(self) -> None:
         if not callable(self.function) or not _takes(self.function, 1):
             raise PolicyError(
-                f"stateless({_name(self.function)}): expected a function of the observation. For example\n"
-                "  stateless(lambda obs: Control(lock=obs.risk.clamp(0, 1)))"
+                f"stateless({self.function!r}): expected a function of the observation, e.g. "
+                "stateless(lambda obs: Control(lock=obs.risk.clamp(0, 1)))."
             )
         for attribute in ("__module__", "__name__", "__qualname__", "__doc__"):  # for help() and for error messages
-            if hasattr(self.function, attribute):
-                object.__setattr__(self, attribute, getattr(self.function, attribute))
+            default = type(self.function).__name__ if attribute == "__name__" else None
+            object.__setattr__(self, attribute, getattr(self.function, attribute, default))
 
     def __call__(self, obs: Observation) -> Control:
         return self.function(obs)
@@ -118,7 +104,7 @@ class Stateless(Policy):
         return state, self.function(obs)
 
     def __repr__(self) -> str:
-        return f"stateless({_name(self.function)}{'' if self.uses_risk else ', uses_risk=False'})"
+        return f"stateless({self.__name__}{'' if self.uses_risk else ', uses_risk=False'})"  # type: ignore[attr-defined]
 
 
 @overload
@@ -138,14 +124,13 @@ def stateless(function: Callable[[Observation], Control] | None = None, *, uses_
 
     Args:
         function: Maps an Observation to a Control.
-        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. If False, nothing is measured. Defaults to
-            True.
+        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
 
     Returns:
         The policy, or a decorator if no function is given.
 
     Raises:
-        PolicyError: `function` is not a function of one argument.
+        PolicyError: `function` does not take one argument.
     """
     if function is None:
         return functools.partial(stateless, uses_risk=uses_risk)
@@ -153,13 +138,10 @@ def stateless(function: Callable[[Observation], Control] | None = None, *, uses_
 
 
 def as_policy(value: Any) -> Policy:
-    """Convert a policy or a function `obs -> Control` to a policy.
+    """Return a policy as it is, and a function `obs -> Control` as a policy.
 
     Args:
         value: A Policy, or a function of an Observation.
-
-    Returns:
-        The policy.
 
     Raises:
         PolicyError: Any other value, including a class or the name of a preset.
@@ -174,13 +156,5 @@ def as_policy(value: Any) -> Policy:
         return Stateless(value)
     raise PolicyError(
         f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation.\n"
-        '  These work: PID(target=1.0), load_policy("paper"), the policy of a preset, preset.policy, or a function '
-        "under @stateless."
+        '  These work: PID(target=1.0), load_policy("paper"), preset.policy, or a function under @stateless.'
     )
-
-
-def _name(value: Any) -> str:
-    """The name of a function, or of the function inside a Stateless."""
-    if isinstance(value, Stateless):
-        return _name(value.function)
-    return getattr(value, "__name__", None) or type(value).__name__

@@ -16,14 +16,11 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Constant(Policy):
-    """The same lock at every evaluation, including the first.
+    """The same lock at every evaluation, including the first. Raises PolicyError for a setting out of range.
 
     Args:
         lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.
         cfg_scale: Absolute guidance scale. Defaults to None, the requested scale.
-
-    Raises:
-        PolicyError: A lock outside [0, 1], or a scale that is not finite.
     """
 
     lock: float = 0.0

@@ -17,17 +17,9 @@ def policy_name(policy: Any) -> str:
 
 
 def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
-    """Check the types and shapes of a policy's answer, without reading values from a device.
+    """Check the types and shapes of what `method` returned, without reading values from a device.
 
-    Args:
-        policy: The policy, for its name.
-        control: What it returned.
-        batch: The number of clips.
-        tokens: The number of tokens that a per-token lock must have; None if nothing can be locked.
-        method: The method that returned it, "step" or "start".
-
-    Raises:
-        PolicyError: Says what was returned, what is expected, and what to write.
+    A per-token lock must have `tokens` tokens; None if nothing can be locked.
     """
     name = f"{policy_name(policy)}.{method}"
     if not isinstance(control, Control):
@@ -38,9 +30,9 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
-            per_token = field == "lock" and tokens is not None and shape == (batch, tokens)
-            if shape not in ((), (batch,)) and not per_token:
-                extra = f" or (batch, tokens) = ({batch}, {tokens})" if field == "lock" and tokens else ""
+            per_token = field == "lock" and tokens is not None
+            if shape not in ((), (batch,)) and not (per_token and shape == (batch, tokens)):
+                extra = f" or (batch, tokens) = ({batch}, {tokens})" if per_token else ""
                 raise PolicyError(
                     f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},),{extra} or a float.\n"
                     "  A policy sees one risk per clip, obs.risk of shape (batch,): combine it elementwise."
@@ -51,11 +43,7 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
 
 
 def check_finite(policy: Any, control: Control, method: str) -> None:
-    """Check the values of an answer, where that costs no transfer from a device.
-
-    Raises:
-        PolicyError: A value is NaN or infinite.
-    """
+    """Check that values are finite, where that costs no transfer from a device."""
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
             finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
@@ -64,5 +52,6 @@ def check_finite(policy: Any, control: Control, method: str) -> None:
         if not finite:
             raise PolicyError(
                 f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
-                "  Is x0-hat finite? A policy with uses_risk=False, and any policy in start, sees NaN as risk."
+                "  Is x0-hat finite? obs.risk and obs.variance are NaN if uses_risk is False, and before the first "
+                "measurement: do not read them in start."
             )

@@ -18,15 +18,12 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Linear(Policy):
-    """The paper's rule: lock and guidance rise in proportion to risk.
+    """The paper's rule: lock and guidance rise in proportion to risk. Raises PolicyError for a setting out of range.
 
     Args:
         gain: Lock per unit of risk, > 0. 1 locks fully at the threshold, 0.5 at twice the threshold. Defaults to 1.
         cfg_max: Largest multiple of the requested guidance scale, >= 0. None leaves guidance as requested. Defaults
             to 2.
-
-    Raises:
-        PolicyError: A setting out of range.
     """
 
     gain: float = 1.0
@@ -37,9 +34,8 @@ class Linear(Policy):
         number(self, "cfg_max", at_least=0.0, optional=True)
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        drive = self.gain * obs.risk
-        lock = drive.clamp(0.0, 1.0)
-        if self.cfg_max is None:
-            return state, Control(lock)
-        requested = obs.requested_cfg_scale
-        return state, Control(lock, requested * worst(drive).clamp(0.0, self.cfg_max).to(requested.dtype))
+        drive, scale = self.gain * obs.risk, None
+        if self.cfg_max is not None:
+            requested = obs.requested_cfg_scale
+            scale = requested * worst(drive).clamp(0.0, self.cfg_max).to(requested.dtype)
+        return state, Control(drive.clamp(0.0, 1.0), scale)

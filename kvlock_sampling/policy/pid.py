@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
 from ..utils.precision import working
@@ -24,19 +23,12 @@ from .base import Policy
 RISK_RANGE: Range = (1e-3, 1e3)
 
 
-class PIDState(NamedTuple):
-    """The last noise level, log risk there, ki * integral(e dt), filtered d(level)/dt, and u. None before a step."""
-
-    sigma: float
-    level: Tensor
-    integral: Tensor
-    slope: Tensor
-    output: Tensor
-
-
 @dataclass(frozen=True)
 class PID(Policy):
     """Hold risk at `target`: lock more while it is above, less while it is below.
+
+    Its state is (sigma, log risk, ki * integral(e dt), filtered slope of log risk, u) of the last step.
+    Raises PolicyError for a setting out of range.
 
     Args:
         target: Risk > 0 to hold. Defaults to 1, the calibrated threshold.
@@ -51,9 +43,6 @@ class PID(Policy):
         filter_width: Time constant of the derivative's low-pass in log sigma, > 0; a 40-step run spans about 8.
             Defaults to 0.3.
         slew: Largest change of u per unit of log sigma, > 0, starting at the bias. Defaults to None, no limit.
-
-    Raises:
-        PolicyError: A setting out of range.
     """
 
     target: float = 1.0
@@ -86,25 +75,21 @@ class PID(Policy):
         """The range of u: the lock's limits, or (0, 1) if u also drives guidance."""
         return self.lock_range if self.cfg_range[0] == self.cfg_range[1] else (0.0, 1.0)
 
-    def step(self, state: PIDState | None, obs: Observation) -> tuple[PIDState, Control]:
+    def step(self, state: tuple[Any, ...] | None, obs: Observation) -> tuple[tuple[Any, ...], Control]:
         low, high = self.limits
         level = working(obs.risk).clamp(*RISK_RANGE).log()
         zero = torch.zeros_like(level)
-        last = state or PIDState(obs.sigma, level, integral=zero, slope=zero, output=zero + self.bias)
-        dt = elapsed(last.sigma, obs.sigma)
-        error, last_error = level - math.log(self.target), last.level - math.log(self.target)
+        sigma, last_level, integral, slope, output = state or (obs.sigma, level, zero, zero, zero + self.bias)
+        dt = elapsed(sigma, obs.sigma)
+        error, last_error = level - math.log(self.target), last_level - math.log(self.target)
 
         # The derivative acts on the low-passed measurement, so a first step or a jump gives no kick. Exact for any dt.
-        slope = last.slope
         if dt > 0.0:
-            fraction = -math.expm1(-dt / self.filter_width)
-            slope = slope + fraction * ((level - last.level) / dt - slope)
+            slope = slope - math.expm1(-dt / self.filter_width) * ((level - last_level) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
         # The trapezoid rule in log sigma, half by half, gives the same integral in 20 and in 50 steps. The integral
-        # stops growing where u reaches a limit (no windup), so u leaves the limit as soon as the error changes its
-        # sign.
-        integral = last.integral
+        # stops growing where u reaches a limit (no windup), so u leaves the limit as soon as the error changes sign.
         for part in (last_error, error):
             grown = integral + self.ki * dt / 2 * part
             grown = grown.clamp(torch.minimum(integral, low - rest), torch.maximum(integral, high - rest))
@@ -112,10 +97,9 @@ class PID(Policy):
 
         wanted = (rest + integral).clamp(low, high)
         if self.slew is not None:
-            wanted = last.output + (wanted - last.output).clamp(-self.slew * dt, self.slew * dt)
+            wanted = output + (wanted - output).clamp(-self.slew * dt, self.slew * dt)
         lock = wanted.clamp(*self.lock_range).to(obs.risk.dtype)
-        new = PIDState(obs.sigma, level, integral, slope, wanted)
-        return new, Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
+        return (obs.sigma, level, integral, slope, wanted), Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
 
     def start(self, obs: Observation) -> Control:
         """The bias, u at zero error."""

@@ -20,7 +20,7 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Sigmoid(Policy):
-    """A soft threshold without memory.
+    """A soft threshold without memory. Raises PolicyError for a setting out of range.
 
     Args:
         centre: Risk > 0 at which the curve is half way. Defaults to 1, the calibrated threshold.
@@ -29,9 +29,6 @@ class Sigmoid(Policy):
         lock_range: Lock (at risk 0, at risk inf), within [0, 1]. Defaults to (0, 1).
         cfg_range: Multiple of the requested guidance scale (at risk 0, at risk inf), >= 0; may fall. Defaults to
             (1, 1), the requested scale.
-
-    Raises:
-        PolicyError: A setting out of range.
     """
 
     centre: float = 1.0

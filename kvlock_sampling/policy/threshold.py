@@ -20,7 +20,9 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """All or nothing, with hysteresis. Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
+    """All or nothing, with hysteresis. Raises PolicyError for a setting out of range.
+
+    Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
 
     Args:
         on: Risk > 0 above which a clip (or token) locks. Defaults to 1, the calibrated threshold.
@@ -29,9 +31,6 @@ class Threshold(Policy):
         free: Lock while free, in [0, 1]. Defaults to 0.
         cfg_calm: Multiple of the requested guidance scale while free, >= 0. Defaults to 1.
         cfg_alarm: Multiple of the requested guidance scale while any token of a clip is locked, >= 0. Defaults to 1.
-
-    Raises:
-        PolicyError: A setting out of range, or `off` above `on`.
     """
 
     on: float = 1.0
@@ -50,8 +49,8 @@ class Threshold(Policy):
             number(self, name, at_least=0.0)
         if self.off > self.on:
             raise PolicyError(
-                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on, or a clip would lock and release "
-                f"at once. This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
+                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on. "
+                f"This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
             )
 
     def step(self, state: Tensor | None, obs: Observation) -> tuple[Tensor, Control]:

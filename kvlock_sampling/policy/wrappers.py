@@ -1,15 +1,14 @@
 """Policies around policies:  Windowed (when),  LockAbove (early),  Smoothed (how fast),  Clamped (how much).
 
-A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`, `Windowed(Linear(), last=20)`.
-It measures only if the inner policy does. The inner policy is stepped at every evaluation, so that its memory is up to
-date when it takes over. A lock acts on the next evaluation, here too.
+A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`. It measures only if the inner
+policy does. The inner policy is stepped at every evaluation, so that its memory is up to date when it takes over.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,6 @@ class PolicyWrapper(Policy):
         object.__setattr__(self, "policy", as_policy(self.policy))
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
-        """Change the inner policy's control."""
         return control
 
     def init(self) -> Any:
@@ -70,7 +68,7 @@ class Windowed(PolicyWrapper):
         above: Active at sigma >= above, > 0.
 
     Raises:
-        PolicyError: No bound, a bound out of range, or in a run an unknown schedule that `last` needs.
+        PolicyError: No bound, or a bound out of range; in a run, an unknown schedule that `last` needs.
     """
 
     last: int | None = None
@@ -86,17 +84,16 @@ class Windowed(PolicyWrapper):
         number(self, "above", above=0.0, optional=True)
         if self.last is None and self.below is None and self.above is None:
             raise PolicyError(
-                f"Windowed({self.policy!r}): no window given. "
-                "This works: Windowed(policy, last=20), or in noise levels Windowed(policy, below=3.3, above=0.1)"
+                f"Windowed({self.policy!r}): no window given. This works: Windowed(policy, last=20), or in noise "
+                "levels Windowed(policy, below=3.3, above=0.1)"
             )
         if self.below is not None and self.above is not None and self.below < self.above:
             raise PolicyError(
-                f"Windowed(below={self.below:g}, above={self.above:g}) is an empty window: it is active while "
-                f"below >= sigma >= above. This works: Windowed(policy, below={self.above:g}, above={self.below:g})"
+                f"Windowed(below={self.below:g}, above={self.above:g}) is an empty window; expected below >= above. "
+                f"This works: Windowed(policy, below={self.above:g}, above={self.below:g})"
             )
 
     def _is_open(self, obs: Observation) -> bool:
-        """Whether the inner policy acts at this evaluation."""
         if self.above is not None and obs.sigma < self.above:
             return False
         if self.last is not None and obs.steps_left is not None:
@@ -106,10 +103,9 @@ class Windowed(PolicyWrapper):
         if self.last is None:
             return True
         raise PolicyError(
-            f"Windowed(last={self.last}) must know how many steps are left, but the schedule is unknown.\n"
-            "  Pass sigmas=... to KVLock, or use lock.sample(sampler, x, sigmas), or call a sampler of "
-            "kvlock_sampling.samplers.\n"
-            f"  Or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
+            f"Windowed(last={self.last}) must know how many steps are left, but the schedule is unknown.\n  Pass "
+            "sigmas=... to KVLock, use lock.sample(sampler, x, sigmas) or a sampler of kvlock_sampling.samplers,\n"
+            f"  or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
         )
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
@@ -123,19 +119,12 @@ class LockAbove(PolicyWrapper):
     The layout of a clip is decided at high noise, before there is a measurement, so the lock holds from the first
     evaluation on. The first evaluation below `above` is still locked, because a lock acts on the next evaluation.
     Source: Follow-Your-Shape (arXiv 2508.08134) takes all keys and values from the source in the first 2 steps; its
-    background was best at 2 steps, worse at 0 and at 4.
-
-    >>> from kvlock_sampling.policy import Linear
-    >>> LockAbove(Linear(), above=10.0).may_lock
-    True
+    background was best at 2 steps, worse at 0 and at 4. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
         above: Noise level > 0. At this sigma and higher the lock is at least `lock`.
         lock: The least lock there, in [0, 1]. Defaults to 1.
-
-    Raises:
-        PolicyError: A setting out of range.
     """
 
     above: float
@@ -158,16 +147,13 @@ class LockAbove(PolicyWrapper):
 
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
-    """The inner policy's lock and guidance scale, kept within limits.
+    """The inner policy's lock and guidance scale, kept within limits. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
         lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone. Defaults to (0, 1), which limits a
             policy that returns more.
         cfg: (lowest, highest) absolute guidance scale. Defaults to None, no limits.
-
-    Raises:
-        PolicyError: Limits out of range.
     """
 
     lock: Range = (0.0, 1.0)
@@ -176,7 +162,8 @@ class Clamped(PolicyWrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         pair(self, "lock", at_least=0.0, at_most=1.0)
-        pair(self, "cfg", optional=True)
+        if self.cfg is not None:
+            pair(self, "cfg")
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
         control = control._replace(lock=_clamp(_lock(control, obs), self.lock))
@@ -190,29 +177,18 @@ class Clamped(PolicyWrapper):
         return self.lock[0] > 0.0 or (self.lock[1] > 0.0 and self.policy.may_lock)
 
 
-class SmoothedState(NamedTuple):
-    """The inner state, the noise level of the last step, and what was sent then; None where nothing was."""
-
-    inner: Any
-    sigma: float | None = None
-    lock: Scalar | None = None
-    cfg_scale: Scalar | None = None
-
-
 @dataclass(frozen=True)
 class Smoothed(PolicyWrapper):
     """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
     It begins at the inner policy's `start`, so the first value does not jump, and its curve is almost the same in 20
-    steps as in 50. The inner policy's `composite` passes unchanged.
+    steps as in 50. The inner policy's `composite` passes unchanged. Its state is the inner state, and the noise level
+    and the control of the last step, None before one. Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
         half_life: Half-life in log sigma, > 0: after sigma has fallen by a factor exp(half_life), half of a jump is
             left.
-
-    Raises:
-        PolicyError: half_life <= 0.
     """
 
     half_life: float
@@ -221,13 +197,14 @@ class Smoothed(PolicyWrapper):
         super().__post_init__()
         number(self, "half_life", above=0.0)
 
-    def init(self) -> SmoothedState:
-        return SmoothedState(self.policy.init())
+    def init(self) -> tuple[Any, float | None, Control | None]:
+        return self.policy.init(), None, None
 
-    def step(self, state: SmoothedState, obs: Observation) -> tuple[SmoothedState, Control]:
-        inner, control = self.policy.step(state.inner, obs)
-        before = state if state.sigma is not None else self.policy.start(obs)
-        weight = 1.0 - 2.0 ** (-elapsed(state.sigma, obs.sigma) / self.half_life)
+    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
+        inner, sigma, before = state
+        inner, control = self.policy.step(inner, obs)
+        before = self.policy.start(obs) if before is None else before
+        weight = 1.0 - 2.0 ** (-elapsed(sigma, obs.sigma) / self.half_life)
         lock = _follow(before.lock, control.lock, weight, obs.lock, obs.risk)
         requested = obs.requested_cfg_scale
         cfg_scale = _follow(before.cfg_scale, control.cfg_scale, weight, requested, requested)
@@ -235,7 +212,7 @@ class Smoothed(PolicyWrapper):
             lock=None if lock is None else lock.to(obs.risk.dtype),
             cfg_scale=None if cfg_scale is None else cfg_scale.to(requested.dtype),
         )
-        return SmoothedState(inner, obs.sigma, lock, cfg_scale), sent
+        return (inner, obs.sigma, Control(lock, cfg_scale)), sent
 
 
 def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Tensor, like: Tensor) -> Tensor | None:

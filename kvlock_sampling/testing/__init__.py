@@ -6,7 +6,7 @@ def test_my_measure(): check_estimator(FrameVariance())
 def test_my_network(): check_layers(denoiser, torch.randn(2, 16, 3, 8, 8), {"cond": texts})
 """
 
-from .denoisers import GaussianDenoiser, MixtureDenoiser, toy_denoisers
+from .denoisers import GaussianDenoiser, MixtureDenoiser
 from .estimator import check_estimator
 from .layers import check_layers
 from .pipelines import tiny_pipeline
@@ -19,5 +19,4 @@ __all__ = [
     "check_layers",
     "check_policy",
     "tiny_pipeline",
-    "toy_denoisers",
 ]

@@ -5,61 +5,104 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..policy.contract import policy_name as name_of
+from ..policy.contract import policy_name
 from ..types import KVLockError
 
-__all__ = ["check_settings", "checked_step", "name_of", "same"]
 
+class Contract(NamedTuple):
+    """An object with a `step(state, given)`, and how to check it.
 
-def check_settings(checked: Any, error: type[KVLockError]) -> None:
-    """Raise `error` unless `checked` is a frozen dataclass whose repr shows its settings."""
-    kind = type(checked).__name__
-    params = getattr(type(checked), "__dataclass_params__", None)
-    if params is None or not params.frozen:
-        raise error(
-            f"{kind} can be changed after it was made; expected frozen settings: it serves many runs.\n"
-            f"  Write @dataclass(frozen=True) over class {kind}, and keep memory in the state that step returns."
-        )
-    if " object at 0x" in repr(checked):
-        raise error(f"{checked!r} does not show its settings; expected {kind}(...), as a dataclass prints.")
-
-
-def checked_step(
-    step: Callable[[Any, Any], Any],
-    state: Any,
-    given: Any,
-    check: Callable[[Any], None],
-    error: type[KVLockError],
-    *,
-    who: str,
-    seen: str,
-    pair: str,
-    hint: str,
-) -> tuple[Any, Any]:
-    """Call a `step` twice, and check that it returns a `pair`, changes nothing in place and repeats its answer.
-
-    `check` checks the second half of the answer; `who`, `seen`, `pair` and `hint` are parts of the messages.
+    Attributes:
+        checked: The policy or estimator.
+        error: The error to raise.
+        given: What the second argument of `step` is called.
+        returned: What the second half of the answer is called.
+        check: Checks the second half of an answer to a second argument.
     """
-    before = copy.deepcopy((state, given))
-    answer = step(state, given)
-    if type(answer) is not tuple or len(answer) != 2:
-        returned = answer if hasattr(answer, "_fields") else type(answer).__name__
-        raise error(f"{who} returned {returned}; expected {pair}: return {pair.strip('()')}")
-    check(answer[1])
-    kept = copy.deepcopy(answer)
-    for what, was, now in (("state", before[0], state), (seen, before[1], given)):
-        if not same(was, now):
-            raise error(
-                f"{who} changed the {what} it was given; expected it untouched, to go back to.\n"
-                "  Build new tensors (x + 1, torch.where, state._replace) instead of x += 1, x.add_(1) or x[i] = 1."
+
+    checked: Any
+    error: type[KVLockError]
+    given: str
+    returned: str
+    check: Callable[[Any, Any], None]
+
+    @property
+    def name(self) -> str:
+        return policy_name(self.checked)
+
+    def check_settings(self) -> None:
+        """Check that the object is a frozen dataclass whose repr shows its settings."""
+        kind = type(self.checked).__name__
+        params = getattr(type(self.checked), "__dataclass_params__", None)
+        if params is None or not params.frozen:
+            raise self.error(
+                f"{kind} can be changed after it was made; expected frozen settings: it serves many runs.\n"
+                f"  Write @dataclass(frozen=True) over class {kind}, and keep memory in the state that step returns."
             )
-    if not same(kept, step(state, given)):
-        raise error(f"{who} gave two answers to one question at sigma={given.sigma:.3g}, expected one.\n  {hint}")
-    return answer
+        if " object at 0x" in repr(self.checked):
+            raise self.error(f"{self.checked!r} does not show its settings; expected {kind}(...) as of a dataclass.")
+
+    def attempt(self, method: str, *arguments: Any) -> Any:
+        """Call a method; an error of another kind becomes one that says what the method was given."""
+        try:
+            return getattr(self.checked, method)(*arguments)
+        except self.error:
+            raise
+        except Exception as error:
+            tensors = {name: v for name, v in arguments[-1]._asdict().items() if isinstance(v, Tensor)}
+            shapes = ", ".join(f"{name} of shape {tuple(v.shape)}, {v.dtype}" for name, v in tensors.items())
+            problem = f"{self.name}.{method} raised {type(error).__name__}: {error}"
+            raise self.error(f"{problem}\n  It was given {shapes}.") from error
+
+    def step(self, state: Any, given: Any) -> tuple[Any, Any]:
+        """Step twice; check that a pair returns, that nothing is changed in place, and that the answer repeats."""
+        who, before = f"{self.name}.step", copy.deepcopy((state, given))
+        answer = self.attempt("step", state, given)
+        if type(answer) is not tuple or len(answer) != 2:
+            shown = answer if hasattr(answer, "_fields") else type(answer).__name__
+            pair = f"state, {self.returned}"
+            raise self.error(f"{who} returned {shown}; expected ({pair}): return {pair}")
+        self.check(answer[1], given)
+        kept = copy.deepcopy(answer)
+        for what, was, now in (("state", before[0], state), (self.given, before[1], given)):
+            if not same(was, now):
+                raise self.error(
+                    f"{who} changed the {what} it was given; expected it untouched, to go back to.\n"
+                    "  Build new tensors (x + 1, torch.where, state._replace) instead of x += 1, x.add_(1) or x[i] = 1."
+                )
+        if not same(kept, self.attempt("step", state, given)):
+            raise self.error(
+                f"{who} gave two answers to one question at sigma={given.sigma:.3g}, expected one.\n  All memory must "
+                "be in the state, none in self or globals; a generator of random draws is seeded by settings and state."
+            )
+        return answer
+
+    def play(self, state: Any, run: list[Any]) -> tuple[list[Any], list[Any]]:
+        """All states, including the given one, and all answers of a run; every step is checked."""
+        states, answers = [state], []
+        for given in run:
+            state, answer = self.step(state, given)
+            states.append(state)
+            answers.append(answer)
+        return states, answers
+
+    def check_rewind(self, run: list[Any], states: list[Any], answers: list[Any]) -> None:
+        """Check that a restored state continues as before."""
+        for index in (0, len(run) // 2):
+            if not same(self.play(states[index], run[index:])[1], answers[index:]):
+                raise self.error(
+                    f"{self.name}.step answered otherwise when the state of sigma={run[index].sigma:.3g} was restored, "
+                    "expected the same.\n  Samplers reject steps and go back: all memory must be in the state."
+                )
+
+
+def one_clip(given: Any, clip: int) -> Any:
+    """An observation or evaluation of one clip of the batch."""
+    return given._make(v[clip : clip + 1] if isinstance(v, Tensor) else v for v in given)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -1,12 +1,12 @@
-"""Every promise that `check_layers` tests, at one noise level and in one precision."""
+"""The promises that `check_layers` tests, at one noise level and in one precision."""
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,61 +17,48 @@ from ..attention.context import KeyValue
 from ..batching import take
 from ..lock import KVLock
 from ..masks.fitted import FittedMask
-from ..policy import Constant, Policy
+from ..policy import Constant, Policy, stateless
 from ..source import Source
-from ..types import AttentionError, Control, Denoiser, Observation
+from ..types import AttentionError, Control, Denoiser
+from ..utils.modules import reachable_modules
 from ..utils.signature import method_of, parameters_of
-from ._parts import Hit, Seen, check_hits, coarsest, hit, module_state, moved, some, two_masks
+
+Place = tuple[int, int, int]
 
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest deviation that counts as rounding, in standard deviations of the output."""
 
 
-@dataclass(frozen=True)
-class _Each(Policy):
-    """A fixed lock for each clip; unlike Constant(0) it never promises not to lock."""
+class Seen(NamedTuple):
+    """One attention call of a layer: `own` and `used` are (rows, ..., length, dim), before and after fusion."""
 
-    locks: tuple[float, ...]
-
-    uses_risk = False
-
-    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        return state, Control(torch.tensor(self.locks))
+    layer: str
+    turn: int
+    clips: list[int]
+    start: int
+    ratio: Tensor
+    own: KeyValue
+    used: KeyValue
 
 
 @dataclass(frozen=True)
 class _Spy(FusionContext):
-    """A context that also remembers every attention call, to look at keys and values from inside."""
+    """A context that remembers the keys and values of every attention call."""
 
     seen: list[Seen] = field(default_factory=list)
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
         used = super().process(layer, key, value, start, ratio)
-        if len(ratio) == self.batch:  # else `process_row` remembers it
-            chunks = len(key) // self.batch
-            clips = list(range(self.batch)) * chunks
-            own = key.clone(), value.clone()
-            self.seen.append(Seen(layer, clips, start, ratio.repeat(chunks, 1), own, used))
-        return used
-
-    def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
-        used = super().process_row(layer, index, key, value, start)
-        clip = index % self.batch
+        # `process_row` calls this with one clip, and names the layer "layer[clip]".
+        clips = list(range(self.batch)) if len(ratio) == self.batch else [int(layer[:-1].rsplit("[", 1)[1])]
+        chunks, turn = len(key) // len(clips), sum(seen.layer == layer for seen in self.seen)
         own = key.clone(), value.clone()
-        self.seen.append(Seen(f"{layer}[{index}]", [clip], start, self.ratio[clip : clip + 1], own, used))
+        self.seen.append(Seen(layer, turn, clips * chunks, start, ratio.repeat(chunks, 1), own, used))
         return used
-
-
-def _turns(seen: Sequence[Seen]) -> Iterator[tuple[Seen, int]]:
-    """Each with how often its layer had acted before."""
-    times: Counter[str] = Counter()
-    for one in seen:
-        yield one, times[one.layer]
-        times[one.layer] += 1
 
 
 class Promises:
-    """Of one denoiser and its layers, for latents like x; `keep` raises AttentionError where one is not kept."""
+    """The promises of one denoiser and its layers, for latents like x."""
 
     def __init__(
         self,
@@ -90,219 +77,181 @@ class Promises:
         self.source, self.noise, other, noise = (
             torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4)
         )
-        self.x = self._noised(other, noise)
-        self.z = self._noised(self.source, self.noise)
-        self.mask = two_masks(x, coarsest(layers))
+        noised = Source(self.source, add_noise=method_of(model, "add_noise")).at
+        self.x, self.z = noised(other, level, noise), noised(self.source, level, self.noise)
+        self.mask = _two_masks(x, layers)
         self.tolerance = tolerance or _ROUNDING.get(x.dtype, 1e-3)
         self.fired: set[str] = set()
+        self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
 
     def keep(self, *, all_of_them: bool = True) -> set[str]:
-        """The names of the layers that fired. Not `all_of_them`: only those that depend on precision."""
-        with self._untouched():
-            self.plain = self._bare(self.x)
-            self._same(self._bare(self.x), self.plain, "the same call", "model.eval() turns dropout off.")
-            self._clips_apart()
-            self._places()
-            self._off()
-            self._keys_and_values()
-            self._self_consistent()
-            if all_of_them:
-                self._ways_agree()
-                self._clips_locked_apart()
-                self._left_out()
+        """Test the promises, or only those that depend on precision, and return the names of the layers that fired."""
+        before, depth = _module_state(self.model), _len_torch_function_stack()
+        self.plain = self._bare(self.x)
+        self._same(self._bare(self.x), "the same call", "model.eval() turns dropout off.")
+        self._clips_apart()
+        self._places()
+        self._off()
+        self._keys_and_values()
+        self._self_consistent()
+        if all_of_them:
+            self._ways_agree()
+            self._clips_locked_apart()
+            self._left_out()
+        changed = [name for name, state in _module_state(self.model).items() if state != before.get(name)]
+        if changed or _len_torch_function_stack() != depth:
+            raise AttentionError(
+                f"after the block something stayed behind on {some(changed) or 'the stack of torch functions'}; "
+                "expected every hook gone.\n  Does the model install one itself?"
+            )
         return self.fired
 
-    # -- promises -----------------------------------------------------------------------------------------------------
-
     def _clips_apart(self) -> None:
+        what = "the bare model gives clip {} alone another answer than in a batch, without any lock"
         for clip in range(len(self.x)):
-            alone = self._bare(self.x[clip : clip + 1], clip)
-            self._close(
-                alone,
-                self.plain[clip : clip + 1],
-                f"the bare model gives clip {clip} alone another answer than in a batch, without any lock",
-                "Tensors of extra_args that belong to clips need the batch as their first axis.",
-            )
+            alone, together = self._bare(self.x[clip : clip + 1], clip), self.plain[clip : clip + 1]
+            advice = "Tensors of extra_args that belong to clips need the batch as their first axis."
+            self._close(alone, together, what.format(clip), advice)
 
     def _places(self) -> None:
-        """One token of every clip is changed; its own keys and values must be those that change most."""
+        """Change one token of every clip: its own keys and values must be those that change most."""
         grid = self.layers.grid(self.x.shape)
         own = self._spy("capture", self.x).seen
         t, h, w = (size - 1 for size in grid)
-        hits: dict[str, list[Hit]] = {}
+        hits: dict[str, tuple[Seen, list[tuple[Place, int, int | None]]]] = {}
         for corners in ([(0, h, 0), (t, 0, w)], [(t, 0, w), (0, h, 0)], [(t // 2, h // 2, w), (0, 0, 0)]):
             places = [corners[clip % 2] for clip in range(len(self.x))]
-            changed = self._spy("capture", moved(self.x, places, self.layers.patch)).seen
+            changed = self._spy("capture", _moved(self.x, places, self.layers.patch)).seen
             for before, after in zip(own, changed, strict=True):
-                for row, clip in enumerate(before.clips):
-                    found = hit(before, after, row, places[clip], grid, self._factor(before.layer))
-                    hits.setdefault(before.layer, []).append(found)
-        for of_one_site in hits.values():
-            check_hits(of_one_site, grid)
+                squares = [(b.float() - a.float()).square().sum(-1) for a, b in zip(before.own, after.own, strict=True)]
+                change = torch.stack([s.reshape(len(s), -1, s.shape[-1]).sum(1) for s in squares]).sum(0)
+                larger = next((s.patch for s in self.layers.layers if s.name == before.layer and s.patch), None)
+                factor = [a // b for a, b in zip(larger or self.layers.patch, self.layers.patch, strict=True)]
+                for clip, moved in zip(before.clips, change, strict=True):
+                    i, j, k = (index // f for index, f in zip(places[clip], factor, strict=True))
+                    wanted = before.start + (i * (grid[1] // factor[1]) + j) * (grid[2] // factor[2]) + k
+                    where = int(moved.argmax()) if moved.any() else None
+                    hits.setdefault(before.layer, (before, []))[1].append((places[clip], wanted, where))
+        for seen, found in hits.values():
+            _check_hits(seen, found, grid)
 
     def _keys_and_values(self) -> None:
         source = self._spy("capture", self.z)
-        edit = self._spy("inject", self.x, source)
+        edit = self._spy("inject", self.x, source.record.captured)
         # A layer may act several times: in a network that is called twice, or a layer that is used twice.
-        theirs = {
-            (seen.layer, turn, clip): (seen, row)
-            for seen, turn in _turns(source.seen)
-            for row, clip in enumerate(seen.clips)
-        }
-        for seen, turn in _turns(edit.seen):
+        theirs = {(s.layer, s.turn, clip): (s, row) for s in source.seen for row, clip in enumerate(s.clips)}
+        for seen in edit.seen:
             for row, clip in enumerate(seen.clips):
                 kept = torch.zeros(seen.own[0].shape[-2], dtype=torch.bool, device=seen.ratio.device)
                 kept[seen.start : seen.start + seen.ratio.shape[1]] = seen.ratio[row] > 0
-                from_source = theirs.get((seen.layer, turn, clip))
-                for which, own, used in zip(("keys", "values"), seen.own, seen.used, strict=True):
-                    self._equal(used[row][..., ~kept, :], own[row][..., ~kept, :], seen.layer, which, "edited or text")
-                    if from_source is not None:
-                        other = from_source[0].own[which == "values"][from_source[1]]
-                        self._equal(used[row][..., kept, :], other[..., kept, :], seen.layer, which, "background")
+                their, their_row = theirs.get((seen.layer, seen.turn, clip), (None, 0))
+                for i, which in enumerate(("keys", "values")):
+                    own, used = seen.own[i][row], seen.used[i][row]
+                    what = f"layer {seen.layer!r}: at lock 1 {which} of"
+                    if not torch.equal(used[..., ~kept, :], own[..., ~kept, :]):
+                        raise AttentionError(f"{what} edited or text tokens are not exactly the edit's own.")
+                    if their is not None and not torch.equal(used[..., kept, :], their.own[i][their_row][..., kept, :]):
+                        raise AttentionError(f"{what} background tokens are not exactly the source's.")
         self.fired |= edit.record.fired
-        count = len(edit.record.fired)
-        if edit.record.fired != source.record.fired or (self.expected is not None and count != self.expected):
+        fused, ran = len(edit.record.fired), len(source.record.fired)
+        if edit.record.fired != source.record.fired or self.expected not in (None, fused):
             raise AttentionError(
-                f"{count} layers were fused in one evaluation at sigma={self.level}, {len(source.record.fired)} ran for "
-                f"the source; expected {len(source.record.fired) if self.expected is None else self.expected}.\n"
+                f"{fused} layers were fused in one evaluation at sigma={self.level}, {ran} ran for the source; "
+                f"expected {ran if self.expected is None else self.expected}.\n"
                 f"  Fused: {some(sorted(edit.record.fired))}."
             )
 
     def _off(self) -> None:
         advice = "A hook changes the model where it should do nothing: is the forward of a layer called twice?"
-        with self._lock(_Each((0.0,) * len(self.x))) as off:
-            self._same(off(self.x, self.sigma, **self.extra_args), self.plain, "lock 0", advice)
+        self._same(self._locked(_each([0.0] * len(self.x))), "lock 0", advice)
         with self._lock(Constant(lock=1.0)) as full:
             full(self.x, self.sigma, **self.extra_args)
-            self._same(self._bare(self.x), self.plain, "the bare model inside the block", advice)
-        self._same(self._bare(self.x), self.plain, "the bare model after the block", advice)
+            self._same(self._bare(self.x), "the bare model inside the block", advice)
+        self._same(self._bare(self.x), "the bare model after the block", advice)
 
     def _self_consistent(self) -> None:
-        # One prompt for both branches, where the model guides itself: what the source's are locked to is one of them.
-        arguments = {**self.extra_args, "uncond": self.extra_args["cond"]} if self._guides else self.extra_args
+        # A model that guides itself gets one prompt for both branches, because the source has one.
+        arguments = {**self.extra_args, "uncond": self.extra_args["cond"]} if self.guides else self.extra_args
         plain, rounding = self.model(self.z, self.sigma, **arguments), 0.0
         for lock in (0.5, 1.0):
             with self._lock(Constant(lock=lock)) as locked:
                 out = locked(self.z, self.sigma, **arguments)
             rounding = max(rounding, self._apart(out, plain))
-            self._close(
-                out,
-                plain,
-                f"locked by {lock} to the clip it is itself, at the same noise, the output changed",
-                "The source's keys and values went to other tokens or rows than they came from, or differ from call to "
-                "call: noise inside the model, or a mask that was made for another batch.",
-            )
-        change = self._apart(self._locked(1.0), self.plain)
+            what = f"locked by {lock} to the clip it is itself, at the same noise, the output changed"
+            advice = "The source's K/V went to other tokens or rows than they came from, or the model draws noise."
+            self._close(out, plain, what, advice)
+        change = self._apart(self._locked(Constant(lock=1.0)), self.plain)
         if not change > max(1e-4, 3 * rounding):
             raise AttentionError(
                 f"lock 1 to another clip changed the output by {change:.2g} standard deviations; expected more than "
-                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: weights of 0, as fresh "
-                "networks have them? Or the layers are of a copy that does not answer."
+                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: are its weights 0?"
             )
 
     def _ways_agree(self) -> None:
-        advice = "Rows must come as chunks of whole batches, [uncond, cond, source], and leave in the same order."
-        if not self._guides:  # a model that does is given the source in a pass of its own anyhow
-            one, two = self._locked(0.6), self._locked(0.6, batched=False)
-            what = "the source as rows of the same call, and in a pass of its own, gave two answers"
-            self._close(one, two, what, advice)
-        if "cond" in self.extra_args and not self._guides and "uncond" not in parameters_of(self.model):
-            order = torch.arange(len(self.x)).flip(0)
-            more = {"uncond": take(self.extra_args["cond"], order, len(self.x)), "cond_scale": 2.0}
-            one, two = self._locked(0.6, **more), self._locked(0.6, batched=False, **more)
-            self._close(one, two, "guidance in one call, and in one after another, gave two answers", advice)
+        if self.guides:
+            return  # Such a model gets the source in a pass of its own anyhow.
+        cases: dict[str, dict[str, Any]] = {"the source as rows of the same call, and in a pass of its own,": {}}
+        if "cond" in self.extra_args and "uncond" not in parameters_of(self.model):
+            flipped = take(self.extra_args["cond"], torch.arange(len(self.x)).flip(0), len(self.x))
+            cases["guidance in one call, and in one after another,"] = {"uncond": flipped, "cond_scale": 2.0}
+        for what, more in cases.items():
+            one, two = (self._locked(Constant(lock=0.6), **options, **more) for options in ({}, {"batched": False}))
+            advice = "Rows must come as chunks of whole batches, [uncond, cond, source], and leave in the same order."
+            self._close(one, two, f"{what} gave two answers", advice)
 
     def _clips_locked_apart(self) -> None:
-        locks = tuple(1.0 - 0.6 * (clip % 2) for clip in range(len(self.x)))
-        with self._lock(_Each(locks)) as lock:
-            together = lock(self.x, self.sigma, **self.extra_args)
-        for clip, ratio in enumerate(locks):
-            with self._lock(Constant(lock=ratio), clip) as lock:
-                alone = lock(self.x[clip : clip + 1], self.sigma[clip : clip + 1], **self._arguments(clip))
-            self._close(
-                alone,
-                together[clip : clip + 1],
-                f"clip {clip} alone came out otherwise than in a batch of {len(locks)} with other masks and locks",
-                "The model mixes its clips, or puts its rows in another order: it must keep chunks of whole batches.",
-            )
+        locks = [1.0 - 0.6 * (clip % 2) for clip in range(len(self.x))]
+        together = self._locked(_each(locks))
+        what = f"clip {{}} alone came out otherwise than in a batch of {len(locks)} with other masks and locks"
+        advice = "The model mixes its clips, or puts its rows in another order: it must keep chunks of whole batches."
+        for clip, lock in enumerate(locks):
+            alone = self._locked(Constant(lock=lock), clip)
+            self._close(alone, together[clip : clip + 1], what.format(clip), advice)
 
     def _left_out(self) -> None:
         if not self.layers.narrows:
             return
         if len(self.fired) < len(self.layers.layers) // max(1, len(self.layers.networks)):
-            return  # a lock refuses to leave tokens out there; check_layers names the layers that never ran
+            return  # KVLock then keeps all tokens, and check_layers names the layers that never ran.
+        full, what = Constant(lock=1.0), "leaving fully locked tokens out of the computation"
         advice = "The architecture's flow= is not right: name every argument of a block that has one entry per token."
-        every = self._locked(1.0, composite=True, foreground=False)
+        every = self._locked(full, composite=True, foreground=False)
         try:
-            fewer = self._locked(1.0, composite=True)
+            fewer = self._locked(full, composite=True)
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise AttentionError(
-                f"leaving fully locked tokens out of the computation fails: {str(error).splitlines()[0]}\n  {advice}"
-            ) from error
-        what = "leaving fully locked tokens out of the computation changed the edit"
-        self._close(fewer, every, what, advice)
-        if "cond" in self.extra_args and not self._guides and "uncond" not in parameters_of(self.model):
-            # One clip, guided: three rows, which nothing else must be taken for.
-            more, found = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0}, []
-            for foreground in (None, False):
-                with self._lock(Constant(lock=1.0), 0, composite=True, foreground=foreground) as lock:
-                    found.append(lock(self.x[:1], self.sigma[:1], **self._arguments(0), **more))
-            self._close(found[0], found[1], what, advice)
-
-    # -- means --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _guides(self) -> bool:
-        """Whether the model does its own guidance."""
-        return "cond" in self.extra_args and "uncond" in self.extra_args
-
-    def _noised(self, clean: Tensor, noise: Tensor) -> Tensor:
-        return Source(clean, add_noise=method_of(self.model, "add_noise")).at(clean, self.level, noise)
+            raise AttentionError(f"{what} fails: {str(error).splitlines()[0]}\n  {advice}") from error
+        self._close(fewer, every, f"{what} changed the edit", advice)
+        if "cond" in self.extra_args and not self.guides and "uncond" not in parameters_of(self.model):
+            # One guided clip makes three rows, which must not be taken for anything else.
+            more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0, "composite": True}
+            fewer, every = (self._locked(full, 0, foreground=foreground, **more) for foreground in (None, False))
+            self._close(fewer, every, f"{what} changed the edit", advice)
 
     def _arguments(self, clip: int | None = None) -> dict[str, Any]:
-        """The extra arguments, of all clips or of one."""
+        """The extra arguments of all clips or of one."""
         return self.extra_args if clip is None else take(self.extra_args, torch.tensor([clip]), len(self.x))
 
     def _bare(self, x: Tensor, clip: int | None = None) -> Tensor:
         return self.model(x, self.sigma[: len(x)], **self._arguments(clip))
 
     @contextmanager
-    def _lock(self, policy: Policy, clip: int | None = None, **options: Any) -> Iterator[KVLock]:
-        rows = slice(None) if clip is None else slice(clip, clip + 1)
+    def _lock(self, policy: Policy, rows: slice = slice(None), **options: Any) -> Iterator[KVLock]:
         given = {"source": self.source[rows], "noise": self.noise[rows], "mask": self.mask[rows], "layers": self.layers}
         with KVLock(self.model, policy=policy, **{**given, "composite": False, **options}) as lock:
             yield lock
 
-    def _locked(self, lock: float, **options: Any) -> Tensor:
+    def _locked(self, policy: Policy, clip: int | None = None, **options: Any) -> Tensor:
+        """The first evaluation of a locked run, of all clips or of one; guidance is among the options."""
+        rows = slice(None) if clip is None else slice(clip, clip + 1)
         more = {name: options.pop(name) for name in ("uncond", "cond_scale") if name in options}
-        with self._lock(Constant(lock=lock), **options) as locked:
-            return locked(self.x, self.sigma, **self.extra_args, **more)
+        with self._lock(policy, rows, **options) as locked:
+            return locked(self.x[rows], self.sigma[rows], **self._arguments(clip), **more)
 
-    def _spy(self, mode: Any, x: Tensor, kept: _Spy | None = None) -> _Spy:
+    def _spy(self, mode: Any, x: Tensor, source: dict[str, KeyValue] | None = None) -> _Spy:
         ratio = FittedMask(self.mask).background(x, self.layers.patch).expand(len(x), -1)
-        source = {} if kept is None else kept.record.captured
-        spy = _Spy(mode, ratio, self.layers.grid(x.shape), source=source)
+        spy = _Spy(mode, ratio, self.layers.grid(x.shape), source=source or {})
         Hooks(self.layers).run(spy, lambda: self._bare(x), may_skip=True)
         return spy
-
-    def _factor(self, layer: str) -> tuple[int, int, int]:
-        """How much larger this layer's tokens are than the network's."""
-        larger = next(
-            (s.patch for s in self.layers.layers if s.name == layer and s.patch is not None), self.layers.patch
-        )
-        t, h, w = (a // b for a, b in zip(larger, self.layers.patch, strict=True))
-        return t, h, w
-
-    @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        before, depth = module_state(self.model), _len_torch_function_stack()
-        yield
-        changed = [name for name, state in module_state(self.model).items() if state != before.get(name)]
-        if changed or _len_torch_function_stack() != depth:
-            raise AttentionError(
-                f"after the block something stayed behind on {some(changed) or 'the stack of torch functions'}; "
-                "expected every hook gone.\n  Was another hook installed inside the block, or does the model make one?"
-            )
 
     def _apart(self, a: Tensor, b: Tensor) -> float:
         scale = self.plain.double().std().clamp(min=1e-12)
@@ -316,14 +265,82 @@ class Promises:
                 f"{self.tolerance:.2g} at most.\n  {advice}"
             )
 
-    def _same(self, a: Tensor, b: Tensor, what: str, advice: str) -> None:
-        if not torch.equal(a, b):
+    def _same(self, out: Tensor, what: str, advice: str) -> None:
+        if not torch.equal(out, self.plain):
             raise AttentionError(
-                f"{what} gave another answer than the bare model, by {self._apart(a, b):.2g} standard deviations; "
-                f"expected the same bit for bit.\n  {advice}"
+                f"{what} gave another answer than the bare model, by {self._apart(out, self.plain):.2g} standard "
+                f"deviations; expected the same bit for bit.\n  {advice}"
             )
 
-    def _equal(self, a: Tensor, b: Tensor, layer: str, which: str, tokens: str) -> None:
-        if not torch.equal(a, b):
-            whose = "the source's" if tokens == "background" else "the edit's own"
-            raise AttentionError(f"layer {layer!r}: at lock 1 {which} of {tokens} tokens are not exactly {whose}.")
+
+def _each(locks: list[float]) -> Policy:
+    """A fixed lock for each clip. Unlike Constant(0), it never promises not to lock."""
+    return stateless(lambda obs: Control(torch.tensor(locks)), uses_risk=False)
+
+
+def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid: Place) -> None:
+    # A token's own keys move most before anything is mixed, and nearly always thereafter.
+    missed = [hit for hit in hits if hit[1] != hit[2]]
+    if 2 * len(missed) < len(hits):
+        return
+    place, wanted, where = missed[0]
+    if where is None:
+        raise AttentionError(
+            f"layer {seen.layer!r}: its keys and values do not change with the video.\n  This is cross-attention, a "
+            "refiner of text, or attention over a reference. Leave it out: a layer attends over the video's own tokens."
+        )
+    length, tokens = seen.own[0].shape[-2], seen.ratio.shape[1]
+    behind = length - seen.start - tokens
+    if seen.start and all(b == a - seen.start for _, a, b in missed):
+        hint = 'The video comes first: declare text="last", or layers.with_extra(after=...).'
+    elif behind and all(b == a + behind for _, a, b in missed):
+        hint = 'The video comes last: declare text="first", or layers.with_extra(before=...).'
+    else:
+        hint = "Either patch= is not the network's, or its tokens are in another order than time, height, width, "
+        hint += "or the rows of its batch are in another order than they came."
+    raise AttentionError(
+        f"layer {seen.layer!r}: changing the token (time, height, width) = {place} of {grid} moves position {where} of "
+        f"{length} most; expected {wanted}: the video's {tokens} tokens begin at {seen.start}. So it was {len(missed)} "
+        f"times of {len(hits)}.\n  {hint}"
+    )
+
+
+def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
+    """The latents with one token of every clip changed a lot."""
+    changed = x.clone()
+    for clip, place in zip(changed, places, strict=True):
+        axes = [slice(i * p, (i + 1) * p) for i, p in zip(place, patch, strict=True)]
+        part = clip[place[2]] if clip.ndim == 2 else clip[(slice(None), *axes[-(clip.ndim - 1) :])]
+        signs = torch.where(torch.arange(part.numel()) % 2 > 0, 1.0, -1.0).view(part.shape)
+        part += 4 * part.std().clamp(min=1) * signs.to(part)
+    return changed
+
+
+def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
+    """Masks, 1 = edit, that edit some of the largest tokens of every clip, others in the next clip."""
+    patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
+    patch = tuple(max(sizes) for sizes in zip(*patches, strict=True))
+    sizes = {5: patch, 4: patch[1:]}.get(x.ndim, (1,))
+    counts = [size // p for size, p in zip(x.shape[2:] if x.ndim > 3 else x.shape[1:2], sizes, strict=True)]
+    axis = max(range(len(counts)), key=lambda i: counts[i])
+    if counts[axis] < 2:
+        raise AttentionError(
+            f"x of shape {tuple(x.shape)} has {math.prod(counts)} token of {patch} latents, the largest a layer has; "
+            "expected two or more along some axis, so that one can be edited and one kept."
+        )
+    mask = torch.zeros_like(x[:, :1] if x.ndim > 3 else x[..., :1])
+    where = mask.movedim((2 if x.ndim > 3 else 1) + axis, -1)
+    where[0::2, ..., : counts[axis] // 2 * sizes[axis]] = 1
+    where[1::2, ..., -sizes[axis] :] = 1
+    return mask
+
+
+def _module_state(model: Any) -> dict[str, Any]:
+    return {
+        f"{type(m).__name__} {i}": (list(m._forward_hooks), list(m._forward_pre_hooks), id(m.__dict__.get("forward")))
+        for i, m in enumerate(dict.fromkeys(reachable_modules(model)))
+    }
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

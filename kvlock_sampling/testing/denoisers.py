@@ -47,7 +47,7 @@ class GaussianDenoiser(nn.Module):
 class MixtureDenoiser(nn.Module):
     """The exact denoiser of a mixture of isotropic Gaussians over whole clips, x0 ~ sum_k weights_k N(means_k, std^2).
 
-    It is called as any model, `model(x, sigma, **extra)`. `covariance`, `trace` and `variance` are of x0 given x.
+    It is called as any model, `model(x, sigma, **extra)`.
 
     Args:
         means: Centres of the modes, (modes, ...), with the trailing axes of x.
@@ -71,21 +71,11 @@ class MixtureDenoiser(nn.Module):
         weights, centres, _ = self._posterior(x, sigma)
         return torch.einsum("bk,bkd->bd", weights, centres).reshape(x.shape)
 
-    def covariance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return Cov[x0 | x], (batch, d, d), with d elements per clip."""
-        weights, centres, spread = self._posterior(x, sigma)
-        away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
-        return torch.einsum("bk,bkd,bke->bde", weights, away, away) + torch.diag_embed(spread.expand(-1, x[0].numel()))
-
     def variance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return the diagonal of `covariance` as a tensor like x, without building the matrix."""
+        """Return Var[x0 | x] of every element, the diagonal of the posterior covariance, as a tensor like x."""
         weights, centres, spread = self._posterior(x, sigma)
         away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
         return (torch.einsum("bk,bkd->bd", weights, away.square()) + spread).reshape(x.shape)
-
-    def trace(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return the trace of `covariance`, (batch,)."""
-        return self.variance(x, sigma).flatten(1).sum(1)
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of each mode (batch, modes), its posterior centre (batch, modes, d) and variance (batch, 1)."""
@@ -95,21 +85,6 @@ class MixtureDenoiser(nn.Module):
         weights = (self.log_weights.to(x) - distances / (2 * (signal + noise))).softmax(1)
         total = (signal + noise)[..., None]
         return weights, (signal * flat[:, None] + noise[..., None] * means) / total, signal * noise / (signal + noise)
-
-
-def toy_denoisers(shape: tuple[int, ...] = (4,)) -> dict[str, nn.Module]:
-    """Return one denoiser of each kind by name, to parametrise a test.
-
-    Args:
-        shape: Shape of one clip.
-
-    Returns:
-        {"gaussian": ..., "mixture": ...}.
-    """
-    return {
-        "gaussian": GaussianDenoiser(mean=0.5, std=0.8),
-        "mixture": MixtureDenoiser(torch.stack([torch.full(shape, v) for v in (-1.0, 0.0, 1.0)]), std=0.1),
-    }
 
 
 def _per_clip(sigma: Tensor | float, x: Tensor) -> Tensor:

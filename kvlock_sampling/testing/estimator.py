@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
 from ..variance import Estimator
-from ._contract import check_settings, checked_step, name_of, same
+from ._contract import Contract, one_clip
 
 STEPS = 12
 """Evaluations in a test run, from sigma 8 down to 0.05."""
@@ -18,23 +19,17 @@ STEPS = 12
 SHAPE = (4, 2, 4, 4)
 """Channels, time, height, width of the test run's latents: patches of 1 or 2 fit."""
 
-_MEMORY = "All memory must be in the state; random draws come from a generator seeded by settings and state."
-
 
 class CheckModel(nn.Module):
     """A small smooth denoiser with numbered blocks, for estimators that change the model."""
 
-    def __init__(self, channels: int = SHAPE[0]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        blocks = []
-        for _ in range(2):
-            ffn = nn.Sequential(nn.Linear(channels, 16), nn.Tanh(), nn.Linear(16, channels))
-            for parameter in ffn.parameters():
-                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-            blocks.append(nn.ModuleDict({"ffn": ffn}))
-        self.blocks = nn.ModuleList(blocks)
-        self.requires_grad_(False)
+        layers = [nn.Sequential(nn.Linear(SHAPE[0], 16), nn.Tanh(), nn.Linear(16, SHAPE[0])) for _ in range(2)]
+        self.blocks = nn.ModuleList(nn.ModuleDict({"ffn": layer}) for layer in layers).requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
         sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))
@@ -61,189 +56,133 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
     Raises:
         EstimatorError: With the estimator, what was given, what was expected, and what to do.
     """
-    _check_object(estimator)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        model = CheckModel().to(device, dtype)
-        bound = estimator.bound(model.modules())
-        if not isinstance(bound, Estimator):
-            raise EstimatorError(f"{name_of(estimator)}.bound returned {bound!r}; expected an estimator: return self.")
-        for masked in (True, False):
-            run = _Run(bound, model, batch, seed, masked, dtype, device)
-            if not masked and bound.needs_background:
-                run.check_refusal()
-                continue
-            states, variances = run.play(bound.init(), 0)
-            run.check_cost(variances)
-            run.check_rewind(states, variances)
-            run.check_clips(variances)
-
-
-class _Run:
-    """One falling run of the small denoiser, measured by the estimator."""
-
-    def __init__(
-        self,
-        estimator: Estimator,
-        model: nn.Module,
-        batch: int,
-        seed: int,
-        masked: bool,
-        dtype: torch.dtype,
-        device: str | torch.device,
-    ) -> None:
-        self.estimator, self.model, self.batch, self.name = estimator, model, batch, name_of(estimator)
-        generator = torch.Generator().manual_seed(seed)
-        x0, noise = torch.randn(2, batch, *SHAPE, generator=generator)
-        mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator) > 0.4).float()
-        # Every clip has an edited part and, in patches of up to 2, background.
-        mask[..., 0, 0], mask[..., -2:, -2:] = 1, 0
-        self.mask = mask.to(device, dtype) if masked else None
-        self.sigmas = torch.linspace(math.log(8.0), math.log(0.05), STEPS).exp().tolist()
-        self.points = [(x0 + s * noise).to(device, dtype) for s in self.sigmas]
-        with torch.no_grad():
-            self.predictions = [model(x, s) for x, s in zip(self.points, self.sigmas, strict=True)]
-        self.counts = [0] * STEPS  # rows evaluated at each step of the last play
-
-    def evaluation(self, index: int, clip: int | None = None) -> Evaluation:
-        """The index-th evaluation of the run, of all clips or of one."""
-        rows = slice(None) if clip is None else slice(clip, clip + 1)
-        x, sigma, mask = self.points[index][rows], self.sigmas[index], self.mask
-        if mask is not None:
-            mask = mask[rows].clone()
-
-        def probe(at: Tensor, level: float) -> Tensor:
-            if len(at) % len(x) or at.shape[1:] != x.shape[1:]:
-                raise EstimatorError(
-                    f"{self.name}.step probed {tuple(at.shape)} for latents of shape {tuple(x.shape)}; "
-                    "expected rows in a multiple of the batch, as x.repeat(k, 1, 1, 1, 1) makes them."
-                )
-            self.counts[index] += len(at)
-            return self.model(at, level)
-
-        denoised = self.predictions[index][rows].clone()
-        return Evaluation(sigma, x.clone(), denoised, mask, probe, uncond=0.9 * denoised + 0.05, source=0.8 * denoised)
-
-    def play(self, state: Any, first: int, clip: int | None = None) -> tuple[list[Any], list[Tensor | None]]:
-        """All states, including the given one, and all variances from step `first` on; every call is checked."""
-        states, variances = [state], []
-        for index in range(first, STEPS):
-            given = self.evaluation(index, clip)
-            state, variance = checked_step(
-                self._attempt,
-                state,
-                given,
-                lambda variance, given=given: self._check_variance(variance, given),  # type: ignore[misc]
-                EstimatorError,
-                who=f"{self.name}.step",
-                seen="evaluation",
-                pair="(state, variance)",
-                hint=_MEMORY,
-            )
-            states.append(state)
-            variances.append(variance)
-        return states, variances
-
-    def check_refusal(self) -> None:
-        """An estimator that needs a background must raise without a mask."""
-        try:
-            self.estimator.step(self.estimator.init(), self.evaluation(0))
-        except EstimatorError:
-            return
-        raise EstimatorError(
-            f"{self.name}.needs_background is True, and step accepted an evaluation without a mask; expected "
-            "an EstimatorError.\n  Let needs_background be False, or raise where evaluation.mask is None."
-        )
-
-    def check_cost(self, variances: list[Tensor | None]) -> None:
-        """Compare the declared evaluations per clip and measurement with those counted; every step was called twice."""
-        name, counted = self.name, [c / self.batch / 2 for c in self.counts]
-        if all(v is None for v in variances):
-            raise EstimatorError(
-                f"{name}.step returned None at all {STEPS} evaluations of a run from sigma {self.sigmas[0]:.3g} down "
-                f"to {self.sigmas[-1]:.3g}; expected a variance at some of them."
-            )
-        if max(counted) != self.estimator.cost:
-            raise EstimatorError(
-                f"{name} evaluated the model {max(counted):g} times per clip in one measurement, but its cost is "
-                f"{self.estimator.cost:g}; expected the same.\n"
-                "  Let cost return the most evaluations a step makes: users plan their time by it."
-            )
-
-    def check_rewind(self, states: list[Any], variances: list[Tensor | None]) -> None:
-        """A restored state must continue as before."""
-        for index in (1, STEPS // 2):
-            if not same(self.play(states[index], index)[1], variances[index:]):
-                raise EstimatorError(
-                    f"{self.name}.step answered otherwise when the state of sigma={self.sigmas[index]:.3g} "
-                    f"was restored, expected the same.\n  Samplers reject steps and go back. {_MEMORY}"
-                )
-
-    def check_clips(self, variances: list[Tensor | None]) -> None:
-        """Every clip must get the same alone as in the batch."""
-        half = self.points[0].dtype == torch.bfloat16
-        loose = 1e-5 if self.estimator.cost == 0 else 0.05 if half else 1e-3
-        for clip in range(self.batch):
-            for index, alone in enumerate(self.play(self.estimator.init(), 0, clip)[1]):
-                batched = variances[index]
-                together = None if batched is None else batched[clip : clip + 1]
-                if together is None or alone is None:
-                    agree = together is None and alone is None
-                else:
-                    agree = alone.shape == together.shape
-                    agree = agree and torch.allclose(alone, together, rtol=loose, atol=loose / 10)
-                if not agree:
-                    shown = [None if v is None else v.flatten()[:4].tolist() for v in (alone, together)]
-                    raise EstimatorError(
-                        f"{self.name}.step gave clip {clip} {shown[0]} alone and {shown[1]} in a batch of "
-                        f"{self.batch}, at sigma={self.sigmas[index]:.3g}; expected the same.\n"
-                        "  Clips are independent: reduce over dimensions 1 and up only, and draw noise per clip or "
-                        "once for all, never over the whole batch."
-                    )
-
-    def _attempt(self, state: Any, given: Evaluation) -> Any:
-        try:
-            with torch.no_grad():
-                return self.estimator.step(state, given)
-        except EstimatorError:
-            raise
-        except Exception as error:
-            raise EstimatorError(
-                f"{self.name}.step raised {type(error).__name__}: {error}\n  It was given latents of shape "
-                f"{tuple(given.x.shape)}, {given.x.dtype}, and {'no mask' if given.mask is None else 'a mask'}."
-            ) from error
-
-    def _check_variance(self, variance: Any, given: Evaluation) -> None:
-        if variance is None:
-            return
-        who, rows = f"{self.name}.step returned", len(given.x)
-        if not isinstance(variance, Tensor):
-            raise EstimatorError(f"{who} {variance!r}; expected a tensor of shape (batch,) = ({rows},), or None.")
-        if variance.ndim not in (1, 2) or len(variance) != rows:
-            raise EstimatorError(
-                f"{who} a variance of shape {tuple(variance.shape)}; expected (batch,) = ({rows},) or (batch, "
-                "tokens).\n  Reduce over everything but the clips: masked_mean(squares, evaluation.mask)."
-            )
-        if not variance.is_floating_point() or torch.finfo(variance.dtype).bits < 32:
-            raise EstimatorError(
-                f"{who} {variance.dtype} for latents in {given.x.dtype}; expected float32 or float64, because sums of "
-                "squares in less precision lose small ones.\n  Use masked_mean, or begin with values.float()."
-            )
-        if variance.device != given.x.device:
-            raise EstimatorError(f"{who} a tensor on {variance.device} for latents on {given.x.device}.")
-        if not variance.isfinite().all() or variance.min() < 0:
-            raise EstimatorError(
-                f"{who} {variance.flatten()[:4].tolist()} at sigma={given.sigma:.3g}; expected finite numbers >= 0.\n"
-                "  Guard what divides (clamp_min(1e-12)), and return None while nothing is known."
-            )
-
-
-def _check_object(estimator: Any) -> None:
-    kind = type(estimator).__name__
     if not isinstance(estimator, Estimator):
         raise EstimatorError(f"{estimator!r} is not an Estimator; expected an instance of a class X(Estimator).")
-    check_settings(estimator, EstimatorError)
-    if not (isinstance(estimator.cost, (int, float)) and 0 <= estimator.cost < math.inf):
-        raise EstimatorError(f"{kind}.cost is {estimator.cost!r}; expected evaluations per clip and measurement, >= 0.")
-    limit = estimator.default_threshold
-    if not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
-        raise EstimatorError(f"{kind}.default_threshold is {limit!r}; expected the variance at risk 1, above 0.")
+    contract = _contract(estimator)
+    contract.check_settings()
+    for field, least in (("cost", "evaluations per clip and measurement, >= 0"), ("default_threshold", "a number > 0")):
+        value = getattr(estimator, field)
+        if not (isinstance(value, (int, float)) and 0 <= value < math.inf and (value or field == "cost")):
+            raise EstimatorError(f"{contract.name}.{field} is {value!r}; expected {least}.")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        model = CheckModel().to(device, dtype)
+        contract = _contract(bound := estimator.bound(model.modules()))
+        if not isinstance(bound, Estimator):
+            raise EstimatorError(f"{type(estimator).__name__}.bound returned {bound!r}; expected an estimator.")
+        for masked in (True, False):
+            rows: Counter[float] = Counter()
+            with torch.no_grad():
+                run = _evaluations(contract.name, model, rows, batch, seed, masked=masked)
+                if not masked and bound.needs_background:
+                    _check_needs_background(contract, run[0])
+                    continue
+                states, variances = contract.play(bound.init(), run)
+                _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
+                contract.check_rewind(run, states, variances)
+                _check_clips(contract, run, variances, model)
+
+
+def _contract(estimator: Estimator) -> Contract:
+    who = f"{type(estimator).__name__}.step returned"
+    return Contract(estimator, EstimatorError, "evaluation", "variance", lambda v, e: _check_variance(who, v, e))
+
+
+def _evaluations(
+    name: str, model: nn.Module, rows: Counter[float], batch: int, seed: int, *, masked: bool
+) -> list[Evaluation]:
+    """A falling run of the model; `rows` counts the rows that are probed at each noise level."""
+    generator, like = torch.Generator().manual_seed(seed), next(model.parameters())
+    x0, noise = torch.randn(2, batch, *SHAPE, generator=generator)
+    mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator) > 0.4).to(like)
+    # Every clip has an edited part and, in patches of up to 2, background.
+    mask[..., 0, 0], mask[..., -2:, -2:] = 1, 0
+    run = []
+    for sigma in torch.linspace(math.log(8.0), math.log(0.05), STEPS).exp().tolist():
+
+        def probe(at: Tensor, level: float, at_step: float = sigma) -> Tensor:
+            if at.shape[1:] != SHAPE or len(at) % batch:
+                raise EstimatorError(
+                    f"{name}.step probed {tuple(at.shape)} for latents of shape {(batch, *SHAPE)}; expected rows in a "
+                    "multiple of the batch, as x.repeat(k, 1, 1, 1, 1) makes them."
+                )
+            rows[at_step] += len(at)
+            return model(at, level)
+
+        x = (x0 + sigma * noise).to(like)
+        denoised = model(x, sigma)
+        run.append(
+            Evaluation(
+                sigma, x, denoised, mask.clone() if masked else None, probe, 0.9 * denoised + 0.05, 0.8 * denoised
+            )
+        )
+    return run
+
+
+def _check_needs_background(contract: Contract, unmasked: Evaluation) -> None:
+    try:
+        contract.checked.step(contract.checked.init(), unmasked)
+    except EstimatorError:
+        return
+    raise EstimatorError(
+        f"{contract.name}.needs_background is True, and step accepted an evaluation without a mask; expected an "
+        "EstimatorError.\n  Let needs_background be False, or raise where evaluation.mask is None."
+    )
+
+
+def _check_cost(contract: Contract, variances: list[Tensor | None], counted: float) -> None:
+    if all(v is None for v in variances):
+        raise EstimatorError(
+            f"{contract.name}.step returned None at all {STEPS} evaluations of a run from sigma 8 to 0.05; expected a "
+            "variance at some."
+        )
+    if counted != contract.checked.cost:
+        raise EstimatorError(
+            f"{contract.name} evaluated the model {counted:g} times per clip in one measurement, but its cost is "
+            f"{contract.checked.cost:g}; expected the same.\n"
+            "  Let cost return the most evaluations a step makes: users plan their time by it."
+        )
+
+
+def _check_clips(contract: Contract, run: list[Evaluation], variances: list[Tensor | None], model: nn.Module) -> None:
+    """Every clip must get the same alone as in the batch, up to the rounding of the model."""
+    loose = 1e-5 if contract.checked.cost == 0 else 0.05 if run[0].x.dtype == torch.bfloat16 else 1e-3
+    for clip in range(batch := len(run[0].x)):
+        alone = [one_clip(e, clip)._replace(probe=lambda at, level: model(at, level)) for e in run]
+        for e, single, together in zip(run, contract.play(contract.checked.init(), alone)[1], variances, strict=True):
+            expected = None if together is None else together[clip : clip + 1]
+            if single is None or expected is None:
+                agree = single is expected
+            else:
+                agree = single.shape == expected.shape and torch.allclose(single, expected, rtol=loose, atol=loose / 10)
+            if not agree:
+                shown = [None if v is None else v.flatten()[:4].tolist() for v in (single, expected)]
+                raise EstimatorError(
+                    f"{contract.name}.step gave clip {clip} {shown[0]} alone and {shown[1]} in a batch of {batch}, at "
+                    f"sigma={e.sigma:.3g}; expected the same.\n  Clips are independent: reduce over dimensions 1 and "
+                    "up only, and draw noise per clip or once for all, never over the whole batch."
+                )
+
+
+def _check_variance(who: str, variance: Any, given: Evaluation) -> None:
+    if variance is None:
+        return
+    rows = len(given.x)
+    if not isinstance(variance, Tensor):
+        raise EstimatorError(f"{who} {variance!r}; expected a tensor of shape (batch,) = ({rows},), or None.")
+    if variance.ndim not in (1, 2) or len(variance) != rows:
+        raise EstimatorError(
+            f"{who} a variance of shape {tuple(variance.shape)}; expected (batch,) = ({rows},) or (batch, tokens).\n"
+            "  Reduce over everything but the clips: masked_mean(squares, evaluation.mask)."
+        )
+    if not variance.is_floating_point() or torch.finfo(variance.dtype).bits < 32:
+        raise EstimatorError(
+            f"{who} {variance.dtype} for latents in {given.x.dtype}; expected float32 or float64: sums of squares in "
+            "less precision lose small ones.\n  Use masked_mean, or begin with values.float()."
+        )
+    if variance.device != given.x.device:
+        raise EstimatorError(f"{who} a tensor on {variance.device} for latents on {given.x.device}.")
+    if not variance.isfinite().all() or variance.min() < 0:
+        raise EstimatorError(
+            f"{who} {variance.flatten()[:4].tolist()} at sigma={given.sigma:.3g}; expected finite numbers >= 0.\n"
+            "  Guard what divides (clamp_min(1e-12)), and return None while nothing is known."
+        )

@@ -1,4 +1,4 @@
-"""check_layers: test the attention layers of a network, and what a lock promises there."""
+"""`check_layers`: test the attention layers of a network, and what a lock promises there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..attention import AttentionLayers, find_layers
 from ..types import AttentionError, Denoiser, KVLockError
 from ..utils.signature import parameters_of
-from ._parts import in_precision, some
-from ._promises import Promises
+from ._promises import Promises, some
 
 
 def check_layers(
@@ -30,34 +30,33 @@ def check_layers(
 ) -> None:
     """Test that a network can be locked: its layers are where the declaration says, and a lock keeps its promises.
 
-    Tested, in this order:
+    Tested in this order:
 
     - the denoiser answers the same twice, and a clip alone like a clip in a batch;
-    - every layer runs and holds the video's tokens in the declared order and place: if one token of the latents
-      changes, the keys and values that change most are its own;
-    - off is identical bit for bit, inside the block and after it, and nothing stays behind on any module;
+    - every layer runs, and if one token of the latents changes, the keys and values that change most are its own;
+    - off is identical bit for bit, inside the block and after it, and no hook stays on any module;
     - at lock 1 the background's keys and values are exactly the source's, and the edit's own elsewhere;
     - with the source's own noise and prompt a lock changes nothing; with another source it changes something;
     - the source beside the edit in one call, or in a pass of its own, gives the same; so does guidance;
     - the clips of a batch, with different masks and locks, come out as they do alone;
-    - leaving fully locked tokens out changes nothing, if the architecture says how that is done.
+    - leaving fully locked tokens out changes nothing, if the architecture declares how.
 
     >>> check_layers(denoiser, x, {"cond": text}, expected=30)  # doctest: +SKIP
 
     Args:
         denoiser: As for KVLock, `denoiser(x, sigma, **extra_args)`.
-        x: Example latents of two clips or more, (batch, channels, time, height, width) or as the sampler has them, with
-            two tokens or more along some axis. Small ones are quick; their values do not matter.
-        extra_args: Of a call; what belongs to a clip has the batch first. With `cond` guidance is tested too.
+        x: Example latents (batch, channels, time, height, width), or as the sampler has them, of two clips or more and
+            two tokens or more along some axis. Their values do not matter.
+        extra_args: Arguments of a call; entries per clip have the batch first. With `cond`, guidance is tested too.
         layers: The layers to test. Default: those that are found.
         expected: How many layers one evaluation should fuse. Default: as many as run for the source.
-        sigma: Noise levels > 0 to test at. Of a model with several experts name one for each: sigma=(8.0, 0.5).
+        sigma: Noise levels > 0 to test at. For a model with several experts give one for each: sigma=(8.0, 0.5).
         half: A copy of the denoiser in this precision is tested too, if it is a torch module. None: not tested.
         tolerance: What counts as rounding, in standard deviations of the output. Default: 0.001 in float32.
-        seed: Of the random clips.
+        seed: Seed of the random clips.
 
     Raises:
-        AttentionError: Names the promise that is broken, what was seen, and what to change.
+        AttentionError: Names the broken promise, what was seen, and what to change.
     """
     extra_args = dict(extra_args or {})
     if "cond" in extra_args and not {"uncond", "cond_scale"} & parameters_of(denoiser).keys():
@@ -66,15 +65,22 @@ def check_layers(
     if x.ndim < 3 or len(x) < 2 or not x.is_floating_point():
         raise AttentionError(
             f"check_layers got x of shape {tuple(x.shape)}, {x.dtype}; expected floating latents of two clips or more, "
-            "e.g. torch.randn(2, 16, 3, 8, 8): whether clips stay apart shows only in a batch."
+            "e.g. torch.randn(2, 16, 3, 8, 8)."
         )
     layers = layers or find_layers(denoiser)
     _answers(denoiser, x, extra_args, levels[0])
     precisions: list[tuple[Denoiser, AttentionLayers, Tensor, dict[str, Any]]] = [(denoiser, layers, x, extra_args)]
     if half is not None and isinstance(denoiser, nn.Module):
         other, its_layers = copy.deepcopy((denoiser, layers))
-        precisions.append((other.to(half), its_layers, x.to(half), in_precision(extra_args, half)))
-        _runs(*precisions[-1], levels[0])
+        arguments = tree_map(lambda v: v.to(half) if isinstance(v, Tensor) and v.is_floating_point() else v, extra_args)
+        precisions.append((other.to(half), its_layers, x.to(half), arguments))
+        try:
+            _call(other, x.to(half), arguments, levels[0])
+        except RuntimeError as error:
+            raise AttentionError(
+                f"a copy of the denoiser in {half} fails: {str(error).splitlines()[0]}\n  Does it cast time and text "
+                "to the weights' dtype? If it need not run so: check_layers(..., half=None)."
+            ) from error
     with torch.no_grad():
         for index, (model, its_layers, latents, arguments) in enumerate(precisions):
             fired: set[str] = set()
@@ -85,8 +91,8 @@ def check_layers(
             if silent:
                 raise AttentionError(
                     f"{len(silent)} of {len(its_layers.layers)} layers never ran at sigma={levels}: {some(silent)}.\n"
-                    "  Leave out layers that the model skips. If another expert is in charge at other noise levels "
-                    "name those too: check_layers(..., sigma=(8.0, 0.5))."
+                    "  Leave out layers that the model skips. For a model with several experts give a noise level of "
+                    "each: check_layers(..., sigma=(8.0, 0.5))."
                 )
 
 
@@ -95,13 +101,11 @@ def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: f
     names = "".join(f", {name}=" for name in extra_args)
     call = f"{type(denoiser).__name__}(x, sigma{names}), x of shape {tuple(x.shape)}, sigma of shape ({len(x)},)"
     advice = (
-        "Expected denoiser(x, sigma, **extra_args) -> x0-hat, shaped like x, of a video (batch, channels, time, "
-        "height, width).\n  A network itself becomes one by a wrapper, e.g. kv.FlowDenoiser(network, time_scale=1000, "
-        'call=...); what it reads belongs in extra_args: check_layers(denoiser, x, {"cond": text}).'
+        "Expected denoiser(x, sigma, **extra_args) -> x0-hat, shaped like x.\n  Wrap a network, e.g. "
+        'kv.FlowDenoiser(network, call=...); what it reads is in extra_args: check_layers(denoiser, x, {"cond": text}).'
     )
     try:
-        with torch.no_grad():
-            out = denoiser(x, torch.full((len(x),), level, device=x.device), **extra_args)
+        out = _call(denoiser, x, extra_args, level)
     except KVLockError:
         raise
     except Exception as error:
@@ -112,13 +116,6 @@ def _answers(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: f
         raise AttentionError(f"{call} returned something of {given}.\n  {advice}")
 
 
-def _runs(model: Denoiser, layers: AttentionLayers, x: Tensor, extra_args: dict[str, Any], level: float) -> None:
-    """Refuse a network that cannot run in half precision, before its layers are blamed."""
-    try:
-        with torch.no_grad():
-            model(x, torch.full((len(x),), level, device=x.device), **extra_args)
-    except RuntimeError as error:
-        raise AttentionError(
-            f"a copy of the denoiser in {x.dtype} fails: {str(error).splitlines()[0]}\n"
-            "  Does it cast time and text to the weights' dtype? If it need not run so: check_layers(..., half=None)."
-        ) from error
+def _call(denoiser: Denoiser, x: Tensor, extra_args: dict[str, Any], level: float) -> Tensor:
+    with torch.no_grad():
+        return denoiser(x, torch.full((len(x),), level, device=x.device), **extra_args)

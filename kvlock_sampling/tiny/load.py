@@ -22,17 +22,13 @@ from .world import FRAMES, SIZE
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
 
 
-class ModelError(KVLockError, ValueError):
-    """A model that cannot be loaded."""
-
-
 class TinyVideo:
     """The embedded model as a `VideoModel` for `edit_video`. It has no VAE: latents are pixels.
 
     Attributes:
         network: The `TinyWan` that predicts x0.
-        denoiser: `denoiser(x, sigma, cond=words) -> x0-hat` in variance-exploding form, for any k-diffusion sampler.
-        frames: Length of the clips it edits, 8 frames.
+        denoiser: `denoiser(x, sigma, cond=words) -> x0-hat` in variance-exploding form.
+        frames: Length of the clips it edits, 8.
         size: Their (height, width), 32 x 32 pixels.
         patch: Pixels per token along (time, height, width).
         cfg_scale: The guidance scale it was tuned for.
@@ -54,7 +50,7 @@ class TinyVideo:
         return latents.clamp(-1, 1)
 
     def prompt(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokenize prompts to (batch, words); "" is the unconditional prompt. Raises PromptError."""
+        """Tokenize prompts to (batch, words); "" is the unconditional prompt."""
         return tokenize(texts)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
@@ -63,15 +59,12 @@ class TinyVideo:
 
 
 def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: Mapping[str, object]) -> Path:
-    """Write weights as float16 safetensors.
+    """Write weights as float16 safetensors, and return the path.
 
     Args:
         weights: Name to tensor, as in `TinyWan.state_dict()`.
         path: The file to write.
         about: Anything that JSON can hold; stored in the file's header.
-
-    Returns:
-        The path.
     """
     path = Path(path)
     half = {k: v.detach().half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
@@ -87,18 +80,14 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
         path: "tiny" for the weights in the package, a `.safetensors` file, or a folder with `weights.safetensors`.
         device: Where to put the weights.
 
-    Returns:
-        The model with its codec, prompts and schedule.
-
     Raises:
-        ModelError: The file does not exist, or holds weights of another architecture.
-        KVLockError: diffusers is not installed.
+        KVLockError: The file does not exist or holds weights of another architecture, or diffusers is not installed.
     """
     file = WEIGHTS if str(path) == "tiny" else Path(path)
     if file.is_dir():
         file = file / "weights.safetensors"
     if not file.is_file():
-        raise ModelError(
+        raise KVLockError(
             f"no model at {str(path)!r}; expected 'tiny' (the embedded model), a .safetensors file, or a folder that "
             "holds weights.safetensors of the embedded architecture."
         )
@@ -108,7 +97,7 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
             state = {name: weights.get_tensor(name).float() for name in weights.keys()}  # noqa: SIM118 - not a dict
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise ModelError(
+        raise KVLockError(
             f"{str(path)!r} does not hold weights of the embedded architecture: {str(error).splitlines()[0]}\n"
             "  benchmarks/world/train.py trains such weights."
         ) from error

@@ -22,50 +22,35 @@ PROMPT_LENGTH = 8
 PATCH = (2, 4, 4)
 
 
-def _vocabulary() -> tuple[str, ...]:
-    words = ["a", *COLOURS, *SHAPES]
-    for sentence in [EMPTY_PROMPT, *(phrase for phrase, _ in MOTIONS.values())]:
-        words += sentence.split()
-    return tuple(dict.fromkeys(words))
-
-
-VOCABULARY = _vocabulary()
+_PHRASES = " ".join([EMPTY_PROMPT, *(phrase for phrase, _ in MOTIONS.values())])
+VOCABULARY = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *_PHRASES.split()]))
 _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is padding
 
 
-class PromptError(KVLockError, ValueError):
-    """A prompt that the embedded model cannot read."""
-
-
 def tokenize(prompts: str | Sequence[str]) -> Tensor:
-    """Convert prompts to word indices.
+    """Convert prompts to word indices (batch, PROMPT_LENGTH), padded with 0.
 
     Args:
         prompts: One prompt, or one per clip; "" is the unconditional prompt.
 
-    Returns:
-        Word indices (batch, PROMPT_LENGTH), padded with 0.
-
     Raises:
-        PromptError: A word is not in the vocabulary, or a prompt is too long.
+        KVLockError: A word is not in the vocabulary, or a prompt is too long.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = torch.zeros(len(prompts), PROMPT_LENGTH, dtype=torch.long)
     for row, prompt in zip(rows, prompts, strict=True):
         words = prompt.lower().replace(",", " ").replace(".", " ").split()
         if len(words) > PROMPT_LENGTH:
-            raise PromptError(
-                f"prompt {prompt!r} has {len(words)} words; the embedded model reads {PROMPT_LENGTH} at most.\n"
-                '  Try "a red circle moving left".'
+            raise KVLockError(
+                f"prompt {prompt!r} has {len(words)} words; the embedded model reads {PROMPT_LENGTH} at most."
             )
         for i, word in enumerate(words):
             if word not in _INDEX:
                 near = difflib.get_close_matches(word, VOCABULARY, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise PromptError(
+                raise KVLockError(
                     f"the embedded model does not know the word {word!r} in prompt {prompt!r}.{hint}\n"
-                    f"  It knows: {', '.join(VOCABULARY)}.\n"
-                    '  Try "a red circle moving left" or "an empty scene".'
+                    f'  It knows: {", ".join(VOCABULARY)}. Try "a red circle moving left".'
                 )
             row[i] = _INDEX[word]
     return rows
@@ -104,15 +89,12 @@ class TinyWan(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
-        """Predict x0.
+        """Predict x0, shaped like z.
 
         Args:
             z: Noisy clips (batch, 3, frames, height, width).
             t: Flow time (batch,) in [0, 1].
             cond: Prompts, or word indices (batch, words).
-
-        Returns:
-            The clean prediction, shaped like z.
         """
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.words(words.to(z.device).expand(len(z), -1))

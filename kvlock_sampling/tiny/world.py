@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 FRAMES, SIZE = 8, 32
 
@@ -39,16 +40,6 @@ EMPTY_PROMPT = "an empty scene"
 
 
 @dataclass(frozen=True)
-class Wave:
-    """One sinusoid of the background: wave vector (radians per pixel), phase (radians), and weight."""
-
-    kx: float
-    ky: float
-    phase: float
-    weight: float
-
-
-@dataclass(frozen=True)
 class Scene:
     """Everything that determines a clip.
 
@@ -61,7 +52,7 @@ class Scene:
         radius: Its size in pixels.
         dark: Darkest colour of the background, RGB in [0, 1].
         light: Lightest colour of the background, RGB in [0, 1].
-        waves: The sinusoids of the background.
+        waves: Sinusoids of the background: wave vector (x, y) in radians per pixel, phase in radians, weight.
         pan: Velocity of the background as (x, y), in pixels per frame.
     """
 
@@ -73,7 +64,7 @@ class Scene:
     radius: float
     dark: tuple[float, float, float]
     light: tuple[float, float, float]
-    waves: tuple[Wave, ...]
+    waves: tuple[tuple[float, float, float, float], ...]
     pan: tuple[float, float]
 
     @property
@@ -107,7 +98,7 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
     for _ in range(3):
         angle, wavelength = rng.uniform(0, 2 * math.pi), rng.uniform(14, 44)
         k = 2 * math.pi / wavelength
-        waves.append(Wave(k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0)))
+        waves.append((k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0)))
     motion = rng.choice(list(MOTIONS))
     radius = rng.uniform(5.0, 7.0)
     dx, dy = MOTIONS[motion][1]
@@ -196,10 +187,10 @@ def background(scene: Scene) -> Tensor:
     """The panning texture without the object, (3, FRAMES, SIZE, SIZE) in [0, 1]."""
     t, y, x = _grid()
     x, y = x - scene.pan[0] * t, y - scene.pan[1] * t
-    total = sum(w.weight for w in scene.waves)
+    total = sum(weight for *_, weight in scene.waves)
     level = torch.zeros(FRAMES, SIZE, SIZE)
-    for w in scene.waves:
-        level = level + w.weight / total * torch.sin(w.kx * x + w.ky * y + w.phase)
+    for kx, ky, phase, weight in scene.waves:
+        level = level + weight / total * torch.sin(kx * x + ky * y + phase)
     level = (0.5 + 0.5 * level).unsqueeze(0)
     dark, light = torch.tensor(scene.dark).view(3, 1, 1, 1), torch.tensor(scene.light).view(3, 1, 1, 1)
     return dark + (light - dark) * level
@@ -221,14 +212,7 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 def edit_mask(source: Scene, target: Scene, *, margin: float = 2.0) -> Tensor:
     """Mask (1, FRAMES, SIZE, SIZE) of an edit: 1 wherever either object is, grown by `margin` pixels."""
     hit = torch.maximum(coverage(source), coverage(target)) > 0
-    reach = math.ceil(margin)
-    grown = torch.zeros_like(hit)
-    for oy in range(-reach, reach + 1):
-        for ox in range(-reach, reach + 1):
-            if math.hypot(ox, oy) <= margin:
-                rolled = torch.zeros_like(hit)
-                ys, xs = slice(max(oy, 0), SIZE + min(oy, 0)), slice(max(ox, 0), SIZE + min(ox, 0))
-                yt, xt = slice(max(-oy, 0), SIZE + min(-oy, 0)), slice(max(-ox, 0), SIZE + min(-ox, 0))
-                rolled[:, ys, xs] = hit[:, yt, xt]
-                grown |= rolled
+    reach = torch.arange(-math.ceil(margin), math.ceil(margin) + 1).float()
+    disk = (torch.hypot(reach[:, None], reach) <= margin).float()
+    grown = conv2d(hit.float()[:, None], disk[None, None], padding=math.ceil(margin))[:, 0] > 0.5
     return grown.float().unsqueeze(0)

@@ -9,14 +9,7 @@ from ..types import KVLockError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a package that belongs to an extra of this library.
-
-    Args:
-        module: Name of the module to import, e.g. "av" or "PIL.Image".
-        extra: The extra that installs it, e.g. "video".
-
-    Returns:
-        The imported module.
+    """Import a module, e.g. "PIL.Image", that belongs to an extra of this library, e.g. "video".
 
     Raises:
         KVLockError: The package is not installed.

@@ -5,78 +5,46 @@ from __future__ import annotations
 import errno
 import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ..types import KVLockError
 
 
 @contextmanager
-def atomic(
-    path: str | os.PathLike[str], *, renaming: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` if the block succeeds and removed otherwise.
 
     Missing folders are created. The temporary name keeps the suffix, because some writers read it.
-
-    Args:
-        path: The file to write.
-        renaming: Makes a context, such as a lock, in which the file is renamed.
-
-    Yields:
-        The temporary path.
-
-    Raises:
-        OSError: The folder or the file cannot be written.
     """
     path = Path(path)
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
-        with renaming():
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, even if another process removes an empty one at the same moment."""
-    for _ in range(10):
-        with suppress(FileExistsError, FileNotFoundError):
-            return folder.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that a file can be written, before the work that fills it. Missing folders are created.
-
-    Args:
-        path: The file to write.
-
-    Raises:
-        KVLockError: It cannot be written; the message says why.
-    """
+    """Raise KVLockError if a file cannot be written, before the work that fills it. Missing folders are created."""
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        with suppress(_Tried), atomic(path) as temporary:
-            temporary.touch()
-            raise _Tried
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=Path(path).parent):
+            pass
     except OSError as error:
         raise KVLockError(
             f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.\n  Name a file in a folder of yours."
         ) from error
 
 
-class _Tried(Exception):  # noqa: N818 - leaves `atomic` before it renames the file
-    pass
-
-
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write text or bytes to `path` atomically and return the path."""
-    data = content.encode() if isinstance(content, str) else content
     with atomic(path) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)

@@ -23,7 +23,8 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         if isinstance(item, nn.Module):
             yield from item.modules()
         # Modules too: a wrapper module may hold a plain function, which is not among its submodules.
-        stack += [vars(item)[n] for n in _HOLDERS if n in _attributes(item)]
+        held = getattr(item, "__dict__", {})
+        stack += [held[n] for n in _HOLDERS if n in held]
         if isinstance(item, nn.Module):
             continue
         if isinstance(item, functools.partial):
@@ -35,7 +36,3 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         names = getattr(getattr(item, "__code__", None), "co_names", ())
         scope = getattr(item, "__globals__", {})
         stack += [scope[n] for n in names if isinstance(scope.get(n), nn.Module)]
-
-
-def _attributes(item: Any) -> dict[str, Any]:
-    return getattr(item, "__dict__", {})

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import Denoiser
+from ..types import Denoiser, RunError
 
 _RETURNS_SELF = frozenset(
     ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
@@ -27,14 +27,25 @@ class DenoiserProxy:
             raise AttributeError(name)
         found = getattr(self.model, name)
         if name in _RETURNS_SELF and callable(found):
-
-            def applied(*arguments: Any, **options: Any) -> DenoiserProxy:
-                found(*arguments, **options)
-                return self
-
-            return applied
+            return lambda *arguments, **options: (found(*arguments, **options), self)[1]
         return found
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """The same as a call."""
         return self(x, sigma, **extra_args)
+
+
+def check_no_lock_inside(model: Any) -> None:
+    """Raise RunError for a model that is a lock, or a wrapper around one."""
+    seen, inside = set(), model
+    while inside is not None and id(inside) not in seen:
+        seen.add(id(inside))
+        if isinstance(inside, DenoiserProxy):
+            where = "model is a KVLock" if inside is model else f"model is a {type(model).__name__} around a KVLock"
+            raise RunError(
+                f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"
+                "  Make one lock of it: KVLock(lock.model, source=..., mask=..., policy=...)\n"
+                "  Two policies in one: kv.LockAbove(kv.Sigmoid(), above=4.0)."
+            )
+        held = [vars(inside), vars(inside).get("_modules", {})] if hasattr(inside, "__dict__") else []
+        # A wrapper keeps the denoiser under one of these names.
+        inside = next((p[name] for name in ("inner_model", "model") for p in held if name in p), None)

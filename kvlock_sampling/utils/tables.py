@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -27,11 +28,7 @@ def read_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int = 0) -> Any:
-    """Make an object of the class in `registry` that `table` names; `where` is the path of keys to it, for errors.
-
-    Raises:
-        PolicyError: An unknown type or key, with the nearest known one; a missing setting, or one out of range.
-    """
+    """Make an object of the class in `registry` that `table` names; `where` is the path of keys to it, for errors."""
     example = next(iter(registry))
     if not isinstance(table, Mapping):
         raise PolicyError(f'{where} = {table!r}: expected a table, e.g. {{ type = "{example}" }}')
@@ -43,16 +40,14 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
     fields = _fields(kind)
     settings: dict[str, Any] = {}
     for key, value in table.items():
-        if key == "type":
-            continue
-        if key not in fields:
+        if key != "type" and key not in fields:
             raise PolicyError(f"{where}.{key} is not a setting of {kind.__name__}; {nearest(key, fields)}")
         if key in ("policy", "estimator"):
             settings[key] = from_table(value, registry, f"{where}.{key}", depth + 1)
         elif key == "estimators" and isinstance(value, list):
             parts = enumerate(value)
             settings[key] = tuple(from_table(v, registry, f"{where}.{key}[{i}]", depth + 1) for i, v in parts)
-        else:
+        elif key != "type":
             settings[key] = None if value == "none" else tuple(value) if isinstance(value, list) else value
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in settings]
     if missing:
@@ -64,16 +59,12 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
 
 
 def to_table(value: Any, registry: Mapping[str, type]) -> dict[str, Any]:
-    """Return the table of an object, with all its settings: `from_table(to_table(x, r), r, "") == x`.
-
-    Raises:
-        PolicyError: The object, or one inside it, is not of a class in the registry.
-    """
+    """Return the table of an object, with all its settings: `from_table(to_table(x, r), r, "") == x`."""
     kind = type(value)
     if registry.get(kind.__name__) is not kind:
         raise PolicyError(
-            f"{value!r} cannot be written as a file: it is code, and a file holds only settings of "
-            f"{', '.join(registry)}.\n  Keep it as a Python file, as the examples in policies/recipes are."
+            f"{value!r} cannot be written as a file: it is code, and a file holds settings of {', '.join(registry)}.\n"
+            "  Keep it as a Python file, as the examples in policies/recipes are."
         )
     table: dict[str, Any] = {"type": kind.__name__}
     for name, field in _fields(kind).items():
@@ -99,7 +90,7 @@ def nearest(given: Any, known: Iterable[str]) -> str:
 def write_toml(table: Mapping[str, Any], name: str = "") -> str:
     """Return a table as TOML text: first its values, then a section for every table in it."""
     sections = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    values = [f"{_text(key, key=True)} = {_text(value)}\n" for key, value in table.items() if key not in sections]
+    values = [f"{_key(key)} = {_text(value)}\n" for key, value in table.items() if key not in sections]
     head = "".join([f"[{name}]\n"] * bool(name) + values)
     parts = [write_toml(value, f"{name}.{key}" if name else key) for key, value in sections.items()]
     return "\n".join([head] * bool(head) + parts)
@@ -110,19 +101,17 @@ def _fields(kind: type) -> dict[str, dataclasses.Field[Any]]:
     return {field.name: field for field in dataclasses.fields(kind) if field.repr}
 
 
-def _text(value: Any, key: bool = False) -> str:
-    """A key or value as TOML."""
-    if isinstance(value, str):
-        if key and value.isidentifier() and value.isascii():
-            return value
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(float(value) if isinstance(value, float) else value)  # numpy's floats have a repr of their own
+def _key(key: str) -> str:
+    return key if key.isidentifier() and key.isascii() else _text(key)
+
+
+def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_text(k, key=True)} = {_text(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_key(k)} = {_text(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, float):
+        return repr(float(value))  # numpy's floats have a repr of their own
+    if isinstance(value, str | int):  # JSON writes text, whole numbers, true and false as TOML does, except for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     raise PolicyError(f"{value!r} cannot be written as TOML; expected a number, text, True or False, or lists of them")

@@ -31,13 +31,10 @@ def broken_torchvision_hidden() -> Iterator[None]:
     if not torchvision_is_broken():
         yield
         return
-    missing = object()
-    before = sys.modules.get("torchvision", missing)
+    present = "torchvision" in sys.modules  # then it is hidden already
     sys.modules["torchvision"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if before is missing:
+        if not present:
             sys.modules.pop("torchvision", None)
-        else:
-            sys.modules["torchvision"] = before  # type: ignore[assignment]

@@ -7,7 +7,7 @@ that a clip alone agrees with the clip in a batch. They are drawn in float32 on 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -18,16 +18,11 @@ from .base import Estimator
 
 @dataclass(frozen=True)
 class ProbingEstimator(Estimator):
-    """Base of the estimators that evaluate the model again, `passes` times per clip and measurement.
-
-    Its state counts measurements and seeds the next draw.
+    """Base of the estimators that evaluate the model again. The state counts measurements and seeds the next draw.
 
     Args:
         passes: Evaluations per clip and measurement.
         seed: Seed of the draws.
-
-    Raises:
-        EstimatorError: Too few passes.
     """
 
     passes: int = 1
@@ -47,11 +42,9 @@ class ProbingEstimator(Estimator):
 
     @property
     def cost(self) -> float:  # type: ignore[override]
-        """Evaluations per clip and measurement."""
         return float(self.passes)
 
-    def init(self) -> int:
-        """Return 0, the number of measurements made."""
+    def init(self) -> Any:
         return 0
 
 
@@ -63,32 +56,14 @@ def generator(seed: int, count: int, device: torch.device | str = "cpu") -> torc
 def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int, count: int) -> Tensor:
     """Draw unit noise or +1 and -1 (Rademacher) for `passes` copies of `like`: (passes * batch, ...), float32.
 
-    Passes of unit noise are orthogonal to one another: together they cover space evenly. `count` is the number of
-    measurements made before.
+    `count` is the number of measurements made before.
     """
     shape = (passes, 1, *like.shape[1:])
     values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)
-    values = _orthogonal(values) if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
+    values = values if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
     return values.expand(passes, *like.shape).reshape(passes * len(like), *like.shape[1:])
 
 
 def copies(values: Tensor, passes: int) -> Tensor:
     """Repeat (batch, ...) `passes` times: (passes * batch, ...)."""
     return values.repeat(passes, *[1] * (values.ndim - 1))
-
-
-def _orthogonal(values: Tensor) -> Tensor:
-    """Make Gaussian draws (passes, 1, ...) orthogonal and keep the length of each.
-
-    Each draw stays Gaussian, because its direction is still uniform and its length independent of it.
-    """
-    rows = values.flatten(1)
-    if not 1 < len(rows) <= rows.shape[1]:
-        return values
-    lengths = rows.norm(dim=1, keepdim=True)
-    basis: list[Tensor] = []
-    for row in rows:
-        for other in basis:
-            row = row - (row @ other) * other
-        basis.append(row / row.norm())
-    return (torch.stack(basis) * lengths).view_as(values)

@@ -25,27 +25,26 @@ Patch = tuple[int, int, int]
 class Estimator(ABC):
     """Base of every estimator. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
-    A variance may have any unit: divided by its threshold it is risk. `kvlock_sampling.testing.check_estimator` tests a
-    subclass.
+    A variance may have any unit: divided by its threshold it is risk. Every estimator raises EstimatorError for a
+    setting out of range. `kvlock_sampling.testing.check_estimator` tests a subclass.
 
     Attributes:
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
         needs_background: Whether it raises EstimatorError without a mask that leaves some background. Defaults to
             False.
+        patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
     cost: float = 0.0
     default_threshold: float = 1.0
     needs_background: bool = False
+    patch: Patch | None = None
 
     @property
     def reads_background(self) -> bool:
-        """Whether the variance depends on the prediction outside the mask, so that every token must be computed.
-
-        True for an estimator with a `patch`, which measures every token.
-        """
-        return self.needs_background or getattr(self, "patch", None) is not None
+        """Whether the variance depends on the prediction outside the mask, so that every token must be computed."""
+        return self.needs_background or self.patch is not None
 
     def init(self) -> Any:
         """Return the state before the first evaluation. Defaults to None: no memory."""
@@ -65,29 +64,15 @@ class Estimator(ABC):
         """
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """Return this estimator for one model. The lock calls it once, at construction.
+        """Return the estimator for a model with these modules, outermost first. The lock calls it once.
 
         Only an estimator that changes the model for its passes overrides it.
-
-        Args:
-            modules: The modules of the model, outermost first.
-
-        Returns:
-            The estimator to use.
         """
         return self
 
 
 def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Float[Tensor, "batch"]:
-    """Average per clip, in float32 or better.
-
-    Args:
-        values: What to average.
-        mask: Weights broadcastable to `values`; None weighs all alike.
-
-    Returns:
-        One mean per clip.
-    """
+    """Return the mean of each clip in float32 or better. `mask` holds weights; None weighs all alike."""
     values = working(values)
     if mask is None:
         return values.flatten(1).mean(1)
@@ -98,16 +83,14 @@ def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Fl
 def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Patch | None) -> Tensor:
     """Average per clip, or per token in the order (t, h, w) if there is a patch.
 
-    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens. Raises EstimatorError
-    for values that are not (batch, channels, time, height, width) in whole patches.
+    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens.
     """
     if patch is None:
         return masked_mean(values, mask)
     if values.ndim != 5 or any(size % p for size, p in zip(values.shape[2:], patch, strict=True)):
         raise EstimatorError(
-            f"latents of shape {tuple(values.shape)} do not divide into patches of {patch}; "
-            "expected (batch, channels, time, height, width) in whole patches.\n"
-            "  Give the model's own patch size, e.g. patch=(1, 2, 2), or None for one value per clip."
+            f"latents of shape {tuple(values.shape)} do not divide into patches of {patch}; expected (batch, channels, "
+            "time, height, width) in whole patches.\n  Give the model's patch, e.g. (1, 2, 2); None measures clips."
         )
     t, h, w = patch
     return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)

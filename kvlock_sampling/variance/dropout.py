@@ -1,14 +1,12 @@
 """Dropout variance: how much the prediction depends on single units of the network.
 
     var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network
-averaged over masked elements: Monte Carlo dropout, an estimate of epistemic uncertainty. Range >= 0, latent units
-squared.
-Cost: `passes` evaluations. Source: Gal & Ghahramani, arXiv 1506.02142.
+averaged over masked elements: Monte Carlo dropout. Range >= 0, latent units squared. Cost: `passes` evaluations.
+Source: Gal & Ghahramani, arXiv 1506.02142.
 
-A network is thinned by forward hooks that exist only within a `with` block, so a model that ships without dropout will
-do. In each chosen linear layer the same random output units are 0 for all rows and tokens, the others are scaled by
-1 / (1 - rate). Sharing the units makes it a draw of a *network* (for sequences: arXiv 1512.05287), keeps a clip
-independent of its batch, and costs one small vector per layer.
+Forward hooks thin a network within a `with` block, so the model needs no dropout layers. In each chosen linear layer
+the same random output units are 0 for all rows and tokens, and the others are scaled by 1 / (1 - rate). This is one
+draw of a network (for sequences: arXiv 1512.05287), and a clip stays independent of its batch.
 """
 
 from __future__ import annotations
@@ -53,7 +51,7 @@ class DropoutVariance(ProbingEstimator):
         model: The network behind the denoiser. Defaults to None, the one that the lock wraps.
 
     Raises:
-        EstimatorError: A setting out of range; no model, or a model without a layer that fits.
+        EstimatorError: No model, or a model without a layer that fits.
     """
 
     passes: int = 4
@@ -73,19 +71,17 @@ class DropoutVariance(ProbingEstimator):
             droppable(self.model, self.select)
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """Return the same with the first module whose layers fit as its model, unless it has one."""
         if self.model is not None:
             return self
-        error: EstimatorError | None = None
-        for module in modules:
+        error = EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
+        for index, module in enumerate(modules):
             try:
                 return dataclasses.replace(self, model=module)
-            except EstimatorError as first:
-                error = error or first
-        raise error or EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
+            except EstimatorError as found:
+                error = error if index else found  # the outermost module has the most names to show
+        raise error
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
-        """Evaluate the thinned networks and compare them."""
         if self.model is None:
             raise EstimatorError(
                 "DropoutVariance has no model to drop units of.\n"

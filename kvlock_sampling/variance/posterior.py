@@ -13,7 +13,7 @@ at the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,19 +31,13 @@ GRID_STEPS = 2
 """The least step in roundings, eps * |x|, of the latents' dtype: a smaller one could round away."""
 
 
-class PosteriorState(NamedTuple):
-    """The number of measurements made, which seeds the next directions, and whether forward mode was found missing."""
-
-    measured: int = 0
-    finite: bool = False
-
-
 @dataclass(frozen=True)
 class PosteriorVariance(ProbingEstimator):
     """Mean posterior variance of the masked elements, in latent units squared.
 
-    What bfloat16 adds to finite differences averages out over elements and clips, not over passes: D(x) is rounded
-    once. Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
+    Its state is the number of measurements, and whether forward mode was found missing. What bfloat16 adds to finite
+    differences averages out over elements and clips, not over passes: D(x) is rounded once. Negative estimates, which
+    come from rounding or from a Jacobian that is no covariance, are reported as 0.
 
     Args:
         passes: Random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is
@@ -56,7 +50,7 @@ class PosteriorVariance(ProbingEstimator):
             survives; for a model in float32 0.01 has a smaller bias.
 
     Raises:
-        EstimatorError: Settings out of range or without effect; in a run, a model that `method` cannot differentiate.
+        EstimatorError: A setting without effect; in a run, a model that `method` cannot differentiate.
     """
 
     method: Literal["auto", "finite", "forward"] = "auto"
@@ -70,28 +64,27 @@ class PosteriorVariance(ProbingEstimator):
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
             raise EstimatorError(
-                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. Leave it out, '
-                f'or try method="finite", step_size={self.step_size}.'
+                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. '
+                f'Try method="finite", step_size={self.step_size}.'
             )
 
-    def init(self) -> PosteriorState:  # type: ignore[override]
-        """Return the state of a run without measurements."""
-        return PosteriorState()
+    def init(self) -> tuple[int, bool]:
+        return 0, False
 
-    def step(self, state: PosteriorState, evaluation: Evaluation) -> tuple[PosteriorState, Tensor | None]:
-        """Probe the Jacobian along random signs on the mask. The variance is (batch,)."""
+    def step(self, state: tuple[int, bool], evaluation: Evaluation) -> tuple[tuple[int, bool], Tensor | None]:
+        measured, finite = state
         x, mask = evaluation.x.detach(), evaluation.mask
-        v = draw("signs", self.passes, x, self.seed, state.measured)
+        v = draw("signs", self.passes, x, self.seed, measured)
         if mask is not None:
             # With the square root a soft mask weighs the trace as it weighs a mean.
             v = v * copies(torch.broadcast_to(working(mask).sqrt(), x.shape), self.passes)
-        quadratic, finite = None, state.finite or self.method == "finite"
+        quadratic, finite = None, finite or self.method == "finite"
         if not finite:
             quadratic = self._forward(evaluation, copies(x, self.passes), v)
             if quadratic is None and self.method == "forward":
                 raise EstimatorError(
-                    "the model cannot be differentiated in forward mode: an operation lacks it (fused attention "
-                    'often does), or inference_mode is on.\n  Try PosteriorVariance(method="finite").'
+                    "the model cannot be differentiated in forward mode: an operation lacks it (fused attention often "
+                    'does), or inference_mode is on.\n  Try PosteriorVariance(method="finite").'
                 )
             finite = quadratic is None
         if quadratic is None:
@@ -99,7 +92,7 @@ class PosteriorVariance(ProbingEstimator):
         trace = quadratic.unflatten(0, (self.passes, len(x))).mean(0).flatten(1).sum(1)
         weight = torch.ones_like(x) if mask is None else torch.broadcast_to(mask, x.shape)
         variance = evaluation.sigma**2 * trace / working(weight).flatten(1).sum(1).clamp_min(1e-12)
-        return PosteriorState(state.measured + 1, finite), variance.clamp_min(0.0)
+        return (measured + 1, finite), variance.clamp_min(0.0)
 
     @staticmethod
     def _forward(evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor | None:

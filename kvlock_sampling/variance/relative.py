@@ -11,30 +11,23 @@ inner estimator's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..types import EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import Estimator, Patch, pooled
+from .base import Patch, pooled
 from .wrappers import EstimatorWrapper
-
-
-class RelativeState(NamedTuple):
-    """The inner state and, from the first evaluation on, the edited fraction of every token, (batch, tokens)."""
-
-    inner: Any
-    edited: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Relative(EstimatorWrapper):
     """An inner estimator's variance inside the mask over its quantile outside, per clip.
 
-    The reference is as good as the background: without compositing, or with a background that was never right, it is
-    only the rest of the clip.
+    The reference is as good as the background: without compositing it is only the rest of the clip. The state is the
+    inner state, and the edited fraction of every token, None before the first evaluation.
 
     Args:
         estimator: An estimator that measures every token: Relative(TrajectoryVariance(patch=(1, 2, 2))).
@@ -45,8 +38,7 @@ class Relative(EstimatorWrapper):
         local: Whether every token has its own ratio, (batch, tokens), instead of one value per clip. Defaults to False.
 
     Raises:
-        EstimatorError: An inner estimator that does not measure tokens, or a quantile out of range; in a run, a clip
-            without a background token.
+        EstimatorError: An inner estimator that does not measure tokens; in a run, a clip without a background token.
     """
 
     quantile: float = 0.96
@@ -54,31 +46,36 @@ class Relative(EstimatorWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        patch_of(self.estimator)
+        if self.estimator.patch is None:
+            raise EstimatorError(
+                f"Relative needs a value for every token, and {self.estimator!r} gives one value per clip.\n"
+                "  Name the model's patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, "
+                "patch=(1, 2, 2)))."
+            )
         if not 0 <= self.quantile <= 1:
             raise EstimatorError(f"quantile={self.quantile}; expected a fraction in [0, 1]. Try quantile=0.96.")
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """What 95% of calm measurements of the embedded model stay below, at the default quantile."""
-        return 4.5
+        return 4.5  # what 95% of calm measurements of the embedded model stay below, at the default quantile
 
     @property
     def needs_background(self) -> bool:  # type: ignore[override]
         return True
 
-    def init(self) -> RelativeState:
-        """Return the inner estimator's state; the mask is not known yet."""
-        return RelativeState(self.estimator.init())
+    @property
+    def patch(self) -> Patch | None:  # type: ignore[override]
+        return self.estimator.patch if self.local else None
 
-    def step(self, state: RelativeState, evaluation: Evaluation) -> tuple[RelativeState, Tensor | None]:
-        """Divide the inner variance by that of its own background."""
-        edited = state.edited
-        if edited is None:
-            edited = self._edited(evaluation)
-        inner, variance = self.estimator.step(state.inner, evaluation)
+    def init(self) -> tuple[Any, Tensor | None]:
+        return self.estimator.init(), None
+
+    def step(self, state: tuple[Any, Tensor | None], evaluation: Evaluation) -> tuple[Any, Tensor | None]:
+        inner, edited = state
+        edited = self._edited(evaluation) if edited is None else edited
+        inner, variance = self.estimator.step(inner, evaluation)
         if variance is None:
-            return RelativeState(inner, edited), None
+            return (inner, edited), None
         if variance.shape != edited.shape:
             raise EstimatorError(
                 f"{self.estimator!r} returned a variance of shape {tuple(variance.shape)}; Relative expected one for "
@@ -87,10 +84,10 @@ class Relative(EstimatorWrapper):
         background = torch.where(edited > 0, torch.nan, variance)
         # The clamp keeps risk finite over flat content, whose variance may be exactly 0 in float16.
         reference = background.nanquantile(self.quantile, dim=1, keepdim=True).clamp_min(1e-12)
-        if self.local:
-            return RelativeState(inner, edited), variance / reference
-        region = (variance * edited).sum(1) / edited.sum(1).clamp_min(1e-12)
-        return RelativeState(inner, edited), region / reference.squeeze(1)
+        if not self.local:
+            variance = (variance * edited).sum(1, keepdim=True) / edited.sum(1, keepdim=True).clamp_min(1e-12)
+        ratio = variance / reference
+        return (inner, edited), ratio if self.local else ratio.squeeze(1)
 
     def _edited(self, evaluation: Evaluation) -> Tensor:
         """The edited fraction of every token. Computed once per run, because the check reads from the device."""
@@ -100,7 +97,7 @@ class Relative(EstimatorWrapper):
                 f"  Give KVLock(..., mask=...), or the estimator by itself: estimator={self.estimator!r}."
             )
         mask = torch.broadcast_to(working(evaluation.mask), evaluation.denoised.shape)
-        edited = pooled(mask, None, patch_of(self.estimator))
+        edited = pooled(mask, None, self.estimator.patch)
         full = (edited > 0).all(1).nonzero().flatten().tolist()
         if full:
             raise EstimatorError(
@@ -109,22 +106,3 @@ class Relative(EstimatorWrapper):
                 f"  Shrink the mask, or take the estimator by itself: estimator={self.estimator!r}."
             )
         return edited
-
-
-def patch_of(estimator: Estimator) -> Patch:
-    """Return the one patch of an estimator and those inside it, or raise EstimatorError."""
-    inside = [estimator]
-    found = set()
-    while inside:
-        part = inside.pop()
-        if getattr(part, "patch", None) is not None:
-            found.add(part.patch)  # type: ignore[attr-defined]
-        inside += [part.estimator] if isinstance(part, EstimatorWrapper) else list(getattr(part, "estimators", ()))
-    if len(found) != 1:
-        what = "gives one value per clip" if not found else f"has patches {', '.join(map(str, sorted(found)))}"
-        raise EstimatorError(
-            f"Relative needs a value for every token, and {estimator!r} {what}.\n"
-            "  Name the model's patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, "
-            "patch=(1, 2, 2)))."
-        )
-    return found.pop()

@@ -21,7 +21,7 @@ from .base import Patch, check_patch, pooled
 
 @dataclass(frozen=True)
 class RenoiseVariance(ProbingEstimator):
-    """Variance over stochastic passes, in latent units squared.
+    """Variance over stochastic passes, in latent units squared. Raises EstimatorError for a setting out of range.
 
     Args:
         passes: Fresh noises per measurement, >= 1, evaluated as one batch. Defaults to 2.
@@ -32,9 +32,6 @@ class RenoiseVariance(ProbingEstimator):
             so only the doubt about the edit counts. Defaults to False.
         patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
             one value per clip.
-
-    Raises:
-        EstimatorError: A setting out of range.
     """
 
     passes: int = 2
@@ -51,7 +48,6 @@ class RenoiseVariance(ProbingEstimator):
             raise EstimatorError(f'passes={self.passes} with around="mean"; a spread needs 2 passes or more.')
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
-        """Noise x0-hat again, predict again, and compare."""
         denoised, sigma, mask = evaluation.denoised.detach(), evaluation.sigma, evaluation.mask
         noise = draw("normal", self.passes, denoised, self.seed, state).to(denoised.dtype)
         again = copies(denoised, self.passes) + sigma * noise

@@ -47,7 +47,6 @@ class ThresholdCurve:
             )
 
     def __call__(self, sigma: float) -> float:
-        """Return the threshold at one noise level."""
         levels = np.log(self.sigmas[::-1])
         return float(np.exp(np.interp(math.log(max(sigma, 1e-12)), levels, np.log(self.values[::-1]))))
 
@@ -68,15 +67,7 @@ def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
 
 
 class Band(NamedTuple):
-    """The variance of reference runs in one band of noise levels.
-
-    Attributes:
-        sigma: Geometric mean of the noise levels.
-        quantile: Quantile of the variance.
-        low: Lower bound of its confidence interval.
-        high: Upper bound of its confidence interval.
-        measurements: Number of measurements.
-    """
+    """A band of noise levels: their geometric mean, a quantile of the variance, and its 95% interval (low, high)."""
 
     sigma: float
     quantile: float
@@ -86,21 +77,14 @@ class Band(NamedTuple):
 
 
 def reference_bands(
-    measurements: Iterable[tuple[float, float]],
-    *,
-    quantile: float = 0.95,
-    bands: int = 12,
-    confidence: float = 0.95,
+    measurements: Iterable[tuple[float, float]], *, quantile: float = 0.95, bands: int = 12
 ) -> list[Band]:
-    """Estimate quantiles of variance over the noise level, with distribution-free confidence intervals.
-
-    The intervals come from order statistics (scipy.stats.quantile_test): no distribution is assumed.
+    """Estimate quantiles of variance over the noise level, with 95% intervals from order statistics.
 
     Args:
         measurements: (sigma, variance) of calm runs, e.g. from `Trace.rows()`. Non-finite ones are dropped.
         quantile: In (0, 1). Defaults to 0.95.
         bands: Number of bands of equal width in log sigma; empty ones are left out. Defaults to 12.
-        confidence: Of the intervals, in (0, 1). Defaults to 0.95.
 
     Returns:
         The bands, from high noise to low.
@@ -113,19 +97,19 @@ def reference_bands(
     points = np.array([(s, v) for s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
     if len(points) < 20:
         raise EstimatorError(
-            f"{len(points)} usable measurements; a curve needs 20 or more. Use more clips or more steps, and a policy "
-            "that measures (uses_risk)."
+            f"{len(points)} usable measurements; a curve needs 20 or more. Use more clips or steps, and a policy that "
+            "measures (uses_risk)."
         )
     logs = np.log(points[:, 0])
     edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
     found = []
-    for low_edge, high_edge in itertools.pairwise(edges):
-        inside = points[(logs >= low_edge) & (logs < high_edge)]
+    for start, end in itertools.pairwise(edges):
+        inside = points[(logs >= start) & (logs < end)]
         if not len(inside):
             continue
         values = inside[:, 1]
         level = float(np.quantile(values, quantile))
-        interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(confidence)
+        interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(0.95)
         low = float(interval.low) if math.isfinite(interval.low) else float(values.min())
         high = float(interval.high) if math.isfinite(interval.high) else float(values.max())
         found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, low, high, len(values)))

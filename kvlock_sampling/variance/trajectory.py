@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TrajectoryVariance(Estimator):
-    """Variance of x0-hat along the trajectory.
+    """Variance of x0-hat along the trajectory. Raises EstimatorError for a setting out of range.
 
     Args:
         window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.
@@ -48,9 +48,6 @@ class TrajectoryVariance(Estimator):
             Defaults to False.
         patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
             one value per clip.
-
-    Raises:
-        EstimatorError: A setting out of range, or the paper's form without any window.
     """
 
     window: int | None = 10
@@ -72,16 +69,14 @@ class TrajectoryVariance(Estimator):
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        """0.01 as in the paper; for the normalised form, what calm clips of the embedded model reach."""
-        return 0.02 if self.normalise else 0.01
+        return 0.02 if self.normalise else 0.01  # calm clips of the embedded model; the paper's
 
     def init(self) -> tuple[Entry, ...]:
-        """Return an empty trajectory."""
         return ()
 
     def step(self, state: tuple[Entry, ...], evaluation: Evaluation) -> tuple[tuple[Entry, ...], Tensor | None]:
-        """Append the prediction; it replaces an entry at nearly the same sigma and those below."""
         sigma, denoised = evaluation.sigma, evaluation.denoised.detach()
+        # The prediction replaces an entry at nearly the same sigma, and those below.
         kept = [e for e in state if e.sigma > sigma * (1 + SAME_SIGMA)]
         move = None
         if kept and self.normalise:

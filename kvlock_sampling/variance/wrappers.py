@@ -17,13 +17,13 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
-from .base import Estimator
+from .base import Estimator, Patch
 
 
 def check_inner(outer: Estimator, inner: Any) -> None:
@@ -35,13 +35,10 @@ def check_inner(outer: Estimator, inner: Any) -> None:
 
 @dataclass(frozen=True)
 class EstimatorWrapper(Estimator):
-    """Base of an estimator around another one; cost, threshold and background are those of the inner estimator.
+    """Base of an estimator around another one; cost, threshold, background and patch are those of the inner one.
 
     Args:
         estimator: The inner estimator.
-
-    Raises:
-        EstimatorError: `estimator` is not an Estimator.
     """
 
     estimator: Estimator
@@ -62,20 +59,11 @@ class EstimatorWrapper(Estimator):
         return self.estimator.needs_background
 
     @property
-    def reads_background(self) -> bool:
-        return self.estimator.reads_background
+    def patch(self) -> Patch | None:  # type: ignore[override]
+        return self.estimator.patch
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         return dataclasses.replace(self, estimator=self.estimator.bound(modules))
-
-
-class SparseState(NamedTuple):
-    """The inner state, the last noise level, the number of new levels inside the window, and the variance to hold."""
-
-    inner: Any
-    sigma: float = math.inf
-    levels: int = 0
-    variance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,8 @@ class Sparse(EstimatorWrapper):
     """The inner estimator at chosen noise levels only. It does not see the other evaluations.
 
     An evaluation repeated at one noise level (heun's corrector and next predictor) is repeated here too, because the
-    lock replaces the first one: the fraction of probes among all evaluations stays the same.
+    lock replaces the first one. The state is the inner state, the last noise level, the number of new levels in the
+    window, and the variance to hold.
 
     Args:
         estimator: The inner estimator.
@@ -93,9 +82,6 @@ class Sparse(EstimatorWrapper):
         above: Measure at sigma >= above only, likewise.
         hold: Whether the last variance is returned in between, so that the policy steps at every evaluation. Without it
             None is returned, and the lock holds its last control. Defaults to False.
-
-    Raises:
-        EstimatorError: No noise level is chosen, or a setting is out of range.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -118,25 +104,24 @@ class Sparse(EstimatorWrapper):
             raise EstimatorError(f"every={self.every}; expected a whole number of noise levels, 1 or more.")
         if self.below is not None and self.above is not None and self.below < self.above:
             raise EstimatorError(
-                f"below={self.below:g}, above={self.above:g} is an empty window: it is open while "
-                f"above <= sigma <= below.\n  Try below={self.above:g}, above={self.below:g}."
+                f"below={self.below:g}, above={self.above:g} is an empty window; expected above <= below. "
+                f"Try below={self.above:g}, above={self.below:g}."
             )
 
-    def init(self) -> SparseState:
-        """Return the inner estimator's state; no noise level was seen."""
-        return SparseState(self.estimator.init())
+    def init(self) -> tuple[Any, float, int, Tensor | None]:
+        return self.estimator.init(), math.inf, 0, None
 
-    def step(self, state: SparseState, evaluation: Evaluation) -> tuple[SparseState, Tensor | None]:
-        """Pass the evaluation on at a chosen noise level; otherwise leave the inner state as it is."""
-        sigma, new = evaluation.sigma, evaluation.sigma < state.sigma * (1 - SAME_SIGMA)
+    def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
+        inner, last, levels, held = state
+        sigma, new = evaluation.sigma, evaluation.sigma < last * (1 - SAME_SIGMA)
         is_open = (self.above is None or sigma >= self.above) and (self.below is None or sigma <= self.below)
         if self.sigmas:
-            due = any(sigma <= s * (1 + SAME_SIGMA) < state.sigma for s in self.sigmas)
+            due = any(sigma <= s * (1 + SAME_SIGMA) < last for s in self.sigmas)
         else:
-            due = new and state.levels % (self.every or 1) == 0
-        inner, variance = self.estimator.step(state.inner, evaluation) if is_open and due else (state.inner, None)
-        variance = state.variance if variance is None and self.hold else variance
-        return SparseState(inner, sigma, state.levels + (new and is_open), variance if self.hold else None), variance
+            due = new and levels % (self.every or 1) == 0
+        inner, variance = self.estimator.step(inner, evaluation) if is_open and due else (inner, None)
+        variance = held if variance is None and self.hold else variance
+        return (inner, sigma, levels + (new and is_open), variance if self.hold else None), variance
 
 
 @dataclass(frozen=True)
@@ -148,9 +133,6 @@ class Combined(Estimator):
         how: "max" for the largest risk, "mean" for the weighted mean. Defaults to "max".
         weights: For "mean", one weight > 0 for each estimator, of any sum. Defaults to None, equal weights.
         thresholds: One threshold > 0 for each estimator. Defaults to None, their default thresholds.
-
-    Raises:
-        EstimatorError: No estimator, or a setting out of range.
     """
 
     estimators: tuple[Estimator, ...]
@@ -164,13 +146,17 @@ class Combined(Estimator):
         object.__setattr__(self, "estimators", tuple(self.estimators))
         for estimator in self.estimators:
             check_inner(self, estimator)
+        if len(patches := {e.patch for e in self.estimators if e.patch is not None}) > 1:
+            raise EstimatorError(
+                f"Combined has patches {', '.join(map(str, sorted(patches)))}; expected the same patch for all."
+            )
         if self.how not in ("max", "mean") or (self.how == "max" and self.weights is not None):
             raise EstimatorError(f'how={self.how!r}, weights={self.weights}; expected "max", or "mean" with weights.')
         for name in ("weights", "thresholds"):
             given = getattr(self, name)
             if given is not None and not (len(given) == len(self.estimators) and all(v > 0 for v in given)):
-                parts = len(self.estimators)
-                raise EstimatorError(f"{name}={given}: expected a number above 0 for each of {parts} estimators.")
+                count = len(self.estimators)
+                raise EstimatorError(f"{name}={given}: expected a number above 0 for each of {count} estimators.")
             object.__setattr__(self, name, None if given is None else tuple(map(float, given)))
 
     @property
@@ -182,19 +168,17 @@ class Combined(Estimator):
         return any(e.needs_background for e in self.estimators)
 
     @property
-    def reads_background(self) -> bool:
-        return any(e.reads_background for e in self.estimators)
+    def patch(self) -> Patch | None:  # type: ignore[override]
+        return next((e.patch for e in self.estimators if e.patch is not None), None)
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         modules = tuple(modules)
         return dataclasses.replace(self, estimators=tuple(e.bound(modules) for e in self.estimators))
 
     def init(self) -> tuple[Any, ...]:
-        """Return the states of all estimators."""
         return tuple(e.init() for e in self.estimators)
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
-        """Combine the risks of all that measured: (batch,), or (batch, tokens) if any is local."""
         pairs = [e.step(s, evaluation) for e, s in zip(self.estimators, state, strict=True)]
         limits = self.thresholds or tuple(e.default_threshold for e in self.estimators)
         risks = {i: v / limits[i] for i, (_, v) in enumerate(pairs) if v is not None}
@@ -206,7 +190,5 @@ class Combined(Estimator):
         stacked = torch.stack(torch.broadcast_tensors(*risks.values()))
         if self.how == "max":
             return states, stacked.amax(0)
-        if self.weights is None:
-            return states, stacked.mean(0)
-        weights = stacked.new_tensor([self.weights[i] for i in risks])
+        weights = stacked.new_tensor([1.0 if self.weights is None else self.weights[i] for i in risks])
         return states, torch.tensordot(weights / weights.sum(), stacked, dims=1)

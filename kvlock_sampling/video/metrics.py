@@ -1,8 +1,8 @@
 """Metrics of clips inside a region: MSE, PSNR and SSIM.
 
 Clips are (batch, 3, T, H, W) in [-1, 1]; masks are (batch, 1, T, H, W) or (1, 1, T, H, W) in [0, 1], and fractions
-weight a pixel. Each metric returns one number per clip, (batch,), over the region where `mask` is 1. None means
-everywhere; for the background of an edit pass `1 - mask`.
+weight a pixel. Each metric returns one number per clip, (batch,), over the region where `mask` is 1; None means
+everywhere, and `1 - mask` the background of an edit.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ MAX_PSNR = 100.0
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference inside the region.
+    """Mean squared difference inside the region, (batch,) in units of [-1, 1] squared: 0 to 4.
 
     Args:
         a: Clips (batch, 3, T, H, W) in [-1, 1].
         b: Clips of the same shape.
         mask: The region, as described above.
-
-    Returns:
-        (batch,), in units of [-1, 1] squared: 0 to 4.
 
     Raises:
         MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
@@ -41,18 +38,9 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio inside the region, 10 log10(2^2 / mse).
+    """Peak signal-to-noise ratio inside the region, 10 log10(2^2 / mse), (batch,) in dB, at most 100.
 
-    Args:
-        a: Clips (batch, 3, T, H, W) in [-1, 1].
-        b: Clips of the same shape.
-        mask: The region, as described above.
-
-    Returns:
-        (batch,), in dB, at most 100.
-
-    Raises:
-        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
+    Arguments and errors are those of `masked_mse`.
 
     >>> masked_psnr(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.2))
     tensor([20.])
@@ -62,22 +50,11 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Structural similarity inside the region; needs the extra `video` (scikit-image).
+    """Structural similarity inside the region, (batch,) in [-1, 1], 1 = identical; needs the extra `video`.
 
     This averages skimage's map of `structural_similarity` (7x7 windows, smaller on tiny frames) over the region and the
-    colours. Windows at the border of the region reach outside, where both clips are replaced by `a`.
-
-    Args:
-        a: Clips (batch, 3, T, H, W) in [-1, 1].
-        b: Clips of the same shape.
-        mask: The region, as described above.
-
-    Returns:
-        (batch,), in [-1, 1]; 1 = identical.
-
-    Raises:
-        MaskError: As above, or the frames are smaller than 3 x 3.
-        KVLockError: scikit-image is not installed.
+    colours. Windows at the border of the region reach outside, where both clips are replaced by `a`. Arguments and
+    errors are those of `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
     """
     weight = check_region(a, b, mask)
     size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)

@@ -19,17 +19,10 @@ class VideoError(KVLockError, ValueError):
 
 
 def as_clips(clip: Any) -> Tensor:
-    """Convert a clip or a batch of clips to a tensor.
+    """Convert a tensor or array to clips (batch, channels, frames, height, width); float64 arrays become float32.
 
-    Args:
-        clip: A tensor or array. float64 arrays, numpy's default, become float32.
-
-    Returns:
-        (batch, channels, frames, height, width). A tensor of another number of axes is returned unchanged, because the
-        caller knows the shape that its model expects.
-
-    Raises:
-        SourceError: A path, or another object without pixels.
+    Other numbers of axes than 4 and 5 are kept, because the caller knows the shape that its model expects. A path, or
+    another object without pixels, raises SourceError.
     """
     if isinstance(clip, str | os.PathLike):
         name = os.fspath(clip)

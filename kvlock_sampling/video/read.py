@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from .pixels import VideoError
 if TYPE_CHECKING:
     from PIL import Image
 
-Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 Conform: TypeAlias = "Callable[[Image.Image], Array]"
@@ -52,7 +51,6 @@ def read_clip(
     frames: int | None = None,
     size: tuple[int, int] | None = None,
     fps: float | None = None,
-    fit: Fit = "crop",
     pad: bool = False,
 ) -> Clip:
     """Read a film, a folder of images, or an image. Rotation tags are applied; alpha is composited on black.
@@ -60,14 +58,10 @@ def read_clip(
     Args:
         path: The file or folder.
         frames: Pick this many, evenly from first to last. Default: all.
-        size: (height, width) in pixels, antialiased. Default: the file's.
-        fps: Resample a film to this rate by its time stamps; for images, the rate to assume (default 8). A film of
-            varying rate is resampled to its fastest rate by default.
-        fit: How another aspect ratio fits `size`: "crop" the centre, "pad" with black, or "stretch".
+        size: (height, width) in pixels; the centre is cropped, antialiased. Default: the file's.
+        fps: Resample a film to this rate by its time stamps; for images, the rate to assume (default 8). By default a
+            film of varying rate is resampled to its fastest rate.
         pad: Repeat the last frame if the file has fewer than `frames`.
-
-    Returns:
-        The pixels and their rate.
 
     Raises:
         VideoError: The file does not exist, cannot be decoded, or has too few frames, or an argument is invalid.
@@ -75,7 +69,7 @@ def read_clip(
     """
     if fps is not None and not fps > 0:
         raise VideoError(f"read_clip({str(path)!r}) got fps={fps}; expected frames per second > 0, such as fps=8.")
-    images, rate = _load(Path(path), fps, _conform(size, fit))
+    images, rate = _load(Path(path), fps, _conform(size))
     if len(shapes := {image.shape for image in images}) > 1:
         raise VideoError(
             f"the frames of {str(path)!r} have different sizes, such as {sorted(shapes)[:2]}; "
@@ -86,30 +80,25 @@ def read_clip(
     return Clip((pixels / 127.5 - 1).contiguous(), rate)
 
 
-def read_mask(path: PathLike, *, frames: int, size: tuple[int, int], fit: Fit = "crop", pad: bool = False) -> Tensor:
-    """Read a mask: white = edit, black = keep, and grey splits at 0.5. Use the same options for a clip and its mask.
+def read_mask(path: PathLike, *, frames: int, size: tuple[int, int], pad: bool = False) -> Tensor:
+    """Read a mask (1, frames, height, width) in {0, 1}: white = edit, black = keep, and grey splits at 0.5.
 
     Args:
         path: A film, a folder of images, or an image, which holds for all frames.
         frames: Number of frames.
-        size: (height, width) in pixels. In a larger file a pixel is 1 if any part of it is white, so that small regions
-            are kept.
-        fit: As in `read_clip`.
-        pad: As in `read_clip`.
-
-    Returns:
-        (1, frames, height, width) in {0, 1}.
+        size: (height, width) in pixels. In a larger file a pixel is 1 if any part of it is white.
+        pad: As for the clip; see `read_clip`.
 
     Raises:
         VideoError: As in `read_clip`, or the brightest value is a dark grey, as in masks of object indices.
         KVLockError: The extra `video` is not installed.
     """
-    images, rate = _load(Path(path), None, _conform_mask(size, fit))
+    images, rate = _load(Path(path), None, _conform_mask(size))
     brightest = max(int(image.max()) for image in images)
     if 26 <= brightest < 128:  # Below 26 it may be black with compression noise.
         raise VideoError(
             f"read_mask({str(path)!r}): nothing is white; the brightest value is {brightest} of 255. Expected white = "
-            "edit, black = keep. If this is a mask of object indices, save it as (index > 0) * 255 first."
+            "edit; save a mask of object indices as (index > 0) * 255."
         )
     chosen = images * frames if len(images) == 1 else _pick(images, rate, frames, pad, path)[0]
     return (torch.from_numpy(np.stack(chosen)) >= 128).float().unsqueeze(0)
@@ -133,63 +122,43 @@ def _pick(images: list[Array], rate: float, frames: int | None, pad: bool, path:
     return chosen, rate * max(frames - 1, 1) / (have - 1)
 
 
-def _conform(size: tuple[int, int] | None, fit: Fit) -> Conform:
-    """A function that resizes one image to `size`, antialiased, as bytes (H, W, 3)."""
-    _check_fit(size, fit)
+def _conform(size: tuple[int, int] | None) -> Conform:
+    """Return a function that crops the centre of an image and resizes it to `size`, antialiased, as bytes (H, W, 3)."""
+    _check_size(size)
 
     def shrink(image: Image.Image) -> Array:
         if size is None or (image.height, image.width) == size:
             return np.asarray(image)
-        box, (height, width) = _geometry((image.height, image.width), size, fit)
-        small = image.resize((width, height), require("PIL.Image", "video").Resampling.LANCZOS, box=box)
-        return _centred(np.asarray(small), size)
+        lanczos = require("PIL.Image", "video").Resampling.LANCZOS
+        return np.asarray(image.resize(size[::-1], lanczos, box=_box(image, size)))
 
     return shrink
 
 
-def _conform_mask(size: tuple[int, int], fit: Fit) -> Conform:
-    """A function that resizes one image to `size` by maximum, as bytes (H, W)."""
-    _check_fit(size, fit)
+def _conform_mask(size: tuple[int, int]) -> Conform:
+    """The same by maximum, as bytes (H, W)."""
+    _check_size(size)
 
     def shrink(image: Image.Image) -> Array:
+        left, top, right, bottom = _box(image, size)
         grey = torch.from_numpy(np.array(image.convert("L")))
-        (left, top, right, bottom), small = _geometry((image.height, image.width), size, fit)
         grey = grey[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
-        return _centred(F.adaptive_max_pool2d(grey[None].float(), small)[0].byte().numpy(), size)
+        return F.adaptive_max_pool2d(grey[None].float(), size)[0].byte().numpy()
 
     return shrink
 
 
-def _check_fit(size: tuple[int, int] | None, fit: Fit) -> None:
-    if fit not in ("crop", "pad", "stretch"):
-        raise VideoError(f"got fit={fit!r}; expected 'crop', 'pad' or 'stretch'.")
+def _check_size(size: tuple[int, int] | None) -> None:
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
 
 
-def _geometry(
-    have: tuple[int, int], want: tuple[int, int], fit: Fit
-) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-    """The part (left, top, right, bottom) of the image to use, and the (height, width) to resize it to."""
-    (h, w), (H, W) = have, want
-    if fit == "crop":
-        shrink = min(h / H, w / W)
-        left, top = (w - W * shrink) / 2, (h - H * shrink) / 2
-        return (max(left, 0.0), max(top, 0.0), min(w - left, w), min(h - top, h)), want
-    if fit == "pad":
-        shrink = max(h / H, w / W)
-        return (0, 0, w, h), (max(1, round(h / shrink)), max(1, round(w / shrink)))
-    return (0, 0, w, h), want
-
-
-def _centred(image: Array, size: tuple[int, int]) -> Array:
-    """Pad the image with black to this size on all sides."""
-    if image.shape[:2] == size:
-        return image
-    canvas = np.zeros((*size, *image.shape[2:]), np.uint8)
-    top, left = (size[0] - image.shape[0]) // 2, (size[1] - image.shape[1]) // 2
-    canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return canvas
+def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest part (left, top, right, bottom) of this aspect ratio in the middle of the image."""
+    h, w, (height, width) = image.height, image.width, size
+    shrink = min(h / height, w / width)
+    left, top = max((w - width * shrink) / 2, 0.0), max((h - height * shrink) / 2, 0.0)
+    return left, top, w - left, h - top
 
 
 def _load(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array], float]:

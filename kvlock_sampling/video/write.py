@@ -69,16 +69,13 @@ def check_suffix(path: PathLike) -> str:
 def side_by_side(
     clips: Sequence[Tensor], labels: Sequence[str], *, scale: int = 6, columns: int | None = None
 ) -> Tensor:
-    """Put clips side by side as labelled tiles of one clip.
+    """Put clips side by side as labelled tiles of one clip, float32 (3, T, height, width) in [-1, 1].
 
     Args:
         clips: One or more clips of one shape (3, T, H, W) in [-1, 1].
         labels: One per clip. A label that does not fit is set smaller, then cut.
         scale: Whole factor of enlargement.
         columns: Tiles per row. Default: all in one row.
-
-    Returns:
-        float32 (3, T, height, width) in [-1, 1].
 
     Raises:
         VideoError: The clips differ in shape, or their number differs from that of the labels.
@@ -103,8 +100,7 @@ def _to_bytes(pixels: Tensor, caller: str, what: str) -> Array:
         hint = " For a batch of clips pass clips[0]." if pixels.ndim == 5 else ""
         raise VideoError(f"{caller} got {what} of shape {tuple(pixels.shape)}; expected (3, T, H, W).{hint}")
     pixels = pixels.detach().float().cpu()
-    if not torch.isfinite(pixels).all():
-        bad = int((~torch.isfinite(pixels)).sum())
+    if bad := int((~torch.isfinite(pixels)).sum()):
         raise VideoError(f"{caller} got {what} with {bad} nan or inf values; expected numbers in [-1, 1].")
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
 

@@ -10,13 +10,9 @@ ARCHITECTURE = Architecture(
         "diffusers.models.transformers.consisid_transformer_3d:ConsisIDTransformer3DModel",
     ),
     layers=("transformer_blocks.*.attn1",),
-    patch=lambda network: (
-        getattr(network.config, "patch_size_t", None) or 1,
-        network.config.patch_size,
-        network.config.patch_size,
-    ),
+    patch=lambda network: (network.config.get("patch_size_t") or 1, *[network.config.patch_size] * 2),
     text="first",
-    # ConsisID adds what it knows of a face to all tokens between the blocks.
+    # ConsisID adds face features to all tokens between the blocks.
     flow=TokenFlow(
         "norm_final",
         tables=(Table("image_rotary_emb", 0),),

@@ -1,7 +1,6 @@
-"""FLUX.1, Chroma and Bria 3 (diffusers): joint attention, text first; pictures in packed patches of 2 x 2.
+"""FLUX.1, Chroma and Bria 3 (diffusers): joint attention, text first; latents packed or (batch, c, h, w).
 
-Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) where the denoiser packs.
-Kontext's reference stands after: layers=kv.find_layers(model).with_extra(after=its tokens).
+Tokens of Kontext's reference image stand last: layers=kv.find_layers(model).with_extra(after=count).
 """
 
 from ..architecture import Architecture, LayerPattern

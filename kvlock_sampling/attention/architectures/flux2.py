@@ -1,7 +1,6 @@
-"""FLUX.2 (diffusers): joint attention, text first; its latents come packed 2 x 2 into channels already.
+"""FLUX.2 (diffusers): joint attention, text first; the latents' channels are packed 2 x 2 already.
 
-Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) of one latent per token.
-References stand after: layers=kv.find_layers(model).with_extra(after=their tokens).
+Tokens of reference images stand last: layers=kv.find_layers(model).with_extra(after=count).
 """
 
 from ..architecture import Architecture, LayerPattern

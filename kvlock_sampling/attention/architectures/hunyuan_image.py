@@ -1,4 +1,4 @@
-"""HunyuanImage 2.1 and its refiner (diffusers): joint attention, the picture first, then the texts."""
+"""HunyuanImage 2.1 and its refiner (diffusers): joint attention, image first, then two texts."""
 
 from ..architecture import Architecture, LayerPattern
 

@@ -1,6 +1,6 @@
-"""HunyuanVideo and FramePack (diffusers): joint attention, video first; the text refiner stays out.
+"""HunyuanVideo and FramePack (diffusers): joint attention, video first, without the text refiner.
 
-FramePack packs frames of the past before the video: layers=kv.find_layers(model).with_extra(before=their tokens).
+FramePack packs past frames before the video: layers=kv.find_layers(model).with_extra(before=count).
 """
 
 from ..architecture import Architecture, LayerPattern
@@ -19,7 +19,7 @@ ARCHITECTURE = Architecture(
     flow=TokenFlow(
         "norm_out",
         tables=(Table("freqs_cis", 0), Table("image_rotary_emb", 0)),
-        # Where the first frame is given its own timestep, blocks tell its tokens by their place.
+        # With "token_replace" the first frame has its own timestep, and blocks find its tokens by position.
         supported=lambda network: getattr(network.config, "image_condition_type", None) != "token_replace",
     ),
 )

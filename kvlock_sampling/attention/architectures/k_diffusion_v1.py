@@ -1,4 +1,4 @@
-"""k-diffusion's image transformer, version 1: picture-only self-attention."""
+"""k-diffusion's image transformer, version 1: self-attention over the image."""
 
 from ..architecture import Architecture
 

@@ -1,7 +1,7 @@
 """k-diffusion's image transformer, version 2 (hourglass, HDiT): the global self-attention of every level.
 
-Tokens of each level are twice as large as those of the level above. Neighbourhood and shifted-window attention have no
-sequence of the whole picture; those layers stay as they are.
+Tokens double in size from level to level. Neighbourhood and shifted-window attention never see the whole image, so
+those layers are not locked.
 """
 
 from typing import Any

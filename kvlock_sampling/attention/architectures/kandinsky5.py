@@ -1,4 +1,4 @@
-"""Kandinsky 5 (diffusers): video-only self-attention of `visual_transformer_blocks`; the text's own blocks stay out."""
+"""Kandinsky 5 (diffusers): video-only self-attention of `visual_transformer_blocks`."""
 
 from typing import Any
 
@@ -9,9 +9,8 @@ from ..architecture import Architecture
 def _patch(network: Any) -> tuple[int, ...]:
     if network.config.attention_type != "regular":
         raise AttentionError(
-            f"this Kandinsky 5 attends with attention_type={network.config.attention_type!r}, which puts tokens in the "
-            "order of 8 x 8 blocks; a lock knows only time, height, width.\n"
-            "  Use a checkpoint whose attention_type is 'regular'."
+            f"Kandinsky 5 has attention_type={network.config.attention_type!r}, which puts tokens in the order of "
+            "8 x 8 blocks; a lock needs time, height, width.\n  Use a checkpoint whose attention_type is 'regular'."
         )
     return tuple(network.config.patch_size)
 

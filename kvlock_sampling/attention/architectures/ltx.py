@@ -1,7 +1,6 @@
-"""LTX-Video (diffusers): video-only self-attention in `attn1`, on packed tokens.
+"""LTX-Video (diffusers): video-only self-attention in `attn1`; latents packed or (batch, c, t, h, w).
 
-Latents may be packed, (batch, tokens, channels), or (batch, channels, time, height, width) where the denoiser packs.
-Conditions that are appended stand after: layers=kv.find_layers(model).with_extra(after=their tokens).
+Tokens of appended conditions stand last: layers=kv.find_layers(model).with_extra(after=count).
 """
 
 from ..architecture import Architecture

@@ -1,4 +1,4 @@
-"""LTX-2 (diffusers): the video's own attention in `attn1`; sound, text and what passes between them stay out."""
+"""LTX-2 (diffusers): video-only self-attention in `attn1`; layers for audio and text are not locked."""
 
 from ..architecture import Architecture
 

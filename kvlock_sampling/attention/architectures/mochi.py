@@ -1,4 +1,4 @@
-"""Mochi (diffusers): joint attention, video first, then only the valid text tokens, one row of the batch at a time."""
+"""Mochi (diffusers): joint attention, video first, then the valid text tokens; one call per row of the batch."""
 
 from ..architecture import Architecture
 

@@ -1,4 +1,4 @@
-"""PixArt alpha and sigma (diffusers): picture-only self-attention in `attn1`."""
+"""PixArt alpha and sigma (diffusers): image-only self-attention in `attn1`."""
 
 from ..architecture import Architecture
 

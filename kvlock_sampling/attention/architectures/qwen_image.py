@@ -1,7 +1,6 @@
-"""Qwen-Image and its edit models (diffusers): joint attention, text first; pictures in packed patches of 2 x 2.
+"""Qwen-Image and its edit models (diffusers): joint attention, text first; latents packed or (batch, c, h, w).
 
-Latents may be packed, (batch, tokens, channels), or (batch, channels, height, width) where the denoiser packs.
-Pictures to edit stand after: layers=kv.find_layers(model).with_extra(after=their tokens).
+Tokens of the images to edit stand last: layers=kv.find_layers(model).with_extra(after=count).
 """
 
 from ..architecture import Architecture
@@ -16,7 +15,7 @@ ARCHITECTURE = Architecture(
     flow=TokenFlow(
         "norm_out",
         tables=(Table("image_rotary_emb", 0, item=0), Table("modulate_index", 1)),
-        # The later edit models give every block the reference's times beside the picture's: twice the rows.
+        # The later edit models also pass the reference's timesteps to every block, which doubles the rows.
         interleaves=lambda network: not getattr(network, "zero_cond_t", False),
     ),
 )

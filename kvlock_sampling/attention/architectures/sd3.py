@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (diffusers): joint attention, the picture first; 3.5 medium has `attn2` for it alone."""
+"""Stable Diffusion 3 and 3.5 (diffusers): joint attention, image first; 3.5 medium adds image-only `attn2`."""
 
 from ..architecture import Architecture, LayerPattern
 from ..layers import TokenFlow

@@ -1,6 +1,6 @@
-"""Wan VACE (diffusers): as Wan, and `vace_blocks` that run first on the control's tokens, one for each of the video's.
+"""Wan VACE (diffusers): as Wan; `vace_blocks` run first, on one control token for each video token.
 
-Reference images are latent frames before the clip's, part of the latents: keep them locked with mask 0 there.
+Reference images are latent frames before the clip's: set the mask to 0 there.
 """
 
 from ..architecture import Architecture

@@ -1,4 +1,4 @@
-"""Z-Image (diffusers): joint attention in `layers`, the picture first, padded to 32 tokens, then text."""
+"""Z-Image (diffusers): joint attention in `layers`, image first, padded to a multiple of 32 tokens, then text."""
 
 from ..architecture import Architecture
 

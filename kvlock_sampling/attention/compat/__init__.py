@@ -1,1 +1,1 @@
-"""What else acts on a model beside a lock: context parallelism, step caches, torch.compile."""
+"""Other changes to a model that a lock works with: context parallelism, step caches, torch.compile."""

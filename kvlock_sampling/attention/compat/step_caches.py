@@ -1,11 +1,10 @@
-"""Step caches of diffusers (FirstBlockCache, MagCache, PyramidAttentionBroadcast, ...) beside a lock.
+"""Step caches of diffusers (FirstBlockCache, MagCache, PyramidAttentionBroadcast, ...) under a lock.
 
-They keep results of one call for the next, on the network, and assume calls of one kind. A lock makes calls of several
-kinds: the source's pass, probes at other points, one branch or two. Therefore
-- the source's pass and probes bypass the caches: nothing is remembered, and every layer fires for the source;
-- each kind of call of the edit has its own memory, which lives as long as the run;
-- afterwards the network's own memory is the object that it was.
-A layer that the edit skips is not fused and not counted: it reuses what it computed when it was fused.
+Caches reuse results of one call in the next and assume calls of one kind. A lock makes calls of several kinds:
+- the source's pass and probes at other points bypass the caches, so that every layer fires for the source;
+- each kind of call of the edit (one branch or two) has its own memory, which lives as long as the run.
+After the call each cache has the memory object that it had before. A layer that the edit skips is not fused and not
+counted: it reuses what it computed when it was fused.
 """
 
 from __future__ import annotations
@@ -25,47 +24,35 @@ class StepCaches:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
-        self._memories: dict[tuple[Hashable, int], Any] = {}
-        self._owners: dict[int, Any] = {}  # kept alive, so that their ids stay unique
+        self._memories: dict[tuple[Hashable, Any], Any] = {}
 
     @property
     def active(self) -> bool:
-        """Whether any is enabled. The source must then not ride in the edit's batch: the cache would remember its rows
-        with the edit's.
-        """
+        """Whether any cache is enabled. The source must then not ride in the edit's batch, or it would be cached."""
         return next(self._hooks(), None) is not None
 
     @contextmanager
     def apart(self, kind: Hashable, branches: tuple[str, ...] = ("guided",)) -> Iterator[None]:
         """Give calls inside this block the memory of their kind in this run.
 
-        Args:
-            kind: Tells the kinds apart.
-            branches: The call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from
-                the other, so it is bypassed unless both are there, the unconditional one first.
+        `branches` are the call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from
+        the other, so it is bypassed unless uncond and cond are there in this order.
         """
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
-            seen: set[int] = set()
+            owners: dict[Any, tuple[str, Callable[[], Any]]] = {}  # the blocks of a network share one manager of states
             for hook in self._hooks():
                 if not pair and getattr(hook, "is_guidance_distilled", True) is False:  # FasterCache's
                     _pass_by(stack, hook)
-                for name, memory in _memories(hook):
-                    manager = hasattr(memory, "_state_cache")
-                    owner = memory if manager else hook
-                    if id(owner) in seen:
-                        continue  # the blocks of a network share one manager
-                    seen.add(id(owner))
-                    self._owners[id(owner)] = owner
-                    if manager:
-                        _give_context(stack, memory)
-                        self._exchange(stack, owner, "_state_cache", kind, dict)
-                    else:
-                        self._exchange(stack, owner, name, kind, partial(_emptied, memory))
+                owners |= {owner: (name, fresh) for owner, name, fresh in _memories(hook)}
+            for owner, (name, fresh) in owners.items():
+                if name == "_state_cache":
+                    _give_context(stack, owner)
+                self._exchange(stack, owner, name, kind, fresh)
             yield
 
     def _exchange(self, stack: ExitStack, owner: Any, name: str, kind: Hashable, fresh: Callable[[], Any]) -> None:
-        found, key = getattr(owner, name), (kind, id(owner))
+        found, key = getattr(owner, name), (kind, owner)
         if key not in self._memories:
             self._memories[key] = fresh()
         setattr(owner, name, self._memories[key])
@@ -78,17 +65,11 @@ class StepCaches:
 
     @contextmanager
     def passed_by(self) -> Iterator[None]:
-        """Compute calls inside this block in full, and remember nothing."""
-        kind = object()
+        """Compute calls inside this block in full, and store nothing in the caches."""
         with ExitStack() as stack:
-            stack.callback(self._forget, kind)
-            stack.enter_context(self.apart(kind))
             for hook in self._hooks():
                 _pass_by(stack, hook)
             yield
-
-    def _forget(self, kind: Hashable) -> None:
-        self._memories = {key: memory for key, memory in self._memories.items() if key[0] is not kind}
 
     def _hooks(self) -> Iterator[Any]:
         if "diffusers.hooks.hooks" not in sys.modules:
@@ -96,17 +77,17 @@ class StepCaches:
         for module in self.modules:
             registry = module.__dict__.get("_diffusers_hook")
             for hook in getattr(registry, "hooks", {}).values():
-                if _memories(hook):
+                if any(_memories(hook)):
                     yield hook
 
 
-def _memories(hook: Any) -> list[tuple[str, Any]]:
-    """The memories of a hook by attribute: a manager of states, or a state that can be reset."""
-    return [
-        (name, value)
-        for name, value in vars(hook).items()
-        if hasattr(value, "_state_cache") or (name == "state" and callable(getattr(value, "reset", None)))
-    ]
+def _memories(hook: Any) -> Iterator[tuple[Any, str, Callable[[], Any]]]:
+    """The owner, attribute and maker of each memory of a hook: a manager of states, or a state that can be reset."""
+    for name, value in vars(hook).items():
+        if hasattr(value, "_state_cache"):
+            yield value, "_state_cache", dict
+        elif name == "state" and callable(getattr(value, "reset", None)):
+            yield hook, name, partial(_emptied, value)
 
 
 def _emptied(state: Any) -> Any:
@@ -124,14 +105,6 @@ def _give_context(stack: ExitStack, manager: Any) -> None:
     stack.callback(manager.set_context, None)
 
 
-def _arguments(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, kwargs
-
-
-def _output(module: nn.Module, output: Any) -> Any:
-    return output
-
-
 def _pass_by(stack: ExitStack, hook: Any) -> None:
     """Call the hook's module as if the hook did not exist."""
     chain = hook.fn_ref
@@ -141,5 +114,6 @@ def _pass_by(stack: ExitStack, hook: Any) -> None:
         chain.pre_forward, chain.forward, chain.post_forward = found
 
     stack.callback(put_back)
-    chain.pre_forward, chain.post_forward = _arguments, _output
+    chain.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+    chain.post_forward = lambda module, output: output
     chain.forward = chain.original_forward or chain.forward

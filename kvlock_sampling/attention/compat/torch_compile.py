@@ -1,4 +1,4 @@
-"""Compiled models under a lock, and calls without the compiler where a graph cannot break."""
+"""Compiled models under a lock: calls run without the compiler if a graph cannot break at the hooks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ _stance = ExitStack()
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Run compiled code uncompiled inside the block.
-
-    The compiler has one stance for all threads, and each thread that leaves would restore what it found. So the first
-    one in sets the stance, and the last one out resets it.
-    """
+    """Run compiled code uncompiled inside the block."""
+    # The compiler has one stance for all threads, and each thread that leaves would restore the stance that it found.
+    # So the first thread in sets the stance, and the last one out resets it.
     global _users, _stance
     with _lock:
         if not _users:
@@ -47,14 +45,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple[T, bool]:
-    """Make a call whose compiled code must break at hooks; if it cannot, make it again without the compiler.
+    """Make a repeatable call whose compiled code must break at hooks; if it cannot, warn and repeat it uncompiled.
 
-    Args:
-        call: The call. It must be repeatable.
-        unreached: The error that `call` raises if no hook ran.
-
-    Returns:
-        The result, and whether the compiler had to be left out. A warning then says why.
+    `unreached` is the error that `call` raises if no hook ran. Returns the result, and whether it is the repeated one.
     """
     try:
         return call(), False
@@ -67,21 +60,20 @@ def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple
     with without_compiler():
         result = call()
     warnings.warn(
-        f"{why}, so evaluations that lock run without torch.compile: the same result, at the speed of the uncompiled "
-        "model. Evaluations that do not lock still run compiled.\n"
-        "  Compile so that a graph may break, model.compile_repeated_blocks() or torch.compile(model) without "
-        "fullgraph=True: then only the locked attention runs outside of it.",
+        f"{why}, so evaluations that lock run without torch.compile: the same result, at uncompiled speed. Evaluations "
+        "that do not lock still run compiled.\n"
+        "  Allow graph breaks, with model.compile_repeated_blocks() or torch.compile(model) without fullgraph=True: "
+        "then only the locked attention runs uncompiled.",
         stacklevel=2,
     )
     return result, True
 
 
 def _refuses_to_break(error: BaseException) -> bool:
-    """Whether the compiler raised this because the graph may not break, or not be compiled another time."""
     exceptions = getattr(sys.modules.get("torch._dynamo"), "exc", None)
     if exceptions is None:
         return False
-    # For a graph that would be nothing but the break, the compiler raises a plain RuntimeError.
+    # If the graph consists of the break alone, the compiler raises a plain RuntimeError.
     return isinstance(error, exceptions.TorchDynamoException) or (
         type(error) is RuntimeError and "fullgraph=True" in str(error)
     )

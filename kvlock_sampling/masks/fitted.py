@@ -34,7 +34,7 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
 def _remembered(make: F) -> F:
     @wraps(make)
     def method(self: FittedMask, like: Tensor, *options: Any) -> Any:
-        key = (make, like.shape, like.dtype, like.device, *(option and tuple(option) for option in options))
+        key = (make.__name__, like.shape, like.dtype, like.device, *(option and tuple(option) for option in options))
         if key not in self._known:
             with torch.inference_mode(False):
                 self._known[key] = make(self, like, *options)

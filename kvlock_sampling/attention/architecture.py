@@ -6,7 +6,7 @@ Pass `layers=architecture.find(network)`, or call `register(architecture)` once;
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -97,6 +97,9 @@ class Architecture:
             raise AttentionError(self._nothing(module, pattern, names))
         joint = any(layer.text != "none" for layer in layers)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
+        if flow is not None:  # answered for this network, because functions of it cannot be pickled
+            interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
+            flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
             patch=_three(self.patch(module) if callable(self.patch) else self.patch),
             layers=tuple(layers),

@@ -130,8 +130,7 @@ class AttentionLayers:
     @property
     def interleaves(self) -> bool:
         """Whether source and edit may go through these networks block by block."""
-        way = self.flow is not None and self.flow.interleaves
-        return self.narrows and (all(map(way, self.networks)) if callable(way) else way)
+        return self.narrows and self.flow is not None and bool(self.flow.interleaves)
 
     @property
     def per_network(self) -> int:

@@ -56,7 +56,9 @@ class PosteriorVariance(ProbingEstimator):
         if self.step_size is not None and not self.step_size > 0:
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
-            raise EstimatorError('method="forward" takes none of step_size. Try method="finite" with this step_size.')
+            raise EstimatorError(
+                'step_size is for finite differences, and method="forward" takes none. Try method="finite".'
+            )
 
     def init(self) -> tuple[int, bool]:
         return 0, False

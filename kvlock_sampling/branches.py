@@ -76,11 +76,7 @@ class Branches:
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
-        """The prediction with the source, by this weight, in its background.
-
-        Raises:
-            PolicyError: A policy changed the weight while only the edited tokens were computed.
-        """
+        """The prediction with the source, by this weight, in its background."""
         source, mask = self.settings.source, self.settings.mask
         if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
             return denoised

@@ -94,17 +94,7 @@ def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[
 
 
 class LockRatio:
-    """A lock ratio with its range known on the host.
-
-    Args:
-        value: A float, (batch,) or (batch, tokens), in [0, 1].
-        batch: The number of clips.
-        policy: The policy that returned it.
-        reads: Serves the range without another transfer.
-
-    Raises:
-        PolicyError: The ratio is out of range, or not a number.
-    """
+    """A lock ratio, a float, (batch,) or (batch, tokens), in [0, 1], with its range known on the host."""
 
     def __init__(self, value: Scalar, batch: int, policy: Any, reads: HostReads) -> None:
         self.value, self.batch = value, batch

@@ -22,13 +22,7 @@ from .types import RunError
 
 
 class Restarted(NamedTuple):
-    """The result of `restart`.
-
-    Attributes:
-        x: All clips, (batch, ...), those at risk made anew.
-        sent_back: Which clips were sent back, (batch,), bool.
-        traces: The traces of the extra rounds.
-    """
+    """All clips, those at risk made anew; which of them were sent back, (batch,); the traces of the extra rounds."""
 
     x: Tensor
     sent_back: Tensor

@@ -31,10 +31,8 @@ T = TypeVar("T")
 
 class Timeline(Generic[T]):
     """States at falling sigmas. An evaluation at (nearly) the sigma of the last entry replaces it, a lower one appends,
-    and a higher one first drops every entry below it. Rewinding is therefore restoring a value.
-
-    Args:
-        depth: Only so many of the newest states are kept: samplers step back by a step or two, not by a run.
+    and a higher one first drops every entry below it. Rewinding is therefore restoring a value. The newest `depth`
+    states are kept: samplers step back by a step or two, not by a run.
     """
 
     def __init__(self, *, depth: int = 16) -> None:
@@ -109,10 +107,8 @@ class Tools:
 
 
 class Run:
-    """Everything that lives within one `with` block. Locks of several experts may share it.
-
-    Args:
-        schedule: Noise levels on the policies' clock; None if unknown.
+    """Everything that lives within one `with` block. Locks of several experts may share it. `schedule` holds noise
+    levels on the policies' clock; None if it is unknown.
     """
 
     def __init__(self, schedule: Sequence[float] | None = None) -> None:
@@ -131,12 +127,7 @@ class Run:
         return self._tools[id(settings.model)]
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
-        """Read noise level, requested guidance and state of one evaluation, with one transfer from a device.
-
-        Raises:
-            RunError: A noise level or a guidance scale that cannot be used.
-            SourceError: The policy asks for a lock, and there is no source.
-        """
+        """Read noise level, requested guidance and state of one evaluation, with one transfer from a device."""
         sigma_arg = torch.as_tensor(sigma, device=x.device)
         requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
         reads, last = HostReads(), self.timeline.last

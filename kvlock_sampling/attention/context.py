@@ -78,7 +78,7 @@ class FusionContext:
         return coarser(self.ratio, self.grid, factor)
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
-        """Handle one attention call.
+        """Handle one attention call: returns the key and value that attention uses instead.
 
         Args:
             layer: The layer's name.
@@ -86,12 +86,6 @@ class FusionContext:
             value: Likewise.
             start: Position of the first video token.
             ratio: The fusion ratio of the video tokens in this sequence, (batch, tokens).
-
-        Returns:
-            The key and value that attention uses instead.
-
-        Raises:
-            AttentionError: The rows are not whole batches, or a narrowed call has no K/V of the source.
         """
         batch, rows = len(ratio), len(key)
         if rows % batch:

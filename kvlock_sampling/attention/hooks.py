@@ -45,15 +45,9 @@ class Hooks:
         return not any(is_compiled(module) or _has_hooks(module) for module in modules)
 
     def run(self, context: FusionContext, call: Callable[[], T], *, may_skip: bool = False) -> T:
-        """Make one call of the model in which the attention layers act on `context`.
+        """Make one call of the model in which the layers act on `context`; its record says which layers did.
 
-        Args:
-            context: What to fuse. Its record says afterwards which layers did.
-            call: Calls the model.
-            may_skip: A step cache may skip layers, so a missing layer is no mistake.
-
-        Raises:
-            AttentionError: No layer has fired in the whole run, or a layer does not fit the mask.
+        Raises AttentionError if no layer has fired in the whole run, or if one is missing that no step cache `may_skip`.
         """
         if torch.is_grad_enabled() and any(getattr(n, "gradient_checkpointing", False) for n in self.layers.networks):
             raise AttentionError(

@@ -58,19 +58,21 @@ class Hooks:
         def fused() -> T:
             context.record.clear()
             with using(context), hooked(self._forward_hooks(context)):
-                out = call()
-            if not context.record.fired and not self._any_fired:
-                raise NothingFired(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
-            return out
+                return call()
+
+        def acted() -> bool:
+            return self._any_fired or bool(context.record.fired)
 
         if self._leave_compiler_out:
             with without_compiler():
                 out = fused()
         elif compiler_imported():
-            out, self._leave_compiler_out = call_compiled(fused, unreached=NothingFired)
+            out, self._leave_compiler_out = call_compiled(fused, acted)
         else:
             out = fused()
-        self._any_fired = self._any_fired or bool(context.record.fired)
+        if not acted():
+            raise AttentionError(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
+        self._any_fired = True
         if context.mode != "capture" and not may_skip:
             self._check_all_fired(context)
         return out
@@ -158,10 +160,6 @@ class Hooks:
                 "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
             )
         warnings.warn(f"{text} The others are not locked.", stacklevel=2)
-
-
-class NothingFired(AttentionError):  # noqa: N818
-    """No attention layer fired."""
 
 
 def _intercepting(make: Callable[[], Callable[..., Fused]]) -> Any:

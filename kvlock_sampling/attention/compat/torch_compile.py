@@ -43,14 +43,15 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
-def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple[T, bool]:
-    """Make a call whose compiled code must break at hooks; if it raises `unreached`, warn and repeat it uncompiled.
+def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, bool]:
+    """Make a call whose compiled code must break at hooks; if no hook `acted`, repeat it uncompiled, with a warning.
 
-    Returns the result, and whether it is the repeated one.
+    Returns the result, and whether the compiler must be left out from now on.
     """
     try:
-        return call(), False
-    except unreached:
+        result = call()
+        if acted():
+            return result, False
         why = "a lock cannot reach into the compiled model"
     except Exception as error:
         if not _refuses_to_break(error):
@@ -58,6 +59,8 @@ def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple
         why = "the model is compiled as a graph that must not break (fullgraph=True)"
     with without_compiler():
         result = call()
+    if not acted():
+        return result, False
     warnings.warn(
         f"{why}, so evaluations that lock run without torch.compile: the same result, at uncompiled speed.\n"
         "  Allow graph breaks, with model.compile_repeated_blocks() or torch.compile(model) without fullgraph=True: "

@@ -110,7 +110,7 @@ def test_strided_tensors_and_gradients_are_stored_as_plain_values():
         assert not unpack(packed).requires_grad
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (5, 6, 8), (6, 8)])
+@pytest.mark.parametrize("shape", [(2, 5, 6, 8), (5, 6, 8)])
 def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, shape):
     from kvlock_sampling.kv_cache import quantize as module
 
@@ -119,7 +119,7 @@ def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, shape):
     monkeypatch.setattr(module, "_AT_ONCE", 2 * x.numel() // 5)
     monkeypatch.setattr(module, "_quantize", lambda piece, to: (seen.append(tuple(piece.shape)), real(piece, to))[1])
     pieces = pack(x, "int8")
-    assert [s[-3] for s in seen] == [2, 2, 1] if len(shape) > 2 else seen == [shape]
+    assert [s[-3] for s in seen] == [2, 2, 1]
     assert {n: (p.dtype, tuple(p.shape)) for n, p in pieces[1].items()} == layout(shape, x.dtype, "int8")
     torch.testing.assert_close(unpack(pieces), unpack(whole), rtol=1e-2, atol=1e-6)
 

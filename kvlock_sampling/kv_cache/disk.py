@@ -26,11 +26,9 @@ from safetensors.torch import save_file
 from ..utils.files import atomic
 from .errors import KVCacheError, KVCacheWarning
 from .fingerprint import block_sums, content_fingerprint
-from .quantize import DTYPES, Packed, PackedLevel, layout
+from .quantize import DTYPES, Packed, PackedLevel
 
-STALE = 3600.0
-"""Age in seconds after which the temporary file of a killed run is removed."""
-
+STALE = 3600.0  # age in seconds after which the temporary file of a killed run is removed
 _TEMPORARY = re.compile(r"\.sigma-.*\.tmp\.safetensors|\.tmp\w{6}")  # those of `atomic` and of safetensors
 
 
@@ -95,7 +93,6 @@ def write(folder: Path, entry: str, sigma: float, level: PackedLevel) -> None:
 
 
 def _name(sigma: float) -> str:
-    """The file name of a level: every digit of the noise level is in it."""
     return f"sigma-{sigma:.16e}.safetensors"
 
 
@@ -110,19 +107,13 @@ def _checksum(entry: str, sigma: float, level: PackedLevel) -> str:
 
 
 def _pair(file: Any, about: dict[str, str], names: set[str], layer: str) -> tuple[Packed, Packed]:
-    key, value = (_packed(file, about, names, f"{layer}/{side}") for side in ("key", "value"))
-    return key, value
+    """Read the key and value of a layer. Raises KeyError if they are not complete."""
 
+    def packed(prefix: str) -> Packed:
+        parts = ("channel", "token", "values") if f"{prefix}/token" in names else ("values",)
+        return DTYPES[about[prefix]], {name: file.get_tensor(f"{prefix}/{name}") for name in parts}
 
-def _packed(file: Any, about: dict[str, str], names: set[str], prefix: str) -> Packed:
-    """Read one tensor. Raises KeyError or ValueError if it is not what `pack` makes."""
-    dtype, format = DTYPES[about[prefix]], "int8" if f"{prefix}/token" in names else None
-    parts = {name: file.get_tensor(f"{prefix}/{name}") for name in layout((1, 1), dtype, format)}
-    if parts["values"].ndim < 2 or layout(parts["values"].shape, dtype, format) != {
-        name: (part.dtype, tuple(part.shape)) for name, part in parts.items()
-    }:
-        raise ValueError(f"{prefix} does not have the shapes and dtypes of keys and values")
-    return dtype, parts
+    return packed(f"{layer}/key"), packed(f"{layer}/value")
 
 
 def checked(directory: Any) -> Path:

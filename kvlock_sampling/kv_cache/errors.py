@@ -4,8 +4,8 @@ from ..types import KVLockError
 
 
 class KVCacheError(KVLockError, RuntimeError):
-    """A KV cache cannot be used as requested: a wrong setting, an unusable directory, K/V that are not complete."""
+    """A wrong setting, an unusable directory, or K/V that are not complete."""
 
 
 class KVCacheWarning(UserWarning):
-    """A level cannot be kept or used: its file is damaged or cannot be written, or the budget is too small for it."""
+    """A level cannot be kept or used: its file is damaged or cannot be written, or the budget is too small."""

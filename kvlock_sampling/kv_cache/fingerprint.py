@@ -1,7 +1,4 @@
-"""Fingerprints (SHA-256) of a model and of content, the same in every process and on every machine.
-
-K/V are used again only where the fingerprint of everything that they depend on is the same. It is taken at each run.
-"""
+"""Fingerprints (SHA-256) of a model and of content, the same in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -66,10 +63,9 @@ def model_fingerprint(model: Any) -> str:
         if isinstance(config, Mapping):
             about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
         # The scale of an adapter (peft), and which one is active, are attributes, not weights.
-        for name in ("scaling", "merged_adapters", "active_adapters", "disable_adapters"):
-            value = getattr(module, name, None)
-            if isinstance(value, (dict, list, str, bool)):
-                about.append(f"{name}={value}")
+        adapter = ("scaling", "merged_adapters", "active_adapters", "disable_adapters")
+        found = {name: getattr(module, name, None) for name in adapter}
+        about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
         _add(digest, [*about, *_settings(vars(module))], "")
         # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
         derived = module._non_persistent_buffers_set
@@ -115,11 +111,9 @@ def block_sums(weight: Tensor) -> Tensor:
     weight = weight.detach()
     if weight.is_meta or not weight.numel():
         return torch.empty(0, dtype=torch.int64)
-    if type(weight) not in (Tensor, nn.Parameter):
-        if not hasattr(weight, "__tensor_flatten__"):
-            return torch.empty(0, dtype=torch.int64)
-        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]  # a quantized weight and its scales
-        return torch.cat([block_sums(part) for part in parts])
+    if type(weight) not in (Tensor, nn.Parameter):  # a quantized weight and its scales
+        names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(block_sums(getattr(weight, name)) for name in names)])
     if weight.is_complex():
         weight = torch.view_as_real(weight.resolve_conj())
     data = weight.resolve_neg().reshape(-1).view(torch.uint8)

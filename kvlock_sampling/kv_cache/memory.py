@@ -18,10 +18,9 @@ class MemoryTier:
     """Levels by cache entry and noise level. The bytes `used` never exceed `budget`; None is no limit."""
 
     def __init__(self, budget: int | None) -> None:
-        self.budget = budget
-        self.used = 0
+        self.budget, self.used = budget, 0
         self._levels: OrderedDict[tuple[str, float], PackedLevel] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def sigmas(self, entry: str) -> set[float]:
         with self._lock:
@@ -38,30 +37,27 @@ class MemoryTier:
     def make_room(self, size: int) -> bool:
         """Evict levels until `size` more bytes fit. Returns False, and evicts nothing, if they exceed the budget."""
         with self._lock:
-            return self._make_room(size)
+            if self.budget is None:
+                return True
+            if size > self.budget:
+                return False
+            while self.used + size > self.budget:
+                _, level = self._levels.popitem(last=False)
+                self.used -= level_bytes(level)
+            return True
 
     def put(self, entry: str, sigma: float, level: PackedLevel) -> bool:
         """Hold a level in place of an older one. Returns False if it exceeds the whole budget."""
         with self._lock:
             self.used -= level_bytes(self._levels.pop((entry, sigma), {}))
-            if not self._make_room(level_bytes(level)):
+            if not self.make_room(level_bytes(level)):
                 return False
             self._levels[entry, sigma] = level
             self.used += level_bytes(level)
             return True
 
-    def _make_room(self, size: int) -> bool:
-        if self.budget is None:
-            return True
-        if size > self.budget:
-            return False
-        while self.used + size > self.budget:
-            _, level = self._levels.popitem(last=False)
-            self.used -= level_bytes(level)
-        return True
 
-
-def parse_bytes(size: Any, name: str = "budget") -> int | None:
+def parse_bytes(size: Any) -> int | None:
     """Read a size: a number of bytes, text such as "4GB" (10^9) or "4GiB" (2^30), or None for no limit."""
     if size is None:
         return None
@@ -69,9 +65,7 @@ def parse_bytes(size: Any, name: str = "budget") -> int | None:
         return int(size)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", size, re.I) if isinstance(size, str) else None
     if found is None or found[2].lower() not in _UNITS:
-        raise KVCacheError(
-            f'{name}={size!r}; expected bytes, e.g. {name}=4_000_000_000, "4GB" or "512MiB", or None for no limit.'
-        )
+        raise KVCacheError(f'budget={size!r}; expected bytes, e.g. 4_000_000_000 or "512MiB", or None for no limit.')
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 

@@ -67,9 +67,8 @@ class Plan:
         """What these sizes mean for a run, in a sentence or two."""
         held = self.in_memory(self.format)
         if self.directory:
-            fits = held == self.levels
-            start = "Everything fits in memory and is kept on disk" if fits else "Every level is kept on disk"
-            return f"{start} ({readable(self.total)}): the next edit of this clip needs no source pass."
+            start = "Everything fits in memory and is" if held == self.levels else "Every level is"
+            return f"{start} kept on disk ({readable(self.total)}): the next edit of this clip needs no source pass."
         later = 'For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'
         if held == self.levels:
             return f"Everything fits in memory, for this run and others with this KVCache. {later}"
@@ -95,16 +94,9 @@ class Plan:
 
 
 def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, levels: Iterable[float]) -> Plan:
-    """Plan the memory of one run.
+    """Plan the memory of one run that evaluates these noise levels, in this order.
 
-    Args:
-        kv_cache: The cache.
-        layers: The attention layers whose K/V are kept.
-        selection: The tokens whose K/V are kept.
-        levels: The noise levels that the sampler evaluates, in its order.
-
-    Raises:
-        KVCacheError: The attention modules do not show how many heads they have.
+    Raises KVCacheError if the attention modules do not show how many heads they have.
     """
     heads, width, dtype = _heads(layers.layers[0].module)
     count, (clips, tokens) = len(layers.layers) // max(1, len(layers.networks)), selection.weight.shape

@@ -32,9 +32,6 @@ _AT_ONCE = 2**24  # numbers that are quantized together
 Packed: TypeAlias = tuple[torch.dtype, Mapping[str, Tensor]]
 """One stored tensor: the dtype that `unpack` returns, and "values", for int8 also the scales "channel" and "token"."""
 
-Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of the parts of a packed tensor, by name."""
-
 PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 """The stored key and value of every layer at one noise level."""
 
@@ -45,7 +42,7 @@ def check_format(format: Any) -> str | None:
     raise KVCacheError(f'format={format!r}; expected "int8", or None to keep K/V unchanged.')
 
 
-def layout(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> Layout:
+def layout(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> dict[str, Any]:
     """Return the dtype and shape of each part that `pack` makes of a tensor (..., tokens, dim)."""
     shape = tuple(shape)
     if format is None:
@@ -74,21 +71,18 @@ def pack(x: Tensor, format: str | None) -> Packed:
     The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
     """
-    if x.dtype not in _FLOATS or x.ndim < 2:
+    if x.dtype not in _FLOATS or x.ndim < 3:
         raise KVCacheError(
             f"keys or values are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim)."
         )
     if format is None or not x.numel() or not bool(x.detach().abs().amax() < _LARGEST):
         return x.dtype, {"values": x.to("cpu", memory_format=torch.contiguous_format, copy=True).contiguous()}
     parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
-    if x.ndim < 3:
-        _quantize(x, parts)
-    else:
-        # Some heads at a time: the working copies take several times the room of the result.
-        step = max(1, _AT_ONCE * x.shape[-3] // x.numel())
-        for start in range(0, x.shape[-3], step):
-            some = slice(start, start + step)
-            _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
+    # Some heads at a time: the working copies take several times the room of the result.
+    step = max(1, _AT_ONCE * x.shape[-3] // x.numel())
+    for start in range(0, x.shape[-3], step):
+        some = slice(start, start + step)
+        _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
     return x.dtype, {name: part.to("cpu") for name, part in parts.items()}
 
 
@@ -115,11 +109,9 @@ def unpack(packed: Packed, device: torch.device | str = "cpu") -> Tensor:
 
 
 class Level(Mapping[str, tuple[Tensor, Tensor]]):
-    """K/V by layer at one noise level: (clips, heads, kept tokens, dim) each, dequantized when they are read.
+    """K/V by layer, (clips, heads, kept tokens, dim) each, dequantized when they are read; do not write to them.
 
-    Args:
-        parts: One stored level with weight 1, or two levels with weights that sum to 1.
-        device: Where the K/V are returned. Do not write to them: they may be the cache's tensors.
+    `parts` are one stored level with weight 1, or two levels with weights that sum to 1.
     """
 
     def __init__(self, parts: Sequence[tuple[PackedLevel, float]], device: torch.device) -> None:

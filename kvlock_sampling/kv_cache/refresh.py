@@ -43,31 +43,22 @@ class Refresh:
 
     def __post_init__(self) -> None:
         every, ratio = self.every, self.ratio
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        if every is not None and not (type(every) is int and every >= 1):
             raise KVCacheError(f"every={every!r}; expected a whole number >= 1, e.g. 3, or None for no such limit.")
-        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if ratio is not None and not (number and 1 <= ratio < math.inf):
+        if ratio is not None and not (type(ratio) in (int, float) and 1 <= ratio < math.inf):
             raise KVCacheError(f"ratio={ratio!r}; expected a number >= 1, e.g. 1.5, or None for no such limit.")
         if every is None and ratio is None:
-            raise KVCacheError(
-                "every=None and ratio=None would serve one level to a whole run; set at least one, e.g. ratio=1.5."
-            )
+            raise KVCacheError("every=None and ratio=None serve one level to all; set at least one, e.g. ratio=1.5.")
         if not isinstance(self.interpolate, bool):
             raise KVCacheError(f"interpolate={self.interpolate!r}; expected True or False, e.g. interpolate=True.")
 
     def choose(
         self, levels: Iterable[float], sigma: float, requested: Sequence[float], fresh: Container[float]
     ) -> tuple[tuple[float, float], ...]:
-        """Choose the levels that serve a request, with weights that sum to 1.
+        """Choose the stored levels that serve a request, with weights that sum to 1; none if the source pass must run.
 
-        Args:
-            levels: Noise levels that are stored.
-            sigma: The requested noise level.
-            requested: The distinct noise levels that this run has requested, `sigma` among them.
-            fresh: The levels that this run has stored.
-
-        Returns:
-            Pairs of a stored noise level and its weight: none if the source pass must run, one, or two.
+        `requested` are the distinct noise levels that this run requested, `sigma` among them; `fresh` are the levels
+        that this run stored.
         """
         levels = sorted(levels, key=lambda s: (_distance(s, sigma), -s))  # of two at one distance the noisier first
         nearest = next((s for s in levels if self._serves(s, sigma, requested if s in fresh else ())), None)
@@ -110,7 +101,6 @@ class Refresh:
 
 
 def add_request(requested: list[float], sigma: float) -> None:
-    """Note a request unless it is at a noise level that was requested before."""
     if not any(same(sigma, old) for old in requested):
         requested.append(sigma)
 

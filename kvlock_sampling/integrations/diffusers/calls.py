@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
     @property
     def channels(self) -> int:
-        """How many channels are latents."""
+        """The number of channels that are latents."""
         config: Any = self.network.config
         return int(getattr(config, "out_channels", None) or config.in_channels)
 
@@ -49,11 +49,8 @@ def intercepted(network: nn.Module, answer: Callable[[Call], Tensor | None]) -> 
     """Inside the block `answer(call)` replaces calls of the transformer.
 
     The instance gets a subclass of its class with another `__call__`. A hook on `forward` would not last: accelerate
-    removes all of them and adds new ones at the end of every call of an offloaded pipeline. While an answer is made,
-    the transformer has its own class, so the lock and its hooks see it as it is.
-
-    `answer` returns the prediction, or None to let the call through. Raises RunError if another lock intercepts this
-    transformer.
+    renews all of them at the end of every call of an offloaded pipeline. While an answer is made, the transformer has
+    its own class. An answer of None lets the call through. Raises RunError if another lock intercepts the transformer.
     """
     kind: Any = type(network)
     if hasattr(kind, "_kvlock_intercepts"):

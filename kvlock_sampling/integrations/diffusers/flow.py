@@ -2,8 +2,8 @@
 
     D(x, sigma) = z - t * v(z, t),   z = (1 - t) x0 + t noise,   x = z / (1 - t),   sigma = t / (1 - t)
 
-The change of variables is `FlowDenoiser`'s. The difference: at the pipeline's own noise level the transformer gets the
-very latents and timestep that the pipeline gave, so that an evaluation without a lock has the pipeline's own bits.
+At the pipeline's own noise level the transformer gets the very latents and timestep that the pipeline gave, so that an
+evaluation without a lock has the pipeline's own bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class FlowCalls:
 
     def __init__(self, network: nn.Module, index: int = 0) -> None:
         self.transformer, self.index = network, index
-        self._shared: dict[str, Any] = {}
         self._branches: list[dict[str, Tensor]] = []
         self.raw: dict[int, Tensor] = {}
 
@@ -65,7 +64,7 @@ class FlowCalls:
         return {k: v for k, v in given.items() if len(v) == len(call.hidden)}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """Return x0-hat, shaped like x. `cond` is what `branch` returned, or several of those as rows of one."""
+        """Return x0-hat, like x. `cond` is what `branch` returned, or several of those as rows of one."""
         cond = dict(extra_args["cond"])
         own = x is self.x
         z = self.z if own else x / _per_row(1 + sigma, x)

@@ -36,7 +36,7 @@ _SAVED = ("composite", "rescale", "cfg_floor", "transition", "foreground", "batc
 
 
 class KVLockGuider(ClassifierFreeGuidance):
-    """Classifier-free guidance with the lock inside.
+    """Classifier-free guidance with the lock inside. `trace` says what happened in the latest run.
 
         pipe.update_components(guider=KVLockGuider(source=latents, mask=mask, scheduler=pipe.scheduler))
 
@@ -63,9 +63,6 @@ class KVLockGuider(ClassifierFreeGuidance):
         estimator: As in `KVLock`.
         threshold: As in `KVLock`.
         kv_cache: As in `KVLock`.
-
-    Attributes:
-        trace: What happened in the latest run; empty before the first.
 
     Raises:
         PolicyError: The policy does not exist, or (on saving) it is code.
@@ -114,19 +111,15 @@ class KVLockGuider(ClassifierFreeGuidance):
         self._session = Session()
         self._recording = ExitStack()
         self._calls: list[Call] = []
-        self._latents: Tensor | None = None
-        self._times: Tensor | None = None
+        self._latents = self._times = None
         self.edit(source=source, mask=mask, noise=noise, source_embeds=source_embeds, scheduler=scheduler)
         self.edit(estimator=estimator, threshold=threshold, kv_cache=kv_cache, layers=layers)
 
     def edit(self, **given: Any) -> KVLockGuider:
-        """Replace some of source, mask, noise, source_embeds, scheduler, estimator, threshold, kv_cache and layers.
+        """Replace some of what is not saved, and return this guider. Shapes are checked at the first step.
 
         Args:
-            given: The new values. Shapes are checked at the first step.
-
-        Returns:
-            This guider.
+            given: source, mask, noise, source_embeds, scheduler, estimator, threshold, kv_cache or layers.
 
         Raises:
             SourceError: Source or noise is no tensor.
@@ -176,15 +169,10 @@ class KVLockGuider(ClassifierFreeGuidance):
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
         """Begin a step."""
         super().set_state(step, num_inference_steps, timestep)
-        self._calls = []
+        self._calls, self._latents, self._times = [], None, None
         if step == 0:
             self._session.end()
             self._session.run = None  # The next step begins a run.
-
-    def prepare_inputs(self, data: Any) -> list[Any]:
-        """Return the branches of a step, from a dictionary of (conditional, unconditional) pairs."""
-        self._latents = self._times = None
-        return super().prepare_inputs(data)
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """Return the branches of a step, from a modular pipeline's state, which holds latents in full precision."""

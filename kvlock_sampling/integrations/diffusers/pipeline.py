@@ -47,7 +47,7 @@ def locked(
         mask: 1 = edit, at the clip's or the latents' size.
         source_prompt: What the clip shows now, read by the source's own pass; default: the edit's prompt.
         source_embeds: The same, encoded: (1 or batch, tokens, dim), or several of the transformer's arguments by name.
-        policy: A Policy, a function of an Observation, or the name or path of a preset.
+        policy: As in `KVLock`.
         batched: True runs branches and source as rows of one call, False one after another; default: True if the
             policy may lock, else False, as the pipeline does.
         options: Other options of `KVLock`, e.g. estimator, composite, rescale, layers, transition.

@@ -61,29 +61,24 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
             )
         return float(step) / 1000.0
     check_flow(scheduler, "this pipeline's transformer")
-    index = getattr(scheduler, "step_index", None)
-    if index is None:
-        index = getattr(scheduler, "begin_index", None)
+    indices = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+    index = next((index for index in indices if index is not None), None)
     try:
         t = float(scheduler.sigmas[scheduler.index_for_timestep(step) if index is None else index])
     except IndexError:  # no such timestep
         t = -1.0
     if abs(t * train_steps(scheduler) - float(step)) > 1.5:
         raise RunError(
-            f"timestep {float(step):g} is not the current step of the given scheduler: it is not the scheduler of this "
-            "run.\n  Pass the pipeline's own: scheduler=pipe.scheduler."
+            f"timestep {float(step):g} is not the current step of the scheduler: it is not the scheduler of this run.\n"
+            "  Pass the pipeline's own: scheduler=pipe.scheduler."
         )
     return t
 
 
 def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
-    """Return the times t of `scheduler.set_timesteps(**arguments)`, called on a copy of the scheduler.
+    """Return the falling times of `scheduler.set_timesteps(**arguments)`, (steps,), float64, in (0, 1].
 
-    Returns:
-        (steps,), float64, falling, in (0, 1], without the final 0.
-
-    Raises:
-        PipelineError: The scheduler refuses the arguments, or its times lie outside (0, 1].
+    Raises PipelineError if the scheduler refuses the arguments, or gives other times.
     """
     own = copy.deepcopy(scheduler)
     try:
@@ -104,38 +99,27 @@ def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
 
 
 def schedule_sigmas(times_of: Callable[[int], Tensor], steps: int, strength: float, t_max: float) -> Tensor:
-    """Return `steps` falling noise levels and a final 0, from flow times.
+    """Return `steps` falling noise levels and a final 0, float32, from flow times; see `PipelineVideo.sigmas`.
 
     Args:
         times_of: Maps a number of steps to falling flow times in (0, 1].
         steps: Number of steps, >= 1.
-        strength: Flow time to start at, in (0, 1]. 1 starts where the schedule does, with the schedule's own levels;
-            less gives `steps` levels below that time, with the schedule's spacing.
+        strength: Flow time to start at, in (0, 1]; 1 starts where the schedule does.
         t_max: No level lies above this flow time.
-
-    Returns:
-        (steps + 1,), float32.
-
-    Raises:
-        PipelineError: `steps` or `strength` is out of range.
     """
     if steps < 1 or not 0 < strength <= 1:
         raise PipelineError(f"sigmas(steps={steps}, strength={strength}): expected steps >= 1 and 0 < strength <= 1.")
     times = times_of(steps)
     if strength < float(times[0]):
-        times = _part_of(times_of(FINE), steps, strength)
+        # `steps` times from `strength` down, spaced as the fine schedule is: its curve, read at even places.
+        curve = np.append(times_of(FINE).numpy(), 0.0)
+        index = np.arange(len(curve))
+        first = np.interp(strength, curve[::-1], index[::-1])
+        times = torch.from_numpy(np.interp(np.linspace(first, index[-1], steps + 1)[:-1], index, curve))
     # Several times may lie above t_max: only the first moves, and it stays above the second.
     second = float(times[1]) if len(times) > 1 else 0.0
     times = torch.cat([times[:1].clamp(max=max(t_max, (1 + second) / 2)), times[1:]])
     return torch.cat([FlowDenoiser.sigma_from_t(times), times.new_zeros(1)]).float()
-
-
-def _part_of(fine: Tensor, steps: int, start: float) -> Tensor:
-    """`steps` times from `start` down, spaced as the fine schedule is: its curve, read at even places."""
-    curve = np.append(fine.numpy(), 0.0)
-    index = np.arange(len(curve))
-    first = np.interp(start, curve[::-1], index[::-1])
-    return torch.from_numpy(np.interp(np.linspace(first, index[-1], steps + 1)[:-1], index, curve))
 
 
 def ddpm_sigmas(alphas_cumprod: Tensor, top: float = 0.0) -> Tensor:

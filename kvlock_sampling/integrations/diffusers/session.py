@@ -25,11 +25,7 @@ class Session:
     """The lock of one pipeline, over one sampling run after another. Two experts share one state.
 
     Args:
-        options: Of `KVLock`, and `source_embeds`, see `locked`. `batched` defaults to True if the policy may lock, so
-            that no K/V are kept, else to False, as the pipeline does.
-
-    Attributes:
-        trace: What happened in the latest run; empty before the first.
+        options: As in `locked`.
 
     Raises:
         PipelineError: An option that the pipeline decides.
@@ -54,7 +50,7 @@ class Session:
 
     @property
     def trace(self) -> Trace:
-        """The trace of the latest run."""
+        """What happened in the latest run; empty before the first."""
         return Trace() if self.run is None else self.run.trace
 
     def expert(self, network: nn.Module) -> tuple[FlowCalls, LockSettings]:
@@ -94,9 +90,8 @@ class Session:
             latents: The pipeline's state, if it is finer than what the transformer gets.
 
         Returns:
-            Answers for the two branches: both are the guided, composited velocity v, so that the pipeline's own
-            u + w (c - u)  gives v for every w. If the lock changed nothing they are the two predictions, and the
-            pipeline's arithmetic gives its own bits.
+            Answers for the two branches. Both are the guided, composited velocity v, so that u + w (c - u)  gives v for
+            every w; if the lock changed nothing, the two predictions, so that the pipeline gives its own bits.
         """
         if self.run is None:
             raise RunError("the lock saw a step before the run began; start the pipeline again.")

@@ -1,7 +1,7 @@
 """A diffusers pipeline with everything that an edit needs around its denoiser: what all families share.
 
-Latents here are (batch, channels, time, height, width), float32, normalised as the transformer sees them, in
-variance-exploding form. A family says how its transformer is called: packing, axis order, rotary tables and masks.
+Latents are (batch, channels, time, height, width), float32, normalised as the transformer sees them, in
+variance-exploding form. A family declares how its transformer is called: packing, axis order, rotary tables, masks.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Branch(nn.Module):
         boundary: float | None = None,
     ) -> None:
         super().__init__()
-        self.transformer, self.transformer_2 = transformer, transformer_2
-        self.channels, self.call, self.boundary = channels, call, boundary
+        self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+        self.channels, self.call = channels, call
 
     def forward(self, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """Call the transformer with the model's own noisy latents, times (batch,) in training steps, and a prompt."""
@@ -189,7 +189,7 @@ class PipelineVideo:
         return max(1, most // self.patch[0]) * self.patch[0]
 
     def lock_mask(self, mask: Any) -> Any:
-        """The mask for a lock beside `encode(clips)`: `mask`, unless the latents hold frames that the clip lacks."""
+        """The mask for a lock: `mask`, unless the latents hold frames that the clip lacks."""
         return mask
 
     def given(self, clips: Tensor, mask: Any = None) -> PipelineVideo:
@@ -282,7 +282,8 @@ class PipelineVideo:
 
         Args:
             steps: Number of steps, >= 1.
-            strength: Flow time to start at, in (0, 1]; 1 starts where the scheduler does.
+            strength: Flow time to start at, in (0, 1]: 1 starts where the scheduler does, less takes `steps` levels
+                below that time, with the scheduler's spacing.
 
         Raises:
             PipelineError: An argument is out of range, or the scheduler needs what it was not given.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from kvlock_sampling.tiny import load
 from kvlock_sampling.tiny.load import TinyVideo
 from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.tiny.world import EDITS, sample_edit
-from kvlock_sampling.types import Control, Observation
+from kvlock_sampling.types import Control, Evaluation, Observation
 from kvlock_sampling.utils.files import write_atomically
+from kvlock_sampling.variance.base import pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SCENE, CONFIRMING_SCENE = 730_000, 740_000
@@ -36,8 +38,24 @@ CONFIRMED = 1.0  # the end of guidance that did best on the first scenes
 STEPS = 20
 FULL = kv.Constant(lock=1.0)
 MOVES = kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)
-LOCAL = kv.variance.Relative(MOVES, quantile=0.5, local=True)
-"""Every token in units of the median background token, so that risk 1 has half of the background on either side."""
+
+
+@dataclass(frozen=True)
+class PerToken(kv.variance.EstimatorWrapper):
+    """Every token in units of the median background token: risk 1 has half of the background on either side."""
+
+    needs_background = True
+
+    def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
+        state, variance = self.estimator.step(state, evaluation)
+        if variance is None:
+            return state, None
+        mask = torch.broadcast_to(torch.as_tensor(evaluation.mask), evaluation.denoised.shape).float()
+        background = torch.where(pooled(mask, None, self.patch) > 0, torch.nan, variance)
+        return state, variance / background.nanquantile(0.5, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+LOCAL = PerToken(MOVES)
 
 
 @kv.stateless

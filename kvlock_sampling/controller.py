@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .policy.contract import check_control, check_finite, policy_name
+from .policy.base import check_control, check_finite, policy_name
 from .settings import LockSettings
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
 from .utils.host import HostReads

@@ -10,7 +10,6 @@
 | VDenoiser             | 1 / (1 + sigma^2) | -sigma / sqrt(1 + sigma^2) | 1 / sqrt(1 + sigma^2) | 2/pi atan(sigma)    |
 
 For a discrete schedule (Stable Diffusion 1, 2) use k-diffusion's own wrappers: `samplers.external().CompVisDenoiser`.
-
 Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), section 5.
 """
 
@@ -35,11 +34,7 @@ class DenoiserError(KVLockError, ValueError):
 
 
 class DenoiserWrapper(nn.Module):
-    """A variance-exploding denoiser around `inner_model` that forwards unknown attributes (config, dtype, ...) to it.
-
-    Args:
-        inner_model: The wrapped model, a module or a function.
-    """
+    """A variance-exploding denoiser around `inner_model`, to which it forwards unknown attributes (config, dtype)."""
 
     def __init__(self, inner_model: Callable[..., Any]) -> None:
         super().__init__()
@@ -94,7 +89,7 @@ class Preconditioned(DenoiserWrapper):
         return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
 
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
-        """Return x0-hat at (x, sigma), like x, with arithmetic in x's dtype, at least float32.
+        """Return x0-hat, shaped like x, with arithmetic in x's dtype, at least float32.
 
         Args:
             x: Noisy latents x0 + sigma * noise.
@@ -102,7 +97,7 @@ class Preconditioned(DenoiserWrapper):
             extra_args: Passed to the model unchanged.
 
         Raises:
-            DenoiserError: sigma has another shape, or the model returns another shape.
+            DenoiserError: sigma, or what the model returns, has another shape.
         """
         work = torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=work, device=x.device)
@@ -134,8 +129,7 @@ class FlowDenoiser(Preconditioned):
         inner_model: Called as `inner_model(z_t, t * time_scale, **extra_args)`, with times (batch,).
         prediction: "velocity", v = noise - x0, hence x0 = z_t - t * v; or "x0".
         time_scale: Factor of t; 1000 for the models of diffusers.
-        call: See `Preconditioned`.
-        model_dtype: See `Preconditioned`.
+        options: `call` and `model_dtype` of `Preconditioned`.
 
     Raises:
         DenoiserError: `prediction` is unknown.
@@ -150,10 +144,9 @@ class FlowDenoiser(Preconditioned):
         inner_model: Callable[..., Any],
         prediction: Literal["velocity", "x0"] = "velocity",
         time_scale: float = 1.0,
-        call: Call | None = None,
-        model_dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(inner_model, call, model_dtype)
+        super().__init__(inner_model, **options)
         if prediction not in ("velocity", "x0"):
             raise DenoiserError(
                 f"prediction={prediction!r}; expected 'velocity' or 'x0'. For other models: EpsDenoiser, VDenoiser"
@@ -192,18 +185,13 @@ class EpsDenoiser(Preconditioned):
     Args:
         inner_model: The model.
         time: Maps noise levels (batch,) to the model's time. Default: `angle`.
-        call: See `Preconditioned`.
-        model_dtype: See `Preconditioned`.
+        options: `call` and `model_dtype` of `Preconditioned`.
     """
 
     def __init__(
-        self,
-        inner_model: Callable[..., Any],
-        time: Callable[[Tensor], Tensor] = angle,
-        call: Call | None = None,
-        model_dtype: torch.dtype | None = None,
+        self, inner_model: Callable[..., Any], time: Callable[[Tensor], Tensor] = angle, **options: Any
     ) -> None:
-        super().__init__(inner_model, call, model_dtype)
+        super().__init__(inner_model, **options)
         self.time_from_sigma = time
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,14 +209,7 @@ class VDenoiser(EpsDenoiser):
 
 
 class CFGDenoiser(DenoiserWrapper):
-    """Classifier-free guidance in one call on the doubled batch [uncond, cond].
-
-    Args:
-        inner_model: A denoiser `inner_model(x, sigma, cond=...)`.
-
-    Raises:
-        DenoiserError: In a call, cond and uncond differ in shape or keys.
-    """
+    """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond]."""
 
     def forward(
         self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor
@@ -239,8 +220,11 @@ class CFGDenoiser(DenoiserWrapper):
             x: Noisy latents.
             sigma: Noise level, () or (batch,).
             uncond: Unconditional prompt, a tensor (batch, ...) or a mapping of tensors like cond.
-            cond: The prompt.
+            cond: The prompt, shaped like uncond.
             cond_scale: Guidance scale, a float or (batch,).
+
+        Raises:
+            DenoiserError: cond and uncond differ in shape or keys.
         """
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
         both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=_doubled(uncond, cond))
@@ -251,7 +235,6 @@ class CFGDenoiser(DenoiserWrapper):
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    """Reshape (batch,) to (batch, 1, 1, ...) so that it broadcasts against x; scalars stay scalars."""
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 

@@ -1,17 +1,11 @@
 """Presets: a policy and the settings that belong to it, in TOML files such as those of `policies/`. Data only.
 
-    threshold = 0.01                # variance at risk 1; default: the calibrated one
-    cfg_floor = 0.0                 # lower bound of a scheduled guidance scale
-    rescale = true                  # s*-rescaled guidance
-    [estimator]                     # how to measure
-    type = "TrajectoryVariance"
-    window = 10
-    [kv_cache]                      # keep the source's K/V over evaluations: settings of a KVCache
-    every = 3
-    [policy]                        # what to do
-    type = "Linear"
-
-Only [policy] is required.
+threshold = 0.01                # and the other settings of a Preset
+[estimator]                     # how to measure
+type = "TrajectoryVariance"
+window = 10
+[policy]                        # what to do, the only table that is required
+type = "Linear"
 """
 
 from __future__ import annotations
@@ -23,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
-from .policy._checks import number, reject
+from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
-from .utils.files import write_atomically
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import (
     Combined,
@@ -53,15 +46,13 @@ class Preset:
     Args:
         policy: The policy, or a function of an Observation.
         estimator: How variance is measured. Defaults to None, the lock's default.
-        threshold: Variance at risk 1, > 0, in the estimator's units, or a curve over sigma. Defaults to None, the
-            estimator's.
+        threshold: Variance at risk 1, > 0, or a curve over sigma. Defaults to None, the estimator's.
         cfg_floor: Lower bound >= 0 of a scheduled guidance scale. Defaults to None, the lock's default.
         rescale: Whether guidance is s*-rescaled. Defaults to None, the lock's default.
         kv_cache: Settings of a `KVCache` by name. Defaults to None, no cache.
 
     Raises:
-        PolicyError: A setting out of range; an estimator or threshold for a policy that uses no risk; a KV cache for a
-            policy that never locks.
+        PolicyError: A setting that is out of range, or has no effect on this policy.
     """
 
     policy: Policy
@@ -97,13 +88,11 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     0.01
 
     Args:
-        name_or_path: A name on the shelf ("paper"); a path, which ends in .toml or has a separator ("mine.toml"); or
-            TOML text, which has a line break. A name is looked up in the folders that the environment variable
-            KVLOCK_POLICIES lists, then among the presets of this package.
+        name_or_path: A name ("paper") of a preset of this package or in a folder that the environment variable
+            KVLOCK_POLICIES lists; a path ("mine.toml"); or TOML text, which has a line break.
 
     Raises:
-        PolicyError: An unknown name, key or type, with the nearest known one; a file that cannot be read; a setting out
-            of range.
+        PolicyError: An unknown name, key or type, a setting out of range, or a file that cannot be read.
     """
     name = os.fspath(name_or_path)
     if "\n" in name:
@@ -113,8 +102,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     else:
         shelf = _shelf()
         if name not in shelf:
-            hint = f"A file is named with its suffix, e.g. {name + '.toml'!r}."
-            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}.\n  {hint}")
+            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}. A file ends in .toml.")
         path = shelf[name]
     try:
         text = path.read_text(encoding="utf-8")
@@ -157,11 +145,6 @@ def to_toml(policy: Policy | Preset) -> str:
     return write_toml({name: value for name, value in table.items() if value is not None})
 
 
-def save_policy(policy: Policy | Preset, path: str | os.PathLike[str]) -> None:
-    """Write `to_toml(policy)` to the file `path`, atomically. Errors as in `to_toml`."""
-    write_atomically(path, to_toml(policy))
-
-
 def preset_names() -> list[str]:
     """Return the names that `load_preset` knows, sorted."""
     return sorted(_shelf())
@@ -196,15 +179,11 @@ def _from_text(text: str, where: str) -> Preset:
 
 
 def _curve(table: Mapping[str, Any]) -> ThresholdCurve:
-    if set(table) != {"sigmas", "values"}:
-        raise PolicyError(
-            f"threshold has the keys {', '.join(table)}; a curve has sigmas and values, e.g.\n"
-            "  threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
-        )
     try:
-        return ThresholdCurve(tuple(table["sigmas"]), tuple(table["values"]))
+        return ThresholdCurve(**{name: tuple(values) for name, values in table.items()})
     except (TypeError, ValueError, OverflowError) as error:  # EstimatorError is a ValueError
-        raise PolicyError(f"threshold: {error}") from None
+        example = "threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
+        raise PolicyError(f"threshold: {error}; a curve has sigmas and values, e.g. {example}") from None
 
 
 def _shelf() -> dict[str, Path]:

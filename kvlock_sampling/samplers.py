@@ -4,8 +4,6 @@
 samplers need none of it. So its submodules are loaded on first use below a private, bare parent package; a
 `k_diffusion.sampling` that is already imported is used. The samplers are k-diffusion's, with one addition: they first
 call `model.on_schedule(sigmas)` if the model has it, except dpm_fast and dpm_adaptive, which choose their own steps.
-
-Source: Crowson, github.com/crowsonkb/k-diffusion. No other module of this library imports k_diffusion.
 """
 
 from __future__ import annotations
@@ -52,10 +50,9 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Sampler:
-    """Return a sampler of k-diffusion, with k-diffusion's arguments.
+    """Return a sampler with k-diffusion's arguments (model, x, sigmas, extra_args=None, callback=None, ...).
 
-    Most take (model, x, sigmas, extra_args=None, callback=None, disable=None, ...); dpm_fast takes (model, x,
-    sigma_min, sigma_max, n, ...) and dpm_adaptive (model, x, sigma_min, sigma_max, ...). `run` hides the difference.
+    dpm_fast takes (model, x, sigma_min, sigma_max, n, ...), and dpm_adaptive the same without n.
 
     Args:
         name: E.g. "dpmpp_2m"; the prefix `sample_` is accepted.
@@ -96,16 +93,14 @@ def run(
 ) -> Float[Tensor, "batch ..."]:
     """Run any sampler through one signature, and return the final x.
 
-    dpm_fast and dpm_adaptive get the first and the last non-zero level, where they end as k-diffusion defines them, and
-    dpm_fast also n = levels - 1 evaluations.
+    dpm_fast and dpm_adaptive run from the first to the last non-zero level, dpm_fast in n = levels - 1 evaluations.
 
     Args:
         sampler: A name, or a callable sampler(model, x, sigmas, extra_args=None, callback=None, disable=None).
         model: A denoiser, called as `model(x, sigma, **extra_args)`.
         x: The start: noise of scale sigmas[0], plus the clip if it starts part-way.
         sigmas: The schedule (levels,), finite and >= 0.
-        seed: Seed of ancestral and SDE samplers, apart from torch's global state: one int, or one per clip. A given
-            `noise_sampler` takes precedence.
+        seed: Seed of ancestral and SDE samplers, one int or one per clip, unless `noise_sampler` is given.
         disable: Whether to hide the progress bar.
         kwargs: Passed to the sampler: extra_args, callback, eta, ...
 
@@ -145,13 +140,11 @@ def run(
 def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
     """Return a function (sigma, sigma_next) -> standard normal noise like x, for the ancestral samplers.
 
-    The noise differs from what torch.manual_seed(seed) draws: runs often start from that, and the first step must not
-    add the same noise again.
-
     Args:
         x: Latents whose shape, dtype and device the noise gets.
         seed: One int, or one per clip; a clip's noise then does not depend on the other clips of the batch.
     """
+    # The salt makes the noise differ from torch.manual_seed(seed), from which runs often start.
     if not isinstance(seed, Sequence):
         generator = torch.Generator(x.device).manual_seed((seed + _SALT) % 2**63)
         return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -160,10 +153,7 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
 
 
 def _brownian_noise(x: Float[Tensor, "batch ..."], sigmas: Float[Tensor, " levels"], seed: Seed) -> NoiseSampler:
-    """k-diffusion's Brownian tree over a schedule, for the SDE samplers: the same path at any number of steps.
-
-    It spans 1% more than the schedule, in float64: SDE samplers ask for exp(log(sigma)), which rounds to just outside.
-    """
+    # The tree spans 1% more than the schedule: SDE samplers ask for exp(log(sigma)), which rounds to just outside.
     levels = sigmas[sigmas > 0].double().cpu()
     seeds = _per_clip(seed, x) if isinstance(seed, Sequence) else seed
     return _module("sampling").BrownianTreeNoiseSampler(x, levels.min() / 1.01, levels.max() * 1.01, seed=seeds)
@@ -212,7 +202,6 @@ def _announce(model: Any, sigmas: Tensor | None) -> None:
 
 
 def _module(stem: str) -> ModuleType:
-    """Return k_diffusion.<stem>: the imported module if there is one, otherwise a copy under the private parent."""
     with _LOCK:
         if stem not in _MODULES:
             _MODULES[stem] = sys.modules.get(f"k_diffusion.{stem}") or _load(stem)

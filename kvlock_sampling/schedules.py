@@ -28,8 +28,7 @@ def flow_sigmas(
     Args:
         n: Number of steps, >= 1.
         shift: Flow shift > 0; above 1 it spends more steps at high noise (Wan: 3 at 480p, 5 at 720p).
-        t_max: Flow time of the first level, after the shift, below 1. t = 1, where flow models start, is sigma =
-            infinity; at the default, sigma = 999, x lacks 0.1% of the clean signal.
+        t_max: Flow time of the first level, after the shift; below 1, because t = 1 is sigma = infinity.
         t_min: Flow time of the last level above 0, after the shift. Default: the grid runs evenly down to 0.
         device: Device of the result.
         dtype: Dtype of the result.
@@ -41,9 +40,7 @@ def flow_sigmas(
         SamplerError: n, shift or a time is out of range.
     """
     if n < 1 or not shift > 0:
-        raise SamplerError(
-            f"flow_sigmas(n={n}, shift={shift}): expected n >= 1 steps and shift > 0, e.g. n=30, shift=5.0"
-        )
+        raise SamplerError(f"flow_sigmas(n={n}, shift={shift}): expected n >= 1, shift > 0, e.g. n=30, shift=5.0")
     if not 0 < (t_min or 1e-9) < t_max < 1 or t_min == 0:
         raise SamplerError(
             f"flow_sigmas(t_min={t_min}, t_max={t_max}): expected 0 < t_min < t_max < 1. t = 1 is sigma = infinity; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from toy_pipelines import tiny_pipeline
@@ -77,6 +78,14 @@ def by_sampler(pipe: Any, policy: Any, scale: float = 4.0, **options: Any) -> tu
     texts = {"cond": video.prompt(CALL["prompt"]), "uncond": video.prompt(""), "cond_scale": scale}
     with torch.no_grad():
         return lock.sample("euler", START / (1 - TIMES[0]), SIGMAS, extra_args=texts), lock.trace
+
+
+def check_same_trace(ours: kv.Trace, theirs: kv.Trace, *, route: bool = True) -> None:
+    """Both runs measured, decided and did the same; the route may differ where branches are not rows of one call."""
+    for one, other in zip(ours.rows(), theirs.rows(), strict=True):
+        routes = one.pop("route"), other.pop("route")
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-6, nan_ok=True)
+        assert routes[0] == routes[1] or not route
 
 
 def far_apart(a: Tensor, b: Tensor) -> float:

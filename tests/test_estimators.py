@@ -42,8 +42,8 @@ BUILT_IN: list[Estimator] = [
     TrajectoryVariance(window=None, span=8.0, normalise=True),
     TrajectoryVariance(window=None, normalise=True, integral=True, patch=PATCH),
     RenoiseVariance(),
-    RenoiseVariance(passes=3, around="mean", patch=PATCH),
-    RenoiseVariance(passes=1, region_only=True),
+    RenoiseVariance(passes=3, patch=PATCH),
+    RenoiseVariance(passes=1),
     PosteriorVariance(),
     PosteriorVariance(passes=3, method="finite"),
     DropoutVariance(),
@@ -55,9 +55,9 @@ BUILT_IN: list[Estimator] = [
     Combined((TrajectoryVariance(), Sparse(RenoiseVariance(), every=2, hold=True))),
     Combined((TrajectoryVariance(patch=PATCH), RenoiseVariance()), how="mean"),
     Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
-    Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9, local=True),
-    Combined((Relative(TrajectoryVariance(patch=PATCH), local=True), TrajectoryVariance())),
-    Combined((RenoiseVariance(), PosteriorVariance()), how="mean", thresholds=(0.1, 0.2), weights=(1.0, 3.0)),
+    Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9),
+    Combined((Relative(TrajectoryVariance(patch=PATCH)), TrajectoryVariance())),
+    Combined((RenoiseVariance(), PosteriorVariance()), how="mean", weights=(1.0, 3.0)),
 ]
 
 
@@ -279,24 +279,6 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
         sample(wrong, (4, 4, 4))
 
 
-def test_region_only_leaves_the_background_as_the_sampler_has_it():
-    seen = []
-
-    def probe(x, sigma):
-        seen.append(x)
-        return x * 0.5
-
-    g = torch.Generator().manual_seed(0)
-    x, denoised = torch.randn(2, 2, 4, 1, 3, 3, generator=g)
-    mask = torch.zeros(2, 1, 1, 3, 3)
-    mask[..., 1, 1] = 1
-    RenoiseVariance(passes=2, region_only=True).step(0, Evaluation(1.0, x, denoised, mask, probe))
-    RenoiseVariance(passes=2).step(0, Evaluation(1.0, x, denoised, mask, probe))
-    inside = mask.bool().expand_as(x).repeat(2, 1, 1, 1, 1)
-    assert torch.equal(seen[0][~inside], x.repeat(2, 1, 1, 1, 1)[~inside])
-    assert torch.equal(seen[0][inside], seen[1][inside])
-
-
 # -- when and how many ------------------------------------------------------------------------------------------------
 
 
@@ -355,7 +337,6 @@ def test_several_are_compared_in_units_of_risk():
     assert heard(Combined(parts), [2.0]) == [4.0]
     assert heard(Combined(parts, how="mean"), [2.0]) == [2.5]
     assert heard(Combined(parts, how="mean", weights=(3, 1)), [2.0]) == [1.75]
-    assert heard(Combined(parts, thresholds=(1.0, 8.0)), [2.0]) == [2.0]
     assert Combined(parts).default_threshold == 1.0
     pausing = (Level(), Sparse(Level(factor=4.0), sigmas=(1.0,)))
     assert heard(Combined(pausing, how="mean", weights=(1.0, 1.0)), [2.0, 1.0]) == [1.0, 1.25]
@@ -374,8 +355,8 @@ def test_several_are_compared_in_units_of_risk():
         (lambda: Combined(()), "several estimators"),
         (lambda: Combined(Level()), r"Combined\(\(a, b\)\)"),
         (lambda: Combined((Level(), 3)), "expected an estimator"),
-        (lambda: Combined((Level(),), thresholds=(1.0, 2.0)), "each of 1 estimators"),
-        (lambda: Combined((Level(),), how="mean", weights=(0.0,)), "above 0"),
+        (lambda: Combined((Level(),), how="mean", weights=(1.0, 2.0)), "each of 1 estimators"),
+        (lambda: Combined((Level(),), how="mean", weights=(0.0,)), "a number > 0"),
         (lambda: Combined((Level(),), how="median"), 'expected "max", or "mean"'),
         (lambda: Combined((Level(),), weights=(1.0,)), '"mean" with weights'),
         (lambda: DropoutVariance(passes=1), "passes=4"),
@@ -460,7 +441,7 @@ def test_dropout_without_a_model_says_so():
     [
         PosteriorVariance(),
         DropoutVariance(passes=2),
-        Sparse(RenoiseVariance(passes=1, region_only=True), sigmas=(1.0, 0.3), hold=True),
+        Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True),
         Combined((TrajectoryVariance(), RenoiseVariance(passes=1))),
         TrajectoryVariance(patch=PATCH),
     ],

@@ -16,7 +16,7 @@ from kv_entries import LAYERS, LEVEL_BYTES, SHAPE, contents, entry, equal, run, 
 
 from kvlock_sampling.kv_cache import KVCache, KVCacheError, KVCacheWarning, Plan
 from kvlock_sampling.kv_cache.memory import MemoryTier, parse_bytes, readable
-from kvlock_sampling.kv_cache.quantize import Packed, pack, unpack
+from kvlock_sampling.kv_cache.quantize import pack, unpack
 from kvlock_sampling.kv_cache.refresh import Refresh
 
 FALLING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
@@ -274,7 +274,7 @@ def test_memory_evicts_the_least_recently_used_within_the_budget(budget, steps):
     for action, sigma, size in steps:
         if action == "p":
             model.pop(sigma, None)
-            level = {"layer": (Packed(torch.float32, {"values": torch.zeros(size, dtype=torch.int8)}),)}
+            level = {"layer": ((torch.float32, {"values": torch.zeros(size, dtype=torch.int8)}),)}
             if size <= budget:
                 while sum(model.values()) + size > budget:
                     model.popitem(last=False)
@@ -404,8 +404,8 @@ def test_a_plan_is_what_the_cache_then_uses(format):
     plan = Plan(3, 2, 8, 10, 6, 4, clips=2, format=format, budget=3 * LEVEL_BYTES, dtype=torch.float32)
     kv_cache = KVCache(budget=None, format=format, every=1)
     run(entry(kv_cache), [8.0, 4.0, 2.0, 1.0])
-    assert kv_cache.used == plan.total == 4 * plan.per_level
-    assert plan.in_memory == min(4, 3 * LEVEL_BYTES // plan.per_level)
+    assert kv_cache.used == plan.total == 4 * plan.per_level(format)
+    assert plan.in_memory(format) == min(4, 3 * LEVEL_BYTES // plan.per_level(format))
 
 
 def test_a_plan_is_printed_with_both_formats_and_what_it_means():

@@ -82,7 +82,7 @@ def test_files_are_plain_safetensors_with_usual_permissions(tmp_path):
     tensors = load_file(path)
     for layer, pair in source_pass(4.0).items():
         for side, x in zip(("key", "value"), pair, strict=True):
-            for part, expected in pack(x, "int8").parts.items():
+            for part, expected in pack(x, "int8")[1].items():
                 assert torch.equal(tensors[f"{layer}/{side}/{part}"], expected)
 
 

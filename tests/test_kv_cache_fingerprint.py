@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvlock_sampling.attention import AttentionLayer, AttentionLayers
-from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint
+from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint, uncacheable
 from kvlock_sampling.kv_cache import fingerprint as module
 from kvlock_sampling.kv_cache.fingerprint import block_sums
 from kvlock_sampling.masks.tokens import Selection
@@ -332,16 +332,15 @@ def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
     for i in range(2, 12):
         entry(torch.full((3,), float(i)))
     assert len(session._known) == 8
-    session.restart()
+    session.close()
     again = entry(torch.zeros(3))
     assert (again is first, again.name) == (False, first.name)
     session.close()
     session.close()
 
 
-def test_layers_whose_keys_and_values_cannot_be_kept_raise():
+def test_why_the_keys_and_values_of_some_layers_cannot_be_kept():
     watched = AttentionLayers((1, 2, 2), watch=network())
     pyramid = AttentionLayers((1, 2, 2), (AttentionLayer("a", nn.Identity(), patch=(1, 4, 4)),), architecture="k1")
     for wrong, message in ((watched, "declare it"), (pyramid, "architecture 'k1' cannot be kept")):
-        with pytest.raises(AttentionError, match=message):
-            KVCache().session(network(), wrong)
+        assert message in (uncacheable(wrong) or "")

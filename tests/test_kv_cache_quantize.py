@@ -20,7 +20,8 @@ def numbers(shape, seed, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=g) * torch.exp(torch.randn(shape[-1], generator=g) * 2)
     x = x * torch.where(torch.rand(*shape[:-1], 1, generator=g) < 0.2, 30.0, 1.0)
-    return (x * (torch.rand(shape, generator=g) > 0.1)).to(dtype)
+    x = x * (torch.rand(shape, generator=g) > 0.1)
+    return x.clamp(-6e4, 6e4).to(dtype)  # float16 ends at 65504
 
 
 @given(shapes, st.integers(0, 2**31), dtypes)
@@ -28,10 +29,10 @@ def numbers(shape, seed, dtype=torch.float32):
 def test_int8_is_within_half_a_step_of_both_scales(shape, seed, dtype):
     x = numbers(shape, seed, dtype)
     packed = pack(x, "int8")
-    step = packed.parts["channel"].double() * packed.parts["token"].double() / 127
+    step = packed[1]["channel"].double() * packed[1]["token"].double() / 127
     # Half a step, the float32 arithmetic, and the rounding to the dtype that comes back.
     allowed = step * (0.5 + 1e-4) + x.double().abs() * torch.finfo(dtype).eps
-    assert (packed.parts["values"].abs() <= 127).all()
+    assert (packed[1]["values"].abs() <= 127).all()
     assert ((unpack(packed).double() - x.double()).abs() <= allowed + 1e-30).all()
 
 
@@ -41,13 +42,13 @@ def test_sizes_are_known_beforehand_and_nothing_is_shared(shape, seed, dtype, fo
     x = numbers(shape, seed, dtype)
     packed = pack(x, format)
     assert level_bytes({"layer": (packed,)}) == packed_bytes(shape, dtype, format)
-    assert {n: (p.dtype, tuple(p.shape)) for n, p in packed.parts.items()} == layout(shape, dtype, format)
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in packed[1].items()} == layout(shape, dtype, format)
     before = unpack(packed).clone()
     x.fill_(7)
     after = unpack(packed)
     assert torch.equal(after, before)
     assert after.dtype == dtype
-    assert all(p.is_contiguous() for p in packed.parts.values())
+    assert all(p.is_contiguous() for p in packed[1].values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -80,7 +81,7 @@ def test_tensors_that_are_not_finite_are_stored_unchanged(format, bad):
     x = numbers((1, 2, 5, 4), 0)
     x[0, 1, 2, 3] = bad
     packed = pack(x, format)
-    assert list(packed.parts) == ["values"]
+    assert list(packed[1]) == ["values"]
     assert torch.equal(unpack(packed).view(torch.int32), x.view(torch.int32))
 
 
@@ -119,7 +120,7 @@ def test_large_tensors_are_packed_some_heads_at_a_time(monkeypatch, shape):
     monkeypatch.setattr(module, "_quantize", lambda piece, to: (seen.append(tuple(piece.shape)), real(piece, to))[1])
     pieces = pack(x, "int8")
     assert [s[-3] for s in seen] == [2, 2, 1] if len(shape) > 2 else seen == [shape]
-    assert {n: (p.dtype, tuple(p.shape)) for n, p in pieces.parts.items()} == layout(shape, x.dtype, "int8")
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in pieces[1].items()} == layout(shape, x.dtype, "int8")
     torch.testing.assert_close(unpack(pieces), unpack(whole), rtol=1e-2, atol=1e-6)
 
 

@@ -15,6 +15,7 @@ from in_diffusers import (
     SOURCE,
     START,
     by_sampler,
+    check_same_trace,
     classic,
     far_apart,
     modular,
@@ -41,8 +42,7 @@ def test_a_locked_pipeline_gives_what_the_sampler_gives(pipe: Any, policy: Any, 
         got = run(pipe)
     assert far_apart(got, wanted) < 2e-4
     assert far_apart(wanted, run(pipe)) > 0.1  # the lock did something
-    for ours, theirs in zip(session.trace.rows(), trace.rows(), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6, nan_ok=True)
+    check_same_trace(session.trace, trace, route=batched is None)
 
 
 def test_estimators_that_ask_again_get_the_same_answers(pipe: Any) -> None:
@@ -243,11 +243,11 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
 def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvlock_sampling.kv_cache import session as keeping
+    from kvlock_sampling.kv_cache import cache as module
 
     pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
-    made, keys = keeping.KVCacheKey, []
-    monkeypatch.setattr(keeping, "KVCacheKey", lambda **given: keys.append(made(**given)) or keys[-1])
+    made, keys = module.content_fingerprint, []
+    monkeypatch.setattr(module, "content_fingerprint", lambda content: keys.append(made(content)) or keys[-1])
     options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
     with locked(pipe, **options):
         wanted = run(pipe)
@@ -255,7 +255,7 @@ def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.Monk
         with locked(pipe, **options, kv_cache=kv_cache) as session:
             assert far_apart(run(pipe), wanted) < 1e-4
         assert session.trace.nfe == passes
-        assert len(keys) == experts  # told once per run and expert, not once per step
+        assert len(keys) == experts  # fingerprints are taken once per run and expert, not once per step
     guider = KVLockGuider(4.0, **{k: v for k, v in options.items() if k != "source_prompt"}, scheduler=pipe.scheduler)
     if name == "wan":
         sample = modular(pipe, guider=guider.edit(kv_cache=kv_cache))
@@ -320,10 +320,13 @@ def test_offloading_may_renew_its_hooks_between_two_calls() -> None:
 
     pipe = classic()
     with locked(pipe, **EDIT) as session:
-        wanted = run(pipe)
+        without_hook = run(pipe)
     passes = session.trace.nfe
     plain = run(pipe)
     add_hook_to_module(pipe.transformer, ModelHook())
+    with locked(pipe, **EDIT):
+        wanted = run(pipe)  # blocks under hooks are not called one by one, so the source takes a pass before
+    assert far_apart(wanted, without_hook) < 1e-4
     with locked(pipe, **EDIT) as session:
         for _ in range(3):
             assert torch.equal(run(pipe), wanted)

@@ -12,7 +12,7 @@ from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import PipelineError
-from kvlock_sampling.integrations.diffusers.schedule import DiscreteClock, flow_times, schedule_sigmas
+from kvlock_sampling.integrations.diffusers.schedule import ddpm_sigmas, ddpm_time, flow_times, schedule_sigmas
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
@@ -127,14 +127,14 @@ def test_a_scheduler_that_needs_mu_is_refused_with_the_fix():
         kv.from_pipeline(pipe).sigmas(4)
 
 
-def test_the_discrete_clock_is_exact_at_whole_steps_and_clamped_outside():
+def test_the_training_steps_of_noise_levels_are_exact_at_whole_steps_and_clamped_outside():
     alphas = tiny_pipeline("cogvideox").scheduler.alphas_cumprod
-    clock = DiscreteClock(alphas)
+    table = ddpm_sigmas(alphas)
     steps = torch.arange(1000)
-    back = clock.time(clock.sigma(steps).float())
+    back = ddpm_time(table, table.float())
     torch.testing.assert_close(back, steps.float(), rtol=0, atol=2e-2)
-    assert clock.top == pytest.approx(2 * float(((1 - alphas[998]) / alphas[998]).sqrt()), rel=1e-6)
-    ends = clock.time(torch.tensor([0.0, 1e-9, 1e9]))
+    assert float(table[-1]) == pytest.approx(2 * float(((1 - alphas[998]) / alphas[998]).sqrt()), rel=1e-6)
+    ends = ddpm_time(table, torch.tensor([0.0, 1e-9, 1e9]))
     assert ends.tolist() == [0.0, 0.0, 999.0]
-    middle = clock.time((clock.sigma(torch.tensor([500])) * clock.sigma(torch.tensor([501]))).sqrt())
+    middle = ddpm_time(table, (table[500] * table[501]).sqrt()[None])
     assert float(middle) == pytest.approx(500.5, abs=1e-3)

@@ -48,8 +48,6 @@ def test_the_ratio_is_that_of_known_moves():
     for quantile, reference in ((0.0, 1.0), (0.5, 2.5), (1.0, 25.0)):  # of 1, 1, 1, 4, 9, 25
         got = after(Relative(MOVES, quantile=quantile), still, tokens(moves), mask)
         assert got.tolist() == pytest.approx([10.0 / reference])  # (16 + 4) / 2
-    local = after(Relative(MOVES, quantile=0.0, local=True), still, tokens(moves), mask)
-    assert local[0].tolist() == pytest.approx([m**2 for m in moves])
 
 
 def test_a_token_that_the_edge_crosses_counts_by_its_edited_share_and_is_no_reference():

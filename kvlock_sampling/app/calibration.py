@@ -87,8 +87,8 @@ def calibrate(
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
         clips, masks, prompts = zip(*part, strict=True)
-        options: dict[str, Any] = {"sampler": sampler, "steps": steps, "policy": resting, "estimator": meter}
-        options |= {"model": model, "seed": seed + first, "composite": True}
+        options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps, "seed": seed + first}
+        options |= {"policy": resting, "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         points += [(float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
         if on_clip is not None:
@@ -100,15 +100,7 @@ def calibrate(
 
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
-    """Make `count` examples for the embedded model from its procedural world.
-
-    Args:
-        count: How many, >= 1.
-        first: Seed of the first scene.
-
-    Raises:
-        SourceError: The count is below 1.
-    """
+    """Make `count` >= 1 examples for the embedded model from its procedural world; `first` is the first one's seed."""
     from ..tiny.world import edit_mask, render, sample_scene
 
     if count < 1:
@@ -120,13 +112,7 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
 def folder(path: Path, model: VideoModel) -> list[Example]:
     """Read examples from a folder of NAME.mp4 (or gif, webm, mov), NAME.mask.png (or a film) and NAME.txt, the prompt.
 
-    Args:
-        path: The folder.
-        model: The model that decides the clips' length and size.
-
-    Raises:
-        SourceError: A clip lacks its mask or prompt.
-        VideoError: A file cannot be read.
+    The model decides the clips' length and size. Raises SourceError if a clip lacks its mask or prompt.
     """
     examples = []
     for clip in sorted(p for p in path.glob("*") if p.suffix in (".mp4", ".gif", ".webm", ".mov")):
@@ -135,9 +121,7 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
         masks = sorted(path.glob(f"{clip.stem}.mask.*"))
         text = clip.with_suffix(".txt")
         if not masks or not text.is_file():
-            raise SourceError(
-                f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt (its prompt) beside it."
-            )
+            raise SourceError(f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt, its prompt.")
         source, mask = read_pair(model, clip, masks[0], pad=False)
         examples.append(Example(source.pixels, mask, text.read_text(encoding="utf-8").strip()))
     return examples

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,14 +41,12 @@ def readable() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)
             yield
-    except (KVLockError, OSError) as error:
-        _say("[bold red]error:[/]", error)
-        raise typer.Exit(2) from None
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise
-        less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
-        _say("[bold red]error:[/]", f"out of memory: {str(error).splitlines()[0]}\n  {less}")
+    except (KVLockError, OSError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
+            text = f"out of memory: {text.splitlines()[0]}\n  {less}"
+        _say("[bold red]error:[/]", text)
         raise typer.Exit(2) from None
 
 
@@ -58,7 +57,6 @@ def _say(label: str, message: object) -> None:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a bar of `total` steps until the block ends; the yielded function advances it by one."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
@@ -193,9 +191,9 @@ def calibrate(
 ) -> None:
     """Measure the variance of calm runs at every noise level, and write a preset whose risk is relative to it."""
     with readable():
-        from ..presets import save_policy
+        from ..presets import to_toml
         from ..samplers import get
-        from ..utils.files import check_writable
+        from ..utils.files import check_writable, write_atomically
         from .calibration import calibrate as measure
         from .calibration import folder, scenes
         from .models import open_model
@@ -210,7 +208,7 @@ def calibrate(
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
             found = measure(video, examples, seed=seed, batch=batch, on_clip=advance, **settings)
-        save_policy(found.preset, output)
+        write_atomically(output, to_toml(found.preset))
         table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "measurements", title=str(output))
         for band in found.bands:
             interval = f"{band.low:.3g} to {band.high:.3g}"

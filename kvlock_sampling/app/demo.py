@@ -38,21 +38,7 @@ def run_demo(
     sampler: str = "dpmpp_2m",
     on_variant: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Run the demo and write `FILES` into a folder.
-
-    Args:
-        out: The folder; created if missing.
-        seed: Chooses the scenes and the noise.
-        steps: Sampling steps, >= 1.
-        sampler: A name from `samplers.names()`.
-        on_variant: Called after each variant with its name.
-
-    Returns:
-        Means over the clips by variant: background and in-mask PSNR (dB), nfe, and seconds.
-
-    Raises:
-        KVLockError: The sampler does not exist, or an optional package is missing.
-    """
+    """Write `FILES` into the folder `out`; return the mean PSNRs (dB), nfe and seconds of each variant."""
     get(sampler)  # Errors come before the folder is created.
     for module, extra in (("av", "video"), ("matplotlib", "plot")):
         require(module, extra)

@@ -25,8 +25,7 @@ from .models import VideoModel, editable, open_model
 if TYPE_CHECKING:
     from ..kv_cache import Plan
 
-FEATHER = 2.0
-"""Default width in pixels of the blend between the edit and the source's pixels around the mask."""
+FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ def edit_video(
         mask: 1 = edit, 0 = keep, at the clip's height and width, still or per frame; see `masks.as_mask`.
         prompt: What the masked region should show; one text, or one per clip.
         source_prompt: What the clip shows now, read by the source's branch. Default: `prompt`; with a KV cache, "".
-            A policy that never locks does not read it.
         model: "tiny", a folder of its weights or of a diffusers pipeline, or a `VideoModel`: `kv.from_pipeline(pipe)`.
         sampler: A name from `samplers.names()`, or a callable with k-diffusion's signature.
         steps: Sampling steps, >= 1; dpm_adaptive chooses its own.
@@ -94,8 +92,7 @@ def edit_video(
         feather: Width of the blend around the mask in pixels, >= 0.
         on_step: Called after each step with its index.
         on_plan: Called before sampling with the plan of the KV cache, if there is one.
-        lock_options: Other options of `KVLock`, e.g. composite, layers, estimator, kv_cache. With a KV cache the source
-            gets a noise of its own (noise="fixed"), so that its stored K/V serve every seed.
+        lock_options: Other options of `KVLock`, e.g. composite, layers, kv_cache. With a KV cache, noise="fixed".
 
     Raises:
         SourceError: The clip, prompts or seeds do not fit the model or each other.
@@ -127,7 +124,7 @@ def edit_video(
         "cond_scale": scale,
     }
     if lock_options.get("kv_cache") is not None:
-        lock_options.setdefault("noise", "fixed")
+        lock_options.setdefault("noise", "fixed")  # so that the stored K/V serve every seed
         source_prompt = "" if source_prompt is None else source_prompt
     if source_prompt is not None:
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
@@ -155,13 +152,11 @@ def edit_video(
 
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
-    """The model's noise levels. dpm_fast and dpm_adaptive end at the last one above 0, so it is set close to 0."""
     if not isinstance(steps, Integral):
         raise SamplerError(f"steps={steps!r}; expected how many noise levels, a whole number n >= 1, e.g. steps=30.")
     sigmas = video.sigmas(int(steps), strength)
-    if samplers.is_ranged(sampler):
-        sigmas = torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])])
-    return sigmas
+    # dpm_fast and dpm_adaptive end at the last level above 0, so it is set close to 0.
+    return torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])]) if samplers.is_ranged(sampler) else sigmas
 
 
 def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> list[Any]:

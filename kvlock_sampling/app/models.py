@@ -19,13 +19,13 @@ class VideoModel(Protocol):
 
     `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one. Optional members: `negative_prompt` (default ""),
     `usual`, the (frames, height, width) that it was trained for; `given(clips, mask)`, this model prepared for these
-    clips; `lock_mask(mask)`, the mask at the latents' size.
+    clips; `lock_mask(mask)`, the mask at the latents' size. A model of free size has frames = size = None, and its
+    `fit(frames, height, width)` returns the largest (frames, height, width) within these that it can edit.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.
-        frames: Length of its clips; None for a model of free size, whose `fit(frames, height, width)` returns the
-            largest (frames, height, width) within these that it can edit.
-        size: (height, width) of its clips in pixels; None likewise.
+        frames: Length of its clips.
+        size: (height, width) of its clips in pixels.
         cfg_scale: Its usual guidance scale.
     """
 
@@ -69,9 +69,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
         )
     if given:
         name = min(given)
-        raise KVLockError(
-            f"{name}={given[name]!r} is for a pipeline of diffusers; leave it out, or name a folder with {INDEX}."
-        )
+        raise KVLockError(f"{name}={given[name]!r} is for a pipeline of diffusers: leave it out, or name its folder.")
     return load(model)
 
 
@@ -94,8 +92,8 @@ def read_pair(
 ) -> tuple[Clip, Tensor]:
     """Read a clip (3, frames, height, width) and its mask (1, frames, height, width) as a model can edit them.
 
-    For a model of one size, frames are picked evenly from first to last and the centre is cropped. A model of free size
-    gets the first frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
+    For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
+    frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
 
     Args:
         model: The model that will edit the clip.
@@ -109,11 +107,11 @@ def read_pair(
         SourceError: The model cannot edit this number of frames or this size.
         VideoError: A file cannot be read.
     """
-    if model.frames is not None and model.size is not None:
-        fixed = (model.frames, (model.size[0], model.size[1]))
-        if (frames or fixed[0], size or fixed[1]) != fixed:
-            raise SourceError(f"frames={frames}, size={size}: this model edits only {fixed}. Leave both out.")
-        return read_clip(clip, frames=fixed[0], size=fixed[1], pad=pad), read_mask(mask, frames=fixed[0], size=fixed[1])
+    if model.frames is not None:
+        length, sides = editable(model, 0, 0, 0)
+        if (frames or length, size or sides) != (length, sides):
+            raise SourceError(f"frames={frames}, size={size}: this model edits {length}, {sides}. Leave both out.")
+        return read_clip(clip, frames=length, size=sides, pad=pad), read_mask(mask, frames=length, size=sides)
     whole = read_clip(clip, frames=frames, pad=pad)
     have, own = whole.pixels.shape[1], (whole.pixels.shape[2], whole.pixels.shape[3])
     usual = getattr(model, "usual", None)

@@ -1,13 +1,12 @@
 """The declaration of one family of models: where its attention layers, tokens and text are.
 
-Pass a declaration as `layers=architecture.find(network)`, or call `register(architecture)` once.
-`kvlock_sampling.testing.check_layers` tests it. Built-in families are in `architectures/`.
+Pass `layers=architecture.find(network)`, or call `register(architecture)` once; `testing.check_layers` tests one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -48,10 +47,9 @@ class Architecture:
             the order of their indices; `*` stands for one component, e.g. ("blocks.*.attn1",). Or `LayerPattern`s.
         patch: Latents per token along (time, height, width), or a function of the network that returns them.
         text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
-        text_arguments: The arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
+        text_arguments: Arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
             everything that is not video counts as text.
-        layer_patch: A function of the network and a layer's name that returns the layer's patch, or None for `patch`,
-            for networks with layers of larger tokens, as in a pyramid.
+        layer_patch: A function (network, layer's name) -> the patch of layers with larger tokens, None for `patch`.
         rows_apart: Attention is called for each row of the batch separately.
         flow: How locked tokens can be left out of the network; None if they cannot.
 
@@ -72,16 +70,10 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("classes", "layers", "text_arguments"):
             if isinstance(given := getattr(self, name), str):
-                raise AttentionError(
-                    f"Architecture({self.name!r}): {name}={given!r} is one string; expected a tuple, "
-                    f"{name}=({given!r},)"
-                )
+                raise AttentionError(f"{self.name}: {name}={given!r} is one string; expected a tuple, ({given!r},).")
         for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
             if text not in ("none", "first", "last"):
-                raise AttentionError(
-                    f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last": where text '
-                    "tokens stand in the sequences that the layers attend over."
-                )
+                raise AttentionError(f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last".')
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
@@ -89,14 +81,7 @@ class Architecture:
         return any(fnmatchcase(kind, entry) for kind in lineage for entry in self.classes)
 
     def find(self, module: nn.Module) -> AttentionLayers:
-        """The layers of one network of this family.
-
-        Args:
-            module: The network.
-
-        Raises:
-            AttentionError: A pattern names no module of the network.
-        """
+        """The layers of `module`, one network of this family. Raises AttentionError if a pattern names no module."""
         names = dict(module.named_modules())
         layers: list[AttentionLayer] = []
         for given in self.layers:
@@ -111,6 +96,10 @@ class Architecture:
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         joint = any(layer.text != "none" for layer in layers)
+        flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
+        if flow is not None:  # answered for this network, because functions of it cannot be pickled
+            interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
+            flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
             patch=_three(self.patch(module) if callable(self.patch) else self.patch),
             layers=tuple(layers),
@@ -119,7 +108,7 @@ class Architecture:
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
             blocks=tuple(names[parent] for parent in dict.fromkeys(s.name.rpartition(".")[0] for s in layers)),
-            flow=self.flow if self.flow is None or self.flow.supported is None or self.flow.supported(module) else None,
+            flow=flow,
         )
 
     def _nothing(self, module: nn.Module, layers: LayerPattern, names: Mapping[str, nn.Module]) -> str:

@@ -3,10 +3,8 @@
 At lock 1 a background token has the source's K/V, and compositing replaces its output. So the token leaves the network
 before the first block and returns after the last; its K/V, from the source, join at every attention layer. The result
 equals the dense one up to rounding. KV-Edit (arXiv 2502.17363) does this with K/V from an inversion.
-
-The source's K/V come from a separate pass, which keeps all layers' K/V until the edit's pass (`narrowing`); or each
-block runs on the source's rows, then on the computed tokens of the edit's rows, so that K/V of one layer exist at a
-time (`interleaving`).
+The source's K/V come from a separate pass (`narrowing`); or each block runs on the source's rows, then on the computed
+tokens of the edit's rows, so that K/V of one layer exist at a time (`interleaving`).
 """
 
 from __future__ import annotations
@@ -95,10 +93,9 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
 
 
 def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
-    """An attention mask with its rows in the order of the computed queries, and its columns in that of the joined keys.
+    """A mask (rows or 1, heads or 1, queries or 1, keys) for the computed queries and the joined keys.
 
-    The mask is (rows or 1, heads or 1, queries or 1, keys), made for all tokens or for those that run; `start` is the
-    position of the first video token, `length` that of the narrowed sequence.
+    `start` is the position of the first video token, `length` that of the narrowed sequence.
     """
     known = context.record.cut.get((id(mask), -length))  # every layer gets the same mask
     if known is None:
@@ -124,8 +121,8 @@ def _selection(context: FusionContext) -> Any:
 
 
 def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
-    """Tokens (rows, some, ...) at the positions `where` of a sequence of this length, between copies of the first."""
-    assert where is not None  # copies, because a norm makes the gradients of zeros NaN
+    assert where is not None
+    # The gaps hold copies of the first token, because a norm makes the gradients of zeros NaN.
     whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
     whole.index_copy_(1, where, tokens)
     return whole
@@ -145,7 +142,6 @@ def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionCo
 
 
 def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
-    """A table, or a tuple of tables, for the computed tokens."""
     if isinstance(value, (tuple, list)):
         whole = table._replace(item=None)
         chosen = range(len(value)) if table.item is None else (table.item,)
@@ -170,7 +166,6 @@ def _positions(length: int, context: FusionContext) -> Tensor | None:
 
 
 def _with_others(where: Tensor, start: int, tokens: int, length: int) -> Tensor:
-    """The positions `where` among the video's tokens, which begin at `start`, and all other positions of a sequence."""
     every = torch.arange(length, device=where.device)
     return torch.cat([every[:start], where + start, every[start + tokens :]])
 
@@ -179,5 +174,5 @@ _signature = cache(inspect.signature)
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
-    """The signature of the class's forward. Offloading replaces the instance's forward and may hide its signature."""
+    """The signature of the class's forward, because offloading may replace the instance's forward."""
     return _signature(type(module).forward)

@@ -1,9 +1,8 @@
 """Run code around a module's forward: for the length of a `with` block, in one thread, compiled or not.
 
-`torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. In
-a compiled graph such a hook would never run, or run after its lock. So a hook here replaces `module.forward` by a
-function that the compiler does not enter. The compiler's guards notice the new attribute, and it compiles a second
-graph, which breaks at the hook. Both graphs stay cached, and a module without hooks costs nothing.
+`torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. So
+a hook here replaces `module.forward` by a function that the compiler does not enter. The compiler's guards notice that,
+and it compiles a second graph, which breaks at the hook. Both graphs stay cached; a module without hooks costs nothing.
 """
 
 from __future__ import annotations
@@ -21,24 +20,16 @@ import torch
 from torch import nn
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""`around(call, args, kwargs)` calls `call` with the arguments it chooses, and returns the output."""
-Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]
-"""`before(args, kwargs)` returns the arguments to call the module with."""
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (call, args, kwargs) -> the output
+Before = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]  # (args, kwargs) -> the arguments to call with
 
 
 class ForwardHook(NamedTuple):
-    """Code to run at the calls of a module.
-
-    Attributes:
-        module: The module.
-        around: Wraps the whole call. Nothing inside the module stays compiled.
-        before: Changes the arguments only. Compiled code inside the module stays compiled.
-    """
+    """Code to run at the calls of a module."""
 
     module: nn.Module
-    around: Around | None = None
-    before: Before | None = None
+    around: Around | None = None  # wraps the whole call; nothing inside the module stays compiled
+    before: Before | None = None  # changes the arguments only; compiled code inside the module stays compiled
 
 
 class _Forward:
@@ -81,10 +72,7 @@ _hooks: ContextVar[dict[int, tuple[ForwardHook, ...]]] = ContextVar("kvlock_forw
 
 @contextmanager
 def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
-    """Run these hooks for calls made inside the block, by this thread or task. Nested blocks add up.
-
-    Once every thread has left, each module's `forward` is the object that it was.
-    """
+    """Run these hooks for calls made inside the block, by this thread or task. Nested blocks add up."""
     now = dict(_hooks.get())
     with ExitStack() as stack:
         for hook in hooks:

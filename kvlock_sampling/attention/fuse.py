@@ -20,7 +20,7 @@ def fusion_ratio(
 
     Args:
         lock: Fusion ratio in [0, 1], per clip or per token.
-        background: 1 or True for background tokens, 0 for edited tokens, in between for a softer lock near the edit.
+        background: 1 for background tokens, 0 for edited tokens, in between for a softer lock near the edit.
     """
     return (lock.unsqueeze(1) if lock.ndim == 1 else lock) * background
 
@@ -30,17 +30,14 @@ def fuse(
     source: Float[Tensor, "batch *heads tokens dim"],
     ratio: Float[Tensor, "batch tokens"],
 ) -> Float[Tensor, "rows *heads tokens dim"]:
-    """Blend keys (or values) token by token.
+    """Blend keys (or values) token by token; the result is shaped like `edit`.
 
     Args:
         edit: The edit's own keys or values. Rows are chunks of the batch, e.g. two branches, which share one source.
         source: The source's keys or values.
-        ratio: Dimensionless, in [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits (`torch.lerp` counts
-            from the nearer end, so it rounds neither).
-
-    Returns:
-        The blend, shaped like `edit`.
+        ratio: In [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits.
     """
+    # torch.lerp counts from the nearer end, so it rounds neither.
     return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source, _weight(ratio, edit)).flatten(0, 1)
 
 
@@ -64,9 +61,8 @@ def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) ->
 def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start: int) -> Tensor:
     """Insert the source's kept tokens behind the computed ones, and fuse those that take some of the source.
 
-    `own` is (rows, ..., length, dim) with the computed tokens of the `masks.tokens.Selection` from `start` on, `source`
-    (batch, ..., stored, dim), `ratio` (batch, all video tokens). Returns (rows, ..., length + kept, dim): text before,
-    computed tokens, kept tokens, text after.
+    `own` is (rows, ..., length, dim) with the `selection`'s computed tokens from `start` on, `source` (batch, ...,
+    stored, dim). Returns (rows, ..., length + kept, dim): text before, computed tokens, kept tokens, text after.
     """
     kept, end = len(selection.kept), start + len(selection.computed)
     out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])

@@ -22,20 +22,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import AttentionError
 
-Fused = tuple[Tensor, Tensor, Tensor | None]
-"""The key, value and mask that attention uses instead."""
-Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]
-"""`rewrite(query, key, value, mask)`, (rows, heads, length, dim) each."""
+Fused = tuple[Tensor, Tensor, Tensor | None]  # the key, value and mask that attention uses instead
+Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]  # of (rows, heads, length, dim) each
 
 _rewrite: ContextVar[Rewrite | None] = ContextVar("kvlock_rewrite", default=None)
 
 
 @contextmanager
 def intercepted(rewrite: Rewrite) -> Iterator[None]:
-    """Let `rewrite` change keys, values and mask of every attention call made inside the block.
-
-    In nested blocks the outer rewrite sees a call as the inner one changed it.
-    """
+    """Let `rewrite` change keys, values and mask of every attention call in the block; inner blocks rewrite first."""
     outer = _rewrite.get()
     token = _rewrite.set(rewrite if outer is None else lambda q, k, v, mask: outer(q, *rewrite(q, k, v, mask)))
     try:
@@ -47,7 +42,7 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
 
 @contextmanager
 def _once() -> Iterator[Rewrite | None]:
-    """The rewrite for this call. Inside the block there is none: a backend that calls SDPA is rewritten once."""
+    # Inside the block there is no rewrite: a backend that calls SDPA is rewritten once.
     rewrite = _rewrite.get()
     token = _rewrite.set(None)
     try:
@@ -79,9 +74,8 @@ _backends: dict[Any, Callable[..., Any]] = {}
 def _dispatch_seen() -> Iterator[None]:
     """Exchange diffusers' table of backends for a table of wrappers while any thread intercepts calls.
 
-    One assignment exchanges the whole table, so afterwards it is the very object that it was, and compiled code that
-    looked into it stays valid. Two simpler ways fail: a replaced attention processor loses the backend that
-    `set_attention_backend` chose for its model, and the table's enumeration takes no new names.
+    Afterwards it is the very object that it was, so compiled code that looked into it stays valid. A replaced attention
+    processor would lose its backend instead, and the table's enumeration takes no new names.
     """
     global _users, _backends
     registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
@@ -121,8 +115,8 @@ def _seen(backend: Callable[..., Any]) -> Callable[..., Any]:
             if new_mask is not shown:
                 if not takes_mask:
                     raise AttentionError(
-                        f"the attention backend {backend.__name__.strip('_')!r} takes no mask, and the lock needs one "
-                        "here.\n  Choose one that does: model.set_attention_backend('native'), or 'flex'."
+                        f"the attention backend {backend.__name__.strip('_')!r} takes no mask, and the lock needs one."
+                        "\n  Choose one that does: model.set_attention_backend('native'), or 'flex'."
                     )
                 kwargs["attn_mask"] = new_mask[:, 0, 0] if flat and new_mask is not None else new_mask
             new_key, new_value = new_key.transpose(1, 2), new_value.transpose(1, 2)

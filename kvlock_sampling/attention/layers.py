@@ -42,7 +42,7 @@ class TokenFlow:
         tables: The blocks' arguments with one entry per token. Entries of the text may stand before or after.
         supported: Tells whether a network of the family is built like this; None if every network is.
         interleaves: Whether source and edit may go through the blocks one after the other: a bool, or a function of the
-            network. Everything that a block takes or returns per row must have the rows as its first axis.
+            network. What a block takes or returns per row must have the rows as its first axis.
     """
 
     leave: str
@@ -69,10 +69,9 @@ class AttentionLayer:
     patch: Grid | None = None
 
     def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
-        """The position of the first of `tokens` video tokens in a sequence of this layer.
+        """The position of the first video token; raises AttentionError if the parts do not add up to `length`.
 
-        `text` is the network's number of text tokens, None if unknown; `extra` the numbers of other tokens before and
-        after the video's. Raises AttentionError if the parts do not add up to `length`.
+        `text` is the network's number of text tokens, None if unknown; `extra` as in `AttentionLayers`.
         """
         before, after = extra
         rest = length - before - tokens - after
@@ -82,12 +81,10 @@ class AttentionLayer:
         parts = "" if self.text == "none" else f" + {'its' if text is None else text} text tokens"
         others = "" if extra == (0, 0) else f" + {before + after} others"
         surplus = rest - (text or 0)
-        hint = (
-            f"If {surplus} tokens are reference frames or guides, declare them: "
-            f"layers=kv.find_layers(model).with_extra(after={surplus})."
-            if surplus > 0
-            else "The mask's grid and the model's patches differ: check the latents' shape."
-        )
+        hint = "The mask's grid and the model's patches differ: check the latents' shape."
+        if surplus > 0:
+            call = f"layers=kv.find_layers(model).with_extra(after={surplus})"
+            hint = f"If {surplus} tokens are reference frames or guides, declare them: {call}."
         raise AttentionError(
             f"layer {self.name!r} attends over {length} tokens; expected the mask's {tokens}{parts}{others}.\n  {hint}"
         )
@@ -100,17 +97,11 @@ class AttentionLayers:
     Attributes:
         patch: Latents per token along (time, height, width).
         layers: The layers; empty for a watched module.
-        watch: A module whose matching attention calls are the layers, in call order; `start`, `trailing` and `calls`
-            belong to it, as in `sdpa_layers`.
-        start: The position of the first video token.
-        trailing: The number of tokens after the video's; None for any number.
-        calls: The numbers of the calls to lock; None for all.
-        architecture: Name of the architecture.
+        watch: A module whose matching attention calls are the layers, in call order, as in `sdpa_layers`.
+        start: As in `sdpa_layers`; `trailing` and `calls` likewise.
+        architecture: Name of the architecture; `text_arguments`, `rows_apart` and `flow` are from its declaration.
         networks: The modules whose calls are one evaluation each: two if experts share a run.
-        text_arguments: Arguments of the network that become text tokens.
-        rows_apart: Attention is called for each row separately.
         extra: Numbers of tokens before and after the video's that are neither text nor video, e.g. reference images.
-        flow: How tokens can be left out; None if that is unknown.
         complete: Every layer of the model is in `layers`.
         blocks: The modules that hold the layers, also of layers that are not locked.
     """
@@ -139,8 +130,7 @@ class AttentionLayers:
     @property
     def interleaves(self) -> bool:
         """Whether source and edit may go through these networks block by block."""
-        way = self.flow is not None and self.flow.interleaves
-        return self.narrows and (all(map(way, self.networks)) if callable(way) else way)
+        return self.narrows and self.flow is not None and bool(self.flow.interleaves)
 
     @property
     def per_network(self) -> int:
@@ -175,11 +165,7 @@ class AttentionLayers:
         return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
-        """The same layers in sequences that hold other tokens too, e.g. reference images. They are never fused.
-
-        Args:
-            before: The number of other tokens before the video's, >= 0.
-            after: The number of other tokens after the video's, >= 0.
+        """The same layers in sequences that hold `before` + `after` other tokens around the video's, which never fuse.
 
         Raises:
             AttentionError: A negative number.
@@ -203,8 +189,7 @@ class AttentionLayers:
             return (
                 f"none of the model's {len(self.layers)} attention layers fired in this evaluation.\n"
                 "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
-                "  If a kernel of the model's own computes attention, use F.scaled_dot_product_attention, or a backend "
-                "of diffusers: model.set_attention_backend('native')."
+                "  If a kernel of the model's own computes attention: model.set_attention_backend('native')."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing
@@ -212,28 +197,19 @@ class AttentionLayers:
         return (
             f"no attention call fitted, so nothing was locked. Expected {self.start} + {tokens} video tokens + {after} "
             f"after them{chosen}; other calls (query x key): {seen}.\n"
-            "  Set start= and trailing= of sdpa_layers to the numbers of text tokens before and after the video's, "
-            "patch= to the model's patch size, calls= to calls that exist."
+            "  Set start=, trailing= (the numbers of tokens before and after the video's) or patch= of sdpa_layers."
         )
 
 
 def _indices(chosen: Any) -> list[int]:
     indices = list(chosen) if isinstance(chosen, Iterable) else [chosen]
     if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
-        raise AttentionError(
-            f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), layers=[0, -1], "
-            "layers=slice(None, 10), or None for all."
-        )
+        raise AttentionError(f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), or None.")
     return indices
 
 
 def sdpa_layers(
-    module: nn.Module,
-    *,
-    patch: Grid,
-    start: int = 0,
-    trailing: int | None = 0,
-    calls: Iterable[int] | None = None,
+    module: nn.Module, *, patch: Grid, start: int = 0, trailing: int | None = 0, calls: Iterable[int] | None = None
 ) -> AttentionLayers:
     """The attention layers of any module that calls `F.scaled_dot_product_attention` on tokens in the order t, h, w.
 

@@ -17,8 +17,8 @@ class CallRecord:
         fired: Names of the layers that fused or recorded K/V.
         captured: The source's K/V by layer; "layer#n" for the later calls of a layer that acts several times.
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
-        entered: A block of a narrowed call has run.
         cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
+        entered: A block of a narrowed call has run.
     """
 
     fired: set[str] = field(default_factory=set)
@@ -29,7 +29,6 @@ class CallRecord:
     _turns: dict[str, int] = field(default_factory=dict)
 
     def clear(self) -> None:
-        """Empty the record, before the call is repeated."""
         for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
             part.clear()
         self.entered = False

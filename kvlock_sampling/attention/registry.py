@@ -17,10 +17,7 @@ _registered: list[Architecture] = []
 
 
 def register(architecture: Architecture) -> Architecture:
-    """Add a family of models to those that `find_layers`, and so KVLock, knows. The latest registration goes first.
-
-    Args:
-        architecture: The declaration, which is also returned.
+    """Add a family to those that `find_layers`, and so KVLock, knows, ahead of the others; returns the declaration.
 
     Raises:
         AttentionError: The argument is no Architecture.
@@ -63,20 +60,18 @@ def find_layers(model: Any) -> AttentionLayers:
     raise AttentionError(
         f"no attention layers found in {looked[:400]}.\n"
         f"  Known architectures: {families}.\n"
-        "  For another model whose attention calls F.scaled_dot_product_attention, say where its tokens are:\n"
+        "  For another model that calls F.scaled_dot_product_attention, say where its tokens are:\n"
         "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
-        "  or declare it: kv.attention.Architecture(...).find(transformer).\n"
-        "  For control of guidance alone, without a source: KVLock(model, policy=...)."
+        "  or declare it: kv.attention.Architecture(...). For control of guidance alone: KVLock(model, policy=...)."
     )
 
 
 def _combined(found: list[AttentionLayers]) -> AttentionLayers:
-    """The layers of all networks that are built like the first, e.g. experts, as those of one model."""
-    first = found[0]
-    built = (first.architecture, first.patch, len(first.layers))
-    alike = [f for f in found if (f.architecture, f.patch, len(f.layers)) == built]
+    # Networks that are built like the first, e.g. experts, count as one model.
+    first, *_ = built = [(f.architecture, f.patch, len(f.layers)) for f in found]
+    alike = [f for f, like in zip(found, built, strict=True) if like == first]
     if len(alike) == 1:
-        return first
+        return found[0]
     layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
     blocks = tuple(block for f in alike for block in f.blocks)
-    return replace(first, layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)
+    return replace(found[0], layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)

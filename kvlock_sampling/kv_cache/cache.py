@@ -4,16 +4,15 @@
     lock = kv.KVLock(model, source=clip, mask=mask, noise="fixed", kv_cache=kv_cache)
 
 A *level* holds the K/V of every layer at one noise level. A *cache entry* holds the levels of one model, clip, noise,
-mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion; KV-Lock (arXiv 2603.09657) over a
-step.
+mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +22,12 @@ from torch.utils._pytree import tree_leaves
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError
-from .disk import DiskTier
+from . import disk
 from .errors import KVCacheError, KVCacheWarning
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable
 from .quantize import Level, PackedLevel, check_format, pack, packed_bytes
 from .refresh import Refresh, add_request, check_sigma
-
-VERSION = 1
-"""Version of the stored form. Entries of another version are other entries."""
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -40,17 +36,15 @@ class KVCache:
     """Settings, and the levels held in memory. One cache serves any number of runs, clips and threads.
 
     Args:
-        directory: Also write every level to this folder, and read levels from it. The next edit of the same clip, in
-            any process, then runs no source pass. None keeps K/V in memory alone.
-        budget: Bytes of K/V held in host memory: a number, or text such as "4GB" or "512MiB"; None is no limit. The
-            least recently used levels make room for new ones. Files are read through a memory map and do not count.
+        directory: Also keep every level in this folder, so that the next edit of the clip, in any process, runs no
+            source pass; None keeps K/V in memory alone.
+        budget: Bytes of K/V in host memory, a number or text such as "4GB" or "512MiB"; None is no limit. The least
+            recently used levels make room for new ones. Files are read through a memory map and do not count.
         format: "int8" stores one byte per number (0.4% off, see `quantize`); None stores K/V unchanged.
-        every: Evaluations per source pass, at most, in the run that fills the cache, >= 1; None is no limit. See
-            `refresh` for this rule and the next.
+        every: Evaluations per source pass, >= 1, in the run that fills the cache; None is no limit. See `refresh`.
         ratio: A level serves noise levels within this ratio, >= 1; None is no limit.
-        interpolate: Serve points of the line in log sigma through two levels, between them or beyond the last one,
-            instead of the nearest level. The change that the cache makes to an edit falls to a half in the run that
-            fills it, and to a third or less in a later one. Needs room for two levels.
+        interpolate: Serve points of the line in log sigma through two levels instead of the nearest level. The cache
+            then changes an edit half as much or less. Needs room for two levels.
 
     Raises:
         KVCacheError: A setting is outside its range, or the directory cannot be used.
@@ -72,31 +66,20 @@ class KVCache:
         if directory is None and self.budget == 0:
             raise KVCacheError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
         self.memory = MemoryTier(self.budget)
-        self.disk = None if directory is None else DiskTier(directory)
-        self.directory = None if self.disk is None else self.disk.directory
+        self.directory = None if directory is None else disk.checked(directory)
         self._warned: set[str] = set()
 
     @property
     def used(self) -> int:
-        """Bytes held in memory now."""
+        """The bytes held in memory now."""
         return self.memory.used
 
     def session(self, model: Any, layers: AttentionLayers) -> CacheSession:
-        """Start to use the cache in one run.
-
-        Args:
-            model: The denoiser.
-            layers: The attention layers whose K/V are kept.
-
-        Raises:
-            AttentionError: The K/V of these layers cannot be kept.
-        """
-        if why := uncacheable(layers):
-            raise AttentionError(why)
+        """Start to use the cache in one run of a denoiser, for layers that are not `uncacheable`."""
         return CacheSession(self, model, layers)
 
     def warn_once(self, reason: str, text: str) -> None:
-        """Issue a KVCacheWarning, the first time for this reason."""
+        """Warn, the first time for this reason."""
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(text, KVCacheWarning, stacklevel=3)
@@ -108,7 +91,7 @@ class KVCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings, without the levels in memory."""
         settings = {"budget": self.budget, "format": self.format, **vars(self.refresh)}
-        return functools.partial(KVCache, self.directory, **settings), ()
+        return partial(KVCache, self.directory, **settings), ()
 
     def __repr__(self) -> str:
         where = "memory" if self.directory is None else repr(str(self.directory))
@@ -129,9 +112,9 @@ class CacheEntry:
     def __init__(self, kv_cache: KVCache, name: str, layers: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.name, self.layers = name, tuple(layers)
         self._cache, self._device = kv_cache, torch.device(device)
-        self._requested: list[float] = []
-        self._fresh: set[float] = set()
-        self._files: set[float] = set() if kv_cache.disk is None else kv_cache.disk.sigmas(name)
+        self._requested, self._fresh = list[float](), set[float]()
+        self._folder = None if kv_cache.directory is None else kv_cache.directory / name[:32]
+        self._files: set[float] = set() if self._folder is None else disk.sigmas_in(self._folder)
         self._mapped: dict[float, PackedLevel] = {}
 
     @property
@@ -140,16 +123,10 @@ class CacheEntry:
         return self._files | self._cache.memory.sigmas(self.name)
 
     def lookup(self, sigma: float) -> Level | None:
-        """Return the K/V that serve a noise level, by the rule of `refresh`.
+        """Return the K/V by layer that serve a noise level, by the rule of `refresh`.
 
-        Args:
-            sigma: Noise level (variance exploding), > 0.
-
-        Returns:
-            K/V by layer; None if the source pass must run and its K/V be stored with `put`.
-
-        Raises:
-            KVCacheError: The noise level is not a finite number > 0.
+        None means that the source pass must run and its K/V be stored with `put`. Raises KVCacheError unless the noise
+        level is finite and > 0.
         """
         sigma = check_sigma(sigma)
         add_request(self._requested, sigma)
@@ -163,12 +140,11 @@ class CacheEntry:
         """Store the K/V of a source pass.
 
         Args:
-            sigma: Noise level of the pass (variance exploding), > 0.
+            sigma: Noise level of the pass, > 0.
             keys: Key and value by layer, (clips, heads, kept tokens, dim) each. Other layers are ignored.
 
         Returns:
-            K/V by layer as later lookups return them, so that the evaluation that stores a level and those that read
-            it use the same numbers; `keys` itself if the budget is too small for the level.
+            K/V by layer as later lookups return them; `keys` itself if the budget is too small for the level.
 
         Raises:
             KVCacheError: A layer is missing, or K/V are not floating tensors.
@@ -176,12 +152,11 @@ class CacheEntry:
         sigma, format, memory = check_sigma(sigma), self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
             raise KVCacheError(
-                f"put was given no K/V of {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}; it had "
-                f"{', '.join(list(keys)[:4]) or 'none'}.\n"
+                f"put was given no K/V of {', '.join(missing[:4])}; it had {', '.join(list(keys)[:4]) or 'none'}.\n"
                 "  Did the source pass skip layers, e.g. under a step cache? Lock others: layers=[...]."
             )
         size = sum(packed_bytes(x.shape, x.dtype, format) for layer in self.layers for x in keys[layer])
-        if not memory.make_room(size) and self._cache.disk is None:
+        if not memory.make_room(size) and self._folder is None:
             self._warn_too_large(size)
             return keys
         level = {layer: (pack(keys[layer][0], format), pack(keys[layer][1], format)) for layer in self.layers}
@@ -193,8 +168,8 @@ class CacheEntry:
 
     def _read(self, sigma: float) -> PackedLevel | None:
         level = self._cache.memory.get(self.name, sigma) or self._mapped.get(sigma)
-        if level is None and self._cache.disk is not None and sigma in self._files:
-            level = self._cache.disk.read(self.name, sigma, self.layers)
+        if level is None and self._folder is not None and sigma in self._files:
+            level = disk.read(self._folder, self.name, sigma, self.layers)
             if level is None:
                 self._files.discard(sigma)
             else:
@@ -202,10 +177,10 @@ class CacheEntry:
         return level
 
     def _write(self, sigma: float, level: PackedLevel) -> bool:
-        if self._cache.disk is None:
+        if self._folder is None:
             return False
         try:
-            self._cache.disk.write(self.name, sigma, level)
+            disk.write(self._folder, self.name, sigma, level)
         except OSError as error:
             self._cache.warn_once("disk", f"{error}. K/V are kept in memory alone.")
             return False
@@ -216,34 +191,23 @@ class CacheEntry:
     def _warn_too_large(self, size: int) -> None:
         self._cache.warn_once(
             "budget",
-            f"one level needs {readable(size)} and the budget is {readable(self._cache.budget or 0)}: the KV cache "
-            "keeps nothing in memory, and the source pass runs again.\n"
-            f'  Raise it, e.g. KVCache(budget="{readable(2 * size)}"), use format="int8", or pass a directory.',
+            f"one level needs {readable(size)} and the budget is {readable(self._cache.budget or 0)}: nothing is kept "
+            f'in memory.\n  Pass KVCache(budget="{readable(2 * size)}"), format="int8", or a directory.',
         )
 
 
 class CacheSession:
-    """Finds the cache entries of one run.
-
-    Args:
-        kv_cache: The cache.
-        model: The denoiser.
-        layers: Its attention layers.
-    """
+    """Finds the cache entries of one run."""
 
     def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers) -> None:
         self.kv_cache, self.model, self.layers = kv_cache, model, layers
-        self.restart()
+        self.close()
 
-    def restart(self) -> None:
-        """Begin another run: read the model again, and count the levels stored so far as those of an earlier run."""
+    def close(self) -> None:
+        """Let go of the entries in use. The cache keeps their levels, and the next entry reads the model again."""
         self._entries: dict[str, CacheEntry] = {}
         self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], CacheEntry]] = []
         self._model: str | None = None
-
-    def close(self) -> None:
-        """Let go of the entries in use. The cache keeps their levels."""
-        self.restart()
 
     def entry(
         self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
@@ -252,7 +216,7 @@ class CacheSession:
 
         Args:
             clip: Clean latents of the source, (clips, ...).
-            noise: The source's fixed noise, (clips, ...).
+            noise: Its fixed noise, (clips, ...).
             selection: The tokens whose K/V are kept.
             expert: The network that runs, or its index; ignored if the model has one network.
             arguments: The arguments of the source's pass, e.g. {"cond": prompt}.
@@ -271,36 +235,24 @@ class CacheSession:
         if self._model is None:
             self._model = model_fingerprint(self.model)
         layers = self._layers_of(expert)
-        name = content_fingerprint(
-            {
-                "version": VERSION,
-                "format": self.kv_cache.format,
-                "model": self._model,
-                "clip": clip,
-                "noise": noise,
-                "tokens": selection.weight,
-                "layers": layers,
-                "precision": f"{noise.dtype} {precision}",
-                "arguments": dict(arguments),
-            }
-        )
+        version = 1  # of the stored form
+        content = (version, self.kv_cache.format, self._model, clip, noise, selection.weight, layers, precision)
+        name = content_fingerprint({"content": content, "arguments": dict(arguments)})
         entry = self._entries.get(name) or CacheEntry(self.kv_cache, name, layers, noise.device)
         self._entries[name] = entry
-        # The objects are kept beside their marks, because an id is unique only while its object lives.
+        # The objects are kept with their marks, because an id is unique only while its object lives.
         self._known = [*self._known[-7:], (marks, parts, entry)]
         return entry
 
     def _layers_of(self, expert: Any) -> list[str]:
-        """The names of the layers that one evaluation reaches."""
         names, networks = [layer.name for layer in self.layers.layers], self.layers.networks
         if len(networks) < 2:
             return names
         index = next((i for i, network in enumerate(networks) if expert is network or expert == i), None)
         if index is None:
             raise AttentionError(
-                f"this model has {len(networks)} networks, and a KV cache must know which one runs; expert(sigma) "
-                f"returned {expert!r}.\n"
-                "  Give the denoiser a method expert(sigma) that returns the network, or its index."
+                f"this model has {len(networks)} networks, and expert(sigma) returned {expert!r}, which is not one.\n"
+                "  Give the denoiser a method expert(sigma) that returns the network that runs, or its index."
             )
         return [name for name in names if name.startswith(f"{index}.")]
 
@@ -309,8 +261,8 @@ def uncacheable(layers: AttentionLayers) -> str | None:
     """Return why the K/V of these layers cannot be kept; None if they can."""
     if layers.watch is not None:
         return (
-            "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n  layers="
-            "kv.attention.Architecture('mine', ('package.module:Class',), layers=('blocks.*.attn',), patch=...).find(net)"
+            "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n"
+            "  layers=kv.attention.Architecture('mine', ('package.module:Class',), layers=..., patch=...).find(net)"
         )
     if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
         return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
@@ -318,6 +270,5 @@ def uncacheable(layers: AttentionLayers) -> str | None:
 
 
 def _autocast(device: torch.device) -> str:
-    """The precision that autocast computes in; "" without autocast."""
     on = torch.is_autocast_enabled(device.type)
     return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""

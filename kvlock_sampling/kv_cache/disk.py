@@ -15,7 +15,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,82 +31,67 @@ from .quantize import DTYPES, Packed, PackedLevel, layout
 STALE = 3600.0
 """Age in seconds after which the temporary file of a killed run is removed."""
 
-_TEMPORARY = re.compile(r"\.sigma-.*\.tmp\.safetensors|\.tmp\w{6}")
-"""Names of temporary files: those of `atomic`, and those that safetensors renames itself."""
+_TEMPORARY = re.compile(r"\.sigma-.*\.tmp\.safetensors|\.tmp\w{6}")  # those of `atomic` and of safetensors
 
 
-class DiskTier:
-    """The levels in one directory.
+def sigmas_in(folder: Path) -> set[float]:
+    """Return the noise levels of one cache entry that have a file. Old temporary files are removed."""
+    found = set()
+    with contextlib.suppress(OSError), os.scandir(folder) as items:
+        for item in items:
+            if _TEMPORARY.fullmatch(item.name):
+                with contextlib.suppress(OSError):
+                    if time.time() - item.stat(follow_symlinks=False).st_mtime > STALE:
+                        os.unlink(item)
+            with contextlib.suppress(ValueError):
+                sigma = float(item.name.removeprefix("sigma-").removesuffix(".safetensors"))
+                if item.name == _name(sigma) and 0 < sigma < float("inf"):
+                    found.add(sigma)
+    return found
 
-    Args:
-        directory: Where to keep them. It is made if it is missing.
 
-    Raises:
-        KVCacheError: Not a path, or the directory can neither be written to nor holds anything to read.
-    """
+@torch.inference_mode(False)
+def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> PackedLevel | None:
+    """Map a level into memory and read it once to check it. Returns None, with a warning, if it is not valid."""
+    path = folder / _name(sigma)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is not a regular file")
+        with safe_open(path, framework="pt") as file:
+            about, names = file.metadata() or {}, set(file.keys())
+            level = {layer: _pair(file, about, names, layer) for layer in layers}
+            if about["checksum"] != _checksum(entry, sigma, level):
+                raise ValueError("its checksum does not fit: it is damaged, or it belongs to another entry")
+        return level
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
+        why = str(error).splitlines()[0] if str(error) else repr(error)
+        warnings.warn(
+            f"{path} is ignored: {why}. The source pass at this noise level runs again and replaces the file.",
+            KVCacheWarning,
+            stacklevel=2,
+        )
+        return None
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = _checked(directory)
 
-    def sigmas(self, entry: str) -> set[float]:
-        """Return the noise levels of one cache entry that have a file. Old temporary files are removed."""
-        found = set()
-        with contextlib.suppress(OSError), os.scandir(self._folder(entry)) as items:
-            for item in items:
-                if _TEMPORARY.fullmatch(item.name):
-                    with contextlib.suppress(OSError):
-                        if time.time() - item.stat(follow_symlinks=False).st_mtime > STALE:
-                            os.unlink(item)
-                with contextlib.suppress(ValueError):
-                    sigma = float(item.name.removeprefix("sigma-").removesuffix(".safetensors"))
-                    if item.name == _name(sigma) and 0 < sigma < float("inf"):
-                        found.add(sigma)
-        return found
-
-    @torch.inference_mode(False)
-    def read(self, entry: str, sigma: float, layers: Sequence[str]) -> PackedLevel | None:
-        """Map a level into memory and read it once to check it. Returns None, with a warning, if it is not valid."""
-        path = self._folder(entry) / _name(sigma)
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise ValueError("it is not a regular file")
-            with safe_open(path, framework="pt") as file:
-                about, names = file.metadata() or {}, set(file.keys())
-                level = {layer: _pair(file, about, names, layer) for layer in layers}
-                if about["checksum"] != _checksum(entry, sigma, level):
-                    raise ValueError("its checksum does not fit: it is damaged, or it belongs to another entry")
-            return level
-        except FileNotFoundError:
-            return None
-        except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
-            warnings.warn(
-                f"{path} is ignored: {str(error).splitlines()[0] if str(error) else repr(error)}. The source pass at "
-                "this noise level runs again and replaces the file.",
-                KVCacheWarning,
-                stacklevel=2,
-            )
-            return None
-
-    def write(self, entry: str, sigma: float, level: PackedLevel) -> None:
-        """Write a level, in place of an older file. Raises OSError if that fails; then nothing is left behind."""
-        tensors: dict[str, torch.Tensor] = {}
-        about = {"checksum": _checksum(entry, sigma, level)}
-        for layer, pair in level.items():
-            for side, packed in zip(("key", "value"), pair, strict=True):
-                about[f"{layer}/{side}"] = str(packed.dtype).removeprefix("torch.")
-                tensors |= {f"{layer}/{side}/{name}": part for name, part in packed.parts.items()}
-        try:
-            # There is no fsync: after a crash of the machine the checksum shows whether all bytes arrived.
-            with atomic(self._folder(entry) / _name(sigma)) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode
-                save_file(tensors, temporary, about)
-                temporary.chmod(mode)  # safetensors makes files that only their owner can read
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{self.directory} cannot be written to: {error}") from error
-
-    def _folder(self, entry: str) -> Path:
-        return self.directory / entry[:32]
+def write(folder: Path, entry: str, sigma: float, level: PackedLevel) -> None:
+    """Write a level, in place of an older file. Raises OSError if that fails; then nothing is left behind."""
+    tensors: dict[str, torch.Tensor] = {}
+    about = {"checksum": _checksum(entry, sigma, level)}
+    for layer, pair in level.items():
+        for side, (dtype, parts) in zip(("key", "value"), pair, strict=True):
+            about[f"{layer}/{side}"] = str(dtype).removeprefix("torch.")
+            tensors |= {f"{layer}/{side}/{name}": part for name, part in parts.items()}
+    try:
+        # There is no fsync: after a crash of the machine the checksum shows whether all bytes arrived.
+        with atomic(folder / _name(sigma)) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(tensors, temporary, about)
+            temporary.chmod(mode)  # safetensors makes files that only their owner can read
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder.parent} cannot be written to: {error}") from error
 
 
 def _name(sigma: float) -> str:
@@ -115,37 +100,37 @@ def _name(sigma: float) -> str:
 
 
 def _checksum(entry: str, sigma: float, level: PackedLevel) -> str:
-    content = {layer: [_content(packed) for packed in pair] for layer, pair in level.items()}
-    return content_fingerprint({"entry": entry, "sigma": sigma, "content": content})
+    """A fingerprint of dtypes, shapes and sums, which are several times faster than a hash of every byte."""
 
+    def content(dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> list[Any]:
+        return [dtype, {name: (part.dtype, list(part.shape), block_sums(part)) for name, part in parts.items()}]
 
-def _content(packed: Packed) -> list[Any]:
-    """What stands for a tensor in the checksum: sums, which are several times faster than a hash of every byte."""
-    parts = {name: (part.dtype, list(part.shape), block_sums(part)) for name, part in packed.parts.items()}
-    return [packed.dtype, parts]
+    contents = {layer: [content(*packed) for packed in pair] for layer, pair in level.items()}
+    return content_fingerprint({"entry": entry, "sigma": sigma, "content": contents})
 
 
 def _pair(file: Any, about: dict[str, str], names: set[str], layer: str) -> tuple[Packed, Packed]:
-    """Read the key and value of a layer. Raises KeyError or ValueError if they are not what `pack` makes."""
     key, value = (_packed(file, about, names, f"{layer}/{side}") for side in ("key", "value"))
     return key, value
 
 
 def _packed(file: Any, about: dict[str, str], names: set[str], prefix: str) -> Packed:
+    """Read one tensor. Raises KeyError or ValueError if it is not what `pack` makes."""
     dtype, format = DTYPES[about[prefix]], "int8" if f"{prefix}/token" in names else None
     parts = {name: file.get_tensor(f"{prefix}/{name}") for name in layout((1, 1), dtype, format)}
     if parts["values"].ndim < 2 or layout(parts["values"].shape, dtype, format) != {
         name: (part.dtype, tuple(part.shape)) for name, part in parts.items()
     }:
         raise ValueError(f"{prefix} does not have the shapes and dtypes of keys and values")
-    return Packed(dtype, parts)
+    return dtype, parts
 
 
-def _checked(directory: Any) -> Path:
+def checked(directory: Any) -> Path:
+    """Return the directory as a path, made if it is missing. Raises KVCacheError if it cannot be used."""
     if not isinstance(directory, (str, os.PathLike)) or not str(directory).strip():
         raise KVCacheError(
-            f"directory={directory!r} names no folder; expected a path, e.g. KVCache('kv-cache'), or None to keep K/V "
-            "in memory alone.\n  The present folder is KVCache('.')."
+            f"directory={directory!r} names no folder; expected a path, e.g. KVCache('kv-cache') or KVCache('.'), or "
+            "None to keep K/V in memory alone."
         )
     path = Path(directory).expanduser()
     try:

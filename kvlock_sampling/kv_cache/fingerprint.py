@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from ..utils.modules import reachable_modules
 from .errors import KVCacheError
 
-SAMPLED = 64
-"""How many numbers of each weight are read themselves, evenly spread: they show the order of numbers, sums do not."""
+SAMPLED = 64  # numbers of each weight, evenly spread: they show the order of numbers, which sums do not
+BLOCK = 8192  # words of 8 bytes that are summed together
 
-BLOCK = 8192
-"""How many words of 8 bytes are summed together."""
+_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
 
 
 def content_fingerprint(content: Mapping[str, Any]) -> str:
@@ -43,12 +42,10 @@ def content_fingerprint(content: Mapping[str, Any]) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Take the fingerprint of a denoiser.
+    """Take the fingerprint of a denoiser: class, configuration, settings, adapters, and every weight and saved buffer.
 
-    Class, configuration and settings count. Of every weight and saved buffer the name, shape and dtype count, a sample
-    of its numbers, and sums over all bytes, which takes as long as reading the weights once. Adapters count, fused (the
-    weights change) or not (they add weights and a scale). Weights offloaded to the meta device have no numbers: only
-    their names and shapes count.
+    A weight counts with its name, shape, dtype, a sample of its numbers and sums over all bytes, which takes as long as
+    reading it once. Weights offloaded to the meta device have no numbers.
 
     Raises:
         KVCacheError: No torch module is found in the model.
@@ -56,7 +53,7 @@ def model_fingerprint(model: Any) -> str:
     modules = list(dict.fromkeys(reachable_modules(model)))
     if not modules:
         raise KVCacheError(
-            f"no torch module was found in {type(model).__name__}, so another model's K/V could be taken for its own.\n"
+            f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
     digest = hashlib.sha256()
@@ -112,9 +109,8 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
 def block_sums(weight: Tensor) -> Tensor:
     """Sum every `BLOCK` of a tensor's bytes as 8-byte integers: exact on every device, and any changed number shows.
 
-    Of a model all bytes are read at every run, at the speed of memory. Nothing tells which weights have changed: the
-    version counter of a tensor misses writes through `.data` (which is how peft fuses a LoRA), numpy, dlpack, the
-    storage or a fused optimizer.
+    All bytes of a model are read at every run, because the version counter of a tensor misses writes through `.data`
+    (which is how peft fuses a LoRA), numpy, dlpack, the storage or a fused optimizer.
     """
     weight = weight.detach()
     if weight.is_meta or not weight.numel():
@@ -164,24 +160,20 @@ def _add(digest: Any, value: Any, path: str) -> None:
             inner = f"{path}[{key!r}]" if path else str(key)
             _add(digest, key, inner)
             _add(digest, value[key], inner)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, frozenset)):
         digest.update(f"sequence {len(value)}\n".encode())
-        for i, item in enumerate(value):
+        for i, item in enumerate(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value):
             _add(digest, item, f"{path}[{i}]")
-    elif isinstance(value, (set, frozenset)):
-        _add(digest, sorted(value, key=repr), path)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         _add(digest, [type(value).__qualname__, fields], path)
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, PurePath)):
+    elif value is None or isinstance(value, _PLAIN):
         text = repr(value) if isinstance(value, (str, bytes)) else str(value)
         digest.update(f"{type(value).__name__} {len(text)} {text}\n".encode())
-    elif isinstance(value, (torch.device, np.generic)):
-        digest.update(f"{type(value).__name__} {value}\n".encode())
     else:
         raise KVCacheError(
-            f"{path} is a {type(value).__name__}, which has no fingerprint: K/V that depend on it could not be "
-            "recognised in another run.\n  Pass tensors and plain values, or leave kv_cache= away."
+            f"{path} is a {type(value).__name__}, which has no fingerprint, so its K/V cannot be found again.\n"
+            "  Pass tensors and plain values, or leave kv_cache= away."
         )
 
 

@@ -15,12 +15,7 @@ _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 
 class MemoryTier:
-    """Levels by cache entry and noise level. `used` never exceeds `budget`.
-
-    Attributes:
-        budget: Bytes that may be held; None is no limit.
-        used: Bytes of the tensors held now.
-    """
+    """Levels by cache entry and noise level. The bytes `used` never exceed `budget`; None is no limit."""
 
     def __init__(self, budget: int | None) -> None:
         self.budget = budget
@@ -29,7 +24,6 @@ class MemoryTier:
         self._lock = threading.Lock()
 
     def sigmas(self, entry: str) -> set[float]:
-        """Return the noise levels held of one cache entry."""
         with self._lock:
             return {sigma for name, sigma in self._levels if name == entry}
 
@@ -68,15 +62,7 @@ class MemoryTier:
 
 
 def parse_bytes(size: Any, name: str = "budget") -> int | None:
-    """Read a size: a number of bytes, text such as "4GB" (10^9) or "4GiB" (2^30), or None for no limit.
-
-    Args:
-        size: The size.
-        name: Name of the setting, for the error.
-
-    Raises:
-        KVCacheError: The size cannot be read.
-    """
+    """Read a size: a number of bytes, text such as "4GB" (10^9) or "4GiB" (2^30), or None for no limit."""
     if size is None:
         return None
     if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < float("inf"):

@@ -1,7 +1,6 @@
 """The memory that a KV cache will need, before anything runs. Sizes are exact.
 
-Wan 2.1 1.3B at 480 x 832 x 81 (30 layers of 12 heads of 128, 21 x 30 x 52 tokens, 70% background) needs 2.1 GB per
-level in int8, 4.2 GB in bfloat16.
+Wan 2.1 1.3B at 480 x 832 x 81 with 70% background needs 2.1 GB per level in int8, 4.2 GB in bfloat16.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Plan:
         clips: Clips of the batch.
         format: "int8", or None for unchanged K/V.
         budget: Bytes that may be held in memory; None is no limit.
-        dtype: Dtype of the model's K/V.
+        dtype: Of the model's K/V.
         directory: Whether levels are written to disk as well.
     """
 
@@ -51,34 +50,33 @@ class Plan:
     directory: bool = False
 
     @property
-    def per_level(self) -> int:
-        """Bytes of one level."""
-        return self._per_level(self.format)
-
-    @property
     def total(self) -> int:
-        """Bytes of every level that a run stores. Files take some kB more each."""
-        return self.levels * self.per_level
+        """The bytes of all levels. Files take some kB more each."""
+        return self.levels * self.per_level(self.format)
 
-    @property
-    def in_memory(self) -> int:
-        """How many levels the budget holds at once."""
-        return self._fitting(self.per_level)
+    def per_level(self, format: str | None) -> int:
+        """The bytes of one level in this format."""
+        return 2 * self.layers * packed_bytes((self.clips, self.heads, self.kept, self.dim), self.dtype, format)
 
-    @property
-    def verdict(self) -> str:
+    def in_memory(self, format: str | None) -> int:
+        """How many levels in this format the budget holds at once."""
+        size = self.per_level(format)
+        return self.levels if self.budget is None or not size else min(self.levels, self.budget // size)
+
+    def _verdict(self) -> str:
         """What these sizes mean for a run, in a sentence or two."""
+        held = self.in_memory(self.format)
         if self.directory:
-            fits = self.in_memory == self.levels
+            fits = held == self.levels
             start = "Everything fits in memory and is kept on disk" if fits else "Every level is kept on disk"
             return f"{start} ({readable(self.total)}): the next edit of this clip needs no source pass."
         later = 'For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'
-        if self.in_memory == self.levels:
+        if held == self.levels:
             return f"Everything fits in memory, for this run and others with this KVCache. {later}"
-        if self.in_memory:
-            few = "" if self.in_memory > 1 else ", but two serve it better (interpolate)"
-            return f"{self.in_memory} of {self.levels} levels fit in memory: enough for one run{few}. {later}"
-        advice = 'use format="int8"' if self._fitting(self._per_level("int8")) else "lock fewer layers"
+        if held:
+            few = "" if held > 1 else ", but two serve it better (interpolate)"
+            return f"{held} of {self.levels} levels fit in memory: enough for one run{few}. {later}"
+        advice = 'use format="int8"' if self.in_memory("int8") else "lock fewer layers"
         return f"Not one level fits in memory, so nothing is kept: raise the budget, {advice}, or pass a directory."
 
     def __str__(self) -> str:
@@ -90,16 +88,10 @@ class Plan:
             f"  {'format':<10}{'per level':>12}{'all levels':>12}{'in memory':>11}",
         ]
         for format in (None, "int8"):
-            size, mark = self._per_level(format), ">" if format == self.format else " "
-            count = f"{self._fitting(size)} of {self.levels}"
+            size, mark = self.per_level(format), ">" if format == self.format else " "
+            count = f"{self.in_memory(format)} of {self.levels}"
             lines.append(f"{mark} {format!s:<10}{readable(size):>12}{readable(size * self.levels):>12}{count:>11}")
-        return "\n".join([*lines, self.verdict])
-
-    def _per_level(self, format: str | None) -> int:
-        return 2 * self.layers * packed_bytes((self.clips, self.heads, self.kept, self.dim), self.dtype, format)
-
-    def _fitting(self, size: int) -> int:
-        return self.levels if self.budget is None or not size else min(self.levels, self.budget // size)
+        return "\n".join([*lines, self._verdict()])
 
 
 def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, levels: Iterable[float]) -> Plan:
@@ -115,19 +107,10 @@ def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, level
         KVCacheError: The attention modules do not show how many heads they have.
     """
     heads, width, dtype = _heads(layers.layers[0].module)
-    return Plan(
-        layers=len(layers.layers) // max(1, len(layers.networks)),
-        heads=heads,
-        dim=width // heads,
-        tokens=selection.weight.shape[1],
-        kept=len(selection.stored),
-        levels=kv_cache.refresh.expected_levels(levels),
-        clips=len(selection.weight),
-        format=kv_cache.format,
-        budget=kv_cache.budget,
-        dtype=dtype,
-        directory=kv_cache.directory is not None,
-    )
+    count, (clips, tokens) = len(layers.layers) // max(1, len(layers.networks)), selection.weight.shape
+    stored, on_disk = kv_cache.refresh.expected_levels(levels), kv_cache.directory is not None
+    sizes = (count, heads, width // heads, tokens, len(selection.stored), stored, clips)
+    return Plan(*sizes, kv_cache.format, kv_cache.budget, dtype, on_disk)
 
 
 def _heads(module: nn.Module) -> tuple[int, int, torch.dtype]:

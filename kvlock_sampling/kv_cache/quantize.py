@@ -5,25 +5,15 @@ head and token. Each stored number is off by at most channel * token / 254. With
 averaged over channels, as the loudness of a token:
     channel = max over tokens of |x| / loudness,    token = max over channels of |x| / channel.
 
-Outliers of video K/V stand in channels and in single tokens (Quant VideoGen, arXiv 2602.02958: tokens of max |V| of
-1e3). One scale per head would lose everything else, and plain maxima over tokens would lend the pattern of one loud
-token to all channels. Relative error (RMS) on K/V of the embedded model, 17 noise levels, all layers; "loud" is the
-error of normal numbers beside one token and one channel that are 1000 times larger:
-
-    ==================================== ======= ======= =======
-    scales                               K       V       loud
-    ==================================== ======= ======= =======
-    one per head                         0.94%   1.09%   100%
-    per channel and token, plain maxima  0.37%   0.50%   29%
-    as above                             0.42%   0.49%   0.7%
-    ==================================== ======= ======= =======
+Outliers of video K/V occur in channels and in single tokens (Quant VideoGen, arXiv 2602.02958). Relative error (RMS) on
+the embedded model: K 0.42%, V 0.49%; one scale per head has 0.94% and 1.09%. Beside a token and a channel that are 1000
+times larger, the error of normal numbers is 0.7%; with one scale per head it is 100%, with plain maxima 29%.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -34,29 +24,13 @@ from .errors import KVCacheError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
-"""The dtypes that keys and values may have, by name."""
-
 _MAX = 127.0
 _TINY = torch.finfo(torch.float32).tiny
-_LARGEST = 2.0**100
-"""Products of scales stay finite below this bound. NaN is not below it either."""
+_LARGEST = 2.0**100  # products of scales stay finite below this bound; NaN is not below it either
+_AT_ONCE = 2**24  # numbers that are quantized together
 
-_AT_ONCE = 2**24
-"""How many numbers are quantized together."""
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One stored tensor.
-
-    Attributes:
-        dtype: The dtype that `unpack` returns.
-        parts: "values", and for int8 the scales "channel" and "token".
-    """
-
-    dtype: torch.dtype
-    parts: Mapping[str, Tensor]
-
+Packed: TypeAlias = tuple[torch.dtype, Mapping[str, Tensor]]
+"""One stored tensor: the dtype that `unpack` returns, and "values", for int8 also the scales "channel" and "token"."""
 
 Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of the parts of a packed tensor, by name."""
@@ -66,7 +40,6 @@ PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 
 
 def check_format(format: Any) -> str | None:
-    """Return a valid format: "int8", or None for unchanged tensors. Raises KVCacheError for anything else."""
     if format is None or (isinstance(format, str) and format == "int8"):
         return format
     raise KVCacheError(f'format={format!r}; expected "int8", or None to keep K/V unchanged.')
@@ -85,13 +58,12 @@ def layout(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> Layo
 
 
 def packed_bytes(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> int:
-    """Return the bytes of a packed tensor (..., tokens, dim), before it is packed."""
+    """Return the bytes that `pack` makes of a tensor (..., tokens, dim)."""
     return sum(math.prod(size) * kind.itemsize for kind, size in layout(shape, dtype, format).values())
 
 
 def level_bytes(level: PackedLevel) -> int:
-    """Return the bytes of all tensors of a level."""
-    return sum(part.nbytes for pair in level.values() for packed in pair for part in packed.parts.values())
+    return sum(part.nbytes for pair in level.values() for _, parts in pair for part in parts.values())
 
 
 @torch.inference_mode(False)
@@ -99,18 +71,15 @@ def level_bytes(level: PackedLevel) -> int:
 def pack(x: Tensor, format: str | None) -> Packed:
     """Store a tensor (..., tokens, dim) in host memory.
 
-    The result shares no memory with `x`. It is no inference tensor, so that a later run may take gradients. A tensor
-    with NaN, infinity or numbers above 2^100 does not fit into 8 bits and is stored unchanged.
-
-    Raises:
-        KVCacheError: Not a floating tensor of at least two axes.
+    The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
+    NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
     """
     if x.dtype not in _FLOATS or x.ndim < 2:
         raise KVCacheError(
             f"keys or values are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim)."
         )
     if format is None or not x.numel() or not bool(x.detach().abs().amax() < _LARGEST):
-        return Packed(x.dtype, {"values": x.to("cpu", memory_format=torch.contiguous_format, copy=True).contiguous()})
+        return x.dtype, {"values": x.to("cpu", memory_format=torch.contiguous_format, copy=True).contiguous()}
     parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
     if x.ndim < 3:
         _quantize(x, parts)
@@ -120,7 +89,7 @@ def pack(x: Tensor, format: str | None) -> Packed:
         for start in range(0, x.shape[-3], step):
             some = slice(start, start + step)
             _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
-    return Packed(x.dtype, {name: part.to("cpu") for name, part in parts.items()})
+    return x.dtype, {name: part.to("cpu") for name, part in parts.items()}
 
 
 def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:
@@ -139,17 +108,17 @@ def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:
 
 def unpack(packed: Packed, device: torch.device | str = "cpu") -> Tensor:
     """Return the stored tensor. Do not write to it: a tensor that was stored unchanged may be returned itself."""
-    parts = {name: part.to(device) for name, part in packed.parts.items()}
+    dtype, parts = packed[0], {name: part.to(device) for name, part in packed[1].items()}
     if "token" not in parts:
         return parts["values"]
-    return torch.mul(parts["values"], parts["channel"] / _MAX).mul_(parts["token"]).to(packed.dtype)
+    return torch.mul(parts["values"], parts["channel"] / _MAX).mul_(parts["token"]).to(dtype)
 
 
 class Level(Mapping[str, tuple[Tensor, Tensor]]):
     """K/V by layer at one noise level: (clips, heads, kept tokens, dim) each, dequantized when they are read.
 
     Args:
-        parts: One stored level with a weight of 1, or two that are interpolated with weights that sum to 1.
+        parts: One stored level with weight 1, or two levels with weights that sum to 1.
         device: Where the K/V are returned. Do not write to them: they may be the cache's tensors.
     """
 

@@ -3,10 +3,8 @@
 A level stored at sigma_s in this run serves a request at sigma while both conditions hold:
     ratio:  max(sigma / sigma_s, sigma_s / sigma) <= ratio;
     every:  fewer than `every` noise levels were requested from sigma_s (not counted) to sigma (counted).
-`every` counts the distinct noise levels *between* the two, not the calls since. Heun requests a level twice, churn goes
-up again, an adaptive step is rejected and repeated: none of these makes K/V at a noise level any older. A level that an
-earlier run left behind is held to `ratio` alone. So a run that stored its levels finds one for every request when it is
-repeated.
+`every` counts the distinct noise levels *between* the two, so that calls which Heun, churn or a rejected step repeat do
+not count. A level of an earlier run is held to `ratio` alone, so a repeated run finds a level for every request.
 
 K/V of a clip under one noise are smooth in log sigma. On K/V of the embedded model, between levels that are a ratio of
 1.2 to 1.4 apart, the line through both neighbours is off by 0.5-1% (K) and 1-2.5% (V), the nearest level by 3.5-6% and
@@ -24,12 +22,11 @@ from .errors import KVCacheError
 
 
 def same(a: float, b: float) -> bool:
-    """Return whether two noise levels are one."""
     return abs(a - b) <= SAME_SIGMA * max(a, b)
 
 
 def check_sigma(sigma: float) -> float:
-    """Return a noise level as a float. Raises KVCacheError unless it is finite and above 0, where K/V can be locked."""
+    """Return a noise level as a float. Raises KVCacheError unless it is finite and above 0."""
     level = float(sigma)
     if not (level > 0 and math.isfinite(level)):
         raise KVCacheError(f"sigma={level}; a KV cache keeps K/V at finite noise levels > 0.")
@@ -38,16 +35,7 @@ def check_sigma(sigma: float) -> float:
 
 @dataclass(frozen=True)
 class Refresh:
-    """The settings of the refresh rule.
-
-    Attributes:
-        every: Evaluations per source pass, >= 1; None is no such limit.
-        ratio: How far in sigma a level serves, >= 1, dimensionless; None is no such limit.
-        interpolate: Serve points of the line in log sigma through two levels instead of the nearest level.
-
-    Raises:
-        KVCacheError: A setting is outside its range, or neither limit is set.
-    """
+    """The settings of the refresh rule; see `KVCache`. Raises KVCacheError for a setting outside its range."""
 
     every: int | None = 3
     ratio: float | None = 1.5
@@ -88,14 +76,15 @@ class Refresh:
         if self.interpolate:
             low = next((s for s in levels if s <= sigma), None)
             high = next((s for s in levels if s > sigma), None)
-            if low is not None and high is not None and self._near(low, sigma) and self._near(high, sigma):
+            if low is not None and high is not None and all(_within(self.ratio, s, sigma) for s in (low, high)):
                 weight = math.log(sigma / low) / math.log(high / low)
                 return (low, 1 - weight), (high, weight)
         if nearest is None:
             return ()
         behind = None
         if self.interpolate:
-            beyond = [s for s in levels if (s - nearest) * (nearest - sigma) > 0 and self._reaches(s, sigma)]
+            reach = 4.0 if self.ratio is None else self.ratio**2
+            beyond = [s for s in levels if (s - nearest) * (nearest - sigma) > 0 and _within(reach, s, sigma)]
             behind = min(beyond, key=lambda s: _distance(s, nearest), default=None)
         if behind is None:
             return ((nearest, 1.0),)
@@ -104,7 +93,7 @@ class Refresh:
         return (behind, 1 - weight), (nearest, weight)
 
     def expected_levels(self, sigmas: Iterable[float]) -> int:
-        """Return how many levels a run over falling noise levels stores if it starts with none. Zeros are skipped."""
+        """Return how many levels a run over these noise levels stores if it starts with none. Zeros are skipped."""
         requested, stored = list[float](), list[float]()
         for sigma in (float(s) for s in sigmas):
             if sigma > 0:
@@ -114,26 +103,20 @@ class Refresh:
         return len(stored)
 
     def _serves(self, level: float, sigma: float, requested: Sequence[float]) -> bool:
-        if same(level, sigma):
-            return True
-        if not self._near(level, sigma):
-            return False
         low, high = min(level, sigma), max(level, sigma)
         between = sum((low < s < high or same(s, sigma)) and not same(s, level) for s in requested)
-        return self.every is None or between < self.every
-
-    def _near(self, level: float, sigma: float) -> bool:
-        return self.ratio is None or max(level / sigma, sigma / level) <= self.ratio * (1 + SAME_SIGMA)
-
-    def _reaches(self, level: float, sigma: float) -> bool:
-        """Whether a level may be the farther of two that are extrapolated: within ratio^2, or a ratio of 4."""
-        return max(level / sigma, sigma / level) <= (4.0 if self.ratio is None else self.ratio**2) * (1 + SAME_SIGMA)
+        fresh = self.every is None or between < self.every
+        return same(level, sigma) or (fresh and _within(self.ratio, level, sigma))
 
 
 def add_request(requested: list[float], sigma: float) -> None:
     """Note a request unless it is at a noise level that was requested before."""
     if not any(same(sigma, old) for old in requested):
         requested.append(sigma)
+
+
+def _within(ratio: float | None, a: float, b: float) -> bool:
+    return ratio is None or max(a / b, b / a) <= ratio * (1 + SAME_SIGMA)
 
 
 def _distance(a: float, b: float) -> float:

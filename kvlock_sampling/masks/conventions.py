@@ -20,17 +20,12 @@ def from_keep_mask(mask: MaskLike, frames: int | None = None) -> Mask:
 
 
 def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float = 0.0) -> Mask:
-    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate.
+    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate, to the normal form, 0 or 1.
 
     Args:
-        noise_mask: (N, H, W) or (N, 1, H, W) with N *frames* of one clip, as in ComfyUI's `reshape_mask` for video; or
-            (batch, 1, T, H, W).
+        noise_mask: (N, H, W) or (N, 1, H, W) with N *frames* of one clip; or (batch, 1, T, H, W).
         frames: As in `as_mask`.
-        threshold: Values above it are edited. ComfyUI resizes trilinearly, which leaves soft borders: 0 keeps every
-            cell that ComfyUI regenerates in part, 0.5 follows the outline.
-
-    Returns:
-        The mask in the normal form, 0 or 1.
+        threshold: Values above it are edited: 0 keeps every cell that ComfyUI regenerates in part, 0.5 the outline.
 
     Raises:
         MaskError: `as_mask` refuses the mask, or the threshold is outside [0, 1].
@@ -42,16 +37,13 @@ def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float =
 
 
 def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0.5) -> Mask:
-    """From a diffusers inpainting mask, white = repaint.
+    """From a diffusers inpainting mask, white = repaint, to the normal form, 0 or 1.
 
     Args:
-        mask: A PIL image or a list of images, one per frame; an array (H, W), (T, H, W), (H, W, C) or (T, H, W, C) with
-            1, 3 (RGB) or 4 (RGBA) channels, or a list of arrays of one frame; or a tensor as in `as_mask`.
+        mask: A PIL image or array (H, W), (T, H, W), (H, W, C) or (T, H, W, C), C = 1, 3 (RGB) or 4 (RGBA); a list of
+            images or arrays, one per frame; or a tensor as in `as_mask`.
         frames: As in `as_mask`.
         threshold: Values from it on are edited, as in diffusers' image processor.
-
-    Returns:
-        The mask in the normal form, 0 or 1.
 
     Raises:
         MaskError: `as_mask` refuses the mask, frames differ in size, or the threshold is outside [0, 1].
@@ -69,7 +61,6 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
 
 
 def _luminance(page: Any) -> np.ndarray:
-    """Gray values (..., height, width) of one image, PIL or array, or of an array of frames."""
     if hasattr(page, "convert"):  # PIL, not imported here
         return np.asarray(page.convert("L"))
     array = np.asarray(page)

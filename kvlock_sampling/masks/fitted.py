@@ -32,11 +32,9 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
 
 
 def _remembered(make: F) -> F:
-    """Remember results by the latents' form, because a run needs the same few masks at every evaluation."""
-
     @wraps(make)
     def method(self: FittedMask, like: Tensor, *options: Any) -> Any:
-        key = (make, like.shape, like.dtype, like.device, *(option and tuple(option) for option in options))
+        key = (make.__name__, like.shape, like.dtype, like.device, *(option and tuple(option) for option in options))
         if key not in self._known:
             with torch.inference_mode(False):
                 self._known[key] = make(self, like, *options)
@@ -61,9 +59,7 @@ class FittedMask:
     def latent(self, like: Tensor) -> Tensor:
         """The mask at the resolution of latents, float, (batch or 1, 1, time, height, width) for videos.
 
-        Videos are (batch, channels, time, height, width), images (batch, channels, height, width). For packed latents
-        (batch, tokens, channels) and other forms the mask must be broadcastable already. Raises MaskError if the mask
-        fits neither as it is nor by a whole compression factor.
+        For packed latents (batch, tokens, channels) and other forms the mask must be broadcastable already.
         """
         if like.ndim == 5:
             return self._video(like)
@@ -87,18 +83,14 @@ class FittedMask:
 
     @_remembered
     def background(self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None) -> Tensor:
-        """The fraction of the lock that each token takes, float, (batch or 1, tokens): 0 where edited, 1 elsewhere.
-
-        With `transition` (width in tokens, fraction) background tokens within `width` of the edit take this fraction.
-        """
+        """The fraction of the lock that each token takes, float, (batch or 1, tokens): 0 where edited, 1 elsewhere."""
         edited = self.tokens(like, patch)
         weight = (~edited).to(torch.float32)
         if transition is None:
             return weight
         if like.ndim == 3:
             raise MaskError(
-                f"transition={tuple(transition)} needs the tokens' grid; latents of shape {tuple(like.shape)} are "
-                "packed: leave transition away."
+                f"transition={tuple(transition)} needs the tokens' grid, but these latents are packed: leave it away."
             )
         width, fraction = transition
         cells = edited.view(len(edited), 1, *token_grid(like.shape, patch)).float()
@@ -136,9 +128,8 @@ class FittedMask:
             raise MaskError(
                 f"mask has frames x height x width {frames} x {height} x {width}, "
                 f"the latents have {t} x {h} x {w}; no whole compression factor leads from one to the other.\n"
-                f"  Pass the mask at the latents' size, or at the clip's own size, e.g. "
-                f"{1 + 4 * (t - 1)} x {8 * h} x {8 * w} for a VAE of 4 x 8 x 8 "
-                "(masks.resize(mask, frames, height, width) makes one)."
+                f"  Pass the mask at the latents' size, or at the clip's, e.g. masks.resize(mask, {1 + 4 * (t - 1)}, "
+                f"{8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
             )
         return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
 

@@ -51,13 +51,10 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
 
 
 def check_mask(mask: MaskLike) -> Mask:
-    """Check that every clip has something to edit and something to keep.
+    """Check that every clip has something to edit and something to keep, and return the mask in the normal form.
 
     Args:
         mask: As in `as_mask`.
-
-    Returns:
-        The mask in the normal form.
 
     Raises:
         MaskError: The mask is 0 or 1 everywhere in some clip, or `as_mask` refuses it.
@@ -66,26 +63,22 @@ def check_mask(mask: MaskLike) -> Mask:
     for index, clip in enumerate(values):
         name = "the mask" if len(values) == 1 else f"the mask of clip {index} (of {len(values)})"
         if not clip.any():
-            raise MaskError(
-                f"{name} is 0 everywhere: nothing to edit. Paint the region to edit with 1; "
-                "to sample without an edit use the model without a lock"
-            )
+            raise MaskError(f"{name} is 0 everywhere: nothing to edit. Paint the region to edit with 1")
         if (clip == 1).all():
             raise MaskError(
-                f"{name} is 1 everywhere: everything is edited, nothing left to lock; is the polarity inverted? "
-                "use masks.from_keep_mask. To generate everything use the model without source and mask"
+                f"{name} is 1 everywhere: nothing left to lock; is the polarity inverted? use masks.from_keep_mask"
             )
     return values
 
 
 def as_tensor(mask: Any) -> Tensor:
-    """A tensor or array as a tensor of the same shape and values; raises MaskError for other objects."""
     if isinstance(mask, Tensor):
         return mask
     if isinstance(mask, str | os.PathLike):
+        name = os.fspath(mask)
         raise MaskError(
-            f"mask is the path {os.fspath(mask)!r}; expected its values, 1 = edit, as masks.as_mask reads. Read it:\n"
-            f"  mask = kvlock_sampling.video.read_mask({os.fspath(mask)!r}, frames=..., size=(height, width))"
+            f"mask is the path {name!r}; expected its values, 1 = edit. Read it:\n"
+            f"  mask = kvlock_sampling.video.read_mask({name!r}, frames=..., size=(height, width))"
         )
     try:
         # Torch takes no array that is read-only (from PIL) or has negative strides (flipped), so these are copied.
@@ -101,9 +94,7 @@ def _values(mask: Tensor) -> Tensor:
         return mask.float()
     if mask.dtype == torch.uint8:
         if mask.max() == 1:
-            raise MaskError(
-                "a uint8 mask runs from 0 to 255, but this one's largest value is 1: pass mask.bool() if 1 means edit"
-            )
+            raise MaskError("a uint8 mask runs to 255, but this one's largest value is 1: pass mask.bool() if 1 = edit")
         return mask.float() / 255
     if not mask.dtype.is_floating_point:
         raise MaskError(f"mask has dtype {mask.dtype}; expected bool, uint8 (0..255) or floating: pass mask.bool()")

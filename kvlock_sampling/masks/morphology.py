@@ -30,10 +30,7 @@ def shrink(mask: MaskLike, radius: float) -> Mask:
 
 
 def feather(mask: MaskLike, radius: float) -> Mask:
-    """A soft mask for pasting pixels: 1 on edited cells, falling to 0 at `radius` outside; radius 0 is a hard mask.
-
-    weight = (1 + cos(pi * min(d / radius, 1))) / 2 at distance d from the nearest edited cell.
-    """
+    """A soft mask for pasting pixels: 1 on edited cells, falling as a cosine to 0 at `radius` outside; 0 is hard."""
     if radius == 0:
         return grow(mask, 0)
     return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)

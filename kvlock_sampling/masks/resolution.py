@@ -1,7 +1,6 @@
 """The same mask at another resolution: latents, tokens, any size. Every cell takes the maximum of what it covers.
 
-Source of the pooling: KV-Lock (arXiv 2603.09657). The causal frame groups are those of the Wan, HunyuanVideo and
-CogVideoX VAEs.
+Sources: KV-Lock (arXiv 2603.09657); the frame groups are those of the Wan, HunyuanVideo and CogVideoX VAEs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .form import Mask, MaskLike, as_mask
 
 
 def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, int] = 8) -> Mask:
-    """The latent mask of a pixel mask, for a VAE with causal temporal compression.
+    """The latent mask, (batch, 1, 1 + (T-1) / temporal, H / spatial, W / spatial), of a mask, for a causal video VAE.
 
     Latent frame 0 covers pixel frame 0; latent frame t >= 1 covers pixel frames 1 + (t-1) * temporal to t * temporal.
 
@@ -26,18 +25,13 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
         temporal: The VAE's factor in time, >= 1.
         spatial: The VAE's factor in space, an int or (height, width), >= 1.
 
-    Returns:
-        (batch, 1, 1 + (T-1) / temporal, H / spatial, W / spatial).
-
     Raises:
         MaskError: Frames or size do not fit the factors.
     """
     values = as_mask(mask)
     spatial = (spatial, spatial) if isinstance(spatial, int) else spatial
     if min(temporal, *spatial) < 1:
-        raise MaskError(
-            f"temporal={temporal}, spatial={spatial}: compression factors are integers >= 1, e.g. temporal=4, spatial=8"
-        )
+        raise MaskError(f"temporal={temporal}, spatial={spatial}: expected integers >= 1, e.g. temporal=4, spatial=8")
     frames = values.shape[2]
     if rest := (frames - 1) % temporal:
         below = frames - rest
@@ -50,14 +44,11 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
 
 
 def token_mask(latent_mask: MaskLike, patch: tuple[int, int, int] = (1, 2, 2)) -> Bool[Tensor, "batch tokens"]:
-    """Which video tokens are edited: those with any latent above 0.
+    """Which video tokens, in the order time, height, width, are edited: those with any latent above 0.
 
     Args:
         latent_mask: As in `as_mask`, at the latents' size.
         patch: The transformer's patch (time, height, width) in latents, e.g. (1, 2, 2) for Wan.
-
-    Returns:
-        One bool per token, flattened in the order time, height, width.
 
     Raises:
         MaskError: The patch does not divide the mask.
@@ -66,10 +57,7 @@ def token_mask(latent_mask: MaskLike, patch: tuple[int, int, int] = (1, 2, 2)) -
 
 
 def resize(mask: MaskLike, frames: int, height: int, width: int) -> Mask:
-    """The mask at another size. A new cell takes the maximum of all old cells that it overlaps.
-
-    Enlarging by a whole factor is nearest-neighbour; shrinking never drops a region. Frames are spread evenly: for the
-    causal grouping of a video VAE use `latent_mask`.
+    """The mask at another size, with frames spread evenly; for the causal frame groups of a VAE use `latent_mask`.
 
     Args:
         mask: As in `as_mask`.

@@ -15,11 +15,7 @@ Grid = tuple[int, int, int]
 
 
 def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
-    """The number of tokens along (time, height, width), for `patch` latents per token along the same axes.
-
-    Packed latents (batch, tokens, channels) count as one row of tokens. Raises AttentionError for a shape that does not
-    divide into patches.
-    """
+    """The number of tokens along (time, height, width), for `patch` latents per token; packed latents are one row."""
     axes = tuple(int(size) for size in latent_shape)[2:]
     if len(latent_shape) == 3:
         return 1, 1, int(latent_shape[1])
@@ -47,12 +43,9 @@ def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens of a video can come from the source: those that every clip of the batch locks in full.
+    """Which tokens of a video can come from the source: those that every clip of the batch locks in full."""
 
-    `weight` is the fraction of the lock that each token takes, (batch, tokens), as from `FittedMask.background`.
-    """
-
-    weight: Tensor
+    weight: Tensor  # the fraction of the lock that each token takes, (batch, tokens)
 
     @cached_property
     def kept(self) -> Tensor:

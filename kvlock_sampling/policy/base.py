@@ -1,23 +1,26 @@
 """The contract of a policy: `init() -> state`, `step(state, observation) -> (state, control)`.
 
-Settings are frozen, state is a value, and the clock is sigma. The smallest policy is a function under `@stateless`. A
-policy works elementwise: a clip gets the same answer alone as in a batch. It never sees a model or a mask.
+The clock is sigma, and a policy never sees a model or a mask. It works elementwise: a clip gets the same answer alone
+as in a batch. The smallest policy is a function under `@stateless`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
+import torch
+from torch import Tensor
+
 from ..types import Control, Observation, PolicyError
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function can be called with `count` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)
     except TypeError:
@@ -31,13 +34,11 @@ class Policy(ABC):
     """Base of every policy. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
     Every built-in policy raises PolicyError for a setting out of range. `kvlock_sampling.testing.check_policy` tests a
-    subclass. To change a finished policy, wrap it instead.
+    subclass.
 
     Attributes:
-        uses_risk: Whether the policy reads `obs.risk` or `obs.variance`. If False, nothing is measured, both are NaN,
-            and `step` is called from the first evaluation on. Defaults to True.
-        may_lock: Whether the policy may ever return a lock above 0. If False, the lock looks for no attention layers
-            and never evaluates the source. Defaults to True.
+        uses_risk: Whether it reads `obs.risk` or `obs.variance`. If False, nothing is measured. Defaults to True.
+        may_lock: Whether it may ever return a lock above 0. If False, no attention layer is touched. Defaults to True.
 
     Raises:
         PolicyError: In the class body, if `step` takes other arguments than (self, state, obs).
@@ -51,8 +52,8 @@ class Policy(ABC):
         step = cls.__dict__.get("step")
         if inspect.isfunction(step) and not _takes(step, 3):
             raise PolicyError(
-                f"{cls.__name__}.step{inspect.signature(step)}; expected step(self, state, obs) -> (state, control).\n"
-                "  Without memory a function is shorter: @stateless over `def name(obs): return Control(...)`."
+                f"{cls.__name__}.step{inspect.signature(step)}; expected step(self, state, obs) -> (state, control), "
+                "or without memory a function: @stateless over `def name(obs): return Control(...)`."
             )
 
     def init(self) -> Any:
@@ -65,18 +66,14 @@ class Policy(ABC):
 
         Args:
             state: What `init` returned, or the step at a higher sigma. Build a new one; never change it in place.
-            obs: What was measured. Its tensors have shape (batch,); `risk`, `variance` and `lock` may be
-                (batch, tokens).
+            obs: What was measured, (batch,); `risk`, `variance` and `lock` may be (batch, tokens).
 
         Returns:
             The next state, and the control. Its lock is in [0, 1], a float, (batch,) or shaped like `obs.risk`.
         """
 
     def start(self, obs: Observation) -> Control:
-        """Return the control before the first measurement, when `obs.risk` and `obs.variance` are NaN.
-
-        Defaults to no lock and the requested guidance. A policy that uses no risk takes its first step instead.
-        """
+        """Return the control before the first measurement. Defaults to no lock; without risk, to the first step's."""
         return Control(lock=0.0) if self.uses_risk else self.step(self.init(), obs)[1]
 
 
@@ -116,12 +113,6 @@ def stateless(
 def stateless(function: Callable[[Observation], Control] | None = None, *, uses_risk: bool = True) -> Any:
     """Make a policy of a function, as `@stateless` or `@stateless(uses_risk=False)`.
 
-    >>> from kvlock_sampling.types import Control
-    >>> @stateless
-    ... def fade(obs): return Control(lock=obs.risk.clamp(0, 1))
-    >>> fade
-    stateless(fade)
-
     Args:
         function: Maps an Observation to a Control.
         uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
@@ -155,6 +146,48 @@ def as_policy(value: Any) -> Policy:
     if callable(value):
         return Stateless(value)
     raise PolicyError(
-        f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation.\n"
-        '  These work: PID(target=1.0), load_policy("paper"), preset.policy, or a function under @stateless.'
+        f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation, e.g. "
+        'PID(target=1.0), load_policy("paper"), preset.policy or a function under @stateless.'
     )
+
+
+def policy_name(policy: Any) -> str:
+    """The name of the policy's class, or of the function under `@stateless`."""
+    return getattr(policy, "__name__", None) or type(policy).__name__
+
+
+def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
+    """Check types and shapes of what `method` returned. `tokens` of a lock per token is None if it cannot be."""
+    name = f"{policy_name(policy)}.{method}"
+    if not isinstance(control, Control):
+        raise PolicyError(
+            f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
+            f"{' and the new state: return state, Control(...)' if method == 'step' else ''}."
+        )
+    for field, value in control._asdict().items():
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape)
+            per_token = field == "lock" and tokens is not None
+            if shape not in ((), (batch,)) and not (per_token and shape == (batch, tokens)):
+                extra = f" or (batch, tokens) = ({batch}, {tokens})" if per_token else ""
+                raise PolicyError(
+                    f"{name} returned {field} of shape {shape}; expected (batch,) = ({batch},),{extra} or a float: "
+                    "combine obs.risk elementwise."
+                )
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
+    return control
+
+
+def check_finite(policy: Any, control: Control, method: str) -> None:
+    """Check that values are finite, where that costs no transfer from a device."""
+    for field, value in control._asdict().items():
+        if isinstance(value, Tensor):
+            finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
+        else:
+            finite = value is None or math.isfinite(value)
+        if not finite:
+            raise PolicyError(
+                f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
+                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start."
+            )

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._checks import number
+from ._shared import number
 from .base import Policy
 
 
 @dataclass(frozen=True)
 class Constant(Policy):
-    """The same lock at every evaluation, including the first. Raises PolicyError for a setting out of range.
+    """The same lock at every evaluation, including the first.
 
     Args:
         lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.
@@ -35,6 +35,4 @@ class Constant(Policy):
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         return state, Control(self.lock, self.cfg_scale)
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.lock > 0.0
+    may_lock = property(lambda self: self.lock > 0.0)

@@ -1,8 +1,7 @@
 """Linear policy:  lock = clamp(gain * risk, 0, 1),  cfg_scale = w0 * clamp(gain * risk, 0, cfg_max).
 
 Range: lock in [0, 1], cfg_scale in [0, cfg_max * w0]. Source: KV-Lock (arXiv 2603.09657) with risk = variance / tau,
-gain = 1 and cfg_max = 2. A calm model (risk near 0) gets a scale near 0, the unconditional prediction. By default
-KVLock's `cfg_floor` of 1 prevents that; the `paper` preset sets the floor to 0.
+gain = 1 and cfg_max = 2. KVLock's `cfg_floor` of 1 keeps a calm model from the unconditional prediction.
 """
 
 from __future__ import annotations
@@ -11,19 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._checks import number
-from ._math import worst
+from ._shared import number, worst
 from .base import Policy
 
 
 @dataclass(frozen=True)
 class Linear(Policy):
-    """The paper's rule: lock and guidance rise in proportion to risk. Raises PolicyError for a setting out of range.
+    """The paper's rule: lock and guidance rise in proportion to risk.
 
     Args:
-        gain: Lock per unit of risk, > 0. 1 locks fully at the threshold, 0.5 at twice the threshold. Defaults to 1.
-        cfg_max: Largest multiple of the requested guidance scale, >= 0. None leaves guidance as requested. Defaults
-            to 2.
+        gain: Lock per unit of risk, > 0. Defaults to 1, which locks fully at the threshold.
+        cfg_max: Largest multiple of the requested scale, >= 0. None leaves guidance as requested. Defaults to 2.
     """
 
     gain: float = 1.0

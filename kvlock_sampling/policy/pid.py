@@ -1,9 +1,8 @@
 """PID policy:  u = bias + kp * e + ki * integral(e dt) + kd * de/dt,  e = log(risk / target),  t = -log(sigma).
 
 lock = clamp(u, lock_range), cfg_scale = w0 * (c_lo + (c_hi - c_lo) * clamp(u, 0, 1)). Risk is first clamped to
-RISK_RANGE, so |log risk| <= 6.9 also for a risk of 0 or infinity. Sources: Astrom & Murray, "Feedback Systems", chapter
-on PID control (filtered derivative of the measurement, anti-windup). The step-size controllers of k-diffusion and
-diffrax act on the logarithm of an error with set-point 1 too; their gains for noisy signals are the defaults.
+RISK_RANGE. Source: Astrom & Murray, "Feedback Systems", chapter on PID control (filtered derivative of the measurement,
+anti-windup). The gains for noisy signals of diffrax's step-size controller are the defaults.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import torch
 
 from ..types import Control, Observation, PolicyError
 from ..utils.precision import working
-from ._checks import Range, number, pair
-from ._math import elapsed, scaled_cfg
+from ._shared import Range, elapsed, number, pair, scaled_cfg
 from .base import Policy
 
 RISK_RANGE: Range = (1e-3, 1e3)
@@ -28,20 +26,16 @@ class PID(Policy):
     """Hold risk at `target`: lock more while it is above, less while it is below.
 
     Its state is (sigma, log risk, ki * integral(e dt), filtered slope of log risk, u) of the last step.
-    Raises PolicyError for a setting out of range.
 
     Args:
         target: Risk > 0 to hold. Defaults to 1, the calibrated threshold.
-        kp: Lock per unit of log(risk / target). Defaults to 0.1. A positive gain locks more at higher risk; with all
-            gains 0 the policy is `Constant(lock=bias)`, bit for bit, but it measures.
+        kp: Lock per unit of log(risk / target). Defaults to 0.1. A positive gain locks more at higher risk.
         ki: Lock per unit of the integral of log(risk / target) over -log sigma. Defaults to 0.3.
         kd: Lock per unit of the slope of log risk over -log sigma. Defaults to 0.
         lock_range: Limits of the lock, within [0, 1]. Defaults to (0, 1).
-        cfg_range: Multiple of the requested guidance scale (at u = 0, at u = 1), >= 0; may fall. Defaults to (1, 1),
-            the requested scale.
+        cfg_range: Multiple of the requested guidance scale (at u = 0, at u = 1), >= 0; may fall. Defaults to (1, 1).
         bias: u at zero error, and the lock before the first measurement, within lock_range. Defaults to 0.
-        filter_width: Time constant of the derivative's low-pass in log sigma, > 0; a 40-step run spans about 8.
-            Defaults to 0.3.
+        filter_width: Time constant of the derivative's low-pass in log sigma, > 0. Defaults to 0.3.
         slew: Largest change of u per unit of log sigma, > 0, starting at the bias. Defaults to None, no limit.
     """
 
@@ -66,13 +60,12 @@ class PID(Policy):
         number(self, "slew", above=0.0, optional=True)
         if not self.limits[0] <= self.bias <= self.limits[1]:
             raise PolicyError(
-                f"PID(bias={self.bias:g}, lock_range={self.lock_range}): bias must lie within lock_range. "
-                f"This works: PID(bias={self.lock_range[0]:g}, lock_range={self.lock_range})"
+                f"bias={self.bias:g}: bias must lie within lock_range. Try PID(bias={self.lock_range[0]:g}, ...)"
             )
 
     @property
     def limits(self) -> Range:
-        """The range of u: the lock's limits, or (0, 1) if u also drives guidance."""
+        """The range of u. It is (0, 1) if u also drives guidance."""
         return self.lock_range if self.cfg_range[0] == self.cfg_range[1] else (0.0, 1.0)
 
     def step(self, state: tuple[Any, ...] | None, obs: Observation) -> tuple[tuple[Any, ...], Control]:
@@ -102,10 +95,7 @@ class PID(Policy):
         return (obs.sigma, level, integral, slope, wanted), Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
 
     def start(self, obs: Observation) -> Control:
-        """The bias, u at zero error."""
         lock = min(max(self.bias, self.lock_range[0]), self.lock_range[1])
         return Control(lock, scaled_cfg(obs, self.cfg_range, self.bias))
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.lock_range[1] > 0.0
+    may_lock = property(lambda self: self.lock_range[1] > 0.0)

@@ -1,8 +1,7 @@
 """Sigmoid policy:  s = 1 / (1 + exp(-(log risk - log centre) / width)),  lock = lo + (hi - lo) * s.
 
 cfg_scale = w0 * (c_lo + (c_hi - c_lo) * s). Range: s in [0, 1] for every risk in [0, inf]. The logistic curve in log
-risk is the Hill curve risk^n / (centre^n + risk^n) with n = 1 / width (Hill 1910). Errors of a variance are factors, so
-a policy on its logarithm treats "twice too high" and "twice too low" alike.
+risk is the Hill curve risk^n / (centre^n + risk^n) with n = 1 / width (Hill 1910).
 """
 
 from __future__ import annotations
@@ -13,22 +12,19 @@ from typing import Any
 
 from ..types import Control, Observation
 from ..utils.precision import working
-from ._checks import Range, number, pair
-from ._math import between, scaled_cfg
+from ._shared import Range, between, number, pair, scaled_cfg
 from .base import Policy
 
 
 @dataclass(frozen=True)
 class Sigmoid(Policy):
-    """A soft threshold without memory. Raises PolicyError for a setting out of range.
+    """A soft threshold without memory.
 
     Args:
         centre: Risk > 0 at which the curve is half way. Defaults to 1, the calibrated threshold.
-        width: Width of the curve in log risk, > 0: it takes a factor exp(2 * width) of risk from 27% to 73% of the way.
-            Defaults to 0.5.
+        width: Width in log risk, > 0: from 27% to 73% of the way risk rises by exp(2 * width). Defaults to 0.5.
         lock_range: Lock (at risk 0, at risk inf), within [0, 1]. Defaults to (0, 1).
-        cfg_range: Multiple of the requested guidance scale (at risk 0, at risk inf), >= 0; may fall. Defaults to
-            (1, 1), the requested scale.
+        cfg_range: Multiple of the requested guidance scale (at risk 0, at risk inf), >= 0. Defaults to (1, 1).
     """
 
     centre: float = 1.0
@@ -49,6 +45,4 @@ class Sigmoid(Policy):
         lock = between(self.lock_range, s).to(obs.risk.dtype)
         return state, Control(lock, scaled_cfg(obs, self.cfg_range, s))
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.lock_range[1] > 0.0
+    may_lock = property(lambda self: self.lock_range[1] > 0.0)

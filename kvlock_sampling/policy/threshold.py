@@ -1,8 +1,7 @@
 """Threshold policy:  locked once risk > on, free again once risk < off.
 
 lock = `locked` or `free`; cfg_scale = w0 * cfg_alarm or w0 * cfg_calm. Range: lock in [0, 1], cfg_scale / w0 >= 0.
-The gap between `on` and `off` keeps a noisy signal from switching at every step: a Schmitt trigger (Schmitt 1938,
-"A thermionic trigger", J. Sci. Instrum. 15).
+The gap between `on` and `off` keeps a noisy signal from switching at every step: a Schmitt trigger (Schmitt 1938).
 """
 
 from __future__ import annotations
@@ -13,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
-from ._checks import number
-from ._math import scaled_cfg
+from ._shared import number, scaled_cfg
 from .base import Policy
 
 
 @dataclass(frozen=True)
 class Threshold(Policy):
-    """All or nothing, with hysteresis. Raises PolicyError for a setting out of range.
+    """All or nothing, with hysteresis.
 
     Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
 
@@ -48,10 +46,8 @@ class Threshold(Policy):
         for name in ("cfg_calm", "cfg_alarm"):
             number(self, name, at_least=0.0)
         if self.off > self.on:
-            raise PolicyError(
-                f"Threshold(on={self.on:g}, off={self.off:g}): off must be below on. "
-                f"This works: Threshold(on={self.on:g}, off={0.7 * self.on:g})"
-            )
+            works = f"Threshold(on={self.on:g}, off={0.7 * self.on:g})"
+            raise PolicyError(f"on={self.on:g}, off={self.off:g}: off must be below on. This works: {works}")
 
     def step(self, state: Tensor | None, obs: Observation) -> tuple[Tensor, Control]:
         calm = obs.risk < self.off
@@ -61,6 +57,4 @@ class Threshold(Policy):
         alarmed = held.to(obs.requested_cfg_scale.dtype)
         return held, Control(lock, scaled_cfg(obs, (self.cfg_calm, self.cfg_alarm), alarmed))
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return max(self.locked, self.free) > 0.0
+    may_lock = property(lambda self: max(self.locked, self.free) > 0.0)

@@ -1,7 +1,7 @@
 """Policies around policies:  Windowed (when),  LockAbove (early),  Smoothed (how fast),  Clamped (how much).
 
-A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`. It measures only if the inner
-policy does. The inner policy is stepped at every evaluation, so that its memory is up to date when it takes over.
+A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`. The inner policy is stepped at
+every evaluation, so that its memory is up to date when it takes over.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, Scalar
 from ..utils.precision import working
-from ._checks import Range, number, pair, reject
-from ._math import elapsed
+from ._shared import Range, elapsed, number, pair, reject
 from .base import Policy, as_policy
 
 
@@ -46,13 +45,8 @@ class PolicyWrapper(Policy):
     def start(self, obs: Observation) -> Control:
         return self._adjust(self.policy.start(obs), obs)
 
-    @property
-    def uses_risk(self) -> bool:  # type: ignore[override]
-        return self.policy.uses_risk
-
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.policy.may_lock
+    uses_risk = property(lambda self: self.policy.uses_risk)
+    may_lock = property(lambda self: self.policy.may_lock)
 
 
 @dataclass(frozen=True)
@@ -83,15 +77,10 @@ class Windowed(PolicyWrapper):
         number(self, "below", above=0.0, optional=True)
         number(self, "above", above=0.0, optional=True)
         if self.last is None and self.below is None and self.above is None:
-            raise PolicyError(
-                f"Windowed({self.policy!r}): no window given. This works: Windowed(policy, last=20), or in noise "
-                "levels Windowed(policy, below=3.3, above=0.1)"
-            )
+            raise PolicyError("no window given. This works: Windowed(policy, last=20), or above=0.1, below=3.3")
         if self.below is not None and self.above is not None and self.below < self.above:
-            raise PolicyError(
-                f"Windowed(below={self.below:g}, above={self.above:g}) is an empty window; expected below >= above. "
-                f"This works: Windowed(policy, below={self.above:g}, above={self.below:g})"
-            )
+            swapped = f"Windowed(policy, below={self.above:g}, above={self.below:g})"
+            raise PolicyError(f"above={self.above:g} > below={self.below:g}: an empty window. This works: {swapped}")
 
     def _is_open(self, obs: Observation) -> bool:
         if self.above is not None and obs.sigma < self.above:
@@ -103,9 +92,8 @@ class Windowed(PolicyWrapper):
         if self.last is None:
             return True
         raise PolicyError(
-            f"Windowed(last={self.last}) must know how many steps are left, but the schedule is unknown.\n  Pass "
-            "sigmas=... to KVLock, use lock.sample(sampler, x, sigmas) or a sampler of kvlock_sampling.samplers,\n"
-            f"  or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
+            "unknown schedule. Pass sigmas=... to KVLock, use lock.sample or a sampler of kvlock_sampling.samplers"
+            f", or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"
         )
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
@@ -116,10 +104,8 @@ class Windowed(PolicyWrapper):
 class LockAbove(PolicyWrapper):
     """A lock at high noise whatever the risk; below, the inner policy alone. Guidance is always the inner policy's.
 
-    The layout of a clip is decided at high noise, before there is a measurement, so the lock holds from the first
-    evaluation on. The first evaluation below `above` is still locked, because a lock acts on the next evaluation.
-    Source: Follow-Your-Shape (arXiv 2508.08134) takes all keys and values from the source in the first 2 steps; its
-    background was best at 2 steps, worse at 0 and at 4. Raises PolicyError for a setting out of range.
+    The first evaluation below `above` is still locked, because a lock acts on the next evaluation. Source:
+    Follow-Your-Shape (arXiv 2508.08134), where all keys and values are the source's in the first 2 steps.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -140,19 +126,16 @@ class LockAbove(PolicyWrapper):
             return control
         return control._replace(lock=_clamp(_lock(control, obs), (self.lock, math.inf)))
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.lock > 0.0 or self.policy.may_lock
+    may_lock = property(lambda self: self.lock > 0.0 or self.policy.may_lock)
 
 
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
-    """The inner policy's lock and guidance scale, kept within limits. Raises PolicyError for a setting out of range.
+    """The inner policy's lock and guidance scale, kept within limits.
 
     Args:
         policy: The inner policy, or a function of an Observation.
-        lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone. Defaults to (0, 1), which limits a
-            policy that returns more.
+        lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone. Defaults to (0, 1).
         cfg: (lowest, highest) absolute guidance scale. Defaults to None, no limits.
     """
 
@@ -172,23 +155,19 @@ class Clamped(PolicyWrapper):
         scale = obs.requested_cfg_scale if control.cfg_scale is None else control.cfg_scale
         return control._replace(cfg_scale=_clamp(scale, self.cfg))
 
-    @property
-    def may_lock(self) -> bool:  # type: ignore[override]
-        return self.lock[0] > 0.0 or (self.lock[1] > 0.0 and self.policy.may_lock)
+    may_lock = property(lambda self: self.lock[0] > 0.0 or (self.lock[1] > 0.0 and self.policy.may_lock))
 
 
 @dataclass(frozen=True)
 class Smoothed(PolicyWrapper):
     """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
-    It begins at the inner policy's `start`, so the first value does not jump, and its curve is almost the same in 20
-    steps as in 50. The inner policy's `composite` passes unchanged. Its state is the inner state, and the noise level
-    and the control of the last step, None before one. Raises PolicyError for a setting out of range.
+    It begins at the inner policy's `start`. The inner policy's `composite` passes unchanged. The state is (inner state,
+    noise level and control of the last step).
 
     Args:
         policy: The inner policy, or a function of an Observation.
-        half_life: Half-life in log sigma, > 0: after sigma has fallen by a factor exp(half_life), half of a jump is
-            left.
+        half_life: Fall in log sigma after which half of a jump is left, > 0.
     """
 
     half_life: float
@@ -216,7 +195,6 @@ class Smoothed(PolicyWrapper):
 
 
 def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Tensor, like: Tensor) -> Tensor | None:
-    """One step of the low-pass, at least float32. `unset` is the value of an actuator that was left as it is."""
     if before is None and now is None:
         return None
     old, new = (_spread(unset if value is None else value, like) for value in (before, now))
@@ -224,7 +202,6 @@ def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Ten
 
 
 def _spread(value: Scalar, like: Tensor) -> Tensor:
-    """A float, (batch,) or (batch, tokens) value as a tensor shaped like `like`, at least float32."""
     if not isinstance(value, Tensor):
         return torch.full_like(working(like), value)
     return working(value if value.ndim == like.ndim else value[:, None].expand_as(like))

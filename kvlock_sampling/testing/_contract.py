@@ -9,20 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..policy.contract import policy_name
+from ..policy.base import policy_name
 from ..types import KVLockError
 
 
 class Contract(NamedTuple):
-    """An object with a `step(state, given)`, and how to check it.
-
-    Attributes:
-        checked: The policy or estimator.
-        error: The error to raise.
-        given: What the second argument of `step` is called.
-        returned: What the second half of the answer is called.
-        check: Checks the second half of an answer to a second argument.
-    """
+    """A policy or estimator, the error to raise, and names and a check of what `step(state, given)` returns."""
 
     checked: Any
     error: type[KVLockError]
@@ -35,12 +27,11 @@ class Contract(NamedTuple):
         return policy_name(self.checked)
 
     def check_settings(self) -> None:
-        """Check that the object is a frozen dataclass whose repr shows its settings."""
         kind = type(self.checked).__name__
         params = getattr(type(self.checked), "__dataclass_params__", None)
         if params is None or not params.frozen:
             raise self.error(
-                f"{kind} can be changed after it was made; expected frozen settings: it serves many runs.\n"
+                f"{kind} can be changed after it was made; expected frozen settings.\n"
                 f"  Write @dataclass(frozen=True) over class {kind}, and keep memory in the state that step returns."
             )
         if " object at 0x" in repr(self.checked):
@@ -71,7 +62,7 @@ class Contract(NamedTuple):
         for what, was, now in (("state", before[0], state), (self.given, before[1], given)):
             if not same(was, now):
                 raise self.error(
-                    f"{who} changed the {what} it was given; expected it untouched, to go back to.\n"
+                    f"{who} changed the {what} it was given; expected it untouched.\n"
                     "  Build new tensors (x + 1, torch.where, state._replace) instead of x += 1, x.add_(1) or x[i] = 1."
                 )
         if not same(kept, self.attempt("step", state, given)):
@@ -95,8 +86,8 @@ class Contract(NamedTuple):
         for index in (0, len(run) // 2):
             if not same(self.play(states[index], run[index:])[1], answers[index:]):
                 raise self.error(
-                    f"{self.name}.step answered otherwise when the state of sigma={run[index].sigma:.3g} was restored, "
-                    "expected the same.\n  Samplers reject steps and go back: all memory must be in the state."
+                    f"{self.name}.step answered otherwise when the state of sigma={run[index].sigma:.3g} was restored; "
+                    "expected the same: all memory must be in the state."
                 )
 
 

@@ -25,8 +25,8 @@ from ..utils.signature import method_of, parameters_of
 
 Place = tuple[int, int, int]
 
+# Largest deviation that counts as rounding, in standard deviations of the output.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Largest deviation that counts as rounding, in standard deviations of the output."""
 
 
 class Seen(NamedTuple):
@@ -43,8 +43,6 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spy(FusionContext):
-    """A context that remembers the keys and values of every attention call."""
-
     seen: list[Seen] = field(default_factory=list)
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
@@ -58,8 +56,6 @@ class _Spy(FusionContext):
 
 
 class Promises:
-    """The promises of one denoiser and its layers, for latents like x."""
-
     def __init__(
         self,
         model: Denoiser,
@@ -85,7 +81,7 @@ class Promises:
         self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
 
     def keep(self, *, all_of_them: bool = True) -> set[str]:
-        """Test the promises, or only those that depend on precision, and return the names of the layers that fired."""
+        """Test the promises, or only those that depend on precision; return the names of the layers that fired."""
         before, depth = _module_state(self.model), _len_torch_function_stack()
         self.plain = self._bare(self.x)
         self._same(self._bare(self.x), "the same call", "model.eval() turns dropout off.")
@@ -100,18 +96,16 @@ class Promises:
             self._left_out()
         changed = [name for name, state in _module_state(self.model).items() if state != before.get(name)]
         if changed or _len_torch_function_stack() != depth:
-            raise AttentionError(
-                f"after the block something stayed behind on {some(changed) or 'the stack of torch functions'}; "
-                "expected every hook gone.\n  Does the model install one itself?"
-            )
+            where = some(changed) or "the stack of torch functions"
+            raise AttentionError(f"after the block something stayed behind on {where}; expected every hook gone.")
         return self.fired
 
     def _clips_apart(self) -> None:
-        what = "the bare model gives clip {} alone another answer than in a batch, without any lock"
+        advice = "Tensors of extra_args that belong to clips need the batch as their first axis."
         for clip in range(len(self.x)):
             alone, together = self._bare(self.x[clip : clip + 1], clip), self.plain[clip : clip + 1]
-            advice = "Tensors of extra_args that belong to clips need the batch as their first axis."
-            self._close(alone, together, what.format(clip), advice)
+            what = f"the bare model gives clip {clip} alone another answer than in a batch, without any lock"
+            self._close(alone, together, what, advice)
 
     def _places(self) -> None:
         """Change one token of every clip: its own keys and values must be those that change most."""
@@ -155,10 +149,10 @@ class Promises:
         self.fired |= edit.record.fired
         fused, ran = len(edit.record.fired), len(source.record.fired)
         if edit.record.fired != source.record.fired or self.expected not in (None, fused):
+            wanted, names = ran if self.expected is None else self.expected, some(sorted(edit.record.fired))
             raise AttentionError(
                 f"{fused} layers were fused in one evaluation at sigma={self.level}, {ran} ran for the source; "
-                f"expected {ran if self.expected is None else self.expected}.\n"
-                f"  Fused: {some(sorted(edit.record.fired))}."
+                f"expected {wanted}. Fused: {names}."
             )
 
     def _off(self) -> None:
@@ -184,12 +178,12 @@ class Promises:
         if not change > max(1e-4, 3 * rounding):
             raise AttentionError(
                 f"lock 1 to another clip changed the output by {change:.2g} standard deviations; expected more than "
-                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network: are its weights 0?"
+                f"rounding, {rounding:.2g} here.\n  Attention has no say in this network."
             )
 
     def _ways_agree(self) -> None:
         if self.guides:
-            return  # Such a model gets the source in a pass of its own anyhow.
+            return
         cases: dict[str, dict[str, Any]] = {"the source as rows of the same call, and in a pass of its own,": {}}
         if "cond" in self.extra_args and "uncond" not in parameters_of(self.model):
             flipped = take(self.extra_args["cond"], torch.arange(len(self.x)).flip(0), len(self.x))
@@ -202,11 +196,10 @@ class Promises:
     def _clips_locked_apart(self) -> None:
         locks = [1.0 - 0.6 * (clip % 2) for clip in range(len(self.x))]
         together = self._locked(_each(locks))
-        what = f"clip {{}} alone came out otherwise than in a batch of {len(locks)} with other masks and locks"
         advice = "The model mixes its clips, or puts its rows in another order: it must keep chunks of whole batches."
         for clip, lock in enumerate(locks):
-            alone = self._locked(Constant(lock=lock), clip)
-            self._close(alone, together[clip : clip + 1], what.format(clip), advice)
+            what = f"clip {clip} alone came out otherwise than in a batch of {len(locks)} with other masks and locks"
+            self._close(self._locked(Constant(lock=lock), clip), together[clip : clip + 1], what, advice)
 
     def _left_out(self) -> None:
         if not self.layers.narrows:
@@ -222,13 +215,11 @@ class Promises:
             raise AttentionError(f"{what} fails: {str(error).splitlines()[0]}\n  {advice}") from error
         self._close(fewer, every, f"{what} changed the edit", advice)
         if "cond" in self.extra_args and not self.guides and "uncond" not in parameters_of(self.model):
-            # One guided clip makes three rows, which must not be taken for anything else.
             more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0, "composite": True}
             fewer, every = (self._locked(full, 0, foreground=foreground, **more) for foreground in (None, False))
             self._close(fewer, every, f"{what} changed the edit", advice)
 
     def _arguments(self, clip: int | None = None) -> dict[str, Any]:
-        """The extra arguments of all clips or of one."""
         return self.extra_args if clip is None else take(self.extra_args, torch.tensor([clip]), len(self.x))
 
     def _bare(self, x: Tensor, clip: int | None = None) -> Tensor:
@@ -241,7 +232,6 @@ class Promises:
             yield lock
 
     def _locked(self, policy: Policy, clip: int | None = None, **options: Any) -> Tensor:
-        """The first evaluation of a locked run, of all clips or of one; guidance is among the options."""
         rows = slice(None) if clip is None else slice(clip, clip + 1)
         more = {name: options.pop(name) for name in ("uncond", "cond_scale") if name in options}
         with self._lock(policy, rows, **options) as locked:
@@ -286,27 +276,24 @@ def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid:
     place, wanted, where = missed[0]
     if where is None:
         raise AttentionError(
-            f"layer {seen.layer!r}: its keys and values do not change with the video.\n  This is cross-attention, a "
-            "refiner of text, or attention over a reference. Leave it out: a layer attends over the video's own tokens."
+            f"layer {seen.layer!r}: its keys and values do not change with the video.\n  Leave it out: expected "
+            "attention over the video's own tokens, and no cross-attention."
         )
-    length, tokens = seen.own[0].shape[-2], seen.ratio.shape[1]
-    behind = length - seen.start - tokens
+    length = seen.own[0].shape[-2]
+    behind = length - seen.start - seen.ratio.shape[1]
     if seen.start and all(b == a - seen.start for _, a, b in missed):
         hint = 'The video comes first: declare text="last", or layers.with_extra(after=...).'
     elif behind and all(b == a + behind for _, a, b in missed):
         hint = 'The video comes last: declare text="first", or layers.with_extra(before=...).'
     else:
-        hint = "Either patch= is not the network's, or its tokens are in another order than time, height, width, "
-        hint += "or the rows of its batch are in another order than they came."
+        hint = "Either patch= is not the network's, or tokens or the rows of its batch are in another order."
     raise AttentionError(
         f"layer {seen.layer!r}: changing the token (time, height, width) = {place} of {grid} moves position {where} of "
-        f"{length} most; expected {wanted}: the video's {tokens} tokens begin at {seen.start}. So it was {len(missed)} "
-        f"times of {len(hits)}.\n  {hint}"
+        f"{length} most, {len(missed)} times of {len(hits)}; expected {wanted}.\n  {hint}"
     )
 
 
 def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
-    """The latents with one token of every clip changed a lot."""
     changed = x.clone()
     for clip, place in zip(changed, places, strict=True):
         axes = [slice(i * p, (i + 1) * p) for i, p in zip(place, patch, strict=True)]
@@ -317,7 +304,7 @@ def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 
 
 def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
-    """Masks, 1 = edit, that edit some of the largest tokens of every clip, others in the next clip."""
+    """Masks that edit some of the largest tokens of every clip, others in the next clip."""
     patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
     patch = tuple(max(sizes) for sizes in zip(*patches, strict=True))
     sizes = {5: patch, 4: patch[1:]}.get(x.ndim, (1,))
@@ -326,7 +313,7 @@ def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
     if counts[axis] < 2:
         raise AttentionError(
             f"x of shape {tuple(x.shape)} has {math.prod(counts)} token of {patch} latents, the largest a layer has; "
-            "expected two or more along some axis, so that one can be edited and one kept."
+            "expected two or more along some axis."
         )
     mask = torch.zeros_like(x[:, :1] if x.ndim > 3 else x[..., :1])
     where = mask.movedim((2 if x.ndim > 3 else 1) + axis, -1)

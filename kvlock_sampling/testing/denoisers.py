@@ -18,8 +18,6 @@ class GaussianDenoiser(nn.Module):
     >>> float(denoiser.variance(2.0))
     2.0
 
-    It is called as any model, `model(x, sigma, **extra)`, with x = x0 + sigma * noise of any shape (batch, ...).
-
     Args:
         mean: Mean of the data, a float or a tensor broadcastable to x's trailing axes. Defaults to 0.
         std: Standard deviation of the data, > 0, a float or a tensor likewise. Defaults to 1.
@@ -46,8 +44,6 @@ class GaussianDenoiser(nn.Module):
 
 class MixtureDenoiser(nn.Module):
     """The exact denoiser of a mixture of isotropic Gaussians over whole clips, x0 ~ sum_k weights_k N(means_k, std^2).
-
-    It is called as any model, `model(x, sigma, **extra)`.
 
     Args:
         means: Centres of the modes, (modes, ...), with the trailing axes of x.
@@ -88,5 +84,4 @@ class MixtureDenoiser(nn.Module):
 
 
 def _per_clip(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """sigma, a float, () or (batch,), as (batch or 1, 1, ...) against x."""
     return torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))

@@ -14,10 +14,7 @@ from ..variance import Estimator
 from ._contract import Contract, one_clip
 
 STEPS = 12
-"""Evaluations in a test run, from sigma 8 down to 0.05."""
-
-SHAPE = (4, 2, 4, 4)
-"""Channels, time, height, width of the test run's latents: patches of 1 or 2 fit."""
+SHAPE = (4, 2, 4, 4)  # channels, time, height, width: patches of 1 or 2 fit
 
 
 class CheckModel(nn.Module):
@@ -42,10 +39,9 @@ class CheckModel(nn.Module):
 def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, device: str | torch.device = "cpu") -> None:
     """Check that an estimator keeps the contract of `Estimator`, on made-up runs of a small smooth denoiser.
 
-    It checks frozen settings, a readable repr, `cost` and `default_threshold`; shape, dtype, device and range of every
-    variance, for float32, float64 and bfloat16 latents, with and without a mask (with `needs_background`, that it
-    raises without); that an answer repeats and nothing is changed in place; that a restored state replays; that a clip
-    gets the same alone as in a batch, up to rounding; and that evaluations are as many as `cost`.
+    It checks the settings, `cost`, `default_threshold` and `needs_background`; shape, dtype, device and range of every
+    variance, for float32, float64 and bfloat16 latents, with and without a mask; that a step repeats, changes nothing
+    in place and replays from a restored state; and that a clip gets the same alone as in a batch, up to rounding.
 
     Args:
         estimator: The estimator.
@@ -103,18 +99,14 @@ def _evaluations(
             if at.shape[1:] != SHAPE or len(at) % batch:
                 raise EstimatorError(
                     f"{name}.step probed {tuple(at.shape)} for latents of shape {(batch, *SHAPE)}; expected rows in a "
-                    "multiple of the batch, as x.repeat(k, 1, 1, 1, 1) makes them."
+                    "multiple of the batch: x.repeat(k, 1, 1, 1, 1)."
                 )
             rows[at_step] += len(at)
             return model(at, level)
 
-        x = (x0 + sigma * noise).to(like)
-        denoised = model(x, sigma)
-        run.append(
-            Evaluation(
-                sigma, x, denoised, mask.clone() if masked else None, probe, 0.9 * denoised + 0.05, 0.8 * denoised
-            )
-        )
+        denoised = model(x := (x0 + sigma * noise).to(like), sigma)
+        others = 0.9 * denoised + 0.05, 0.8 * denoised
+        run.append(Evaluation(sigma, x, denoised, mask.clone() if masked else None, probe, *others))
     return run
 
 
@@ -125,21 +117,17 @@ def _check_needs_background(contract: Contract, unmasked: Evaluation) -> None:
         return
     raise EstimatorError(
         f"{contract.name}.needs_background is True, and step accepted an evaluation without a mask; expected an "
-        "EstimatorError.\n  Let needs_background be False, or raise where evaluation.mask is None."
+        "EstimatorError where evaluation.mask is None."
     )
 
 
 def _check_cost(contract: Contract, variances: list[Tensor | None], counted: float) -> None:
     if all(v is None for v in variances):
-        raise EstimatorError(
-            f"{contract.name}.step returned None at all {STEPS} evaluations of a run from sigma 8 to 0.05; expected a "
-            "variance at some."
-        )
+        raise EstimatorError(f"{contract.name}.step returned None at all {STEPS} evaluations; expected a variance.")
     if counted != contract.checked.cost:
         raise EstimatorError(
             f"{contract.name} evaluated the model {counted:g} times per clip in one measurement, but its cost is "
-            f"{contract.checked.cost:g}; expected the same.\n"
-            "  Let cost return the most evaluations a step makes: users plan their time by it."
+            f"{contract.checked.cost:g}; expected the most evaluations that a step makes."
         )
 
 
@@ -158,8 +146,8 @@ def _check_clips(contract: Contract, run: list[Evaluation], variances: list[Tens
                 shown = [None if v is None else v.flatten()[:4].tolist() for v in (single, expected)]
                 raise EstimatorError(
                     f"{contract.name}.step gave clip {clip} {shown[0]} alone and {shown[1]} in a batch of {batch}, at "
-                    f"sigma={e.sigma:.3g}; expected the same.\n  Clips are independent: reduce over dimensions 1 and "
-                    "up only, and draw noise per clip or once for all, never over the whole batch."
+                    f"sigma={e.sigma:.3g}; expected the same.\n  Reduce over dimensions 1 and up only, and draw noise "
+                    "per clip or once for all."
                 )
 
 
@@ -170,19 +158,17 @@ def _check_variance(who: str, variance: Any, given: Evaluation) -> None:
     if not isinstance(variance, Tensor):
         raise EstimatorError(f"{who} {variance!r}; expected a tensor of shape (batch,) = ({rows},), or None.")
     if variance.ndim not in (1, 2) or len(variance) != rows:
-        raise EstimatorError(
-            f"{who} a variance of shape {tuple(variance.shape)}; expected (batch,) = ({rows},) or (batch, tokens).\n"
-            "  Reduce over everything but the clips: masked_mean(squares, evaluation.mask)."
-        )
+        shapes = f"shape {tuple(variance.shape)}; expected (batch,) = ({rows},) or (batch, tokens)"
+        raise EstimatorError(f"{who} a variance of {shapes}: masked_mean(squares, evaluation.mask).")
     if not variance.is_floating_point() or torch.finfo(variance.dtype).bits < 32:
         raise EstimatorError(
-            f"{who} {variance.dtype} for latents in {given.x.dtype}; expected float32 or float64: sums of squares in "
-            "less precision lose small ones.\n  Use masked_mean, or begin with values.float()."
+            f"{who} {variance.dtype} for latents in {given.x.dtype}; expected float32 or float64. Use masked_mean, or "
+            "begin with values.float()."
         )
     if variance.device != given.x.device:
         raise EstimatorError(f"{who} a tensor on {variance.device} for latents on {given.x.device}.")
     if not variance.isfinite().all() or variance.min() < 0:
         raise EstimatorError(
-            f"{who} {variance.flatten()[:4].tolist()} at sigma={given.sigma:.3g}; expected finite numbers >= 0.\n"
-            "  Guard what divides (clamp_min(1e-12)), and return None while nothing is known."
+            f"{who} {variance.flatten()[:4].tolist()} at sigma={given.sigma:.3g}; expected finite numbers >= 0, or "
+            "None while nothing is known."
         )

@@ -37,23 +37,21 @@ def check_layers(
     - off is identical bit for bit, inside the block and after it, and no hook stays on any module;
     - at lock 1 the background's keys and values are exactly the source's, and the edit's own elsewhere;
     - with the source's own noise and prompt a lock changes nothing; with another source it changes something;
-    - the source beside the edit in one call, or in a pass of its own, gives the same; so does guidance;
-    - the clips of a batch, with different masks and locks, come out as they do alone;
-    - leaving fully locked tokens out changes nothing, if the architecture declares how.
+    - the source and guidance give the same in one call and in passes of their own;
+    - clips with different masks and locks come out as they do alone, also if fully locked tokens are left out.
 
     >>> check_layers(denoiser, x, {"cond": text}, expected=30)  # doctest: +SKIP
 
     Args:
         denoiser: As for KVLock, `denoiser(x, sigma, **extra_args)`.
-        x: Example latents (batch, channels, time, height, width), or as the sampler has them, of two clips or more and
-            two tokens or more along some axis. Their values do not matter.
+        x: Example latents as the sampler has them, of two clips or more and two tokens or more along some axis.
         extra_args: Arguments of a call; entries per clip have the batch first. With `cond`, guidance is tested too.
-        layers: The layers to test. Default: those that are found.
-        expected: How many layers one evaluation should fuse. Default: as many as run for the source.
-        sigma: Noise levels > 0 to test at. For a model with several experts give one for each: sigma=(8.0, 0.5).
-        half: A copy of the denoiser in this precision is tested too, if it is a torch module. None: not tested.
-        tolerance: What counts as rounding, in standard deviations of the output. Default: 0.001 in float32.
-        seed: Seed of the random clips.
+        layers: The layers to test. Defaults to those that are found.
+        expected: How many layers one evaluation should fuse. Defaults to as many as run for the source.
+        sigma: Noise levels > 0 to test at, for a model with several experts one for each. Defaults to 0.7.
+        half: A torch module is also tested in this precision, unless it is None. Defaults to bfloat16.
+        tolerance: What counts as rounding, in standard deviations of the output. Defaults to 0.001 in float32.
+        seed: Seed of the random clips. Defaults to 0.
 
     Raises:
         AttentionError: Names the broken promise, what was seen, and what to change.
@@ -63,10 +61,8 @@ def check_layers(
         extra_args = {k: v for k, v in extra_args.items() if k not in ("uncond", "cond_scale")}
     levels = [float(s) for s in (sigma if isinstance(sigma, Sequence) else [sigma])]
     if x.ndim < 3 or len(x) < 2 or not x.is_floating_point():
-        raise AttentionError(
-            f"check_layers got x of shape {tuple(x.shape)}, {x.dtype}; expected floating latents of two clips or more, "
-            "e.g. torch.randn(2, 16, 3, 8, 8)."
-        )
+        given = f"x of shape {tuple(x.shape)}, {x.dtype}"
+        raise AttentionError(f"{given}; expected floating latents of two clips or more, like randn(2, 16, 3, 8, 8).")
     layers = layers or find_layers(denoiser)
     _answers(denoiser, x, extra_args, levels[0])
     precisions: list[tuple[Denoiser, AttentionLayers, Tensor, dict[str, Any]]] = [(denoiser, layers, x, extra_args)]
@@ -78,8 +74,8 @@ def check_layers(
             _call(other, x.to(half), arguments, levels[0])
         except RuntimeError as error:
             raise AttentionError(
-                f"a copy of the denoiser in {half} fails: {str(error).splitlines()[0]}\n  Does it cast time and text "
-                "to the weights' dtype? If it need not run so: check_layers(..., half=None)."
+                f"a copy of the denoiser in {half} fails: {str(error).splitlines()[0]}\n  Cast time and text to the "
+                "weights' dtype, or give check_layers(..., half=None)."
             ) from error
     with torch.no_grad():
         for index, (model, its_layers, latents, arguments) in enumerate(precisions):
@@ -91,8 +87,7 @@ def check_layers(
             if silent:
                 raise AttentionError(
                     f"{len(silent)} of {len(its_layers.layers)} layers never ran at sigma={levels}: {some(silent)}.\n"
-                    "  Leave out layers that the model skips. For a model with several experts give a noise level of "
-                    "each: check_layers(..., sigma=(8.0, 0.5))."
+                    "  Leave them out, or give a noise level of each expert: check_layers(..., sigma=(8.0, 0.5))."
                 )
 
 

@@ -1,7 +1,4 @@
-"""A tiny Wan pipeline of diffusers with random weights, for documentation and tests.
-
-It has every part of the real one under the same class names, and is saved and loaded like it.
-"""
+"""A tiny Wan pipeline of diffusers with random weights, for documentation and tests."""
 
 from __future__ import annotations
 
@@ -13,14 +10,15 @@ from ..types import KVLockError
 from ..utils.extras import require
 from ..utils.torchvision import broken_torchvision_hidden
 
-TEXT = 32
-"""Width of the text encoder."""
-
+TEXT = 32  # width of the text encoder
 WORDS = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]
 
 
 def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """Return a small text-to-video pipeline of diffusers with random weights.
+
+    >>> type(tiny_pipeline("wan")).__name__
+    'WanPipeline'
 
     Args:
         name: "wan", the only one.
@@ -28,9 +26,6 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
 
     Raises:
         KVLockError: Another name, or diffusers or transformers is not installed.
-
-    >>> type(tiny_pipeline("wan")).__name__
-    'WanPipeline'
     """
     if name != "wan":
         raise KVLockError(f"no tiny pipeline is called {name!r}; there is 'wan'.")
@@ -44,23 +39,18 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
 
 
 def wan_parts(d: Any) -> dict[str, Any]:
-    """All parts but the transformer; `d` is diffusers."""
     sizes = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    vae = d.AutoencoderKLWan(**sizes, temperal_downsample=[False, True, True])
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    return {
-        "tokenizer": tokenizer(),
-        "text_encoder": t5("UMT5"),
-        "vae": d.AutoencoderKLWan(**sizes, temperal_downsample=[False, True, True]),
-        "scheduler": d.UniPCMultistepScheduler(**flow),
-    }
+    scheduler = d.UniPCMultistepScheduler(**flow)
+    return {"tokenizer": tokenizer(), "text_encoder": t5("UMT5"), "vae": vae, "scheduler": scheduler}
 
 
 def finished(pipe: Any) -> Any:
     """Make a new pipeline's transformer react to text and time, and put all parts in evaluation mode."""
-    with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            if parameter.ndim >= 2:  # The modulation of a fresh transformer is near 0.
-                parameter.normal_(0, 1.5 * parameter[0].numel() ** -0.5)
+    for parameter in pipe.transformer.parameters():
+        if parameter.ndim >= 2:  # The modulation of a fresh transformer is near 0.
+            torch.nn.init.normal_(parameter, 0, 1.5 * parameter[0].numel() ** -0.5)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -69,7 +59,7 @@ def finished(pipe: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """Characters as tokens: every text has its own, and no vocabulary file is needed."""
+    """Characters as tokens, so that no vocabulary file is needed."""
     tokenizers, transformers = require("tokenizers", "diffusers"), require("transformers", "diffusers")
     words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
     inner = tokenizers.Tokenizer(words)

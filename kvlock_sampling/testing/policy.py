@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, as_policy
-from ..policy.contract import check_control, check_finite, policy_name
+from ..policy.base import check_control, check_finite, policy_name
 from ..types import Control, Observation, PolicyError
 from ._contract import Contract, one_clip, same
 
 STEPS = 12
-"""Evaluations in a test run, from sigma 14.6 down to 0.03."""
 
 
 def check_policy(
@@ -23,10 +22,10 @@ def check_policy(
 ) -> None:
     """Check that a policy keeps the contract of `Policy`, on made-up runs with risks from 0 to 10,000.
 
-    It checks frozen settings and a readable repr; type, shape, dtype, device and range of every control, in float32,
-    float64 and bfloat16; `start` before the first measurement; that an answer repeats and nothing is changed in place;
-    that a restored state replays; that a clip gets the same alone as in a batch, bit for bit; a repeated sigma; an
-    unknown schedule (steps_left None); and that `uses_risk` and `may_lock` are true.
+    It checks the settings and `may_lock`; type, shape, dtype, device and range of every control, in float32, float64
+    and bfloat16, also before the first measurement, at a repeated sigma, and in an unknown schedule (steps_left None);
+    that a step repeats, changes nothing in place and replays from a restored state; and that a clip gets the same alone
+    as in a batch, bit for bit.
 
     Args:
         policy: A policy, or a function of an Observation.
@@ -52,7 +51,7 @@ def check_policy(
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
             _explained(
-                "This was a second evaluation at the same sigma, where no time has passed: guard what divides by time.",
+                "This was a second evaluation at the same sigma: guard what divides by time.",
                 lambda last=states[-1], obs=run[-1]: contract.step(last, obs),  # type: ignore[misc]
             )
 
@@ -74,8 +73,7 @@ def _check_clips(contract: Contract, run: list[Observation], controls: list[Cont
                 if not same(*(None if v is None else torch.as_tensor(v).flatten() for v in (value, other))):
                     raise PolicyError(
                         f"{contract.name}.step gave clip {clip} {field}={value} alone and {other} in a batch of "
-                        f"{batch}, at sigma={obs.sigma:.3g}; expected the same, bit for bit.\n  Clips are "
-                        "independent: work elementwise, with no mean, max or sort over dimension 0, no branch on any()."
+                        f"{batch}, at sigma={obs.sigma:.3g}; expected the same, bit for bit: work elementwise."
                     )
 
 
@@ -95,7 +93,6 @@ def _check_unknown_schedule(contract: Contract, run: list[Observation]) -> None:
 
 
 def _explained(explanation: str, check: Callable[[], Any]) -> None:
-    """Run a check; a PolicyError ends with the explanation."""
     try:
         check()
     except PolicyError as error:

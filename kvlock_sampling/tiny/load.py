@@ -27,11 +27,7 @@ class TinyVideo:
 
     Attributes:
         network: The `TinyWan` that predicts x0.
-        denoiser: `denoiser(x, sigma, cond=words) -> x0-hat` in variance-exploding form.
-        frames: Length of the clips it edits, 8.
-        size: Their (height, width), 32 x 32 pixels.
         patch: Pixels per token along (time, height, width).
-        cfg_scale: The guidance scale it was tuned for.
     """
 
     frames, size, patch = FRAMES, (SIZE, SIZE), PATCH
@@ -42,30 +38,20 @@ class TinyVideo:
         self.denoiser = FlowDenoiser(self.network, prediction="x0")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents: a copy."""
         return pixels.clone()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents to clips in [-1, 1]."""
         return latents.clamp(-1, 1)
 
     def prompt(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokenize prompts to (batch, words); "" is the unconditional prompt."""
         return tokenize(texts)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        """The model's schedule: `steps` noise levels and a final 0. `strength` < 1 starts at that flow time."""
         return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength))
 
 
 def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: Mapping[str, object]) -> Path:
-    """Write weights as float16 safetensors, and return the path.
-
-    Args:
-        weights: Name to tensor, as in `TinyWan.state_dict()`.
-        path: The file to write.
-        about: Anything that JSON can hold; stored in the file's header.
-    """
+    """Write weights, as in `TinyWan.state_dict()`, as float16 safetensors with the JSON `about` in the header."""
     path = Path(path)
     half = {k: v.detach().half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
     with atomic(path) as temporary:
@@ -88,8 +74,7 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
         file = file / "weights.safetensors"
     if not file.is_file():
         raise KVLockError(
-            f"no model at {str(path)!r}; expected 'tiny' (the embedded model), a .safetensors file, or a folder that "
-            "holds weights.safetensors of the embedded architecture."
+            f"no model at {str(path)!r}; expected 'tiny', or a file or folder of its weights.safetensors."
         )
     network = TinyWan()
     try:
@@ -97,8 +82,6 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
             state = {name: weights.get_tensor(name).float() for name in weights.keys()}  # noqa: SIM118 - not a dict
         network.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise KVLockError(
-            f"{str(path)!r} does not hold weights of the embedded architecture: {str(error).splitlines()[0]}\n"
-            "  benchmarks/world/train.py trains such weights."
-        ) from error
+        first = str(error).splitlines()[0]
+        raise KVLockError(f"{str(path)!r} does not hold weights of the embedded architecture: {first}") from error
     return TinyVideo(network.to(device))

@@ -1,8 +1,7 @@
 """The embedded model: a word embedding and a small `WanTransformer3DModel` of diffusers.
 
-It has no VAE: its latents are the clip, (batch, 3, 8, 32, 32) in [-1, 1]. It predicts x0 from the rectified-flow input
-z_t = (1 - t) * x0 + t * noise. A velocity prediction would have to carry the noise of each patch, 96 values, through a
-residual stream that is 128 wide.
+It has no VAE: its latents are the clip, (batch, 3, 8, 32, 32) in [-1, 1]. It predicts x0, because a velocity would have
+to carry the noise of each patch, 96 values, through a residual stream that is 128 wide.
 """
 
 from __future__ import annotations
@@ -21,29 +20,19 @@ from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
 PROMPT_LENGTH = 8
 PATCH = (2, 4, 4)
 
-
 _PHRASES = " ".join([EMPTY_PROMPT, *(phrase for phrase, _ in MOTIONS.values())])
 VOCABULARY = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *_PHRASES.split()]))
 _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is padding
 
 
 def tokenize(prompts: str | Sequence[str]) -> Tensor:
-    """Convert prompts to word indices (batch, PROMPT_LENGTH), padded with 0.
-
-    Args:
-        prompts: One prompt, or one per clip; "" is the unconditional prompt.
-
-    Raises:
-        KVLockError: A word is not in the vocabulary, or a prompt is too long.
-    """
+    """Convert one or more prompts to word indices (batch, PROMPT_LENGTH), padded with 0; "" is unconditional."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     rows = torch.zeros(len(prompts), PROMPT_LENGTH, dtype=torch.long)
     for row, prompt in zip(rows, prompts, strict=True):
         words = prompt.lower().replace(",", " ").replace(".", " ").split()
         if len(words) > PROMPT_LENGTH:
-            raise KVLockError(
-                f"prompt {prompt!r} has {len(words)} words; the embedded model reads {PROMPT_LENGTH} at most."
-            )
+            raise KVLockError(f"prompt {prompt!r} has {len(words)} words; this model reads {PROMPT_LENGTH} at most.")
         for i, word in enumerate(words):
             if word not in _INDEX:
                 near = difflib.get_close_matches(word, VOCABULARY, n=1)
@@ -57,17 +46,7 @@ def tokenize(prompts: str | Sequence[str]) -> Tensor:
 
 
 class TinyWan(nn.Module):
-    """A text-to-video rectified-flow model of about 1.8 million parameters that predicts x0.
-
-    Args:
-        dim: Width of the transformer.
-        layers: Number of blocks.
-        heads: Attention heads per block.
-        text_dim: Width of a word's embedding.
-
-    Raises:
-        KVLockError: diffusers is not installed.
-    """
+    """A text-to-video rectified-flow model of about 1.8 million parameters that predicts x0; needs diffusers."""
 
     def __init__(self, dim: int = 128, layers: int = 6, heads: int = 4, text_dim: int = 64) -> None:
         super().__init__()
@@ -89,13 +68,7 @@ class TinyWan(nn.Module):
         )
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
-        """Predict x0, shaped like z.
-
-        Args:
-            z: Noisy clips (batch, 3, frames, height, width).
-            t: Flow time (batch,) in [0, 1].
-            cond: Prompts, or word indices (batch, words).
-        """
+        """Predict x0 from noisy clips z at flow time t (batch,) and prompts, or word indices (batch, words)."""
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.words(words.to(z.device).expand(len(z), -1))
         return self.transformer(z, t * 1000, text, return_dict=False)[0]

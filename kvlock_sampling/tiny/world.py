@@ -1,8 +1,6 @@
 """A procedural world of short clips: one flat-coloured object that moves over a smooth, panning texture.
 
-A clip is a function of a `Scene`, a frozen record of numbers. So the true result of an edit is known: change the
-scene's colour, shape or presence, and render it again.
-
+A clip is a function of a `Scene`, so the true result of an edit is known: change the scene and render it again.
 Clips are tensors (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]. Masks are (batch, 1, FRAMES, SIZE, SIZE), 1 = edit.
 """
 
@@ -41,31 +39,18 @@ EMPTY_PROMPT = "an empty scene"
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that determines a clip.
+    """Everything that determines a clip. Colours are RGB in [0, 1], lengths are pixels, velocities pixels per frame."""
 
-    Attributes:
-        colour: Name of the object's colour, a key of `COLOURS`.
-        shape: Name of its shape, from `SHAPES`; None for a scene without an object.
-        motion: Name of its motion, a key of `MOTIONS`.
-        x: Its centre half way through the clip, in pixels from the left.
-        y: Its centre half way through the clip, in pixels from the top.
-        radius: Its size in pixels.
-        dark: Darkest colour of the background, RGB in [0, 1].
-        light: Lightest colour of the background, RGB in [0, 1].
-        waves: Sinusoids of the background: wave vector (x, y) in radians per pixel, phase in radians, weight.
-        pan: Velocity of the background as (x, y), in pixels per frame.
-    """
-
-    colour: str
-    shape: str | None
-    motion: str
-    x: float
+    colour: str  # a key of COLOURS
+    shape: str | None  # from SHAPES; None for a scene without an object
+    motion: str  # a key of MOTIONS
+    x: float  # the object's centre half way through the clip
     y: float
     radius: float
-    dark: tuple[float, float, float]
+    dark: tuple[float, float, float]  # the darkest colour of the background
     light: tuple[float, float, float]
-    waves: tuple[tuple[float, float, float, float], ...]
-    pan: tuple[float, float]
+    waves: tuple[tuple[float, float, float, float], ...]  # wave vector (x, y), phase in radians, weight
+    pan: tuple[float, float]  # velocity of the background
 
     @property
     def prompt(self) -> str:
@@ -75,15 +60,12 @@ class Scene:
         return f"a {self.colour} {self.shape} {MOTIONS[self.motion][0]}"
 
     def recolour(self, colour: str) -> Scene:
-        """The same scene with the object in another colour."""
         return replace(self, colour=colour)
 
     def reshape(self, shape: str) -> Scene:
-        """The same scene with the object in another shape."""
         return replace(self, shape=shape)
 
     def remove(self) -> Scene:
-        """The same scene without its object."""
         return replace(self, shape=None)
 
 
@@ -135,9 +117,7 @@ def sample_edit(seed: int, kind: str) -> tuple[Scene, Scene]:
         return scene, scene.reshape(shape)
     if kind == "replace":
         return scene, scene.recolour(colour).reshape(shape)
-    if kind == "remove":
-        return scene, scene.remove()
-    return scene.remove(), scene
+    return (scene, scene.remove()) if kind == "remove" else (scene.remove(), scene)
 
 
 def shape_coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
@@ -147,9 +127,7 @@ def shape_coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor
     elif shape == "square":
         distance = torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
     elif shape == "triangle":
-        # Isosceles, point up.
-        slope = 2.0
-        side = (slope * dx.abs() - (dy + 1.05 * radius)) / math.hypot(slope, 1.0)
+        side = (2 * dx.abs() - (dy + 1.05 * radius)) / math.hypot(2.0, 1.0)
         distance = torch.maximum(side, dy - 0.85 * radius)
     elif shape == "cross":
         arm, length = 0.36 * radius, 1.05 * radius

@@ -1,7 +1,7 @@
 """Nested frozen dataclasses as TOML tables and back: `{"type": "Linear", "gain": 1.0}`. Data only, never code.
 
 A table names its class under "type"; the other keys are the fields of the class. A field that holds such an object is
-again a table, a field that holds several is a list of tables. TOML has no null, so None is the text "none".
+again a table. TOML has no null, so None is the text "none".
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def to_table(value: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     kind = type(value)
     if registry.get(kind.__name__) is not kind:
         raise PolicyError(
-            f"{value!r} cannot be written as a file: it is code, and a file holds settings of {', '.join(registry)}.\n"
-            "  Keep it as a Python file, as the examples in policies/recipes are."
+            f"{value!r} cannot be written as a file: it is code. A file holds settings of {', '.join(registry)}."
         )
     table: dict[str, Any] = {"type": kind.__name__}
     for name, field in _fields(kind).items():

@@ -1,7 +1,6 @@
 """Estimators of how uncertain the model is about its clean prediction. One estimator a file, formula on top.
 
-TrajectoryVariance is free. RenoiseVariance, PosteriorVariance and DropoutVariance evaluate the model again. Sparse,
-Relative and Combined wrap others. `policies/recipes/` has two more to copy: GuidanceGap and SolverDisagreement.
+TrajectoryVariance is free. RenoiseVariance, PosteriorVariance and DropoutVariance evaluate the model again.
 """
 
 from .base import Estimator, masked_mean

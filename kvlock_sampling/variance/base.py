@@ -1,7 +1,7 @@
 """The contract of an estimator: `init() -> state`, `step(state, evaluation) -> (state, variance or None)`.
 
-Settings are frozen, state is a value: to rewind a run is to restore an old state. `step` sees evaluations at falling
-sigma; where a sampler goes back up, the lock restores an earlier state.
+Settings are frozen, state is a value. `step` sees evaluations at falling sigma; where a sampler goes back up, the lock
+restores an earlier state.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ class Estimator(ABC):
     Attributes:
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
-        needs_background: Whether it raises EstimatorError without a mask that leaves some background. Defaults to
-            False.
+        needs_background: Whether it raises EstimatorError without a background to compare with. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
@@ -43,7 +42,7 @@ class Estimator(ABC):
 
     @property
     def reads_background(self) -> bool:
-        """Whether the variance depends on the prediction outside the mask, so that every token must be computed."""
+        """Whether the variance depends on the prediction outside the mask."""
         return self.needs_background or self.patch is not None
 
     def init(self) -> Any:
@@ -59,15 +58,11 @@ class Estimator(ABC):
             evaluation: Input, prediction and mask, and a way to evaluate the model again.
 
         Returns:
-            The next state, and the variance: >= 0, float32 or better, (batch,) or (batch, tokens); None if it is not
-            known yet.
+            The next state, and the variance: >= 0, float32 or float64, (batch,) or (batch, tokens); None if unknown.
         """
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        """Return the estimator for a model with these modules, outermost first. The lock calls it once.
-
-        Only an estimator that changes the model for its passes overrides it.
-        """
+        """Return the estimator for a model with these modules, outermost first. The lock calls it once."""
         return self
 
 
@@ -81,25 +76,20 @@ def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Fl
 
 
 def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Patch | None) -> Tensor:
-    """Average per clip, or per token in the order (t, h, w) if there is a patch.
-
-    Tokens are measured everywhere, edited or not, because a lock acts on the background's tokens.
-    """
+    """Average per clip over the mask, or per token, edited or not, in the order (t, h, w) if there is a patch."""
     if patch is None:
         return masked_mean(values, mask)
     if values.ndim != 5 or any(size % p for size, p in zip(values.shape[2:], patch, strict=True)):
         raise EstimatorError(
-            f"latents of shape {tuple(values.shape)} do not divide into patches of {patch}; expected (batch, channels, "
-            "time, height, width) in whole patches.\n  Give the model's patch, e.g. (1, 2, 2); None measures clips."
+            f"latents of shape {tuple(values.shape)} do not divide into whole patches of {patch}; expected (batch, "
+            "channels, time, height, width) and the model's patch, e.g. patch=(1, 2, 2). None measures clips."
         )
     t, h, w = patch
     return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
 
 
 def check_patch(estimator: Any) -> None:
-    """Convert the field `patch` to a tuple of three sizes >= 1, or None; raise EstimatorError for anything else."""
-    patch = estimator.patch
-    if patch is None:
+    if (patch := estimator.patch) is None:
         return
     sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
     if len(sizes) != 3 or not all(isinstance(p, int) and p >= 1 for p in sizes):

@@ -1,12 +1,10 @@
 """Dropout variance: how much the prediction depends on single units of the network.
 
     var = 1 / (K - 1) * sum_k |D_k(x, sigma) - mean|^2,   D_k the k-th thinned network
-averaged over masked elements: Monte Carlo dropout. Range >= 0, latent units squared. Cost: `passes` evaluations.
-Source: Gal & Ghahramani, arXiv 1506.02142.
+averaged over masked elements: Monte Carlo dropout (arXiv 1506.02142). Range >= 0, latent units squared.
 
-Forward hooks thin a network within a `with` block, so the model needs no dropout layers. In each chosen linear layer
-the same random output units are 0 for all rows and tokens, and the others are scaled by 1 / (1 - rate). This is one
-draw of a network (for sequences: arXiv 1512.05287), and a clip stays independent of its batch.
+In each chosen linear layer a forward hook sets the same random output units to 0 for all rows and tokens, and scales
+the others by 1 / (1 - rate): one draw of a network (arXiv 1512.05287), and a clip stays independent of its batch.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ RESIDUAL = (
     r"net\.2|ff\w*\.2|mlp\.2|fc2|linear2|w2|down_proj"  # feed-forward
     r")$"
 )
-"""Names, inside a numbered block, of the linear layers that write into the residual stream; diffusers' and others'."""
+"""Names, inside a numbered block, of the linear layers that write into the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,10 @@ class DropoutVariance(ProbingEstimator):
 
     Args:
         passes: Thinned networks per measurement, >= 2, evaluated one after another. Defaults to 4.
-        seed: Seed of the networks, which are the same for every clip and new at every measurement. Defaults to 0.
+        seed: Seed of the networks. Defaults to 0.
         rate: Fraction of units dropped, in (0, 1). Defaults to 0.1.
-        select: A regular expression on names of linear layers. Defaults to None, the last layers of attention and
-            feed-forward.
-        patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
-            one value per clip.
+        select: A regular expression on names of linear layers. Defaults to the last of attention and feed-forward.
+        patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
         model: The network behind the denoiser. Defaults to None, the one that the lock wraps.
 
     Raises:
@@ -83,10 +79,7 @@ class DropoutVariance(ProbingEstimator):
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
         if self.model is None:
-            raise EstimatorError(
-                "DropoutVariance has no model to drop units of.\n"
-                "  Give it to KVLock(estimator=...), or name one: DropoutVariance(model=transformer)."
-            )
+            raise EstimatorError("no model to drop units of. Give DropoutVariance(model=transformer), or use a KVLock.")
         passes = []
         for k in range(self.passes):
             with dropout_hooks(self.model, self.rate, (self.seed * 1_000_003 + state) * self.passes + k, self.select):
@@ -95,15 +88,14 @@ class DropoutVariance(ProbingEstimator):
 
 
 def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linear]:
-    """Return the linear layers of a model whose names match `select` (None: `RESIDUAL`), or raise EstimatorError."""
     pattern = re.compile(RESIDUAL if select is None else select)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = {name: m for name, m in linears.items() if pattern.search(f".{name}")}
     if not chosen:
         shown = ", ".join(list(linears)[:12]) or "none at all"
         raise EstimatorError(
-            f"no linear layer of {type(model).__name__} to drop units of: {select or 'the usual names'!r} fits none.\n"
-            f"  Its linear layers: {shown}. Name some by a regular expression: select=r'ffn\\.2$'."
+            f"no linear layer of {type(model).__name__} to drop units of fits {select or 'the usual names'!r}.\n  "
+            f"Its linear layers: {shown}. Name some by a regular expression: select=r'ffn\\.2$'."
         )
     return chosen
 
@@ -120,8 +112,7 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
         return hook
 
     with ExitStack() as stack:
-        if rate > 0:
-            for index, module in enumerate(droppable(model, select).values()):
-                keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
-                stack.callback(module.register_forward_hook(thinned(keep / (1 - rate))).remove)
+        for index, module in enumerate(droppable(model, select).values()):
+            keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
+            stack.callback(module.register_forward_hook(thinned(keep / (1 - rate))).remove)
         yield

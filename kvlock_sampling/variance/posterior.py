@@ -3,11 +3,10 @@
     Cov[x0 | x] = sigma^2 dD/dx                                     (Tweedie, second order)
     var = sigma^2 * mean_k v_k' (dD/dx) v_k / number of masked elements,   v_k = +-1 on the mask, 0 elsewhere
 the mean posterior variance of a masked element, unbiased by Hutchinson's identity E[v' J v] = trace J.
-Range >= 0, latent units squared. Cost: one evaluation per pass, with either method (in forward mode it takes about
-twice the time). Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
+Range >= 0, latent units squared. Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
 
-Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known: half the price of central differences
-at the same order of bias. The first-order error v' D''[v, v] h / 2 is odd in v, so random signs average it away.
+Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known. Their first-order error
+v' D''[v, v] h / 2 is odd in v, so random signs average it away.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from ..utils.precision import working
 from ._noise import ProbingEstimator, copies, draw
 
 STEP = 2.0**-3
-"""Default step of finite differences, in units of sigma. Their bias is of second order, so it balances the rounding of
-bfloat16, in which most models compute whatever the latents' dtype, between eps^(1/2) = 1/16 and eps^(1/3) = 1/6."""
+"""Default step of finite differences in units of sigma, between eps^(1/2) and eps^(1/3) of bfloat16."""
 
 GRID_STEPS = 2
 """The least step in roundings, eps * |x|, of the latents' dtype: a smaller one could round away."""
@@ -35,19 +33,14 @@ GRID_STEPS = 2
 class PosteriorVariance(ProbingEstimator):
     """Mean posterior variance of the masked elements, in latent units squared.
 
-    Its state is the number of measurements, and whether forward mode was found missing. What bfloat16 adds to finite
-    differences averages out over elements and clips, not over passes: D(x) is rounded once. Negative estimates, which
-    come from rounding or from a Jacobian that is no covariance, are reported as 0.
+    Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
 
     Args:
-        passes: Random directions per measurement, >= 1, evaluated as one batch. The relative standard error of one is
-            about sqrt(2 / effective number of independent elements): for a video one is enough. Defaults to 1.
+        passes: Random directions per measurement, >= 1, evaluated as one batch. One is enough for a video, the default.
         seed: Seed of the directions. Defaults to 0.
-        method: "forward" differentiates exactly, in forward mode. "finite" takes differences. "auto" tries forward mode
-            once per run, then takes differences. A model that leaves autograd on its way (inference_mode, detach) needs
-            "finite", because a part of its derivative would be missing. Defaults to "auto".
-        step_size: Step of finite differences in units of sigma, > 0. Defaults to None, 1/8, which a model in bfloat16
-            survives; for a model in float32 0.01 has a smaller bias.
+        method: "forward" differentiates exactly, in about twice the time. "finite" takes differences; a model that
+            detaches on its way needs it. "auto", the default, tries forward mode once per run, then differences.
+        step_size: Step of finite differences in units of sigma, > 0. Defaults to 1/8, for bfloat16; 0.01 suits float32.
 
     Raises:
         EstimatorError: A setting without effect; in a run, a model that `method` cannot differentiate.
@@ -63,10 +56,7 @@ class PosteriorVariance(ProbingEstimator):
         if self.step_size is not None and not self.step_size > 0:
             raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
         if self.step_size is not None and self.method == "forward":
-            raise EstimatorError(
-                f'step_size={self.step_size} is of finite differences, and method="forward" takes none. '
-                f'Try method="finite", step_size={self.step_size}.'
-            )
+            raise EstimatorError('method="forward" takes none of step_size. Try method="finite" with this step_size.')
 
     def init(self) -> tuple[int, bool]:
         return 0, False
@@ -83,8 +73,8 @@ class PosteriorVariance(ProbingEstimator):
             quadratic = self._forward(evaluation, copies(x, self.passes), v)
             if quadratic is None and self.method == "forward":
                 raise EstimatorError(
-                    "the model cannot be differentiated in forward mode: an operation lacks it (fused attention often "
-                    'does), or inference_mode is on.\n  Try PosteriorVariance(method="finite").'
+                    "the model cannot be differentiated in forward mode: an operation lacks it, or inference_mode is "
+                    'on. Try PosteriorVariance(method="finite").'
                 )
             finite = quadratic is None
         if quadratic is None:

@@ -1,8 +1,6 @@
 """Thresholds: the variance at risk 1, as a function of the noise level, measured on calm runs.
 
-    threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
-A fixed threshold (the paper's 0.01) depends on the latents' scale, the number of steps and where the window lies. A
-curve over sigma does not.
+threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ class ThresholdCurve:
         if not good or any(b >= a for a, b in itertools.pairwise(self.sigmas)):
             raise EstimatorError(
                 f"ThresholdCurve with {len(self.sigmas)} sigmas and {len(self.values)} values; expected as many of "
-                "each, all above 0, sigmas falling, e.g. ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
+                "each, all > 0, sigmas falling: ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
             )
 
     def __call__(self, sigma: float) -> float:
@@ -79,15 +77,12 @@ class Band(NamedTuple):
 def reference_bands(
     measurements: Iterable[tuple[float, float]], *, quantile: float = 0.95, bands: int = 12
 ) -> list[Band]:
-    """Estimate quantiles of variance over the noise level, with 95% intervals from order statistics.
+    """Return quantiles of variance in bands of equal width in log sigma, from high noise to low, without empty bands.
 
     Args:
         measurements: (sigma, variance) of calm runs, e.g. from `Trace.rows()`. Non-finite ones are dropped.
         quantile: In (0, 1). Defaults to 0.95.
-        bands: Number of bands of equal width in log sigma; empty ones are left out. Defaults to 12.
-
-    Returns:
-        The bands, from high noise to low.
+        bands: Number of bands. Defaults to 12.
 
     Raises:
         EstimatorError: Fewer than 20 usable measurements.
@@ -97,7 +92,7 @@ def reference_bands(
     points = np.array([(s, v) for s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
     if len(points) < 20:
         raise EstimatorError(
-            f"{len(points)} usable measurements; a curve needs 20 or more. Use more clips or steps, and a policy that "
+            f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
             "measures (uses_risk)."
         )
     logs = np.log(points[:, 0])
@@ -110,9 +105,8 @@ def reference_bands(
         values = inside[:, 1]
         level = float(np.quantile(values, quantile))
         interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(0.95)
-        low = float(interval.low) if math.isfinite(interval.low) else float(values.min())
-        high = float(interval.high) if math.isfinite(interval.high) else float(values.max())
-        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, low, high, len(values)))
+        low, high = np.fmax(interval.low, values.min()), np.fmin(interval.high, values.max())
+        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, float(low), float(high), len(values)))
     return sorted(found, key=lambda b: -b.sigma)
 
 

@@ -2,14 +2,12 @@
 
 Paper form (KV-Lock, arXiv 2603.09657; Aithal et al., arXiv 2406.09358):
     var = 1 / (W - 1) * sum_i (x0hat_i - mean)^2  over the last W predictions, then the mean over masked elements.
-Normalised form: sum over the window of |x0hat_k - x0hat_(k-1)|^2 / sigma_k^2. Early moves are large and legitimate;
-dividing by sigma^2 lets a long window see late, suspicious ones.
+Normalised form: sum over the window of |x0hat_k - x0hat_(k-1)|^2 / sigma_k^2.
 Integral form: sum of |x0hat_k - x0hat_(k-1)|^2 / (sigma_k sigma_(k-1) h_k) with h_k = log(sigma_(k-1) / sigma_k), which
 converges to the integral of |d x0hat / d log sigma|^2 / sigma^2 over log sigma, to second order in h.
 
-Under a deterministic sampler a move shrinks as the step h and its square as h^2: the plain sum falls as 1/n, and the
-integral does not depend on n. Under a stochastic sampler moves grow as sqrt(h), as noise does, and the plain sum does
-not depend on n. Cost: none. Range >= 0.
+Under a deterministic sampler of n steps the plain sum falls as 1/n, and the integral does not depend on n. Under a
+stochastic sampler moves grow as sqrt(h), and the plain sum does not depend on n. Cost: none. Range >= 0.
 """
 
 from __future__ import annotations
@@ -36,18 +34,15 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TrajectoryVariance(Estimator):
-    """Variance of x0-hat along the trajectory. Raises EstimatorError for a setting out of range.
+    """Variance of x0-hat along the trajectory.
 
     Args:
         window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.
-        span: Keep predictions at sigmas up to `span` > 1 times the present one, and always the one before. This window
-            means the same for any number of steps and any sampler. Defaults to None, no limit.
-        normalise: False for the paper's sample variance, in latent units squared; True for the sum of squared moves
-            over sigma squared, dimensionless. Defaults to False.
-        integral: With `normalise`, divide every move by its step in log sigma as well: for deterministic samplers.
-            Defaults to False.
-        patch: Latents per token along (time, height, width), to measure every token, (batch, tokens). Defaults to None,
-            one value per clip.
+        span: Keep predictions at sigmas up to `span` > 1 times the present one, and always the one before; the same
+            window for any number of steps and any sampler. Defaults to None, no limit.
+        normalise: True for the normalised form, dimensionless; False, the default, for the paper's.
+        integral: With `normalise`, the integral form: for deterministic samplers. Defaults to False.
+        patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
     """
 
     window: int | None = 10
@@ -99,9 +94,5 @@ class TrajectoryVariance(Estimator):
             return None
         if self.normalise:
             return torch.stack([e.move for e in kept[1:] if e.move is not None]).sum(0)
-        predictions = [working(e.denoised) for e in kept if e.denoised is not None]
-        mean = sum(predictions[1:], predictions[0].clone()).div_(len(predictions))
-        squares = torch.zeros_like(mean)
-        for prediction in predictions:
-            squares += (prediction - mean).square()
-        return pooled(squares / (len(predictions) - 1), mask, self.patch)
+        predictions = torch.stack([working(e.denoised) for e in kept if e.denoised is not None])
+        return pooled(predictions.var(dim=0, correction=1), mask, self.patch)

@@ -3,12 +3,11 @@
 Sparse measures at an evaluation with  above <= sigma <= below  if
     sigmas:  it is the first at or below one of these noise levels, or
     every:   it is the 1st, (n+1)-th, (2n+1)-th ... new noise level inside [above, below].
-A probe at four noise levels of a 50-step run costs 4%.
 
-Combined compares in units of risk, each variance divided by its own threshold:
+Combined compares in units of risk, each variance divided by its estimator's default threshold:
     max:     max_i var_i / threshold_i
     mean:    sum_i w_i var_i / threshold_i / sum_i w_i
-so a result of 1 is at the threshold. An estimator that returns None at an evaluation is left out there.
+An estimator that returns None at an evaluation is left out there.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
-from .base import Estimator, Patch
+from .base import Estimator
 
 
 def check_inner(outer: Estimator, inner: Any) -> None:
-    """Raise EstimatorError if `inner` is not an estimator."""
     if not isinstance(inner, Estimator):
         kind = type(outer).__name__
         raise EstimatorError(f"{kind} was given {inner!r}; expected an estimator, e.g. {kind}(RenoiseVariance()).")
@@ -43,24 +42,13 @@ class EstimatorWrapper(Estimator):
 
     estimator: Estimator
 
+    cost = property(attrgetter("estimator.cost"))
+    default_threshold = property(attrgetter("estimator.default_threshold"))
+    needs_background = property(attrgetter("estimator.needs_background"))
+    patch = property(attrgetter("estimator.patch"))
+
     def __post_init__(self) -> None:
         check_inner(self, self.estimator)
-
-    @property
-    def cost(self) -> float:  # type: ignore[override]
-        return self.estimator.cost
-
-    @property
-    def default_threshold(self) -> float:  # type: ignore[override]
-        return self.estimator.default_threshold
-
-    @property
-    def needs_background(self) -> bool:  # type: ignore[override]
-        return self.estimator.needs_background
-
-    @property
-    def patch(self) -> Patch | None:  # type: ignore[override]
-        return self.estimator.patch
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         return dataclasses.replace(self, estimator=self.estimator.bound(modules))
@@ -70,18 +58,16 @@ class EstimatorWrapper(Estimator):
 class Sparse(EstimatorWrapper):
     """The inner estimator at chosen noise levels only. It does not see the other evaluations.
 
-    An evaluation repeated at one noise level (heun's corrector and next predictor) is repeated here too, because the
-    lock replaces the first one. The state is the inner state, the last noise level, the number of new levels in the
-    window, and the variance to hold.
+    An evaluation repeated at one noise level (heun's corrector and next predictor) is repeated here too. The state is
+    (inner state, last noise level, number of new levels in the window, variance to hold).
 
     Args:
         estimator: The inner estimator.
         sigmas: Noise levels > 0; each is measured once, at the first evaluation at or below it.
         every: Measure at every n-th new noise level, >= 1. Not together with sigmas.
-        below: Measure at sigma <= below only. Alone: at every evaluation there.
+        below: Measure at sigma <= below only; alone, at every new level there. Defaults to no limit.
         above: Measure at sigma >= above only, likewise.
-        hold: Whether the last variance is returned in between, so that the policy steps at every evaluation. Without it
-            None is returned, and the lock holds its last control. Defaults to False.
+        hold: Whether to return the last variance in between, instead of None: the policy then steps. Defaults to False.
     """
 
     sigmas: tuple[float, ...] = ()
@@ -103,10 +89,7 @@ class Sparse(EstimatorWrapper):
         if self.every is not None and not (isinstance(self.every, int) and self.every >= 1):
             raise EstimatorError(f"every={self.every}; expected a whole number of noise levels, 1 or more.")
         if self.below is not None and self.above is not None and self.below < self.above:
-            raise EstimatorError(
-                f"below={self.below:g}, above={self.above:g} is an empty window; expected above <= below. "
-                f"Try below={self.above:g}, above={self.below:g}."
-            )
+            raise EstimatorError(f"empty window; expected above <= below: above={self.below:g}, below={self.above:g}.")
 
     def init(self) -> tuple[Any, float, int, Tensor | None]:
         return self.estimator.init(), math.inf, 0, None
@@ -132,13 +115,15 @@ class Combined(Estimator):
         estimators: At least one.
         how: "max" for the largest risk, "mean" for the weighted mean. Defaults to "max".
         weights: For "mean", one weight > 0 for each estimator, of any sum. Defaults to None, equal weights.
-        thresholds: One threshold > 0 for each estimator. Defaults to None, their default thresholds.
     """
 
     estimators: tuple[Estimator, ...]
     how: Literal["max", "mean"] = "max"
     weights: tuple[float, ...] | None = None
-    thresholds: tuple[float, ...] | None = None
+
+    cost = property(lambda self: sum(e.cost for e in self.estimators))
+    needs_background = property(lambda self: any(e.needs_background for e in self.estimators))
+    patch = property(lambda self: next((e.patch for e in self.estimators if e.patch), None))
 
     def __post_init__(self) -> None:
         if isinstance(self.estimators, Estimator) or not tuple(self.estimators):
@@ -147,29 +132,13 @@ class Combined(Estimator):
         for estimator in self.estimators:
             check_inner(self, estimator)
         if len(patches := {e.patch for e in self.estimators if e.patch is not None}) > 1:
-            raise EstimatorError(
-                f"Combined has patches {', '.join(map(str, sorted(patches)))}; expected the same patch for all."
-            )
+            raise EstimatorError(f"Combined has patches {sorted(patches)}; expected the same patch for all.")
         if self.how not in ("max", "mean") or (self.how == "max" and self.weights is not None):
             raise EstimatorError(f'how={self.how!r}, weights={self.weights}; expected "max", or "mean" with weights.')
-        for name in ("weights", "thresholds"):
-            given = getattr(self, name)
-            if given is not None and not (len(given) == len(self.estimators) and all(v > 0 for v in given)):
-                count = len(self.estimators)
-                raise EstimatorError(f"{name}={given}: expected a number above 0 for each of {count} estimators.")
-            object.__setattr__(self, name, None if given is None else tuple(map(float, given)))
-
-    @property
-    def cost(self) -> float:  # type: ignore[override]
-        return sum(e.cost for e in self.estimators)
-
-    @property
-    def needs_background(self) -> bool:  # type: ignore[override]
-        return any(e.needs_background for e in self.estimators)
-
-    @property
-    def patch(self) -> Patch | None:  # type: ignore[override]
-        return next((e.patch for e in self.estimators if e.patch is not None), None)
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+            if len(self.weights) != (count := len(self.estimators)) or min(self.weights) <= 0:
+                raise EstimatorError(f"weights={self.weights}; expected a number > 0 for each of {count} estimators.")
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         modules = tuple(modules)
@@ -180,8 +149,7 @@ class Combined(Estimator):
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
         pairs = [e.step(s, evaluation) for e, s in zip(self.estimators, state, strict=True)]
-        limits = self.thresholds or tuple(e.default_threshold for e in self.estimators)
-        risks = {i: v / limits[i] for i, (_, v) in enumerate(pairs) if v is not None}
+        risks = {i: v / self.estimators[i].default_threshold for i, (_, v) in enumerate(pairs) if v is not None}
         states = tuple(s for s, _ in pairs)
         if not risks:
             return states, None

@@ -1,22 +1,19 @@
-"""Metrics of clips inside a region: MSE, PSNR and SSIM.
+"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE, PSNR and SSIM, (batch,) each.
 
-Clips are (batch, 3, T, H, W) in [-1, 1]; masks are (batch, 1, T, H, W) or (1, 1, T, H, W) in [0, 1], and fractions
-weight a pixel. Each metric returns one number per clip, (batch,), over the region where `mask` is 1; None means
-everywhere, and `1 - mask` the background of an edit.
+The region is where `mask`, (batch or 1, 1, T, H, W) in [0, 1], is 1; None is everywhere, 1 - mask an edit's background.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..types import MaskError
 from ..utils.extras import require
 
-PEAK = 2.0
-"""Range of pixel values, [-1, 1]."""
-MAX_PSNR = 100.0
-"""PSNR in dB of identical clips, so that averages stay finite."""
+PEAK = 2.0  # the range of pixel values, [-1, 1]
+MAX_PSNR = 100.0  # dB of identical clips, so that averages stay finite
 
 
 def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -25,7 +22,7 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         a: Clips (batch, 3, T, H, W) in [-1, 1].
         b: Clips of the same shape.
-        mask: The region, as described above.
+        mask: The region, (batch or 1, 1, T, H, W) in [0, 1]; fractions weight a pixel. None: everywhere.
 
     Raises:
         MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
@@ -52,9 +49,8 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
 def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """Structural similarity inside the region, (batch,) in [-1, 1], 1 = identical; needs the extra `video`.
 
-    This averages skimage's map of `structural_similarity` (7x7 windows, smaller on tiny frames) over the region and the
-    colours. Windows at the border of the region reach outside, where both clips are replaced by `a`. Arguments and
-    errors are those of `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
+    This averages skimage's map of 7x7 windows, which see `a` outside the region. Arguments and errors are those of
+    `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
     """
     weight = check_region(a, b, mask)
     size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
@@ -63,12 +59,9 @@ def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     structural_similarity = require("skimage.metrics", "video").structural_similarity
     first, second = (x.detach().float().cpu().movedim(1, -1).numpy() for x in (a, torch.where(weight > 0, b, a)))
     maps = torch.empty(a.shape[0], *a.shape[2:])
-    for i in range(a.shape[0]):
-        for t in range(a.shape[2]):
-            full = structural_similarity(
-                first[i, t], second[i, t], win_size=size, data_range=PEAK, channel_axis=-1, full=True
-            )[1]
-            maps[i, t] = torch.from_numpy(full).mean(-1)
+    options = {"win_size": size, "data_range": PEAK, "channel_axis": -1, "full": True}
+    for i, t in np.ndindex(*maps.shape[:2]):
+        maps[i, t] = torch.from_numpy(structural_similarity(first[i, t], second[i, t], **options)[1]).mean(-1)
     inside = weight[:, 0].cpu()
     return ((maps * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)).to(a.device)
 
@@ -77,8 +70,8 @@ def check_region(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
     """Check shapes and values, and return the mask as float (batch, 1, T, H, W)."""
     if a.ndim != 5 or a.shape != b.shape:
         raise MaskError(
-            f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W). "
-            "For single clips pass a[None], b[None]."
+            f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
+            "for single clips a[None], b[None]."
         )
     if mask is None:
         return torch.ones(a.shape[0], 1, *a.shape[2:], device=a.device)

@@ -19,11 +19,7 @@ class VideoError(KVLockError, ValueError):
 
 
 def as_clips(clip: Any) -> Tensor:
-    """Convert a tensor or array to clips (batch, channels, frames, height, width); float64 arrays become float32.
-
-    Other numbers of axes than 4 and 5 are kept, because the caller knows the shape that its model expects. A path, or
-    another object without pixels, raises SourceError.
-    """
+    """Convert a tensor or array to clips (batch, channels, frames, height, width), or keep other numbers of axes."""
     if isinstance(clip, str | os.PathLike):
         name = os.fspath(clip)
         raise SourceError(
@@ -41,7 +37,6 @@ def as_clips(clip: Any) -> Tensor:
 
 
 def check_floats(clips: Tensor) -> None:
-    """Raise SourceError for integer pixels."""
     if not clips.is_floating_point():
         raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
 

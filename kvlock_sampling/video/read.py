@@ -1,7 +1,4 @@
-"""Read clips and masks. Pixels are float32 (3, T, H, W) in [-1, 1]; masks are (1, T, H, W), 1 = edit.
-
-PyAV reads films; Pillow reads images, and folders of images in natural order. Both come with the extra `video`.
-"""
+"""Read clips and masks. Pixels are float32 (3, T, H, W) in [-1, 1]; masks are (1, T, H, W), 1 = edit."""
 
 from __future__ import annotations
 
@@ -29,17 +26,11 @@ Conform: TypeAlias = "Callable[[Image.Image], Array]"
 
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-IMAGE_FPS = 8.0
-"""Frames per second of images, whose files do not store a rate."""
+IMAGE_FPS = 8.0  # images' files do not store a rate
 
 
 class Clip(NamedTuple):
-    """A clip from a file.
-
-    Attributes:
-        pixels: float32 (3, T, H, W) in [-1, 1].
-        fps: Frames per second.
-    """
+    """A clip from a file: pixels (3, T, H, W), float32 in [-1, 1], and frames per second."""
 
     pixels: Tensor
     fps: float
@@ -59,8 +50,7 @@ def read_clip(
         path: The file or folder.
         frames: Pick this many, evenly from first to last. Default: all.
         size: (height, width) in pixels; the centre is cropped, antialiased. Default: the file's.
-        fps: Resample a film to this rate by its time stamps; for images, the rate to assume (default 8). By default a
-            film of varying rate is resampled to its fastest rate.
+        fps: Resample a film to this rate; assume it for images. Default: the file's fastest rate; 8 for images.
         pad: Repeat the last frame if the file has fewer than `frames`.
 
     Raises:
@@ -113,10 +103,7 @@ def _pick(images: list[Array], rate: float, frames: int | None, pad: bool, path:
         raise VideoError(f"{str(path)!r}: got frames={frames}; expected 1 or more.")
     if frames > have:
         if not pad:
-            raise VideoError(
-                f"{str(path)!r} has {have} frames; expected at least frames={frames}. "
-                f"Ask for frames={have}, or repeat the last one with pad=True."
-            )
+            raise VideoError(f"{str(path)!r} has {have} frames; expected at least frames={frames}, or pass pad=True.")
         return images + images[-1:] * (frames - have), rate
     chosen = [images[round(i * (have - 1) / max(frames - 1, 1))] for i in range(frames)]
     return chosen, rate * max(frames - 1, 1) / (have - 1)
@@ -124,7 +111,6 @@ def _pick(images: list[Array], rate: float, frames: int | None, pad: bool, path:
 
 def _conform(size: tuple[int, int] | None) -> Conform:
     """Return a function that crops the centre of an image and resizes it to `size`, antialiased, as bytes (H, W, 3)."""
-    _check_size(size)
 
     def shrink(image: Image.Image) -> Array:
         if size is None or (image.height, image.width) == size:
@@ -137,7 +123,6 @@ def _conform(size: tuple[int, int] | None) -> Conform:
 
 def _conform_mask(size: tuple[int, int]) -> Conform:
     """The same by maximum, as bytes (H, W)."""
-    _check_size(size)
 
     def shrink(image: Image.Image) -> Array:
         left, top, right, bottom = _box(image, size)
@@ -148,13 +133,10 @@ def _conform_mask(size: tuple[int, int]) -> Conform:
     return shrink
 
 
-def _check_size(size: tuple[int, int] | None) -> None:
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
-
-
 def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest part (left, top, right, bottom) of this aspect ratio in the middle of the image."""
+    if len(size) != 2 or min(size) < 1:
+        raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
     h, w, (height, width) = image.height, image.width, size
     shrink = min(h / height, w / width)
     left, top = max((w - width * shrink) / 2, 0.0), max((h - height * shrink) / 2, 0.0)
@@ -162,7 +144,6 @@ def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float
 
 
 def _load(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array], float]:
-    """Decode all frames of a film, folder or image, conform each at once, and return them with their rate."""
     if not path.exists():
         raise VideoError(f"no such file or folder: {str(path)!r} (that is {str(path.absolute())!r}).")
     if path.is_dir():
@@ -175,20 +156,16 @@ def _load(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array],
         return [conform(image) for image in _images(path)], fps or IMAGE_FPS
     if suffix in FILMS:
         return _film(path, fps, conform)
-    raise VideoError(
-        f"cannot read {path.name!r}: unknown suffix {suffix!r}; expected a film ({', '.join(FILMS)}), an image "
-        f"({', '.join(IMAGES)}), or a folder of images."
-    )
+    known = ", ".join((*FILMS, *IMAGES))
+    raise VideoError(f"cannot read {path.name!r}: unknown suffix {suffix!r}; expected {known}, or a folder of images.")
 
 
 def _natural(file: Path) -> list[tuple[int, int, str]]:
-    """Sort key under which frame2 comes before frame10."""
     parts = re.split(r"(\d+)", file.name)
     return [(1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in parts]
 
 
 def _images(file: Path) -> list[Image.Image]:
-    """Decode the frames of an image file, upright and on black. Only animated images have more than one."""
     pil, sequence = require("PIL.Image", "video"), require("PIL.ImageSequence", "video")
     try:
         with pil.open(file) as image:
@@ -200,7 +177,6 @@ def _images(file: Path) -> list[Image.Image]:
 
 
 def _on_black(image: Image.Image) -> Image.Image:
-    """Turn an image upright and composite it on black, as RGB."""
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.
@@ -212,7 +188,6 @@ def _on_black(image: Image.Image) -> Image.Image:
 
 
 def _film(path: Path, fps: float | None, conform: Conform) -> tuple[list[Array], float]:
-    """Decode a film to frames of constant rate."""
     av, pil = require("av", "video"), require("PIL.Image", "video")
     frames: list[Array] = []
     times: list[float] = []

@@ -1,7 +1,4 @@
-"""Write clips as films, gifs or contact sheets, and put clips side by side.
-
-Files are written under a temporary name and then renamed. PyAV and Pillow come with the extra `video`.
-"""
+"""Write clips as films, gifs or contact sheets, and put clips side by side."""
 
 from __future__ import annotations
 
@@ -21,23 +18,18 @@ from .read import Array, PathLike
 
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
-ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}
-"""Container and encoders by suffix, in order of preference."""
-DARK, LIGHT = (22, 22, 28), (235, 235, 235)
-"""RGB of the ground behind tiles and captions, and of the text on it."""
+ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}  # in order of preference
+DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
 def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -> None:
     """Write a clip in the format of the suffix: .mp4 or .mov (H.264), .webm (VP9), .gif, .png (a contact sheet).
 
-    Missing folders are created. Films of odd size are padded to even size by repeating the edge.
-
     Args:
         path: The file to write.
         pixels: (3, T, H, W); values are clamped to [-1, 1].
         fps: Frames per second, > 0.
-        scale: Whole factor of enlargement, nearest neighbour. Films store colour at half resolution, so 2 or more keeps
-            the edges of small clips crisp.
+        scale: Whole factor of enlargement, nearest neighbour.
 
     Raises:
         VideoError: The suffix is unknown, the shape is wrong, or pixels are not finite.
@@ -83,8 +75,8 @@ def side_by_side(
     """
     if not len(clips) or len(clips) != len(labels) or len({tuple(clip.shape) for clip in clips}) > 1:
         raise VideoError(
-            f"side_by_side got clips {[tuple(clip.shape) for clip in clips]} and {len(labels)} labels; expected one or "
-            "more clips of one shape (3, T, H, W) and a label for each."
+            f"side_by_side got clips {[tuple(clip.shape) for clip in clips]} and {len(labels)} labels; expected one "
+            "shape (3, T, H, W) and a label for each."
         )
     tiles = []
     for clip, label in zip(clips, labels, strict=True):
@@ -95,7 +87,6 @@ def side_by_side(
 
 
 def _to_bytes(pixels: Tensor, caller: str, what: str) -> Array:
-    """Convert (3, T, H, W) in [-1, 1] to (T, H, W, 3) in 0..255."""
     if pixels.ndim != 4 or pixels.shape[0] != 3 or 0 in pixels.shape:
         hint = " For a batch of clips pass clips[0]." if pixels.ndim == 5 else ""
         raise VideoError(f"{caller} got {what} of shape {tuple(pixels.shape)}; expected (3, T, H, W).{hint}")
@@ -156,10 +147,7 @@ def _write_film(path: Path, images: Array, fps: float, kind: str) -> None:
 
 
 def _write_gif(path: Path, images: Array, fps: float) -> None:
-    """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither.
-
-    Pillow stores a repeated frame as a longer duration of the frame before it.
-    """
+    """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither."""
     from scipy.spatial import cKDTree
 
     pil = require("PIL.Image", "video")

@@ -1,7 +1,6 @@
 """k-diffusion's image transformer, version 2 (hourglass, HDiT): the global self-attention of every level.
 
-Tokens double in size from level to level. Neighbourhood and shifted-window attention never see the whole image, so
-those layers are not locked.
+Neighbourhood and shifted-window attention never see the whole image, so those layers are not locked.
 """
 
 from typing import Any
@@ -18,10 +17,9 @@ def _patch(network: Any, layer: str = "down_levels.0") -> tuple[int, int, int]:
 ARCHITECTURE = Architecture(
     name="k-diffusion-v2",
     classes=("*k_diffusion.models.image_transformer_v2:ImageTransformerDenoiserModelV2",),
-    layers=(
-        LayerPattern("down_levels.*.*.self_attn", kind="SelfAttentionBlock", optional=True),
-        LayerPattern("mid_level.*.self_attn", kind="SelfAttentionBlock", optional=True),
-        LayerPattern("up_levels.*.*.self_attn", kind="SelfAttentionBlock", optional=True),
+    layers=tuple(
+        LayerPattern(f"{part}.*.self_attn", kind="SelfAttentionBlock", optional=True)
+        for part in ("down_levels.*", "mid_level", "up_levels.*")
     ),
     patch=_patch,
     layer_patch=_patch,

@@ -10,7 +10,7 @@ def _patch(network: Any) -> tuple[int, ...]:
     if network.config.attention_type != "regular":
         raise AttentionError(
             f"Kandinsky 5 has attention_type={network.config.attention_type!r}, which puts tokens in the order of "
-            "8 x 8 blocks; a lock needs time, height, width.\n  Use a checkpoint whose attention_type is 'regular'."
+            "8 x 8 blocks.\n  Use a checkpoint whose attention_type is 'regular'."
         )
     return tuple(network.config.patch_size)
 

@@ -1,10 +1,8 @@
 """Context parallelism of diffusers: every process holds a piece of the tokens, and a layer sees that piece only.
 
-`model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))`, or `ring_degree`, cuts the sequence into
-contiguous pieces, one per process, and communicates inside the attention call. Fusion works token by token, so each
-process takes its piece of the ratio. Predictions are gathered, so that all processes measure and decide the same.
-Text in the same sequence is cut too: a process then holds [its text, its video].
-Source: diffusers `hooks/context_parallel.py`, `models/_modeling_parallel.py`.
+`model.enable_parallelism(config=...)` cuts the sequence into contiguous pieces, one per process, and communicates
+inside the attention call. Fusion works token by token, so each process takes its piece of the ratio. Predictions are
+gathered, so all processes decide the same. Text in the same sequence is cut too: a process holds [its text, its video].
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from ...types import AttentionError
 from ..context import FusionContext
 from ..layers import AttentionLayer, AttentionLayers
 
-Shard = tuple[int, int]
-"""The piece of every sequence that this process holds: (number of the piece, count of pieces)."""
+Shard = tuple[int, int]  # the piece of every sequence that this process holds: (its number, count of pieces)
 
 
 def piece(shard: Shard, length: int) -> slice:
@@ -41,39 +38,32 @@ def shard_of(module: Any) -> Shard | None:
 
 
 def is_cut(networks: Iterable[nn.Module]) -> bool:
-    """Whether context parallelism is enabled on any of these networks."""
     return any(shard_of(network) is not None for network in networks)
 
 
 def local_piece(
     layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, ratio: Tensor, length: int
 ) -> tuple[Tensor, int | None]:
-    """The part of the ratio, (batch, tokens), and the number of text tokens that this process holds at one layer.
-
-    `length` is that of the layer's sequence in this process. Without parallelism both are unchanged.
-    """
+    """The part of the ratio, (batch, tokens), and the number of text tokens that this process holds at one layer."""
     processor = getattr(layer.module, "processor", None)
     shard, text = shard_of(processor), context.text
     if shard is None:
         if is_cut(layers.networks):
             raise AttentionError(
                 f"context parallelism is enabled, but attention at layer {layer.name!r} ({type(processor).__name__}) "
-                "does not communicate: each process attends to its own tokens alone, with a lock or without.\n"
-                "  Models whose attention communicates are Wan, LTX, Flux and Qwen-Image; for this one leave "
-                "enable_parallelism away."
+                "does not communicate, as it does for Wan, LTX, Flux and Qwen-Image.\n"
+                "  For this model leave enable_parallelism away."
             )
         return ratio, text
     if context.selection is not None:
         raise AttentionError(
-            "context parallelism leaves each process some of the tokens, and this lock keeps the source's K/V by their "
-            "positions in the whole clip.\n"
+            "context parallelism leaves each process some of the tokens; this lock needs their positions in the clip.\n"
             "  Make the lock after model.enable_parallelism(...), without kv_cache=; or KVLock(..., foreground=False)."
         )
     if layers.rows_apart or layers.extra != (0, 0):
         raise AttentionError(
             f"context parallelism with {'attention row by row' if layers.rows_apart else 'extra tokens'} is not "
-            f"supported for architecture {layers.architecture!r}: where its tokens stand in a piece is unknown.\n"
-            "  Use one process per clip instead: leave enable_parallelism away."
+            f"supported for architecture {layers.architecture!r}; leave enable_parallelism away."
         )
     if layer.text == "none" and length == ratio.shape[1]:
         return ratio, text  # a layer before the cut
@@ -84,10 +74,8 @@ def local_piece(
 
 
 def refuse_cut(network: nn.Module) -> None:
-    """Raise AttentionError for a watched network under context parallelism: its tokens' positions are unknown."""
     if is_cut(network.modules()):
         raise AttentionError(
-            f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers knows by their "
-            "number alone.\n"
+            f"context parallelism is enabled on {type(network).__name__}, whose tokens sdpa_layers only counts.\n"
             "  Declare the model, kv.attention.Architecture(...).find(network), or leave enable_parallelism away."
         )

@@ -3,8 +3,7 @@
 Caches reuse results of one call in the next and assume calls of one kind. A lock makes calls of several kinds:
 - the source's pass and probes at other points bypass the caches, so that every layer fires for the source;
 - each kind of call of the edit (one branch or two) has its own memory, which lives as long as the run.
-After the call each cache has the memory object that it had before. A layer that the edit skips is not fused and not
-counted: it reuses what it computed when it was fused.
+A layer that the edit skips is not fused and not counted: it reuses what it computed when it was fused.
 """
 
 from __future__ import annotations
@@ -33,16 +32,13 @@ class StepCaches:
 
     @contextmanager
     def apart(self, kind: Hashable, branches: tuple[str, ...] = ("guided",)) -> Iterator[None]:
-        """Give calls inside this block the memory of their kind in this run.
-
-        `branches` are the call's rows, or ("guided",) if the model arranges them. FasterCache derives one branch from
-        the other, so it is bypassed unless uncond and cond are there in this order.
-        """
+        """Give calls in this block the memory of their kind; `branches` are their rows, ("guided",) if unknown."""
+        # FasterCache derives one branch from the other, so it is bypassed unless both are there in this order.
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
             owners: dict[Any, tuple[str, Callable[[], Any]]] = {}  # the blocks of a network share one manager of states
             for hook in self._hooks():
-                if not pair and getattr(hook, "is_guidance_distilled", True) is False:  # FasterCache's
+                if not pair and getattr(hook, "is_guidance_distilled", True) is False:
                     _pass_by(stack, hook)
                 owners |= {owner: (name, fresh) for owner, name, fresh in _memories(hook)}
             for owner, (name, fresh) in owners.items():
@@ -97,7 +93,7 @@ def _emptied(state: Any) -> Any:
 
 
 def _give_context(stack: ExitStack, manager: Any) -> None:
-    """Name a context for a manager of states that has none; a denoiser of one branch need not call `cache_context`."""
+    # A denoiser of one branch need not call `cache_context`.
     if getattr(manager, "_context", None) is not None or getattr(manager, "_current_context", None) is not None:
         return
     make = getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)
@@ -108,12 +104,8 @@ def _give_context(stack: ExitStack, manager: Any) -> None:
 def _pass_by(stack: ExitStack, hook: Any) -> None:
     """Call the hook's module as if the hook did not exist."""
     chain = hook.fn_ref
-    found = (chain.pre_forward, chain.forward, chain.post_forward)
-
-    def put_back() -> None:
-        chain.pre_forward, chain.forward, chain.post_forward = found
-
-    stack.callback(put_back)
+    for name in ("pre_forward", "forward", "post_forward"):
+        stack.callback(setattr, chain, name, getattr(chain, name))
     chain.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
     chain.post_forward = lambda module, output: output
     chain.forward = chain.original_forward or chain.forward

@@ -22,8 +22,7 @@ _stance = ExitStack()
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Run compiled code uncompiled inside the block."""
-    # The compiler has one stance for all threads, and each thread that leaves would restore the stance that it found.
-    # So the first thread in sets the stance, and the last one out resets it.
+    # The compiler has one stance for all threads: the first thread in sets it, and the last one out resets it.
     global _users, _stance
     with _lock:
         if not _users:
@@ -45,9 +44,9 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple[T, bool]:
-    """Make a repeatable call whose compiled code must break at hooks; if it cannot, warn and repeat it uncompiled.
+    """Make a call whose compiled code must break at hooks; if it raises `unreached`, warn and repeat it uncompiled.
 
-    `unreached` is the error that `call` raises if no hook ran. Returns the result, and whether it is the repeated one.
+    Returns the result, and whether it is the repeated one.
     """
     try:
         return call(), False
@@ -60,8 +59,7 @@ def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple
     with without_compiler():
         result = call()
     warnings.warn(
-        f"{why}, so evaluations that lock run without torch.compile: the same result, at uncompiled speed. Evaluations "
-        "that do not lock still run compiled.\n"
+        f"{why}, so evaluations that lock run without torch.compile: the same result, at uncompiled speed.\n"
         "  Allow graph breaks, with model.compile_repeated_blocks() or torch.compile(model) without fullgraph=True: "
         "then only the locked attention runs uncompiled.",
         stacklevel=2,
@@ -71,9 +69,6 @@ def call_compiled(call: Callable[[], T], *, unreached: type[Exception]) -> tuple
 
 def _refuses_to_break(error: BaseException) -> bool:
     exceptions = getattr(sys.modules.get("torch._dynamo"), "exc", None)
-    if exceptions is None:
-        return False
     # If the graph consists of the break alone, the compiler raises a plain RuntimeError.
-    return isinstance(error, exceptions.TorchDynamoException) or (
-        type(error) is RuntimeError and "fullgraph=True" in str(error)
-    )
+    alone = type(error) is RuntimeError and "fullgraph=True" in str(error)
+    return exceptions is not None and (alone or isinstance(error, exceptions.TorchDynamoException))

@@ -1,8 +1,7 @@
 """Intercept a transformer's calls: a pipeline makes them, and the lock decides when and how they are evaluated.
 
 A pipeline calls its transformer once per branch. The call is recorded and answered with a blank tensor. When all
-branches of a step are known, the lock calls the transformer itself: the source beside the branches, as rows of one call
-or in a pass before, again for an estimator that probes, and not at all for a branch that guidance does not need.
+branches of a step are known, the lock calls the transformer itself, for the branches and for the source.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class Call(NamedTuple):
 
     @property
     def hidden(self) -> Tensor:
-        """(batch, channels, time, height, width): noisy latents, and the channels that the pipeline appends."""
+        """Noisy latents and appended channels, (batch, channels, time, height, width)."""
         return self.arguments["hidden_states"]
 
     @property
@@ -41,7 +40,7 @@ class Call(NamedTuple):
         return int(getattr(config, "out_channels", None) or config.in_channels)
 
     def blank(self, dtype: torch.dtype) -> Tensor:
-        """A tensor shaped like the prediction, to be filled in later."""
+        """A tensor like the prediction, to be filled in later."""
         return torch.zeros_like(self.hidden[:, : self.channels], dtype=dtype)
 
 
@@ -53,21 +52,17 @@ def intercepted(network: nn.Module, answer: Callable[[Call], Tensor | None]) -> 
     removes all of them and adds new ones at the end of every call of an offloaded pipeline. While an answer is made,
     the transformer has its own class, so the lock and its hooks see it as it is.
 
-    Args:
-        network: The transformer.
-        answer: Returns the prediction, or None to let the call through.
-
-    Raises:
-        RunError: Another lock intercepts this transformer.
+    `answer` returns the prediction, or None to let the call through. Raises RunError if another lock intercepts this
+    transformer.
     """
     kind: Any = type(network)
     if hasattr(kind, "_kvlock_intercepts"):
         raise RunError(
-            f"this {kind.__name__} is under a lock already; leave its `with` block, or take the guider out of its "
-            "pipeline, before another one begins."
+            f"this {kind.__name__} is under a lock already; leave its `with` block, or take its guider out, before "
+            "another lock begins."
         )
 
-    # Of the class: hooks replace the instance's forward. torch.compile(network) keeps the network inside.
+    # Hooks replace the instance's forward, so the class is asked. torch.compile(network) keeps the network inside.
     inner: Any = getattr(network, "_orig_mod", network)
     signature = inspect.signature(type(inner).forward)
 

@@ -16,24 +16,15 @@ from torch import Tensor, nn
 from .calls import Call
 from .schedule import sigmas_of
 
-_OWN = ("hidden_states", "timestep", "return_dict")
-"""Arguments that every call sets anew."""
-
-_NOT_PER_CLIP = ("control_hidden_states_scale", "attention_kwargs")
-"""Arguments without a row per clip, even if their first axis is as long: VACE has one scale per layer."""
+_OWN = ("hidden_states", "timestep", "return_dict")  # every call sets them anew
+_NOT_PER_CLIP = ("control_hidden_states_scale", "attention_kwargs")  # VACE has one scale per layer
 
 
 class FlowCalls:
-    """`calls(x, sigma, cond=...) -> x0-hat` for one transformer, at the step that `at` sets.
+    """`calls(x, sigma, cond=...) -> x0-hat` for one transformer, the expert `index`, at the step that `at` sets."""
 
-    Args:
-        network: The transformer.
-        index: Which of the pipeline's experts it is.
-        train_steps: The transformer's own time at flow time 1.
-    """
-
-    def __init__(self, network: nn.Module, index: int = 0, train_steps: float = 1000.0) -> None:
-        self.transformer, self.index, self.train_steps = network, index, train_steps
+    def __init__(self, network: nn.Module, index: int = 0) -> None:
+        self.transformer, self.index = network, index
         self._shared: dict[str, Any] = {}
         self._branches: list[dict[str, Tensor]] = []
         self.raw: dict[int, Tensor] = {}
@@ -43,13 +34,7 @@ class FlowCalls:
         return self.index
 
     def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Go to the step of this call, and return its x and sigma in variance-exploding form.
-
-        Args:
-            call: The conditional branch.
-            time: Flow time in (0, 1].
-            latents: The pipeline's state, if it is known more exactly than what the transformer gets.
-        """
+        """Go to the step of this conditional call, and return its x and sigma in variance-exploding form."""
         z = call.hidden[:, : call.channels] if latents is None else latents
         self.z = z.to(torch.promote_types(z.dtype, torch.float32))
         self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
@@ -67,7 +52,7 @@ class FlowCalls:
         return self.known(rows | ({"appended": appended} if appended.shape[1] else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """An equal earlier branch if there is one: a KV cache recognises its arguments by identity."""
+        """An earlier branch of the same tensors if there is one: a KV cache recognises its arguments by identity."""
         for other in self._branches:
             if other.keys() == branch.keys() and all(other[name] is branch[name] for name in branch):
                 return other
@@ -90,7 +75,7 @@ class FlowCalls:
             here = (sigma - self.level).abs() <= 1e-5 * self.level
             time = torch.where(here, self.time, sigma / (1 + sigma))
             given = self._timestep.reshape(len(self.x), -1)[:1, 0].to(sigma)
-            timestep = torch.where(here, given, time * self.train_steps)
+            timestep = torch.where(here, given, time * 1000.0)
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
         hidden, appended = z.to(self._dtype), cond.pop("appended", None)

@@ -1,8 +1,6 @@
 """The lock as a guider of diffusers: for modular pipelines, with their own loop and scheduler.
 
-A guider sees the step and the latents before the branches run, and their predictions afterwards. This one records the
-branches instead, and evaluates them under a `KVLock` when the pipeline asks for guidance: source K/V, risk, policy,
-guidance and compositing in one place.
+It records the branches of a step, and evaluates them under a `KVLock` when the pipeline asks for guidance.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ class KVLockGuider(ClassifierFreeGuidance):
 
         pipe.update_components(guider=KVLockGuider(source=latents, mask=mask, scheduler=pipe.scheduler))
 
-    Diffusers saves and loads the settings (`save_pretrained`, `new`), but no tensors and objects: pass those to
-    `edit(...)` after loading.
+    Diffusers saves and loads the settings, but no tensors and objects: pass those to `edit(...)` after loading.
 
     Args:
         guidance_scale: The requested scale; the policy may schedule it.
@@ -51,10 +48,9 @@ class KVLockGuider(ClassifierFreeGuidance):
         composite: As in `KVLock`.
         rescale: As in `KVLock`.
         cfg_floor: As in `KVLock`.
-        layers: Attention layers to lock: indices, which are saved, or a slice or an AttentionLayers, which are not.
+        layers: As in `KVLock`; only indices are saved.
         transition: As in `KVLock`.
-        batched: True runs branches and source as rows of one call, False one after another; default: True if the
-            policy may lock, else False, as the pipeline does.
+        batched: As in `locked`.
         foreground: As in `KVLock`.
         start: Fraction of the steps at which guidance begins. The lock acts in all steps.
         stop: Fraction of the steps at which guidance ends.
@@ -62,8 +58,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
         noise: As in `KVLock`.
-        source_embeds: Text of the source's own pass, (1 or batch, tokens, dim), or several of the transformer's
-            arguments by name, e.g. with their masks; default: the edit's prompt.
+        source_embeds: As in `locked`.
         scheduler: The pipeline's. Required if timesteps are integers (UniPC): those do not give the exact noise level.
         estimator: As in `KVLock`.
         threshold: As in `KVLock`.
@@ -124,30 +119,30 @@ class KVLockGuider(ClassifierFreeGuidance):
         self.edit(source=source, mask=mask, noise=noise, source_embeds=source_embeds, scheduler=scheduler)
         self.edit(estimator=estimator, threshold=threshold, kv_cache=kv_cache, layers=layers)
 
-    # -- what is edited -----------------------------------------------------------------------------------------------
-
     def edit(self, **given: Any) -> KVLockGuider:
-        """Replace what is edited, and return the guider. What is not named stays.
+        """Replace some of source, mask, noise, source_embeds, scheduler, estimator, threshold, kv_cache and layers.
 
         Args:
-            given: source, mask, noise, source_embeds, scheduler, estimator, threshold, kv_cache or layers.
+            given: The new values. Shapes are checked at the first step.
+
+        Returns:
+            This guider.
 
         Raises:
-            SourceError: Source or noise is no tensor. Shapes are checked at the first step.
+            SourceError: Source or noise is no tensor.
             MaskError: The mask is no tensor.
         """
         if wrong := sorted(given.keys() - set(_EDITED)):
             raise TypeError(f"edit() takes {', '.join(_EDITED)}; got {', '.join(wrong)}")
         if given.get("source") is not None:
             Source(given["source"])
-        noise = given.get("noise")
-        if noise is not None and not isinstance(noise, Tensor):
+        if not isinstance(noise := given.get("noise"), Tensor | None):
             check_noise(noise)
         if given.get("mask") is not None:
             FittedMask(given["mask"])
         if "layers" in given:
             layers = given["layers"]
-            saved = None if layers is None or isinstance(layers, (AttentionLayers, slice)) else list(layers)
+            saved = None if isinstance(layers, AttentionLayers | slice | None) else list(layers)
             given["layers"] = layers if saved is None else saved
             self.register_to_config(layers=saved)
         self._given |= given
@@ -162,11 +157,9 @@ class KVLockGuider(ClassifierFreeGuidance):
         return super().new(**{"policy": self._policy, **changes}).edit(**{**self._given, **given})
 
     def partner(self, guidance_scale: float) -> KVLockGuider:
-        """Return the guider for the second expert of Wan 2.2.
+        """Return the guider for the second expert of Wan 2.2: both share one lock, one policy state and one trace.
 
             pipe.update_components(guider=guider, guider_2=guider.partner(3.0))
-
-        Both share one lock, one policy state and one trace, so that the lock continues across the boundary.
 
         Args:
             guidance_scale: The requested scale of the second expert.
@@ -180,10 +173,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         """The trace of the latest run."""
         return self._session.trace
 
-    # -- one step -----------------------------------------------------------------------------------------------------
-
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Called by the pipeline before each step."""
+        """Begin a step."""
         super().set_state(step, num_inference_steps, timestep)
         self._calls = []
         if step == 0:
@@ -201,29 +192,25 @@ class KVLockGuider(ClassifierFreeGuidance):
         return super().prepare_inputs_from_block_state(data, input_fields)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Called before each branch: record the transformer's calls."""
+        """Record the transformer's calls until `cleanup_models`."""
         super().prepare_models(denoiser)
         self._recording.close()  # A run may have ended in an exception between prepare_models and cleanup_models.
         if self._enabled:
             self._recording.enter_context(intercepted(denoiser, self._record))
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """Called after each branch: the transformer is what it was."""
+        """Leave the transformer as it was."""
         self._recording.close()
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """Return the guided, composited velocity of this step.
-
-        The given predictions are blanks: the recorded branches are evaluated here, under the lock.
-        """
+        """Return the guided, composited velocity: the recorded branches are evaluated here, the arguments are blank."""
         if not self._enabled:
             return super().forward(pred_cond, pred_uncond)
         calls, self._calls = self._calls, []
         if len(calls) != self.num_conditions:
             raise RunError(
-                f"{len(calls)} branches were recorded in this step, {self.num_conditions} were expected: the pipeline "
-                "does not call prepare_models and cleanup_models around its transformer.\n"
-                "  Modular pipelines do; for a classic one: with kv.diffusers.locked(pipe, ...): pipe(...)."
+                f"{len(calls)} branches were recorded in this step; expected {self.num_conditions}: this pipeline does "
+                "not call prepare_models. For a classic one: with kv.diffusers.locked(pipe, ...): pipe(...)."
             )
         session, time = self._session, time_of(self._given["scheduler"], torch.as_tensor(self._timestep))
         if session.run is None:
@@ -249,7 +236,6 @@ class KVLockGuider(ClassifierFreeGuidance):
         return call.blank(call.hidden.dtype)
 
     def _schedule(self) -> Tensor | None:
-        """Flow times of the run, if they are known."""
         scheduler = self._given["scheduler"]
         if scheduler is not None:
             return scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :]

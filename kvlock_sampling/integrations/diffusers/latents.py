@@ -16,14 +16,12 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
     """Encode clips to the latents that a pipeline's transformer sees, (latents - mean) * scaling_factor / std.
 
     Args:
-        vae: The pipeline's VAE, e.g. `pipe.vae`. Its config names `latents_mean` and `latents_std`, a
-            `scaling_factor`, or both.
+        vae: The pipeline's VAE, e.g. `pipe.vae`.
         pixels: (3, frames, height, width) or (batch, 3, frames, height, width), tensor or array, in [-1, 1]. Frames
             are 1 + a multiple of the VAE's temporal compression, sides are multiples of its spatial compression.
 
     Returns:
-        (batch, channels, time, height, width), float32, on the VAE's device: the mode of the posterior, so the same
-        clip gives the same latents.
+        (batch, channels, time, height, width), float32, on the VAE's device: the mode of the posterior.
 
     Raises:
         SourceError: The pixels are not a clip, are not in [-1, 1], or have a size that the VAE would cut.
@@ -37,7 +35,6 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
 
 
 def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
-    """The VAE's own latents, float32: the mode of the posterior."""
     with torch.no_grad():
         return vae.encode(clips.to(device, vae.dtype)).latent_dist.mode().float()
 
@@ -60,8 +57,8 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     mean, std, factor = (named.get(name) for name in ("latents_mean", "latents_std", "scaling_factor"))
     if factor is None and (mean is None or std is None):
         raise PipelineError(
-            f"{type(vae).__name__} does not say how its latents are normalised: its config has no scaling_factor, "
-            "and no latents_mean with latents_std.\n  Normalise them as its pipeline does, and pass those as source=."
+            f"the config of {type(vae).__name__} has no scaling_factor, and no latents_mean with latents_std.\n"
+            "  Normalise latents as its pipeline does, and pass those as source=."
         )
     scale = like.new_tensor(1.0 if factor is None else factor)
     if mean is None or std is None:
@@ -73,12 +70,10 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 def compression(vae: Any) -> tuple[int, int]:
     """Pixels per latent of a VAE, (time, space); 1 where the VAE does not say."""
     named = {**vae.config, **vars(vae)}
-
-    def ratio(axis: str, otherwise: int) -> int:
-        found = named.get(f"scale_factor_{axis}") or named.get(f"{axis}_compression_ratio")
-        return int(found or otherwise)
-
-    return ratio("temporal", 1), ratio("spatial", 2 ** (len(named.get("block_out_channels", [0])) - 1))
+    default = {"temporal": 1, "spatial": 2 ** (len(named.get("block_out_channels", [0])) - 1)}
+    ratios = (named.get(f"scale_factor_{a}") or named.get(f"{a}_compression_ratio") or default[a] for a in default)
+    time, space = map(int, ratios)
+    return time, space
 
 
 def _check_shape(clips: Tensor, vae: Any) -> None:
@@ -94,6 +89,5 @@ def _check_shape(clips: Tensor, vae: Any) -> None:
     if (frames, height, width) != fits:
         raise SourceError(
             f"clip has {frames} frames of {height} x {width}; {type(vae).__name__} takes 1 + {time} * n frames and "
-            f"sides of {space} * n, so it would cut this one. It takes e.g. {fits[0]} of {fits[1]} x {fits[2]}.\n"
-            f"  clip = kvlock_sampling.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
+            f"sides of {space} * n.\n  clip = kv.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
         )

@@ -2,14 +2,14 @@
 
 The pipeline keeps its loop, its scheduler and its arithmetic. Its calls of the transformer are intercepted: first the
 conditional one, then the unconditional one with the same latents. The first is answered with a tensor that is filled
-in at the second, when both are known: with the guided, composited velocity v, in both answers. The pipeline's own line
-u + w (c - u) then gives v exactly, for every scale w; no caller can change that local variable.
+in at the second: both answers are the guided, composited velocity v. The pipeline's own  u + w (c - u)  then gives v
+exactly, for every scale w.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ def locked(
     batched: bool | None = None,
     **options: Any,
 ) -> Iterator[Session]:
-    """Sample under the lock in every call of the pipeline inside the block; afterwards the pipeline is what it was.
+    """Sample under the lock in every call of the pipeline inside the block; afterwards the pipeline is as before.
 
     Args:
         pipe: A classic Wan pipeline: text to video, video to video, image to video or VACE. Two experts (Wan 2.2)
@@ -48,8 +48,8 @@ def locked(
         source_prompt: What the clip shows now, read by the source's own pass; default: the edit's prompt.
         source_embeds: The same, encoded: (1 or batch, tokens, dim), or several of the transformer's arguments by name.
         policy: A Policy, a function of an Observation, or the name or path of a preset.
-        batched: True runs branches and source as rows of one call, False one after another with the source's K/V kept
-            for one step; default: True if the policy may lock, else False, as the pipeline does.
+        batched: True runs branches and source as rows of one call, False one after another; default: True if the
+            policy may lock, else False, as the pipeline does.
         options: Other options of `KVLock`, e.g. estimator, composite, rescale, layers, transition.
 
     Yields:
@@ -66,13 +66,13 @@ def locked(
             raise PipelineError("source_prompt and source_embeds were both given; pass one of them.")
         source_embeds = _encoded(pipe, source_prompt)
     session = Session(source_embeds=source_embeds, batched=batched, source=source, mask=mask, policy=policy, **options)
-    steps = _Steps(pipe, session)
+    answer = _answer(pipe, session)
     for network in networks:
-        session.expert(network)  # What KVLock refuses is refused before anything runs.
+        session.expert(network)  # KVLock checks its options here, before anything runs
     with ExitStack() as stack:
         stack.callback(session.end)
         for network in networks:
-            stack.enter_context(intercepted(network, steps.answer))
+            stack.enter_context(intercepted(network, answer))
         yield session
 
 
@@ -95,56 +95,50 @@ def _networks(pipe: Any) -> list[Any]:
         raise PipelineError(
             f"{type(pipe).__name__} cannot be locked from outside; {', '.join(PIPELINES)} can. LTX, CogVideoX and "
             "Mochi run both branches of guidance as one batch, HunyuanVideo and Flux guide by an embedded scale.\n"
-            "  Does its pipeline have a guider, as HunyuanVideo 1.5 does? "
-            "pipe.register_modules(guider=kv.diffusers.KVLockGuider(...)).\n"
-            "  Edit with the same weights through a k-diffusion sampler: "
-            "kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
+            "  With a guider, as HunyuanVideo 1.5: pipe.register_modules(guider=kv.diffusers.KVLockGuider(...)).\n"
+            "  With a k-diffusion sampler: kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
         )
     if "WanImageToVideoPipeline" in names and pipe.config.get("expand_timesteps"):
         raise PipelineError(
-            "this Wan 2.2 5B pipeline keeps its first frame at noise level 0, so its latents have no single noise "
-            "level.\n  Edit with kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
+            "this Wan 2.2 5B pipeline keeps its first frame at noise level 0: there is no single noise level.\n"
+            "  Edit with kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
         )
     found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     return [network for network in found if network is not None]
 
 
-class _Steps:
-    """Pairs the pipeline's calls of one step, and answers them."""
+def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor | None]:
+    """A function that pairs the pipeline's calls of one step, and answers them."""
+    waiting: list[tuple[Call, Tensor, float]] = []  # a conditional call, its blank answer, and its flow time
+    last = 0.0
 
-    def __init__(self, pipe: Any, session: Session) -> None:
-        self.pipe, self.session = pipe, session
-        self._waiting: tuple[Call, Tensor, float] | None = None
-        self._last = 0.0
-
-    def answer(self, call: Call) -> Tensor | None:
-        """The prediction for one call of the pipeline; None for a call from outside its loop."""
-        if getattr(self.pipe, "_current_timestep", None) is None:
-            return None
-        if self._waiting is not None and self._waiting[0].hidden is call.hidden:
-            (cond, blank, time), self._waiting = self._waiting, None
-            first, second = self.session.evaluate(cond, call, time=time, requested=self._requested(cond))
-            blank.copy_(first)
-            return blank if second is first else second
-        time = self._time(call)
-        if self.pipe.do_classifier_free_guidance:
-            only_scales = self.session.expert(call.network).only_scales
-            blank = call.blank(call.hidden.dtype if only_scales else torch.float32)
-            self._waiting = call, blank, time
-            return blank
-        return self.session.evaluate(call, None, time=time, requested=1.0)[0]
-
-    def _requested(self, call: Call) -> float:
-        second = call.network is getattr(self.pipe, "transformer_2", None)
-        return float(self.pipe._guidance_scale_2 if second else self.pipe._guidance_scale)
-
-    def _time(self, call: Call) -> float:
+    def time_at(call: Call) -> float:
         """Flow time of this step. Begins a run if the scheduler has not stepped yet, or went back up."""
-        scheduler = self.pipe.scheduler
-        self._waiting = None
+        nonlocal last
+        scheduler = pipe.scheduler
         time = time_of(scheduler, call.timestep)
         fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
-        if self.session.run is None or fresh or time > self._last * (1 + SAME_SIGMA):
-            self.session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
-        self._last = time
+        if session.run is None or fresh or time > last * (1 + SAME_SIGMA):
+            session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
+        last = time
         return time
+
+    def answer(call: Call) -> Tensor | None:
+        if getattr(pipe, "_current_timestep", None) is None:
+            return None  # a call from outside the pipeline's loop
+        if waiting and waiting[0][0].hidden is call.hidden:
+            cond, blank, time = waiting.pop()
+            second = cond.network is getattr(pipe, "transformer_2", None)
+            requested = float(pipe._guidance_scale_2 if second else pipe._guidance_scale)
+            for_cond, for_uncond = session.evaluate(cond, call, time=time, requested=requested)
+            blank.copy_(for_cond)
+            return blank if for_uncond is for_cond else for_uncond
+        waiting.clear()
+        time = time_at(call)
+        if not pipe.do_classifier_free_guidance:
+            return session.evaluate(call, None, time=time, requested=1.0)[0]
+        blank = call.blank(call.hidden.dtype if session.only_scales(call.network) else torch.float32)
+        waiting.append((call, blank, time))
+        return blank
+
+    return answer

@@ -3,7 +3,7 @@
 Flow schedulers keep a time t in (0, 1]:      z = (1 - t) x0 + t noise,             sigma = t / (1 - t).
 DDPM schedulers keep a table alphas_cumprod:  z = sqrt(a) x0 + sqrt(1 - a) noise,   sigma = sqrt((1 - a) / a).
 Both maps are exact. Pure noise, t = 1 or a = 0 ("zero terminal SNR", Lin et al. 2305.08891), is sigma = infinity:
-a schedule that begins there begins at `t_max` instead, or at `DiscreteClock.top`.
+a schedule that begins there begins at `t_max` instead, or at the `top` of `ddpm_sigmas`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from ...denoisers import FlowDenoiser
 from ...types import RunError
 from .errors import PipelineError
 
-FINE = 1000
-"""Steps of the schedule that is interpolated for a start part-way: as many as models were trained on."""
-
-LATEST = 1 - 1e-6
-"""Flow time 1 is sigma = infinity. Policies see sigma = 1e6 there; the transformer is still called at 1."""
+FINE = 1000  # steps of the schedule that is interpolated for a start part-way
+LATEST = 1 - 1e-6  # policies see sigma = 1e6 instead of infinity; the transformer is still called at time 1
 
 
 def check_flow(scheduler: Any, family: str) -> None:
@@ -34,14 +31,13 @@ def check_flow(scheduler: Any, family: str) -> None:
     if not (unipc or type(scheduler).__name__.startswith("FlowMatch")):
         raise PipelineError(
             f"{type(scheduler).__name__} (prediction_type={config.get('prediction_type')!r}) is no flow scheduler, and "
-            f"{family} is a flow model.\n"
-            "  pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0), or pass the schedule's shift: "
+            f"{family} is a flow model.\n  pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0), or "
             "kv.from_pipeline(pipe, shift=3.0)."
         )
 
 
 def train_steps(scheduler: Any) -> float:
-    """What flow time 1 is called in the transformer's own time."""
+    """The transformer's own time at flow time 1."""
     return float(scheduler.config.get("num_train_timesteps", 1000))
 
 
@@ -51,22 +47,17 @@ def sigmas_of(times: Tensor) -> Tensor:
 
 
 def time_of(scheduler: Any, timestep: Tensor) -> float:
-    """Return the flow time of a pipeline's current step.
+    """Return the flow time of a pipeline's current step, from the timestep that its transformer gets.
 
-    Args:
-        scheduler: The pipeline's scheduler. Without one, None, the timestep must not be rounded: many schedulers cut
-            it to an integer, and the noise level is then not exact.
-        timestep: What the pipeline gives its transformer, one number or one per clip or token, all equal.
-
-    Raises:
-        RunError: The timestep of another scheduler, or an integer without a scheduler.
+    Many schedulers round the timestep, so without a scheduler (None) an integer raises RunError, as does the timestep
+    of another scheduler.
     """
     step = timestep.flatten()[0]
     if scheduler is None:
         if not timestep.is_floating_point():
             raise RunError(
                 f"timestep {step.item()} is an integer, so the exact noise level is unknown.\n"
-                "  Pass the pipeline's scheduler to the guider: KVLockGuider(..., scheduler=pipe.scheduler)."
+                "  Pass the pipeline's scheduler: KVLockGuider(..., scheduler=pipe.scheduler)."
             )
         return float(step) / 1000.0
     check_flow(scheduler, "this pipeline's transformer")
@@ -79,8 +70,8 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
         t = -1.0
     if abs(t * train_steps(scheduler) - float(step)) > 1.5:
         raise RunError(
-            f"the transformer was called at timestep {float(step):g}, which is not the current step of the given "
-            "scheduler: it is not the scheduler of this run.\n  Pass the pipeline's own: scheduler=pipe.scheduler."
+            f"timestep {float(step):g} is not the current step of the given scheduler: it is not the scheduler of this "
+            "run.\n  Pass the pipeline's own: scheduler=pipe.scheduler."
         )
     return t
 
@@ -147,30 +138,22 @@ def _part_of(fine: Tensor, steps: int, start: float) -> Tensor:
     return torch.from_numpy(np.interp(np.linspace(first, index[-1], steps + 1)[:-1], index, curve))
 
 
-class DiscreteClock:
-    """Noise level <-> training step of a DDPM model, log-linear between the steps, as in k-diffusion's wrappers.
+def ddpm_sigmas(alphas_cumprod: Tensor, top: float = 0.0) -> Tensor:
+    """Return the noise levels of all training steps of a DDPM model, rising, float64.
 
-    Args:
-        alphas_cumprod: (train_steps,), falling, of the scheduler.
-        top: Noise level that stands for the last step if that step is pure noise; at least twice the level before it.
+    `top` stands for the last step if that step is pure noise; it is at least twice the level before it.
     """
+    alphas = alphas_cumprod.detach().double().cpu()
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    if not torch.isfinite(sigmas[-1]):
+        sigmas[-1] = max(2 * float(sigmas[-2]), top)
+    return sigmas
 
-    def __init__(self, alphas_cumprod: Tensor, top: float = 0.0) -> None:
-        alphas = alphas_cumprod.detach().double().cpu()
-        sigmas = ((1 - alphas) / alphas).sqrt()
-        if not torch.isfinite(sigmas[-1]):
-            sigmas[-1] = max(2 * float(sigmas[-2]), top)
-        self.top = float(sigmas[-1])
-        self._sigmas, self._logs = sigmas, sigmas.log()
 
-    def time(self, sigma: Tensor) -> Tensor:
-        """The fractional training step of noise levels of any shape, clamped to the table's ends."""
-        logs = self._logs.to(sigma.device)
-        wanted = sigma.double().clamp(min=1e-12).log().clamp(logs[0], logs[-1])
-        high = torch.searchsorted(logs, wanted.contiguous()).clamp(1, len(logs) - 1)
-        low_log, high_log = logs[high - 1], logs[high]
-        return (high - 1 + (wanted - low_log) / (high_log - low_log)).to(sigma.dtype)
-
-    def sigma(self, steps: Tensor) -> Tensor:
-        """Noise levels of whole training steps, float64."""
-        return self._sigmas[steps.long().cpu()]
+def ddpm_time(table: Tensor, sigma: Tensor) -> Tensor:
+    """Return the fractional training step of noise levels of any shape, log-linear between the steps of the table."""
+    logs = table.log().to(sigma.device)
+    wanted = sigma.double().clamp(min=1e-12).log().clamp(logs[0], logs[-1])
+    high = torch.searchsorted(logs, wanted.contiguous()).clamp(1, len(logs) - 1)
+    low_log, high_log = logs[high - 1], logs[high]
+    return (high - 1 + (wanted - low_log) / (high_log - low_log)).to(sigma.dtype)

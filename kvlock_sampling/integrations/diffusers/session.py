@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,26 +21,12 @@ from .schedule import sigmas_of
 _PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
 
 
-@dataclass(frozen=True)
-class Expert:
-    """One transformer and the settings of its lock."""
-
-    calls: FlowCalls
-    settings: LockSettings
-
-    @property
-    def only_scales(self) -> bool:
-        """Whether the lock can change no more than the guidance scale."""
-        return self.settings.layers is None and not self.settings.composite and not self.settings.rescale
-
-
 class Session:
     """The lock of one pipeline, over one sampling run after another. Two experts share one state.
 
     Args:
-        options: Of `KVLock`, and `source_embeds`: text of the source's own pass, (1 or batch, tokens, dim), or several
-            of the transformer's arguments by name, e.g. with their masks; default: the edit's prompt. `batched`
-            defaults to True if the policy may lock, so that nothing is kept, else to False, as the pipeline does.
+        options: Of `KVLock`, and `source_embeds`, see `locked`. `batched` defaults to True if the policy may lock, so
+            that no K/V are kept, else to False, as the pipeline does.
 
     Attributes:
         trace: What happened in the latest run; empty before the first.
@@ -56,15 +42,14 @@ class Session:
         """Set the options. Locks are made anew, each when its transformer is first seen."""
         if wrong := sorted(_PIPELINES_OWN & options.keys()):
             raise PipelineError(
-                f"{wrong[0]}= is for a lock around a denoiser; in a diffusers pipeline the schedule, the scale and the "
-                "arguments are the pipeline's.\n"
+                f"{wrong[0]}= is for a lock around a denoiser; in a diffusers pipeline the pipeline sets it.\n"
                 "  For the source's own prompt pass source_prompt='...' or source_embeds=...; leave out the rest."
             )
         self.source_embeds = options.pop("source_embeds", None)
         self.batched: bool | None = options.pop("batched", None)
         self.options = options
         self.run: Run | None = None
-        self._experts: dict[int, Expert] = {}
+        self._experts: dict[int, tuple[FlowCalls, LockSettings]] = {}
         self._placed: dict[str, Tensor] | None = None
 
     @property
@@ -72,14 +57,19 @@ class Session:
         """The trace of the latest run."""
         return Trace() if self.run is None else self.run.trace
 
-    def expert(self, network: nn.Module) -> Expert:
-        """The lock of this transformer, made when it is first seen."""
+    def expert(self, network: nn.Module) -> tuple[FlowCalls, LockSettings]:
+        """The denoiser of this transformer and the settings of its lock, made when it is first seen."""
         if id(network) not in self._experts:
             calls = FlowCalls(network, index=len(self._experts))
             settings = KVLock(calls, **self.options).settings
             batched = settings.layers is not None if self.batched is None else self.batched
-            self._experts[id(network)] = Expert(calls, replace(settings, batched=batched))
+            self._experts[id(network)] = calls, replace(settings, batched=batched)
         return self._experts[id(network)]
+
+    def only_scales(self, network: nn.Module) -> bool:
+        """Whether the lock can change no more than the guidance scale."""
+        settings = self.expert(network)[1]
+        return settings.layers is None and not settings.composite and not settings.rescale
 
     def begin(self, times: Tensor | None) -> None:
         """Begin a sampling run. `times` are its falling flow times, for policies that count steps."""
@@ -104,23 +94,22 @@ class Session:
             latents: The pipeline's state, if it is finer than what the transformer gets.
 
         Returns:
-            Answers for the conditional and the unconditional branch: both are the guided, composited velocity v, so
-            that the pipeline's own  u + w (c - u)  gives v for every w. If the lock changed nothing they are the two
-            predictions, and the pipeline's arithmetic gives its own bits.
+            Answers for the two branches: both are the guided, composited velocity v, so that the pipeline's own
+            u + w (c - u)  gives v for every w. If the lock changed nothing they are the two predictions, and the
+            pipeline's arithmetic gives its own bits.
         """
         if self.run is None:
             raise RunError("the lock saw a step before the run began; start the pipeline again.")
-        expert = self.expert(cond.network)
+        calls, settings = self.expert(cond.network)
         self._check(cond)
-        calls = expert.calls
         x, sigma = calls.at(cond, time, latents)
         branches: dict[str, Any] = {"cond": calls.branch(cond)}
         if uncond is not None:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
-        settings = replace(expert.settings, source_args=self._source_args(expert, branches["cond"]))
+        settings = replace(settings, source_args=self._source_args(calls, branches["cond"]))
         denoised = evaluate(settings, self.run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
-        if expert.only_scales and c is not None:
+        if c is not None and self.only_scales(cond.network):
             used = self.trace.steps[-1].cfg_scale
             if uncond is None:
                 return c, c
@@ -129,10 +118,10 @@ class Session:
         guided = calls.velocity(denoised)
         return guided, guided
 
-    def _source_args(self, expert: Expert, cond: dict[str, Tensor]) -> dict[str, Any]:
-        if self.source_embeds is None:
-            return {}
+    def _source_args(self, calls: FlowCalls, cond: dict[str, Tensor]) -> dict[str, Any]:
         given = self.source_embeds
+        if given is None:
+            return {}
         if isinstance(given, Tensor):
             given = {"encoder_hidden_states": given}
         if wrong := sorted(given.keys() - cond.keys()):
@@ -143,14 +132,13 @@ class Session:
         if self._placed is None:
             like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}
             self._placed = {k: v.to(cond[k].device, like[k]) for k, v in given.items()}
-        return {"cond": expert.calls.known({**cond, **self._placed})}
+        return {"cond": calls.known({**cond, **self._placed})}
 
     def _check(self, call: Call) -> None:
         steps = call.timestep.flatten()
         if call.timestep.ndim == 2 and bool((steps != steps[0]).any()):
             raise PipelineError(
-                "this pipeline gives its known first frame a timestep of its own, 0, so there is no single noise level "
-                "for the source.\n"
+                "this pipeline gives its known first frame the timestep 0, so the source has no single noise level.\n"
                 "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."
             )
         source = self.options.get("source")
@@ -158,6 +146,5 @@ class Session:
         if source is not None and source.shape[1:] != latents.shape[1:]:
             raise SourceError(
                 f"source latents have shape {tuple(source.shape)}, the pipeline's are {tuple(latents.shape)}.\n"
-                "  Call the pipeline with the clip's own size: pipe(height=..., width=..., num_frames=...), without "
-                "reference images."
+                "  Pass the clip's size, pipe(height=..., width=..., num_frames=...), and no reference images."
             )

@@ -28,14 +28,10 @@ Conditioning = dict[str, Tensor]
 
 
 class Branch(nn.Module):
-    """A transformer behind one call for all families: `branch(z, time, cond) -> prediction`, shaped like z.
+    """A pipeline's transformers behind one call for all families: `branch(z, time, cond) -> prediction`, like z.
 
-    Args:
-        transformer: The network.
-        channels: Channels of the latents.
-        call: `call(network, z, time, cond, dtype) -> prediction`, the family's way to call it.
-        transformer_2: The second expert, which runs below `boundary`; None if there is one network.
-        boundary: Time in training steps from which on `transformer` runs.
+    `call(network, z, time, cond, dtype)` is the family's way to call a network. `transformer_2`, if there is one, runs
+    below the time `boundary`, in training steps.
     """
 
     def __init__(
@@ -51,17 +47,11 @@ class Branch(nn.Module):
         self.channels, self.call, self.boundary = channels, call, boundary
 
     def forward(self, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """Call the transformer.
-
-        Args:
-            z: The model's own noisy latents, (batch, channels, time, height, width), float32 or finer.
-            time: (batch,), in training steps.
-            cond: What `PipelineVideo.prompt` returned. Floating tensors are cast to the weights' dtype.
-        """
+        """Call the transformer with the model's own noisy latents, times (batch,) in training steps, and a prompt."""
         if z.ndim != 5 or z.shape[1] != self.channels:
             raise PipelineError(
-                f"the sampler's x has shape {tuple(z.shape)}; expected latents (batch, {self.channels}, time, height, "
-                "width). Start from torch.randn_like(video.encode(clip)) * sigmas[0]."
+                f"x has shape {tuple(z.shape)}; expected latents (batch, {self.channels}, time, height, width).\n"
+                "  Start from torch.randn_like(video.encode(clip)) * sigmas[0]."
             )
         network = self.expert(time)
         dtype = getattr(network, "dtype", z.dtype)
@@ -80,7 +70,6 @@ class Branch(nn.Module):
 
 
 def finite(name: str, value: Any) -> float:
-    """Return an option that must be a number. Raises PipelineError for anything else."""
     if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
         raise PipelineError(f"{name}={value!r}; expected a finite number, e.g. {name}=6.0.")
     return float(value)
@@ -95,8 +84,7 @@ class PipelineVideo:
         negative_prompt: Text of the unconditional branch; default "".
         shift: A static flow shift instead of the scheduler's schedule.
         max_sequence_length: Text tokens per prompt, padded or cut; default: the pipeline's.
-        t_max: Flow time at which schedules begin that would begin at pure noise, t = 1 (sigma = infinity). The
-            default is sigma = 9999; above about 1e6 the rounding of a float32 state costs more than it gains.
+        t_max: Flow time, < 1, at which schedules begin that would begin at pure noise; default: sigma = 9999.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=video.prompt(text)) -> x0-hat`, for any k-diffusion sampler and `KVLock`.
@@ -137,15 +125,13 @@ class PipelineVideo:
         self._check_scheduler()
         self.denoiser = self._denoiser()
 
-    # -- what a family says -------------------------------------------------------------------------------------------
+    # -- what a family declares ---------------------------------------------------------------------------------------
 
-    @staticmethod
-    def call(network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
-        """Call the transformer; z and time are float32 or finer, cond has the weights' dtype."""
-        raise NotImplementedError
+    call: ClassVar[Callable[..., Tensor]]
+    """`call(network, z, time, cond, dtype)`: z and time are float32 or finer, cond has the weights' dtype."""
 
     def _call_options(self) -> dict[str, Any]:
-        """Keyword arguments of `call` beside the usual five: plain values, so that a KVCache can compare them."""
+        """More keyword arguments of `call`: plain values, so that a KVCache can compare them."""
         return {}
 
     def _branch(self) -> Branch:
@@ -171,7 +157,6 @@ class PipelineVideo:
 
     @property
     def channels(self) -> int:
-        """Channels of the latents."""
         return self.transformer.config.in_channels
 
     @property
@@ -194,16 +179,13 @@ class PipelineVideo:
     # -- VideoModel ---------------------------------------------------------------------------------------------------
 
     def fit(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Return the largest (frames, height, width) that the model can edit and that is no larger than this one.
-
-        Frames are 1 + a multiple of the VAE's temporal compression, sides are whole patches; at least one token.
-        """
+        """Return the largest size that the model can edit and that is no larger than this one, at least one token."""
         (t, s), (_, ph, pw) = self.compression, self.patch
         latents = self._latent_frames((max(frames, 1) - 1) // t + 1)
         return 1 + (latents - 1) * t, max(1, height // (s * ph)) * s * ph, max(1, width // (s * pw)) * s * pw
 
     def _latent_frames(self, most: int) -> int:
-        """The largest number of latent frames up to `most` that this model takes, at least its smallest."""
+        """The largest number of latent frames up to `most` that this model takes."""
         return max(1, most // self.patch[0]) * self.patch[0]
 
     def lock_mask(self, mask: Any) -> Any:
@@ -211,10 +193,9 @@ class PipelineVideo:
         return mask
 
     def given(self, clips: Tensor, mask: Any = None) -> PipelineVideo:
-        """Return this model bound to clips: it knows their size, and holds what its transformer reads of them.
+        """Return this model bound to clips: some schedules depend on the size, some transformers read a first frame.
 
-        Some schedules depend on the size; some transformers read a first frame or an inpainting condition. A prompt
-        of one text then counts for all clips.
+        A prompt of one text then counts for all clips.
 
         Args:
             clips: (3, frames, height, width) or (batch, 3, frames, height, width), in [-1, 1].
@@ -225,18 +206,15 @@ class PipelineVideo:
         """
         clips = clips if clips.ndim == 5 else clips.unsqueeze(0)
         frames, height, width = clips.shape[2:]
-        if (fitting := self.fit(frames, height, width)) != (frames, height, width):
+        if (fit := self.fit(frames, height, width)) != (frames, height, width):
             raise PipelineError(
-                f"a clip of {frames} frames of {height} x {width}; {self.family} edits e.g. {fitting[0]} of "
-                f"{fitting[1]} x {fitting[2]}.\n"
-                f"  clip = kvlock_sampling.video.read_clip(path, frames={fitting[0]}, size={fitting[1:]}, pad=True)"
-                ".pixels"
+                f"a clip of {frames} frames of {height} x {width}; {self.family} edits e.g. {fit[0]} of {fit[1]} x "
+                f"{fit[2]}.\n  clip = kv.video.read_clip(path, frames={fit[0]}, size={fit[1:]}, pad=True).pixels"
             )
         region = torch.ones(1, 1, frames, height, width) if mask is None else as_mask(mask, frames=frames).float()
         if region.shape[2:] != clips.shape[2:] or len(region) not in (1, len(clips)):
             raise PipelineError(
-                f"the mask has shape {tuple(region.shape)}; expected that of the clip's pixels, (batch or 1, 1, "
-                f"{frames}, {height}, {width}).\n"
+                f"the mask has shape {tuple(region.shape)}; expected (batch or 1, 1, {frames}, {height}, {width}).\n"
                 f"  mask = kv.masks.resize(mask, {frames}, {height}, {width})"
             )
         bound = copy.copy(self)
@@ -246,10 +224,7 @@ class PipelineVideo:
         return bound
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32, on the pipeline's device.
-
-        Takes the mode of the VAE's posterior, so the same clip gives the same latents.
-        """
+        """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32: the mode of the posterior."""
         return self._padded(codec.normalise(self.pipe.vae, codec.encode(self.pipe.vae, pixels, self.device)))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -259,24 +234,20 @@ class PipelineVideo:
             return self._decode(raw.to(self.pipe.vae.dtype)).float().clamp(-1, 1)
 
     def _padded(self, latents: Tensor) -> Tensor:
-        """Latents with the frames that the transformer wants beside the clip's."""
+        """Latents with the frames that the transformer needs beside the clip's; `_unpadded` is the inverse."""
         return latents
 
     def _unpadded(self, latents: Tensor) -> Tensor:
-        """The inverse of `_padded`."""
         return latents
 
     def _decode(self, raw: Tensor) -> Tensor:
         return self.pipe.vae.decode(raw, return_dict=False)[0]
 
     def prompt(self, texts: str | Sequence[str]) -> Conditioning:
-        """Encode prompts as the denoiser's `cond`: a dictionary of tensors, one row per text.
-
-        A text is encoded once and kept. After `given(clips)` one text stands for all clips, and the dictionary also
-        holds what the transformer reads of them.
+        """Encode prompts as the denoiser's `cond`: tensors with one row per text, and what it reads of `given` clips.
 
         Args:
-            texts: One text, or one per clip.
+            texts: One text, or one per clip. A text is encoded once and kept.
 
         Raises:
             PipelineError: Texts and clips differ in number, or a new text comes after `release_text_encoder`.
@@ -288,7 +259,7 @@ class PipelineVideo:
                 if getattr(self.pipe, "text_encoder", None) is None:
                     raise PipelineError(
                         f"prompt {text!r} was not encoded before the text encoder was released; encode all prompts "
-                        "first: video.prompt([...]), also the negative one."
+                        "first, also the negative one: video.prompt([...])."
                     )
                 with torch.no_grad():
                     self._texts[text] = self._encode_text(text)
@@ -301,7 +272,7 @@ class PipelineVideo:
         return encoded | self._clips
 
     def release_text_encoder(self) -> None:
-        """Drop the text encoders from the pipeline; prompts that were encoded before still work."""
+        """Drop the text encoders; prompts that were encoded before still work."""
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
@@ -321,7 +292,6 @@ class PipelineVideo:
         return schedule_sigmas(self._times, steps, strength, self.t_max)
 
     def _times(self, steps: int) -> Tensor:
-        """The flow times of a schedule of so many steps."""
         return flow_times(self.pipe.scheduler, num_inference_steps=steps)
 
     def _check_scheduler(self) -> None:
@@ -342,7 +312,6 @@ class PipelineVideo:
         return any(hasattr(m, "_hf_hook") or hasattr(m, "_diffusers_hook") for part in parts for m in part.modules())
 
     def _default(self, name: str, otherwise: Any) -> Any:
-        """The default of an argument of the pipeline's own call."""
         found = inspect.signature(type(self.pipe).__call__).parameters.get(name)
         return otherwise if found is None or found.default in (None, inspect.Parameter.empty) else found.default
 

@@ -13,15 +13,16 @@ Source: diffusers `pipelines/cogvideo/pipeline_cogvideox.py`; CogVideoX, arXiv 2
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .... import masks
 from ....denoisers import EpsDenoiser, Preconditioned, VDenoiser
 from ..errors import PipelineError
-from ..schedule import DiscreteClock, schedule_sigmas
+from ..schedule import ddpm_sigmas, ddpm_time, schedule_sigmas
 from .base import Conditioning, PipelineVideo
 
 
@@ -34,10 +35,7 @@ class CogVideoXVideo(PipelineVideo):
     family = "CogVideoX"
 
     @staticmethod
-    def call(
-        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, rotary: Any = None
-    ) -> Tensor:
-        """`rotary` maps latent (time, height, width) to the tables of that size, or None."""
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, rotary: Any = None) -> Tensor:
         return network(
             hidden_states=z.transpose(1, 2).to(dtype),
             encoder_hidden_states=cond["text"],
@@ -54,8 +52,7 @@ class CogVideoXVideo(PipelineVideo):
         kind = scheduler.config.get("prediction_type")
         if kind not in ("v_prediction", "epsilon") or not hasattr(scheduler, "alphas_cumprod"):
             raise PipelineError(
-                f"{type(scheduler).__name__} with prediction_type={kind!r}; CogVideoX needs 'v_prediction' or "
-                "'epsilon' and a table alphas_cumprod.\n"
+                f"{type(scheduler).__name__} with prediction_type={kind!r}; expected 'v_prediction' or 'epsilon'.\n"
                 "  pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)"
             )
         if self.shift is not None:
@@ -68,39 +65,35 @@ class CogVideoXVideo(PipelineVideo):
 
     def _denoiser(self) -> Preconditioned:
         self._tables: dict[tuple[int, int, int], Any] = {}
-        self._clock = DiscreteClock(self.pipe.scheduler.alphas_cumprod, top=self.t_max / (1 - self.t_max))
+        self._levels = ddpm_sigmas(self.pipe.scheduler.alphas_cumprod, top=self.t_max / (1 - self.t_max))
         kind = VDenoiser if self.pipe.scheduler.config.prediction_type == "v_prediction" else EpsDenoiser
-        return kind(self._branch(), time=self._clock.time, model_dtype=torch.float32)
+        return kind(self._branch(), time=partial(ddpm_time, self._levels), model_dtype=torch.float32)
 
     def _rotary(self, t: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
         if not self.transformer.config.use_rotary_positional_embeddings:
             return None
-        size = (t, h, w)
-        if size not in self._tables:
-            space = self.compression[1]
-            self._tables[size] = self.pipe._prepare_rotary_positional_embeddings(h * space, w * space, t, self.device)
-        return self._tables[size]
+        if (t, h, w) not in self._tables:
+            space, make = self.compression[1], self.pipe._prepare_rotary_positional_embeddings
+            self._tables[t, h, w] = make(h * space, w * space, t, self.device)
+        return self._tables[t, h, w]
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         """Return the noise levels of the scheduler's own steps and a final 0; see `PipelineVideo.sigmas`."""
-        return schedule_sigmas(self._times, steps, strength, t_max=1.0)  # The clock's top is finite already.
+        return schedule_sigmas(self._times, steps, strength, t_max=1.0)  # the top level is finite already
 
     def _times(self, steps: int) -> Tensor:
         scheduler = copy.deepcopy(self.pipe.scheduler)
         scheduler.set_timesteps(steps)
-        sigmas = self._clock.sigma(scheduler.timesteps).unique().flip(0)
+        sigmas = self._levels[scheduler.timesteps.long().cpu()].unique().flip(0)
         return sigmas / (1 + sigmas)
 
     def _latent_frames(self, most: int) -> int:
         return max(1, most - (most + 1) % 2)
 
     def lock_mask(self, mask: Any) -> Tensor:
-        """Return the mask at the size of the latents, (batch, 1, time, height, width).
+        """Return the mask at the latents' size, with the first frame's mask for the frame in front of 1.5's latents.
 
-        The frame in front of 1.5's latents has the first frame's mask.
-
-        Args:
-            mask: At the clip's size, as `masks.as_mask` reads. A still mask needs `given(clip)` first, for the frames.
+        A still mask needs `given(clip)` first, for the number of frames.
         """
         frames = None if self._shape is None else self._shape[2]
         temporal, spatial = self.compression

@@ -33,9 +33,9 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
 
     Args:
         pipe: A loaded pipeline of a known family: Wan, LTX, CogVideoX, HunyuanVideo or Mochi.
-        options: `cfg_scale`, `negative_prompt`, `shift`, `max_sequence_length` and `t_max` of every family, and those
-            of one: `image` (Wan image to video), `reactive` and `conditioning_scale` (VACE), `frame_rate`,
-            `decode_timestep` and `decode_noise_scale` (LTX), `embedded_guidance` and `prompt_template` (HunyuanVideo).
+        options: Of `PipelineVideo`, and of one family: `image` (Wan image to video), `reactive` and
+            `conditioning_scale` (VACE), `frame_rate`, `decode_timestep` and `decode_noise_scale` (LTX),
+            `embedded_guidance` and `prompt_template` (HunyuanVideo).
 
     Returns:
         What `edit_video(model=...)` takes.
@@ -70,15 +70,13 @@ def family_of(name: str) -> type[PipelineVideo]:
         same = f"\n  If it has the parts of {sibling}: {sibling}.from_pipe(pipe)." if sibling else ""
         raise PipelineError(
             f"{name} is of no known family; there are {', '.join(FAMILIES)}.{same}\n"
-            "  Any other model works in your own script: wrap its transformer, kv.FlowDenoiser(transformer, "
-            "time_scale=1000, call=...),\n"
-            "  and if its attention is not found, say where tokens are: kv.sdpa_layers(transformer, patch=(1, 2, 2))."
+            "  Other models: kv.KVLock(kv.FlowDenoiser(transformer, time_scale=1000, call=...), ...)."
         )
     return FAMILIES[name]
 
 
 def _options(family: type[PipelineVideo]) -> set[str]:
-    """Keyword-only arguments of the class and of the classes it passes the rest to."""
+    """Keyword-only arguments of the class and of the classes that it passes the rest to."""
     return {
         name
         for kind in family.__mro__

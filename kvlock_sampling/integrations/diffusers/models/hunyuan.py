@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import PipelineError
 from ..schedule import flow_times
@@ -33,9 +33,6 @@ class HunyuanVideo(PipelineVideo):
         embedded_guidance: The scale that the transformer reads; default: the pipeline's.
         prompt_template: The language model's instructions around the prompt; default: the pipeline's.
         options: As in `PipelineVideo`.
-
-    Raises:
-        PipelineError: The scale is no number, and as in `PipelineVideo`.
     """
 
     family = "HunyuanVideo"
@@ -53,9 +50,7 @@ class HunyuanVideo(PipelineVideo):
         super().__init__(pipe, **options)
 
     @staticmethod
-    def call(
-        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, guidance: float = 6.0
-    ) -> Tensor:
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, guidance: float = 6.0) -> Tensor:
         return network(
             hidden_states=z.to(dtype),
             timestep=time,
@@ -99,10 +94,7 @@ class Hunyuan15Video(PipelineVideo):
         super().__init__(pipe, **options)
 
     @staticmethod
-    def call(
-        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, image: Any = (1, 1)
-    ) -> Tensor:
-        """`image` is (tokens, dim) of the image features, which are zero."""
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, image: Any = (1, 1)) -> Tensor:
         no_frame = z.new_zeros(len(z), z.shape[1] + 1, *z.shape[2:])  # no first frame, and a mask that says so
         return network(
             hidden_states=torch.cat([z, no_frame], dim=1).to(dtype),

@@ -35,11 +35,9 @@ def load_pipeline(
 
     Args:
         folder: What `pipe.save_pretrained(folder)` or a download wrote; it holds model_index.json.
-        dtype: Of the weights, e.g. "bfloat16"; default: bfloat16 on an accelerator, float32 on a CPU. The sampling
-            state is float32 for any weights.
+        dtype: Of the weights, e.g. "bfloat16"; default: bfloat16 on an accelerator, float32 on a CPU.
         device: Where to compute; default: the accelerator, or the CPU.
-        offload: "none": everything on the device. "model": one network at a time, the others in host memory.
-            "group": one layer at a time, the least device memory and the slowest. Results are the same.
+        offload: "none"; "model": one network on the device at a time; "group": one layer at a time, the slowest.
         vae_dtype: Of the VAE; default float32, because its round trip is the ceiling of every edit.
         tile_vae: Encode and decode in overlapping tiles: less memory for large clips, faint seams.
         options: As in `from_pipeline`.
@@ -56,10 +54,11 @@ def load_pipeline(
     family_of(kind)
     if offload not in get_args(Offload):
         raise PipelineError(f"offload={offload!r}; expected one of {', '.join(get_args(Offload))}.")
-    place = default_device() if device is None else torch.device(device)
+    default = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    place = torch.device(default if device is None else device)
     weights = _dtype(dtype, place)
     with broken_torchvision_hidden(), warnings.catch_warnings():
-        # Newer versions say dtype=; this name works in all versions that we accept.
+        # Newer versions say dtype=; this name works in all accepted versions.
         warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
         diffusers, _ = require("diffusers", "diffusers"), require("transformers", "diffusers")
         try:
@@ -69,8 +68,7 @@ def load_pipeline(
         except Exception as error:  # A damaged folder makes diffusers and safetensors raise almost anything.
             raise PipelineError(
                 f"{folder} could not be loaded as {kind}; is the download complete? {str(error).strip()[:500]}\n"
-                "  hf download NAME --local-dir FOLDER, or git lfs pull in a git clone; if a package is missing:\n"
-                "  pip install 'kvlock-sampling[diffusers]'"
+                "  hf download NAME --local-dir FOLDER; for packages: pip install 'kvlock-sampling[diffusers]'"
             ) from error
     pipe.set_progress_bar_config(disable=True)
     if tile_vae:
@@ -81,15 +79,11 @@ def load_pipeline(
 
 
 def is_pipeline_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a folder of diffusers, as opposed to weights of the embedded model."""
     return (Path(path) / INDEX).is_file()
 
 
 def place_pipeline(pipe: Any, device: torch.device | str, offload: Offload = "none") -> None:
-    """Put a loaded pipeline on a device, whole or part by part; see `load_pipeline`.
-
-    On a CPU offloading saves nothing, but runs the same hooks.
-    """
+    """Put a loaded pipeline on a device, whole or part by part; see `load_pipeline`."""
     device = torch.device(device)
     if device.type == "cpu":
         _align(pipe)
@@ -98,7 +92,6 @@ def place_pipeline(pipe: Any, device: torch.device | str, offload: Offload = "no
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
-        # Streams overlap copying with computing on CUDA.
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
 
 
@@ -116,16 +109,9 @@ def warn_if_too_large(pipe: Any, device: torch.device, offload: Offload) -> None
         )
 
 
-def default_device() -> torch.device:
-    """The accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def _align(pipe: Any) -> None:
-    """Copy weights that do not begin at a multiple of 64 bytes, as weights mapped from files may.
-
-    CPU kernels round by where a tensor begins, and offloading copies some tensors: without this, results would depend
-    on how a model was loaded.
+    """Copy weights that do not begin at a multiple of 64 bytes: CPU kernels round by where a tensor begins, so results
+    would depend on how a model was loaded.
     """
     for tensor in (t for module in _modules(pipe) for t in (*module.parameters(), *module.buffers())):
         if tensor.data_ptr() % 64:
@@ -141,8 +127,8 @@ def _class_name(folder: Path) -> str:
     if not index.is_file():
         state = "does not exist" if not folder.exists() else f"holds no {INDEX}"
         raise PipelineError(
-            f"{folder} {state}; expected a folder of diffusers, as pipe.save_pretrained(folder) writes it, or a "
-            "download:\n  hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir wan"
+            f"{folder} {state}; expected a folder that pipe.save_pretrained(folder) wrote, or a download:\n"
+            "  hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir wan"
         )
     try:
         name = json.loads(index.read_text())["_class_name"]

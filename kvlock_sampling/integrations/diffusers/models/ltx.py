@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....utils.torchvision import broken_torchvision_hidden
 from ..errors import PipelineError
@@ -35,9 +35,6 @@ class LTXVideo(PipelineVideo):
         decode_timestep: Flow time left to the VAE, of VAEs that denoise.
         decode_noise_scale: Noise added for it; default: `decode_timestep`.
         options: As in `PipelineVideo`.
-
-    Raises:
-        PipelineError: An option is no number, and as in `PipelineVideo`.
     """
 
     family = "LTX-Video"
@@ -62,13 +59,7 @@ class LTXVideo(PipelineVideo):
 
     @staticmethod
     def call(
-        network: nn.Module,
-        z: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        dtype: torch.dtype,
-        patch: tuple[int, int, int] = (1, 1, 1),
-        scale: tuple[float, float, float] = (8 / 25, 32, 32),
+        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, *, patch: Any, scale: Any
     ) -> Tensor:
         """`scale` is seconds and pixels per latent, of the rotary embedding."""
         t, h, w = (size // step for size, step in zip(z.shape[2:], patch, strict=True))
@@ -102,12 +93,11 @@ class LTXVideo(PipelineVideo):
         return flow_times(self.pipe.scheduler, num_inference_steps=steps, **given)
 
     def _mu(self, config: Any) -> float:
-        """Logarithm of the shift: linear in the number of latents, through two points that the scheduler names."""
+        """Logarithm of the shift: linear in the number of latents."""
         if self._shape is None:
             raise PipelineError(
                 "LTX-Video's schedule depends on the size of the clip, which is not known yet.\n"
-                "  sigmas = kv.from_pipeline(pipe).given(clip).sigmas(30), or a static shift: "
-                "kv.from_pipeline(pipe, shift=3.0)."
+                "  kv.from_pipeline(pipe).given(clip).sigmas(30), or a static shift: kv.from_pipeline(pipe, shift=3.0)."
             )
         with broken_torchvision_hidden():
             from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....utils.torchvision import broken_torchvision_hidden
 from ..schedule import flow_times, train_steps
@@ -32,9 +31,7 @@ class MochiVideo(PipelineVideo):
     prompt_parts = ("text", "mask")
 
     @staticmethod
-    def call(
-        network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, steps: float = 1000.0
-    ) -> Tensor:
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, steps: float = 1000.0) -> Tensor:
         return -network(
             hidden_states=z.to(dtype),
             encoder_hidden_states=cond["text"],

@@ -7,7 +7,7 @@
 - Image to video of the others: 4 channels that say which frames are given and the latents of (first frame, then grey)
   follow the 16 noisy channels; Wan 2.1 also reads the frame's CLIP features.
 - VACE reads latents of what is kept, latents of what is to change, and the mask folded into 64 channels. Reference
-  images are not offered: the pipeline generates them as extra frames, and a lock has no source for those.
+  images would be extra frames, for which a lock has no source.
 
 Sources: diffusers `pipelines/wan/`, whose own functions fold VACE's control; Wan, arXiv 2503.20314; VACE, 2503.07598.
 """
@@ -31,9 +31,7 @@ class WanVideo(PipelineVideo):
     family = "Wan"
 
     @staticmethod
-    def call(
-        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, per_token: bool = False
-    ) -> Tensor:
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, per_token: bool = False) -> Tensor:
         times = token_times(network, z, time) if per_token else time
         return _ask(network, z.to(dtype), times, cond)
 
@@ -53,12 +51,8 @@ class WanImageVideo(WanVideo):
 
     Args:
         pipe: The pipeline.
-        image: The frame to start from, (3, height, width) in [-1, 1], e.g. the first frame edited by an image model;
-            default: the clip's own first frame.
+        image: The frame to start from, (3, height, width) in [-1, 1]; default: the clip's own first frame.
         options: As in `PipelineVideo`.
-
-    Raises:
-        PipelineError: The image has another size than the clip (raised by `given`), and as in `PipelineVideo`.
     """
 
     def __init__(self, pipe: Any, *, image: Tensor | None = None, **options: Any) -> None:
@@ -66,14 +60,8 @@ class WanImageVideo(WanVideo):
         super().__init__(pipe, **options)
 
     @staticmethod
-    def call(
-        network: Any,
-        z: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        dtype: torch.dtype,
-        per_token: bool = False,
-        steps: float = 1000.0,
+    def call(  # type: ignore[override]
+        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, *, per_token: bool, steps: float
     ) -> Tensor:
         if "frame" not in cond:
             raise PipelineError(
@@ -105,10 +93,8 @@ class WanImageVideo(WanVideo):
         first = clips[:, :, :1]
         if self.image is not None:
             if self.image.shape != clips.shape[1:2] + clips.shape[3:]:
-                raise PipelineError(
-                    f"image has shape {tuple(self.image.shape)}; expected (3, height, width) of the clip, "
-                    f"(3, {clips.shape[3]}, {clips.shape[4]}), in [-1, 1]."
-                )
+                got, fits = tuple(self.image.shape), (3, *clips.shape[3:])
+                raise PipelineError(f"image has shape {got}; expected (3, height, width) = {fits}, in [-1, 1].")
             first = self.image[None, :, None].to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {"features": self._features(first)} if self.transformer.config.image_dim is not None else {}
         if self.pipe.config.get("expand_timesteps"):
@@ -120,7 +106,6 @@ class WanImageVideo(WanVideo):
         return {"frame": torch.cat([given, latents], dim=1), **found}
 
     def _features(self, first: Tensor) -> Tensor:
-        """CLIP features of the first frames, (batch, patches, dim)."""
         if getattr(self.pipe, "image_encoder", None) is None:
             raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
         images = [pixels[:, 0].float().cpu() for pixels in first.add(1).div(2).clamp(0, 1)]
@@ -138,18 +123,10 @@ class WanVaceVideo(WanVideo):
         reactive: What the model sees where the mask is 1: "grey" (VACE's inpainting), or "clip", the old content.
         conditioning_scale: Strength of the control.
         options: As in `PipelineVideo`.
-
-    Raises:
-        PipelineError: Another `reactive`, a strength that is no number, and as in `PipelineVideo`.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        *,
-        reactive: Literal["grey", "clip"] = "grey",
-        conditioning_scale: float = 1.0,
-        **options: Any,
+        self, pipe: Any, *, reactive: Literal["grey", "clip"] = "grey", conditioning_scale: float = 1.0, **options: Any
     ) -> None:
         if reactive not in ("grey", "clip"):
             raise PipelineError(f"reactive={reactive!r}; expected 'grey' (inpainting) or 'clip' (the old content).")
@@ -157,9 +134,7 @@ class WanVaceVideo(WanVideo):
         super().__init__(pipe, **options)
 
     @staticmethod
-    def call(
-        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: torch.dtype, per_token: bool = False
-    ) -> Tensor:
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, per_token: bool = False) -> Tensor:
         if "control" not in cond:
             raise PipelineError(
                 "VACE reads the clip and its mask, which this prompt does not hold.\n"
@@ -184,11 +159,9 @@ class WanVaceVideo(WanVideo):
 
 
 def token_times(network: Any, z: Tensor, time: Tensor) -> Tensor:
-    """The time of every token, (batch, tokens)."""
     t, h, w = (size // step for size, step in zip(z.shape[2:], network.config.patch_size, strict=True))
     return time[:, None].expand(-1, t * h * w)
 
 
 def _ask(network: nn.Module, z: Tensor, times: Tensor, cond: Conditioning, **read: Any) -> Tensor:
-    """One call of a Wan transformer; the velocity."""
     return network(hidden_states=z, timestep=times, encoder_hidden_states=cond["text"], return_dict=False, **read)[0]

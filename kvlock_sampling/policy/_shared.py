@@ -1,13 +1,17 @@
-"""Check the settings of a policy when it is made; an error shows a setting that works."""
+"""What several policies share: checks of settings, the clock, and one guidance scale per clip."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from math import inf, isfinite, nan
 from typing import Any, TypeAlias
 
-from ..types import PolicyError
+import torch
+from torch import Tensor
+
+from ..types import Observation, PolicyError
 
 Range: TypeAlias = tuple[float, float]
 
@@ -47,9 +51,33 @@ def reject(policy: Any, name: str, expected: str, example: Any) -> None:
 
 
 def _finite(value: Any) -> float | None:
-    """The value as a float, or None if it is no finite real number."""
     try:
         given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else nan
     except OverflowError:
         return None
     return given if isfinite(given) else None
+
+
+def elapsed(previous: float | None, sigma: float) -> float:
+    """Time since `previous` on the clock -log(sigma) of every policy, >= 0; 0 at the first step."""
+    return 0.0 if previous is None else max(0.0, math.log(previous / sigma))
+
+
+def worst(value: Tensor) -> Tensor:
+    """The largest value of each clip, (batch, tokens) -> (batch,), because guidance has one scale per clip."""
+    return value.amax(dim=tuple(range(1, value.ndim))) if value.ndim > 1 else value
+
+
+def between(limits: Range, fraction: Tensor) -> Tensor:
+    """limits[0] at fraction 0, limits[1] at fraction 1, never outside; `limits` may fall. Keeps shape and dtype."""
+    low, high = limits
+    return (low + (high - low) * fraction).clamp(min(limits), max(limits))
+
+
+def scaled_cfg(obs: Observation, limits: Range, fraction: Tensor | float) -> Tensor | None:
+    """The requested guidance scale times `between(limits, fraction)`, (batch,); None for limits (1, 1)."""
+    if limits == (1.0, 1.0):
+        return None
+    requested = obs.requested_cfg_scale
+    fraction = torch.as_tensor(fraction, device=requested.device)
+    return requested * between(limits, worst(fraction)).to(requested.dtype)

@@ -62,8 +62,8 @@ def loops() -> str:
             "### Open loop: how the signal answers\n\nd(log variance) per unit of lock, and of guidance scale, "
             f"mean ± standard error over {record['scenes']} edits.",
             table(["estimator", "actuator", "sigma", "slope"], open_rows),
-            "### Closed loop against constants\n\nEvery scheduling preset against a constant setting with the same mean "
-            "lock and mean scale, paired by scene and noise.",
+            "### Closed loop against constants\n\nEvery scheduling preset against a constant setting with the same "
+            "mean lock and mean scale, paired by scene and noise.",
             table(
                 ["policy", "mean lock", "scale", "PSNR", "both right", "constant PSNR", "both right", "difference, dB"],
                 closed,
@@ -148,8 +148,8 @@ def main() -> None:
         "## Loops\n\n`python benchmarks/loops.py`\n\n" + loops(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. 32 further scenes, full lock, 30 "
-        "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard error; "
-        "change of pixels from the full lock's, relative to the change that the lock itself makes, mean and maximum.\n\n"
+        "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "
+        "error; change of pixels from the full lock's, relative to the change that the lock makes: mean, maximum.\n\n"
         + quality(load("cost")),
         "## Hallucination on the 2D grid\n\n`python benchmarks/hallucination.py`. The 25-mode Gaussian grid of "
         "arXiv 2406.09358 and its sharper variant of arXiv 2605.06831, networks trained here ("

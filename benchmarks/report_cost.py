@@ -56,8 +56,8 @@ def speed(record: dict) -> str:
     where = f"{about['device']}, {about['dtype']}, {about['threads']} threads, torch {about['torch']}"
     return (
         f"Time per evaluation over that of plain guidance, median of interleaved rounds (least to most), on {where}. "
-        "Memory is the peak beyond weights and inputs, with the KV cache, over that of plain guidance; the largest of the "
-        "row.\n\n" + "\n\n".join(parts)
+        "Memory is the peak beyond weights and inputs, with the KV cache, over that of plain guidance; the largest of "
+        "the row.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -90,9 +90,8 @@ def _ends(record: dict) -> tuple[int, int]:
 
 def where(record: dict) -> str:
     kinds = [name for name in record["rows"][0] if name not in ("way", "seconds")]
-    named = WAYS | {
-        "foreground, KV cache every 3": "lock 1, edited tokens only, with a KV cache and a source pass at every third evaluation"
-    }
+    cached = "with a KV cache and a source pass at every third evaluation"
+    named = WAYS | {"foreground, KV cache every 3": f"lock 1, edited tokens only, {cached}"}
     body = [[named[r["way"]], *(f"{r[name]:.1%}" for name in kinds)] for r in record["rows"]]
     about = f"{record['model']}, a quarter of the tokens edited, {record['threads']} threads, by torch's profiler:"
     return f"{about}\n\n{table(['way', *kinds], body)}"

@@ -11,7 +11,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("policies/README.md", "benchmarks/measured.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = {name: name for name in ("policies/README.md", "benchmarks/measured.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+PAGES["README.md"] = "getting-started.md"  # the site reads README.md of a folder as its index
 LINK = re.compile(r"(\]\(|(?:src|href)=\")([^)\s\"#]+)")
 
 
@@ -20,14 +21,15 @@ def on_files(files: Files, config: Any) -> Files:
     pages = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
     linked = {target for page in pages for target in _targets(page) if (ROOT / target).is_file()}
     for path in sorted({*PAGES, *linked}):
-        if not path.startswith("docs/") and path != "README.md":
-            files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+        if not path.startswith("docs/"):
+            files.append(File.generated(config, _on_site(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite links between repository paths to links between site paths."""
-    here = page.file.src_uri if page.file.src_uri in PAGES else f"docs/{page.file.src_uri}"
+    outside = {site: path for path, site in PAGES.items()}
+    here = outside.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def moved(found: re.Match[str]) -> str:
         target = _resolve(here, found[2])
@@ -48,4 +50,4 @@ def _resolve(page: str, link: str) -> str:
 
 
 def _on_site(path: str) -> str:
-    return "index.md" if path == "README.md" else path.removeprefix("docs/")
+    return PAGES.get(path, path.removeprefix("docs/"))

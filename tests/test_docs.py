@@ -224,12 +224,15 @@ def test_doctests(name: str) -> None:
     assert result.failed == 0
 
 
-def test_the_checks_see_what_they_shall_see(tmp_path: Path) -> None:
+def test_the_checks_find_mistakes(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- run:\nx = 1\n-->\n<!-- skip: no GPU -->\n```python\n1 / 0\n```\n[b](c.md#d) `[e](f)`\n")
     assert [(b.code, b.line, b.skipped) for b in blocks(page)] == [("x = 1", 2, False), ("1 / 0", 6, True)]
     with pytest.raises(AssertionError, match=r"c\.md"):
         test_every_link_and_picture_exists(page)
+    page.write_text("```python\nfrom kvlock_sampling.app.calibration import scenes\n```\n")
+    with pytest.raises(AssertionError, match=r"app\.calibration"):
+        test_every_import_of_the_package_exists(page)
     check_command(["edit", "c.mp4", "--mask", "m.png", "--prompt", "a red circle", "-o", "out.mp4"])
     with pytest.raises(AssertionError, match="no option --polcy"):
         check_command(["edit", "c.mp4", "--polcy", "paper"])

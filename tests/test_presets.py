@@ -303,3 +303,4 @@ def test_presets_reach_people_who_use_pip(tmp_path):
     assert names.split() == preset_names()
     assert paper == repr(load_policy("paper"))
     assert presets.__file__ != where
+    assert (target / "kvlock_sampling" / "py.typed").is_file()

@@ -47,7 +47,7 @@ class Hooks:
     def run(self, context: FusionContext, call: Callable[[], T], *, may_skip: bool = False) -> T:
         """Make one call of the model in which the layers act on `context`; its record says which layers did.
 
-        Raises AttentionError if no layer has fired in the whole run, or if one is missing that no step cache `may_skip`.
+        Raises AttentionError if no layer has fired in the run, or one is missing that no step cache `may_skip`.
         """
         if torch.is_grad_enabled() and any(getattr(n, "gradient_checkpointing", False) for n in self.layers.networks):
             raise AttentionError(

@@ -40,10 +40,11 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
 
 def wan_parts(d: Any) -> dict[str, Any]:
     sizes = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    encoder = t5("UMT5")  # first: the weights depend on the order
     vae = d.AutoencoderKLWan(**sizes, temperal_downsample=[False, True, True])
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     scheduler = d.UniPCMultistepScheduler(**flow)
-    return {"tokenizer": tokenizer(), "text_encoder": t5("UMT5"), "vae": vae, "scheduler": scheduler}
+    return {"tokenizer": tokenizer(), "text_encoder": encoder, "vae": vae, "scheduler": scheduler}
 
 
 def finished(pipe: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...attention import AttentionLayers
 from ...masks.fitted import FittedMask, as_transition
-from ...policy import Policy, as_policy
+from ...policy import as_policy
 from ...presets import load_policy, to_toml
 from ...source import Source, check_noise
 from ...trace import Trace
@@ -104,7 +104,10 @@ class KVLockGuider(ClassifierFreeGuidance):
         self.guidance_scale, self.guidance_rescale, self.use_original_formulation = guidance_scale, 0.0, False
         named = isinstance(policy, (str, os.PathLike))
         checked = load_policy(policy) if named else as_policy(policy)
-        self.register_to_config(policy=os.fspath(policy) if named else _as_text(checked))
+        text = os.fspath(policy) if named else None
+        with suppress(PolicyError):  # a policy that is code has no text
+            text = text or to_toml(checked)
+        self.register_to_config(policy=text)
         as_transition(transition)
         self._policy = policy
         self._given: dict[str, Any] = dict.fromkeys(_EDITED)
@@ -228,11 +231,3 @@ class KVLockGuider(ClassifierFreeGuidance):
         if scheduler is not None:
             return scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :]
         return None if self._times is None else self._times / 1000.0
-
-
-def _as_text(policy: Policy) -> str | None:
-    """A policy as TOML; None if it is code."""
-    try:
-        return to_toml(policy)
-    except PolicyError:
-        return None

@@ -31,12 +31,13 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
     check_floats(clips)
     _check_shape(clips, vae)
     check_pixels(clips)
-    return normalise(vae, encode(vae, clips, vae.device))
+    return encode(vae, clips, vae.device)
 
 
 def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
+    """Checked clips as the transformer sees them, float32."""
     with torch.no_grad():
-        return vae.encode(clips.to(device, vae.dtype)).latent_dist.mode().float()
+        return normalise(vae, vae.encode(clips.to(device, vae.dtype)).latent_dist.mode().float())
 
 
 def normalise(vae: Any, latents: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from ..errors import PipelineError
 from .base import PipelineVideo
-from .families import FAMILIES, from_pipeline
-from .load import load_pipeline
+from .load import FAMILIES, from_pipeline, load_pipeline
 
 __all__ = ["FAMILIES", "PipelineError", "PipelineVideo", "from_pipeline", "load_pipeline"]

@@ -125,8 +125,6 @@ class PipelineVideo:
         self._check_scheduler()
         self.denoiser = self._denoiser()
 
-    # -- what a family declares ---------------------------------------------------------------------------------------
-
     call: ClassVar[Callable[..., Tensor]]
     """`call(network, z, time, cond, dtype)`: z and time are float32 or finer, cond has the weights' dtype."""
 
@@ -146,9 +144,8 @@ class PipelineVideo:
 
     def _encode_text(self, text: str) -> Conditioning:
         """What the transformer reads of one prompt; every tensor has a first axis of 1."""
-        encoded = self.pipe.encode_prompt(
-            [text], do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length, device=self.device
-        )
+        given = {"max_sequence_length": self.max_sequence_length, "device": self.device}
+        encoded = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, **given)
         return dict(zip(self.prompt_parts, encoded, strict=False))  # Negative prompts follow, and are None.
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
@@ -175,8 +172,6 @@ class PipelineVideo:
         config = self.transformer.config
         size = config.patch_size
         return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
-
-    # -- VideoModel ---------------------------------------------------------------------------------------------------
 
     def fit(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the largest size that the model can edit and that is no larger than this one, at least one token."""
@@ -225,7 +220,7 @@ class PipelineVideo:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32: the mode of the posterior."""
-        return self._padded(codec.normalise(self.pipe.vae, codec.encode(self.pipe.vae, pixels, self.device)))
+        return self._padded(codec.encode(self.pipe.vae, pixels, self.device))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to clips in [-1, 1], float32."""
@@ -265,17 +260,14 @@ class PipelineVideo:
                     self._texts[text] = self._encode_text(text)
         rows = [self._texts[text] for text in texts]
         encoded = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        if wrong := [k for k, v in self._clips.items() if len(v) != len(texts)]:
-            raise PipelineError(
-                f"{len(texts)} prompts for {len(self._clips[wrong[0]])} clips; give one text, or one per clip."
-            )
+        if self._clips and self._shape is not None and len(texts) != count:
+            raise PipelineError(f"{len(texts)} prompts for {count} clips; give one text, or one per clip.")
         return encoded | self._clips
 
     def release_text_encoder(self) -> None:
         """Drop the text encoders; prompts that were encoded before still work."""
-        for name in ("text_encoder", "text_encoder_2"):
-            if getattr(self.pipe, name, None) is not None:
-                setattr(self.pipe, name, None)
+        for name in {"text_encoder", "text_encoder_2"} & vars(self.pipe).keys():
+            setattr(self.pipe, name, None)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         """Return the schedule of the pipeline's scheduler: `steps` noise levels and a final 0.
@@ -298,8 +290,6 @@ class PipelineVideo:
     def _check_scheduler(self) -> None:
         if self.shift is None:
             check_flow(self.pipe.scheduler, self.family)
-
-    # -- help for the families ----------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:

@@ -66,11 +66,9 @@ class HunyuanVideo(PipelineVideo):
         return {"guidance": finite("embedded_guidance", scale)}
 
     def _encode_text(self, text: str) -> Conditioning:
-        template = {} if self.prompt_template is None else {"prompt_template": self.prompt_template}
-        embeds, pooled, mask = self.pipe.encode_prompt(
-            [text], max_sequence_length=self.max_sequence_length, device=self.device, **template
-        )
-        return {"text": embeds, "mask": mask, "pooled": pooled}
+        given: dict[str, Any] = {"max_sequence_length": self.max_sequence_length, "device": self.device}
+        given |= {} if self.prompt_template is None else {"prompt_template": self.prompt_template}
+        return dict(zip(("text", "pooled", "mask"), self.pipe.encode_prompt([text], **given), strict=True))
 
     def _times(self, steps: int) -> Tensor:
         return flow_times(self.pipe.scheduler, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])

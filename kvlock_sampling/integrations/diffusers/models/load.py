@@ -1,7 +1,9 @@
-"""Load a diffusers folder (`save_pretrained`) as a model to edit with, and place it. Nothing is downloaded."""
+"""The families of pipelines: `from_pipeline`, and `load_pipeline` for a folder. Nothing is downloaded."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import os
 import warnings
@@ -14,11 +16,74 @@ from ....utils.extras import require
 from ....utils.torchvision import broken_torchvision_hidden
 from ..errors import PipelineError
 from .base import PipelineVideo
-from .families import family_of, from_pipeline
+from .cogvideox import CogVideoXVideo
+from .hunyuan import Hunyuan15Video, HunyuanVideo
+from .ltx import LTXVideo
+from .mochi import MochiVideo
+from .wan import WanImageVideo, WanVaceVideo, WanVideo
 
 Offload = Literal["none", "model", "group"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model_index.json"
+
+FAMILIES: dict[str, type[PipelineVideo]] = {
+    "WanPipeline": WanVideo,
+    "WanVideoToVideoPipeline": WanVideo,
+    "WanImageToVideoPipeline": WanImageVideo,
+    "WanVACEPipeline": WanVaceVideo,
+    "LTXPipeline": LTXVideo,
+    "CogVideoXPipeline": CogVideoXVideo,
+    "CogVideoXVideoToVideoPipeline": CogVideoXVideo,
+    "HunyuanVideoPipeline": HunyuanVideo,
+    "HunyuanVideo15Pipeline": Hunyuan15Video,
+    "MochiPipeline": MochiVideo,
+}
+
+
+def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
+    """Make a diffusers pipeline a model for `edit_video` and `KVLock`: a denoiser with its VAE, prompts and schedule.
+
+    Args:
+        pipe: A loaded pipeline of a known family: Wan, LTX, CogVideoX, HunyuanVideo or Mochi.
+        options: Of `PipelineVideo`, and of one family: `image` (Wan image to video), `reactive` and
+            `conditioning_scale` (VACE), `frame_rate`, `decode_timestep` and `decode_noise_scale` (LTX),
+            `embedded_guidance` and `prompt_template` (HunyuanVideo).
+
+    Raises:
+        PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
+
+    >>> from kvlock_sampling.testing.pipelines import tiny_pipeline
+    >>> model = kv.from_pipeline(tiny_pipeline("wan"))
+    >>> model.sigmas(3).shape, model.prompt("a red square")["text"].shape
+    (torch.Size([4]), torch.Size([1, 512, 32]))
+    """
+    names = [kind.__name__ for kind in type(pipe).__mro__]  # A user's subclass is of the family, too.
+    family = family_of(next((name for name in names if name in FAMILIES), names[0]))
+    # Keyword-only arguments of the class and of the classes that it passes the rest to.
+    makers = (inspect.signature(vars(kind)["__init__"]) for kind in family.__mro__ if "__init__" in vars(kind))
+    known = {name for maker in makers for name, p in maker.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    if wrong := sorted(options.keys() - known):
+        near = difflib.get_close_matches(wrong[0], known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise PipelineError(
+            f"{wrong[0]!r} is no option for {type(pipe).__name__}.{hint} There are: {', '.join(sorted(known))}."
+        )
+    return family(pipe, **options)
+
+
+def family_of(name: str) -> type[PipelineVideo]:
+    """Return the class for pipelines of this class name. Raises PipelineError for an unknown one."""
+    if name not in FAMILIES:
+        stem = next(
+            (s for s in ("CogVideoX", "HunyuanVideo15", "HunyuanVideo", "Wan", "LTX") if name.startswith(s)), "?"
+        )
+        sibling = next((known for known in FAMILIES if known.startswith(stem)), None)
+        same = f"\n  If it has the parts of {sibling}: {sibling}.from_pipe(pipe)." if sibling else ""
+        raise PipelineError(
+            f"{name} is of no known family; there are {', '.join(FAMILIES)}.{same}\n"
+            "  Other models: kv.KVLock(kv.FlowDenoiser(transformer, time_scale=1000, call=...), ...)."
+        )
+    return FAMILIES[name]
 
 
 def load_pipeline(
@@ -31,7 +96,7 @@ def load_pipeline(
     tile_vae: bool = False,
     **options: Any,
 ) -> PipelineVideo:
-    """Load a pipeline from a folder and make it a model to edit with.
+    """Load a pipeline from a folder and make it a model for `edit_video` and `KVLock`.
 
     Args:
         folder: What `pipe.save_pretrained(folder)` or a download wrote; it holds model_index.json.
@@ -41,9 +106,6 @@ def load_pipeline(
         vae_dtype: Of the VAE; default float32, because its round trip is the ceiling of every edit.
         tile_vae: Encode and decode in overlapping tiles: less memory for large clips, faint seams.
         options: As in `from_pipeline`.
-
-    Returns:
-        What `edit_video(model=...)` takes.
 
     Raises:
         PipelineError: The folder does not exist, is of an unknown family, or is incomplete; an option is unknown.
@@ -131,17 +193,14 @@ def _class_name(folder: Path) -> str:
             "  hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir wan"
         )
     try:
-        name = json.loads(index.read_text())["_class_name"]
+        return str(json.loads(index.read_text())["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(f"{index} names no pipeline class ({error!r}); is the download complete?") from error
-    return str(name)
 
 
 def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
+    if isinstance(dtype, str) and dtype not in DTYPES:
         raise PipelineError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    return DTYPES[dtype] if isinstance(dtype, str) else dtype

@@ -209,7 +209,10 @@ class VDenoiser(EpsDenoiser):
 
 
 class CFGDenoiser(DenoiserWrapper):
-    """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond]."""
+    """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond].
+
+    Raises DenoiserError if branches differ in shape.
+    """
 
     def forward(
         self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor

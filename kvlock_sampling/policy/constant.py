@@ -18,6 +18,8 @@ from .base import Policy
 class Constant(Policy):
     """The same lock at every evaluation, including the first.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.
         cfg_scale: Absolute guidance scale. Defaults to None, the requested scale.

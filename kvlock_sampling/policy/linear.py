@@ -18,6 +18,8 @@ from .base import Policy
 class Linear(Policy):
     """The paper's rule: lock and guidance rise in proportion to risk.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         gain: Lock per unit of risk, > 0. Defaults to 1, which locks fully at the threshold.
         cfg_max: Largest multiple of the requested scale, >= 0. None leaves guidance as requested. Defaults to 2.

@@ -27,6 +27,8 @@ class PID(Policy):
 
     Its state is (sigma, log risk, ki * integral(e dt), filtered slope of log risk, u) of the last step.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         target: Risk > 0 to hold. Defaults to 1, the calibrated threshold.
         kp: Lock per unit of log(risk / target). Defaults to 0.1. A positive gain locks more at higher risk.

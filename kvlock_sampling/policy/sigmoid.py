@@ -20,6 +20,8 @@ from .base import Policy
 class Sigmoid(Policy):
     """A soft threshold without memory.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         centre: Risk > 0 at which the curve is half way. Defaults to 1, the calibrated threshold.
         width: Width in log risk, > 0: from 27% to 73% of the way risk rises by exp(2 * width). Defaults to 0.5.

@@ -22,6 +22,8 @@ class Threshold(Policy):
 
     Its state is a bool tensor shaped like `obs.risk`: which clips are locked.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         on: Risk > 0 above which a clip (or token) locks. Defaults to 1, the calibrated threshold.
         off: Risk in [0, on] below which it is free again. Defaults to 0.7.

@@ -107,6 +107,8 @@ class LockAbove(PolicyWrapper):
     The first evaluation below `above` is still locked, because a lock acts on the next evaluation. Source:
     Follow-Your-Shape (arXiv 2508.08134), where all keys and values are the source's in the first 2 steps.
 
+    Raises PolicyError for a setting out of range.
+
     Args:
         policy: The inner policy, or a function of an Observation.
         above: Noise level > 0. At this sigma and higher the lock is at least `lock`.
@@ -132,6 +134,8 @@ class LockAbove(PolicyWrapper):
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
     """The inner policy's lock and guidance scale, kept within limits.
+
+    Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -163,7 +167,7 @@ class Smoothed(PolicyWrapper):
     """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
     It begins at the inner policy's `start`. The inner policy's `composite` passes unchanged. The state is (inner state,
-    noise level and control of the last step).
+    noise level and control of the last step). Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.

@@ -36,6 +36,8 @@ class Entry(NamedTuple):
 class TrajectoryVariance(Estimator):
     """Variance of x0-hat along the trajectory.
 
+    Raises EstimatorError for a setting out of range.
+
     Args:
         window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.
         span: Keep predictions at sigmas up to `span` > 1 times the present one, and always the one before; the same

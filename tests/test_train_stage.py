@@ -1,0 +1,113 @@
+"""Training the model of the stage: batches repeat, old weights load, a killed run resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from world import train_stage
+from world.stage import WORDS, tokenize
+from world.stage_samples import sample, write_sheet
+from world.train_stage import StageWan, build_optimizers, contrast_loss, flow_errors, load_weights, make_batch, train
+
+
+def test_the_same_step_gives_the_same_batch() -> None:
+    (clips, words), (again, words_again) = make_batch(3, 4), make_batch(3, 4)
+    assert torch.equal(clips, again)
+    assert torch.equal(words, words_again)
+    assert not torch.equal(clips, make_batch(4, 4)[0])
+
+
+def test_each_scene_comes_with_and_without_its_post() -> None:
+    clips, words = make_batch(0, 8)
+    pairs = words.view(4, 2, 5)
+    whole = (pairs > 0).all(dim=-1).all(dim=-1)
+    assert whole.any()
+    assert torch.equal(pairs[whole, 0, :4], pairs[whole, 1, :4])
+    assert (pairs[whole, 0, 4] == WORDS.index("with a post")).all()
+    assert (pairs[whole, 1, 4] == WORDS.index("without a post")).all()
+    changed = (clips[0::2] != clips[1::2]).any(dim=1).flatten(1).float().mean(dim=1)
+    assert ((changed > 0) & (changed < 0.2)).all()
+
+
+def test_the_post_and_whole_prompts_are_sometimes_left_unsaid() -> None:
+    words = make_batch(0, 400)[1]
+    whole = (words == 0).all(dim=1)
+    assert whole.float().mean() == pytest.approx(train_stage.PROMPT_DROPOUT, abs=0.05)
+    assert (words[~whole, 4] == 0).float().mean() == pytest.approx(train_stage.POST_DROPOUT, abs=0.05)
+    assert (words[~whole, :4] > 0).all()
+
+
+def test_errors_are_those_of_the_velocity() -> None:
+    clips, noise, t = torch.zeros(2, 3, 2, 4, 4), torch.ones(2, 3, 2, 4, 4), torch.tensor([0.5, 0.02])
+    off = flow_errors(lambda z, t, words: torch.full_like(z, 0.1), clips, torch.zeros(2, 5), t, noise)
+    torch.testing.assert_close(off[:, 0, 0, 0, 0], torch.tensor([0.2, 1.0]))
+
+
+def test_contrast_sees_only_differences_that_the_prompt_names() -> None:
+    errors = torch.zeros(4, 3, 2, 4, 4)
+    errors[0], errors[1] = 0.7, 0.5
+    errors[2], errors[3] = 0.9, 0.0
+    words = torch.ones(4, 5, dtype=torch.long)
+    words[2:, -1] = 0
+    assert contrast_loss(errors, words) == pytest.approx(0.2**2 / 2)
+    assert contrast_loss(torch.ones_like(errors), words) == 0
+
+
+def test_weights_of_twenty_words_load(tmp_path: Path) -> None:
+    model, other = StageWan(), StageWan()
+    old = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    old["emb.weight"] = old["emb.weight"][:20].contiguous()
+    save_file(old, tmp_path / "old.safetensors")
+    load_weights(other, tmp_path / "old.safetensors")
+    assert torch.equal(other.emb.weight[:20], old["emb.weight"].float())
+    new = other.emb.weight[20:]
+    assert len(new) == len(WORDS) - 20
+    assert 0.5 < new.std() / other.emb.weight[:20].std() < 1.5
+    assert (new[0] - new[1]).norm() > 0.5 * new[0].norm()
+
+
+def test_every_trained_parameter_has_one_optimizer() -> None:
+    model = StageWan()
+    block = model.dit.blocks[0]
+    block.attn1.to_k.weight.requires_grad_(False)
+    muon, adamw = build_optimizers(model, 1e-3, 1e-4)
+    peaks = [{id(p): group["peak"] for group in o.param_groups for p in group["params"]} for o in (muon, adamw)]
+    assert not peaks[0].keys() & peaks[1].keys()
+    assert len(peaks[0] | peaks[1]) == len(list(model.parameters())) - 1
+    assert peaks[0][id(block.attn2.to_k.weight)] == 1e-3
+    assert peaks[1][id(model.dit.proj_out.weight)] == 1e-4
+    assert peaks[1][id(model.emb.weight)] == pytest.approx(1e-3)
+
+
+def test_reading_only_leaves_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_stage, "validate", lambda *_: {"loss": 0.0})
+    train(tmp_path, minutes=0.02, batch=2, reading_only=True, contrast=1.0)
+    torch.manual_seed(0)
+    before, after = StageWan().state_dict(), torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    for name, value in after.items():
+        reading = any(part in name for part in ("attn2", "norm2", "text_embedder", "emb."))
+        assert reading or torch.equal(value, before[name]), name
+    assert not torch.equal(after["emb.weight"], before["emb.weight"])
+
+
+def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_stage, "validate", lambda *_: {"loss": 0.0})
+    train(tmp_path, minutes=0.02, batch=2)
+    first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    train(tmp_path, minutes=0.04, batch=2)
+    second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert second["step"] > first["step"] > 0
+    assert second["seconds"] > first["seconds"]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3  # the start and the end of each run
+    saved = load_file(tmp_path / "stage.safetensors")
+    assert all(value.dtype == torch.float16 for value in saved.values())
+    load_weights(StageWan(), tmp_path / "stage.safetensors")
+
+
+def test_samples_fill_a_sheet(tmp_path: Path) -> None:
+    clips = sample(StageWan().eval(), tokenize(["a red ball", "an empty stage"]), steps=2)
+    assert clips.shape == (2, 3, 8, 64, 64)
+    assert clips.abs().max() <= 1
+    write_sheet(clips, ["a red ball", "an empty stage"], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 1000

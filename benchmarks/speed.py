@@ -275,7 +275,7 @@ def main() -> None:
         print(text, file=sys.stderr, flush=True)
 
     dtype = getattr(torch, given.dtype)
-    large = [wan(n, tuple(given.latents), given.nfe, given.device, dtype) for n in given.layers[:2]]
+    large = [wan(n, tuple(given.latents), given.evaluations, given.device, dtype) for n in given.layers[:2]]
     rows = measure(large, given.depth, given.rounds, say)
     deepest = rows[-1]["layers"]
     tables = [[row for row in rows if row["layers"] == deepest]]

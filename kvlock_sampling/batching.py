@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from .types import RunError
+
 
 class NotBatchable(Exception):  # noqa: N818 - a signal that never reaches the user
     """The arguments of several branches cannot share one call, for example texts of different lengths."""
@@ -63,6 +65,16 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     if all(type(part) is type(first) and part == first for part in parts):
         return first
     raise NotBatchable
+
+
+def split_rows(out: Tensor, branches: int, batch: int) -> list[Tensor]:
+    """The rows of each branch in what one call returned. Raises RunError if they are not as many as asked for."""
+    if len(out) != branches * batch:
+        raise RunError(
+            f"the model returned {len(out)} rows; expected {branches * batch}, for {branches} branch(es) of {batch} "
+            f"clip(s). Tensors in extra_args need one row, or one for each row of x: {batch}."
+        )
+    return list(out.split(batch))
 
 
 def _is_rows(value: Any, batch: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import CallRecord, FusionContext
 from .attention.record import KeyValue
-from .batching import join_calls, joinable
+from .batching import join_calls, joinable, split_rows
 from .guidance import composite, guide, guide_rescaled
 from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
@@ -221,7 +221,7 @@ class OwnBranches(Branches):
             x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
         out = self._call(context, lambda: model(x, levels, **arguments), kind)
         self.nfe += len(branches)
-        return list(out.split(batch))
+        return split_rows(out, len(branches), batch)
 
 
 class GuidedBranches(Branches):

@@ -158,10 +158,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
 
 
 def _preset(policy: Any, *, locks: bool) -> Preset:
-    if isinstance(policy, Preset):
-        return policy
     if not isinstance(policy, (str, os.PathLike)):
-        return Preset(policy)
+        return policy if isinstance(policy, Preset) else Preset(policy)
     preset = load_preset(policy)
     if policy == "default" and not locks:  # without a source the default schedules guidance
         return Preset(Clamped(preset.policy, lock=(0.0, 0.0)), preset.estimator, preset.threshold, preset.cfg_floor)
@@ -307,6 +305,8 @@ def _scale_arg(model: Any, name: str | None) -> str | None:
 
 
 def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -> dict[str, Any]:
+    if not isinstance(source_args, Mapping | None):
+        raise SourceError(f"source_args={type(source_args).__name__}; expected a dict: source_args={{'cond': prompt}}.")
     given = dict(source_args or {})
     extra = [name for name in ("uncond", "cond_scale") if name in given]
     if extra and scale_arg is None:

@@ -156,8 +156,23 @@ def test_sdpa_layers_that_do_not_fit_say_which_calls_were_seen():
             lock(source, torch.ones(1), cond=torch.randn(1, 2, 4))
     with pytest.raises(AttentionError, match="watches a torch module"):
         kv.sdpa_layers(lambda x: x, patch=(1, 1, 1))
-    with pytest.raises(AttentionError, match="expected patch="):
-        kv.sdpa_layers(model, patch=(1, 2))
+
+
+@pytest.mark.parametrize("patch", [2, None, (1, 2), (1, 2.0, 2), (1, 0, 2)])
+def test_a_patch_is_three_integers(patch):
+    with pytest.raises(AttentionError, match="expected latents per token"):
+        kv.sdpa_layers(nn.Identity(), patch=patch)
+    with pytest.raises(AttentionError, match="expected latents per token"):
+        kv.attention.Architecture("mine", ("mine:DiT",), ("blocks.*",), patch)
+
+
+def test_a_model_that_never_calls_the_function_is_told_so(setup):
+    layers = kv.sdpa_layers(nn.Conv3d(4, 4, 1), patch=(1, 2, 2))
+    with (
+        kv.KVLock(lambda x, sigma: x, source=setup.source, mask=setup.mask, policy="full", layers=layers) as lock,
+        pytest.raises(AttentionError, match=r"never called F\.scaled_dot_product_attention"),
+    ):
+        lock(setup.x, setup.sigmas[:1])
 
 
 def test_a_layer_that_never_fires_is_an_error(setup):

@@ -273,7 +273,7 @@ def test_bad_inputs_name_the_fix(setup):
         (lambda o: kv.Control(0.0, torch.zeros(1, 7)), r"cfg_scale of shape \(1, 7\)"),
         (lambda o: kv.Control(1.5), r"a lock in \[1.5, 1.5\]; expected \[0, 1\]"),
         (lambda o: kv.Control(float("nan")), "lock with NaN or inf; expected finite numbers"),
-        (lambda o: 0.5, "returned float; expected a Control"),
+        (lambda o: 0.5, r"returned float; expected a Control\(.*\), e.g. Control\(lock=0.5\)\."),
         (lambda o: kv.Control("high", 1.0), "lock of type str"),
     ],
 )

@@ -287,3 +287,25 @@ def test_names_of_what_was_given():
 def test_composite_is_a_weight(setup, weight):
     with pytest.raises(kv.KVLockError, match=r"composite=.*in \[0, 1\], True or False"):
         setup.lock(composite=weight)
+
+
+# arguments of the wrong kind
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 3), "a red ball"])
+def test_source_args_are_a_dict(setup, given):
+    with pytest.raises(SourceError, match="expected a dict"):
+        setup.lock(source_args=given)
+
+
+def test_conditions_of_another_batch_are_refused(setup):
+    cond = setup.cfg["cond"].repeat(2, 1, 1)
+    with pytest.raises(RunError, match="the model returned 2 rows; expected 1"):
+        kv.KVLock(lambda x, sigma, cond: x.expand(len(cond), -1, -1, -1, -1), policy="off").sample(
+            "euler", setup.x, setup.sigmas, extra_args={"cond": cond}
+        )
+
+
+def test_a_bare_denoiser_is_no_model_of_videos(setup):
+    with pytest.raises(kv.KVLockError, match=r"lacks .*\n.*KVLock"):
+        kv.edit_video(setup.source, setup.mask, "a red ball", model=setup.model)

@@ -20,7 +20,7 @@ from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..video.metrics import masked_psnr
 from ..video.pixels import as_clips, check_floats, check_pixels
-from .models import VideoModel, editable, open_model
+from .models import VideoModel, check_video_model, editable, open_model
 
 if TYPE_CHECKING:
     from ..kv_cache import Plan
@@ -109,6 +109,7 @@ def edit_video(
     if not (isinstance(strength, Real) and 0 < strength <= 1):
         raise KVLockError(f"strength={strength!r}; expected 0 < strength <= 1, where 1 starts from noise.")
     video = open_model(model) if isinstance(model, str) else model
+    check_video_model(video)
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
     if not (isinstance(scale, Real) and math.isfinite(scale)):
         raise KVLockError(f"cfg_scale={scale!r}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")

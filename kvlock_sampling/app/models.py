@@ -73,6 +73,17 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     return load(model)
 
 
+def check_video_model(model: Any) -> None:
+    """Raise KVLockError if members of a `VideoModel` are missing, as in a bare denoiser."""
+    wanted = ("denoiser", "frames", "size", "cfg_scale", "encode", "decode", "prompt", "sigmas")
+    if missing := [name for name in wanted if not hasattr(model, name)]:
+        raise KVLockError(
+            f"{type(model).__name__} lacks {', '.join(missing)}; expected a model of videos: 'tiny', a folder, "
+            "kv.from_pipeline(pipe), or an object with these members.\n"
+            "  To lock a denoiser of latents: kv.KVLock(model, source=latents, mask=mask)."
+        )
+
+
 def editable(model: VideoModel, frames: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
     """The frames and (height, width) that this model edits for a clip of the given length and size."""
     if model.frames is not None and model.size is not None:

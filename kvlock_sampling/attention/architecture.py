@@ -14,7 +14,7 @@ from torch import nn
 
 from ..masks.tokens import Grid
 from ..types import AttentionError
-from .layers import AttentionLayer, AttentionLayers, TokenFlow
+from .layers import AttentionLayer, AttentionLayers, TokenFlow, as_patch
 
 Text = Literal["none", "first", "last"]
 
@@ -54,7 +54,7 @@ class Architecture:
         flow: How locked tokens can be left out of the network; None if they cannot.
 
     Raises:
-        AttentionError: A string in place of a tuple, or an unknown `text`.
+        AttentionError: A string in place of a tuple, or an unknown `text`, or a patch that is not three sizes.
     """
 
     name: str
@@ -74,6 +74,8 @@ class Architecture:
         for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
             if text not in ("none", "first", "last"):
                 raise AttentionError(f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last".')
+        if not callable(self.patch):
+            as_patch(self.patch)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
@@ -91,7 +93,7 @@ class Architecture:
                 raise AttentionError(self._nothing(module, pattern, names))
             for name in found:
                 larger = self.layer_patch(module, name) if self.layer_patch else None
-                patch = _three(larger) if larger else None
+                patch = as_patch(larger) if larger else None
                 layers.append(AttentionLayer(name, names[name], pattern.text or self.text, patch))
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
@@ -101,7 +103,7 @@ class Architecture:
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
             flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
-            patch=_three(self.patch(module) if callable(self.patch) else self.patch),
+            patch=as_patch(self.patch(module) if callable(self.patch) else self.patch),
             layers=tuple(layers),
             architecture=self.name,
             networks=(module,),
@@ -120,11 +122,6 @@ class Architecture:
             f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
             "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
         )
-
-
-def _three(patch: Sequence[int]) -> Grid:
-    t, h, w = (int(size) for size in patch)
-    return t, h, w
 
 
 def _fits(name: str, module: nn.Module, pattern: LayerPattern) -> bool:

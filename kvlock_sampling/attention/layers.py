@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -191,6 +192,12 @@ class AttentionLayers:
                 "  If another copy of the model runs (a replica, an exported graph), pass layers= of that copy.\n"
                 "  If a kernel of the model's own computes attention: model.set_attention_backend('native')."
             )
+        if not passed_over and self.calls is None:
+            return (
+                "the network never called F.scaled_dot_product_attention, so nothing was locked.\n"
+                "  Its attention is computed in another way: by hand, by a kernel, or by nn.MultiheadAttention, which "
+                "leaves that function\n  out in evaluation. Call F.scaled_dot_product_attention(q, k, v) there."
+            )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing
         chosen = "" if self.calls is None else f", at calls {sorted(self.calls)}"
@@ -199,6 +206,14 @@ class AttentionLayers:
             f"after them{chosen}; other calls (query x key): {seen}.\n"
             "  Set start=, trailing= (the numbers of tokens before and after the video's) or patch= of sdpa_layers."
         )
+
+
+def as_patch(patch: Any) -> Grid:
+    """Check latents per token along (time, height, width). Raises AttentionError for anything but three sizes >= 1."""
+    sizes = tuple(patch) if isinstance(patch, Iterable) else ()
+    if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
+        raise AttentionError(f"patch={patch!r}; expected latents per token along t, h, w, e.g. patch=(1, 2, 2).")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
 def _indices(chosen: Any) -> list[int]:
@@ -228,10 +243,7 @@ def sdpa_layers(
     """
     if not isinstance(module, nn.Module):
         raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
-    if len(patch) != 3 or min(patch) < 1 or start < 0 or (trailing is not None and trailing < 0):
-        raise AttentionError(
-            f"sdpa_layers(patch={patch}, start={start}, trailing={trailing}); expected patch=(time, height, width), "
-            "each >= 1, and counts of tokens >= 0, e.g. patch=(1, 2, 2), start=0."
-        )
+    if start < 0 or (trailing is not None and trailing < 0):
+        raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
     chosen = None if calls is None else frozenset(calls)
-    return AttentionLayers(patch=patch, watch=module, start=start, trailing=trailing, calls=chosen)
+    return AttentionLayers(patch=as_patch(patch), watch=module, start=start, trailing=trailing, calls=chosen)

@@ -160,9 +160,10 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
     """Check types and shapes of what `method` returned. `tokens` of a lock per token is None if it cannot be."""
     name = f"{policy_name(policy)}.{method}"
     if not isinstance(control, Control):
+        steps = method == "step" and not isinstance(policy, Stateless)
         raise PolicyError(
             f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
-            f"{' and the new state: return state, Control(...)' if method == 'step' else ''}."
+            f"{' and the new state: return state, Control(...)' if steps else ', e.g. Control(lock=0.5)'}."
         )
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):

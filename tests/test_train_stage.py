@@ -95,7 +95,7 @@ def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_stage, "validate", lambda *_: {"loss": 0.0})
     train(tmp_path, minutes=0.02, batch=2)
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    train(tmp_path, minutes=0.04, batch=2)
+    train(tmp_path, minutes=0.06, batch=2, workers=1)
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert second["step"] > first["step"] > 0
     assert second["seconds"] > first["seconds"]

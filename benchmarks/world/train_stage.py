@@ -17,13 +17,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from kvlock_sampling.utils.files import atomic
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
@@ -117,6 +118,16 @@ def make_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     return render(scenes), words
 
 
+@dataclass(frozen=True)
+class Batches(Dataset[tuple[Tensor, Tensor]]):
+    """`make_batch` for a data loader, which prepares batches in other processes."""
+
+    size: int
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        return make_batch(step, self.size)
+
+
 def flow_errors(model: Callable[..., Tensor], clips: Tensor, words: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Velocity error of an x0 prediction, (x0_hat - x0) / max(t, 0.1)."""
     tt = t.view(-1, 1, 1, 1, 1)
@@ -168,6 +179,7 @@ def train(
     contrast: float = 0.0,
     reading_only: bool = False,
     device: str = "cpu",
+    workers: int = 0,
     save_every: float = 180.0,
     fast: bool = False,
 ) -> None:
@@ -184,6 +196,7 @@ def train(
         contrast: weight of the loss of the difference between a scene with and without a post.
         reading_only: train only the parts that read the prompt.
         device: "cpu" or "cuda".
+        workers: processes that render batches; 0 renders in the training process.
         save_every: seconds between checkpoints.
         fast: torch.compile and bfloat16 matrix products.
     """
@@ -197,7 +210,7 @@ def train(
     optimizers = build_optimizers(model, muon_lr, adamw_lr)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     averaged = StageWan().to(device).eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     step, before = 0, 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
@@ -231,6 +244,7 @@ def train(
 
     out.mkdir(parents=True, exist_ok=True)
     forward = torch.compile(model) if fast else model
+    batches = iter(DataLoader(Batches(batch), batch_size=None, sampler=range(step, 10**9), num_workers=workers))
     began = last = time.time()
     recent: list[float] = []
     if not step:
@@ -239,10 +253,10 @@ def train(
         factor = min(1.0, (step + 1) / 50) * (1 - seconds / (60 * minutes))
         for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = group["peak"] * factor
-        clips, words = (a.to(device) for a in make_batch(step, batch))
-        t = torch.sigmoid(time_mean + 1.1 * torch.randn(batch // 2, generator=generator))
-        noise = torch.randn(batch // 2, *clips.shape[1:], generator=generator)
-        t, noise = (a.to(device).repeat_interleave(2, dim=0) for a in (t, noise))  # the same for both of a pair
+        clips, words = (a.to(device) for a in next(batches))
+        t = torch.sigmoid(time_mean + 1.1 * torch.randn(batch // 2, generator=generator, device=device))
+        noise = torch.randn(batch // 2, *clips.shape[1:], generator=generator, device=device)
+        t, noise = (a.repeat_interleave(2, dim=0) for a in (t, noise))  # the same for both of a pair
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
             errors = flow_errors(forward, clips, words, t, noise)
             loss = errors.square().mean() + contrast * contrast_loss(errors, words)
@@ -277,6 +291,7 @@ def main() -> None:
     parser.add_argument("--contrast", type=float, default=0.0, help="weight of the loss of a pair's difference")
     parser.add_argument("--reading-only", action="store_true", help="train only the parts that read the prompt")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that render batches")
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
     parser.add_argument("--fast", action="store_true", help="torch.compile and bfloat16 matrix products")
     train(**vars(parser.parse_args()))

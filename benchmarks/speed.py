@@ -5,8 +5,8 @@ procedure written plainly (a full pass of the source, K/V of all layers kept, th
 lockstep; only the foreground, alone and with a KV cache that is refreshed every third evaluation, or was filled by an
 earlier edit. At Wan-1.3B's geometry with random weights, few layers and few thousand tokens; and on the embedded model.
 
-A lock saves most of one layer of the source, which is much of two layers and little of thirty. So two depths are
-measured in turn, and what the full depth takes is read off the line through them. Writes benchmarks/results/speed.json
+What a network does outside its layers weighs more in two layers than in thirty. So two depths are measured in turn,
+and what the full depth takes is read off the line through them. Writes benchmarks/results/speed.json
 and docs/images/speed.png. On a GPU: --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104
 """
 
@@ -159,20 +159,6 @@ def ways(subject: Subject, share: float | None) -> dict[str, Callable[[], Any]]:
     }
 
 
-@contextmanager
-def prepared(subject: Subject, way: str) -> Iterator[None]:
-    """The published procedure runs the source's pass to its end, as a lock does while somebody looks at whole calls."""
-    if way != "procedure":
-        yield
-        return
-    handles = [network.register_forward_hook(lambda *_: None) for network in kv.find_layers(subject.model).networks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 Row = dict[str, Any]
 Key = tuple[int, float | None, str]
 
@@ -191,7 +177,7 @@ def measure(subjects: list[Subject], depth: int | None, rounds: int, say: Callab
     for turn in range(rounds + 1):  # the first turn warms up, fills the KV caches, and measures memory
         for index, share, way, make in makers:
             subject = subjects[index]
-            with evaluations(make(), subject) as run, prepared(subject, way):
+            with evaluations(make(), subject) as run:
                 if turn == 0:
                     held = (*subject.model.parameters(), *subject.model.buffers(), subject.x, subject.source)
                     peaks[index, share, way] = peak_bytes(run, device, (*held, subject.cfg))

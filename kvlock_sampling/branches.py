@@ -16,10 +16,11 @@ from .attention import CallRecord, FusionContext
 from .attention.record import KeyValue
 from .batching import join_calls, joinable, split_rows
 from .guidance import composite, guide, guide_rescaled
+from .masks.tokens import on_latents
 from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
 from .settings import LockSettings
-from .types import AttentionError, Denoiser, Evaluation, PolicyError, RunError, Scalar
+from .types import AttentionError, Denoiser, Evaluation, RunError, Scalar
 
 Branch = tuple[Tensor, dict[str, Any]]
 Kind = tuple[str, ...] | None
@@ -47,9 +48,13 @@ class Branches:
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
         self.locked = locked = lock_step(settings, run, step)
+        self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
+        if settings.needs_source and settings.source is not None and step.sigma > 0:
+            noise = run.source_noise(settings.source, step.x, step.model_sigma)
+            self._source_x = settings.source.at(step.x, step.model_sigma, noise)
         self.route = choose_route(
             locked=locked is not None,
-            narrow=locked is not None and locked.context.narrow,
+            narrow=self.narrow,
             cached=locked is not None and locked.entry is not None,
             one_call=locked is not None and not locked.layers.rows_apart and self._one_call(),
             interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
@@ -60,14 +65,27 @@ class Branches:
         """Whether source and edit can be rows of one call."""
         return False
 
+    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
+        """The denoiser of a pass of the source, and its arguments."""
+        raise NotImplementedError
+
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
         raise NotImplementedError
 
     def evaluation(self, cond: Tensor) -> Evaluation:
-        """What an estimator sees."""
+        """What an estimator sees, with a pass of the source if it needs one and nothing else made one."""
+        if self.source is None and (source_x := self._source_x) is not None:
+            model, arguments = self._source_call()
+            self.source = self._call(None, lambda: model(source_x, self.step.sigma_arg, **arguments), None)
+            self.nfe += 1
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
         return Evaluation(self.step.sigma, self.x, cond, mask, self.probe, self.uncond, self.source)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether only the edited tokens are computed."""
+        return self.locked is not None and self.locked.context.narrow
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -76,15 +94,16 @@ class Branches:
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
-        """The prediction with the source, by this weight, in its background."""
-        source, mask = self.settings.source, self.settings.mask
+        """The prediction with the source, by this weight, (batch,) or (batch, tokens), in its background."""
+        source, mask, patch = self.settings.source, self.settings.mask, self.settings.patch
         if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
             return denoised
-        if self.locked is not None and self.locked.context.narrow and (isinstance(weight, Tensor) or weight != 1):
-            raise PolicyError(
-                f"{self.settings.policy!r} set composite, but only the edited tokens were computed, so the background "
-                "is the source's.\n  Pass foreground=False to KVLock."
-            )
+        if isinstance(weight, Tensor):
+            weight = weight.to(denoised)
+            if weight.ndim == 2 and patch is not None:
+                weight = on_latents(weight, denoised.shape, patch)
+            else:
+                weight = weight.view(-1, *[1] * (denoised.ndim - 1))
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
     def _injecting(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
@@ -187,20 +206,22 @@ class OwnBranches(Branches):
         level = step.sigma_arg if sigma == step.sigma else torch.full_like(step.sigma_arg, sigma)
         return torch.cat(self._evaluate([(rows, self._cond_args) for rows in x.split(batch)], level, None))
 
+    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
+        return self.settings.model, self._source_args
+
     def _one_call(self) -> bool:
         calls = [self._cond_args, self._source_args, *([] if self._uncond_args is None else [self._uncond_args])]
         return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
-        locked = self.locked
+        locked, source_x = self.locked, self._source_x
         if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
-            rows = [*branches, (locked.x, self._source_args)]
-            *edit, source = self._together(rows, locked.context.fresh("lockstep"), sigma, kind)
-            if kind is not None:  # not a probe
-                self.source = source
-            return [self._filled(out) for out in edit]
-        context = None if locked is None else self._injecting(locked, self.settings.model, self._source_args, sigma)
+            return self._beside_source(branches, locked.x, locked.context.fresh("lockstep"), sigma, kind)
+        compares = source_x is not None and self.source is None and kind is not None
+        if compares and locked is None and self._one_call():
+            return self._beside_source(branches, source_x, None, sigma, kind)
+        context = None if locked is None else self._injecting(locked, *self._source_call(), sigma)
         groups = [(branches, kind)]
         if not (self.settings.batched and joinable([arguments for _, arguments in branches], len(self.x))):
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
@@ -209,6 +230,15 @@ class OwnBranches(Branches):
             own = None if context is None else context.fresh("inject", context.source)
             found += map(self._filled, self._together(group, own, sigma, name))
         return found
+
+    def _beside_source(
+        self, branches: Sequence[Branch], x: Tensor, context: FusionContext | None, sigma: Tensor, kind: Kind
+    ) -> list[Tensor]:
+        """Branches, and the source at `x` as further rows of their call."""
+        *edit, source = self._together([*branches, (x, self._source_args)], context, sigma, kind)
+        if kind is not None:  # not a probe
+            self.source = source
+        return [self._filled(out) for out in edit]
 
     def _together(
         self, branches: Sequence[Branch], context: FusionContext | None, sigma: Tensor, kind: Kind
@@ -258,7 +288,6 @@ class GuidedBranches(Branches):
         return self._filled(out)
 
     def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
-        """The denoiser of the source's pass, and its arguments."""
         settings = self.settings
         given = {**self._arguments, **settings.source_args}
         if settings.branch is not None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .policy.base import check_control, check_finite, policy_name
+from .policy.base import check_control, check_finite
 from .settings import LockSettings
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
-from .utils.host import HostReads
 
 
 class State(NamedTuple):
@@ -65,7 +63,10 @@ def decide(
             inner, variance = settings.estimator.step(inner, evaluation)
     if variance is not None:
         limit = settings.threshold(observation.sigma) if callable(settings.threshold) else settings.threshold
+        effect = settings.estimator.effect(inner)
         observation = observation._replace(variance=variance, risk=variance / limit)
+        if effect is not None:
+            observation = observation._replace(effect=effect / limit)
     if variance is None and settings.measures:
         if state.measured:  # the estimator pauses: the last control holds
             return state._replace(estimator=inner), observation
@@ -93,37 +94,15 @@ def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[
     return (lock if control.lock is None else control.lock), scale, control.composite
 
 
-class LockRatio:
-    """A lock ratio, a float, (batch,) or (batch, tokens), in [0, 1], with its range known on the host."""
-
-    def __init__(self, value: Scalar, batch: int, policy: Any, reads: HostReads) -> None:
-        self.value, self.batch = value, batch
-        self.low, self.high = reads.range(value)
-        if not (self.low >= 0 and self.high <= 1):
-            what = (
-                "NaN (is x0-hat finite? with uses_risk=False risk is NaN)"
-                if math.isnan(self.low + self.high)
-                else f"[{self.low:.4g}, {self.high:.4g}]"
-            )
-            raise PolicyError(
-                f"{policy_name(policy)} returned a lock in {what}; expected [0, 1].\n"
-                "  Return Control(lock=value.clamp(0, 1), ...), or wrap it: Clamped(policy, lock=(0.0, 1.0))."
-            )
-
-    def rows(self, device: torch.device) -> Tensor:
-        """The ratio as a float32 tensor (batch,) or (batch, tokens)."""
-        if isinstance(self.value, Tensor) and self.value.ndim:
-            return self.value.to(device, torch.float32)
-        return torch.full((self.batch,), float(self.value), device=device)
-
-
 def _checked(settings: LockSettings, answer: Any, observation: Observation, method: str) -> Control:
-    lock, tokens, risk = getattr(answer, "lock", None), settings.tokens, observation.risk
-    if isinstance(lock, Tensor) and lock.ndim == 2 and lock.shape == risk.shape and tokens not in (None, lock.shape[1]):
-        # A lock that is made elementwise of a per-token risk has the estimator's fault, not the policy's.
+    tokens, shape = settings.tokens, observation.risk.shape
+    decided = (getattr(answer, name, None) for name in ("lock", "composite"))
+    local = any(isinstance(value, Tensor) and value.ndim == 2 and value.shape == shape for value in decided)
+    if local and tokens not in (None, shape[1]):
+        # What is made elementwise of a per-token risk has the estimator's fault, not the policy's.
         raise EstimatorError(
-            f"{settings.estimator!r} measures {lock.shape[1]} tokens per clip, the model has {tokens}; expected the "
-            "same where the policy locks token by token.\n"
+            f"{settings.estimator!r} measures {shape[1]} tokens per clip, the model has {tokens}; expected the same "
+            "where the policy decides token by token.\n"
             "  Give the estimator the model's own patch (time, height, width), e.g. patch=(1, 2, 2)."
         )
     control = check_control(settings.policy, answer, len(observation.requested_cfg_scale), tokens, method)

@@ -58,12 +58,10 @@ def composite(
     denoised: Float[Tensor, "batch *axes"],
     source: Float[Tensor, "batch *axes"],
     mask: Tensor,
-    weight: float | Float[Tensor, "batch"],
+    weight: float | Tensor,
 ) -> Float[Tensor, "batch *axes"]:
-    """Put the source into the background of a prediction, by a weight: 1 makes it the source's, bit for bit. The
-    mask is broadcastable to both, 1 = edit.
+    """Put the source into the background of a prediction, by a weight. Weight 1 takes the source's bits where the mask
+    is 0, weight 0 the prediction's everywhere. Mask, 1 = edit, and weight are broadcastable to both.
     """
-    if isinstance(weight, Tensor):
-        weight = weight.to(denoised).view(-1, *[1] * (denoised.ndim - 1))
-    own = mask if not isinstance(weight, Tensor) and weight == 1 else 1 - weight * (1 - mask)
-    return torch.lerp(source, denoised, own)
+    # In this order of operations both ends are exact.
+    return torch.lerp(source, denoised, mask + (1 - weight) * (1 - mask))

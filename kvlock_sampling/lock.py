@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,13 +44,19 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
         The denoised x0-hat, like x.
     """
     step = run.enter(settings, x, sigma, extra_args)
-    branches = (GuidedBranches if settings.scale_arg else OwnBranches)(settings, run, step)
+    kind = GuidedBranches if settings.scale_arg else OwnBranches
+    branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        return branches.composited(branches.guided(cond, step.requested), settings.composite)
+        return branches.composited(branches.guided(cond, step.requested), step.composite)
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
     weight = settings.composite if state.composite is None else state.composite
+    if branches.narrow and step.reads.range(weight)[0] < 1:
+        # The background is released, and has no prediction: every token is computed, and the decision kept.
+        nfe, branches = branches.nfe, kind(replace(settings, foreground=False), run, step)
+        branches.nfe = nfe
+        cond = branches.conditional()
     denoised = branches.composited(branches.guided(cond, scale), weight)
     run.leave(step.sigma, state)
     run.trace.record(observation, state.lock, branches.used_scale(scale), weight, **branches.counts)

@@ -16,12 +16,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .kv_cache import KVCache
 from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
 from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import (
     Combined,
+    Divergence,
     DropoutVariance,
     Estimator,
     PosteriorVariance,
@@ -35,7 +37,8 @@ from .variance.thresholds import ThresholdCurve
 POLICIES: dict[str, type] = {
     kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
 }
-_KINDS = (TrajectoryVariance, RenoiseVariance, PosteriorVariance, DropoutVariance, Sparse, Relative, Combined)
+_MEASURING = (TrajectoryVariance, Divergence, RenoiseVariance, PosteriorVariance, DropoutVariance)
+_KINDS = (*_MEASURING, Sparse, Relative, Combined)
 ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 
 
@@ -115,7 +118,7 @@ def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
     """Load the policy of a preset alone. Takes `name_or_path` and raises PolicyError as `load_preset` does.
 
     >>> load_policy("half")
-    Constant(lock=0.5, cfg_scale=None)
+    Constant(lock=0.5, cfg_scale=None, composite=None)
     """
     return load_preset(name_or_path).policy
 
@@ -157,6 +160,18 @@ def describe() -> list[tuple[str, str, str]]:
         comments = (line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
         rows.append((name, _classes(load_policy(path)), next(comments, "")))
     return rows
+
+
+def cache_of(table: Mapping[str, Any]) -> KVCache:
+    """The cache in memory that a preset asks for. A preset may come from elsewhere, so it names no folder."""
+    known = ("every", "ratio", "format", "interpolate", "budget")
+    for key in table:
+        if key not in known:
+            raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
+    try:
+        return KVCache(**table)
+    except (KVLockError, TypeError, ValueError) as error:
+        raise PolicyError(f"kv_cache: {error}") from error
 
 
 def _from_text(text: str, where: str) -> Preset:

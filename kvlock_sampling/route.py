@@ -96,9 +96,12 @@ class Locked:
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     """What this evaluation takes of the source; None if it locks nothing."""
     tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
-    if step.lock.high == 0 or source is None or mask is None or layers is None or tools.hooks is None:
+    low, high = step.lock_range
+    if high == 0 or source is None or mask is None or layers is None or tools.hooks is None:
         return None
-    noise, full = run.source_noise(source, step.x, step.model_sigma), settings.foreground and step.lock.low == 1
+    # What is left out of the computation has no prediction of its own, so its background must be the source's.
+    full = settings.foreground and low == 1 and step.reads.range(step.composite)[0] == 1
+    noise = run.source_noise(source, step.x, step.model_sigma)
     selection = left_out = entry = None
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
@@ -108,7 +111,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)
     context = FusionContext(
         "inject",
-        fusion_ratio(step.lock.rows(step.x.device), background),
+        fusion_ratio(step.observation.lock, background),
         grid=layers.grid(step.x.shape),
         selection=selection if narrow or entry is not None else None,
         narrow=narrow,

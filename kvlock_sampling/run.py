@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
-from .controller import LockRatio, State, start
-from .settings import LockSettings, nothing_to_lock_to
+from .controller import State, start
+from .policy.base import check_ratio, nothing_to_lock_to
+from .settings import LockSettings
 from .source import Source
 from .trace import Trace
 from .types import SAME_SIGMA, Observation, RunError, Scalar
@@ -73,8 +74,8 @@ class Step:
         extra_args: The sampler's extra_args.
         requested: The guidance scale that the caller requested.
         state: What the evaluation before this one left.
-        lock: The lock that acts now.
-        observation: What a policy sees before the measurement.
+        composite: The weight of the source in the background until this evaluation decides.
+        observation: What a policy sees before the measurement, with the lock that acts now.
         reads: Ranges of tensors on the host.
     """
 
@@ -85,9 +86,14 @@ class Step:
     extra_args: Mapping[str, Any]
     requested: Scalar
     state: State
-    lock: LockRatio
+    composite: Scalar
     observation: Observation
     reads: HostReads = field(default_factory=HostReads)
+
+    @property
+    def lock_range(self) -> tuple[float, float]:
+        """The smallest and the largest lock that acts now."""
+        return self.reads.range(self.state.lock)
 
     @property
     def expected_cfg_scale(self) -> Scalar:
@@ -131,14 +137,14 @@ class Run:
         sigma_arg = torch.as_tensor(sigma, device=x.device)
         requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
         reads, last = HostReads(), self.timeline.last
-        reads.together(sigma_arg, requested, *(() if last is None else (last.lock, last.cfg_scale)))
+        reads.together(sigma_arg, requested, *(() if last is None else (last.lock, last.cfg_scale, last.composite)))
         model_sigma = _one_level(reads.range(sigma_arg))
         sigma = to_sigma(settings.model, model_sigma)
         observation = self._observation(x, sigma, requested)
         if sigma == 0:  # x is clean already: nothing is measured, decided or locked
-            state = State(None, None, False, 0.0, None, None)
-            lock = LockRatio(0.0, len(x), settings.policy, reads)
-            return Step(x, sigma_arg, 0.0, 0.0, extra_args, requested, state, lock, observation, reads)
+            state = State(None, None, False, 0.0, None, None if last is None else last.composite)
+            weight = _ratios(settings, state, reads)
+            return Step(x, sigma_arg, 0.0, 0.0, extra_args, requested, state, weight, observation, reads)
         expert = settings.expert(model_sigma)
         found = self.timeline.rewind(sigma)
         if found is None:
@@ -149,13 +155,11 @@ class Run:
             state = found._replace(estimator=settings.estimator.init(), expert=expert)
         else:
             state = found
-        lock = LockRatio(state.lock, len(x), settings.policy, reads)
-        observation = observation._replace(lock=lock.rows(x.device))
-        if settings.source is not None and settings.layers is not None:
+        weight = _ratios(settings, state, reads)
+        observation = observation._replace(lock=_rows(state.lock, observation.lock, reads))
+        if settings.source is not None and (settings.layers is not None or settings.needs_source):
             self.source_noise(settings.source, x, model_sigma)  # the first x leads to the noise, locked or not
-        if lock.high > 0 and settings.layers is None and not settings.no_token_left:
-            raise nothing_to_lock_to(settings.policy, lock.high)
-        return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, lock, observation, reads)
+        return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
 
     def source_noise(self, source: Source, x: Tensor, model_sigma: float) -> Tensor:
         """The noise of the source in this run: its own, or the one that leads from it to the run's first x."""
@@ -218,7 +222,8 @@ class Run:
             )
         scale = scale.expand(len(x))
         unknown = torch.full_like(scale, float("nan"))
-        return Observation(sigma, unknown, unknown, torch.zeros_like(scale), scale, steps_left(self.schedule, sigma))
+        left = steps_left(self.schedule, sigma)
+        return Observation(sigma, unknown, unknown, torch.zeros_like(scale), scale, left, unknown)
 
 
 def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
@@ -240,6 +245,26 @@ def _one_level(sigma: tuple[float, float]) -> float:
     if high - low > SAME_SIGMA * high:
         raise RunError(f"sigma runs from {low} to {high} within one call; a lock needs one noise level per call.")
     return high
+
+
+def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
+    """Check the lock and the composite weight that the policy decided before; return the weight in force."""
+    policy, weight = settings.policy, settings.composite if state.composite is None else state.composite
+    reads.together(state.lock, weight)
+    for name, value in (("lock", state.lock), ("composite", weight)):
+        check_ratio(policy, name, *reads.range(value))
+    if (high := reads.range(state.lock)[1]) > 0 and settings.layers is None and not settings.no_token_left:
+        raise nothing_to_lock_to(policy, "lock", high)
+    if (high := reads.range(weight)[1]) > 0 and settings.source is None:
+        raise nothing_to_lock_to(policy, "composite", high)
+    return weight
+
+
+def _rows(value: Scalar, like: Tensor, reads: HostReads) -> Tensor:
+    """A lock as a float32 tensor (batch,) or (batch, tokens)."""
+    if isinstance(value, Tensor) and value.ndim:
+        return value.to(like.device, torch.float32)
+    return torch.full_like(like, reads.range(value)[0])
 
 
 def _requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:

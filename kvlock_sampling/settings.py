@@ -24,15 +24,15 @@ from .attention.compat.context_parallel import is_cut
 from .batching import take
 from .kv_cache import KVCache, uncacheable
 from .masks.fitted import FittedMask, as_transition
-from .masks.tokens import Selection
+from .masks.tokens import Grid, Selection, token_grid
 from .policy import Clamped, Constant, Policy
-from .presets import Preset, load_preset
+from .policy.base import nothing_to_lock_to
+from .presets import Preset, cache_of, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
 from .utils.modules import reachable_modules
 from .utils.proxy import check_no_lock_inside
 from .utils.signature import default_of, method_of, on_clock, parameters_of
-from .utils.tables import nearest
 from .variance import Estimator
 from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
 
@@ -71,11 +71,21 @@ class LockSettings:
         return self.policy.uses_risk
 
     @property
+    def needs_source(self) -> bool:
+        """Whether the estimator needs the source's x0-hat at every evaluation."""
+        return self.measures and self.estimator.needs_source and self.source is not None
+
+    @property
+    def patch(self) -> Grid | None:
+        """Latents per token (time, height, width): of the layers, else of a local estimator; None if both lack it."""
+        return self.estimator.patch if self.layers is None else self.layers.patch
+
+    @property
     def tokens(self) -> int | None:
-        """The number of video tokens per clip; None if nothing can be locked."""
-        if self.layers is None or self.source is None:
+        """The number of video tokens per clip; None without a source or a patch."""
+        if self.source is None or self.patch is None:
             return None
-        return math.prod(self.layers.grid(self.source.latents.shape))
+        return math.prod(token_grid(self.source.latents.shape, self.patch))
 
     @property
     def selection(self) -> Selection | None:
@@ -162,7 +172,8 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
         return policy if isinstance(policy, Preset) else Preset(policy)
     preset = load_preset(policy)
     if policy == "default" and not locks:  # without a source the default schedules guidance
-        return Preset(Clamped(preset.policy, lock=(0.0, 0.0)), preset.estimator, preset.threshold, preset.cfg_floor)
+        resting = Clamped(preset.policy, lock=(0.0, 0.0), composite=(0.0, 0.0))
+        return Preset(resting, preset.estimator, preset.threshold, preset.cfg_floor)
     return preset
 
 
@@ -205,15 +216,7 @@ def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
         )
     # Other policies may or may not lock: only the run can tell.
     if type(policy) is Constant and policy.lock > 0:
-        raise nothing_to_lock_to(policy, policy.lock)
-
-
-def nothing_to_lock_to(policy: Policy, lock: float) -> SourceError:
-    """The error of a policy that asks for a lock in (0, 1] without a source."""
-    return SourceError(
-        f"the policy {policy!r} asks for lock {lock:.3g}, but there is nothing to lock to.\n"
-        "  Pass source=latents, mask=mask, or forbid locking: Clamped(policy, lock=(0.0, 0.0))."
-    )
+        raise nothing_to_lock_to(policy, "lock", policy.lock)
 
 
 def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
@@ -269,7 +272,7 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     if kv_cache is None:
         if preset.kv_cache is None or layers is None or uncacheable(layers):
             return None
-        return _preset_cache(preset.kv_cache)
+        return cache_of(preset.kv_cache)
     if not isinstance(kv_cache, KVCache):
         raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache').")
     if layers is None:
@@ -277,18 +280,6 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     if why := uncacheable(layers):
         raise AttentionError(why)
     return kv_cache
-
-
-def _preset_cache(table: Mapping[str, Any]) -> KVCache:
-    """A cache in memory from the settings of a preset, which may come from elsewhere: it names no folder."""
-    known = ("every", "ratio", "format", "interpolate", "budget")
-    for key in table:
-        if key not in known:
-            raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
-    try:
-        return KVCache(**table)
-    except (KVLockError, TypeError, ValueError) as error:
-        raise PolicyError(f"kv_cache: {error}") from error
 
 
 def _scale_arg(model: Any, name: str | None) -> str | None:

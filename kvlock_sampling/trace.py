@@ -18,14 +18,16 @@ from .types import KVLockError, Observation, Scalar, StepInfo
 from .utils.extras import require
 from .utils.files import write_atomically
 
-_PER_CLIP = ("variance", "risk", "lock", "next_lock", "cfg_scale", "composite")
+_PER_CLIP = ("variance", "risk", "effect", "lock", "next_lock", "cfg_scale", "composite")
 _PER_STEP = ("nfe", "fused_layers", "route", "computed")
 COLUMNS = ("call", "clip", "sigma", *_PER_CLIP, *_PER_STEP)
 
 _CURVES = {
     "variance": ("variance of $\\hat{x}_0$", "#4477aa"),
     "risk": ("risk", "#cc3311"),
+    "effect": ("effect", "#ee7733"),
     "lock": ("lock", "#228833"),
+    "composite": ("composite", "#009988"),
     "cfg_scale": ("CFG scale", "#aa3377"),
 }
 
@@ -81,6 +83,7 @@ class Trace:
                 sigma=observation.sigma,
                 variance=observation.variance,
                 risk=observation.risk,
+                effect=observation.effect,
                 lock=observation.lock,
                 next_lock=rows(next_lock),
                 cfg_scale=rows(cfg_scale),
@@ -90,7 +93,7 @@ class Trace:
         )
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per evaluation and clip, with the keys of `COLUMNS`. Variance and risk are NaN while unknown."""
+        """One dict per evaluation and clip, with the keys of `COLUMNS`, and NaN for what was not measured."""
         rows: list[dict[str, Any]] = []
         for step in self.steps:
             for clip in range(len(step.variance)):
@@ -118,22 +121,30 @@ class Trace:
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draw variance, risk, lock and CFG scale over sigma, one line per clip, at most eight, as PNG, SVG or PDF."""
+        """Draw variance, risk, effect (if measured), lock, composite and CFG scale over sigma, as PNG, SVG or PDF.
+
+        One line per clip, at most eight.
+        """
         suffix = figure_format(path)
         ticker = require("matplotlib.ticker", "plot")
-        figure = require("matplotlib.figure", "plot").Figure(figsize=(7.2, 7.6), dpi=130, layout="constrained")
         rows = self.rows()
-        axes: Sequence[Any] = figure.subplots(len(_CURVES), 1, sharex=True)
-        for axis, (name, (label, colour)) in zip(axes, _CURVES.items(), strict=True):
+        curves = [name for name in _CURVES if name != "effect" or any(r[name] >= 0 for r in rows)]
+        size = 7.2, 1.9 * len(curves)
+        figure = require("matplotlib.figure", "plot").Figure(figsize=size, dpi=130, layout="constrained")
+        axes: Sequence[Any] = figure.subplots(len(curves), 1, sharex=True)
+        for axis, name in zip(axes, curves, strict=True):
+            label, colour = _CURVES[name]
             _draw(axis, rows, name, colour)
             axis.set_ylabel(label)
             axis.grid(alpha=0.25)
-            if name in ("variance", "risk") and any(r[name] > 0 for r in rows):
+            if name in ("variance", "risk", "effect") and any(r[name] > 0 for r in rows):
                 axis.set_yscale("log")
+            if name in ("lock", "composite"):
+                axis.set_ylim(-0.04, 1.04)
             if rows and all(math.isnan(r[name]) for r in rows):
                 axis.set_yticks([])  # a scale of nothing would look like a measured 0
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.45")
-        risk, lock, last = axes[1], axes[2], axes[-1]
+        risk, last = axes[1], axes[-1]
         if any(r["risk"] > 0 for r in rows):
             risk.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
             risk.yaxis.set_major_formatter("{x:g}")
@@ -141,7 +152,6 @@ class Trace:
             risk.axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
             risk.set_ylim(top=max(risk.get_ylim()[1], 2.0))  # room for the word
             risk.annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
-        lock.set_ylim(-0.04, 1.04)
         if rows:
             last.set_xscale("log")
             last.xaxis.set_minor_formatter(ticker.NullFormatter())

@@ -6,9 +6,11 @@ width. A tensor documented as (batch,) may be (batch, tokens) under a local esti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Scalar: TypeAlias = float | Tensor
@@ -34,6 +36,8 @@ class Observation(NamedTuple):
         lock: The lock in force during this evaluation, (batch,), in [0, 1].
         requested_cfg_scale: The guidance scale that the caller passed, (batch,). A policy may return a multiple of it.
         steps_left: Steps of the schedule that remain, counting this one; None if the schedule is unknown.
+        effect: Square of the change that the edit makes on average, over the same threshold as risk, (batch,), >= 0;
+            effect / risk is its signal-to-noise ratio. NaN until measured, and under estimators without it.
     """
 
     sigma: float
@@ -42,6 +46,7 @@ class Observation(NamedTuple):
     lock: Tensor
     requested_cfg_scale: Tensor
     steps_left: int | None = None
+    effect: Tensor = torch.tensor(math.nan)
 
 
 class Control(NamedTuple):
@@ -52,8 +57,9 @@ class Control(NamedTuple):
             K/V, 1 takes the source's. Acts on the next evaluation. None keeps the lock in force.
         cfg_scale: Guidance weight w in  eps = (1 - w) * s * eps_u + w * eps_c,  a float or (batch,); 1 = conditional
             only. Acts on this evaluation. None uses the scale that the caller requested, unchanged.
-        composite: Weight in [0, 1] of the source in the background of `denoised`, a float or (batch,): 1 = exactly the
-            source, 0 = the edit's own prediction. Acts on this evaluation. None uses the lock's `composite` option.
+        composite: Weight in [0, 1] of the source in the background of `denoised`, a float, (batch,) or (batch, tokens):
+            1 = exactly the source, 0 = the edit's own prediction. Acts on this evaluation. None uses the lock's
+            `composite` option.
     """
 
     lock: Scalar | None = None
@@ -92,10 +98,11 @@ class StepInfo(NamedTuple):
         sigma: Noise level (variance exploding).
         variance: Var[x0-hat], (batch,), latent units squared; NaN until measured.
         risk: Variance over its threshold, (batch,), dimensionless; NaN until measured.
+        effect: The edit's mean change, squared, over the same threshold, (batch,); NaN until measured.
         lock: The lock that acted in this evaluation, (batch,), in [0, 1].
         next_lock: The lock for the next evaluation, (batch,), in [0, 1].
         cfg_scale: The guidance scale that was used, (batch,).
-        composite: The weight of the source in the background of the result, (batch,), in [0, 1].
+        composite: The weight of the source in the background of the result, (batch,) or (batch, tokens), in [0, 1].
         nfe: Function evaluations: model passes per clip, counting cond, uncond, source and probes.
         fused_layers: Attention layers in which source K/V were fused.
         route: How the source was evaluated, a `Route` by name.
@@ -106,6 +113,7 @@ class StepInfo(NamedTuple):
     sigma: float
     variance: Tensor
     risk: Tensor
+    effect: Tensor
     lock: Tensor
     next_lock: Tensor
     cfg_scale: Tensor

@@ -135,7 +135,7 @@ def a_trace() -> Trace:
         row = torch.tensor([0.1, 0.4]) * (i + 1)
         seen = row if i else row * float("nan")
         trace.steps.append(
-            StepInfo(i, 10.0 / (i + 1), seen, seen * 10, row / 4, row / 4, row + 1, row * 0 + 1, 3, 2, "lockstep")
+            StepInfo(i, 10.0 / (i + 1), seen, seen * 10, seen, row / 4, row / 4, row + 1, row * 0 + 1, 3, 2, "lockstep")
         )
     return trace
 

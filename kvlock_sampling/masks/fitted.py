@@ -14,7 +14,7 @@ from ..batching import take
 from ..types import MaskError
 from . import as_mask, check_mask, grow, latent_mask, token_mask
 from .form import as_tensor
-from .tokens import Grid, Selection, token_grid
+from .tokens import Grid, Selection, on_latents, token_grid
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -103,12 +103,7 @@ class FittedMask:
         """The tokens that must be computed at full lock, and where the latents of the others are, bool, like `like`."""
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         left_out = (background >= 1).all(0, keepdim=True)
-        if like.ndim == 3:
-            return Selection(background), left_out.unsqueeze(-1)
-        cells = left_out.view(1, 1, *token_grid(like.shape, patch))
-        for axis, size in enumerate(patch, start=2):
-            cells = cells.repeat_interleave(size, axis)
-        return Selection(background), cells[:, :, 0] if like.ndim == 4 else cells
+        return Selection(background), on_latents(left_out, like.shape, patch)
 
     def _video(self, like: Tensor) -> Tensor:
         mask = check_mask(self.given)

@@ -35,6 +35,16 @@ def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
     return t, h, w
 
 
+def on_latents(values: Tensor, latent_shape: Sequence[int], patch: Grid) -> Tensor:
+    """Values of tokens, (batch, tokens), on the latents of each token, broadcastable to latents of this shape."""
+    if len(latent_shape) == 3:
+        return values.unsqueeze(-1)
+    cells = values.view(len(values), 1, *token_grid(latent_shape, patch))
+    for axis, size in enumerate(patch, start=2):
+        cells = cells.repeat_interleave(size, axis)
+    return cells[:, :, 0] if len(latent_shape) == 4 else cells
+
+
 def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
     """A map over tokens, (batch, tokens), on tokens that are `factor` times as large: the minimum of each group."""
     cells = ratio.view(len(ratio), 1, *grid)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
-from ..types import Control, Observation, PolicyError
+from ..types import Control, Observation, PolicyError, SourceError
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -69,7 +69,7 @@ class Policy(ABC):
             obs: What was measured, (batch,); `risk`, `variance` and `lock` may be (batch, tokens).
 
         Returns:
-            The next state, and the control. Its lock is in [0, 1], a float, (batch,) or shaped like `obs.risk`.
+            The next state, and the control. Lock and composite are in [0, 1]: floats, (batch,) or like `obs.risk`.
         """
 
     def start(self, obs: Observation) -> Control:
@@ -157,7 +157,7 @@ def policy_name(policy: Any) -> str:
 
 
 def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
-    """Check types and shapes of what `method` returned. `tokens` of a lock per token is None if it cannot be."""
+    """Check types and shapes of what `method` returned. `tokens` is None if nothing can be per token."""
     name = f"{policy_name(policy)}.{method}"
     if not isinstance(control, Control):
         steps = method == "step" and not isinstance(policy, Stateless)
@@ -168,7 +168,7 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
-            per_token = field == "lock" and tokens is not None
+            per_token = field != "cfg_scale" and tokens is not None
             if shape not in ((), (batch,)) and not (per_token and shape == (batch, tokens)):
                 extra = f" or (batch, tokens) = ({batch}, {tokens})" if per_token else ""
                 raise PolicyError(
@@ -180,8 +180,33 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
     return control
 
 
+def check_ratio(policy: Any, field: str, low: float, high: float) -> None:
+    """Check the smallest and the largest entry of a lock or a composite weight."""
+    if low >= 0 and high <= 1:
+        return
+    unknown = math.isnan(low + high)
+    found = "NaN (is x0-hat finite? what was not measured is NaN)" if unknown else f"[{low:.4g}, {high:.4g}]"
+    raise PolicyError(
+        f"{policy_name(policy)} returned a {field} in {found}; expected [0, 1].\n"
+        f"  Return Control({field}=value.clamp(0, 1)), or wrap it: Clamped(policy, {field}=(0.0, 1.0))."
+    )
+
+
+def nothing_to_lock_to(policy: Any, field: str, value: float) -> SourceError:
+    """The error of a policy that asks for a lock or a composite weight in (0, 1] without a source."""
+    return SourceError(
+        f"the policy {policy!r} asks for {field} {value:.3g}, but there is nothing to lock to.\n"
+        f"  Pass source=latents, mask=mask, or forbid it: Clamped(policy, {field}=(0.0, 0.0))."
+    )
+
+
 def check_finite(policy: Any, control: Control, method: str) -> None:
-    """Check that values are finite, where that costs no transfer from a device."""
+    """Check values that are on the host already: all are finite, and a composite weight is in [0, 1]."""
+    weight = control.composite
+    if isinstance(weight, Tensor) and weight.device.type == "cpu":
+        check_ratio(policy, "composite", *(float(end) for end in weight.aminmax()))
+    elif weight is not None and not isinstance(weight, Tensor):
+        check_ratio(policy, "composite", weight, weight)
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
             finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())

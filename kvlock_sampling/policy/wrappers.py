@@ -51,7 +51,7 @@ class PolicyWrapper(Policy):
 
 @dataclass(frozen=True)
 class Windowed(PolicyWrapper):
-    """The inner policy within a window of the run; no lock and the requested guidance elsewhere.
+    """The inner policy within a window of the run; elsewhere no lock, and the requested guidance and compositing.
 
     Source: KV-Lock (arXiv 2603.09657) acts in the last kappa = 20 steps.
 
@@ -102,7 +102,7 @@ class Windowed(PolicyWrapper):
 
 @dataclass(frozen=True)
 class LockAbove(PolicyWrapper):
-    """A lock at high noise whatever the risk; below, the inner policy alone. Guidance is always the inner policy's.
+    """A lock at high noise whatever the risk; below, the inner policy alone, whose guidance and composite always act.
 
     The first evaluation below `above` is still locked, because a lock acts on the next evaluation. Source:
     Follow-Your-Shape (arXiv 2508.08134), where all keys and values are the source's in the first 2 steps.
@@ -133,7 +133,7 @@ class LockAbove(PolicyWrapper):
 
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
-    """The inner policy's lock and guidance scale, kept within limits.
+    """The inner policy's lock, guidance scale and composite, kept within limits.
 
     Raises PolicyError for a setting out of range.
 
@@ -141,19 +141,23 @@ class Clamped(PolicyWrapper):
         policy: The inner policy, or a function of an Observation.
         lock: (lowest, highest) lock, within [0, 1]. (0, 0) schedules guidance alone. Defaults to (0, 1).
         cfg: (lowest, highest) absolute guidance scale. Defaults to None, no limits.
+        composite: (lowest, highest) composite weight, within [0, 1], if the policy gives one. Defaults to (0, 1).
     """
 
     lock: Range = (0.0, 1.0)
     cfg: Range | None = None
+    composite: Range = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         pair(self, "lock", at_least=0.0, at_most=1.0)
+        pair(self, "composite", at_least=0.0, at_most=1.0)
         if self.cfg is not None:
             pair(self, "cfg")
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
-        control = control._replace(lock=_clamp(_lock(control, obs), self.lock))
+        weight = None if control.composite is None else _clamp(control.composite, self.composite)
+        control = control._replace(lock=_clamp(_lock(control, obs), self.lock), composite=weight)
         if self.cfg is None:
             return control
         scale = obs.requested_cfg_scale if control.cfg_scale is None else control.cfg_scale

@@ -58,7 +58,7 @@ def check_policy(
 
 def _check_start(contract: Contract, obs: Observation) -> None:
     unknown = torch.full_like(obs.risk, math.nan)
-    obs = obs._replace(risk=unknown, variance=unknown)
+    obs = obs._replace(risk=unknown, variance=unknown, effect=unknown)
     _check_values(contract.checked, contract.attempt("start", obs), obs, "start")
 
 
@@ -105,7 +105,7 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
     tokens = obs.risk.shape[1] if obs.risk.ndim > 1 else None
     check_control(policy, control, len(obs.requested_cfg_scale), tokens, method)
     for field, value in control._asdict().items():
-        like = obs.risk if field == "lock" else obs.requested_cfg_scale
+        like = obs.requested_cfg_scale if field == "cfg_scale" else obs.risk
         kinds = (like.dtype, torch.float32)
         if isinstance(value, Tensor) and not (value.dtype in kinds and value.device == like.device):
             raise PolicyError(
@@ -119,8 +119,8 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
             continue
         flat, problem = torch.as_tensor(value), None
         if field != "cfg_scale" and not (flat.min() >= 0 and flat.max() <= 1):
-            wrapped = ", or wrap the policy: Clamped(policy, lock=(0.0, 1.0))" if field == "lock" else ""
-            problem = f"; expected values in [0, 1].\n  Return value.clamp(0, 1){wrapped}"
+            wrapped = f"or wrap the policy: Clamped(policy, {field}=(0.0, 1.0))"
+            problem = f"; expected values in [0, 1].\n  Return value.clamp(0, 1), {wrapped}"
         elif field == "lock" and not policy.may_lock and flat.any():
             problem = ", but may_lock is False; expected lock 0.\n  Let may_lock be True where a setting allows a lock."
         if problem:
@@ -130,7 +130,7 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
 def _observations(
     shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, seed: int, *, measured: bool
 ) -> list[Observation]:
-    """A falling run of log-normal risks, with one calm clip, and with a 0 and a 10,000 on the way."""
+    """A falling run of log-normal risks and effects, with one calm clip, and with a 0 and a 10,000 on the way."""
     risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(seed)).mul(1.2).exp()
     risks[STEPS // 3, 0] = 0.0
     risks[STEPS // 2] = 1e4
@@ -139,6 +139,8 @@ def _observations(
     sigmas = torch.linspace(math.log(14.6), math.log(0.03), STEPS).exp().tolist()
     cfg_scale = torch.linspace(3.0, 7.0, shape[0]).to(device, dtype)
     return [
-        Observation(sigma, 0.01 * risk, risk.clone(), torch.zeros_like(risk), cfg_scale.clone(), STEPS - i)
+        Observation(
+            sigma, 0.01 * risk, risk.clone(), torch.zeros_like(risk), cfg_scale.clone(), STEPS - i, risk.flip(0)
+        )
         for i, (sigma, risk) in enumerate(zip(sigmas, risks, strict=True))
     ]

@@ -1,9 +1,11 @@
 """Estimators of how uncertain the model is about its clean prediction. One estimator a file, formula on top.
 
-TrajectoryVariance is free. RenoiseVariance, PosteriorVariance and DropoutVariance evaluate the model again.
+TrajectoryVariance is free. Divergence needs the source's prediction, which a lock evaluates anyway. RenoiseVariance,
+PosteriorVariance and DropoutVariance evaluate the model again.
 """
 
 from .base import Estimator, masked_mean
+from .divergence import Divergence
 from .dropout import DropoutVariance
 from .posterior import PosteriorVariance
 from .relative import Relative
@@ -14,6 +16,7 @@ from .wrappers import Combined, EstimatorWrapper, Sparse
 
 __all__ = [
     "Combined",
+    "Divergence",
     "DropoutVariance",
     "Estimator",
     "EstimatorWrapper",

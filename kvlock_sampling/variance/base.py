@@ -32,12 +32,15 @@ class Estimator(ABC):
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
         needs_background: Whether it raises EstimatorError without a background to compare with. Defaults to False.
+        needs_source: Whether it raises EstimatorError without the source's x0-hat. It is then evaluated also where the
+            route does not, for one function evaluation more. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
     cost: float = 0.0
     default_threshold: float = 1.0
     needs_background: bool = False
+    needs_source: bool = False
     patch: Patch | None = None
 
     @property
@@ -60,6 +63,17 @@ class Estimator(ABC):
         Returns:
             The next state, and the variance: >= 0, float32 or float64, (batch,) or (batch, tokens); None if unknown.
         """
+
+    def effect(self, state: Any) -> Tensor | None:
+        """Return the mean change that the edit makes, squared: the signal to which the variance is the noise.
+
+        Args:
+            state: What `step` returned with the variance.
+
+        Returns:
+            In units and shape of the variance; None, the default, if it is not measured.
+        """
+        return None
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""

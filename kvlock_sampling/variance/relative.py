@@ -50,15 +50,15 @@ class Relative(EstimatorWrapper):
         if not 0 <= self.quantile <= 1:
             raise EstimatorError(f"quantile={self.quantile}; expected a fraction in [0, 1]. Try quantile=0.96.")
 
-    def init(self) -> tuple[Any, Tensor | None]:
-        return self.estimator.init(), None
+    def init(self) -> tuple[Any, Tensor | None, Tensor | None]:
+        return self.estimator.init(), None, None
 
-    def step(self, state: tuple[Any, Tensor | None], evaluation: Evaluation) -> tuple[Any, Tensor | None]:
-        inner, edited = state
+    def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
+        inner, edited, reference = state
         edited = self._edited(evaluation) if edited is None else edited
         inner, variance = self.estimator.step(inner, evaluation)
         if variance is None:
-            return (inner, edited), None
+            return (inner, edited, reference), None
         if variance.shape != edited.shape:
             raise EstimatorError(
                 f"{self.estimator!r} returned a variance of shape {tuple(variance.shape)}; Relative expected one per "
@@ -67,7 +67,18 @@ class Relative(EstimatorWrapper):
         background = torch.where(edited > 0, torch.nan, variance)
         # The clamp keeps risk finite over flat content, whose variance may be exactly 0 in float16.
         reference = background.nanquantile(self.quantile, dim=1).clamp_min(1e-12)
-        return (inner, edited), (variance * edited).sum(1) / edited.sum(1).clamp_min(1e-12) / reference
+        state = inner, edited, reference
+        return state, self._inside(variance, state)
+
+    def effect(self, state: Any) -> Tensor | None:
+        found = self.estimator.effect(state[0])
+        return None if found is None or state[2] is None else self._inside(found, state)
+
+    @staticmethod
+    def _inside(values: Tensor, state: Any) -> Tensor:
+        """The mean over the edited region, in units of the background's variance."""
+        _, edited, reference = state
+        return (values * edited).sum(1) / edited.sum(1).clamp_min(1e-12) / reference
 
     def _edited(self, evaluation: Evaluation) -> Tensor:
         """The edited fraction of every token. Computed once per run, because the check reads from the device."""

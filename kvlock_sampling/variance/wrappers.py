@@ -4,7 +4,7 @@ Sparse measures at an evaluation with  above <= sigma <= below  if
     sigmas:  it is the first at or below one of these noise levels, or
     every:   it is the 1st, (n+1)-th, (2n+1)-th ... new noise level inside [above, below].
 
-Combined compares in units of risk, each variance divided by its estimator's default threshold:
+Combined compares in units of risk, each variance divided by its estimator's default threshold, and effects likewise:
     max:     max_i var_i / threshold_i
     mean:    sum_i w_i var_i / threshold_i / sum_i w_i
 An estimator that returns None at an evaluation is left out there.
@@ -34,7 +34,7 @@ def check_inner(outer: Estimator, inner: Any) -> None:
 
 @dataclass(frozen=True)
 class EstimatorWrapper(Estimator):
-    """Base of an estimator around another one; cost, threshold, background and patch are those of the inner one.
+    """Base of an estimator around another one, whose class attributes it shares.
 
     Args:
         estimator: The inner estimator.
@@ -45,6 +45,7 @@ class EstimatorWrapper(Estimator):
     cost = property(attrgetter("estimator.cost"))
     default_threshold = property(attrgetter("estimator.default_threshold"))
     needs_background = property(attrgetter("estimator.needs_background"))
+    needs_source = property(attrgetter("estimator.needs_source"))
     patch = property(attrgetter("estimator.patch"))
 
     def __post_init__(self) -> None:
@@ -106,6 +107,9 @@ class Sparse(EstimatorWrapper):
         variance = held if variance is None and self.hold else variance
         return (inner, sigma, levels + (new and is_open), variance if self.hold else None), variance
 
+    def effect(self, state: Any) -> Tensor | None:
+        return self.estimator.effect(state[0])
+
 
 @dataclass(frozen=True)
 class Combined(Estimator):
@@ -123,6 +127,7 @@ class Combined(Estimator):
 
     cost = property(lambda self: sum(e.cost for e in self.estimators))
     needs_background = property(lambda self: any(e.needs_background for e in self.estimators))
+    needs_source = property(lambda self: any(e.needs_source for e in self.estimators))
     patch = property(lambda self: next((e.patch for e in self.estimators if e.patch), None))
 
     def __post_init__(self) -> None:
@@ -149,14 +154,19 @@ class Combined(Estimator):
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
         pairs = [e.step(s, evaluation) for e, s in zip(self.estimators, state, strict=True)]
-        risks = {i: v / self.estimators[i].default_threshold for i, (_, v) in enumerate(pairs) if v is not None}
-        states = tuple(s for s, _ in pairs)
+        return tuple(s for s, _ in pairs), self._joined([v for _, v in pairs])
+
+    def effect(self, state: tuple[Any, ...]) -> Tensor | None:
+        return self._joined([e.effect(s) for e, s in zip(self.estimators, state, strict=True)])
+
+    def _joined(self, found: list[Tensor | None]) -> Tensor | None:
+        risks = {i: v / self.estimators[i].default_threshold for i, v in enumerate(found) if v is not None}
         if not risks:
-            return states, None
+            return None
         if any(r.ndim > 1 for r in risks.values()):
             risks = {i: r if r.ndim > 1 else r[:, None] for i, r in risks.items()}
         stacked = torch.stack(torch.broadcast_tensors(*risks.values()))
         if self.how == "max":
-            return states, stacked.amax(0)
+            return stacked.amax(0)
         weights = stacked.new_tensor([1.0 if self.weights is None else self.weights[i] for i in risks])
-        return states, torch.tensordot(weights / weights.sum(), stacked, dims=1)
+        return torch.tensordot(weights / weights.sum(), stacked, dims=1)

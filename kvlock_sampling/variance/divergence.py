@@ -1,0 +1,84 @@
+"""Divergence: what the edit changes, and how firmly: its clean prediction against the source's at the same noise.
+
+    delta_i = x0hat_i - x0hat_source_i           at noise level sigma_i, the source noised by the run's own noise
+    w_i = exp(-log(sigma_i / sigma) / memory)    W = sum_i w_i,   W2 = sum_i w_i^2
+    m = sum_i w_i delta_i / W                    effect = mean of m^2
+    v = sum_i w_i (delta_i - m)^2 / (W - W2/W)   var = mean of v, unbiased for independent delta_i
+elementwise, then the mean over masked elements or over each token. A change that stays through the trajectory is an
+effect of the edit, one that comes and goes is not: effect / var is its signal-to-noise ratio.
+Source of the weighted sums: West 1979, Updating mean and variance estimates. Range >= 0, latent units squared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from ..utils.precision import working
+from .base import Estimator, Patch, check_patch, pooled
+
+
+@dataclass(frozen=True)
+class Divergence(Estimator):
+    """Mean and variance, along the trajectory, of the edit's x0-hat minus the source's, in latent units squared.
+
+    The variance is reported from the second noise level on; `obs.effect` is the squared mean. Where the lock evaluates
+    the source, it costs nothing. Without a lock, and with a KV cache, the source is one more function evaluation: the
+    cache then saves memory traffic and no pass. Under a model that does its own guidance, the edit's x0-hat is guided,
+    and the source's is a pass under its own prompt.
+
+    The state holds, for this noise level and the one before, sigma, W, W2, m, and pooled the sum of squares and m^2.
+
+    Args:
+        memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.
+        patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
+
+    Raises:
+        EstimatorError: A setting out of range; in a run, no source.
+    """
+
+    memory: float = 1.0
+    patch: Patch | None = None
+
+    default_threshold = 0.01
+    needs_source = True
+
+    def __post_init__(self) -> None:
+        check_patch(self)
+        if not self.memory > 0:
+            raise EstimatorError(f"memory={self.memory}; expected a fall in log sigma > 0. Try memory=1.0.")
+
+    def init(self) -> tuple[Any, ...]:
+        return ()
+
+    def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
+        if evaluation.source is None:
+            raise EstimatorError(
+                f"{self!r} compares with the source, and none was evaluated.\n"
+                "  Pass the clip that is edited: KVLock(model, source=latents, mask=mask, estimator=Divergence())."
+            )
+        sigma, mask = evaluation.sigma, evaluation.mask
+        delta = working(evaluation.denoised.detach()) - working(evaluation.source.detach())
+        # The prediction replaces one at nearly the same sigma, and those below.
+        above = tuple(entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA))
+        if not above:
+            return ((sigma, 1.0, 1.0, delta, 0.0, pooled(delta.square(), mask, self.patch)),), None
+        before, weight, squares, mean, spread, _ = above[-1]
+        decay = math.exp(-math.log(before / sigma) / self.memory)
+        old = decay * weight
+        new = 1 + old
+        change = delta - mean
+        moved = pooled(change.square(), mask, self.patch)
+        # M2 / (W - W2 / W), divided through by the decay, which may be tiny on a coarse schedule.
+        variance = (spread * new + moved * weight) / (2 * weight + decay * (weight**2 - squares))
+        mean = mean + change / new
+        effect = pooled(mean.square(), mask, self.patch)
+        entry = sigma, new, 1 + decay**2 * squares, mean, decay * spread + moved * (old / new), effect
+        return (above[-1], entry), variance
+
+    def effect(self, state: tuple[Any, ...]) -> Tensor | None:
+        return state[-1][-1] if state else None

@@ -151,16 +151,18 @@ def test_a_trace_reads_as_rows_json_csv_and_figure(tmp_path):
     assert data["rows"][0]["risk"] is None
     assert json.loads((tmp_path / "t.json").read_text()) == data
     lines = trace.to_csv(tmp_path / "t.csv").splitlines()
-    assert lines[0].startswith("call,clip,sigma,variance,risk,lock")
+    assert lines[0].startswith("call,clip,sigma,variance,risk,effect,lock")
     assert len(lines) == 9
     for suffix in ("png", "svg", "pdf"):
         trace.plot(tmp_path / f"t.{suffix}")
         assert (tmp_path / f"t.{suffix}").stat().st_size > 5000
     assert "not measured" not in svg_text(tmp_path / "t.svg")
+    assert {"effect", "composite"} <= set(svg_text(tmp_path / "t.svg").split())
     for step in trace.steps:
         step.variance[:] = step.risk[:] = float("nan")
     trace.plot(tmp_path / "constant.svg")
     assert svg_text(tmp_path / "constant.svg").count("not measured") == 2
+    assert "effect" not in svg_text(tmp_path / "constant.svg")
     Trace().plot(tmp_path / "empty.png")
     assert "4 evaluations" in repr(trace)
 

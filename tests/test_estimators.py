@@ -23,6 +23,7 @@ from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
 from kvlock_sampling.utils.tables import from_table, to_table
 from kvlock_sampling.variance import (
     Combined,
+    Divergence,
     DropoutVariance,
     Estimator,
     PosteriorVariance,
@@ -41,6 +42,8 @@ BUILT_IN: list[Estimator] = [
     TrajectoryVariance(window=4, patch=PATCH),
     TrajectoryVariance(window=None, span=8.0, normalise=True),
     TrajectoryVariance(window=None, normalise=True, integral=True, patch=PATCH),
+    Divergence(),
+    Divergence(memory=math.inf, patch=PATCH),
     RenoiseVariance(),
     RenoiseVariance(passes=3, patch=PATCH),
     RenoiseVariance(passes=1),
@@ -57,6 +60,8 @@ BUILT_IN: list[Estimator] = [
     Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
     Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9),
     Combined((Relative(TrajectoryVariance(patch=PATCH)), TrajectoryVariance())),
+    Combined((Divergence(patch=PATCH), TrajectoryVariance())),
+    Relative(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True)),
     Combined((RenoiseVariance(), PosteriorVariance()), how="mean", weights=(1.0, 3.0)),
 ]
 
@@ -91,7 +96,8 @@ def test_any_run_replays_from_any_state(estimator, batch, seed, data):
         states, out = [state], []
         for sigma in sigmas:
             denoised = model(x * sigma, sigma)
-            state, variance = estimator.step(state, Evaluation(sigma, x * sigma, denoised, mask, model, denoised * 0.9))
+            given = Evaluation(sigma, x * sigma, denoised, mask, model, denoised * 0.9, denoised * sigma)
+            state, variance = estimator.step(state, given)
             states.append(state)
             out.append(variance)
         return states, out

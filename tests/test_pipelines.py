@@ -139,7 +139,7 @@ def test_normalising_is_undone_exactly(name):
     vae = video.pipe.vae
     raw = torch.randn(vae.encode(clip).latent_dist.mode().shape)
     seen = video._padded(codec.normalise(vae, raw))
-    torch.testing.assert_close(codec.denormalise(vae, video._unpadded(seen)), raw)
+    torch.testing.assert_close(codec.denormalise(vae, video.unpadded(seen)), raw)
     assert not torch.allclose(seen[:, :, -1], raw[:, :, -1])
 
 

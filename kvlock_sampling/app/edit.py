@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .. import masks, samplers
 from ..lock import KVLock
+from ..masks.morphology import dilate
+from ..masks.resolution import on_pixels
+from ..masks.tokens import on_latents
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..video.metrics import masked_psnr
@@ -88,8 +91,9 @@ def edit_video(
         cfg_scale: Requested guidance scale. Default: the model's.
         seed: Seed of the start noise and of stochastic samplers: one int (clip i uses seed + i), or one per clip.
         strength: 1 starts from noise; less starts from the clip noised to flow time `strength` in (0, 1].
-        paste: Paste the source's pixels outside the mask. Nothing is pasted if the lock does not composite.
-        feather: Width of the blend around the mask in pixels, >= 0.
+        paste: Paste the source's pixels outside the mask by the run's last composite weight: what a policy released to
+            the edit is not pasted over.
+        feather: Width in pixels, >= 0, of the blend around the mask and around released tokens.
         on_step: Called after each step with its index.
         on_plan: Called before sampling with the plan of the KV cache, if there is one.
         lock_options: Other options of `KVLock`, e.g. composite, layers, kv_cache. With a KV cache, noise="fixed".
@@ -144,12 +148,23 @@ def edit_video(
         seconds = time.perf_counter() - started
         pixels, ceiling = video.decode(latents), video.decode(source)
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
-    if paste and lock.settings.composite:
+    if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
-        pixels = torch.lerp(clips, pixels, soft)
+        pixels = torch.lerp(clips, pixels, soft + (1 - soft) * _released(lock, video, source, clips, feather))
     keep = 1 - pixel_mask
     background, best = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
     return Edit(pixels, lock.trace, seconds, lock.trace.nfe, background_psnr=background, ceiling_psnr=best)
+
+
+def _released(lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, feather: float) -> Tensor:
+    """How much of the background the last evaluation left to the edit, in [0, 1], broadcastable to the clips."""
+    released, patch = 1 - lock.trace.steps[-1].composite.to(clips), lock.settings.patch
+    if released.ndim == 1 or patch is None:
+        return released.view(-1, 1, 1, 1, 1)
+    latents = on_latents(released, source.shape, patch)
+    latents = video.unpadded(latents) if hasattr(video, "unpadded") else latents
+    frames, height, width = clips.shape[2:]
+    return dilate(on_pixels(latents, frames, height, width), feather)
 
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:

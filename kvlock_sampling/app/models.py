@@ -19,8 +19,9 @@ class VideoModel(Protocol):
 
     `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one. Optional members: `negative_prompt` (default ""),
     `usual`, the (frames, height, width) that it was trained for; `given(clips, mask)`, this model prepared for these
-    clips; `lock_mask(mask)`, the mask at the latents' size. A model of free size has frames = size = None, and its
-    `fit(frames, height, width)` returns the largest (frames, height, width) within these that it can edit.
+    clips; `lock_mask(mask)`, the mask at the latents' size; `unpadded(latents)`, without frames that no clip has. A
+    model of free size has frames = size = None, and its `fit(frames, height, width)` returns the largest (frames,
+    height, width) within these that it can edit.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.

@@ -36,13 +36,27 @@ def feather(mask: MaskLike, radius: float) -> Mask:
     return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)
 
 
+def dilate(mask: MaskLike, radius: float) -> Mask:
+    """`feather` around regions of any value: the largest of  value + falling cosine - 1  around each cell."""
+    if radius == 0:
+        return as_mask(mask)
+    y, x = np.mgrid[-int(radius) : int(radius) + 1, -int(radius) : int(radius) + 1]
+    distance = np.minimum(np.hypot(y, x) / radius, 1)
+    near = {"footprint": distance < 1, "structure": (np.cos(np.pi * distance) - 1) / 2}
+    return _frames(mask, radius, lambda frame: ndimage.grey_dilation(frame, mode="nearest", **near))
+
+
 def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    return _frames(mask, radius, lambda frame: weight(ndimage.distance_transform_edt(frame <= 0)))
+
+
+def _frames(mask: MaskLike, radius: float, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
     if not radius >= 0:
         raise MaskError(f"radius is {radius}; expected cells >= 0. Use masks.shrink to go inwards")
     values = as_mask(mask)
-    edited = rearrange(values > 0, "b 1 t h w -> (b t) h w").cpu().numpy()
-    out = np.zeros(edited.shape, np.float32)
-    for page, frame in zip(out, edited, strict=True):
+    pages = rearrange(values, "b 1 t h w -> (b t) h w").float().cpu().numpy()
+    out = np.zeros(pages.shape, np.float32)
+    for page, frame in zip(out, pages, strict=True):
         if frame.any():  # scipy's distance to nothing is not defined
-            page[:] = weight(ndimage.distance_transform_edt(~frame))
+            page[:] = change(frame)
     return rearrange(torch.from_numpy(out).to(values), "(b t) h w -> b 1 t h w", b=len(values))

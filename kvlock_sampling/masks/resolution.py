@@ -71,6 +71,15 @@ def resize(mask: MaskLike, frames: int, height: int, width: int) -> Mask:
     return adaptive_max_pool3d(as_mask(mask), (frames, height, width))
 
 
+def on_pixels(values: Tensor, frames: int, height: int, width: int) -> Tensor:
+    """Values of latents, (batch, 1, t, h, w), on the pixels that each stands for: the inverse of `latent_mask`."""
+    t, h, w = values.shape[2:]
+    step = (frames - 1) // (t - 1) if t > 1 and (frames - 1) % (t - 1) == 0 else 0
+    time = [-(-f // step) if step else f * t // frames for f in range(frames)]  # else frames are spread evenly
+    rows, columns = ([i * cells // size for i in range(size)] for cells, size in ((h, height), (w, width)))
+    return values[:, :, time][:, :, :, rows][..., columns]
+
+
 def _pool(values: Tensor, size: tuple[int, int, int], name: str) -> Tensor:
     shape = tuple(values.shape[2:])
     if len(size) != 3 or min(size) < 1:

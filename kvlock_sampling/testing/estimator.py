@@ -39,9 +39,10 @@ class CheckModel(nn.Module):
 def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, device: str | torch.device = "cpu") -> None:
     """Check that an estimator keeps the contract of `Estimator`, on made-up runs of a small smooth denoiser.
 
-    It checks the settings, `cost`, `default_threshold` and `needs_background`; shape, dtype, device and range of every
-    variance, for float32, float64 and bfloat16 latents, with and without a mask; that a step repeats, changes nothing
-    in place and replays from a restored state; and that a clip gets the same alone as in a batch, up to rounding.
+    It checks the settings, `cost`, `default_threshold`, `needs_background` and `needs_source`; shape, dtype, device and
+    range of every variance and effect, for float32, float64 and bfloat16 latents, with and without a mask; that a step
+    repeats, changes nothing in place and replays from a restored state; and that a clip gets the same alone as in a
+    batch, up to rounding.
 
     Args:
         estimator: The estimator.
@@ -69,13 +70,16 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
             rows: Counter[float] = Counter()
             with torch.no_grad():
                 run = _evaluations(contract.name, model, rows, batch, seed, masked=masked)
+                if bound.needs_source:
+                    _check_needs(contract, "source", run[0]._replace(source=None))
                 if not masked and bound.needs_background:
-                    _check_needs_background(contract, run[0])
+                    _check_needs(contract, "background", run[0])
                     continue
                 states, variances = contract.play(bound.init(), run)
+                effects = _effects(contract, run, states, variances)
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
                 contract.check_rewind(run, states, variances)
-                _check_clips(contract, run, variances, model)
+                _check_clips(contract, run, variances, effects, model)
 
 
 def _contract(estimator: Estimator) -> Contract:
@@ -110,15 +114,31 @@ def _evaluations(
     return run
 
 
-def _check_needs_background(contract: Contract, unmasked: Evaluation) -> None:
+def _check_needs(contract: Contract, what: str, without: Evaluation) -> None:
     try:
-        contract.checked.step(contract.checked.init(), unmasked)
+        contract.checked.step(contract.checked.init(), without)
     except EstimatorError:
         return
+    field = "mask" if what == "background" else what
     raise EstimatorError(
-        f"{contract.name}.needs_background is True, and step accepted an evaluation without a mask; expected an "
-        "EstimatorError where evaluation.mask is None."
+        f"{contract.name}.needs_{what} is True, and step accepted an evaluation without a {field}; expected an "
+        f"EstimatorError where evaluation.{field} is None."
     )
+
+
+def _effects(
+    contract: Contract, run: list[Evaluation], states: list[Any], variances: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The effect beside each variance."""
+    found = [None if v is None else contract.checked.effect(s) for v, s in zip(variances, states[1:], strict=True)]
+    for effect, variance, given in zip(found, variances, run, strict=True):
+        _check_variance(f"{contract.name}.effect returned", effect, given)
+        if effect is not None and variance is not None and effect.shape != variance.shape:
+            raise EstimatorError(
+                f"{contract.name}.effect returned shape {tuple(effect.shape)}; expected the variance's, "
+                f"{tuple(variance.shape)}."
+            )
+    return found
 
 
 def _check_cost(contract: Contract, variances: list[Tensor | None], counted: float) -> None:
@@ -131,12 +151,20 @@ def _check_cost(contract: Contract, variances: list[Tensor | None], counted: flo
         )
 
 
-def _check_clips(contract: Contract, run: list[Evaluation], variances: list[Tensor | None], model: nn.Module) -> None:
+def _check_clips(
+    contract: Contract,
+    run: list[Evaluation],
+    variances: list[Tensor | None],
+    effects: list[Tensor | None],
+    model: nn.Module,
+) -> None:
     """Every clip must get the same alone as in the batch, up to the rounding of the model."""
     loose = 1e-5 if contract.checked.cost == 0 else 0.05 if run[0].x.dtype == torch.bfloat16 else 1e-3
     for clip in range(batch := len(run[0].x)):
         alone = [one_clip(e, clip)._replace(probe=lambda at, level: model(at, level)) for e in run]
-        for e, single, together in zip(run, contract.play(contract.checked.init(), alone)[1], variances, strict=True):
+        states, singles = contract.play(contract.checked.init(), alone)
+        singles = [*singles, *_effects(contract, alone, states, singles)]
+        for e, single, together in zip([*run, *run], singles, [*variances, *effects], strict=True):
             expected = None if together is None else together[clip : clip + 1]
             if single is None or expected is None:
                 agree = single is expected

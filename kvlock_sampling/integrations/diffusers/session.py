@@ -105,10 +105,12 @@ class Session:
         denoised = evaluate(settings, self.run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
         if c is not None and self.only_scales(cond.network):
-            used = self.trace.steps[-1].cfg_scale
-            if uncond is None:
+            used, state = self.trace.steps[-1].cfg_scale, self.run.timeline.last
+            weight = None if state is None else state.composite
+            free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
+            if free and uncond is None:
                 return c, c
-            if u is not None and bool((used == torch.full_like(used, requested)).all()):
+            if free and u is not None and bool((used == torch.full_like(used, requested)).all()):
                 return c, u
         guided = calls.velocity(denoised)
         return guided, guided

@@ -225,14 +225,15 @@ class PipelineVideo:
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to clips in [-1, 1], float32."""
         with torch.no_grad():
-            raw = codec.denormalise(self.pipe.vae, self._unpadded(latents.to(self.device).float()))
+            raw = codec.denormalise(self.pipe.vae, self.unpadded(latents.to(self.device).float()))
             return self._decode(raw.to(self.pipe.vae.dtype)).float().clamp(-1, 1)
 
     def _padded(self, latents: Tensor) -> Tensor:
-        """Latents with the frames that the transformer needs beside the clip's; `_unpadded` is the inverse."""
+        """Latents with the frames that the transformer needs beside the clip's; `unpadded` is the inverse."""
         return latents
 
-    def _unpadded(self, latents: Tensor) -> Tensor:
+    def unpadded(self, latents: Tensor) -> Tensor:
+        """Return latents without the frames that the clip lacks."""
         return latents
 
     def _decode(self, raw: Tensor) -> Tensor:

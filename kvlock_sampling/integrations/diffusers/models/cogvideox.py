@@ -103,6 +103,6 @@ class CogVideoXVideo(PipelineVideo):
         padding = -latents.shape[2] % self.patch[0]
         return torch.cat([latents[:, :, :1]] * padding + [latents], dim=2)
 
-    def _unpadded(self, latents: Tensor) -> Tensor:
+    def unpadded(self, latents: Tensor) -> Tensor:
         # An even number of frames was padded: the VAE's own numbers are odd.
         return latents[:, :, 1 - latents.shape[2] % 2 :]

@@ -66,7 +66,7 @@ def decide(
         effect = settings.estimator.effect(inner)
         observation = observation._replace(variance=variance, risk=variance / limit)
         if effect is not None:
-            observation = observation._replace(effect=effect / limit)
+            observation = observation._replace(effect=(effect / limit).expand_as(variance))
     if variance is None and settings.measures:
         if state.measured:  # the estimator pauses: the last control holds
             return state._replace(estimator=inner), observation

@@ -61,6 +61,7 @@ BUILT_IN: list[Estimator] = [
     Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9),
     Combined((Relative(TrajectoryVariance(patch=PATCH)), TrajectoryVariance())),
     Combined((Divergence(patch=PATCH), TrajectoryVariance())),
+    Combined((Divergence(), TrajectoryVariance(patch=PATCH)), how="mean"),
     Relative(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True)),
     Combined((RenoiseVariance(), PosteriorVariance()), how="mean", weights=(1.0, 3.0)),
 ]

@@ -133,7 +133,7 @@ def _effects(
     found = [None if v is None else contract.checked.effect(s) for v, s in zip(variances, states[1:], strict=True)]
     for effect, variance, given in zip(found, variances, run, strict=True):
         _check_variance(f"{contract.name}.effect returned", effect, given)
-        if effect is not None and variance is not None and effect.shape != variance.shape:
+        if effect is not None and variance is not None and effect.shape not in (variance.shape, (len(variance), 1)):
             raise EstimatorError(
                 f"{contract.name}.effect returned shape {tuple(effect.shape)}; expected the variance's, "
                 f"{tuple(variance.shape)}."

@@ -71,7 +71,7 @@ class Estimator(ABC):
             state: What `step` returned with the variance.
 
         Returns:
-            In units and shape of the variance; None, the default, if it is not measured.
+            In units of the variance, and expandable to its shape; None, the default, if it is not measured.
         """
         return None
 

@@ -157,7 +157,8 @@ class Combined(Estimator):
         return tuple(s for s, _ in pairs), self._joined([v for _, v in pairs])
 
     def effect(self, state: tuple[Any, ...]) -> Tensor | None:
-        return self._joined([e.effect(s) for e, s in zip(self.estimators, state, strict=True)])
+        found = self._joined([e.effect(s) for e, s in zip(self.estimators, state, strict=True)])
+        return found[:, None] if found is not None and self.patch and found.ndim == 1 else found
 
     def _joined(self, found: list[Tensor | None]) -> Tensor | None:
         risks = {i: v / self.estimators[i].default_threshold for i, v in enumerate(found) if v is not None}

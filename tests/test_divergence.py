@@ -1,0 +1,305 @@
+"""Divergence against known answers: Gaussian pairs, sums by hand, and plain calls of the model on every route."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvlock_sampling as kv
+from kvlock_sampling.testing import GaussianDenoiser
+from kvlock_sampling.types import Control, EstimatorError, Evaluation
+from kvlock_sampling.variance import Combined, Divergence, Estimator, Relative, Sparse, TrajectoryVariance
+
+SHAPE = (2, 3, 2, 4, 4)
+MASK = torch.zeros(2, 1, 2, 4, 4)
+MASK[0, ..., :2], MASK[1, :, :, 1:] = 1, 1
+
+
+def evaluation(sigma: float, edit: torch.Tensor, source: torch.Tensor | None, mask: torch.Tensor | None = MASK) -> Any:
+    return Evaluation(sigma, edit, edit, mask, lambda x, s: x, None, source)
+
+
+def play(estimator: Estimator, run: list[Any]) -> tuple[Any, torch.Tensor | None]:
+    state, variance = estimator.init(), None
+    for given_ in run:
+        state, variance = estimator.step(state, given_)
+    return state, variance
+
+
+def by_hand(deltas: list[torch.Tensor], sigmas: list[float], memory: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and unbiased variance of each element, weighted by the distance in log sigma from the last."""
+    weights = torch.tensor([math.exp(-math.log(s / sigmas[-1]) / memory) for s in sigmas], dtype=torch.float64)
+    values = torch.stack(deltas).double()
+    total = weights.sum()
+    mean = torch.tensordot(weights, values, 1) / total
+    variance = torch.tensordot(weights, (values - mean).square(), 1) / (total - weights.square().sum() / total)
+    return mean, variance
+
+
+def inside(values: torch.Tensor, mask: torch.Tensor = MASK) -> torch.Tensor:
+    weight = mask.expand_as(values).double()
+    return (values.double() * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
+
+
+def draws(count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    values = torch.randn(2, count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    return list(values[0]), list(values[1])
+
+
+def test_gaussian_pairs_at_the_same_x():
+    """D = (s^2 x + sigma^2 mu) / (s^2 + sigma^2), so delta = sigma^2 (mu_edit - mu_source) / (s^2 + sigma^2)."""
+    std, low, high = 0.7, -0.5, 1.5
+    edit, source = GaussianDenoiser(high, std), GaussianDenoiser(low, std)
+    x, sigmas, estimator = torch.randn(SHAPE), [6.0, 2.0, 0.5], Divergence(memory=2.0)
+    run = [evaluation(s, edit(x, s), source(x, s)) for s in sigmas]
+    deltas = [torch.full(SHAPE, s**2 * (high - low) / (std**2 + s**2), dtype=torch.float64) for s in sigmas]
+    for count in (1, 2, 3):
+        state, variance = play(estimator, run[:count])
+        mean, spread = by_hand(deltas[:count], sigmas[:count], 2.0)
+        torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()), rtol=1e-5, atol=1e-7)
+        if count == 1:
+            assert variance is None
+        else:
+            torch.testing.assert_close(variance.double(), inside(spread), rtol=1e-4, atol=1e-7)
+
+
+@given(
+    st.lists(st.floats(0.01, 90.0), min_size=2, max_size=7, unique_by=lambda s: round(math.log(s), 2)),
+    st.floats(0.8, 50.0) | st.just(math.inf),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_run_gives_the_weighted_mean_and_variance(sigmas, memory, seed):
+    sigmas = sorted(sigmas, reverse=True)
+    edits, sources = draws(len(sigmas), seed)
+    estimator = Divergence(memory=memory)
+    state, variance = play(estimator, [evaluation(*e) for e in zip(sigmas, edits, sources, strict=True)])
+    mean, spread = by_hand([e - s for e, s in zip(edits, sources, strict=True)], sigmas, memory)
+    torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(variance.double(), inside(spread), rtol=1e-4, atol=1e-6)
+
+
+def test_two_predictions_have_half_their_squared_distance_as_variance_whatever_their_weights():
+    edits, sources = draws(2)
+    for low in (4.0, 1e-3, 1e-30):
+        variance = play(
+            Divergence(memory=0.1), [evaluation(5.0, edits[0], sources[0]), evaluation(low, edits[1], sources[1])]
+        )[1]
+        change = (edits[0] - sources[0]) - (edits[1] - sources[1])
+        torch.testing.assert_close(variance.double(), inside(change.square()) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_a_repeated_sigma_replaces_and_a_higher_one_drops_what_is_below():
+    edits, sources = draws(4)
+    at = lambda s, i: evaluation(s, edits[i], sources[i])  # noqa: E731
+    for run, equal in (
+        ([at(5.0, 0), at(2.0, 1), at(2.0 * (1 + 1e-6), 2)], [at(5.0, 0), at(2.0 * (1 + 1e-6), 2)]),
+        ([at(5.0, 0), at(2.0, 1), at(3.0, 2), at(1.0, 3)], [at(5.0, 0), at(3.0, 2), at(1.0, 3)]),
+        ([at(5.0, 0), at(2.0, 1), at(8.0, 2)], [at(8.0, 2)]),
+    ):
+        (state, variance), (wanted, expected) = play(Divergence(), run), play(Divergence(), equal)
+        assert variance is expected is None or torch.equal(variance, expected)
+        assert torch.equal(Divergence().effect(state), Divergence().effect(wanted))
+
+
+def test_every_token_is_measured_with_a_patch():
+    edits, sources = draws(3)
+    sigmas, estimator = [5.0, 2.0, 1.0], Divergence(patch=(1, 2, 2))
+    state, variance = play(estimator, [evaluation(*e) for e in zip(sigmas, edits, sources, strict=True)])
+    mean, spread = by_hand([e - s for e, s in zip(edits, sources, strict=True)], sigmas, 1.0)
+    for found, values in ((variance, spread), (estimator.effect(state), mean.square())):
+        tokens = values.unflatten(3, (2, 2)).unflatten(5, (2, 2)).mean((1, 4, 6)).flatten(1)
+        torch.testing.assert_close(found.double(), tokens, rtol=1e-4, atol=1e-6)
+    assert estimator.reads_background
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_float32(dtype):
+    """A constant difference of a half-precision pair has no variance, and its effect is its square."""
+    source = torch.full(SHAPE, 100.0, dtype=dtype)
+    state, variance = play(Divergence(), [evaluation(s, source + 8, source) for s in (5.0, 3.0, 2.0, 1.0)])
+    assert variance.dtype == torch.float32
+    assert torch.equal(variance, torch.zeros(2))
+    assert torch.equal(Divergence().effect(state), torch.full((2,), 64.0))
+
+
+def test_settings_and_a_missing_source():
+    for memory in (0.0, -1.0, math.nan):
+        with pytest.raises(EstimatorError, match="expected a fall in log sigma > 0"):
+            Divergence(memory=memory)
+    with pytest.raises(EstimatorError, match=r"none was evaluated.*\n.*source=latents"):
+        play(Divergence(), [evaluation(1.0, torch.zeros(SHAPE), None)])
+    assert kv.presets.load_preset(
+        '[policy]\ntype = "Sigmoid"\n[estimator]\ntype = "Divergence"\nmemory = 2.0\n'
+    ).estimator == (Divergence(memory=2.0))
+
+
+def test_wrappers_forward_the_effect():
+    edits, sources = draws(3)
+    run = [evaluation(*e) for e in zip((5.0, 2.0, 1.0), edits, sources, strict=True)]
+    bare = Divergence()
+    wanted = bare.effect(play(bare, run)[0])
+    for wrapper, factor in (
+        (Sparse(bare, below=9.0), 1),
+        (Combined((TrajectoryVariance(), bare)), bare.default_threshold),
+    ):
+        assert wrapper.needs_source
+        torch.testing.assert_close(wrapper.effect(play(wrapper, run)[0]), wanted / factor)
+    local = Relative(Divergence(patch=(1, 2, 2)))
+    state, variance = play(local, run)
+    inner, risk = play(local.estimator, run)
+    # One factor for both, so their quotient is that of the inner estimator's means over the edited tokens.
+    edited = torch.nn.functional.avg_pool3d(MASK, (1, 2, 2)).flatten(1)
+    torch.testing.assert_close(
+        local.effect(state) / variance,
+        (local.estimator.effect(inner) * edited).sum(1) / (risk * edited).sum(1),
+    )
+    assert TrajectoryVariance().effect(()) is None
+
+
+# -- in a run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Hold(kv.Policy):
+    """Measures, and holds one lock from the first evaluation on."""
+
+    lock: float
+    may_lock = property(lambda self: self.lock > 0)
+
+    def start(self, obs):
+        return Control(lock=self.lock)
+
+    def step(self, state, obs):
+        return state, Control(lock=self.lock)
+
+
+LEVELS = [8.0, 4.0, 2.5, 1.0]
+TINY = 1e-6
+OWN = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(7))  # the source's own prompt
+
+
+def run_of(setup, levels=LEVELS, guided=False, **options):
+    """The trace of a lock that is called at these levels, x being the clip at the run's noise, moved a little."""
+    model = kv.CFGDenoiser(setup.model) if guided else setup.model
+    given_ = {"source": setup.source, "mask": setup.mask, "source_args": {"cond": OWN}, "threshold": 1.0, **options}
+    lock = kv.KVLock(model, **given_)
+    with lock, torch.no_grad():
+        for sigma in levels:
+            lock(points(setup, sigma)[0], torch.tensor([sigma]), **setup.cfg)
+    return lock.trace
+
+
+def points(setup, sigma):
+    """The edit's x at a noise level, and the source's."""
+    noise = torch.randn(setup.source.shape, generator=torch.Generator().manual_seed(3))
+    top = setup.source + LEVELS[0] * noise
+    return top * (sigma / LEVELS[0]) + 0.3 * (LEVELS[0] - sigma), setup.source + sigma * noise
+
+
+def expected(setup, levels=LEVELS, scale=1.0):
+    """Variance and effect at the last level from plain calls of the model."""
+    deltas = []
+    for sigma in levels:
+        x, z = points(setup, sigma)
+        level = torch.tensor([sigma])
+        with torch.no_grad():
+            edit, source = setup.model(x, level, cond=setup.cond), setup.model(z, level, cond=OWN)
+            if scale != 1:
+                uncond = setup.model(x, level, cond=setup.uncond)
+                edit = uncond + (edit - uncond) * scale
+        deltas.append(edit - source)
+    mean, variance = by_hand(deltas, levels, 1.0)
+    return inside(variance, setup.mask), inside(mean.square(), setup.mask)
+
+
+def check(trace, wanted, rtol=2e-3):
+    last = trace.steps[-1]
+    torch.testing.assert_close(last.variance.double(), wanted[0], rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(last.effect.double(), wanted[1], rtol=rtol, atol=1e-6)
+    assert torch.isnan(trace.steps[0].effect).all()
+
+
+@pytest.mark.parametrize(
+    ("route", "passes", "options"),
+    [
+        ("unlocked", 3, {"policy": Hold(0.0)}),
+        ("unlocked", 3, {"policy": Hold(0.0), "batched": False}),
+        ("lockstep", 3, {"policy": Hold(TINY)}),
+        ("source pass", 3, {"policy": Hold(TINY), "batched": False}),
+        ("cached", 3, {"policy": Hold(TINY), "kv_cache": "new"}),
+    ],
+)
+def test_every_route_measures_what_two_plain_calls_give(setup, route, passes, options):
+    options = {k: kv.KVCache(every=1, format=None) if v == "new" else v for k, v in options.items()}
+    trace = run_of(setup, estimator=Divergence(), **options)
+    assert {step.route for step in trace} == {route}
+    assert [step.nfe for step in trace] == [passes] * len(LEVELS)
+    check(trace, expected(setup))
+
+
+def test_a_filled_cache_makes_a_pass_for_the_source(setup):
+    noise = points(setup, 1.0)[1] - setup.source
+    options = {"policy": Hold(TINY), "kv_cache": kv.KVCache(every=1, format=None), "noise": noise}
+    assert [s.nfe for s in run_of(setup, **options)] == [3] * len(LEVELS)
+    assert [s.nfe for s in run_of(setup, **options)] == [2] * len(LEVELS)
+    trace = run_of(setup, estimator=Divergence(), **options)
+    assert [s.nfe for s in trace] == [3] * len(LEVELS)
+    check(trace, expected(setup))
+
+
+def test_interleaved_has_it_for_free(setup):
+    """At lock 1 a clip's divergence is that of the dense computation, and every token's needs the dense computation."""
+    dense = run_of(setup, estimator=Divergence(), policy=Hold(1.0), foreground=False)
+    narrow = run_of(setup, estimator=Divergence(), policy=Hold(1.0))
+    assert {s.route for s in narrow} == {"interleaved"}
+    assert [s.nfe for s in narrow] == [3] * len(LEVELS)
+    check(narrow, (dense.steps[-1].variance.double(), dense.steps[-1].effect.double()))
+    local = run_of(setup, estimator=Divergence(patch=(1, 2, 2)), policy=Hold(1.0))
+    assert {s.route for s in local} == {"lockstep"}
+
+
+def test_a_model_that_guides_itself_is_compared_as_it_is(setup):
+    """Its guided x0-hat, and the source in a pass under its own prompt."""
+    for policy, passes in ((Hold(0.0), 2), (Hold(TINY), 2)):
+        trace = run_of(setup, estimator=Divergence(), policy=policy, guided=True)
+        assert [s.nfe for s in trace] == [passes] * len(LEVELS)
+        check(trace, expected(setup, scale=3.0))
+
+
+def test_a_run_that_goes_back_up_measures_as_if_it_had_not(setup):
+    levels = [8.0, 4.0, 1.0, 2.5, 2.5, 1.0]
+    check(run_of(setup, levels, estimator=Divergence(), policy=Hold(0.0)), expected(setup))
+
+
+def test_policies_see_effect_over_the_threshold(setup):
+    seen = []
+
+    @kv.stateless
+    def watch(obs):
+        seen.append(obs)
+        return Control(lock=0.0)
+
+    trace = run_of(setup, estimator=Divergence(), policy=watch, threshold=0.5)
+    wanted = expected(setup)
+    torch.testing.assert_close(seen[-1].effect.double(), wanted[1] / 0.5, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close((seen[-1].effect / seen[-1].risk).double(), wanted[1] / wanted[0], rtol=4e-3, atol=1e-6)
+    assert trace.rows()[-1]["effect"] == pytest.approx(float(seen[-1].effect))
+
+
+def test_without_a_source_the_run_says_what_to_pass(setup):
+    lock = kv.KVLock(setup.model, policy=Hold(0.0), estimator=Divergence())
+    with lock, pytest.raises(EstimatorError, match=r"source=latents"):
+        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_a_policy_that_measures_nothing_pays_nothing(setup):
+    with pytest.warns(UserWarning, match="estimator=, threshold= without effect"):
+        trace = run_of(setup, estimator=Divergence(), policy="off")
+    assert trace.nfe == 2 * len(LEVELS)

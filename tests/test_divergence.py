@@ -18,7 +18,7 @@ from kvlock_sampling.variance import Combined, Divergence, Estimator, Relative, 
 
 SHAPE = (2, 3, 2, 4, 4)
 MASK = torch.zeros(2, 1, 2, 4, 4)
-MASK[0, ..., :2], MASK[1, :, :, 1:] = 1, 1
+MASK[0, ..., :2], MASK[1, :, 1:] = 1, 1
 
 
 def evaluation(sigma: float, edit: torch.Tensor, source: torch.Tensor | None, mask: torch.Tensor | None = MASK) -> Any:

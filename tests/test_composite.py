@@ -36,6 +36,10 @@ def outputs(setup, policy, levels=None, **options):
     return out, lock.trace
 
 
+def release_by(weight) -> kv.Policy:
+    return kv.stateless(lambda obs: Control(0.0, None, weight(obs)))
+
+
 # -- the arithmetic ---------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +115,7 @@ def cached(options):
 def test_every_route_honours_every_form(setup, route, lock, options, guided):
     if guided:
         setup.model = kv.CFGDenoiser(setup.model)
+        options = {name: value for name, value in options.items() if name != "batched"}
     free, _ = outputs(setup, always(lock, 0.0), **cached(options))
     none, trace = outputs(setup, always(lock, None), **cached(options), composite=False)
     whole, _ = outputs(setup, always(lock, 1.0), **cached(options))
@@ -157,7 +162,7 @@ def test_composited_then_free_is_narrow_above_and_full_below(setup):
 
 @pytest.mark.parametrize("released", [torch.zeros(1, TOKENS), torch.tensor([0.5])])
 @pytest.mark.parametrize(
-    ("options", "passes"), [({}, (3, 6, 3)), ({"batched": False}, (3, 6, 3)), ({"kv_cache": True}, (3, 4, 3))]
+    ("options", "passes"), [({}, (3, 6, 3)), ({"batched": False}, (3, 6, 3)), ({"kv_cache": True}, (3, 5, 3))]
 )
 def test_every_narrow_route_is_made_again_and_keeps_the_decision(setup, released, options, passes):
     levels = setup.sigmas[:3].tolist()
@@ -173,8 +178,7 @@ def test_every_narrow_route_is_made_again_and_keeps_the_decision(setup, released
         narrow = [lock(setup.x * s / levels[0], torch.tensor([s]), **setup.cfg) for s in levels]
     assert calls == [levels[0], *levels]  # once at the start, once per evaluation
     assert [s.computed < 1 for s in lock.trace] == [True, False, False]
-    if "kv_cache" not in options:
-        assert tuple(s.nfe for s in lock.trace) == passes
+    assert tuple(s.nfe for s in lock.trace) == passes
     assert [float(s.cfg_scale) for s in lock.trace] == [2.0, 4.0, 4.0]
     dense, _ = outputs(setup, policy, levels, foreground=False)
     for a, b in zip(narrow, dense, strict=True):
@@ -212,11 +216,12 @@ def test_at_sigma_0_the_last_weight_acts(setup):
 
 @pytest.mark.parametrize("bad", [1.5, -0.1, float("nan")])
 def test_a_weight_out_of_range_names_policy_and_range(setup, bad):
-    @kv.stateless(uses_risk=False)
-    def release(obs):
-        return Control(0.5, None, form)
-
     for form in (bad, torch.tensor([bad]), torch.full((1, TOKENS), bad)):
+
+        @kv.stateless(uses_risk=False)
+        def release(obs, form=form):
+            return Control(0.5, None, form)
+
         with pytest.raises(PolicyError, match=r"release returned a composite in (.|\n)*\[0, 1\](.|\n)*clamp\(0, 1\)"):
             outputs(setup, release)
 
@@ -224,9 +229,10 @@ def test_a_weight_out_of_range_names_policy_and_range(setup, bad):
 def test_a_weight_on_a_device_is_checked_at_the_next_evaluation(setup, monkeypatch):
     """There a check at once would cost a transfer."""
     monkeypatch.setattr("kvlock_sampling.controller.check_finite", lambda *a: None)
-    assert len(outputs(setup, always(0.5, torch.tensor([1.5])), [3.0])[0]) == 1
+    policy = kv.stateless(lambda o: Control(0.5, None, torch.tensor([1.5 if o.sigma < 3 else 1.0])), uses_risk=False)
+    assert len(outputs(setup, policy, [4.0, 2.0])[0]) == 2
     with pytest.raises(PolicyError, match=r"returned a composite in \[1.5, 1.5\]"):
-        outputs(setup, always(0.5, torch.tensor([1.5])), [3.0, 2.0])
+        outputs(setup, policy, [4.0, 2.0, 1.0])
 
 
 def test_shapes_that_do_not_fit(setup):
@@ -287,7 +293,7 @@ def test_wrappers_carry_it(setup):
         (kv.Windowed(half, below=100.0), 0.4),
         (kv.Windowed(half, below=1e-6), 1.0),  # outside the window the lock's option
         (limited, 0.6),
-        (Clamped(always(0.5, torch.tensor([0.4])), composite=(0.0, 0.1)), 0.1),
+        (Clamped(release_by(lambda o: torch.full_like(o.risk, 0.4)), composite=(0.0, 0.1)), 0.1),
         (Clamped(kv.Constant(lock=0.5), composite=(0.0, 0.1)), 1.0),  # where the policy gives no weight
     ):
         kv.testing.check_policy(policy)
@@ -295,10 +301,6 @@ def test_wrappers_carry_it(setup):
     with pytest.raises(PolicyError, match="composite"):
         Clamped(half, composite=(0.5, 2.0))
     assert kv.load_policy(kv.to_toml(limited)) == limited
-
-
-def release_by(weight) -> kv.Policy:
-    return kv.stateless(lambda obs: Control(0.0, None, weight(obs)))
 
 
 def test_the_suite_checks_the_weight():
@@ -370,8 +372,9 @@ def edited(setup, policy, **options):
     clip = torch.rand(1, 3, 3, 32, 32, generator=g) * 1.6 - 0.8
     mask = torch.zeros(32, 32)
     mask[8:16, 8:16] = 1
-    given_ = {"model": Blurred(setup), "steps": 2, "feather": 0.0, **options}
-    return clip, mask, kv.edit_video(clip, mask, "", policy=policy, **given_)
+    if options.get("paste", True):
+        options.setdefault("feather", 0.0)
+    return clip, mask, kv.edit_video(clip, mask, "", model=Blurred(setup), steps=2, policy=policy, **options)
 
 
 def test_what_was_released_is_not_pasted_over(setup):

@@ -99,11 +99,7 @@ class Branches:
         if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
             return denoised
         if isinstance(weight, Tensor):
-            weight = weight.to(denoised)
-            if weight.ndim == 2 and patch is not None:
-                weight = on_latents(weight, denoised.shape, patch)
-            else:
-                weight = weight.view(-1, *[1] * (denoised.ndim - 1))
+            weight = on_latents(weight.to(denoised), denoised.shape, patch)
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
     def _injecting(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
@@ -218,8 +214,7 @@ class OwnBranches(Branches):
         locked, source_x = self.locked, self._source_x
         if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
             return self._beside_source(branches, locked.x, locked.context.fresh("lockstep"), sigma, kind)
-        compares = source_x is not None and self.source is None and kind is not None
-        if compares and locked is None and self._one_call():
+        if source_x is not None and locked is None and self.source is None and kind and self._one_call():
             return self._beside_source(branches, source_x, None, sigma, kind)
         context = None if locked is None else self._injecting(locked, *self._source_call(), sigma)
         groups = [(branches, kind)]

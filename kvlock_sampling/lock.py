@@ -87,7 +87,7 @@ class KVLock(DenoiserProxy):
         threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's or the estimator's.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
         noise: The source's fixed noise, like `source`, copied; "fixed" draws it from seed 0. Default: the run's own.
-        composite: Weight in [0, 1] of the source in the background of `denoised` where the policy gives none; True is 1.
+        composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.
         rescale: `s*`-rescaled guidance (`CFG-Zero*`) instead of plain. Default: the preset's, or plain.
         cfg_floor: Lower bound, >= 0, of a scheduled cfg_scale. Default: the preset's, or 1.

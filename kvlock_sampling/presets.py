@@ -13,32 +13,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
+from . import variance
 from .kv_cache import KVCache
 from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
 from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
-from .variance import (
-    Combined,
-    Divergence,
-    DropoutVariance,
-    Estimator,
-    PosteriorVariance,
-    Relative,
-    RenoiseVariance,
-    Sparse,
-    TrajectoryVariance,
-)
+from .variance import Estimator
 from .variance.thresholds import ThresholdCurve
 
 POLICIES: dict[str, type] = {
     kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
 }
-_MEASURING = (TrajectoryVariance, Divergence, RenoiseVariance, PosteriorVariance, DropoutVariance)
-_KINDS = (*_MEASURING, Sparse, Relative, Combined)
+_FOUND = [getattr(variance, name) for name in variance.__all__]
+_KINDS = [kind for kind in _FOUND if isinstance(kind, type) and issubclass(kind, Estimator) and not isabstract(kind)]
 ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
 
 

@@ -96,7 +96,7 @@ class Locked:
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     """What this evaluation takes of the source; None if it locks nothing."""
     tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
-    low, high = step.lock_range
+    low, high = step.reads.range(step.state.lock)
     if high == 0 or source is None or mask is None or layers is None or tools.hooks is None:
         return None
     # What is left out of the computation has no prediction of its own, so its background must be the source's.

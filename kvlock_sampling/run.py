@@ -21,7 +21,7 @@ from .controller import State, start
 from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .source import Source
-from .trace import Trace
+from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Observation, RunError, Scalar
 from .utils.host import HostReads
 from .utils.modules import reachable_modules
@@ -91,11 +91,6 @@ class Step:
     reads: HostReads = field(default_factory=HostReads)
 
     @property
-    def lock_range(self) -> tuple[float, float]:
-        """The smallest and the largest lock that acts now."""
-        return self.reads.range(self.state.lock)
-
-    @property
     def expected_cfg_scale(self) -> Scalar:
         """The guidance scale that this evaluation will most likely use."""
         return self.requested if self.state.cfg_scale is None else self.state.cfg_scale
@@ -156,7 +151,7 @@ class Run:
         else:
             state = found
         weight = _ratios(settings, state, reads)
-        observation = observation._replace(lock=_rows(state.lock, observation.lock, reads))
+        observation = observation._replace(lock=rows_of(state.lock, observation.lock))
         if settings.source is not None and (settings.layers is not None or settings.needs_source):
             self.source_noise(settings.source, x, model_sigma)  # the first x leads to the noise, locked or not
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
@@ -251,20 +246,13 @@ def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
     """Check the lock and the composite weight that the policy decided before; return the weight in force."""
     policy, weight = settings.policy, settings.composite if state.composite is None else state.composite
     reads.together(state.lock, weight)
-    for name, value in (("lock", state.lock), ("composite", weight)):
-        check_ratio(policy, name, *reads.range(value))
-    if (high := reads.range(state.lock)[1]) > 0 and settings.layers is None and not settings.no_token_left:
-        raise nothing_to_lock_to(policy, "lock", high)
-    if (high := reads.range(weight)[1]) > 0 and settings.source is None:
-        raise nothing_to_lock_to(policy, "composite", high)
+    unlockable = settings.layers is None and not settings.no_token_left
+    for name, value, barred in (("lock", state.lock, unlockable), ("composite", weight, settings.source is None)):
+        low, high = reads.range(value)
+        check_ratio(policy, name, low, high)
+        if high > 0 and barred:
+            raise nothing_to_lock_to(policy, name, high)
     return weight
-
-
-def _rows(value: Scalar, like: Tensor, reads: HostReads) -> Tensor:
-    """A lock as a float32 tensor (batch,) or (batch, tokens)."""
-    if isinstance(value, Tensor) and value.ndim:
-        return value.to(like.device, torch.float32)
-    return torch.full_like(like, reads.range(value)[0])
 
 
 def _requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:

@@ -32,6 +32,12 @@ _CURVES = {
 }
 
 
+def rows_of(value: Scalar, like: Tensor) -> Tensor:
+    """A value per clip or token, or one for all, as float32 rows: (batch,) as `like`, or (batch, tokens)."""
+    found = torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    return found if found.ndim > 1 else found.reshape(-1).expand(len(like))
+
+
 class Trace:
     """The steps of one run, in the order in which they happened. Tensors stay on their device until they are read.
 
@@ -72,11 +78,6 @@ class Trace:
     ) -> None:
         """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
         like = observation.requested_cfg_scale
-
-        def rows(value: Scalar) -> Tensor:
-            found = torch.as_tensor(value, dtype=torch.float32, device=like.device)
-            return found if found.ndim > 1 else found.reshape(-1).expand(len(like))
-
         self.steps.append(
             StepInfo(
                 call=len(self),
@@ -85,9 +86,9 @@ class Trace:
                 risk=observation.risk,
                 effect=observation.effect,
                 lock=observation.lock,
-                next_lock=rows(next_lock),
-                cfg_scale=rows(cfg_scale),
-                composite=rows(composite),
+                next_lock=rows_of(next_lock, like),
+                cfg_scale=rows_of(cfg_scale, like),
+                composite=rows_of(composite, like),
                 **counts,
             )
         )
@@ -129,8 +130,8 @@ class Trace:
         ticker = require("matplotlib.ticker", "plot")
         rows = self.rows()
         curves = [name for name in _CURVES if name != "effect" or any(r[name] >= 0 for r in rows)]
-        size = 7.2, 1.9 * len(curves)
-        figure = require("matplotlib.figure", "plot").Figure(figsize=size, dpi=130, layout="constrained")
+        size = {"figsize": (7.2, 1.9 * len(curves)), "dpi": 130, "layout": "constrained"}
+        figure = require("matplotlib.figure", "plot").Figure(**size)
         axes: Sequence[Any] = figure.subplots(len(curves), 1, sharex=True)
         for axis, name in zip(axes, curves, strict=True):
             label, colour = _CURVES[name]

@@ -158,13 +158,12 @@ def edit_video(
 
 def _released(lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, feather: float) -> Tensor:
     """How much of the background the last evaluation left to the edit, in [0, 1], broadcastable to the clips."""
-    released, patch = 1 - lock.trace.steps[-1].composite.to(clips), lock.settings.patch
-    if released.ndim == 1 or patch is None:
-        return released.view(-1, 1, 1, 1, 1)
-    latents = on_latents(released, source.shape, patch)
+    weight = lock.trace.steps[-1].composite.to(clips)
+    latents = on_latents(1 - weight, source.shape, lock.settings.patch)
+    if weight.ndim == 1:
+        return latents
     latents = video.unpadded(latents) if hasattr(video, "unpadded") else latents
-    frames, height, width = clips.shape[2:]
-    return dilate(on_pixels(latents, frames, height, width), feather)
+    return dilate(on_pixels(latents, *clips.shape[2:]), feather)
 
 
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:

@@ -35,10 +35,10 @@ def token_grid(latent_shape: Sequence[int], patch: Grid) -> Grid:
     return t, h, w
 
 
-def on_latents(values: Tensor, latent_shape: Sequence[int], patch: Grid) -> Tensor:
-    """Values of tokens, (batch, tokens), on the latents of each token, broadcastable to latents of this shape."""
-    if len(latent_shape) == 3:
-        return values.unsqueeze(-1)
+def on_latents(values: Tensor, latent_shape: Sequence[int], patch: Grid | None) -> Tensor:
+    """Values of clips, (batch,), or of tokens, (batch, tokens), broadcastable to latents of this shape."""
+    if values.ndim < 2 or patch is None or len(latent_shape) == 3:
+        return values.reshape(-1, *values.shape[1:], *[1] * (len(latent_shape) - max(1, values.ndim)))
     cells = values.view(len(values), 1, *token_grid(latent_shape, patch))
     for axis, size in enumerate(patch, start=2):
         cells = cells.repeat_interleave(size, axis)

@@ -203,10 +203,8 @@ def nothing_to_lock_to(policy: Any, field: str, value: float) -> SourceError:
 def check_finite(policy: Any, control: Control, method: str) -> None:
     """Check values that are on the host already: all are finite, and a composite weight is in [0, 1]."""
     weight = control.composite
-    if isinstance(weight, Tensor) and weight.device.type == "cpu":
-        check_ratio(policy, "composite", *(float(end) for end in weight.aminmax()))
-    elif weight is not None and not isinstance(weight, Tensor):
-        check_ratio(policy, "composite", weight, weight)
+    if weight is not None and not (isinstance(weight, Tensor) and weight.device.type != "cpu"):
+        check_ratio(policy, "composite", *map(float, torch.as_tensor(weight).aminmax()))
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
             finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())

@@ -79,7 +79,7 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, seed: int = 0, devi
                 effects = _effects(contract, run, states, variances)
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
                 contract.check_rewind(run, states, variances)
-                _check_clips(contract, run, variances, effects, model)
+                _check_clips(contract, run, [*variances, *effects], model)
 
 
 def _contract(estimator: Estimator) -> Contract:
@@ -120,24 +120,19 @@ def _check_needs(contract: Contract, what: str, without: Evaluation) -> None:
     except EstimatorError:
         return
     field = "mask" if what == "background" else what
-    raise EstimatorError(
-        f"{contract.name}.needs_{what} is True, and step accepted an evaluation without a {field}; expected an "
-        f"EstimatorError where evaluation.{field} is None."
-    )
+    problem = f"{contract.name}.needs_{what} is True, and step accepted an evaluation without a {field}"
+    raise EstimatorError(f"{problem}; expected an EstimatorError where evaluation.{field} is None.")
 
 
-def _effects(
-    contract: Contract, run: list[Evaluation], states: list[Any], variances: list[Tensor | None]
-) -> list[Tensor | None]:
+def _effects(contract: Contract, run: list[Any], states: list[Any], variances: list[Any]) -> list[Tensor | None]:
     """The effect beside each variance."""
-    found = [None if v is None else contract.checked.effect(s) for v, s in zip(variances, states[1:], strict=True)]
-    for effect, variance, given in zip(found, variances, run, strict=True):
-        _check_variance(f"{contract.name}.effect returned", effect, given)
-        if effect is not None and variance is not None and effect.shape not in (variance.shape, (len(variance), 1)):
-            raise EstimatorError(
-                f"{contract.name}.effect returned shape {tuple(effect.shape)}; expected the variance's, "
-                f"{tuple(variance.shape)}."
-            )
+    found, who = [], f"{contract.name}.effect returned"
+    for variance, state, given in zip(variances, states[1:], run, strict=True):
+        found.append(effect := None if variance is None else contract.checked.effect(state))
+        _check_variance(who, effect, given)
+        if effect is not None and effect.shape not in (variance.shape, (len(variance), 1)):
+            shapes = f"shape {tuple(effect.shape)}; expected that of the variance, {tuple(variance.shape)}"
+            raise EstimatorError(f"{who} {shapes}.")
     return found
 
 
@@ -151,20 +146,14 @@ def _check_cost(contract: Contract, variances: list[Tensor | None], counted: flo
         )
 
 
-def _check_clips(
-    contract: Contract,
-    run: list[Evaluation],
-    variances: list[Tensor | None],
-    effects: list[Tensor | None],
-    model: nn.Module,
-) -> None:
+def _check_clips(contract: Contract, run: list[Evaluation], answers: list[Tensor | None], model: nn.Module) -> None:
     """Every clip must get the same alone as in the batch, up to the rounding of the model."""
     loose = 1e-5 if contract.checked.cost == 0 else 0.05 if run[0].x.dtype == torch.bfloat16 else 1e-3
     for clip in range(batch := len(run[0].x)):
         alone = [one_clip(e, clip)._replace(probe=lambda at, level: model(at, level)) for e in run]
         states, singles = contract.play(contract.checked.init(), alone)
         singles = [*singles, *_effects(contract, alone, states, singles)]
-        for e, single, together in zip([*run, *run], singles, [*variances, *effects], strict=True):
+        for e, single, together in zip([*run, *run], singles, answers, strict=True):
             expected = None if together is None else together[clip : clip + 1]
             if single is None or expected is None:
                 agree = single is expected

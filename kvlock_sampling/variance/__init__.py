@@ -1,7 +1,6 @@
 """Estimators of how uncertain the model is about its clean prediction. One estimator a file, formula on top.
 
-TrajectoryVariance is free. Divergence needs the source's prediction, which a lock evaluates anyway. RenoiseVariance,
-PosteriorVariance and DropoutVariance evaluate the model again.
+TrajectoryVariance is free, and Divergence wherever the source is evaluated. The others evaluate the model again.
 """
 
 from .base import Estimator, masked_mean

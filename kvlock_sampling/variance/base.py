@@ -65,13 +65,9 @@ class Estimator(ABC):
         """
 
     def effect(self, state: Any) -> Tensor | None:
-        """Return the mean change that the edit makes, squared: the signal to which the variance is the noise.
+        """Return the mean change that the edit makes, squared, in units of the variance and expandable to its shape.
 
-        Args:
-            state: What `step` returned with the variance.
-
-        Returns:
-            In units of the variance, and expandable to its shape; None, the default, if it is not measured.
+        `state` is what `step` returned with the variance. Defaults to None: not measured.
         """
         return None
 

@@ -4,9 +4,9 @@
     w_i = exp(-log(sigma_i / sigma) / memory)    W = sum_i w_i,   W2 = sum_i w_i^2
     m = sum_i w_i delta_i / W                    effect = mean of m^2
     v = sum_i w_i (delta_i - m)^2 / (W - W2/W)   var = mean of v, unbiased for independent delta_i
-elementwise, then the mean over masked elements or over each token. A change that stays through the trajectory is an
-effect of the edit, one that comes and goes is not: effect / var is its signal-to-noise ratio.
-Source of the weighted sums: West 1979, Updating mean and variance estimates. Range >= 0, latent units squared.
+elementwise, then the mean over masked elements or each token. A change that stays along the trajectory is an effect of
+the edit, one that comes and goes is not: effect / var is its signal-to-noise ratio. Range >= 0, latent units squared.
+Source of the weighted sums: West 1979, Updating mean and variance estimates.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ class Divergence(Estimator):
     cache then saves memory traffic and no pass. Under a model that does its own guidance, the edit's x0-hat is guided,
     and the source's is a pass under its own prompt.
 
-    The state holds, for this noise level and the one before, sigma, W, W2, m, and pooled the sum of squares and m^2.
-
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.
         patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
@@ -53,7 +51,7 @@ class Divergence(Estimator):
             raise EstimatorError(f"memory={self.memory}; expected a fall in log sigma > 0. Try memory=1.0.")
 
     def init(self) -> tuple[Any, ...]:
-        return ()
+        return ()  # then, for this noise level and the one before: sigma, W, W2, m, and pooled the squares and m^2
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
         if evaluation.source is None:

@@ -122,10 +122,7 @@ class Trace:
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Draw variance, risk, effect (if measured), lock, composite and CFG scale over sigma, as PNG, SVG or PDF.
-
-        One line per clip, at most eight.
-        """
+        """Draw variance, risk, effect, lock, composite and CFG scale of up to eight clips as PNG, SVG or PDF."""
         suffix = figure_format(path)
         ticker = require("matplotlib.ticker", "plot")
         rows = self.rows()

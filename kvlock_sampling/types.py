@@ -57,7 +57,7 @@ class Control(NamedTuple):
             K/V, 1 takes the source's. Acts on the next evaluation. None keeps the lock in force.
         cfg_scale: Guidance weight w in  eps = (1 - w) * s * eps_u + w * eps_c,  a float or (batch,); 1 = conditional
             only. Acts on this evaluation. None uses the scale that the caller requested, unchanged.
-        composite: Weight in [0, 1] of the source in the background of `denoised`, shaped like lock: 1 = exactly the source,
+        composite: Weight in [0, 1] of the source in the background, shaped like lock: 1 = exactly the source,
             0 = the edit's own prediction. Acts on this evaluation. None uses the lock's `composite` option.
     """
 

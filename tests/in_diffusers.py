@@ -92,7 +92,12 @@ def far_apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+RELEASED = (torch.arange(3 * 4 * 4) % 3 == 0).float()[None]
+
 POLICIES = {
+    "composited, then free": kv.stateless(
+        lambda obs: kv.Control(1.0, None, 1.0 if obs.sigma > 5 else RELEASED), uses_risk=False
+    ),
     "default": "default",
     "paper": "paper",
     "half": kv.Constant(lock=0.5),

@@ -185,6 +185,16 @@ def test_every_narrow_route_is_made_again_and_keeps_the_decision(setup, released
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_that_guides_itself_is_made_again_too(setup):
+    setup.model = kv.CFGDenoiser(setup.model)
+    policy = kv.stateless(lambda o: Control(1.0, None, float(o.sigma > float(setup.sigmas[1]))), uses_risk=False)
+    narrow, trace = outputs(setup, policy)
+    dense, _ = outputs(setup, policy, foreground=False)
+    assert [(s.nfe, s.computed < 1) for s in trace] == [(2, True), (4, False), (2, False)]
+    for a, b in zip(narrow, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_a_static_weight_below_1_never_runs_narrow(setup):
     for policy in (kv.Constant(lock=1.0, composite=0.5), always(1.0, torch.tensor([0.5]))):
         _, trace = outputs(setup, policy)

@@ -26,6 +26,7 @@ from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
+from kvlock_sampling.policy import Clamped
 from kvlock_sampling.types import RunError, SourceError
 
 
@@ -112,6 +113,36 @@ def test_without_composite_the_background_is_the_models(pipe: Any) -> None:
     with locked(pipe, **EDIT, policy=kv.Constant(lock=1.0), composite=False):
         got = run(pipe)
     assert far_apart(got * (1 - MASK), SOURCE * (1 - MASK)) > 1e-2
+
+
+def test_a_policys_weight_acts_without_a_lock_too(pipe: Any) -> None:
+    """Also where the lock could change no more than the scale, and would give the pipeline its own bits."""
+    plain = run(pipe)
+    with locked(pipe, **EDIT, policy=kv.Constant(composite=0.0)):
+        assert torch.equal(run(pipe), plain)
+    with locked(pipe, **EDIT, policy=kv.Constant(lock=0.0), composite=0.5):
+        wanted = run(pipe)
+    weights = (0.5, torch.tensor([0.5]))
+    for policy in (kv.Constant(composite=0.5), *(Clamped(by(w), lock=(0.0, 0.0)) for w in weights)):
+        with locked(pipe, **EDIT, policy=policy) as session:
+            assert far_apart(run(pipe), wanted) < 1e-4
+        assert all(float(step.composite) == 0.5 for step in session.trace)
+    assert far_apart(plain, wanted) > 0.1
+
+
+def by(weight: Any) -> Any:
+    return kv.stateless(lambda obs: kv.Control(0.0, None, weight), uses_risk=False)
+
+
+def test_divergence_in_a_pipeline_is_the_samplers(pipe: Any) -> None:
+    for policy in (kv.Linear(cfg_max=None), kv.Sigmoid(lock_range=(0.0, 0.0))):
+        options = {"estimator": kv.variance.Divergence(patch=(1, 2, 2)), "policy": policy, "threshold": 0.5}
+        _, trace = by_sampler(pipe, **options)
+        with locked(pipe, **EDIT, **options) as session:
+            run(pipe)
+        assert session.trace.nfe == trace.nfe == 3 * 5
+        check_same_trace(session.trace, trace, route=False)
+        assert session.trace.rows()[-1]["effect"] > 0
 
 
 def test_the_source_has_its_own_prompt(pipe: Any) -> None:

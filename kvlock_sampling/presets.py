@@ -75,6 +75,20 @@ class Preset:
         if self.kv_cache and not self.policy.may_lock:
             raise PolicyError(f"kv_cache: {self.policy!r} never locks, so nothing would be kept. Remove it.")
 
+    def cache(self) -> KVCache:
+        """Return the cache that `kv_cache` asks for, in memory. Raises PolicyError for a setting that no preset gives.
+
+        A preset may come from elsewhere, so it names no folder.
+        """
+        known = ("every", "ratio", "format", "interpolate", "budget")
+        for key in self.kv_cache or {}:
+            if key not in known:
+                raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
+        try:
+            return KVCache(**(self.kv_cache or {}))
+        except (KVLockError, TypeError, ValueError) as error:
+            raise PolicyError(f"kv_cache: {error}") from error
+
 
 def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     """Load a preset.
@@ -152,18 +166,6 @@ def describe() -> list[tuple[str, str, str]]:
         comments = (line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
         rows.append((name, _classes(load_policy(path)), next(comments, "")))
     return rows
-
-
-def cache_of(table: Mapping[str, Any]) -> KVCache:
-    """The cache in memory that a preset asks for. A preset may come from elsewhere, so it names no folder."""
-    known = ("every", "ratio", "format", "interpolate", "budget")
-    for key in table:
-        if key not in known:
-            raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")
-    try:
-        return KVCache(**table)
-    except (KVLockError, TypeError, ValueError) as error:
-        raise PolicyError(f"kv_cache: {error}") from error
 
 
 def _from_text(text: str, where: str) -> Preset:

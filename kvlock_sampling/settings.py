@@ -27,7 +27,7 @@ from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, Selection, token_grid
 from .policy import Clamped, Constant, Policy
 from .policy.base import nothing_to_lock_to
-from .presets import Preset, cache_of, load_preset
+from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
 from .utils.modules import reachable_modules
@@ -272,7 +272,7 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     if kv_cache is None:
         if preset.kv_cache is None or layers is None or uncacheable(layers):
             return None
-        return cache_of(preset.kv_cache)
+        return preset.cache()
     if not isinstance(kv_cache, KVCache):
         raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache').")
     if layers is None:

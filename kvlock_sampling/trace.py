@@ -137,6 +137,9 @@ class Trace:
             axis.grid(alpha=0.25)
             if name in ("variance", "risk", "effect") and any(r[name] > 0 for r in rows):
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(ticker.NullFormatter())
             if name in ("lock", "composite"):
                 axis.set_ylim(-0.04, 1.04)
             if rows and all(math.isnan(r[name]) for r in rows):
@@ -144,9 +147,6 @@ class Trace:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center", color="0.45")
         risk, last = axes[1], axes[-1]
         if any(r["risk"] > 0 for r in rows):
-            risk.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-            risk.yaxis.set_major_formatter("{x:g}")
-            risk.yaxis.set_minor_formatter(ticker.NullFormatter())
             risk.axhline(1.0, color="0.35", linewidth=0.9, linestyle="--")
             risk.set_ylim(top=max(risk.get_ylim()[1], 2.0))  # room for the word
             risk.annotate("threshold", (0.01, 1.0), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")

@@ -137,6 +137,7 @@ class Trace:
             axis.grid(alpha=0.25)
             if name in ("variance", "risk", "effect") and any(r[name] > 0 for r in rows):
                 axis.set_yscale("log")
+            if name in ("risk", "effect") and any(r[name] > 0 for r in rows):
                 axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.yaxis.set_minor_formatter(ticker.NullFormatter())

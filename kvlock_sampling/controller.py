@@ -66,6 +66,7 @@ def decide(
         effect = settings.estimator.effect(inner)
         observation = observation._replace(variance=variance, risk=variance / limit)
         if effect is not None:
+            effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
             observation = observation._replace(effect=(effect / limit).expand_as(variance))
     if variance is None and settings.measures:
         if state.measured:  # the estimator pauses: the last control holds

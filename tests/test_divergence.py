@@ -278,6 +278,14 @@ def test_a_run_that_goes_back_up_measures_as_if_it_had_not(setup):
     check(run_of(setup, levels, estimator=Divergence(), policy=Hold(0.0)), expected(setup))
 
 
+def test_an_effect_per_clip_beside_a_variance_per_token(setup):
+    both = Combined((Divergence(), TrajectoryVariance(patch=(1, 2, 2))))
+    trace = run_of(setup, estimator=both, policy=Hold(0.0))
+    assert trace.steps[-1].effect.shape == trace.steps[-1].risk.shape == (1, 48)
+    wanted = expected(setup)[1] / Divergence.default_threshold
+    torch.testing.assert_close(trace.steps[-1].effect[:, 0].double(), wanted, rtol=2e-3, atol=1e-6)
+
+
 def test_policies_see_effect_over_the_threshold(setup):
     seen = []
 

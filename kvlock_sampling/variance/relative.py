@@ -67,8 +67,7 @@ class Relative(EstimatorWrapper):
         background = torch.where(edited > 0, torch.nan, variance)
         # The clamp keeps risk finite over flat content, whose variance may be exactly 0 in float16.
         reference = background.nanquantile(self.quantile, dim=1).clamp_min(1e-12)
-        state = inner, edited, reference
-        return state, self._inside(variance, state)
+        return (state := (inner, edited, reference)), self._inside(variance, state)
 
     def effect(self, state: Any) -> Tensor | None:
         found = self.estimator.effect(state[0])

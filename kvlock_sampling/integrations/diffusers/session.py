@@ -105,8 +105,7 @@ class Session:
         denoised = evaluate(settings, self.run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
         if c is not None and self.only_scales(cond.network):
-            used, state = self.trace.steps[-1].cfg_scale, self.run.timeline.last
-            weight = None if state is None else state.composite
+            used, weight = self.trace.steps[-1].cfg_scale, getattr(self.run.timeline.last, "composite", None)
             free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
             if free and uncond is None:
                 return c, c

@@ -89,13 +89,17 @@ def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Pat
     """Average per clip over the mask, or per token, edited or not, in the order (t, h, w) if there is a patch."""
     if patch is None:
         return masked_mean(values, mask)
+    check_whole_patches(values, patch)
+    t, h, w = patch
+    return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
+
+
+def check_whole_patches(values: Tensor, patch: Patch) -> None:
     if values.ndim != 5 or any(size % p for size, p in zip(values.shape[2:], patch, strict=True)):
         raise EstimatorError(
             f"latents of shape {tuple(values.shape)} do not divide into whole patches of {patch}; expected (batch, "
             "channels, time, height, width) and the model's patch, e.g. patch=(1, 2, 2). None measures clips."
         )
-    t, h, w = patch
-    return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
 
 
 def check_patch(estimator: Any) -> None:

@@ -15,11 +15,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool3d
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import Estimator, Patch, check_patch, pooled
+from .base import Estimator, Patch, check_patch, check_whole_patches, masked_mean
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Divergence(Estimator):
 
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.
-        patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
+        patch: Latents per token along (time, height, width), to measure the background of every token; a token without
+            background around it has effect and variance 0. Defaults to None, the edited region of every clip.
 
     Raises:
         EstimatorError: A setting out of range; in a run, no source.
@@ -61,22 +64,41 @@ class Divergence(Estimator):
             )
         sigma, mask = evaluation.sigma, evaluation.mask
         delta = working(evaluation.denoised.detach()) - working(evaluation.source.detach())
+        if self.patch is not None:
+            delta, mask = _background_of_tokens(delta, mask, self.patch), None
         # The prediction replaces one at nearly the same sigma, and those below.
         above = tuple(entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA))
         if not above:
-            return ((sigma, 1.0, 1.0, delta, 0.0, pooled(delta.square(), mask, self.patch)),), None
+            return ((sigma, 1.0, 1.0, delta, 0.0, self._pooled(delta, mask)),), None
         before, weight, squares, mean, spread, _ = above[-1]
         decay = math.exp(-math.log(before / sigma) / self.memory)
         old = decay * weight
         new = 1 + old
         change = delta - mean
-        moved = pooled(change.square(), mask, self.patch)
+        moved = self._pooled(change, mask)
         # M2 / (W - W2 / W), divided through by the decay, which may be tiny on a coarse schedule.
         variance = (spread * new + moved * weight) / (2 * weight + decay * (weight**2 - squares))
         mean = mean + change / new
-        effect = pooled(mean.square(), mask, self.patch)
+        effect = self._pooled(mean, mask)
         entry = sigma, new, 1 + decay**2 * squares, mean, decay * spread + moved * (old / new), effect
         return (above[-1], entry), variance
 
+    def _pooled(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean square, (batch,) over the mask, or (batch, tokens) over channels."""
+        return masked_mean(values.square(), mask) if self.patch is None else values.square().mean(1).flatten(1)
+
     def effect(self, state: tuple[Any, ...]) -> Tensor | None:
         return state[-1][-1] if state else None
+
+
+def _background_of_tokens(values: Tensor, mask: Tensor | None, patch: Patch) -> Tensor:
+    """The mean over what is not edited of each token and its neighbours, (batch, channels, t, h, w) in tokens."""
+    check_whole_patches(values, patch)
+    kept = torch.ones_like(values[:, :1]) if mask is None else (1 - working(mask)).expand_as(values[:, :1])
+
+    def around(cells: Tensor) -> Tensor:
+        means = avg_pool3d(cells, patch)
+        return avg_pool3d(means, (1, 3, 3), stride=1, padding=(0, 1, 1))
+
+    share = around(kept)
+    return torch.where(share > 0, around(values * kept) / share.clamp_min(1e-12), 0.0)

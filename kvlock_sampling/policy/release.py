@@ -1,0 +1,88 @@
+"""Release: keep the source where the edit changes nothing firmly, and let go where it does.
+
+    above `below`:   composite = 1,      lock = lock
+    at and under it: g = clamp(1 - (1 + noise * risk) / effect, 0, 1)
+                     composite = 1 - g,  lock = lock + (released_lock - lock) * g
+`effect` is the squared mean and `risk` the variance of the edit's change over the trajectory (`Divergence`), both in
+units of the threshold. g is the positive-part James-Stein shrinkage of a mean whose noise is 1 + noise * risk: 0 for a
+change within its noise, towards 1 for a firm one. So a hallucination, which comes and goes, is composited and locked,
+and an effect, which stays, is kept. Range: lock and composite in [0, 1].
+
+`ReleaseBelow` is the static schedule beside it: composited above a noise level, free under the lock below.
+Sources: James & Stein 1961 and Baranchik 1964 for the shrinkage; KV-Lock (arXiv 2603.09657) for locking by variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..types import Control, Observation
+from ._shared import number
+from .base import Policy
+
+
+@dataclass(frozen=True)
+class ReleaseBelow(Policy):
+    """Composited at sigma > below, then free under the same lock. Nothing is measured.
+
+    Raises PolicyError for a setting out of range.
+
+    Args:
+        below: Noise level > 0 from which on the background is free. Defaults to 3.
+        lock: Fusion ratio in [0, 1], throughout. Defaults to 0.5.
+    """
+
+    below: float = 3.0
+    lock: float = 0.5
+
+    uses_risk = False
+
+    def __post_init__(self) -> None:
+        number(self, "below", above=0.0)
+        number(self, "lock", at_least=0.0, at_most=1.0)
+
+    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
+        return state, Control(self.lock, composite=1.0 if obs.sigma > self.below else 0.0)
+
+    may_lock = property(lambda self: self.lock > 0.0)
+
+
+@dataclass(frozen=True)
+class Release(Policy):
+    """Composited and locked, except where the edit's own change is firm. It needs an estimator that measures `effect`.
+
+    Raises PolicyError for a setting out of range.
+
+    Args:
+        below: Noise level > 0 from which on anything may be released. Defaults to 3.
+        lock: Fusion ratio in [0, 1] of what is kept. Defaults to 0.5.
+        released_lock: Fusion ratio in [0, 1] of what is released. Defaults to 0.
+        noise: How often the variance of the change counts as its noise, >= 0; 0 compares with the threshold alone.
+            Defaults to 1.
+    """
+
+    below: float = 3.0
+    lock: float = 0.5
+    released_lock: float = 0.0
+    noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        number(self, "below", above=0.0)
+        for name in ("lock", "released_lock"):
+            number(self, name, at_least=0.0, at_most=1.0)
+        number(self, "noise", at_least=0.0)
+
+    def start(self, obs: Observation) -> Control:
+        return Control(self.lock, composite=1.0)
+
+    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
+        if obs.sigma > self.below:
+            return state, self.start(obs)
+        noise = 1.0 + self.noise * obs.risk
+        released = (1.0 - noise / obs.effect.clamp_min(torch.finfo(obs.effect.dtype).tiny)).clamp(0.0, 1.0)
+        return state, Control(self.lock + (self.released_lock - self.lock) * released, composite=1.0 - released)
+
+    may_lock = property(lambda self: max(self.lock, self.released_lock) > 0.0)

@@ -169,7 +169,8 @@ class OwnBranches(Branches):
             )
         self._cond_args = {k: v for k, v in given.items() if k not in ("uncond", "cond_scale")}
         self._uncond_args = {**self._cond_args, "cond": given["uncond"]} if "uncond" in given else None
-        self._source_args = {**self._cond_args, **settings.source_args}
+        own = (settings.erase and self._uncond_args) or self._cond_args  # an edit's prompt names what was erased
+        self._source_args = {**own, **settings.source_args}
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
@@ -284,7 +285,8 @@ class GuidedBranches(Branches):
 
     def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
         settings = self.settings
-        given = {**self._arguments, **settings.source_args}
+        erased = {"cond": self._arguments["uncond"]} if settings.erase and "uncond" in self._arguments else {}
+        given = {**self._arguments, **erased, **settings.source_args}
         if settings.branch is not None:
             return settings.branch, {k: v for k, v in given.items() if k not in ("uncond", settings.scale_arg)}
         if "cond" in given and "uncond" in given:

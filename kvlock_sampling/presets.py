@@ -17,21 +17,29 @@ from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
+from . import policy as policies
 from . import variance
 from .kv_cache import KVCache
-from .policy import PID, Clamped, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Threshold, Windowed, as_policy
+from .policy import Policy, PolicyWrapper, Stateless, as_policy
 from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import Estimator
 from .variance.thresholds import ThresholdCurve
 
-POLICIES: dict[str, type] = {
-    kind.__name__: kind for kind in (Constant, Linear, Threshold, Sigmoid, PID, Windowed, LockAbove, Smoothed, Clamped)
-}
-_FOUND = [getattr(variance, name) for name in variance.__all__]
-_KINDS = [kind for kind in _FOUND if isinstance(kind, type) and issubclass(kind, Estimator) and not isabstract(kind)]
-ESTIMATORS: dict[str, type] = {kind.__name__: kind for kind in _KINDS}
+
+def _kinds(module: Any, base: type) -> dict[str, type]:
+    """The concrete subclasses of `base` that a module exports, by name."""
+    found = [getattr(module, name) for name in module.__all__]
+    return {
+        kind.__name__: kind
+        for kind in found
+        if isinstance(kind, type) and issubclass(kind, base) and not isabstract(kind)
+    }
+
+
+POLICIES = {name: kind for name, kind in _kinds(policies, Policy).items() if kind not in (PolicyWrapper, Stateless)}
+ESTIMATORS = _kinds(variance, Estimator)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Preset:
         threshold: Variance at risk 1, > 0, or a curve over sigma. Defaults to None, the estimator's.
         cfg_floor: Lower bound >= 0 of a scheduled guidance scale. Defaults to None, the lock's default.
         rescale: Whether guidance is s*-rescaled. Defaults to None, the lock's default.
+        erase: Whether keys and values come from a source without the old object. Defaults to None, the lock's default.
         kv_cache: Settings of a `KVCache` by name. Defaults to None, no cache.
 
     Raises:
@@ -55,6 +64,7 @@ class Preset:
     threshold: float | ThresholdCurve | None = None
     cfg_floor: float | None = None
     rescale: bool | None = None
+    erase: bool | None = None
     kv_cache: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -62,8 +72,9 @@ class Preset:
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
-        if self.rescale is not None and not isinstance(self.rescale, bool):
-            reject(self, "rescale", "True or False", True)
+        for name in ("rescale", "erase"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                reject(self, name, "True or False", True)
         if self.kv_cache is not None and not isinstance(self.kv_cache, Mapping):
             raise PolicyError(f"kv_cache={self.kv_cache!r}; expected a table of settings, e.g. kv_cache={{'every': 3}}")
         measuring = [name for name in ("threshold", "estimator") if getattr(self, name) is not None]

@@ -107,7 +107,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
     narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
     if tools.cached is not None and selection is not None:
-        entry = partial(tools.cached.entry, source.latents, noise, selection, step.state.expert)
+        entry = partial(tools.cached.entry, source.reference, noise, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)
     context = FusionContext(
         "inject",

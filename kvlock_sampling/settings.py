@@ -23,6 +23,7 @@ from .attention import AttentionLayers, find_layers
 from .attention.compat.context_parallel import is_cut
 from .batching import take
 from .kv_cache import KVCache, uncacheable
+from .masks.fill import fill
 from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, Selection, token_grid
 from .policy import Clamped, Constant, Policy
@@ -53,6 +54,7 @@ class LockSettings:
     source: Source | None
     mask: FittedMask | None
     source_args: Mapping[str, Any]
+    erase: bool
     composite: float
     layers: AttentionLayers | None
     no_token_left: bool
@@ -113,7 +115,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     source, layers, branch = given["source"], given["layers"], given["branch"]
     for wrapped in (model, branch):
         check_no_lock_inside(wrapped)
-    for name in ("rescale", "batched", "foreground"):
+    for name in ("rescale", "batched", "foreground", "erase"):
         if given[name] is not None and not isinstance(given[name], bool):
             raise KVLockError(f"{name}={given[name]!r}; expected True or False.")
     preset = _preset(given["policy"], locks=source is not None)
@@ -121,7 +123,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     measure, limit, floor = _measuring(model, preset, given)
     rescale = bool(_first(given["rescale"], preset.rescale, False))
     scale_arg = _scale_arg(model, given["scale_arg"])
-    clip, fitted = _source(model, source, given["mask"], given["noise"])
+    erase = bool(_first(given["erase"], preset.erase, False))
+    clip, fitted = _source(model, source, given["mask"], given["noise"], erase=erase)
     if clip is None:
         _check_needs_source(policy, given)
     locks = clip is not None and policy.may_lock
@@ -153,6 +156,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         source=clip,
         mask=fitted,
         source_args=_source_args(given["source_args"], scale_arg),
+        erase=erase,
         composite=composite,
         layers=chosen,
         no_token_left=no_token_left,
@@ -196,19 +200,22 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     return measure, limit, floor
 
 
-def _source(model: Any, source: Any, mask: Any, noise: Any) -> tuple[Source | None, FittedMask | None]:
+def _source(model: Any, source: Any, mask: Any, noise: Any, *, erase: bool) -> tuple[Source | None, FittedMask | None]:
     if source is None:
         return None, None if mask is None else FittedMask(mask)
     if mask is None:
         raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
     clip, fitted = Source(source, noise=noise, add_noise=method_of(model, "add_noise")), FittedMask(mask)
-    fitted.latent(clip.latents)
+    region = fitted.latent(clip.latents)
+    if erase:
+        with torch.inference_mode(False):
+            clip.reference = fill(clip.latents, region)
     return clip, fitted
 
 
 def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
     """Refuse options about a source without one, and a policy that is certain to lock."""
-    about = ("source_args", "noise", "layers", "transition", "branch", "foreground", "kv_cache")
+    about = ("source_args", "erase", "noise", "layers", "transition", "branch", "foreground", "kv_cache")
     if names := _named({name: given[name] for name in about}):
         raise SourceError(
             f"{names} without source=: there is no clip to lock to, so it would have no effect.\n"

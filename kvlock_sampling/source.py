@@ -38,6 +38,7 @@ class Source:
         latents: (batch or 1, ...), floating and finite.
         noise: Like the latents; "fixed" draws it from seed 0; None leaves it to the run.
         add_noise: `add_noise(x0, noise, sigma)`; default: variance exploding.
+        reference: Like the latents: the clip that is evaluated beside the edit. Default: the latents.
 
     Raises:
         SourceError: Latents or noise of a wrong kind or shape.
@@ -49,6 +50,7 @@ class Source:
         *,
         noise: Tensor | Literal["fixed"] | None = None,
         add_noise: AddNoise | None = None,
+        reference: Tensor | None = None,
     ) -> None:
         if not isinstance(latents, Tensor):
             raise SourceError(
@@ -74,7 +76,8 @@ class Source:
                 "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
             )
         self.latents, self.noise = latents, noise
-        self._placed = latents
+        self.reference = latents if reference is None else reference
+        self._placed: dict[bool, Tensor] = {}
         self.add_noise: AddNoise = add_noise or variance_exploding
 
     def matching(self, x: Tensor) -> Tensor:
@@ -90,10 +93,15 @@ class Source:
                 "expected the same shape, or a batch of 1.\n"
                 "  Start the sampler from torch.randn_like(source) * sigmas[0]."
             )
-        if (self._placed.device, self._placed.dtype) != (x.device, x.dtype):
+        return self._like(x, reference=False)
+
+    def _like(self, x: Tensor, *, reference: bool) -> Tensor:
+        """Latents or reference, moved once and not at every evaluation."""
+        placed = self._placed.get(reference)
+        if placed is None or (placed.device, placed.dtype) != (x.device, x.dtype):
             with torch.inference_mode(False):
-                self._placed = self.latents.to(x)  # once, not at every evaluation
-        return self._placed.expand_as(x)
+                placed = self._placed[reference] = (self.reference if reference else self.latents).to(x)
+        return placed.expand_as(x)
 
     def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
         """The noise that leads from the source to x at sigma, for any affine noising rule."""
@@ -103,9 +111,11 @@ class Source:
         return (x - signal * self.matching(x)) / spread
 
     def at(self, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
-        """The source noised to sigma, like x."""
-        return self.add_noise(self.matching(x), noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
+        """The reference noised to sigma, like x."""
+        self.matching(x)
+        return self.add_noise(self._like(x, reference=True), noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
 
     def subset(self, index: Tensor, batch: int) -> Source:
         """The same source for the clips `index` of a batch of `batch`."""
-        return Source(take(self.latents, index, batch), noise=take(self.noise, index, batch), add_noise=self.add_noise)
+        latents, noise, reference = (take(value, index, batch) for value in (self.latents, self.noise, self.reference))
+        return Source(latents, noise=noise, add_noise=self.add_noise, reference=reference)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import kvlock_sampling as kv
 from kvlock_sampling.testing import GaussianDenoiser
 from kvlock_sampling.types import Control, EstimatorError, Evaluation
-from kvlock_sampling.variance import Combined, Divergence, Estimator, Relative, Sparse, TrajectoryVariance
+from kvlock_sampling.variance import Combined, Divergence, Estimator, Sparse, TrajectoryVariance
 
 SHAPE = (2, 3, 2, 4, 4)
 MASK = torch.zeros(2, 1, 2, 4, 4)
@@ -108,15 +109,38 @@ def test_a_repeated_sigma_replaces_and_a_higher_one_drops_what_is_below():
         assert torch.equal(Divergence().effect(state), Divergence().effect(wanted))
 
 
-def test_every_token_is_measured_with_a_patch():
+def around(values, token, patch):
+    """The mean over the background of a token and its neighbours, or over all of them if there is none."""
+    (t, y, x), (p, q, r) = token, patch
+    rows, columns = slice(max(0, y - 1) * q, (y + 2) * q), slice(max(0, x - 1) * r, (x + 2) * r)
+    near = (..., slice(t * p, (t + 1) * p), rows, columns)
+    kept = (1 - MASK)[near].double()
+    kept = torch.where(kept.sum((2, 3, 4), keepdim=True) > 0, kept, 1.0)
+    return (values[near] * kept).sum((2, 3, 4)) / kept.sum((2, 3, 4))
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (1, 1, 1), (2, 4, 1)])
+def test_every_token_is_measured_with_a_patch(patch):
     edits, sources = draws(3)
-    sigmas, estimator = [5.0, 2.0, 1.0], Divergence(patch=(1, 2, 2))
+    sigmas, estimator = [5.0, 2.0, 1.0], Divergence(patch=patch)
     state, variance = play(estimator, [evaluation(*e) for e in zip(sigmas, edits, sources, strict=True)])
-    mean, spread = by_hand([e - s for e, s in zip(edits, sources, strict=True)], sigmas, 1.0)
-    for found, values in ((variance, spread), (estimator.effect(state), mean.square())):
-        tokens = values.unflatten(3, (2, 2)).unflatten(5, (2, 2)).mean((1, 4, 6)).flatten(1)
-        torch.testing.assert_close(found.double(), tokens, rtol=1e-4, atol=1e-6)
+    grid = [size // p for size, p in zip(SHAPE[2:], patch, strict=True)]
+    for i, token in enumerate(product(*map(range, grid))):
+        deltas = [around(e - s, token, patch) for e, s in zip(edits, sources, strict=True)]
+        mean, spread = by_hand(deltas, sigmas, 1.0)
+        for found, wanted in ((variance, spread), (estimator.effect(state), mean.square())):
+            torch.testing.assert_close(found[:, i].double(), wanted.mean(1), rtol=1e-4, atol=1e-6)
     assert estimator.reads_background
+
+
+def test_what_is_edited_does_not_spread_to_the_tokens_around_it():
+    source = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    edit = torch.where(MASK > 0, source + 100.0, source)
+    state, _ = play(Divergence(patch=(1, 1, 1)), [evaluation(1.0, edit, source)])
+    effect = Divergence(patch=(1, 1, 1)).effect(state).view(len(edit), *SHAPE[2:])
+    kept = (MASK == 0)[:, 0].expand_as(effect)
+    assert (effect[kept] < 1e-10).all()
+    assert effect.max() > 1e3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -151,15 +175,6 @@ def test_wrappers_forward_the_effect():
     ):
         assert wrapper.needs_source
         torch.testing.assert_close(wrapper.effect(play(wrapper, run)[0]), wanted / factor)
-    local = Relative(Divergence(patch=(1, 2, 2)))
-    state, variance = play(local, run)
-    inner, risk = play(local.estimator, run)
-    # One factor for both, so their quotient is that of the inner estimator's means over the edited tokens.
-    edited = torch.nn.functional.avg_pool3d(MASK, (1, 2, 2)).flatten(1)
-    torch.testing.assert_close(
-        local.effect(state) / variance,
-        (local.estimator.effect(inner) * edited).sum(1) / (risk * edited).sum(1),
-    )
     assert TrajectoryVariance().effect(()) is None
 
 

@@ -22,6 +22,8 @@ from kvlock_sampling.policy import (
     Linear,
     LockAbove,
     Policy,
+    Release,
+    ReleaseBelow,
     Sigmoid,
     Smoothed,
     Stateless,
@@ -53,6 +55,10 @@ BUILT_IN = [
     Constant(lock=0.3, cfg_scale=4.0),
     Linear(),
     Linear(gain=0.5, cfg_max=None),
+    ReleaseBelow(),
+    ReleaseBelow(below=1.0, lock=0.0),
+    Release(),
+    Release(below=8.0, lock=1.0, released_lock=0.25, noise=0.0),
     Threshold(),
     Threshold(on=1.5, off=0.5, locked=0.9, free=0.1, cfg_calm=1.2, cfg_alarm=0.5),
     Sigmoid(),
@@ -80,7 +86,8 @@ BUILT_IN = [
 
 def observe(risk, sigma=1.0, cfg_scale=5.0, steps_left=None, dtype=torch.float32):
     risk = torch.as_tensor(risk, dtype=dtype).reshape(-1)
-    return Observation(sigma, 0.01 * risk, risk, torch.zeros_like(risk), torch.full_like(risk, cfg_scale), steps_left)
+    scale = torch.full_like(risk, cfg_scale)
+    return Observation(sigma, 0.01 * risk, risk, torch.zeros_like(risk), scale, steps_left, effect=risk.flip(0))
 
 
 def follow(policy, risk_of, sigmas, dtype=torch.float64):
@@ -488,3 +495,36 @@ def test_policies_import_only_torch_and_the_shared_words(path):
 @pytest.mark.parametrize("name", [f"policy.{p.stem}" for p in FILES if p.stem != "__init__"] + ["presets"])
 def test_the_examples_in_the_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(f"kvlock_sampling.{name}")).failed == 0
+
+
+def test_release_is_the_positive_part_of_a_shrunk_mean():
+    risk, effect = torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]), torch.tensor([0.5, 1.0, 4.0, 8.0, 0.0])
+    obs = observe(risk.tolist())._replace(effect=effect, sigma=2.0)
+    lock, cfg_scale, composite = Release(below=3.0, lock=0.5, released_lock=0.1).step(None, obs)[1]
+    released = torch.tensor([0.0, 0.0, 0.5, 0.5, 0.0])
+    torch.testing.assert_close(composite, 1 - released)
+    torch.testing.assert_close(lock, 0.5 - 0.4 * released)
+    assert cfg_scale is None
+    torch.testing.assert_close(Release(noise=0.0).step(None, obs)[1].composite, 1 - (1 - 1 / effect).clamp(0, 1))
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 10))
+def test_more_effect_releases_more_and_more_risk_less(effect, more, risk, noise):
+    released = lambda e, r: (
+        1
+        - float(
+            Release(noise=noise).step(None, observe([r])._replace(effect=torch.tensor([e]), sigma=1.0))[1].composite
+        )
+    )
+    assert released(effect + more, risk) >= released(effect, risk) >= released(effect, risk + more)
+
+
+@pytest.mark.parametrize("policy", [ReleaseBelow(below=3.0), Release(below=3.0)])
+def test_nothing_is_released_above_its_noise_level(policy):
+    obs = observe([0.1, 5.0])._replace(effect=torch.tensor([1e6, 1e6]))
+    for sigma, composite in ((3.0 + 1e-6, 1.0), (80.0, 1.0), (2.9, 0.0)):
+        assert policy.step(None, obs._replace(sigma=sigma))[1].composite == pytest.approx(composite, abs=1e-5)
+    assert policy.start(obs._replace(sigma=80.0)) == Control(0.5, composite=1.0)
+    assert policy.may_lock
+    assert not ReleaseBelow(lock=0.0).may_lock
+    assert Release(lock=0.0, released_lock=0.1).may_lock

@@ -235,7 +235,7 @@ def test_settings_of_any_wrong_type_are_an_error_and_not_a_crash(kind):
             ["estimator.estimator.pases is not a setting of RenoiseVariance", "did you mean 'passes'?"],
         ),
         ("[policy]\ntype = 'Linaer'", ["policy.type = 'Linaer'", "did you mean 'Linear'?", "Smoothed"]),
-        ("[policy]\nkp = 1", ["policy.type = None", "nown: Constant"]),
+        ("[policy]\nkp = 1", ["policy.type = None", "nown: PID, Clamped, Constant"]),
         ("[policy]\ntype = 'PID'\ntraget = 1", ["policy.traget", "did you mean 'target'?", "filter_width"]),
         (
             "[policy]\ntype = 'Windowed'\nlast = 9\n[policy.policy]\ntype = 'Linear'\ngian = 2",

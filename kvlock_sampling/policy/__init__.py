@@ -4,6 +4,7 @@ from .base import Policy, Stateless, as_policy, stateless
 from .constant import Constant
 from .linear import Linear
 from .pid import PID
+from .release import Release, ReleaseBelow
 from .sigmoid import Sigmoid
 from .threshold import Threshold
 from .wrappers import Clamped, LockAbove, PolicyWrapper, Smoothed, Windowed
@@ -16,6 +17,8 @@ __all__ = [
     "LockAbove",
     "Policy",
     "PolicyWrapper",
+    "Release",
+    "ReleaseBelow",
     "Sigmoid",
     "Smoothed",
     "Stateless",

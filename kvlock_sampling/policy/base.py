@@ -185,7 +185,11 @@ def check_ratio(policy: Any, field: str, low: float, high: float) -> None:
     if low >= 0 and high <= 1:
         return
     unknown = math.isnan(low + high)
-    found = "NaN (is x0-hat finite? what was not measured is NaN)" if unknown else f"[{low:.4g}, {high:.4g}]"
+    found = (
+        "NaN (is x0-hat finite? what is not measured is NaN: an effect needs Divergence)"
+        if unknown
+        else f"[{low:.4g}, {high:.4g}]"
+    )
     raise PolicyError(
         f"{policy_name(policy)} returned a {field} in {found}; expected [0, 1].\n"
         f"  Return Control({field}=value.clamp(0, 1)), or wrap it: Clamped(policy, {field}=(0.0, 1.0))."

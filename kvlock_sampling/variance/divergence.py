@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool3d
+from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.precision import working
@@ -35,8 +35,7 @@ class Divergence(Estimator):
 
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.
-        patch: Latents per token along (time, height, width), to measure the background of every token; a token without
-            background around it has effect and variance 0. Defaults to None, the edited region of every clip.
+        patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
 
     Raises:
         EstimatorError: A setting out of range; in a run, no source.
@@ -98,7 +97,8 @@ def _background_of_tokens(values: Tensor, mask: Tensor | None, patch: Patch) -> 
 
     def around(cells: Tensor) -> Tensor:
         means = avg_pool3d(cells, patch)
-        return avg_pool3d(means, (1, 3, 3), stride=1, padding=(0, 1, 1))
+        return avg_pool2d(means.flatten(1, 2), 3, stride=1, padding=1).view_as(means)
 
     share = around(kept)
-    return torch.where(share > 0, around(values * kept) / share.clamp_min(1e-12), 0.0)
+    everything = around(values) / around(torch.ones_like(kept))
+    return torch.where(share > 0, around(values * kept) / share.clamp_min(1e-12), everything)

@@ -510,12 +510,10 @@ def test_release_is_the_positive_part_of_a_shrunk_mean():
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 10))
 def test_more_effect_releases_more_and_more_risk_less(effect, more, risk, noise):
-    released = lambda e, r: (
-        1
-        - float(
-            Release(noise=noise).step(None, observe([r])._replace(effect=torch.tensor([e]), sigma=1.0))[1].composite
-        )
-    )
+    def released(effect, risk):
+        obs = observe([risk])._replace(effect=torch.tensor([effect]))
+        return 1 - float(Release(noise=noise).step(None, obs)[1].composite)
+
     assert released(effect + more, risk) >= released(effect, risk) >= released(effect, risk + more)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from world.temporal import temporal_error
 
-from kvlock_sampling.tiny.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render, sample_edit, sample_scene
+from first_world.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render, sample_edit, sample_scene
 from kvlock_sampling.types import MaskError
 from kvlock_sampling.video.metrics import masked_mse, masked_psnr, masked_ssim
 

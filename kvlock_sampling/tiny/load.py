@@ -1,21 +1,18 @@
-"""Load and save weights of the embedded model, with the codec, prompts and schedule that an edit needs."""
+"""Load the embedded model with the codec, prompts and schedule that an edit needs."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..denoisers import FlowDenoiser
 from ..samplers import flow_sigmas
 from ..types import KVLockError
-from ..utils.files import atomic
 from .model import PATCH, TinyWan, tokenize
 from .world import FRAMES, SIZE
 
@@ -48,15 +45,6 @@ class TinyVideo:
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength))
-
-
-def save(weights: Mapping[str, Tensor], path: str | os.PathLike[str], *, about: Mapping[str, object]) -> Path:
-    """Write weights, as in `TinyWan.state_dict()`, as float16 safetensors with the JSON `about` in the header."""
-    path = Path(path)
-    half = {k: v.detach().half().contiguous().cpu() if v.is_floating_point() else v.cpu() for k, v in weights.items()}
-    with atomic(path) as temporary:
-        save_file(half, temporary, metadata={"kvlock": json.dumps(dict(about))})
-    return path
 
 
 def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = "cpu") -> TinyVideo:

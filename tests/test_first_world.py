@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from world.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
+from first_world.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
 from world.sheet import sample_sheet
 
-from kvlock_sampling.tiny.world import (
+from first_world.world import (
     COLOURS,
     MOTIONS,
     SHAPES,

@@ -16,6 +16,7 @@ import torch
 from world.compare import STAGE, VARIANTS, Score, compare, make_task
 
 from kvlock_sampling import tiny
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,8 @@ def main() -> None:
     given = parser.parse_args()
     first = given.model == "first_world"
     world, video = (first_world, first_world.load()) if first else (tiny, tiny.load(given.model))
-    kinds = [world.EDITS[i % len(world.EDITS)] for i in range(given.scenes)]
+    edits = first_world.EDITS if first else EDITS
+    kinds = [edits[i % len(edits)] for i in range(given.scenes)]
     pairs = [world.sample_edit(FIRST_SCENE + i, kind) for i, kind in enumerate(kinds)]
     task = make_task(pairs, first_world.FIRST_WORLD if first else STAGE)
     variants = {n: o for n, o in VARIANTS.items() if not given.only or n in given.only}

@@ -20,7 +20,8 @@ from world.compare import Score, compare, make_task
 import kvlock_sampling as kv
 from kvlock_sampling.app.edit import Edit
 from kvlock_sampling.policy import Policy
-from kvlock_sampling.tiny import EDITS, load, sample_edit
+from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.types import Control, Observation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
@@ -124,7 +125,7 @@ def summary(score: Score) -> dict[str, float]:
 
 
 def prediction(video, scenes: int, steps: int, batch: int = 40) -> list[dict]:
-    """AUROC of risk against failure (wrong colour or shape), and against low in-mask PSNR, at 25, 50, 75 and 100% of the run."""
+    """AUROC of risk at 25, 50, 75 and 100% of a run against failure: wrong colour or shape; low in-mask PSNR."""
     rows = []
     for title, estimator in ESTIMATORS.items():
         logs, wrong, quality = [], [], []

@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
-from torch.nn import functional as F
 from first_world.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
-from world.sheet import sample_sheet
-
 from first_world.world import (
     COLOURS,
     MOTIONS,
@@ -27,6 +22,11 @@ from first_world.world import (
     sample_edit,
     sample_scene,
 )
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from world.sheet import sample_sheet
+
 from kvlock_sampling.video import VideoError
 
 SCENES = [sample_scene(seed) for seed in range(500)]

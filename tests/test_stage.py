@@ -5,10 +5,26 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from kvlock_sampling.tiny import EDITS, Post, Scene, Texture, coverage, edit_mask, regions, render, sample_edit, sample_scene, tokenize
+
+from kvlock_sampling.tiny import edit_mask, render, sample_edit, sample_scene, tokenize
 from kvlock_sampling.tiny.model import WORDS
-from kvlock_sampling.tiny.render import EFFECT, MARGIN
-from kvlock_sampling.tiny.world import COLOURS, FLOWERS, FRAMES, MOTIONS, SHAPES, SIZE, SPEED
+from kvlock_sampling.tiny.world import (
+    COLOURS,
+    EDITS,
+    EFFECT,
+    FLOWERS,
+    FRAMES,
+    MARGIN,
+    MOTIONS,
+    SHAPES,
+    SIZE,
+    SPEED,
+    Post,
+    Scene,
+    Texture,
+    coverage,
+    regions,
+)
 from kvlock_sampling.types import KVLockError
 
 PLAIN = Texture((0.5, 0.5, 0.5), "plain", 0.5, 0.0, 0.1)

@@ -9,7 +9,7 @@ from world import train_stage
 from world.stage_samples import sample
 from world.train_stage import build_optimizers, contrast_loss, flow_errors, load_weights, make_batch, train
 
-from kvlock_sampling.tiny import TinyVideo, TinyWan, tokenize
+from kvlock_sampling.tiny import TinyVideo, TinyWan
 from kvlock_sampling.tiny.model import WORDS
 
 

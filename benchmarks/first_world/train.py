@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
 from world.train_stage import save_weights
 
 from kvlock_sampling.utils.files import atomic

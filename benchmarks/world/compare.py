@@ -11,11 +11,11 @@ from torch import Tensor
 from kvlock_sampling import tiny
 from kvlock_sampling.app.edit import Edit, VideoModel, edit_video
 from kvlock_sampling.policy import Constant, LockAbove, Windowed
-from kvlock_sampling.tiny.world import MOTIONS, SPEED
-from kvlock_sampling.video.metrics import masked_psnr, masked_ssim
+from kvlock_sampling.tiny.world import MOTIONS, SPEED, coverage
+from kvlock_sampling.video.metrics import masked_psnr
 
 from .judge import judge
-from .temporal import temporal_error
+from .metrics import masked_ssim, temporal_error
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
@@ -54,7 +54,7 @@ def _velocity(scene: tiny.Scene) -> tuple[float, float]:
     return scene.pan + (0.0 if scene.shape is None else SPEED * MOTIONS[scene.motion]), 0.0
 
 
-STAGE = World(tiny.render, tiny.edit_mask, tiny.coverage, _velocity, judge)
+STAGE = World(tiny.render, tiny.edit_mask, coverage, _velocity, judge)
 
 
 class Task(NamedTuple):

@@ -25,8 +25,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvlock_sampling.tiny import Scene, regions, render
-from kvlock_sampling.tiny.world import COLOURS, FRAMES, MOTIONS, SHAPES
+from kvlock_sampling.tiny import Scene, render
+from kvlock_sampling.tiny.world import COLOURS, FRAMES, MOTIONS, SHAPES, regions
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 CLASSES: dict[str, tuple[object, ...]] = {
@@ -46,7 +46,9 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frame = nn.Sequential(*_conv(3, 24, 5, 2), *_conv(24, 48, 3, 2), *_conv(48, 64, 3, 2), *_conv(64, 96, 3, 1))
+        self.frame = nn.Sequential(
+            *_conv(3, 24, 5, 2), *_conv(24, 48, 3, 2), *_conv(48, 64, 3, 2), *_conv(64, 96, 3, 1)
+        )
         self.clip = nn.Sequential(
             *_conv(3 * FRAMES, 32, 5, 2), *_conv(32, 48, 3, 2), *_conv(48, 64, 3, 2), *_conv(64, 80, 3, 2), nn.Flatten()
         )
@@ -101,10 +103,13 @@ def judge(clips: Tensor, *, network: Judge | None = None, chunk: int = 32) -> li
         for i in range(len(part)):
             # A clip without an object has neither shape nor colour: the two decide together.
             shape, colour = (logits[name][i].log_softmax(0) for name in ("shape", "colour"))
-            gone = shape[-1] + colour[-1] > shape[:-1].max() + colour[:-1].max()
-            named = {name: CLASSES[name][int(logits[name][i].argmax())] for name in ("motion", "glowing", "post")}
-            named |= {"shape": SHAPES[int(shape[:-1].argmax())], "colour": list(COLOURS)[int(colour[:-1].argmax())]}
-            verdicts.append(Verdict(**({name: named[name] if name == "post" or not gone else None for name in CLASSES})))
+            post = bool(logits["post"][i].argmax())
+            if shape[-1] + colour[-1] > shape[:-1].max() + colour[:-1].max():
+                verdicts.append(Verdict(None, None, None, None, post))
+                continue
+            named = [list(COLOURS)[int(colour[:-1].argmax())], SHAPES[int(shape[:-1].argmax())]]
+            motion, glowing = list(MOTIONS)[int(logits["motion"][i].argmax())], bool(logits["glowing"][i].argmax())
+            verdicts.append(Verdict(*named, motion, glowing, post))
     return verdicts
 
 

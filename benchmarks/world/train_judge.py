@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlock_sampling.tiny import EDITS, Scene, coverage, edit_mask, render, sample_edit, sample_scene
-from kvlock_sampling.tiny.world import FRAMES, MOTIONS
+from kvlock_sampling.tiny import Scene, edit_mask, render, sample_edit, sample_scene
+from kvlock_sampling.tiny.world import EDITS, FRAMES, MOTIONS, coverage
 from kvlock_sampling.utils.files import atomic
 
 from .judge import CLASSES, Judge, judge, rates

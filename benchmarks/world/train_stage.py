@@ -26,11 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kvlock_sampling.utils.files import atomic
-
 from kvlock_sampling.tiny import TinyWan, render, sample_scene, tokenize
 from kvlock_sampling.tiny.model import WORDS
-
+from kvlock_sampling.utils.files import atomic
 
 TRAIN_SEED = 1_000_000_000  # scenes below this seed are held out
 PROMPT_DROPOUT, POST_DROPOUT = 0.12, 0.10

@@ -1,7 +1,5 @@
 """Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +104,9 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
     if count < 1:
         raise SourceError(_NONE)
     drawn = [sample_scene(first + i, empty=0.0) for i in range(count)]
-    return [Example(*row) for row in zip(render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn], strict=True)]
+    return [
+        Example(*row) for row in zip(render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn], strict=True)
+    ]
 
 
 def folder(path: Path, model: VideoModel) -> list[Example]:

@@ -1,7 +1,5 @@
 """The command `kvlock`: the demo, edits of your own clips, calibration, and lists of presets and samplers."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

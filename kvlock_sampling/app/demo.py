@@ -1,7 +1,5 @@
 """The demo: three edits whose true results are known, each made in five ways and shown side by side."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,24 +1,6 @@
 """The embedded model: a small Wan trained on the stage, a procedural world. No download, no GPU."""
 
-from .load import TinyVideo, load
-from .model import TinyWan, tokenize
-from .render import Regions, coverage, edit_mask, regions, render
-from .world import EDITS, Post, Scene, Texture, sample_edit, sample_scene
+from .model import TinyVideo, TinyWan, load, tokenize
+from .world import Scene, edit_mask, render, sample_edit, sample_scene
 
-__all__ = [
-    "EDITS",
-    "Post",
-    "Regions",
-    "Scene",
-    "Texture",
-    "TinyVideo",
-    "TinyWan",
-    "coverage",
-    "edit_mask",
-    "load",
-    "regions",
-    "render",
-    "sample_edit",
-    "sample_scene",
-    "tokenize",
-]
+__all__ = ["Scene", "TinyVideo", "TinyWan", "edit_mask", "load", "render", "sample_edit", "sample_scene", "tokenize"]

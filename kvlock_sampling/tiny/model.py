@@ -4,20 +4,25 @@ It has no VAE: its latents are the clip, (batch, 3, 8, 64, 64) in [-1, 1]. It pr
 to carry the noise of each patch, 384 values, through a residual stream that is 192 wide.
 """
 
-from __future__ import annotations
-
 import difflib
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..denoisers import FlowDenoiser
+from ..samplers import flow_sigmas
 from ..types import KVLockError
 from ..utils.extras import require
 from ..utils.torchvision import broken_torchvision_hidden
-from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
+from .world import COLOURS, EMPTY_PROMPT, FRAMES, MOTIONS, SHAPES, SIZE
 
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
 PATCH = (2, 8, 8)
 SURFACES = ("matte", "glowing")
 POSTS = ("with a post", "without a post")
@@ -71,22 +76,61 @@ class TinyWan(nn.Module):
         with broken_torchvision_hidden():
             wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
         self.emb = nn.Embedding(len(WORDS), 64)
-        self.dit = wan.WanTransformer3DModel(
-            patch_size=PATCH,
-            num_attention_heads=6,
-            attention_head_dim=32,
-            in_channels=3,
-            out_channels=3,
-            text_dim=64,
-            freq_dim=64,
-            ffn_dim=768,
-            num_layers=8,
-            cross_attn_norm=True,
-            rope_max_seq_len=64,
-        )
+        sizes = {"num_attention_heads": 6, "attention_head_dim": 32, "ffn_dim": 768, "num_layers": 8}
+        text = {"text_dim": 64, "freq_dim": 64, "cross_attn_norm": True, "rope_max_seq_len": 64}
+        self.dit = wan.WanTransformer3DModel(PATCH, in_channels=3, out_channels=3, **sizes, **text)
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
         """Predict x0 from noisy clips z at flow time t (batch,) and prompts, or word indices (batch, words)."""
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
         text = self.emb(words.to(z.device).expand(len(z), -1))
         return self.dit(z, t * 1000, text, return_dict=False)[0]
+
+
+class TinyVideo:
+    """The embedded model as a `VideoModel` for `edit_video`. It has no VAE: latents are pixels.
+
+    Attributes:
+        network: The `TinyWan` that predicts x0.
+        patch: Pixels per token along (time, height, width).
+    """
+
+    frames, size, patch = FRAMES, (SIZE, SIZE), PATCH
+    cfg_scale = 3.0
+
+    def __init__(self, network: TinyWan) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.denoiser = FlowDenoiser(self.network, prediction="x0")
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels.clone()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
+    def prompt(self, texts: str | Sequence[str]) -> Tensor:
+        return tokenize(texts)
+
+    def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
+        return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength))
+
+
+def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = "cpu") -> TinyVideo:
+    """Load the embedded model.
+
+    Args:
+        path: "tiny" for the weights in the package, a `.safetensors` file, or a folder with `weights.safetensors`.
+        device: Where to put the weights.
+
+    Raises:
+        KVLockError: The file does not exist or holds weights of another architecture, or diffusers is not installed.
+    """
+    file = WEIGHTS if str(path) == "tiny" else Path(path)
+    network = TinyWan()
+    try:
+        weights = load_file(file / "weights.safetensors" if file.is_dir() else file)
+        network.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise KVLockError(f"{str(path)!r} does not hold weights of the embedded architecture: {first}") from error
+    return TinyVideo(network.to(device))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from world.judge import INTRUDER, WEIGHTS, Verdict, intruder, judge, judge_edits, leftover, rates
 
 from kvlock_sampling.tiny import edit_mask, render, sample_edit, sample_scene
-from kvlock_sampling.tiny.world import COLOURS, EDITS, FLOWERS, Post, coverage, regions
+from kvlock_sampling.tiny.world import COLOURS, EDITS, FLOWERS, coverage, regions
 
 SCENES = [sample_scene(seed) for seed in range(1000, 1200)]
 
@@ -94,9 +94,9 @@ def test_an_object_that_drifts_out_of_its_mask_is_an_intruder():
 
 @pytest.mark.parametrize("appears", [False, True])
 def test_a_post_that_vanishes_or_appears_is_an_intruder(appears):
-    post = Post(x=8.0, foot=50.0, width=3.0, height=20.0, grey=0.8)
-    sources, targets = edits("recolour", x=38.0, motion="standing still", pan=0.0, post=None if appears else post)
-    clips = render([replace(target, post=post if appears else None) for target in targets])
+    post = {"post_x": 8.0, "post_foot": 50.0, "post_width": 3.0, "post_height": 20.0, "post_grey": 0.8}
+    sources, targets = edits("recolour", x=38.0, motion="standing still", pan=0.0, post=not appears, **post)
+    clips = render([replace(target, post=appears) for target in targets])
     verdicts = judge_edits(clips, sources, targets)
     assert all(v.intruder >= INTRUDER and not v.right for v in verdicts)
     assert sum("post" in v.wrong for v in verdicts) >= 15
@@ -133,7 +133,7 @@ def test_what_lies_between_source_and_target_is_no_intruder():
 
 
 def test_rates_count_what_a_scene_has():
-    empty, ball = replace(SCENES[0], shape=None, post=None), replace(SCENES[0], shape="ball", post=None)
+    empty, ball = replace(SCENES[0], shape=None, post=False), replace(SCENES[0], shape="ball", post=False)
     nothing = Verdict(None, None, None, None, False)
     found = rates([nothing, nothing], [empty, ball])
     assert found == {"colour": 0, "shape": 0.5, "motion": 0, "glowing": 0, "post": 1, "all": 0.5}

@@ -81,7 +81,7 @@ class Verdict(NamedTuple):
 
     def right(self, scene: Scene) -> dict[str, bool]:
         """Whether each attribute that this scene has is the one shown."""
-        right = {"shape": self.shape == scene.shape, "post": self.post == (scene.post is not None)}
+        right = {"shape": self.shape == scene.shape, "post": self.post == scene.post}
         if scene.shape is not None:
             right |= {name: getattr(self, name) == getattr(scene, name) for name in ("colour", "motion", "glowing")}
         return right

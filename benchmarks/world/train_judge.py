@@ -32,7 +32,7 @@ MIRRORED = {"moving left": "moving right", "moving right": "moving left"}
 
 def classes(scene: Scene) -> dict[str, int]:
     """The class of each attribute, UNKNOWN where a scene has none."""
-    shown: dict[str, object] = {"shape": scene.shape, "post": scene.post is not None, "colour": None}
+    shown: dict[str, object] = {"shape": scene.shape, "post": scene.post, "colour": None}
     if scene.shape is not None:
         shown |= {"colour": scene.colour, "motion": scene.motion, "glowing": scene.glowing}
     return {name: known.index(shown[name]) if name in shown else UNKNOWN for name, known in CLASSES.items()}
@@ -75,7 +75,7 @@ def train(out: Path, *, minutes: float = 8.0, batch: int = 64, rate: float = 3e-
     """Train, or resume training, in a folder.
 
     Args:
-        out: Folder of checkpoint.pt, log.jsonl and judge.safetensors, the averaged weights in float16.
+        out: Folder of checkpoint.pt, log.jsonl and judge.safetensors, the weights in float16.
         minutes: Training time until the learning rate is zero, over all resumed runs.
         batch: Clips per step.
         rate: Largest learning rate.

@@ -73,7 +73,7 @@ def make_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     first, scenes = TRAIN_SEED + 10 * step * size, []
     with_post = (scene for scene in map(sample_scene, range(first, first + 10 * size)) if scene.post)
     for scene in islice(with_post, size // 2):
-        scenes += [scene, replace(scene, post=None)]
+        scenes += [scene, replace(scene, post=False)]
     words = tokenize([scene.prompt for scene in scenes])
     generator = torch.Generator().manual_seed(step)
     pairs = words.view(size // 2, 2, -1)

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 FRAMES, SIZE = 8, 64
 SPEED = 1.6  # pixels per frame of a moving object
 
-COLOURS: dict[str, tuple[float, float, float]] = {
+RGB = tuple[float, float, float]
+COLOURS: dict[str, RGB] = {
     "red": (0.92, 0.14, 0.14),
     "green": (0.14, 0.76, 0.22),
     "blue": (0.16, 0.30, 0.95),
@@ -39,30 +40,11 @@ EFFECT = 0.03  # smallest difference, in clips in [-1, 1], that counts as an eff
 
 
 @dataclass(frozen=True)
-class Texture:
-    """A wall or a floor: a colour plus a pattern."""
-
-    colour: tuple[float, float, float]  # red, green and blue in [0, 1]
-    pattern: str  # one of PATTERNS
-    frequency: float  # of the pattern, in radians per pixel
-    phase: float  # in radians
-    contrast: float  # amplitude of the pattern, added to the colour
-
-
-@dataclass(frozen=True)
-class Post:
-    """A grey post on the floor. Lengths are in pixels."""
-
-    x: float  # centre, half way through the clip
-    foot: float  # lower end, from the top of the frame
-    width: float  # half the width
-    height: float
-    grey: float  # brightness in [0, 1]
-
-
-@dataclass(frozen=True)
 class Scene:
-    """Everything that decides a clip. Lengths are in pixels; an unknown colour, shape or motion raises ValueError."""
+    """Everything that decides a clip. Lengths are in pixels; an unknown colour, shape or motion raises ValueError.
+
+    Pairs belong to the wall and to the floor. Each has a colour plus a pattern.
+    """
 
     colour: str  # of the object; one of COLOURS
     shape: str | None  # of the object; one of SHAPES, or None for an empty stage
@@ -71,13 +53,21 @@ class Scene:
     x: float  # centre of the object, half way through the clip
     foot: float  # lower end of the object, from the top of the frame
     radius: float  # size of the object
-    wall: Texture  # above the horizon
-    floor: Texture  # below the horizon
-    horizon: float  # from the top of the frame
+    colours: tuple[RGB, RGB]  # in [0, 1]
+    patterns: tuple[str, str]  # from PATTERNS
+    frequencies: tuple[float, float]  # of the patterns, in radians per pixel
+    phases: tuple[float, float]  # in radians
+    contrasts: tuple[float, float]  # amplitudes of the patterns, added to the colours
+    horizon: float  # where the wall ends, from the top of the frame
     pan: float  # speed of the room in the frame, in pixels per frame; positive is to the right
     light: str  # "left" or "right": the side that light comes from; shadows fall to the other side
     gradient: float  # brightness difference between the middle and a side, as a fraction of the half
-    post: Post | None
+    post: bool  # whether a grey post stands on the floor
+    post_x: float  # its centre, half way through the clip
+    post_foot: float  # its lower end, from the top of the frame
+    post_width: float  # half its width
+    post_height: float
+    post_grey: float  # its brightness in [0, 1]
 
     def __post_init__(self) -> None:
         for field, known in (("colour", COLOURS), ("shape", (None, *SHAPES)), ("motion", MOTIONS)):
@@ -90,7 +80,7 @@ class Scene:
         """The sentence that describes this scene, e.g. "a red ball moving left, glowing, beside a post"."""
         if self.shape is None:
             return f"{EMPTY_PROMPT} with a post" if self.post else EMPTY_PROMPT
-        glowing, post = ", glowing" * self.glowing, ", beside a post" * bool(self.post)
+        glowing, post = ", glowing" * self.glowing, ", beside a post" * self.post
         return f"a {self.colour} {self.shape} {self.motion}{glowing}{post}"
 
 
@@ -98,16 +88,17 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
     """Draw the scene of a seed. `empty` is the probability of a stage without an object."""
     rng = random.Random(f"kvlock-stage-1:{seed}")
 
-    def texture(low: float, saturation: float, frequency: float, spread: float) -> Texture:
+    def texture(low: float, saturation: float, frequency: float, spread: float) -> tuple[Any, ...]:
         base = [low + 0.30 * rng.random() for _ in range(3)]
         grey = sum(base) / 3
         r, g, b = (grey + saturation * (c - grey) for c in base)  # dull, so that saturated objects stand out
         period = rng.uniform(frequency, frequency + spread)
-        return Texture((r, g, b), rng.choice(PATTERNS), period, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13))
+        return (r, g, b), rng.choice(PATTERNS), period, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13)
 
-    wall, floor = texture(0.34, 0.45, 0.35, 0.35), texture(0.30, 0.60, 0.35, 0.30)
-    bounds = ((8, 56), (47, 53), (2.0, 3.5), (14, 22), (0.60, 0.85))
-    post = Post(*(rng.uniform(low, high) for low, high in bounds))
+    surfaces = zip(texture(0.34, 0.45, 0.35, 0.35), texture(0.30, 0.60, 0.35, 0.30), strict=True)
+    colours, patterns, frequencies, phases, contrasts = surfaces
+    bounds = {"x": (8, 56), "foot": (47, 53), "width": (2.0, 3.5), "height": (14, 22), "grey": (0.60, 0.85)}
+    post = {f"post_{name}": rng.uniform(*between) for name, between in bounds.items()}
     return Scene(
         colour=rng.choice(list(COLOURS)),
         shape=rng.choice(SHAPES) if rng.random() >= empty else None,
@@ -116,13 +107,17 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
         x=rng.uniform(20, 44),
         foot=rng.uniform(48, 56),
         radius=rng.uniform(8.5, 11.0),
-        wall=wall,
-        floor=floor,
+        colours=colours,
+        patterns=patterns,
+        frequencies=frequencies,
+        phases=phases,
+        contrasts=contrasts,
         horizon=rng.uniform(34, 42),
         pan=rng.uniform(-1.5, 1.5),
         light=rng.choice(("left", "right")),
         gradient=rng.uniform(0.06, 0.16),
-        post=post if rng.random() < 0.6 else None,
+        post=rng.random() < 0.6,
+        **post,
     )
 
 
@@ -186,15 +181,15 @@ def coverage(scenes: Sequence[Scene]) -> Tensor:
     return torch.stack([_coverage(scene) for scene in scenes]).unsqueeze(1)
 
 
-def _surface(texture: Texture, x: Tensor, y: Tensor, *, floor: bool) -> Tensor:
-    f = texture.frequency
-    pattern = torch.zeros_like(x + y)
-    if texture.pattern == "stripes":
-        pattern = torch.sin(x * f + 0.6 * floor * y + texture.phase)
-    elif texture.pattern == "checks":
-        pattern = torch.sin(x * f + texture.phase) * torch.sin(y * f * (1.6 if floor else 1.0))
-        pattern = torch.tanh(3 * pattern) if floor else pattern
-    return torch.tensor(texture.colour).view(3, 1, 1, 1) + texture.contrast * pattern
+def _surface(scene: Scene, which: int, x: Tensor, y: Tensor) -> Tensor:
+    """The wall (0) or the floor (1), whose patterns are slanted and squeezed, (3, FRAMES, SIZE, SIZE) in [0, 1]."""
+    f, phase, pattern = scene.frequencies[which], scene.phases[which], torch.zeros_like(x + y)
+    if scene.patterns[which] == "stripes":
+        pattern = torch.sin(x * f + 0.6 * which * y + phase)
+    elif scene.patterns[which] == "checks":
+        pattern = torch.sin(x * f + phase) * torch.sin(y * f * (1.6 if which else 1.0))
+        pattern = torch.tanh(3 * pattern) if which else pattern
+    return torch.tensor(scene.colours[which]).view(3, 1, 1, 1) + scene.contrasts[which] * pattern
 
 
 def _shadow(x: Tensor, y: Tensor, foot: float, height: float, width: float, light: float) -> Tensor:
@@ -210,21 +205,19 @@ def _render(scene: Scene) -> Tensor:
     lit = 1 + 2 * scene.gradient * side
     on_floor = (y - scene.horizon + 0.5).clamp(0, 1)
     room_x = x - scene.pan * t
-    wall, floor = _surface(scene.wall, room_x, y, floor=False), _surface(scene.floor, room_x, y, floor=True)
-    clip = wall.lerp(floor, on_floor) * lit
+    clip = _surface(scene, 0, room_x, y).lerp(_surface(scene, 1, room_x, y), on_floor) * lit
 
-    dx, dy = _offsets(scene)
-    post, radius = scene.post, scene.radius
-    post_x = x - (post.x if post else 0.0) - scene.pan * (t - (FRAMES - 1) / 2)
-    shadow = torch.zeros(1, 1, 1)
-    if post is not None:
-        shadow = _shadow(post_x, y, post.foot, 0.6 * post.height, post.width, light)
+    (dx, dy), radius, shadow = _offsets(scene), scene.radius, torch.zeros(1, 1, 1)
+    post_x = x - scene.post_x - scene.pan * (t - (FRAMES - 1) / 2)
+    if scene.post:
+        shadow = _shadow(post_x, y, scene.post_foot, 0.6 * scene.post_height, scene.post_width, light)
     if scene.shape is not None and not scene.glowing:
         shadow = torch.maximum(shadow, _shadow(dx, y, scene.foot, 2 * radius, 0.5 * radius, light))
     clip = clip * (1 - 0.48 * shadow * on_floor)
-    if post is not None:
-        outside = torch.maximum(post_x.abs() - post.width, torch.maximum(post.foot - post.height - y, y - post.foot))
-        clip = clip.lerp(post.grey * lit, (0.5 - outside).clamp(0, 1))
+    if scene.post:
+        above_or_below = torch.maximum(scene.post_foot - scene.post_height - y, y - scene.post_foot)
+        outside = torch.maximum(post_x.abs() - scene.post_width, above_or_below)
+        clip = clip.lerp(scene.post_grey * lit, (0.5 - outside).clamp(0, 1))
     if scene.shape is not None:
         colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
         if scene.glowing:
@@ -245,23 +238,13 @@ def edit_mask(sources: Sequence[Scene], targets: Sequence[Scene]) -> Tensor:
     return F.max_pool3d(hit, (1, 2 * MARGIN + 1, 2 * MARGIN + 1), 1, (0, MARGIN, MARGIN))
 
 
-class Regions(NamedTuple):
-    """The parts of a frame that are scored apart: (batch, 1, FRAMES, SIZE, SIZE), 0 or 1; they sum to 1.
+def regions(sources: Sequence[Scene], targets: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the frames of edits into (mask, effect, rest), each (batch, 1, FRAMES, SIZE, SIZE), 0 or 1; they sum to 1.
 
-    Attributes:
-        mask: `edit_mask`.
-        effect: Outside the mask, where the true edit differs from the source by more than EFFECT in any channel.
-        rest: Everything else, which an edit must keep.
+    The mask is `edit_mask`. The effect region is where the true edit differs from the source outside the mask, by more
+    than EFFECT in any channel. The rest is what an edit must keep.
     """
-
-    mask: Tensor
-    effect: Tensor
-    rest: Tensor
-
-
-def regions(sources: Sequence[Scene], targets: Sequence[Scene]) -> Regions:
-    """Split the frames of edits into mask, effect and rest."""
     mask = edit_mask(sources, targets)
     differs = (render(targets) - render(sources)).abs().amax(dim=1, keepdim=True) > EFFECT
     effect = differs.float() * (1 - mask)
-    return Regions(mask, effect, 1 - mask - effect)
+    return mask, effect, 1 - mask - effect

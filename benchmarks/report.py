@@ -21,13 +21,15 @@ def load(name: str) -> dict:
 
 
 def embedded_model() -> str:
-    r = load("embedded_model")
+    r, first = load("embedded_model"), load("first_world_model")
+    names = list(r["right"])
+    rates = [[title, *(f"{r[title][name]:.1%}" for name in names)] for title in ("right", "right on true renders")]
     return (
         f"{r['clips']} clips from prompts of held-out scenes, {r['sampler']}, {r['steps']} steps, guidance "
-        f"{r['cfg_scale']:g}: colour right in {r['colour']:.1%}, shape in {r['shape']:.1%}, both in {r['both']:.1%}, "
-        f"motion in {r['motion']:.1%}. Edges are softer than a render's: the judge's strict test for an unblemished "
-        f"shape (quality 0.97) passes {r['clean']:.0%}, median quality {r['median_quality']:.3f}.\n\n"
-        "![Samples of the embedded model](../docs/images/samples.png)"
+        f"{r['guidance']:g}; what the judge reads right, and what it reads right on the scenes' true renders.\n\n"
+        f"{table(['clips', *names], rates)}\n\n![Samples of the embedded model](../docs/images/samples.png)\n\n"
+        f"The model of the first world, from {first['clips']} prompts: colour right in {first['colour']:.1%}, shape in "
+        f"{first['shape']:.1%}, motion in {first['motion']:.1%}."
     )
 
 

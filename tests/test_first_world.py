@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import first_world
 import pytest
 import torch
 from first_world.judge import CLEAN, JudgeError, Verdict, attribute_accuracy, judge
@@ -25,8 +26,10 @@ from first_world.world import (
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from world.compare import compare, make_task
 from world.sheet import sample_sheet
 
+from kvlock_sampling.types import KVLockError
 from kvlock_sampling.video import VideoError
 
 SCENES = [sample_scene(seed) for seed in range(500)]
@@ -194,3 +197,15 @@ def test_sample_sheet(tmp_path: Path) -> None:
         sample_sheet(render(SOME[:6]), captions, tmp_path / "sheet.png", frames=(0, 8))
     with pytest.raises(VideoError, match=r"\.png"):
         sample_sheet(render(SOME[:6]), captions, tmp_path / "sheet.mp4")
+
+
+def test_its_model_edits_as_the_embedded_one_does() -> None:
+    video = first_world.load()
+    pairs = [first_world.sample_edit(seed, kind) for seed, kind in enumerate(first_world.EDITS)]
+    task = make_task(pairs, first_world.FIRST_WORLD)
+    edit, scored = compare(task, video, {"full": {"policy": "full"}}, steps=2)["full"]
+    assert edit.pixels.shape == (5, 3, 8, 32, 32)
+    assert scored.background_psnr.tolist() == [100] * 5
+    assert (edit.pixels - task.source).abs().amax((1, 2, 3, 4)).min() > 0.1
+    with pytest.raises(KVLockError, match="does not know the word 'circel'"):
+        video.prompt("a red circel")

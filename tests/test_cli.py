@@ -79,7 +79,7 @@ def test_a_gif_is_edited_into_a_gif(kvlock: Kvlock) -> None:
     result = kvlock(*edit_words("new/out.gif", clip="clip.gif", scale=2, sampler="heun", strength=0.7))
     assert result.exit_code == 0, result.output
     with Image.open("new/out.gif") as film:
-        assert (film.size, film.n_frames) == ((64, 64), 8)
+        assert (film.size, film.n_frames) == ((128, 128), 8)
 
 
 def test_outside_the_mask_the_written_clip_is_the_source(kvlock: Kvlock) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from world.compare import compare, make_task, score
 from world.judge import INTRUDER, WEIGHTS, Verdict, intruder, judge, judge_edits, leftover, rates
 
-from kvlock_sampling.tiny import edit_mask, render, sample_edit, sample_scene
+from kvlock_sampling.tiny import edit_mask, load, render, sample_edit, sample_scene
 from kvlock_sampling.tiny.world import COLOURS, EDITS, FLOWERS, coverage, regions
 
 SCENES = [sample_scene(seed) for seed in range(1000, 1200)]
@@ -141,3 +142,14 @@ def test_rates_count_what_a_scene_has():
 
 def test_the_weights_are_small():
     assert WEIGHTS.stat().st_size < 500_000
+
+
+def test_comparisons_score_against_the_true_edit():
+    task = make_task([sample_edit(2, "recolour"), sample_edit(3, "remove")])
+    edit, scored = compare(task, load(), {"full": {"policy": "full"}}, steps=2)["full"]
+    assert scored.background_psnr.tolist() == [100, 100]
+    assert (scored.inside_psnr < 40).all()
+    perfect = score(task, replace(edit, pixels=task.truth))
+    assert perfect.inside_psnr.tolist() == [100, 100]
+    assert perfect.colour.tolist() == perfect.shape.tolist() == [1, 1]
+    assert (perfect.temporal < scored.temporal).all()

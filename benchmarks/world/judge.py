@@ -89,6 +89,7 @@ class Verdict(NamedTuple):
 
 @cache
 def trained_judge() -> Judge:
+    """The network with the weights in this folder."""
     network = Judge().eval().requires_grad_(False)
     network.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     return network

@@ -124,7 +124,7 @@ def train(out: Path, *, minutes: float = 8.0, batch: int = 64, rate: float = 3e-
         loss.backward()
         optimizer.step()
         step += 1
-        recent.append(float(loss))
+        recent.append(loss.item())
 
 
 def main() -> None:

@@ -88,12 +88,12 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
     """Draw the scene of a seed. `empty` is the probability of a stage without an object."""
     rng = random.Random(f"kvlock-stage-1:{seed}")
 
-    def texture(low: float, saturation: float, frequency: float, spread: float) -> tuple[Any, ...]:
+    def texture(low: float, saturation: float, slowest: float, spread: float) -> tuple[Any, ...]:
         base = [low + 0.30 * rng.random() for _ in range(3)]
         grey = sum(base) / 3
         r, g, b = (grey + saturation * (c - grey) for c in base)  # dull, so that saturated objects stand out
-        period = rng.uniform(frequency, frequency + spread)
-        return (r, g, b), rng.choice(PATTERNS), period, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13)
+        frequency = rng.uniform(slowest, slowest + spread)
+        return (r, g, b), rng.choice(PATTERNS), frequency, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13)
 
     surfaces = zip(texture(0.34, 0.45, 0.35, 0.35), texture(0.30, 0.60, 0.35, 0.30), strict=True)
     colours, patterns, frequencies, phases, contrasts = surfaces

@@ -16,8 +16,8 @@ import torch
 from world.compare import compare, make_task
 
 import kvlock_sampling as kv
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

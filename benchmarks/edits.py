@@ -1,7 +1,7 @@
-"""The table of edits:  python benchmarks/edits.py [--scenes 32]
+"""The table of edits:  python benchmarks/edits.py [--scenes 32] [--model first_world]
 
 Held-out scenes of the procedural world, edits of five kinds, every way of locking from the same noise. Writes
-benchmarks/results/edits.json and edits.md, the table, as it came out.
+benchmarks/results/edits.json and edits.md, the table; for the first world edits_first_world.json and .md.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 import time
 from pathlib import Path
 
+import first_world
 import torch
-from world.compare import VARIANTS, Score, compare, make_task
+from world.compare import STAGE, VARIANTS, Score, compare, make_task
 
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling import tiny
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,16 +56,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--only", nargs="*", help="names of variants")
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="tiny", help="weights of the embedded model, or first_world")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
-    kinds = [EDITS[i % len(EDITS)] for i in range(given.scenes)]
-    task = make_task([sample_edit(FIRST_SCENE + i, kind) for i, kind in enumerate(kinds)])
+    first = given.model == "first_world"
+    world, video = (first_world, first_world.load()) if first else (tiny, tiny.load(given.model))
+    edits = first_world.EDITS if first else EDITS
+    kinds = [edits[i % len(edits)] for i in range(given.scenes)]
+    pairs = [world.sample_edit(FIRST_SCENE + i, kind) for i, kind in enumerate(kinds)]
+    task = make_task(pairs, first_world.FIRST_WORLD if first else STAGE)
     variants = {n: o for n, o in VARIANTS.items() if not given.only or n in given.only}
     started = time.perf_counter()
     results = compare(
         task,
-        load(given.model),
+        video,
         variants,
         steps=given.steps,
         sampler=given.sampler,
@@ -98,8 +103,9 @@ def main() -> None:
         "inside_psnr_against_composited": paired,
         "locks": {name: [round(float(s.lock.mean()), 4) for s in edit.trace] for name, (edit, _) in results.items()},
     }
-    write_atomically(ROOT / "benchmarks/results/edits.json", json.dumps(record, indent=1) + "\n")
-    write_atomically(ROOT / "benchmarks/results/edits.md", text + "\n")
+    target = ROOT / f"benchmarks/results/edits{'_first_world' * first}"
+    write_atomically(target.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(target.with_suffix(".md"), text + "\n")
 
 
 if __name__ == "__main__":

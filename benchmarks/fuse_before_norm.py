@@ -23,8 +23,8 @@ from world.judge import judge
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.masks.fitted import FittedMask
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.video.metrics import masked_psnr
 
@@ -114,9 +114,7 @@ def make_setting(scenes: int, steps: int) -> Setting:
     task = make_task([sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(scenes)])
     noise = torch.randn(task.source.shape, generator=torch.Generator().manual_seed(FIRST_SCENE))
     words = {"cond": video.prompt(task.prompts), "uncond": video.prompt([""] * scenes), "cond_scale": 3.0}
-    return Setting(
-        task, video.denoiser, video.network.transformer.blocks, video.patch, noise, video.sigmas(steps), words
-    )
+    return Setting(task, video.denoiser, video.network.dit.blocks, video.patch, noise, video.sigmas(steps), words)
 
 
 def keys(setting: Setting, lock: float, sigma: float) -> list[dict[str, float]]:
@@ -210,7 +208,7 @@ def _psnr(task: Task, pixels: Tensor) -> Tensor:
 
 
 def _right(task: Task, pixels: Tensor) -> float:
-    """Share of the edits that show the object of the prompt, by the world's exact judge."""
+    """Share of the edits that show the object of the prompt, by the judge."""
     verdicts = zip(judge(pixels), task.targets, strict=True)
     return sum(v.shape == t.shape and (t.shape is None or v.colour == t.colour) for v, t in verdicts) / len(pixels)
 

@@ -24,10 +24,9 @@ from kvlock_sampling import masks
 from kvlock_sampling.app.edit import Edit, start_noise
 from kvlock_sampling.policy import Policy
 from kvlock_sampling.restart import last_risk
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.load import TinyVideo
+from kvlock_sampling.tiny import TinyVideo, load, sample_edit
 from kvlock_sampling.tiny.model import PATCH
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.types import Control, Evaluation, Observation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance.base import pooled

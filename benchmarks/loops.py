@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 from scipy import stats
 from world.compare import Score, compare, make_task
-from world.judge import judge
 
 import kvlock_sampling as kv
 from kvlock_sampling.app.edit import Edit
 from kvlock_sampling.policy import Policy
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.types import Control, Observation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator
@@ -126,19 +125,19 @@ def summary(score: Score) -> dict[str, float]:
 
 
 def prediction(video, scenes: int, steps: int, batch: int = 40) -> list[dict]:
-    """AUROC of risk against failure (wrong colour or shape, or a broken shape) at 25, 50, 75 and 100% of the run."""
+    """AUROC of risk at 25, 50, 75 and 100% of a run against failure: wrong colour or shape; low in-mask PSNR."""
     rows = []
     for title, estimator in ESTIMATORS.items():
-        logs, wrong, broken = [], [], []
+        logs, wrong, quality = [], [], []
         for first in range(0, scenes, batch):
             task = task_of(batch, FIRST_SCENE + 1000 + first)
             options = {"policy": Measured(0.0, 3.0), "estimator": estimator, "composite": True}
             edit, score = compare(task, video, {"x": options}, steps=steps, seed=FIRST_SCENE + first)["x"]
             logs.append(signal(edit)[1])
             wrong.append(score.colour * score.shape < 1)
-            broken.append(torch.tensor([v.quality for v in judge(edit.pixels)]))
-        values, failed, quality = torch.cat(logs, 1), torch.cat(wrong), torch.cat(broken)
-        worst = quality < quality.quantile(0.25)
+            quality.append(score.inside_psnr)
+        values, failed, psnr = torch.cat(logs, 1), torch.cat(wrong), torch.cat(quality)
+        worst = psnr < psnr.quantile(0.25)
         for share in (0.25, 0.5, 0.75, 1.0):
             at = values[min(len(values) - 1, round(share * (len(values) - 1)))]
             rows.append(

@@ -103,12 +103,12 @@ def wan(layers: int, latents: tuple[int, int, int], evaluations: int, device: st
 
 def embedded(evaluations: int) -> Subject:
     video = tiny.load()
-    before, after = tiny.world.sample_edit(3, "replace")
-    source = video.encode(tiny.world.render([before]))
+    before, after = tiny.sample_edit(3, "reshape")
+    source = video.encode(tiny.render([before]))
     noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
     sigmas = [float(s) for s in video.sigmas(evaluations)[:-1]]
     cfg = {"cond": video.prompt([after.prompt]), "uncond": video.prompt([""]), "cond_scale": 3.0}
-    return Subject("embedded model", None, video.denoiser, source, source + sigmas[0] * noise, cfg, sigmas, (2, 4, 4))
+    return Subject("embedded model", None, video.denoiser, source, source + sigmas[0] * noise, cfg, sigmas, video.patch)
 
 
 @contextmanager

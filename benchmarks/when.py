@@ -15,8 +15,8 @@ from typing import Any
 from world.compare import compare, make_task
 
 import kvlock_sampling as kv
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import EDITS, sample_edit
+from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,8 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigma >= 4 only": {"policy": kv.LockAbove(FREE, above=4.0)},
     "sigma < 4 only": {"policy": kv.Windowed(FULL, below=4.0)},
     "half near the mask": {"policy": FULL, "transition": (1, 0.5)},
-    "first three layers": {"policy": FULL, "layers": range(3)},
-    "last three layers": {"policy": FULL, "layers": range(3, 6)},
+    "first four layers": {"policy": FULL, "layers": range(4)},
+    "last four layers": {"policy": FULL, "layers": range(4, 8)},
     "full, guidance 2": {"policy": kv.Constant(lock=1.0, cfg_scale=2.0)},
     "full, guidance 5": {"policy": kv.Constant(lock=1.0, cfg_scale=5.0)},
     "composited, guidance 5": {"policy": kv.Constant(lock=0.0, cfg_scale=5.0), "composite": True},

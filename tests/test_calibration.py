@@ -131,11 +131,11 @@ def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
     path.write_text(
         '[policy]\ntype = "Threshold"\n\n[estimator]\ntype = "Relative"\nquantile = 0.9\n\n'
         '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 8.0\nwindow = "none"\nnormalise = true\n'
-        "patch = [2, 4, 4]\n"
+        "patch = [2, 8, 8]\n"
     )
     found = calibrate(load(), scenes(2), policy=str(path), steps=12, bands=2)
     relative = kv.variance.Relative(
-        kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)), quantile=0.9
+        kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 8, 8)), quantile=0.9
     )
     assert found.preset.estimator == relative
     assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared

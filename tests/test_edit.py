@@ -13,8 +13,7 @@ from world.compare import Task, make_task
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.app.edit import start_noise
-from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.world import sample_edit
+from kvlock_sampling.tiny import load, sample_edit
 from kvlock_sampling.types import KVLockError, MaskError, PolicyError, SamplerError, SourceError
 
 STEPS = 3
@@ -27,7 +26,7 @@ def video():
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return make_task([sample_edit(1, "replace"), sample_edit(2, "recolour")])
+    return make_task([sample_edit(1, "reshape"), sample_edit(2, "recolour")])
 
 
 @pytest.fixture
@@ -43,7 +42,7 @@ def edit(video, task):
 
 def test_an_edit_keeps_the_background_and_changes_the_rest(edit, task):
     result = edit(policy="half", source_prompt=task.source_prompts[0])
-    assert result.pixels.shape == (1, 3, 8, 32, 32)
+    assert result.pixels.shape == (1, 3, 8, 64, 64)
     assert result.pixels.abs().max() <= 1
     assert result.nfe == 3 * STEPS == result.trace.nfe
     assert result.seconds > 0
@@ -161,15 +160,15 @@ def test_off_is_the_model_alone(edit, video, task):
 
 BAD = {
     "mask of another size": ({"mask": torch.eye(20)}, MaskError, "20 x 20.*masks.resize"),
-    "mask of other frames": ({"mask": torch.ones(5, 32, 32)}, MaskError, "mask has 5 frames; expected 8"),
-    "nothing to edit": ({"mask": torch.zeros(32, 32)}, MaskError, "0 everywhere: nothing to edit"),
-    "nothing to keep": ({"mask": torch.ones(32, 32)}, MaskError, "1 everywhere.*polarity"),
-    "clip with NaN": ({"clip": torch.full((3, 8, 32, 32), float("nan"))}, SourceError, "NaN or inf"),
-    "clip of another size": ({"clip": torch.zeros(3, 8, 48, 64)}, SourceError, r"read_clip\(path, frames=8"),
-    "clip of other frames": ({"clip": torch.zeros(3, 5, 32, 32)}, SourceError, "this model edits"),
-    "clip without frames": ({"clip": torch.zeros(3, 32, 32)}, SourceError, "this model edits"),
-    "unknown word": ({"prompt": "a red squirrel"}, KVLockError, "does not know the word 'squirrel'.*square"),
-    "too many prompts": ({"prompt": ["a red circle"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
+    "mask of other frames": ({"mask": torch.ones(5, 64, 64)}, MaskError, "mask has 5 frames; expected 8"),
+    "nothing to edit": ({"mask": torch.zeros(64, 64)}, MaskError, "0 everywhere: nothing to edit"),
+    "nothing to keep": ({"mask": torch.ones(64, 64)}, MaskError, "1 everywhere.*polarity"),
+    "clip with NaN": ({"clip": torch.full((3, 8, 64, 64), float("nan"))}, SourceError, "NaN or inf"),
+    "clip of another size": ({"clip": torch.zeros(3, 8, 48, 32)}, SourceError, r"read_clip\(path, frames=8"),
+    "clip of other frames": ({"clip": torch.zeros(3, 5, 64, 64)}, SourceError, "this model edits"),
+    "clip without frames": ({"clip": torch.zeros(3, 64, 64)}, SourceError, "this model edits"),
+    "unknown word": ({"prompt": "a red ball, a squirrel"}, KVLockError, "cannot read 'squirrel'"),
+    "too many prompts": ({"prompt": ["a red ball"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
     "too many seeds": ({"seed": [1, 2]}, SourceError, "2 entries for 1 clips"),
     "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "Did you mean dpmpp_2m"),
     "no steps": ({"steps": 0}, SamplerError, "n >= 1"),
@@ -181,7 +180,7 @@ BAD = {
     ),
     "path of a clip": ({"clip": "clip.mp4"}, SourceError, r"path 'clip.mp4'.*read_clip\('clip.mp4'\)"),
     "no pixels": ({"clip": [0.0]}, SourceError, "clip is a list; expected pixels"),
-    "bytes": ({"clip": torch.zeros(3, 8, 32, 32, dtype=torch.uint8).numpy()}, SourceError, r"torch.uint8.*127.5"),
+    "bytes": ({"clip": torch.zeros(3, 8, 64, 64, dtype=torch.uint8).numpy()}, SourceError, r"torch.uint8.*127.5"),
     "a number": ({"clip": torch.tensor(1.0)}, SourceError, "this model edits"),
     "path of a mask": ({"mask": "mask.png"}, MaskError, r"path 'mask.png'.*read_mask\('mask.png'"),
     "prompt of no text": ({"prompt": 5}, SourceError, "prompt=5; expected a text"),
@@ -241,8 +240,8 @@ def test_a_model_without_attention_says_what_to_pass(edit, video):
 
 
 def test_a_guidance_that_is_no_number_is_refused():
-    clip = torch.zeros(3, 8, 32, 32)
-    mask = torch.zeros(8, 32, 32)
+    clip = torch.zeros(3, 8, 64, 64)
+    mask = torch.zeros(8, 64, 64)
     mask[:, 8:16, 8:16] = 1
     with pytest.raises(kv.KVLockError, match="cfg_scale=nan; expected a finite number"):
-        kv.edit_video(clip, mask, "a red circle moving left", cfg_scale=float("nan"))
+        kv.edit_video(clip, mask, "a red ball moving left", cfg_scale=float("nan"))

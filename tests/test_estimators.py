@@ -276,14 +276,14 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
         return lock.trace.steps[-1].lock.shape
 
     per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1)))
-    with pytest.raises(EstimatorError, match=r"patch=\(4, 4, 4\).* measures 128 tokens per clip, the model has 256"):
-        sample(per_token, (4, 4, 4))
+    with pytest.raises(EstimatorError, match=r"patch=\(4, 8, 8\).* measures 128 tokens per clip, the model has 256"):
+        sample(per_token, (4, 8, 8))
     assert sample(per_token, video.patch) == (1, 256)
     pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1)))
-    assert sample(pooled, (4, 4, 4)) == (1,)  # any patch will do for a policy that wants one number
+    assert sample(pooled, (4, 8, 8)) == (1,)  # any patch will do for a policy that wants one number
     wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7)))
     with pytest.raises(kv.KVLockError, match=r"returned lock of shape \(1, 7\)"):
-        sample(wrong, (4, 4, 4))
+        sample(wrong, (4, 8, 8))
 
 
 # -- when and how many ------------------------------------------------------------------------------------------------

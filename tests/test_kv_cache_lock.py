@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import kvlock_sampling as kv
+from kvlock_sampling import tiny
 from kvlock_sampling.kv_cache import KVCacheWarning, model_fingerprint
-from kvlock_sampling.tiny import world
 from kvlock_sampling.types import AttentionError, RunError, SourceError
 
 FULL = kv.Constant(lock=1.0)
@@ -174,10 +174,10 @@ def test_a_plan_is_what_the_run_then_holds(setup):
 
 def test_the_second_edit_of_a_clip_runs_no_source_pass(tmp_path):
     """With edit_video: another prompt, another seed, another KVCache object on the same directory."""
-    before, _ = world.sample_edit(7, "replace")
-    clip, mask = world.render([before]), world.edit_mask(*world.sample_edit(7, "replace"))
+    before, after = tiny.sample_edit(6, "reshape")
+    clip, mask = tiny.render([before]), tiny.edit_mask([before], [after])
     plans, nfe = [], []
-    for seed, prompt in enumerate(("a red circle moving left", "a blue square moving right")):
+    for seed, prompt in enumerate(("a red ball moving left", "a blue box moving right")):
         edit = kv.edit_video(
             clip,
             mask,

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from first_world.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render, sample_edit, sample_scene
 from torch.nn import functional as F
-from world.temporal import temporal_error
+from world.metrics import masked_ssim, temporal_error
 
-from kvlock_sampling.tiny.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render, sample_edit, sample_scene
 from kvlock_sampling.types import MaskError
-from kvlock_sampling.video.metrics import masked_mse, masked_psnr, masked_ssim
+from kvlock_sampling.video.metrics import masked_mse, masked_psnr
 
 A = torch.rand(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) - 0.5
 LEFT = torch.zeros(2, 1, 4, 16, 16)

@@ -5,28 +5,26 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from world.stage import (
+
+from kvlock_sampling.tiny import edit_mask, render, sample_edit, sample_scene, tokenize
+from kvlock_sampling.tiny.model import WORDS
+from kvlock_sampling.tiny.world import (
     COLOURS,
     EDITS,
+    EFFECT,
     FLOWERS,
     FRAMES,
+    MARGIN,
     MOTIONS,
     SHAPES,
     SIZE,
     SPEED,
-    WORDS,
-    Post,
     Scene,
-    Texture,
-    sample_edit,
-    sample_scene,
-    tokenize,
+    coverage,
+    regions,
 )
-from world.stage_render import EFFECT, MARGIN, coverage, edit_mask, regions, render
-
 from kvlock_sampling.types import KVLockError
 
-PLAIN = Texture((0.5, 0.5, 0.5), "plain", 0.5, 0.0, 0.1)
 SCENE = Scene(
     colour="red",
     shape="ball",
@@ -35,20 +33,26 @@ SCENE = Scene(
     x=32.0,
     foot=52.0,
     radius=10.0,
-    wall=PLAIN,
-    floor=PLAIN,
+    colours=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    patterns=("plain", "plain"),
+    frequencies=(0.5, 0.5),
+    phases=(0.3, 0.3),
+    contrasts=(0.1, 0.1),
     horizon=38.0,
     pan=0.0,
     light="right",
     gradient=0.0,
-    post=None,
+    post=False,
+    post_x=50.0,
+    post_foot=50.0,
+    post_width=3.0,
+    post_height=18.0,
+    post_grey=0.8,
 )
-STRIPES = replace(PLAIN, pattern="stripes", phase=0.3)
 PINNED = [
     [[-0.139903, 0.831375, -0.625255, 0.785000, 0.031325], [-0.139903, -0.721313, -0.625255, 0.785000, 0.031325]],
     [[-0.124509, 0.840000, -0.143259, 1.000000, 0.200217], [-0.137560, -0.720000, -0.258630, 0.833418, 0.057026]],
 ]
-CHECKS = replace(PLAIN, pattern="checks", phase=0.3)
 
 
 def brightness(scene):
@@ -65,7 +69,7 @@ def test_clips_are_deterministic_and_bounded() -> None:
     assert torch.equal(clips, render(scenes))
     assert len({scene.colour for scene in scenes}) == len(COLOURS)
     assert {scene.shape is None for scene in scenes} == {True, False}
-    assert {scene.post is None for scene in scenes} == {True, False}
+    assert {scene.post for scene in scenes} == {True, False}
 
 
 def test_a_clip_does_not_depend_on_the_batch() -> None:
@@ -88,14 +92,14 @@ def test_a_clip_does_not_depend_on_the_batch() -> None:
     ],
 )
 def test_alpha_has_the_area_of_the_shape(shape, area) -> None:
-    alpha = coverage([SCENE.reshape(shape)])
+    alpha = coverage([replace(SCENE, shape=shape)])
     assert alpha.shape == (1, 1, FRAMES, SIZE, SIZE)
     assert alpha[0, 0, 0].sum() == pytest.approx(area, rel=0.03)
 
 
 @pytest.mark.parametrize("shape", FLOWERS)
 def test_a_flower_has_as_many_petals_as_its_name_says(shape) -> None:
-    alpha = coverage([SCENE.reshape(shape)])[0, 0, 0]
+    alpha = coverage([replace(SCENE, shape=shape)])[0, 0, 0]
     angle = torch.arange(0, 2 * math.pi, 0.01)
     y, x = (42 + 8 * angle.sin()).long(), (32 + 8 * angle.cos()).long()
     inside = alpha[y, x] > 0.5
@@ -112,7 +116,7 @@ def test_an_object_moves_at_its_speed_plus_the_pan(motion) -> None:
 
 
 def test_the_object_has_its_colour() -> None:
-    clip = render([SCENE.recolour("cyan")])[0, :, :, 42, 32]
+    clip = render([replace(SCENE, colour="cyan")])[0, :, :, 42, 32]
     torch.testing.assert_close(
         (clip + 1) / 2, torch.tensor(COLOURS["cyan"]).view(3, 1).expand(3, FRAMES), atol=2e-3, rtol=0
     )
@@ -120,7 +124,7 @@ def test_the_object_has_its_colour() -> None:
 
 @pytest.mark.parametrize("light", ["left", "right"])
 def test_a_matte_object_casts_a_shadow_away_from_the_light(light) -> None:
-    change = brightness(replace(SCENE, light=light)) - brightness(replace(SCENE, light=light).remove())
+    change = brightness(replace(SCENE, light=light)) - brightness(replace(SCENE, light=light, shape=None))
     left, right = change[50, :18].sum(), change[50, 46:].sum()
     dark, lit = (left, right) if light == "right" else (right, left)
     assert dark < -1
@@ -129,8 +133,8 @@ def test_a_matte_object_casts_a_shadow_away_from_the_light(light) -> None:
 
 
 def test_a_glowing_object_tints_what_is_near_and_casts_no_shadow() -> None:
-    glowing = SCENE.glow(colour="blue")
-    change = (render([glowing]) - render([glowing.remove()]))[0, :, 0]
+    glowing = replace(SCENE, glowing=True, colour="blue")
+    change = (render([glowing]) - render([replace(glowing, shape=None)]))[0, :, 0]
     assert change[2, 42, 48] > 0.05  # blue, beside the ball
     assert change[2, 42, 48] > 2 * change[0, 42, 48]
     assert change[2, 42, 48] > 4 * change[2, 42, 62]
@@ -138,18 +142,17 @@ def test_a_glowing_object_tints_what_is_near_and_casts_no_shadow() -> None:
 
 
 def test_the_light_brightens_its_side() -> None:
-    lit = brightness(replace(SCENE.remove(), gradient=0.1))
+    lit = brightness(replace(SCENE, shape=None, gradient=0.1))
     assert lit[10, 60] > lit[10, 32] > lit[10, 4]
 
 
 def test_the_wall_moves_with_the_camera() -> None:
-    clip = render([replace(SCENE.remove(), wall=STRIPES, pan=1.0)])[0, :, :, 10]
+    clip = render([replace(SCENE, shape=None, patterns=("stripes", "plain"), pan=1.0)])[0, :, :, 10]
     torch.testing.assert_close(clip[:, 3, 3:], clip[:, 0, :-3], atol=1e-4, rtol=0)
 
 
 def test_a_post_stands_and_casts_a_shadow() -> None:
-    post = Post(x=50.0, foot=50.0, width=3.0, height=18.0, grey=0.8)
-    change = brightness(replace(SCENE, shape=None, post=post)) - brightness(SCENE.remove())
+    change = brightness(replace(SCENE, shape=None, post=True)) - brightness(replace(SCENE, shape=None))
     assert change[40, 49] == pytest.approx(2 * (0.8 - 0.5), abs=1e-5)
     assert change[51, 40:46].min() < -0.2
     assert change[:31].abs().max() == 0
@@ -157,10 +160,9 @@ def test_a_post_stands_and_casts_a_shadow() -> None:
 
 def test_pixels_of_a_scene_are_pinned() -> None:
     """The weights were trained on these pixels."""
-    post = Post(x=50.0, foot=50.0, width=3.0, height=18.0, grey=0.8)
     flower = replace(SCENE, shape="flower with five petals", motion="moving left")
-    scene = replace(flower, pan=0.5, wall=STRIPES, floor=CHECKS, gradient=0.1, post=post)
-    clip = render([scene, scene.glow()])[:, :, 3]
+    scene = replace(flower, pan=0.5, patterns=("stripes", "checks"), gradient=0.1, post=True)
+    clip = render([scene, replace(scene, glowing=True)])[:, :, 3]
     places = [(10, 20), (45, 30), (53, 15), (40, 50), (45, 12)]
     found = torch.stack([clip[:, :2, y, x] for y, x in places], dim=-1)
     torch.testing.assert_close(found, torch.tensor(PINNED), atol=1e-5, rtol=0)
@@ -210,7 +212,7 @@ def test_regions_divide_the_frame(kind) -> None:
 
 
 def test_recolouring_a_matte_object_has_no_effect_region() -> None:
-    mask, effect, _ = regions([SCENE], [SCENE.recolour("blue")])
+    mask, effect, _ = regions([SCENE], [replace(SCENE, colour="blue")])
     assert mask.any()
     assert not effect.any()
 
@@ -266,8 +268,8 @@ def test_prompts_that_cannot_be_read_raise(prompt, message) -> None:
 
 def test_unknown_names_raise() -> None:
     with pytest.raises(ValueError, match=r"'purple'.*'red'"):
-        SCENE.recolour("purple")
+        replace(SCENE, colour="purple")
     with pytest.raises(ValueError, match=r"'flower'.*'flower with five petals'"):
-        SCENE.reshape("flower")
+        replace(SCENE, shape="flower")
     with pytest.raises(ValueError, match=r"'paint'.*recolour"):
         sample_edit(0, "paint")

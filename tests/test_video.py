@@ -12,9 +12,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from first_world.world import render, sample_scene
 from PIL import Image
 
-from kvlock_sampling.tiny.world import render, sample_scene
 from kvlock_sampling.utils import files
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
 from kvlock_sampling.video.metrics import masked_psnr

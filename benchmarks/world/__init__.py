@@ -1,1 +1,1 @@
-"""The embedded world's tools for benchmarks: edits with a known right answer, an exact judge, and training."""
+"""Tools for benchmarks on the stage: edits with a known right answer, a judge, metrics, and training."""

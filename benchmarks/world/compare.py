@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kvlock_sampling import tiny
 from kvlock_sampling.app.edit import Edit, VideoModel, edit_video
 from kvlock_sampling.policy import Constant, LockAbove, Windowed
-from kvlock_sampling.tiny.world import MOTIONS, SPEED, Scene, coverage, edit_mask, render
-from kvlock_sampling.video.metrics import masked_psnr, masked_ssim
+from kvlock_sampling.tiny.world import MOTIONS, SPEED, coverage
+from kvlock_sampling.video.metrics import masked_psnr
 
 from .judge import judge
-from .temporal import temporal_error
+from .metrics import masked_ssim, temporal_error
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
@@ -31,6 +32,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+class World(NamedTuple):
+    """What a comparison needs of a world; scenes have a `prompt`, a `colour` and a `shape`, None without an object.
+
+    Attributes:
+        render: Scenes to clips (batch, 3, T, H, W) in [-1, 1].
+        edit_mask: Sources and targets to masks (batch, 1, T, H, W), 1 = edit.
+        coverage: Scenes to the object's alpha (batch, 1, T, H, W).
+        velocity: A scene to the (x, y) velocity of its object, or of its background without one, in pixels per frame.
+        judge: Clips to verdicts with a `colour` and a `shape`.
+    """
+
+    render: Callable[[Sequence[Any]], Tensor]
+    edit_mask: Callable[[Sequence[Any], Sequence[Any]], Tensor]
+    coverage: Callable[[Sequence[Any]], Tensor]
+    velocity: Callable[[Any], tuple[float, float]]
+    judge: Callable[[Tensor], Sequence[Any]]
+
+
+def _velocity(scene: tiny.Scene) -> tuple[float, float]:
+    return scene.pan + (0.0 if scene.shape is None else SPEED * MOTIONS[scene.motion]), 0.0
+
+
+STAGE = World(tiny.render, tiny.edit_mask, coverage, _velocity, judge)
+
+
 class Task(NamedTuple):
     """A batch of edits: source clips, masks (1 = edit), true results, prompts of edit and source, target scenes."""
 
@@ -39,7 +65,8 @@ class Task(NamedTuple):
     truth: Tensor
     prompts: list[str]
     source_prompts: list[str]
-    targets: list[Scene]
+    targets: list[Any]
+    world: World
 
 
 class Score(NamedTuple):
@@ -64,23 +91,24 @@ class Score(NamedTuple):
         return row | {"nfe": self.nfe, "seconds": self.seconds}
 
 
-def make_task(pairs: Sequence[tuple[Scene, Scene]]) -> Task:
-    """Render (source, target) scenes, e.g. of `world.sample_edit`, into a task."""
+def make_task(pairs: Sequence[tuple[Any, Any]], world: World = STAGE) -> Task:
+    """Render (source, target) scenes, e.g. of `tiny.sample_edit`, into a task."""
     sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
     return Task(
-        source=render(sources),
-        mask=torch.stack([edit_mask(s, t) for s, t in pairs]),
-        truth=render(targets),
+        source=world.render(sources),
+        mask=world.edit_mask(sources, targets),
+        truth=world.render(targets),
         prompts=[t.prompt for t in targets],
         source_prompts=[s.prompt for s in sources],
         targets=targets,
+        world=world,
     )
 
 
 def score(task: Task, edit: Edit) -> Score:
     """Compare an edit with the truth: background against the source, inside the mask against the true render."""
     keep = 1 - task.mask
-    verdicts = judge(edit.pixels)
+    verdicts = task.world.judge(edit.pixels)
     colour = [
         v.shape is None if t.shape is None else v.colour == t.colour
         for v, t in zip(verdicts, task.targets, strict=True)
@@ -100,12 +128,10 @@ def score(task: Task, edit: Edit) -> Score:
 
 def _temporal(task: Task, pixels: Tensor) -> Tensor:
     """Temporal error of the true object along its motion; if it was removed, of the mask along the background's."""
-    motions, regions = [], []
-    for mask, scene in zip(task.mask, task.targets, strict=True):
-        dx, dy = MOTIONS[scene.motion][1]
-        motions.append(scene.pan if scene.shape is None else (SPEED * dx, SPEED * dy))
-        regions.append(mask if scene.shape is None else (coverage(scene) > 0.99).float().unsqueeze(0))
-    return temporal_error(pixels, torch.tensor(motions), torch.stack(regions))
+    alive = torch.tensor([scene.shape is not None for scene in task.targets]).view(-1, 1, 1, 1, 1)
+    region = torch.where(alive, (task.world.coverage(task.targets) > 0.99).float(), task.mask)
+    motion = torch.tensor([task.world.velocity(scene) for scene in task.targets])
+    return temporal_error(pixels, motion, region)
 
 
 def compare(

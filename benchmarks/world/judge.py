@@ -1,198 +1,191 @@
-"""Judge exactly what a clip of the procedural world shows, by matching renders. No network is involved.
+"""Judge what a clip of the stage shows, and whether an edit is right.
 
-A background of this world varies in brightness only: its chroma (RGB without the grey axis, a plane) is one constant m.
-An object of palette colour C with coverage a in [0, 1] therefore shows up as
+What a clip shows is read by a small network that was trained on renders (`train_judge.py`): a frame network, pooled
+over the clip, for colour, shape, glow and post; a network on all frames together for motion.
 
-    D(p) = chroma(p) - m = a(p - centre) * (chroma(C) - m)          (p = pixel; background 0, object full strength)
+What an edit left behind, or added, is measured against the source and the true render, both of which are known:
 
-so the best render minimises  sum |D - a (chroma(C) - m)|^2;  `match` finds it. A clip has one colour, shape and radius,
-and one centre per frame. Inside the object its brightness is checked too.
+    leftover = (clip - target) . (source - target) / |source - target|^2      over a region
+    intruder = largest connected area outside the mask that lies off the line from source to target
 
-Grey objects in the background are invisible to this judge; `kvlock_sampling.video.metrics` compares backgrounds.
+leftover is 1 if a region is still the source's, 0 if it is the target's: a dead shadow has 1 in the effect region.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from scipy import ndimage
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kvlock_sampling.tiny.world import COLOURS, MOTIONS, SHAPES, SIZE, SPEED, Scene
-from kvlock_sampling.types import KVLockError
+from kvlock_sampling.tiny import Scene, render
+from kvlock_sampling.tiny.world import COLOURS, FRAMES, MOTIONS, SHAPES, regions
 
-from .match import Fit, refine, search
-
-CLEAN = 0.97
-"""A verdict whose `quality` reaches this is a clean object, or a clean empty scene.
-
-Measured on 500 scenes: renders with noise of std 0.1 keep 0.989 or more, with a 3x3 blur 0.993, with both 0.976. The
-most object-like corruptions reach 0.967 (half circle, half square) and 0.965 (half square, half triangle).
-"""
-
-PRESENT = 0.25  # the least gain over "no object", as a fraction of the best render's own energy; a perfect object has 1
-SMALL = 35.0  # pixels: the squared coverage of the smallest object, a triangle of radius 4.5
-AXES = F.normalize(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]]), dim=1)
-"""Orthonormal axes of RGB: grey first, then the two of the chroma plane."""
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
+CLASSES: dict[str, tuple[object, ...]] = {
+    "colour": (*COLOURS, None),
+    "shape": (*SHAPES, None),
+    "glowing": (False, True),
+    "post": (False, True),
+    "motion": tuple(MOTIONS),
+}
+DEPARTURE = 0.35  # distance in RGB, in units of [-1, 1], at which a pixel is neither the source's nor the target's
+LEFTOVER = 0.4  # of a region: from here on an edit is unfinished
+INTRUDER = 16  # pixels in one frame: from here on something is there that should not be
 
 
-class JudgeError(KVLockError, ValueError):
-    """Clips, a region or scenes of the wrong shape."""
+class Judge(nn.Module):
+    """Classify clips (batch, 3, FRAMES, 64, 64): logits (batch, classes) for every name of `CLASSES`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frame = nn.Sequential(
+            *_conv(3, 24, 5, 2), *_conv(24, 48, 3, 2), *_conv(48, 64, 3, 2), *_conv(64, 96, 3, 1)
+        )
+        self.clip = nn.Sequential(
+            *_conv(3 * FRAMES, 32, 5, 2), *_conv(32, 48, 3, 2), *_conv(48, 64, 3, 2), *_conv(64, 80, 3, 2), nn.Flatten()
+        )
+        self.sizes = [len(CLASSES[name]) for name in ("colour", "shape", "glowing", "post")]
+        self.read = nn.Linear(3 * 96, sum(self.sizes))
+        self.motion = nn.Linear(80 * 16, len(MOTIONS))
+
+    def forward(self, clips: Tensor, frames: Sequence[int] = range(FRAMES)) -> dict[str, Tensor]:
+        """Read colour, shape, glow and post from the given frames, and motion from all."""
+        some = clips[:, :, list(frames)].transpose(1, 2)
+        maps = self.frame(some.flatten(0, 1)).unflatten(0, some.shape[:2])
+        strongest, mean = maps.amax((3, 4)), maps.mean((1, 3, 4))
+        seen = self.read(torch.cat([strongest.mean(1), strongest.amax(1), mean], dim=1)).split(self.sizes, dim=1)
+        logits = dict(zip(("colour", "shape", "glowing", "post"), seen, strict=True))
+        return {**logits, "motion": self.motion(self.clip(clips.flatten(1, 2)))}
+
+
+def _conv(channels: int, out: int, size: int, stride: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, out, size, stride, size // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()
 
 
 class Verdict(NamedTuple):
-    """What one clip shows.
+    """What one clip shows. Without an object, colour, shape, motion and glowing are None."""
 
-    colour: a name of `world.COLOURS`; "" where there is no object.
-    shape: a name of `world.SHAPES`; None where there is no object.
-    error: mean squared chroma difference between the clip and the best render, per pixel, in RGB units of [0, 1].
-    margin: how much worse the second-best shape explains the object, as a fraction of its energy; small = undecided.
-    quality: fraction of the object's energy that the best render explains, in [0, 1], with white noise discounted;
-        1 = perfect, below `CLEAN` = broken. Without an object: 1 minus the stray colour, in units of a small object.
-    frame_quality: the same per frame, (T,); its minimum finds an object that is broken, or gone, in one frame only.
-    centre: the object's centre per frame, (T, 2) as x, y in pixels; nan where there is no object.
-    radius: in pixels; 0 where there is no object.
-    softness: 0 = edges as the world renders them, 1 = as after a 3x3 box blur; blur up to there costs no quality.
-    """
-
-    colour: str
+    colour: str | None
     shape: str | None
-    error: float
-    margin: float
-    quality: float
-    frame_quality: Tensor
-    centre: Tensor
-    radius: float
-    softness: float
+    motion: str | None
+    glowing: bool | None
+    post: bool
 
-    @property
-    def clean(self) -> bool:
-        """Whether this is a whole object, or a truly empty scene."""
-        return self.quality >= CLEAN
-
-    @property
-    def motion(self) -> str | None:
-        """The nearest of `world.MOTIONS` to the centres' straight-line velocity; None where there is no object."""
-        if self.shape is None:
-            return None
-        t = torch.arange(len(self.centre)) - (len(self.centre) - 1) / 2
-        velocity = (t[:, None] * self.centre).sum(0) / (t * t).sum()
-        return min(MOTIONS, key=lambda name: math.dist([SPEED * v for v in MOTIONS[name][1]], velocity.tolist()))
+    def right(self, scene: Scene) -> dict[str, bool]:
+        """Whether each attribute that this scene has is the one shown."""
+        right = {"shape": self.shape == scene.shape, "post": self.post == scene.post}
+        if scene.shape is not None:
+            right |= {name: getattr(self, name) == getattr(scene, name) for name in ("colour", "motion", "glowing")}
+        return right
 
 
-def judge(clips: Tensor, region: Tensor | None = None, *, chunk: int = 16) -> list[Verdict]:
-    """Find the object in each clip, the confidence, and whether the object is whole.
-
-    clips: (batch, 3, T, SIZE, SIZE) in [-1, 1]; values outside are clamped.
-    region: (batch or 1, 1, T, SIZE, SIZE) in [0, 1]; only what is inside is matched and counted. None = everywhere.
-    chunk: clips per pass; bounds the memory (about 5 MiB each).
-
-    >>> from kvlock_sampling.tiny.world import render, sample_scene
-    >>> scene = sample_scene(3)
-    >>> verdict = judge(render([scene]))[0]
-    >>> (verdict.colour, verdict.shape, verdict.motion) == (scene.colour, scene.shape, scene.motion)
-    True
-    """
-    if clips.ndim != 5 or clips.shape[1] != 3 or clips.shape[-2:] != (SIZE, SIZE):
-        raise JudgeError(
-            f"judge got clips of shape {tuple(clips.shape)}; expected (batch, 3, T, {SIZE}, {SIZE}). "
-            "For one clip call judge(clip[None])."
-        )
-    if not torch.isfinite(clips).all():
-        raise JudgeError("judge got clips with nan or inf; expected values in [-1, 1]. See torch.isfinite(clips).")
-    if region is not None and (
-        region.ndim != 5 or region.shape[0] not in (1, len(clips)) or region.shape[1:] != (1, *clips.shape[2:])
-    ):
-        raise JudgeError(
-            f"judge got a region of shape {tuple(region.shape)} for clips {tuple(clips.shape)}; "
-            f"expected ({len(clips)}, 1, {clips.shape[2]}, {SIZE}, {SIZE}). "
-            "For one mask of `world.edit_mask` call judge(clips, mask[None])."
-        )
-    verdicts: list[Verdict] = []
-    with torch.no_grad():
-        for start in range(0, len(clips), chunk):
-            part = clips[start : start + chunk].detach().float().cpu().clamp(-1, 1)
-            mask = torch.ones(len(part), *part.shape[2:])
-            if region is not None:
-                mask = mask * (region if len(region) == 1 else region[start : start + chunk])[:, 0].float().cpu()
-            verdicts += _judge(part, mask)
-    return verdicts
+@cache
+def trained_judge() -> Judge:
+    """The network with the weights in this folder."""
+    network = Judge().eval().requires_grad_(False)
+    network.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    return network
 
 
-def attribute_accuracy(clips: Tensor, scenes: Sequence[Scene], region: Tensor | None = None) -> dict[str, float]:
-    """Rates in [0, 1] at which clips show what their scenes describe.
-
-    `colour` and `motion` are over the scenes that have an object (nan where there is none); `shape`, `both` (colour
-    and shape) and `clean` (both, and a quality of at least `CLEAN`) are over all scenes: an empty scene counts as right
-    when the judge finds no object. Takes the arguments of `judge`, plus one scene per clip.
-    """
-    if len(scenes) != len(clips):
-        raise JudgeError(f"attribute_accuracy got {len(clips)} clips and {len(scenes)} scenes; expected one per clip.")
-    pairs = list(zip(judge(clips, region), scenes, strict=True))
-    right_shape = [v.shape == s.shape for v, s in pairs]
-    right_colour = [v.colour == s.colour or s.shape is None for v, s in pairs]
-    both = [a and b for a, b in zip(right_shape, right_colour, strict=True)]
-    objects = [(v, s) for v, s in pairs if s.shape is not None]
-    return {
-        "colour": _rate([v.colour == s.colour for v, s in objects]),
-        "shape": _rate(right_shape),
-        "both": _rate(both),
-        "motion": _rate([v.motion == s.motion for v, s in objects]),
-        "clean": _rate([ok and v.clean for ok, (v, _) in zip(both, pairs, strict=True)]),
-    }
-
-
-def _rate(hits: list[bool]) -> float:
-    return sum(hits) / len(hits) if hits else math.nan
-
-
-def _judge(clips: Tensor, mask: Tensor) -> list[Verdict]:
-    """One chunk: clips (n, 3, T, H, W) in [-1, 1], mask (n, T, H, W)."""
-    n = len(clips)
-    grey, chroma = torch.einsum("kc,ncthw->nkthw", AXES, clips * 0.5 + 0.5).split([1, 2], dim=1)
-    palette = torch.tensor(list(COLOURS.values())) @ AXES.T  # (6, 3): grey, chroma
-    still = chroma.flatten(2).median(dim=2).values  # an object covers less than half a frame, so this is the background
-    D = chroma - still.view(n, 2, 1, 1, 1)
-    strengths = palette[:, 1:] - still[:, None]  # (n, 6, 2)
-    guess = search(D, mask, strengths)
-
-    C = strengths[torch.arange(n), guess.colour]
-    unit = C.square().sum(1)
-    alpha = torch.einsum("nk,nkthw->nthw", C, D) / unit.view(n, 1, 1, 1)
-    fits = [refine(name, alpha, mask, guess.radius[:, i], guess.centre[:, i]) for i, name in enumerate(SHAPES)]
-    errors = torch.stack([(mask * (alpha - fit.cover).square()).sum((1, 2, 3)) for fit in fits], 1)  # (n, shapes)
-    gains = (mask * alpha.square()).sum((1, 2, 3)) - errors.amin(1)
-    bright = grey[:, 0] - palette[guess.colour, 0].view(n, 1, 1, 1)
-
+@torch.no_grad()
+def judge(clips: Tensor, *, network: Judge | None = None, chunk: int = 32) -> list[Verdict]:
+    """Read what clips (batch, 3, 8, 64, 64) in [-1, 1] show."""
     verdicts = []
-    for i in range(n):
-        first, second = errors[i].argsort()[:2].tolist()
-        fit = Fit(*(value[i] for value in fits[first]))
-        present = bool(gains[i] > PRESENT * fit.whole.clamp(min=SMALL).sum())
-        cover = fit.cover if present else torch.zeros_like(fit.cover)
-        rest = (D[i] - C[i].view(2, 1, 1, 1) * cover).square().sum(0)
-        # White noise of variance s^2 per axis leaves |rest|^2 ~ s^2 chi2(2): mean 2 s^2, median 2 ln 2 s^2.
-        noise = rest.median() / math.log(2)
-        inside = mask[i] * (cover > 0.999)
-        unexplained = (mask[i] * (rest - noise) + inside * (bright[i].square() - noise / 2)).sum((1, 2))
-        energy = unit[i] * (fit.whole if present else torch.full_like(fit.whole, SMALL))
-        if present:
-            unexplained = unexplained + energy - unit[i] * (mask[i] * cover.square()).sum((1, 2))  # what is cut off
-            energy = energy.maximum((mask[i] * (D[i].square().sum(0) - noise)).sum((1, 2)))
-        verdicts.append(
-            Verdict(
-                colour=list(COLOURS)[int(guess.colour[i])] if present else "",
-                shape=SHAPES[first] if present else None,
-                error=float((mask[i] * rest).sum() / mask[i].sum().clamp(min=1)),
-                margin=float(unit[i] * (errors[i, second] - errors[i, first]) / energy.sum()) if present else 1.0,
-                quality=float((1 - unexplained.sum() / energy.sum()).clamp(0, 1)),
-                frame_quality=(1 - unexplained / energy).clamp(0, 1),
-                centre=fit.centre if present else torch.full_like(fit.centre, math.nan),
-                radius=float(fit.radius) if present else 0.0,
-                softness=float(fit.softness) if present else 0.0,
-            )
-        )
+    for part in clips.float().split(chunk):
+        logits = (network or trained_judge())(part)
+        for i in range(len(part)):
+            # A clip without an object has neither shape nor colour: the two decide together.
+            shape, colour = (logits[name][i].log_softmax(0) for name in ("shape", "colour"))
+            post = bool(logits["post"][i].argmax())
+            if shape[-1] + colour[-1] > shape[:-1].max() + colour[:-1].max():
+                verdicts.append(Verdict(None, None, None, None, post))
+                continue
+            named = [list(COLOURS)[int(colour[:-1].argmax())], SHAPES[int(shape[:-1].argmax())]]
+            motion, glowing = list(MOTIONS)[int(logits["motion"][i].argmax())], bool(logits["glowing"][i].argmax())
+            verdicts.append(Verdict(*named, motion, glowing, post))
     return verdicts
+
+
+def rates(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Rate in [0, 1] at which each attribute is right, over the scenes that have it; "all" is every attribute."""
+    right = [verdict.right(scene) for verdict, scene in zip(verdicts, scenes, strict=True)]
+    found = {name: [r[name] for r in right if name in r] for name in ("colour", "shape", "motion", "glowing", "post")}
+    found["all"] = [all(r.values()) for r in right]
+    return {name: sum(hits) / len(hits) if hits else math.nan for name, hits in found.items()}
+
+
+def leftover(clips: Tensor, sources: Tensor, targets: Tensor, region: Tensor) -> Tensor:
+    """How much of the source is left in a region: 1 = all, 0 = none, (batch,); 0 if source and target agree there.
+
+    Args:
+        clips: Edited clips (batch, 3, T, H, W).
+        sources: What was edited.
+        targets: The true results.
+        region: (batch, 1, T, H, W), 0 or 1.
+    """
+    change = ((sources - targets) * region).flatten(1)
+    energy = change.square().sum(1)
+    return ((clips - targets).flatten(1) * change).sum(1) / energy.clamp(min=1e-9) * (energy > 0)
+
+
+def intruder(clips: Tensor, sources: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Largest connected area outside the mask that is neither source nor target, nor between them, (batch,) in pixels.
+
+    Clips are smoothed by 3 x 3 pixels, so that noise does not count. Arguments are those of `leftover`; mask: 1 = edit.
+    """
+    smooth = nn.AvgPool3d((1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
+    change, wanted = smooth(clips - sources), smooth(targets - sources)
+    share = (change * wanted).sum(1, keepdim=True) / wanted.square().sum(1, keepdim=True).clamp(min=1e-9)
+    off = (change - share.clamp(0, 1) * wanted).square().sum(1).sqrt()
+    # Smoothing mixes in up to one pixel of the mask.
+    outside = F.max_pool3d(mask, (1, 3, 3), 1, (0, 1, 1))[:, 0] == 0
+    return torch.tensor([max(map(_largest_area, clip)) for clip in (off > DEPARTURE) & outside])
+
+
+def _largest_area(frame: Tensor) -> int:
+    labels, _ = ndimage.label(frame.numpy())
+    return int(max([0, *ndimage.sum_labels(frame.numpy(), labels, range(1, labels.max() + 1))]))
+
+
+class EditVerdict(NamedTuple):
+    """What one edit made.
+
+    Attributes:
+        shows: What the clip shows.
+        wrong: The attributes of the target that it does not show.
+        inside: `leftover` of the mask.
+        effect: `leftover` of the effect region: dead shadows and glow, or missing ones.
+        intruder: Pixels of what should not be there.
+    """
+
+    shows: Verdict
+    wrong: tuple[str, ...]
+    inside: float
+    effect: float
+    intruder: int
+
+    @property
+    def right(self) -> bool:
+        """Every attribute of the target, nothing left of the source, and nothing that should not be there."""
+        finished = max(self.inside, self.effect) < LEFTOVER
+        return not self.wrong and finished and self.intruder < INTRUDER
+
+
+def judge_edits(clips: Tensor, sources: Sequence[Scene], targets: Sequence[Scene]) -> list[EditVerdict]:
+    """Judge edited clips (batch, 3, 8, 64, 64) of scenes whose true results are known."""
+    before, after, (mask, effect, _) = render(sources), render(targets), regions(sources, targets)
+    inside, outside = (leftover(clips, before, after, region).tolist() for region in (mask, effect))
+    areas, verdicts = intruder(clips, before, after, mask).tolist(), judge(clips)
+    wrong = [
+        tuple(name for name, right in verdict.right(target).items() if not right)
+        for verdict, target in zip(verdicts, targets, strict=True)
+    ]
+    return [EditVerdict(*row) for row in zip(verdicts, wrong, inside, outside, areas, strict=True)]

@@ -26,14 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from kvlock_sampling.tiny import TinyWan, render, sample_scene, tokenize
+from kvlock_sampling.tiny.model import WORDS
 from kvlock_sampling.utils.files import atomic
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
-
-from .stage import PROMPT_LENGTH, WORDS, sample_scene, tokenize
-from .stage_render import render
-
-with broken_torchvision_hidden():
-    from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
 TRAIN_SEED = 1_000_000_000  # scenes below this seed are held out
 PROMPT_DROPOUT, POST_DROPOUT = 0.12, 0.10
@@ -42,38 +37,7 @@ WORD_FACTOR = 10.0  # of the embedding's learning rate: a word's row is trained 
 AVERAGE_POWER = 8  # weight of step k in the average of n steps: about (k / n) ** (AVERAGE_POWER - 1)
 
 
-class StageWan(nn.Module):
-    """A text-to-video rectified-flow model of 5.2 million parameters that predicts x0 in pixel space."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.emb = nn.Embedding(len(WORDS), 64)
-        self.dit = WanTransformer3DModel(
-            patch_size=(2, 8, 8),
-            num_attention_heads=6,
-            attention_head_dim=32,
-            in_channels=3,
-            out_channels=3,
-            text_dim=64,
-            freq_dim=64,
-            ffn_dim=768,
-            num_layers=8,
-            cross_attn_norm=True,
-            rope_max_seq_len=64,
-        )
-
-    def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
-        """Predict x0.
-
-        Args:
-            z: noisy clips (batch, 3, 8, 64, 64).
-            t: flow times (batch,) in [0, 1].
-            cond: word indices (batch, words).
-        """
-        return self.dit(z, t * 1000, self.emb(cond.expand(len(z), -1)), return_dict=False)[0]
-
-
-def load_weights(model: StageWan, path: Path) -> None:
+def load_weights(model: TinyWan, path: Path) -> None:
     """Load weights. Words that the file does not know get random rows of the same size as the others."""
     state = {name: value.float() for name, value in load_file(path).items()}
     words = state["emb.weight"]
@@ -109,11 +73,11 @@ def make_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     first, scenes = TRAIN_SEED + 10 * step * size, []
     with_post = (scene for scene in map(sample_scene, range(first, first + 10 * size)) if scene.post)
     for scene in islice(with_post, size // 2):
-        scenes += [scene, replace(scene, post=None)]
+        scenes += [scene, replace(scene, post=False)]
     words = tokenize([scene.prompt for scene in scenes])
     generator = torch.Generator().manual_seed(step)
-    pairs = words.view(size // 2, 2, PROMPT_LENGTH)
-    pairs[torch.rand(size // 2, generator=generator) < POST_DROPOUT, :, PROMPT_LENGTH - 1] = 0
+    pairs = words.view(size // 2, 2, -1)
+    pairs[torch.rand(size // 2, generator=generator) < POST_DROPOUT, :, -1] = 0
     pairs[torch.rand(size // 2, generator=generator) < PROMPT_DROPOUT] = 0
     return render(scenes), words
 
@@ -201,7 +165,7 @@ def train(
         fast: torch.compile and bfloat16 matrix products.
     """
     torch.manual_seed(0)
-    model = StageWan()
+    model = TinyWan()
     if start:
         load_weights(model, start)
     model.to(device)
@@ -209,7 +173,7 @@ def train(
         parameter.requires_grad_(not reading_only or any(part in name for part in READING))
     optimizers = build_optimizers(model, muon_lr, adamw_lr)
     average = {name: value.clone() for name, value in model.state_dict().items()}
-    averaged = StageWan().to(device).eval()
+    averaged = TinyWan().to(device).eval()
     generator = torch.Generator(device).manual_seed(0)
     step, before = 0, 0.0
     checkpoint = out / "checkpoint.pt"

@@ -1,7 +1,5 @@
 """Entry point of the command `kvlock`; imports the command line only if its packages are installed."""
 
-from __future__ import annotations
-
 import sys
 from importlib.util import find_spec
 

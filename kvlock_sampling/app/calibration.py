@@ -1,7 +1,5 @@
 """Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -101,12 +99,14 @@ def calibrate(
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
     """Make `count` >= 1 examples for the embedded model from its procedural world; `first` is the first one's seed."""
-    from ..tiny.world import edit_mask, render, sample_scene
+    from ..tiny import edit_mask, render, sample_scene
 
     if count < 1:
         raise SourceError(_NONE)
     drawn = [sample_scene(first + i, empty=0.0) for i in range(count)]
-    return [Example(c, edit_mask(s, s), s.prompt) for c, s in zip(render(drawn), drawn, strict=True)]
+    return [
+        Example(*row) for row in zip(render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn], strict=True)
+    ]
 
 
 def folder(path: Path, model: VideoModel) -> list[Example]:

@@ -1,7 +1,5 @@
 """The command `kvlock`: the demo, edits of your own clips, calibration, and lists of presets and samplers."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings
@@ -118,7 +116,7 @@ def edit(
     cfg_scale: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
     strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")] = 1.0,
     seed: Seed = 0,
-    scale: Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 8 for 'tiny', else 1.")] = None,
+    scale: Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")] = None,
     frames: Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")] = None,
     dtype: Dtype = None,
@@ -166,7 +164,7 @@ def edit(
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
             options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
-        write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (8 if model_is_tiny else 1))
+        write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (4 if model_is_tiny else 1))
         if trace is not None:
             result.trace.plot(trace)
         out.print(

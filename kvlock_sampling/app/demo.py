@@ -1,18 +1,13 @@
 """The demo: three edits whose true results are known, each made in five ways and shown side by side."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..policy import Constant
 from ..samplers import get
-from ..tiny import load
-from ..tiny.world import edit_mask, render, sample_edit
+from ..tiny import edit_mask, load, render, sample_edit
 from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..video.metrics import masked_psnr
@@ -20,7 +15,7 @@ from ..video.write import side_by_side, write_clip
 from .edit import Edit, edit_video
 
 FILES = ("side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json")
-KINDS = ("replace", "recolour", "insert")
+KINDS = ("remove", "glow", "reshape")
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
     "composited": {"policy": Constant(lock=0.0), "composite": True},
@@ -45,9 +40,9 @@ def run_demo(
     model = load()
     out.mkdir(parents=True, exist_ok=True)
     pairs = [sample_edit(1000 * seed + i, kind) for i, kind in enumerate(KINDS)]
-    source, truth = render([s for s, _ in pairs]), render([t for _, t in pairs])
-    mask = torch.stack([edit_mask(s, t) for s, t in pairs])
-    prompts: dict[str, Any] = {"prompt": [t.prompt for _, t in pairs], "source_prompt": [s.prompt for s, _ in pairs]}
+    sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
+    source, truth, mask = render(sources), render(targets), edit_mask(sources, targets)
+    prompts: dict[str, Any] = {"prompt": [t.prompt for t in targets], "source_prompt": [s.prompt for s in sources]}
     edits: dict[str, Edit] = {}
     metrics: dict[str, dict[str, float]] = {}
     for name, options in VARIANTS.items():
@@ -61,7 +56,7 @@ def run_demo(
     columns = {"source": source, "mask": (mask * 2 - 1).expand_as(source), "ground truth": truth}
     columns |= {name: edit.pixels for name, edit in edits.items()}
     tiles = [clips[i] for i in range(len(pairs)) for clips in columns.values()]
-    sheet = side_by_side(tiles, list(columns) * len(pairs), scale=4, columns=len(columns))
+    sheet = side_by_side(tiles, list(columns) * len(pairs), scale=2, columns=len(columns))
     files = [out / name for name in FILES]
     for path in files[:2]:
         write_clip(path, sheet, fps=6)

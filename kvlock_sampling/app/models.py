@@ -1,7 +1,5 @@
 """What an edit needs from a model, how to open one, and how to read clips at a size that it can edit."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

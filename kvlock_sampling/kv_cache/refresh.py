@@ -6,8 +6,8 @@ A level stored at sigma_s in this run serves a request at sigma while both condi
 `every` counts the distinct noise levels *between* the two, so that calls which Heun, churn or a rejected step repeat do
 not count. A level of an earlier run is held to `ratio` alone, so a repeated run finds a level for every request.
 
-K/V of a clip under one noise are smooth in log sigma. On K/V of the embedded model, between levels that are a ratio of
-1.2 to 1.4 apart, the line through both neighbours is off by 0.5-1% (K) and 1-2.5% (V), the nearest level by 3.5-6% and
+K/V of a clip under one noise are smooth in log sigma. On K/V of the first world's model, between levels that are 1.2 to
+1.4 times apart, the line through both neighbours is off by 0.5-1% (K) and 1-2.5% (V), the nearest level by 3.5-6% and
 8-13%. The line through the last two levels, extended beyond the last, is off by 1-2% and 2-5%.
 """
 

@@ -1,6 +1,6 @@
-"""The embedded model: a small Wan trained on a procedural world. No download, no GPU."""
+"""The embedded model: a small Wan trained on the stage, a procedural world. No download, no GPU."""
 
-from .load import TinyVideo, load, save
-from .model import TinyWan, tokenize
+from .model import TinyVideo, TinyWan, load, tokenize
+from .world import Scene, edit_mask, render, sample_edit, sample_scene
 
-__all__ = ["TinyVideo", "TinyWan", "load", "save", "tokenize"]
+__all__ = ["Scene", "TinyVideo", "TinyWan", "edit_mask", "load", "render", "sample_edit", "sample_scene", "tokenize"]

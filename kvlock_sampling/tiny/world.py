@@ -1,196 +1,250 @@
-"""A procedural world of short clips: one flat-coloured object that moves over a smooth, panning texture.
+"""The stage: a procedural world whose objects act beyond their own outline.
 
-A clip is a function of a `Scene`, so the true result of an edit is known: change the scene and render it again.
-Clips are tensors (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]. Masks are (batch, 1, FRAMES, SIZE, SIZE), 1 = edit.
+A wall and a floor, seen by a panning camera and lit from one side; often a grey post; one object on the floor. A matte
+object casts a shadow, a glowing one tints what is near it. A mask covers the object and not its shadow or glow, so an
+edit also changes what lies outside the mask. A clip is a function of a `Scene`, so the true result of an edit is known:
+change the scene and render it again. Clips are (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1], masks and alpha are
+(batch, 1, FRAMES, SIZE, SIZE).
 """
-
-from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
+from torch.nn import functional as F
 
-FRAMES, SIZE = 8, 32
+FRAMES, SIZE = 8, 64
+SPEED = 1.6  # pixels per frame of a moving object
 
-COLOURS: dict[str, tuple[float, float, float]] = {
-    "red": (0.92, 0.12, 0.14),
-    "green": (0.12, 0.78, 0.22),
-    "blue": (0.14, 0.26, 0.95),
-    "yellow": (0.98, 0.88, 0.12),
-    "magenta": (0.92, 0.16, 0.86),
-    "cyan": (0.12, 0.86, 0.92),
+RGB = tuple[float, float, float]
+COLOURS: dict[str, RGB] = {
+    "red": (0.92, 0.14, 0.14),
+    "green": (0.14, 0.76, 0.22),
+    "blue": (0.16, 0.30, 0.95),
+    "yellow": (0.97, 0.86, 0.14),
+    "magenta": (0.90, 0.20, 0.86),
+    "cyan": (0.14, 0.84, 0.90),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-MOTIONS: dict[str, tuple[str, tuple[float, float]]] = {
-    "still": ("standing still", (0.0, 0.0)),
-    "left": ("moving left", (-1.0, 0.0)),
-    "right": ("moving right", (1.0, 0.0)),
-    "up": ("moving up", (0.0, -1.0)),
-    "down": ("moving down", (0.0, 1.0)),
-}
-SPEED = 1.4  # pixels per frame of every moving object
-EMPTY_PROMPT = "an empty scene"
+FLOWERS = {"flower with four petals": 4, "flower with five petals": 5, "flower with six petals": 6}
+SHAPES = ("ball", "box", "cone", "cross", *FLOWERS)
+MOTIONS = {"standing still": 0.0, "moving left": -1.0, "moving right": 1.0}
+PATTERNS = ("plain", "stripes", "checks")
+EDITS = ("recolour", "reshape", "glow", "remove", "insert")
+EMPTY_PROMPT = "an empty stage"
+MARGIN = 2  # pixels by which a mask is larger than the outlines
+EFFECT = 0.03  # smallest difference, in clips in [-1, 1], that counts as an effect of an edit
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that determines a clip. Colours are RGB in [0, 1], lengths are pixels, velocities pixels per frame."""
+    """Everything that decides a clip. Lengths are in pixels; an unknown colour, shape or motion raises ValueError.
 
-    colour: str  # a key of COLOURS
-    shape: str | None  # from SHAPES; None for a scene without an object
-    motion: str  # a key of MOTIONS
-    x: float  # the object's centre half way through the clip
-    y: float
-    radius: float
-    dark: tuple[float, float, float]  # the darkest colour of the background
-    light: tuple[float, float, float]
-    waves: tuple[tuple[float, float, float, float], ...]  # wave vector (x, y), phase in radians, weight
-    pan: tuple[float, float]  # velocity of the background
+    Pairs belong to the wall and to the floor. Each has a colour plus a pattern.
+    """
+
+    colour: str  # of the object; one of COLOURS
+    shape: str | None  # of the object; one of SHAPES, or None for an empty stage
+    motion: str  # of the object in the room; one of MOTIONS
+    glowing: bool  # a glowing object tints what is near it, a matte one casts a shadow
+    x: float  # centre of the object, half way through the clip
+    foot: float  # lower end of the object, from the top of the frame
+    radius: float  # size of the object
+    colours: tuple[RGB, RGB]  # in [0, 1]
+    patterns: tuple[str, str]  # from PATTERNS
+    frequencies: tuple[float, float]  # of the patterns, in radians per pixel
+    phases: tuple[float, float]  # in radians
+    contrasts: tuple[float, float]  # amplitudes of the patterns, added to the colours
+    horizon: float  # where the wall ends, from the top of the frame
+    pan: float  # speed of the room in the frame, in pixels per frame; positive is to the right
+    light: str  # "left" or "right": the side that light comes from; shadows fall to the other side
+    gradient: float  # brightness difference between the middle and a side, as a fraction of the half
+    post: bool  # whether a grey post stands on the floor
+    post_x: float  # its centre, half way through the clip
+    post_foot: float  # its lower end, from the top of the frame
+    post_width: float  # half its width
+    post_height: float
+    post_grey: float  # its brightness in [0, 1]
+
+    def __post_init__(self) -> None:
+        for field, known in (("colour", COLOURS), ("shape", (None, *SHAPES)), ("motion", MOTIONS)):
+            value = getattr(self, field)
+            if value not in known:
+                raise ValueError(f"Scene({field}={value!r}); expected one of {', '.join(map(repr, known))}")
 
     @property
     def prompt(self) -> str:
-        """The prompt that describes this scene, e.g. "a red circle moving left"."""
+        """The sentence that describes this scene, e.g. "a red ball moving left, glowing, beside a post"."""
         if self.shape is None:
-            return EMPTY_PROMPT
-        return f"a {self.colour} {self.shape} {MOTIONS[self.motion][0]}"
-
-    def recolour(self, colour: str) -> Scene:
-        return replace(self, colour=colour)
-
-    def reshape(self, shape: str) -> Scene:
-        return replace(self, shape=shape)
-
-    def remove(self) -> Scene:
-        return replace(self, shape=None)
+            return f"{EMPTY_PROMPT} with a post" if self.post else EMPTY_PROMPT
+        glowing, post = ", glowing" * self.glowing, ", beside a post" * self.post
+        return f"a {self.colour} {self.shape} {self.motion}{glowing}{post}"
 
 
 def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
-    """Draw the scene of a seed. `empty` is the probability of a scene without an object."""
-    rng = random.Random(f"kvlock-world-1:{seed}")
-    base = [rng.uniform(0.22, 0.5) for _ in range(3)]
-    grey = sum(base) / 3
-    muted = [grey + 0.5 * (c - grey) for c in base]  # Dull backgrounds make saturated objects stand out.
-    contrast = rng.uniform(0.10, 0.24)
-    waves = []
-    for _ in range(3):
-        angle, wavelength = rng.uniform(0, 2 * math.pi), rng.uniform(14, 44)
-        k = 2 * math.pi / wavelength
-        waves.append((k * math.cos(angle), k * math.sin(angle), rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.0)))
-    motion = rng.choice(list(MOTIONS))
-    radius = rng.uniform(5.0, 7.0)
-    dx, dy = MOTIONS[motion][1]
-    travel = SPEED * (FRAMES - 1) / 2
-    low_x, low_y = radius + 0.5 + travel * abs(dx), radius + 0.5 + travel * abs(dy)
+    """Draw the scene of a seed. `empty` is the probability of a stage without an object."""
+    rng = random.Random(f"kvlock-stage-1:{seed}")
+
+    def texture(low: float, saturation: float, slowest: float, spread: float) -> tuple[Any, ...]:
+        base = [low + 0.30 * rng.random() for _ in range(3)]
+        grey = sum(base) / 3
+        r, g, b = (grey + saturation * (c - grey) for c in base)  # dull, so that saturated objects stand out
+        frequency = rng.uniform(slowest, slowest + spread)
+        return (r, g, b), rng.choice(PATTERNS), frequency, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13)
+
+    surfaces = zip(texture(0.34, 0.45, 0.35, 0.35), texture(0.30, 0.60, 0.35, 0.30), strict=True)
+    colours, patterns, frequencies, phases, contrasts = surfaces
+    bounds = {"x": (8, 56), "foot": (47, 53), "width": (2.0, 3.5), "height": (14, 22), "grey": (0.60, 0.85)}
+    post = {f"post_{name}": rng.uniform(*between) for name, between in bounds.items()}
     return Scene(
         colour=rng.choice(list(COLOURS)),
-        shape=None if rng.random() < empty else rng.choice(SHAPES),
-        motion=motion,
-        x=rng.uniform(low_x, SIZE - low_x),
-        y=rng.uniform(low_y, SIZE - low_y),
-        radius=radius,
-        dark=(muted[0] - contrast / 2, muted[1] - contrast / 2, muted[2] - contrast / 2),
-        light=(muted[0] + contrast, muted[1] + contrast, muted[2] + contrast),
-        waves=tuple(waves),
-        pan=(rng.uniform(-1.2, 1.2), rng.uniform(-1.2, 1.2)),
+        shape=rng.choice(SHAPES) if rng.random() >= empty else None,
+        motion=rng.choice(list(MOTIONS)),
+        glowing=rng.random() < 0.35,
+        x=rng.uniform(20, 44),
+        foot=rng.uniform(48, 56),
+        radius=rng.uniform(8.5, 11.0),
+        colours=colours,
+        patterns=patterns,
+        frequencies=frequencies,
+        phases=phases,
+        contrasts=contrasts,
+        horizon=rng.uniform(34, 42),
+        pan=rng.uniform(-1.5, 1.5),
+        light=rng.choice(("left", "right")),
+        gradient=rng.uniform(0.06, 0.16),
+        post=rng.random() < 0.6,
+        **post,
     )
 
 
-EDITS = ("recolour", "reshape", "replace", "remove", "insert")
-
-
 def sample_edit(seed: int, kind: str) -> tuple[Scene, Scene]:
-    """Draw the (source, target) scenes of a seed for one kind of edit; raise ValueError if it is not in `EDITS`."""
+    """Draw the (source, target) scenes of a seed for one kind of edit; reshape and glow also change the colour.
+
+    Raises:
+        ValueError: The kind is not in `EDITS`.
+    """
     if kind not in EDITS:
-        raise ValueError(f"unknown kind of edit {kind!r}; expected one of {', '.join(EDITS)}")
+        raise ValueError(f"sample_edit(kind={kind!r}); expected one of {', '.join(EDITS)}")
+    rng = random.Random(f"kvlock-stage-edit-1:{seed}")
     scene = sample_scene(seed, empty=0.0)
-    rng = random.Random(f"kvlock-edit-1:{seed}")
     colour = rng.choice([c for c in COLOURS if c != scene.colour])
     shape = rng.choice([s for s in SHAPES if s != scene.shape])
-    if kind == "recolour":
-        return scene, scene.recolour(colour)
-    if kind == "reshape":
-        return scene, scene.reshape(shape)
-    if kind == "replace":
-        return scene, scene.recolour(colour).reshape(shape)
-    return (scene, scene.remove()) if kind == "remove" else (scene.remove(), scene)
-
-
-def shape_coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Anti-aliased coverage in [0, 1] of a shape at offsets (dx, dy) in pixels from its centre (y grows downward)."""
-    if shape == "circle":
-        distance = torch.hypot(dx, dy) - radius
-    elif shape == "square":
-        distance = torch.maximum(dx.abs(), dy.abs()) - 0.86 * radius
-    elif shape == "triangle":
-        side = (2 * dx.abs() - (dy + 1.05 * radius)) / math.hypot(2.0, 1.0)
-        distance = torch.maximum(side, dy - 0.85 * radius)
-    elif shape == "cross":
-        arm, length = 0.36 * radius, 1.05 * radius
-        bar = torch.maximum(dx.abs() - length, dy.abs() - arm)
-        distance = torch.minimum(bar, torch.maximum(dx.abs() - arm, dy.abs() - length))
-    else:
-        raise ValueError(f"unknown shape {shape!r}; expected one of {', '.join(SHAPES)}")
-    return (0.5 - distance).clamp(0, 1)
+    changes: dict[str, dict[str, Any]] = {
+        "recolour": {"colour": colour},
+        "reshape": {"colour": colour, "shape": shape},
+        "glow": {"colour": colour, "glowing": not scene.glowing},
+    }
+    other = replace(scene, **changes.get(kind, {"shape": None}))
+    return (other, scene) if kind == "insert" else (scene, other)
 
 
 def _grid() -> tuple[Tensor, Tensor, Tensor]:
-    """Frame index (FRAMES, 1, 1) and pixel-centre coordinates y (1, SIZE, 1), x (1, 1, SIZE)."""
+    """Frame index, y and x of the pixels' centres; they broadcast to (FRAMES, SIZE, SIZE)."""
     pixels = torch.arange(SIZE) + 0.5
     return torch.arange(FRAMES).float().view(-1, 1, 1), pixels.view(1, -1, 1), pixels.view(1, 1, -1)
 
 
-def centre(scene: Scene) -> Tensor:
-    """The object's centre (FRAMES, 2) as x, y in pixels."""
-    dx, dy = MOTIONS[scene.motion][1]
-    steps = SPEED * (torch.arange(FRAMES).float() - (FRAMES - 1) / 2)
-    return torch.stack([scene.x + dx * steps, scene.y + dy * steps], dim=-1)
-
-
-def coverage(scene: Scene) -> Tensor:
-    """Coverage of the object, (FRAMES, SIZE, SIZE) in [0, 1]; all zero for an empty scene."""
-    if scene.shape is None:
-        return torch.zeros(FRAMES, SIZE, SIZE)
-    _, y, x = _grid()
-    where = centre(scene)
-    cx, cy = where[:, 0].view(-1, 1, 1), where[:, 1].view(-1, 1, 1)
-    return shape_coverage(scene.shape, x - cx, y - cy, torch.tensor(scene.radius))
-
-
-def background(scene: Scene) -> Tensor:
-    """The panning texture without the object, (3, FRAMES, SIZE, SIZE) in [0, 1]."""
+def _offsets(scene: Scene) -> tuple[Tensor, Tensor]:
+    """Pixels to the right of the object's centre (FRAMES, 1, SIZE) and below it (1, SIZE, 1)."""
     t, y, x = _grid()
-    x, y = x - scene.pan[0] * t, y - scene.pan[1] * t
-    total = sum(weight for *_, weight in scene.waves)
-    level = torch.zeros(FRAMES, SIZE, SIZE)
-    for kx, ky, phase, weight in scene.waves:
-        level = level + weight / total * torch.sin(kx * x + ky * y + phase)
-    level = (0.5 + 0.5 * level).unsqueeze(0)
-    dark, light = torch.tensor(scene.dark).view(3, 1, 1, 1), torch.tensor(scene.light).view(3, 1, 1, 1)
-    return dark + (light - dark) * level
+    centre = scene.x + (SPEED * MOTIONS[scene.motion] + scene.pan) * (t - (FRAMES - 1) / 2)
+    return x - centre, y - (scene.foot - scene.radius)
+
+
+def _coverage(scene: Scene) -> Tensor:
+    dx, dy = _offsets(scene)
+    r, middle = scene.radius, (dx * dx + dy * dy + 1e-6).sqrt()
+    # The signed distance to the outline in pixels, negative inside.
+    if scene.shape == "ball":
+        distance = middle - 0.95 * r
+    elif scene.shape == "box":
+        distance = torch.maximum(dx.abs(), dy.abs()) - 0.84 * r
+    elif scene.shape == "cone":
+        distance = torch.maximum((1.9 * dx.abs() - (dy + r)) / 2.147, dy - 0.95 * r)
+    elif scene.shape == "cross":
+        beam = torch.maximum(dx.abs() - 0.98 * r, dy.abs() - 0.34 * r)
+        distance = torch.minimum(beam, torch.maximum(dx.abs() - 0.34 * r, dy.abs() - 0.98 * r))
+    elif scene.shape is not None:
+        petals = torch.cos(FLOWERS[scene.shape] * (torch.atan2(dy, dx) + math.pi / 2))
+        distance = 0.75 * (middle - r * (0.70 + 0.30 * petals))
+    else:
+        return torch.zeros(FRAMES, SIZE, SIZE)
+    return (0.5 - distance).clamp(0, 1)
+
+
+def coverage(scenes: Sequence[Scene]) -> Tensor:
+    """The object's alpha: (batch, 1, FRAMES, SIZE, SIZE) in [0, 1], zero on an empty stage."""
+    return torch.stack([_coverage(scene) for scene in scenes]).unsqueeze(1)
+
+
+def _surface(scene: Scene, which: int, x: Tensor, y: Tensor) -> Tensor:
+    """The wall (0) or the floor (1), whose patterns are slanted and squeezed, (3, FRAMES, SIZE, SIZE) in [0, 1]."""
+    f, phase, pattern = scene.frequencies[which], scene.phases[which], torch.zeros_like(x + y)
+    if scene.patterns[which] == "stripes":
+        pattern = torch.sin(x * f + 0.6 * which * y + phase)
+    elif scene.patterns[which] == "checks":
+        pattern = torch.sin(x * f + phase) * torch.sin(y * f * (1.6 if which else 1.0))
+        pattern = torch.tanh(3 * pattern) if which else pattern
+    return torch.tensor(scene.colours[which]).view(3, 1, 1, 1) + scene.contrasts[which] * pattern
+
+
+def _shadow(x: Tensor, y: Tensor, foot: float, height: float, width: float, light: float) -> Tensor:
+    """An ellipse on the floor that leans away from the light; x counts from the centre of what casts the shadow."""
+    across, along = (x + 0.55 * light * height) / (width + 0.45 * height), (y - foot - 1) / (0.16 * height + 1.2)
+    return (1.25 - (across**2 + along**2).sqrt()).clamp(0, 0.5) * 2
+
+
+def _render(scene: Scene) -> Tensor:
+    t, y, x = _grid()
+    light = 1.0 if scene.light == "right" else -1.0
+    side = light * (2 * x / SIZE - 1)
+    lit = 1 + 2 * scene.gradient * side
+    on_floor = (y - scene.horizon + 0.5).clamp(0, 1)
+    room_x = x - scene.pan * t
+    clip = _surface(scene, 0, room_x, y).lerp(_surface(scene, 1, room_x, y), on_floor) * lit
+
+    (dx, dy), radius, shadow = _offsets(scene), scene.radius, torch.zeros(1, 1, 1)
+    post_x = x - scene.post_x - scene.pan * (t - (FRAMES - 1) / 2)
+    if scene.post:
+        shadow = _shadow(post_x, y, scene.post_foot, 0.6 * scene.post_height, scene.post_width, light)
+    if scene.shape is not None and not scene.glowing:
+        shadow = torch.maximum(shadow, _shadow(dx, y, scene.foot, 2 * radius, 0.5 * radius, light))
+    clip = clip * (1 - 0.48 * shadow * on_floor)
+    if scene.post:
+        above_or_below = torch.maximum(scene.post_foot - scene.post_height - y, y - scene.post_foot)
+        outside = torch.maximum(post_x.abs() - scene.post_width, above_or_below)
+        clip = clip.lerp(scene.post_grey * lit, (0.5 - outside).clamp(0, 1))
+    if scene.shape is not None:
+        colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
+        if scene.glowing:
+            tint = 0.42 * torch.exp(-1.4 * (dx**2 + dy**2) / (2.1 * radius) ** 2)
+            clip = clip + tint * colour * (0.35 + 0.9 * clip)
+        clip = clip.lerp(colour if scene.glowing else colour * (1 + 0.10 * side), _coverage(scene))
+    return clip.clamp(0, 1) * 2 - 1
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
     """Render scenes to clips (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1]."""
-    clips = []
-    for scene in scenes:
-        picture = background(scene)
-        if scene.shape is not None:
-            alpha = coverage(scene).unsqueeze(0)
-            colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
-            picture = picture * (1 - alpha) + colour * alpha
-        clips.append(picture)
-    return torch.stack(clips) * 2 - 1
+    return torch.stack([_render(scene) for scene in scenes])
 
 
-def edit_mask(source: Scene, target: Scene, *, margin: float = 2.0) -> Tensor:
-    """Mask (1, FRAMES, SIZE, SIZE) of an edit: 1 wherever either object is, grown by `margin` pixels."""
-    hit = torch.maximum(coverage(source), coverage(target)) > 0
-    reach = torch.arange(-math.ceil(margin), math.ceil(margin) + 1).float()
-    disk = (torch.hypot(reach[:, None], reach) <= margin).float()
-    grown = conv2d(hit.float()[:, None], disk[None, None], padding=math.ceil(margin))[:, 0] > 0.5
-    return grown.float().unsqueeze(0)
+def edit_mask(sources: Sequence[Scene], targets: Sequence[Scene]) -> Tensor:
+    """1 where either object is, grown by MARGIN pixels: what a user would draw, without the shadow or the glow."""
+    hit = (torch.maximum(coverage(sources), coverage(targets)) > 0.02).float()
+    return F.max_pool3d(hit, (1, 2 * MARGIN + 1, 2 * MARGIN + 1), 1, (0, MARGIN, MARGIN))
+
+
+def regions(sources: Sequence[Scene], targets: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the frames of edits into (mask, effect, rest), each (batch, 1, FRAMES, SIZE, SIZE), 0 or 1; they sum to 1.
+
+    The mask is `edit_mask`. The effect region is where the true edit differs from the source outside the mask, by more
+    than EFFECT in any channel. The rest is what an edit must keep.
+    """
+    mask = edit_mask(sources, targets)
+    differs = (render(targets) - render(sources)).abs().amax(dim=1, keepdim=True) > EFFECT
+    effect = differs.float() * (1 - mask)
+    return mask, effect, 1 - mask - effect

@@ -1,7 +1,5 @@
 """Import optional packages, and name the extra to install when one is missing."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Read ranges of tensors from their device in one transfer, since every transfer makes the host wait for the device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

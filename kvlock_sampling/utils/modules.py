@@ -1,7 +1,5 @@
 """Find every torch module that belongs to a denoiser, through wrappers and closures."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Arithmetic in at least float32: latents may be bfloat16, but sums of squares need more precision."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

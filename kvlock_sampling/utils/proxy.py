@@ -1,7 +1,5 @@
 """Proxy unknown attributes to the wrapped model: samplers and scripts look for more than a call."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What a denoiser's methods and signature say about it."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ A table names its class under "type"; the other keys are the fields of the class
 again a table. TOML has no null, so None is the text "none".
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

@@ -5,8 +5,6 @@ import fails ("operator torchvision::nms does not exist"). diffusers only checks
 import of its models fails as well. Python treats a module as absent while its entry in `sys.modules` is None.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterator

@@ -56,7 +56,7 @@ DEFAULT_THRESHOLD = ThresholdCurve(
     sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
     values=(2.35e-5, 1.48e-4, 6.22e-4, 0.00174, 0.0033, 0.00498, 0.00751, 0.011, 0.0168, 0.0208, 0.03, 0.0715),
 )
-"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`. Another model needs its own curve."""
+"""What 95% of calm runs of the first world's model stay below, by `kvlock calibrate`. Another model needs its own."""
 
 
 def default_threshold(estimator: Estimator) -> float | ThresholdCurve:

@@ -1,16 +1,14 @@
-"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE, PSNR and SSIM, (batch,) each.
+"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE and PSNR, (batch,) each.
 
 The region is where `mask`, (batch or 1, 1, T, H, W) in [0, 1], is 1; None is everywhere, 1 - mask an edit's background.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..types import MaskError
-from ..utils.extras import require
 
 PEAK = 2.0  # the range of pixel values, [-1, 1]
 MAX_PSNR = 100.0  # dB of identical clips, so that averages stay finite
@@ -44,26 +42,6 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     mse = masked_mse(a, b, mask)
     return (10 * torch.log10(PEAK**2 / mse.clamp(min=1e-30))).clamp(max=MAX_PSNR)
-
-
-def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Structural similarity inside the region, (batch,) in [-1, 1], 1 = identical; needs the extra `video`.
-
-    This averages skimage's map of 7x7 windows, which see `a` outside the region. Arguments and errors are those of
-    `masked_mse`; frames smaller than 3 x 3 raise MaskError too.
-    """
-    weight = check_region(a, b, mask)
-    size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
-    if size < 3:
-        raise MaskError(f"masked_ssim got frames of {tuple(a.shape[-2:])} pixels; expected 3 x 3 or more.")
-    structural_similarity = require("skimage.metrics", "video").structural_similarity
-    first, second = (x.detach().float().cpu().movedim(1, -1).numpy() for x in (a, torch.where(weight > 0, b, a)))
-    maps = torch.empty(a.shape[0], *a.shape[2:])
-    options = {"win_size": size, "data_range": PEAK, "channel_axis": -1, "full": True}
-    for i, t in np.ndindex(*maps.shape[:2]):
-        maps[i, t] = torch.from_numpy(structural_similarity(first[i, t], second[i, t], **options)[1]).mean(-1)
-    inside = weight[:, 0].cpu()
-    return ((maps * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)).to(a.device)
 
 
 def check_region(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch:  python benchmarks/world/train.py --steps 8000 --out runs/tiny
+"""Train the model of the first world from scratch:  cd benchmarks; python -m first_world.train --steps 8000
 
 Rectified flow on an endless stream of procedural scenes, on two CPU cores: x0-prediction with the loss of the implied
 velocity, Muon for the block matrices, logit-normal times, and an exponential moving average of the weights. The
@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from world.train_stage import save_weights
 
-from kvlock_sampling.tiny.load import save
-from kvlock_sampling.tiny.model import TinyWan, tokenize
-from kvlock_sampling.tiny.world import render, sample_scene
 from kvlock_sampling.utils.files import atomic
+
+from .model import FirstWan, tokenize
+from .world import render, sample_scene
 
 TRAIN_SEED = 1_000_000_000  # scenes below this seed are held out: tests, benchmarks and the demo draw from there
 PROMPT_DROPOUT = 0.1
@@ -38,7 +39,7 @@ def learning_rate_factor(step: int, steps: int, *, warmup: int = 100, decay_frac
     return 0.02 + 0.98 * max(0.0, (steps - step) / (steps - start))
 
 
-def build_optimizers(model: TinyWan, *, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: FirstWan, *, muon_lr: float, adamw_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer blocks, AdamW for everything else."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
@@ -95,12 +96,12 @@ def train(
 ) -> Path:
     """Train, or resume training, in the folder `out`. Returns the path of the checkpoint.
 
-    The averaged weights are written beside it, as weights.safetensors: load them with `tiny.load(out)`.
+    The averaged weights are written beside it, as weights.safetensors: load them with `first_world.load`.
     """
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     torch.manual_seed(0)
-    model = TinyWan().to(device)
+    model = FirstWan().to(device)
     optimizers = build_optimizers(model, muon_lr=muon_lr, adamw_lr=adamw_lr)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
@@ -146,13 +147,13 @@ def train(
             }
             with atomic(checkpoint) as temporary:
                 torch.save(state, temporary)
-            save(average, out / "weights.safetensors", about={"step": step + 1, "batch": batch})
+            save_weights(average, out / "weights.safetensors", {"step": step + 1, "batch": batch})
     return checkpoint
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the checkpoint and the log")
+    parser.add_argument("--out", type=Path, default=Path("runs/first"), help="folder of the checkpoint and the log")
     parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--device", default="cpu")

@@ -1,13 +1,34 @@
-"""How much an object changes along a known motion."""
+"""Metrics of clips (batch, 3, T, H, W) in [-1, 1]: structural similarity, and change along a known motion."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
 from kvlock_sampling.types import MaskError
-from kvlock_sampling.video.metrics import check_region
+from kvlock_sampling.video.metrics import PEAK, check_region
+
+
+def masked_ssim(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Structural similarity inside the region, (batch,) in [-1, 1], 1 = identical.
+
+    This averages skimage's map of 7x7 windows, which see `a` outside the region. Arguments and errors are those of
+    `kvlock_sampling.video.metrics.masked_mse`; frames smaller than 3 x 3 raise MaskError too.
+    """
+    weight = check_region(a, b, mask)
+    size = min(7, (min(a.shape[-2:]) - 1) // 2 * 2 + 1)
+    if size < 3:
+        raise MaskError(f"masked_ssim got frames of {tuple(a.shape[-2:])} pixels; expected 3 x 3 or more.")
+    first, second = (x.detach().float().cpu().movedim(1, -1).numpy() for x in (a, torch.where(weight > 0, b, a)))
+    maps = torch.empty(a.shape[0], *a.shape[2:])
+    options = {"win_size": size, "data_range": PEAK, "channel_axis": -1, "full": True}
+    for i, t in np.ndindex(*maps.shape[:2]):
+        maps[i, t] = torch.from_numpy(structural_similarity(first[i, t], second[i, t], **options)[1]).mean(-1)
+    inside = weight[:, 0].cpu()
+    return ((maps * inside).flatten(1).sum(1) / inside.flatten(1).sum(1)).to(a.device)
 
 
 def temporal_error(clip: Tensor, motion: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvlock_sampling.tiny.world import SHAPES, SIZE, shape_coverage
+from .world import SHAPES, SIZE, shape_coverage
 
 RADII = torch.linspace(4.5, 7.5, 8)  # pixels; the world draws 5 to 7
 REACH = 9  # pixels from a template's centre to the edge of its window; the largest shape needs 8.4

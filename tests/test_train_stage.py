@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from world import train_stage
 from world.stage_samples import sample
-from world.train_stage import build_optimizers, contrast_loss, flow_errors, load_weights, make_batch, train
+from world.train_stage import build_optimizers, flow_errors, load_weights, make_batch, post_weights, train
 
 from kvlock_sampling.tiny import TinyVideo, TinyWan
 from kvlock_sampling.tiny.model import WORDS
@@ -46,14 +46,14 @@ def test_errors_are_those_of_the_velocity() -> None:
     torch.testing.assert_close(off[:, 0, 0, 0, 0], torch.tensor([0.2, 1.0]))
 
 
-def test_contrast_sees_only_differences_that_the_prompt_names() -> None:
-    errors = torch.zeros(4, 3, 2, 4, 4)
-    errors[0], errors[1] = 0.7, 0.5
-    errors[2], errors[3] = 0.9, 0.0
-    words = torch.ones(4, 5, dtype=torch.long)
-    words[2:, -1] = 0
-    assert contrast_loss(errors, words) == pytest.approx(0.2**2 / 2)
-    assert contrast_loss(torch.ones_like(errors), words) == 0
+def test_a_missing_post_is_weighed_where_it_is_missing() -> None:
+    clips, _ = make_batch(0, 4)
+    weights = post_weights(clips, 5.0)
+    assert (weights[0::2] == 1).all()
+    assert weights[1::2].unique().tolist() == [1.0, 6.0]
+    same = (clips[0::2] == clips[1::2]).all(dim=1, keepdim=True)
+    assert (weights[1::2][same] == 1).all()
+    assert (post_weights(clips, 0.0) == 1).all()
 
 
 def test_weights_of_twenty_words_load(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_every_trained_parameter_has_one_optimizer() -> None:
 
 def test_reading_only_leaves_everything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_stage, "validate", lambda *_: {"loss": 0.0})
-    train(tmp_path, minutes=0.02, batch=2, reading_only=True, contrast=1.0)
+    train(tmp_path, minutes=0.02, batch=2, reading_only=True, post_weight=1.0)
     torch.manual_seed(0)
     before, after = TinyWan().state_dict(), torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     for name, value in after.items():

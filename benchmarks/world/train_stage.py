@@ -102,7 +102,7 @@ def flow_errors(model: Callable[..., Tensor], clips: Tensor, words: Tensor, t: T
 
 
 def post_weights(clips: Tensor, weight: float) -> Tensor:
-    """Weights (batch, 1, 8, 64, 64) of the pixels of a batch in pairs: 1 + weight where a clip lacks its pair's post."""
+    """Weights (batch, 1, 8, 64, 64) of the pixels of pairs: 1 + weight where a clip lacks a post."""
     weights = torch.ones_like(clips[:, :1])
     weights[1::2] += weight * ((clips[0::2] - clips[1::2]).abs().amax(dim=1, keepdim=True) > 0.02)
     return weights

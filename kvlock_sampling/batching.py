@@ -1,7 +1,5 @@
 """Branches (uncond, cond, source) of a batch of clips as the rows of one model call, and clips taken out of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@
 `GuidedBranches` is for a model that does its own guidance: the source goes in a pass just before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 

@@ -1,7 +1,5 @@
 """From a clean prediction to a decision: estimator -> variance -> risk -> policy -> checked control."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

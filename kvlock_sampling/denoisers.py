@@ -13,8 +13,6 @@ For a discrete schedule (Stable Diffusion 1, 2) use k-diffusion's own wrappers: 
 Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), section 5.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar

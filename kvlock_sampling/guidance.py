@@ -5,8 +5,6 @@ Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The 
 (or velocity), never on D: projections do not commute with the change of variables.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -8,8 +8,6 @@ window = 10
 type = "Linear"
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -6,8 +6,6 @@ clips at risk pay for it: their fraction * the fraction of steps below sigma_bac
 benchmarks/hallucination.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What one evaluation takes of the source, and the route by which it reaches the edit: decided once per evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum

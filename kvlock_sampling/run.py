@@ -4,8 +4,6 @@ The clock is sigma, not the number of calls: samplers evaluate a model one to th
 noise levels, adaptively with rejections, with churn, or backwards.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping, Sequence

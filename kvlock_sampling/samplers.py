@@ -6,8 +6,6 @@ samplers need none of it. So its submodules are loaded on first use below a priv
 call `model.on_schedule(sigmas)` if the model has it, except dpm_fast and dpm_adaptive, which choose their own steps.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib

@@ -1,7 +1,5 @@
 """Noise schedules of rectified-flow models for k-diffusion's samplers."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

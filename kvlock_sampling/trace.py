@@ -1,7 +1,5 @@
 """What happened in a run, per evaluation: rows, JSON, CSV, and a figure over sigma."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

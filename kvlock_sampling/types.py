@@ -4,8 +4,6 @@
 width. A tensor documented as (batch,) may be (batch, tokens) under a local estimator.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable

@@ -3,8 +3,6 @@
 Pass `layers=architecture.find(network)`, or call `register(architecture)` once; `testing.check_layers` tests one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase

@@ -7,8 +7,6 @@ The source's K/V come from a separate pass (`narrowing`); or each block runs on 
 tokens of the edit's rows, so that K/V of one layer exist at a time (`interleaving`).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial

@@ -5,8 +5,6 @@ a hook here replaces `module.forward` by a function that the compiler does not e
 and it compiles a second graph, which breaks at the hook. Both graphs stay cached; a module without hooks costs nothing.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import weakref

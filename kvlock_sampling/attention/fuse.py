@@ -3,8 +3,6 @@
 Source: KV-Lock (arXiv 2603.09657); m = 1 marks edited (foreground) tokens, which never change.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ While a layer runs, its attention call is intercepted (`interception.py`), so K 
 embedding, whatever kernel computes attention. Calls of the model that do not come from a lock run untouched.
 """
 
-from __future__ import annotations
-
 import itertools
 import warnings
 from collections.abc import Callable, Iterator

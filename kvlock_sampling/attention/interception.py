@@ -5,8 +5,6 @@
 - diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import sys

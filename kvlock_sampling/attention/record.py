@@ -1,7 +1,5 @@
 """The record of one call of the model: which layers acted, and the source's K/V."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from torch import Tensor

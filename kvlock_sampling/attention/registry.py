@@ -1,7 +1,5 @@
 """The known architectures, and the search for their attention layers in a model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

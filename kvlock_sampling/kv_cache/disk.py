@@ -6,8 +6,6 @@ Any number of clips, models, threads and processes share one directory. If two w
 wins, and both wrote the same K/V. A checksum shows that a file is damaged or belongs to another entry.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Fingerprints (SHA-256) of a model and of content, the same in every process and on every machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools

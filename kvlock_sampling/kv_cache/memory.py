@@ -1,7 +1,5 @@
 """Levels in host memory: least recently used eviction within one byte budget."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import OrderedDict

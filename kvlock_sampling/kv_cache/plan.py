@@ -3,8 +3,6 @@
 Wan 2.1 1.3B at 480 x 832 x 81 with 70% background needs 2.1 GB per level in int8, 4.2 GB in bfloat16.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

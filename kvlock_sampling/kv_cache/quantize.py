@@ -10,8 +10,6 @@ the first world's model: K 0.42%, V 0.49%; one scale per head has 0.94% and 1.09
 1000 times larger, the error of normal numbers is 0.7%; with one scale per head it is 100%, with plain maxima 29%.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias

@@ -11,8 +11,6 @@ K/V of a clip under one noise are smooth in log sigma. On K/V of the first world
 8-13%. The line through the last two levels, extended beyond the last, is off by 1-2% and 2-5%.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Masks of other tools: kept regions in white, ComfyUI's and diffusers' shapes, pictures."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from typing import Any

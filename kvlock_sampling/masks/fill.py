@@ -4,8 +4,6 @@ Known values are averaged down to coarser and coarser levels, each average over 
 what is unknown at a level takes the interpolated coarser one. The result is smooth and exact where nothing is masked.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

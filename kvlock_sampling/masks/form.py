@@ -1,7 +1,5 @@
 """The normal form of a mask: (batch, 1, frames, height, width), floating, in [0, 1], 1 = edit."""
 
-from __future__ import annotations
-
 import os
 from typing import Any, TypeAlias
 

@@ -5,8 +5,6 @@ Runs in scipy on the CPU and returns to the mask's device. Every function takes
 - radius: in cells, Euclidean, >= 0; a negative radius raises MaskError.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -3,8 +3,6 @@
 Sources: KV-Lock (arXiv 2603.09657); the frame groups are those of the Wan, HunyuanVideo and CogVideoX VAEs.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, reduce
 from jaxtyping import Bool

@@ -1,7 +1,5 @@
 """From latents to tokens: the grid of tokens, and which tokens of a clip can come from the source."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What several policies share: checks of settings, the clock, and one guidance scale per clip."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import numbers

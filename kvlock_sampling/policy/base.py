@@ -4,8 +4,6 @@ The clock is sigma, and a policy never sees a model or a mask. It works elementw
 as in a batch. The smallest policy is a function under `@stateless`.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math

@@ -4,8 +4,6 @@ Range: lock and composite in [0, 1]. Lock 0 is "off". Lock 1 takes background ke
 step, as KV-Edit does (Zhu et al. 2025, arXiv 2502.17363).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

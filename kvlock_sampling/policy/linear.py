@@ -4,8 +4,6 @@ Range: lock in [0, 1], cfg_scale in [0, cfg_max * w0]. Source: KV-Lock (arXiv 26
 gain = 1 and cfg_max = 2. KVLock's `cfg_floor` of 1 keeps a calm model from the unconditional prediction.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

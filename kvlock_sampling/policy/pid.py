@@ -5,8 +5,6 @@ RISK_RANGE. Source: Astrom & Murray, "Feedback Systems", chapter on PID control 
 anti-windup). The gains for noisy signals of diffrax's step-size controller are the defaults.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -12,8 +12,6 @@ and an effect, which stays, is kept. Range: lock and composite in [0, 1].
 Sources: James & Stein 1961 and Baranchik 1964 for the shrinkage; KV-Lock (arXiv 2603.09657) for locking by variance.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ cfg_scale = w0 * (c_lo + (c_hi - c_lo) * s). Range: s in [0, 1] for every risk i
 risk is the Hill curve risk^n / (centre^n + risk^n) with n = 1 / width (Hill 1910).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ lock = `locked` or `free`; cfg_scale = w0 * cfg_alarm or w0 * cfg_calm. Range: l
 The gap between `on` and `off` keeps a noisy signal from switching at every step: a Schmitt trigger (Schmitt 1938).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_li
 every evaluation, so that its memory is up to date when it takes over.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

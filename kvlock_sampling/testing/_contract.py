@@ -1,7 +1,5 @@
 """What the suites for policies and estimators share: frozen settings, equal answers, nothing changed in place."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping

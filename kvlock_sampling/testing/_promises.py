@@ -1,7 +1,5 @@
 """The promises that `check_layers` tests, at one noise level and in one precision."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Denoisers with posterior mean and variance in closed form, for tests with exact answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """check_estimator: made-up runs that test an estimator against the contract of `Estimator`."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

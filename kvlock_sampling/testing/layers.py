@@ -1,7 +1,5 @@
 """`check_layers`: test the attention layers of a network, and what a lock promises there."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

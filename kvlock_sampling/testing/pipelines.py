@@ -1,7 +1,5 @@
 """A tiny Wan pipeline of diffusers with random weights, for documentation and tests."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

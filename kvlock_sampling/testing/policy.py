@@ -1,7 +1,5 @@
 """check_policy: made-up runs that test a policy against the contract of `Policy`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -3,8 +3,6 @@
 Draws are seeded per measurement, so that a rewound run repeats itself, and are the same for every clip of a batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 

@@ -9,8 +9,6 @@ the edit, one that comes and goes is not: effect / var is its signal-to-noise ra
 Source of the weighted sums: West 1979, Updating mean and variance estimates.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

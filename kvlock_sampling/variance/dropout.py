@@ -7,8 +7,6 @@ In each chosen linear layer a forward hook sets the same random output units to 
 the others by 1 / (1 - rate): one draw of a network (arXiv 1512.05287), and a clip stays independent of its batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import threading

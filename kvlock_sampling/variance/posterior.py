@@ -9,8 +9,6 @@ Finite differences are one-sided, (D(x + h v) - D(x)) / h, because D(x) is known
 v' D''[v, v] h / 2 is odd in v, so random signs average it away.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

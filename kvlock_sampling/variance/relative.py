@@ -6,8 +6,6 @@ Longer steps, another deterministic solver and another scale of the latents canc
 and the content of the two regions not at all (benchmarks/transfer.py). Dimensionless, range >= 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@
 Range >= 0, latent units squared. Source: denoising score matching as a local dimension, arXiv 2605.05026.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 threshold(sigma) = q-quantile of the variance of reference runs near sigma,   risk = variance / threshold(sigma)
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

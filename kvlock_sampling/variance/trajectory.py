@@ -10,8 +10,6 @@ Under a deterministic sampler of n steps the plain sum falls as 1/n, and the int
 stochastic sampler moves grow as sqrt(h), and the plain sum does not depend on n. Cost: none. Range >= 0.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

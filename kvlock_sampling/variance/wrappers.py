@@ -10,8 +10,6 @@ Combined compares in units of risk, each variance divided by its estimator's def
 An estimator that returns None at an evaluation is left out there.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable

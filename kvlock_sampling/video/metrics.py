@@ -3,8 +3,6 @@
 The region is where `mask`, (batch or 1, 1, T, H, W) in [0, 1], is 1; None is everywhere, 1 - mask an edit's background.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Validate clips that are tensors or arrays."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

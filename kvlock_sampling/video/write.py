@@ -1,7 +1,5 @@
 """Write clips as films, gifs or contact sheets, and put clips side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise

@@ -5,8 +5,6 @@ inside the attention call. Fusion works token by token, so each process takes it
 gathered, so all processes decide the same. Text in the same sequence is cut too: a process holds [its text, its video].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

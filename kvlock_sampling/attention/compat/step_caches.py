@@ -6,8 +6,6 @@ Caches reuse results of one call in the next and assume calls of one kind. A loc
 A layer that the edit skips is not fused and not counted: it reuses what it computed when it was fused.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator

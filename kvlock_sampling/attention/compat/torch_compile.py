@@ -1,7 +1,5 @@
 """Compiled models under a lock: calls run without the compiler if a graph cannot break at the hooks."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import warnings

@@ -4,8 +4,6 @@ A pipeline calls its transformer once per branch. The call is recorded and answe
 branches of a step are known, the lock calls the transformer itself, for the branches and for the source.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The error of this wing."""
 
-from __future__ import annotations
-
 from ...types import KVLockError
 
 

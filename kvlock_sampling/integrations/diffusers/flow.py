@@ -6,8 +6,6 @@ At the pipeline's own noise level the transformer gets the very latents and time
 evaluation without a lock has the pipeline's own bits.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A VAE's latents as the transformer sees them: normalised by the VAE's own statistics."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

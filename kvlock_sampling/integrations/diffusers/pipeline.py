@@ -6,8 +6,6 @@ in at the second: both answers are the guided, composited velocity v. The pipeli
 exactly, for every scale w.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

@@ -6,8 +6,6 @@ Both maps are exact. Pure noise, t = 1 or a = 0 ("zero terminal SNR", Lin et al.
 a schedule that begins there begins at `t_max` instead, or at the `top` of `ddpm_sigmas`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A lock driven by another loop, one evaluation at a time: what `locked` and `KVLockGuider` share."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

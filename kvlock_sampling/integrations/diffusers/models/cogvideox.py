@@ -10,8 +10,6 @@
 Source: diffusers `pipelines/cogvideo/pipeline_cogvideox.py`; CogVideoX, arXiv 2408.06072.
 """
 
-from __future__ import annotations
-
 import copy
 from functools import partial
 from typing import Any

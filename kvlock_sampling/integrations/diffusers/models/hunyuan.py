@@ -10,8 +10,6 @@
 Sources: diffusers `pipelines/hunyuan_video/`, `pipelines/hunyuan_video1_5/`; HunyuanVideo, arXiv 2412.03603.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The families of pipelines: `from_pipeline`, and `load_pipeline` for a folder. Nothing is downloaded."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import json

@@ -8,8 +8,6 @@
 Source: diffusers `pipelines/ltx/pipeline_ltx.py`; LTX-Video, arXiv 2501.00103.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@
 Source: diffusers `pipelines/mochi/pipeline_mochi.py`; genmo's Mochi 1.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

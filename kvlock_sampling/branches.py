@@ -49,7 +49,7 @@ class Branches:
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
         if settings.needs_source and settings.source is not None and step.sigma > 0:
             noise = run.source_noise(settings.source, step.x, step.model_sigma)
-            self._source_x = settings.source.at(step.x, step.model_sigma, noise)
+            self._source_x = settings.source.at(step.x, step.model_sigma, noise, erased=False)
         self.route = choose_route(
             locked=locked is not None,
             narrow=self.narrow,
@@ -63,8 +63,8 @@ class Branches:
         """Whether source and edit can be rows of one call."""
         return False
 
-    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
-        """The denoiser of a pass of the source, and its arguments."""
+    def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
+        """The denoiser of a pass of the source, as it is or as it gives keys and values, and its arguments."""
         raise NotImplementedError
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
@@ -74,7 +74,7 @@ class Branches:
     def evaluation(self, cond: Tensor) -> Evaluation:
         """What an estimator sees, with a pass of the source if it needs one and nothing else made one."""
         if self.source is None and (source_x := self._source_x) is not None:
-            model, arguments = self._source_call()
+            model, arguments = self._source_call(erased=False)
             self.source = self._call(None, lambda: model(source_x, self.step.sigma_arg, **arguments), None)
             self.nfe += 1
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
@@ -131,7 +131,7 @@ class Branches:
         context = locked.context.fresh("capture")
         out = self._call(context, lambda: model(locked.x, sigma, **arguments), None)
         self.nfe += 1
-        if sigma is self.step.sigma_arg:
+        if sigma is self.step.sigma_arg and not self.settings.erase:
             self.source = out
         return context.record
 
@@ -167,8 +167,9 @@ class OwnBranches(Branches):
             )
         self._cond_args = {k: v for k, v in given.items() if k not in ("uncond", "cond_scale")}
         self._uncond_args = {**self._cond_args, "cond": given["uncond"]} if "uncond" in given else None
-        own = (settings.erase and self._uncond_args) or self._cond_args  # an edit's prompt names what was erased
-        self._source_args = {**own, **settings.source_args}
+        self._source_args = {**self._cond_args, **settings.source_args}
+        # No prompt describes a source without its object, so it is evaluated without one.
+        self._kv_args = (self._uncond_args or self._cond_args) if settings.erase else self._source_args
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
@@ -201,21 +202,23 @@ class OwnBranches(Branches):
         level = step.sigma_arg if sigma == step.sigma else torch.full_like(step.sigma_arg, sigma)
         return torch.cat(self._evaluate([(rows, self._cond_args) for rows in x.split(batch)], level, None))
 
-    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
-        return self.settings.model, self._source_args
+    def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
+        return self.settings.model, self._kv_args if erased else self._source_args
 
     def _one_call(self) -> bool:
-        calls = [self._cond_args, self._source_args, *([] if self._uncond_args is None else [self._uncond_args])]
+        calls = [self._cond_args, self._kv_args, *([] if self._uncond_args is None else [self._uncond_args])]
         return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
         locked, source_x = self.locked, self._source_x
         if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
-            return self._beside_source(branches, locked.x, locked.context.fresh("lockstep"), sigma, kind)
+            return self._beside_source(
+                branches, (locked.x, self._kv_args), locked.context.fresh("lockstep"), sigma, kind
+            )
         if source_x is not None and locked is None and self.source is None and kind and self._one_call():
-            return self._beside_source(branches, source_x, None, sigma, kind)
-        context = None if locked is None else self._injecting(locked, *self._source_call(), sigma)
+            return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
+        context = None if locked is None else self._injecting(locked, *self._source_call(erased=True), sigma)
         groups = [(branches, kind)]
         if not (self.settings.batched and joinable([arguments for _, arguments in branches], len(self.x))):
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
@@ -226,11 +229,11 @@ class OwnBranches(Branches):
         return found
 
     def _beside_source(
-        self, branches: Sequence[Branch], x: Tensor, context: FusionContext | None, sigma: Tensor, kind: Kind
+        self, branches: Sequence[Branch], beside: Branch, context: FusionContext | None, sigma: Tensor, kind: Kind
     ) -> list[Tensor]:
-        """Branches, and the source at `x` as further rows of their call."""
-        *edit, source = self._together([*branches, (x, self._source_args)], context, sigma, kind)
-        if kind is not None:  # not a probe
+        """Branches, and the source as further rows of their call."""
+        *edit, source = self._together([*branches, beside], context, sigma, kind)
+        if kind is not None and not (context and self.settings.erase):  # neither a probe nor an erased source
             self.source = source
         return [self._filled(out) for out in edit]
 
@@ -276,15 +279,19 @@ class GuidedBranches(Branches):
         return torch.cat([self._evaluate(rows, level, None) for rows in x.split(len(self.x))])
 
     def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
-        context = None if self.locked is None else self._injecting(self.locked, *self._source_call(), sigma)
+        context = None
+        if self.locked is not None:
+            context = self._injecting(self.locked, *self._source_call(erased=True), sigma)
         out = self._call(context, lambda: self.settings.model(x, sigma, **self._arguments), kind)
         self.nfe += 1
         return self._filled(out)
 
-    def _source_call(self) -> tuple[Denoiser, dict[str, Any]]:
-        settings = self.settings
-        erased = {"cond": self._arguments["uncond"]} if settings.erase and "uncond" in self._arguments else {}
-        given = {**self._arguments, **erased, **settings.source_args}
+    def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
+        settings, given = self.settings, dict(self._arguments)
+        if not (erased and settings.erase):
+            given |= settings.source_args
+        elif "uncond" in given:  # no prompt describes a source without its object
+            given["cond"] = given["uncond"]
         if settings.branch is not None:
             return settings.branch, {k: v for k, v in given.items() if k not in ("uncond", settings.scale_arg)}
         if "cond" in given and "uncond" in given:

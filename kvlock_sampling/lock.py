@@ -85,10 +85,10 @@ class KVLock(DenoiserProxy):
         policy: A Policy, a function of an Observation, a Preset, or the name or path of a preset.
         estimator: Measures variance. Default: the preset's, or sigma-normalised trajectory variance.
         threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's or the estimator's.
-        source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's; with
-            `erase` the unconditional ones, if there are any.
-        erase: True takes keys and values from the source with its masked region filled from the surroundings, so that
-            they do not speak of what the edit replaces. Default: the preset's, or False.
+        source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
+        erase: True takes keys and values from the source with its masked region filled from the surroundings, under
+            the unconditional prompt, so that they do not speak of what the edit replaces. An estimator that needs the
+            source's x0-hat then costs one function evaluation more. Default: the preset's, or False.
         noise: The source's fixed noise, like `source`, copied; "fixed" draws it from seed 0. Default: the run's own.
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.

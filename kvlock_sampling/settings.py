@@ -80,7 +80,8 @@ class LockSettings:
     @property
     def patch(self) -> Grid | None:
         """Latents per token (time, height, width): of the layers, else of a local estimator; None if both lack it."""
-        return self.estimator.patch if self.layers is None else self.layers.patch
+        patch = self.estimator.patch if self.layers is None else self.layers.patch
+        return None if patch == "model" else patch
 
     @property
     def tokens(self) -> int | None:
@@ -134,6 +135,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     if clip is not None and fitted is not None and policy.may_lock:
         chosen = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         no_token_left = _no_token_left(chosen, clip, fitted, transition)
+        measure = measure.on_tokens(chosen.patch)
         chosen = None if no_token_left else chosen
     elif clip is not None:
         names = ["layers", "transition", "foreground", "kv_cache"]

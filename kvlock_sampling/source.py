@@ -110,10 +110,11 @@ class Source:
         spread = float(self.add_noise(one * 0, one, one * sigma))
         return (x - signal * self.matching(x)) / spread
 
-    def at(self, x: Tensor, sigma: float, noise: Tensor) -> Tensor:
-        """The reference noised to sigma, like x."""
-        self.matching(x)
-        return self.add_noise(self._like(x, reference=True), noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
+    def at(self, x: Tensor, sigma: float, noise: Tensor, *, erased: bool = True) -> Tensor:
+        """The clip as it gives keys and values, or as it is, noised to sigma, like x."""
+        clean = self.matching(x)
+        clean = self._like(x, reference=True) if erased else clean
+        return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
 
     def subset(self, index: Tensor, batch: int) -> Source:
         """The same source for the clips `index` of a batch of `batch`."""

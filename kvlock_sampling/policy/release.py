@@ -1,21 +1,19 @@
 """Release: keep the source where the edit changes nothing firmly, and let go where it does.
 
-    above `below`:   composite = 1,      lock = lock
-    at and under it: g = clamp(1 - (1 + noise * risk) / effect, 0, 1)
-                     composite = 1 - g,  lock = lock + (released_lock - lock) * g
+    sigma > below:   composite = 1,      lock = lock
+    sigma <= below:  released = effect > 1 + noise * risk
+                     composite = 1,      lock = lock              of what is kept
+                     composite = 0,      lock = released_lock     of what is released
 `effect` is the squared mean and `risk` the variance of the edit's change over the trajectory (`Divergence`), both in
-units of the threshold. g is the positive-part James-Stein shrinkage of a mean whose noise is 1 + noise * risk: 0 for a
-change within its noise, towards 1 for a firm one. So a hallucination, which comes and goes, is composited and locked,
-and an effect, which stays, is kept. Range: lock and composite in [0, 1].
+units of the threshold. So a hallucination, which comes and goes, is composited and locked, and an effect, which stays,
+is let go: the paper's rule, token by token. Range: lock and composite in [0, 1].
 
 `ReleaseBelow` is the static schedule beside it: composited above a noise level, free under the lock below.
-Sources: James & Stein 1961 and Baranchik 1964 for the shrinkage; KV-Lock (arXiv 2603.09657) for locking by variance.
+Source: KV-Lock (arXiv 2603.09657) for locking by variance.
 """
 
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..types import Control, Observation
 from ._shared import number
@@ -58,14 +56,13 @@ class Release(Policy):
         below: Noise level > 0 from which on anything may be released. Defaults to 3.
         lock: Fusion ratio in [0, 1] of what is kept. Defaults to 0.5.
         released_lock: Fusion ratio in [0, 1] of what is released. Defaults to 0.
-        noise: How often the variance of the change counts as its noise, >= 0; 0 compares with the threshold alone.
-            Defaults to 1.
+        noise: Multiple >= 0 of the risk that the effect must exceed, beside the threshold. Defaults to 0.
     """
 
     below: float = 3.0
     lock: float = 0.5
     released_lock: float = 0.0
-    noise: float = 1.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         number(self, "below", above=0.0)
@@ -79,8 +76,7 @@ class Release(Policy):
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         if obs.sigma > self.below:
             return state, self.start(obs)
-        noise = 1.0 + self.noise * obs.risk
-        released = (1.0 - noise / obs.effect.clamp_min(torch.finfo(obs.effect.dtype).tiny)).clamp(0.0, 1.0)
+        released = (obs.effect > 1.0 + self.noise * obs.risk).to(obs.effect.dtype)
         return state, Control(self.lock + (self.released_lock - self.lock) * released, composite=1.0 - released)
 
     may_lock = property(lambda self: max(self.lock, self.released_lock) > 0.0)

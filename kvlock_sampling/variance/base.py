@@ -6,9 +6,10 @@ restores an earlier state.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import reduce
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from ..types import EstimatorError, Evaluation
 from ..utils.precision import working
 
-Patch = tuple[int, int, int]
-"""Latents per token along (time, height, width)."""
+Patch = tuple[int, int, int] | Literal["model"]
+"""Latents per token along (time, height, width); "model" for those of the model's locked layers."""
 
 
 class Estimator(ABC):
@@ -71,6 +72,10 @@ class Estimator(ABC):
         """
         return None
 
+    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
+        """Return the estimator for a model of this patch: it takes the place of "model". The lock calls it once."""
+        return dataclasses.replace(self, patch=patch) if self.patch == "model" else self  # type: ignore[type-var]
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""
         return self
@@ -89,23 +94,29 @@ def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Pat
     """Average per clip over the mask, or per token, edited or not, in the order (t, h, w) if there is a patch."""
     if patch is None:
         return masked_mean(values, mask)
-    check_whole_patches(values, patch)
-    t, h, w = patch
+    t, h, w = whole_patches(values, patch)
     return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
 
 
-def check_whole_patches(values: Tensor, patch: Patch) -> None:
+def whole_patches(values: Tensor, patch: Patch) -> tuple[int, int, int]:
+    """Return the patch, checked: latents (batch, channels, time, height, width) divide into whole ones."""
+    if patch == "model":
+        raise EstimatorError(
+            'patch="model", and no locked layers to take it from.\n'
+            "  Give the latents per token along (time, height, width), e.g. patch=(1, 2, 2)."
+        )
     if values.ndim != 5 or any(size % p for size, p in zip(values.shape[2:], patch, strict=True)):
         raise EstimatorError(
             f"latents of shape {tuple(values.shape)} do not divide into whole patches of {patch}; expected (batch, "
             "channels, time, height, width) and the model's patch, e.g. patch=(1, 2, 2). None measures clips."
         )
+    return patch
 
 
 def check_patch(estimator: Any) -> None:
-    if (patch := estimator.patch) is None:
+    if (patch := estimator.patch) is None or patch == "model":
         return
     sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
     if len(sizes) != 3 or not all(isinstance(p, int) and p >= 1 for p in sizes):
-        raise EstimatorError(f"patch={patch!r}; expected latents per token along (time, height, width): (1, 2, 2).")
+        raise EstimatorError(f"patch={patch!r}; expected latents per token, e.g. (1, 2, 2), or 'model'.")
     object.__setattr__(estimator, "patch", sizes)

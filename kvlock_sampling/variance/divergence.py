@@ -19,7 +19,7 @@ from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import Estimator, Patch, check_patch, check_whole_patches, masked_mean
+from .base import Estimator, Patch, check_patch, masked_mean, whole_patches
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Divergence(Estimator):
 
 def _background_of_tokens(values: Tensor, mask: Tensor | None, patch: Patch) -> Tensor:
     """The mean over what is not edited of each token and its neighbours, (batch, channels, t, h, w) in tokens."""
-    check_whole_patches(values, patch)
+    size = whole_patches(values, patch)
     kept = torch.ones_like(values[:, :1]) if mask is None else (1 - working(mask)).expand_as(values[:, :1])
 
     def around(cells: Tensor) -> Tensor:
-        means = avg_pool3d(cells, patch)
+        means = avg_pool3d(cells, size)
         return avg_pool2d(means.flatten(1, 2), 3, stride=1, padding=1).view_as(means)
 
     share = around(kept)

@@ -49,6 +49,9 @@ class EstimatorWrapper(Estimator):
     def __post_init__(self) -> None:
         check_inner(self, self.estimator)
 
+    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
+        return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))
+
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         return dataclasses.replace(self, estimator=self.estimator.bound(modules))
 
@@ -142,6 +145,9 @@ class Combined(Estimator):
             object.__setattr__(self, "weights", tuple(map(float, self.weights)))
             if len(self.weights) != (count := len(self.estimators)) or min(self.weights) <= 0:
                 raise EstimatorError(f"weights={self.weights}; expected a number > 0 for each of {count} estimators.")
+
+    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
+        return dataclasses.replace(self, estimators=tuple(e.on_tokens(patch) for e in self.estimators))
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
         modules = tuple(modules)

@@ -1,0 +1,280 @@
+"""Who may touch the background, and when?  python benchmarks/release.py [--edits 300]
+
+Held-out edits of five kinds on the stage, whose true results are known, and every way of compositing, locking and
+releasing from the same scenes and noise: constants, static schedules with and without the lock, `Release` by the
+divergence, and controls: a random gate that releases as much, more steps, the same release where the effects truly are.
+Whole frames are scored against the true render, and mask, effect region and rest apart.
+
+Each row is written to benchmarks/results/release.json when it is done, and is not measured again. The table is
+benchmarks/results/release.md. `--search` measures the grid of static schedules on other scenes, from which the static
+row was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import max_pool3d
+from world.judge import judge_edits
+
+import kvlock_sampling as kv
+from kvlock_sampling import samplers
+from kvlock_sampling.denoisers import FlowDenoiser
+from kvlock_sampling.policy import Constant, Policy, PolicyWrapper, Release, ReleaseBelow
+from kvlock_sampling.tiny import Scene, load, render, sample_edit, tokenize
+from kvlock_sampling.tiny.model import PATCH
+from kvlock_sampling.tiny.world import EDITS, regions
+from kvlock_sampling.types import Control, Observation
+from kvlock_sampling.utils.files import write_atomically
+from kvlock_sampling.variance import Divergence
+
+RESULTS = Path(__file__).resolve().parent / "results"
+FIRST_SCENE, SEARCHED_SCENE = 800_000, 900_000
+STEPS, CFG_SCALE, BATCH = 16, 3.0, 10
+SCORES = ("all", "mask", "effect", "rest", "leftover", "right", "intruder")
+Options = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """Edits with their true results. Regions are (batch, 1, 8, 64, 64), 0 or 1."""
+
+    kinds: list[str]
+    sources: list[Scene]
+    targets: list[Scene]
+    source: Tensor
+    target: Tensor
+    mask: Tensor
+    effect: Tensor
+    rest: Tensor
+    noise: Tensor
+
+
+def batches(first: int, count: int) -> Iterator[Batch]:
+    """Edits of the five kinds in turn, one for each scene."""
+    for start in range(first, first + count, BATCH):
+        seeds = range(start, min(start + BATCH, first + count))
+        kinds = [EDITS[seed % len(EDITS)] for seed in seeds]
+        sources, targets = map(list, zip(*map(sample_edit, seeds, kinds), strict=True))
+        clips = render(sources), render(targets)
+        noise = [torch.randn(clips[0].shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        yield Batch(kinds, sources, targets, *clips, *regions(sources, targets), torch.stack(noise))
+
+
+class Bfloat16(nn.Module):
+    """A network with its matrix products in bfloat16."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16):
+            return self.network(z, t, cond).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Where(Policy):
+    """A released map that is known beforehand, (batch, tokens): composite 1 - released, lock 0 there."""
+
+    released: Tensor
+    below: float = 3.0
+    lock: float = 0.5
+
+    uses_risk = False
+    may_lock = True
+
+    def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
+        if obs.sigma > self.below:
+            return state, Control(self.lock, composite=1.0)
+        return state, Control(self.lock * (1 - self.released), composite=1 - self.released)
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffled(PolicyWrapper):
+    """A policy whose decisions are dealt to other background tokens of the same clip, at random but once for all."""
+
+    background: Tensor
+
+    def _adjust(self, control: Control, obs: Observation) -> Control:
+        if not isinstance(control.composite, Tensor):
+            return control
+        lock, composite = torch.as_tensor(control.lock).expand_as(control.composite).clone(), control.composite.clone()
+        for clip, tokens in enumerate(self.background):
+            places = tokens.nonzero().flatten()
+            dealt = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(clip))]
+            lock[clip, places], composite[clip, places] = lock[clip, dealt], composite[clip, dealt]
+        return control._replace(lock=lock, composite=composite)
+
+
+def tokens(region: Tensor) -> Tensor:
+    """Which tokens a region reaches into, (batch, tokens)."""
+    return max_pool3d(region, PATCH).flatten(1)
+
+
+ADAPTIVE: Options = {"policy": "release", "erase": True}
+
+
+def shuffled(batch: Batch) -> Options:
+    preset = kv.presets.load_preset("release")
+    policy = Shuffled(preset.policy, background=tokens(batch.mask) == 0)
+    return {"policy": policy, "estimator": preset.estimator, "threshold": preset.threshold, "erase": True}
+
+
+ROWS: dict[str, Options | Callable[[Batch], Options]] = {
+    "composited": {"policy": Constant(lock=0.0), "composite": 1.0},
+    "composited, 24 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 24},
+    "composited, 8 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 8},
+    "composited, lock 1": {"policy": Constant(lock=1.0)},
+    "composited, lock 0.5, erased": {"policy": Constant(lock=0.5), "erase": True},
+    "lock 0.5, never composited": {"policy": Constant(lock=0.5, composite=0.0), "erase": True},
+    "lock 1, never composited": {"policy": Constant(lock=1.0, composite=0.0), "erase": True},
+    "static": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True},
+    "static, 24 steps": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True, "steps": 24},
+    "static, not erased": {"policy": ReleaseBelow(below=3.0, lock=0.5)},
+    "static without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
+    "release": ADAPTIVE,
+    "release, lock kept": {
+        **ADAPTIVE,
+        "policy": Release(released_lock=0.5),
+        "estimator": Divergence(patch=PATCH),
+    },
+    "release at random": shuffled,
+    "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},
+    "default": {"policy": "default"},
+    "paper": {"policy": "paper"},
+}
+SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
+    f"below {below:g}, lock {lock:g}{', erased' * erase}": {
+        "policy": ReleaseBelow(below=below, lock=lock),
+        "erase": erase,
+    }
+    for erase in (True, False)
+    for below in (1.0, 2.0, 3.0, 5.0, 10.0)
+    for lock in (0.25, 0.5, 0.75, 1.0)
+}
+
+
+@torch.no_grad()
+def edit(network: nn.Module, batch: Batch, options: Options, sampler: str, seed: int = 0) -> tuple[Tensor, kv.Trace]:
+    """Edit a batch under one row's options."""
+    options = {"source_args": {"cond": tokenize([scene.prompt for scene in batch.sources])}, **options}
+    steps = options.pop("steps", STEPS)
+    lock = kv.KVLock(FlowDenoiser(network, prediction="x0"), source=batch.source, mask=batch.mask, **options)
+    cond = tokenize([scene.prompt for scene in batch.targets])
+    args = {"cond": cond, "uncond": torch.zeros_like(cond), "cond_scale": CFG_SCALE}
+    sigmas = samplers.flow_sigmas(steps, shift=3.0, t_max=0.98)
+    noise = batch.noise if seed == 0 else batch.noise.flip(-1).roll(seed, -1)
+    out = lock.sample(sampler, noise * sigmas[0], sigmas, extra_args=args, seed=seed, disable=True)
+    return out.clamp(-1, 1), lock.trace
+
+
+def psnr(clips: Tensor, targets: Tensor, region: Tensor | None = None) -> list[float]:
+    """PSNR in dB of each clip over a region; NaN for an empty one."""
+    region = torch.ones_like(clips[:, :1]) if region is None else region
+    error = (((clips - targets) / 2).square().mean(1, keepdim=True) * region).flatten(1).sum(1)
+    return (-10 * torch.log10((error / region.flatten(1).sum(1)).clamp_min(1e-10))).tolist()
+
+
+def scored(batch: Batch, clips: Tensor) -> list[dict[str, float]]:
+    """The scores of each edit, by the names of SCORES."""
+    found = [psnr(clips, batch.target, region) for region in (None, batch.mask, batch.effect, batch.rest)]
+    verdicts = judge_edits(clips, batch.sources, batch.targets)
+    judged = [(v.effect, float(v.right), float(v.intruder)) for v in verdicts]
+    rows = zip(*found, *zip(*judged, strict=True), strict=True)
+    return [{name: round(value, 3) for name, value in zip(SCORES, row, strict=True)} for row in rows]
+
+
+def measure(network: nn.Module, row: Any, first: int, count: int, sampler: str, seed: int) -> dict[str, Any]:
+    scores: list[dict[str, float]] = []
+    started, passes, released = time.perf_counter(), 0, []
+    for batch in batches(first, count):
+        clips, trace = edit(network, batch, row(batch) if callable(row) else row, sampler, seed)
+        scores += scored(batch, clips)
+        passes = trace.nfe
+        released.append(float(torch.stack([1 - step.composite.mean() for step in trace]).mean()))
+    columns = {name: [score[name] for score in scores] for name in SCORES}
+    return {"passes": passes, "seconds": round(time.perf_counter() - started, 1), **columns}
+
+
+def mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / max(1, len(known))
+
+
+def difference(row: list[float], base: list[float]) -> str:
+    """Mean difference and its standard error, paired by edit."""
+    gaps = torch.tensor(row, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    return f"{float(gaps.mean()):+.2f} ± {float(gaps.std() / len(gaps) ** 0.5):.2f}"
+
+
+def table(rows: dict[str, Any], kinds: list[str], base: str = "composited") -> str:
+    lines = [
+        "| background | all | to composited | mask | effect | rest | "
+        + " | ".join(EDITS)
+        + " | leftover | right | passes |",
+        "| --- " * (9 + len(EDITS) + 0) + "|",
+    ]
+    for name, row in rows.items():
+        by_kind = [mean([v for v, kind in zip(row["all"], kinds, strict=True) if kind == each]) for each in EDITS]
+        to_base = difference(row["all"], rows[base]["all"]) if base in rows else ""
+        cells = [f"{mean(row['all']):.2f}", to_base]
+        cells += [f"{mean(row[region]):.1f}" for region in ("mask", "effect", "rest")]
+        cells += [f"{value:.1f}" for value in by_kind]
+        cells += [f"{mean(row['leftover']):.2f}", f"{mean(row['right']):.0%}", str(row["passes"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--edits", type=int, default=300)
+    parser.add_argument("--only", nargs="*", help="names of rows")
+    parser.add_argument("--search", action="store_true", help="the grid of static schedules, on other scenes")
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
+    parser.add_argument("--name", default="release", help="of the results' files")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    network: nn.Module = load().network
+    network = Bfloat16(network) if given.bfloat16 else network
+    first = SEARCHED_SCENE if given.search else FIRST_SCENE
+    path = RESULTS / f"{given.name}{'_search' * given.search}.json"
+    about = {"first_scene": first, "edits": given.edits, "sampler": given.sampler, "steps": STEPS, "seed": given.seed}
+    about["bfloat16"] = given.bfloat16
+    record = json.loads(path.read_text()) if path.exists() else {"about": about, "rows": {}}
+    if record["about"] != about:
+        parser.error(f"{path.name} holds {record['about']}, asked for {about}; remove it, or pass another --name.")
+    kinds = [EDITS[seed % len(EDITS)] for seed in range(first, first + given.edits)]
+    for name, row in (SEARCHED if given.search else ROWS).items():
+        if name in record["rows"] or (given.only and name not in given.only):
+            continue
+        found = measure(network, row, first, given.edits, given.sampler, given.seed)
+        record = json.loads(path.read_text()) if path.exists() else record  # another process may have added rows
+        record["rows"][name] = found
+        write_atomically(path, json.dumps(record) + "\n")
+        print(
+            f"{name}: {mean(record['rows'][name]['all']):.2f} dB, {record['rows'][name]['seconds']:.0f} s", flush=True
+        )
+    base = "composited" if "composited" in record["rows"] else next(iter(record["rows"]))
+    record["rows"] = {
+        name: record["rows"][name] for name in (SEARCHED if given.search else ROWS) if name in record["rows"]
+    }
+    text = table(record["rows"], kinds, base)
+    write_atomically(path.with_suffix(".md"), text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

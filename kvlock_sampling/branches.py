@@ -206,7 +206,12 @@ class OwnBranches(Branches):
         return self.settings.model, self._kv_args if erased else self._source_args
 
     def _one_call(self) -> bool:
-        calls = [self._cond_args, self._kv_args, *([] if self._uncond_args is None else [self._uncond_args])]
+        calls = [
+            self._cond_args,
+            self._kv_args,
+            self._source_args,
+            *([] if self._uncond_args is None else [self._uncond_args]),
+        ]
         return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 import kvlock_sampling as kv
 from kvlock_sampling.masks.fill import fill
 from kvlock_sampling.policy import Constant
-from kvlock_sampling.types import KVLockError, SourceError
+from kvlock_sampling.types import EstimatorError, KVLockError, SourceError
+from kvlock_sampling.variance import Combined, Divergence, Relative, TrajectoryVariance
+from kvlock_sampling.variance.base import pooled
 
 SHAPE = (2, 3, 2, 8, 12)
 
@@ -99,13 +101,29 @@ def test_only_the_source_of_keys_and_values_is_erased(setup, batched):
     assert torch.equal(found[0], setup.uncond[0])  # the edit's prompt does not name what was erased
 
 
-def test_a_prompt_of_its_own_is_respected(setup):
-    recorder, own = Recorder(setup.model), torch.full_like(setup.cond, 0.3)
-    options = {"policy": Constant(lock=0.5), "erase": True, "source_args": {"cond": own}}
-    lock = kv.KVLock(recorder, source=setup.source, mask=setup.mask, **options)
-    with lock:
-        lock(setup.x, setup.sigmas[:1], **setup.cfg)
-    assert any(torch.equal(row, own[0]) for _, cond in recorder.seen for row in cond)
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("lock", [0.0, 0.5])
+def test_an_estimator_sees_the_source_as_it_is_under_its_own_prompt(setup, lock, batched):
+    own, seen = torch.full_like(setup.cond, 0.3), []
+
+    class Watch(Divergence):
+        def step(self, state, evaluation):
+            seen.append(evaluation)
+            return super().step(state, evaluation)
+
+    policy = kv.PID(kp=0.0, ki=0.0, bias=lock)
+    options = {"policy": policy, "estimator": Watch(), "erase": True, "source_args": {"cond": own}, "batched": batched}
+    with setup.lock(**options) as locked:
+        for sigma in setup.sigmas[:2]:
+            locked(setup.source + sigma, sigma[None], **setup.cfg)
+    sigma = setup.sigmas[0]
+    noise = (setup.source + sigma - setup.source) / sigma  # the run's own
+    for evaluation in seen:
+        level = torch.tensor([evaluation.sigma])
+        wanted = setup.model(setup.source + level * noise, level, cond=own)
+        torch.testing.assert_close(evaluation.source, wanted, rtol=1e-4, atol=1e-4)
+    # uncond, cond and the source as it is; under a lock also the erased one
+    assert [step.nfe for step in locked.trace] == [4 if lock else 3] * 2
 
 
 def test_errors():
@@ -120,3 +138,17 @@ def test_a_preset_may_ask_for_it():
     preset = kv.presets.load_preset(text)
     assert preset.erase is True
     assert kv.presets.load_preset(kv.presets.to_toml(preset)) == preset
+
+
+def test_a_local_estimator_takes_the_models_patch(setup):
+    for estimator in (
+        Divergence(patch="model"),
+        TrajectoryVariance(patch="model"),
+        Relative(TrajectoryVariance(patch="model")),
+        Combined((Divergence(), TrajectoryVariance(patch="model"))),
+    ):
+        lock = setup.lock(policy=kv.PID(), estimator=estimator)
+        assert lock.settings.estimator.patch in ((1, 2, 2), None)
+        assert "model" not in repr(lock.settings.estimator)
+    with pytest.raises(EstimatorError, match=r'patch="model", and no locked layers.*\n.*patch=\(1, 2, 2\)'):
+        pooled(setup.x, None, "model")

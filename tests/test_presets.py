@@ -102,8 +102,8 @@ def test_the_paper_is_the_paper():
     assert t / (1 - t) == pytest.approx(paper.policy.below, abs=0.05)
 
 
-def test_only_the_paper_sets_a_threshold():
-    assert [n for n in preset_names() if load_preset(n).threshold is not None] == ["paper"]
+def test_only_presets_for_one_scale_of_latents_set_a_threshold():
+    assert [n for n in preset_names() if load_preset(n).threshold is not None] == ["paper", "release"]
 
 
 def test_describe_has_a_row_for_each():

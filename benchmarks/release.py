@@ -87,7 +87,7 @@ class Where(Policy):
 
     released: Tensor
     below: float = 3.0
-    lock: float = 0.5
+    lock: float = 0.75
 
     uses_risk = False
     may_lock = True
@@ -138,14 +138,16 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "lock 0.5, never composited": {"policy": Constant(lock=0.5, composite=0.0), "erase": True},
     "lock 1, never composited": {"policy": Constant(lock=1.0, composite=0.0), "erase": True},
     "static": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True},
+    "static, lock 0.75": {"policy": ReleaseBelow(below=3.0, lock=0.75), "erase": True},
     "static, 24 steps": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True, "steps": 24},
     "static, not erased": {"policy": ReleaseBelow(below=3.0, lock=0.5)},
     "static without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
     "release": ADAPTIVE,
     "release, lock kept": {
-        **ADAPTIVE,
-        "policy": Release(released_lock=0.5),
+        "policy": Release(lock=0.75, released_lock=0.75),
         "estimator": Divergence(patch=PATCH),
+        "threshold": 0.0005,
+        "erase": True,
     },
     "release at random": shuffled,
     "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import release
 from report_cost import page, quality, speed
 from report_grid import control, detection, figure, paper, table, verdict
 
@@ -137,6 +138,8 @@ def main() -> None:
         "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
         "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
+        "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
+        + release.report(load("release")),
         "## Edits\n\n`python benchmarks/edits.py`. "
         + FIRST
         + "32 held-out scenes, five kinds of edit, the same noise for every "

@@ -58,7 +58,7 @@ BUILT_IN = [
     ReleaseBelow(),
     ReleaseBelow(below=1.0, lock=0.0),
     Release(),
-    Release(below=8.0, lock=1.0, released_lock=0.25, noise=0.0),
+    Release(below=8.0, lock=1.0, firm=1.0, risk_weight=0.5),
     Threshold(),
     Threshold(on=1.5, off=0.5, locked=0.9, free=0.1, cfg_calm=1.2, cfg_alarm=0.5),
     Sigmoid(),
@@ -497,14 +497,16 @@ def test_the_examples_in_the_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(f"kvlock_sampling.{name}")).failed == 0
 
 
-def test_release_lets_go_of_what_exceeds_its_noise():
-    risk, effect = torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.tensor([1.0, 1.1, 2.0, 4.1])
+def test_release_lets_go_of_what_exceeds_its_noise_and_unlocks_what_is_firm():
+    risk, effect = torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 1.1, 2.0, 32.0, 0.0])
     obs = observe(risk.tolist())._replace(effect=effect, sigma=2.0)
-    lock, cfg_scale, composite = Release(below=3.0, lock=0.5, released_lock=0.1, noise=1.0).step(None, obs)[1]
-    assert composite.tolist() == [1.0, 0.0, 1.0, 0.0]
-    torch.testing.assert_close(lock, torch.tensor([0.5, 0.1, 0.5, 0.1]))
+    lock, cfg_scale, composite = Release(lock=0.5, firm=4.0, risk_weight=1.0).step(None, obs)[1]
+    assert composite.tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
+    torch.testing.assert_close(lock, torch.tensor([0.5, 0.5, 0.5, 0.25, 0.5]))
     assert cfg_scale is None
-    assert Release().step(None, obs)[1].composite.tolist() == [1.0, 0.0, 0.0, 0.0]
+    lock, _, composite = Release(lock=0.5, firm=2.0).step(None, obs)[1]
+    assert composite.tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
+    torch.testing.assert_close(lock, torch.tensor([0.5, 0.5, 0.5, 1 / 32, 0.5]))
 
 
 @pytest.mark.parametrize("policy", [ReleaseBelow(below=3.0), Release(below=3.0)])
@@ -512,7 +514,6 @@ def test_nothing_is_released_above_its_noise_level(policy):
     obs = observe([0.1, 5.0])._replace(effect=torch.tensor([1e6, 1e6]))
     for sigma, composite in ((3.0 + 1e-6, 1.0), (80.0, 1.0), (2.9, 0.0)):
         assert policy.step(None, obs._replace(sigma=sigma))[1].composite == pytest.approx(composite, abs=1e-5)
-    assert policy.start(obs._replace(sigma=80.0)) == Control(0.5, composite=1.0)
+    assert policy.start(obs._replace(sigma=80.0)) == Control(policy.lock, composite=1.0)
     assert policy.may_lock
-    assert not ReleaseBelow(lock=0.0).may_lock
-    assert Release(lock=0.0, released_lock=0.1).may_lock
+    assert not type(policy)(lock=0.0).may_lock

@@ -209,20 +209,20 @@ def test_the_demo_writes_all_its_files(kvlock: Kvlock) -> None:
     result = kvlock("demo", "--out", "shown", "--steps", 2, "--seed", 1)
     assert result.exit_code == 0, result.output
     files = {path.name for path in Path("shown").iterdir()}
-    assert files == {"side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json"}
+    assert files == {"edits.png", "edits.mp4", "edits.gif", "trace.png", "trace.csv", "metrics.json"}
     assert all(name in result.output for name in files)
-    film = iio.imread("shown/side_by_side.mp4", plugin="pyav")
-    with Image.open("shown/side_by_side.gif") as gif:
+    film = iio.imread("shown/edits.mp4", plugin="pyav")
+    with Image.open("shown/edits.gif") as gif:
         assert gif.n_frames == len(film) == 8
-        assert gif.size == (film.shape[2], film.shape[1])
+        assert gif.size == (film.shape[2], film.shape[1]) == Image.open("shown/edits.png").size
     assert Image.open("shown/trace.png").size[0] > 500
     metrics = json.loads(Path("shown/metrics.json").read_text())
     assert (metrics["seed"], metrics["steps"], metrics["sampler"]) == (1, 2, "dpmpp_2m")
-    assert list(metrics["variants"]) == ["unlocked", "composited", "fixed 0.5", "full lock", "default"]
-    assert len(metrics["edits"]) == 3
+    assert list(metrics["variants"]) == ["composited", "full lock", "release"]
+    assert len(metrics["edits"]) == 5
     with open("shown/trace.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3  # evaluations times clips
+    assert len(rows) == 2 * 5  # evaluations times clips
 
 
 @pytest.mark.parametrize("words", [["--sampler", "nope"], ["--steps", "0"], ["--seed", "x"]])

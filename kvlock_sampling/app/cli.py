@@ -78,25 +78,25 @@ def _decibels(psnr: Any) -> str:
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Chooses the scenes and the noise.")] = 0,
-    steps: Steps = 30,
+    steps: Steps = 20,
     sampler: Sampler = "dpmpp_2m",
 ) -> None:
-    """Edit three clips whose true results are known, in five ways; write a side-by-side clip, a figure and metrics."""
+    """Edit five clips whose true results are known, in three ways; write a picture, a clip, the trace and metrics."""
     with readable():
         from .demo import FILES, VARIANTS, run_demo
 
         with progress("editing", len(VARIANTS)) as advance:
             metrics = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
-        table = Table("variant", title="Three edits against their true renders (means)", title_justify="left")
-        for name in ("background", "in mask", "nfe", "time"):
+        table = Table("variant", title="Five edits against their true renders (means)", title_justify="left")
+        for name in ("whole frame", "in mask", "shadow and light", "nfe", "time"):
             table.add_column(name, justify="right")
         for name, row in metrics.items():
-            background, inside = f"{row['background_psnr']:.1f} dB", f"{row['inside_psnr']:.1f} dB"
-            table.add_row(name, background, inside, f"{row['nfe']:.0f}", f"{row['seconds']:.1f} s")
+            psnrs = (f"{row[key]:.1f} dB" for key in ("psnr", "inside_psnr", "effect_psnr"))
+            table.add_row(name, *psnrs, f"{row['nfe']:.0f}", f"{row['seconds']:.1f} s")
         out.print(table)
         out.print(
-            "Background: PSNR against the source outside the mask; 100 dB is exact, since this model has no VAE. In "
-            "mask: PSNR against the true render. nfe: function evaluations (model passes) per clip."
+            "PSNR against the true render. Shadow and light: outside the mask, where the true edit differs from the "
+            "source. nfe: function evaluations (model passes) per clip."
         )
         for name in FILES:
             out.print(f"  {out_dir / name}", highlight=False, soft_wrap=True)

@@ -1,35 +1,43 @@
-"""The demo: three edits whose true results are known, each made in five ways and shown side by side."""
+"""The demo: five edits whose true results are known, and what becomes of the shadow or the light beside the object."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..policy import Constant
 from ..samplers import get
-from ..tiny import edit_mask, load, render, sample_edit
+from ..tiny import load, render, sample_edit
+from ..tiny.world import EDITS, regions
 from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..video.metrics import masked_psnr
 from ..video.write import side_by_side, write_clip
 from .edit import Edit, edit_video
 
-FILES = ("side_by_side.mp4", "side_by_side.gif", "trace.png", "trace.csv", "metrics.json")
-KINDS = ("remove", "glow", "reshape")
+FILES = ("edits.png", "edits.gif", "edits.mp4", "trace.png", "trace.csv", "metrics.json")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "unlocked": {"policy": Constant(lock=0.0)},
     "composited": {"policy": Constant(lock=0.0), "composite": True},
-    "fixed 0.5": {"policy": Constant(lock=0.5)},
     "full lock": {"policy": Constant(lock=1.0)},
-    "default": {"policy": "default"},
+    "release": {"policy": "release"},
 }
+CAPTIONS = {
+    "source": "the clip",
+    "composited": "background pasted",
+    "full lock": "pasted and locked",
+    "release": "locked, effects let go",
+    "truth": "what is right",
+}
+STILL = 4  # the frame of the still picture
 
 
 def run_demo(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 30,
+    steps: int = 20,
     sampler: str = "dpmpp_2m",
     on_variant: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, float]]:
@@ -39,31 +47,38 @@ def run_demo(
         require(module, extra)
     model = load()
     out.mkdir(parents=True, exist_ok=True)
-    pairs = [sample_edit(1000 * seed + i, kind) for i, kind in enumerate(KINDS)]
+    pairs = [sample_edit(1000 * seed + i, kind) for i, kind in enumerate(EDITS)]
     sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
-    source, truth, mask = render(sources), render(targets), edit_mask(sources, targets)
+    source, truth, (mask, effect, _) = render(sources), render(targets), regions(sources, targets)
     prompts: dict[str, Any] = {"prompt": [t.prompt for t in targets], "source_prompt": [s.prompt for s in sources]}
+    beside = effect.flatten(1).any(dim=1)  # which edits have an effect outside their mask
     edits: dict[str, Edit] = {}
     metrics: dict[str, dict[str, float]] = {}
     for name, options in VARIANTS.items():
         edit = edit_video(source, mask, model=model, steps=steps, sampler=sampler, seed=seed, **prompts, **options)
-        inside = masked_psnr(edit.pixels, truth, mask)
-        psnr = {"background_psnr": float(edit.background_psnr.mean()), "inside_psnr": float(inside.mean())}
-        edits[name], metrics[name] = edit, {**psnr, "nfe": edit.nfe, "seconds": edit.seconds}
+        psnr = {
+            "psnr": masked_psnr(edit.pixels, truth, torch.ones_like(mask)),
+            "inside_psnr": masked_psnr(edit.pixels, truth, mask),
+            "effect_psnr": masked_psnr(edit.pixels[beside], truth[beside], effect[beside]),
+        }
+        edits[name], metrics[name] = (
+            edit,
+            {**{k: float(v.mean()) for k, v in psnr.items()}, "nfe": edit.nfe, "seconds": edit.seconds},
+        )
         if on_variant is not None:
             on_variant(name)
 
-    columns = {"source": source, "mask": (mask * 2 - 1).expand_as(source), "ground truth": truth}
-    columns |= {name: edit.pixels for name, edit in edits.items()}
+    columns = {"source": source, **{name: edit.pixels for name, edit in edits.items()}, "truth": truth}
     tiles = [clips[i] for i in range(len(pairs)) for clips in columns.values()]
-    sheet = side_by_side(tiles, list(columns) * len(pairs), scale=2, columns=len(columns))
+    sheet = side_by_side(tiles, [CAPTIONS[name] for name in columns] * len(pairs), scale=3, columns=len(columns))
     files = [out / name for name in FILES]
-    for path in files[:2]:
+    write_clip(files[0], sheet[:, STILL : STILL + 1])
+    for path in files[1:3]:
         write_clip(path, sheet, fps=6)
-    trace = edits["default"].trace
-    trace.plot(files[2], title=f"default policy, {sampler}, {steps} steps, one line per clip")
-    trace.to_csv(files[3])
+    trace = edits["release"].trace
+    trace.plot(files[3], title=f"release, {sampler}, {steps} steps, one line per edit")
+    trace.to_csv(files[4])
     edited = [f"{s.prompt} -> {t.prompt}" for s, t in pairs]
     record = {"seed": seed, "sampler": sampler, "steps": steps, "edits": edited, "variants": metrics}
-    write_atomically(files[4], json.dumps(record, indent=1))
+    write_atomically(files[5], json.dumps(record, indent=1))
     return metrics

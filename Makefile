@@ -9,7 +9,7 @@ READY := .venv/.installed
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## edit three clips in five ways; writes demo/
+demo: $(READY)  ## edit five clips in three ways; writes demo/
 	$(BIN)/kvlock demo --out demo
 
 test: $(READY)  ## all tests but the slow ones; ARGS="-n 2" for two processes

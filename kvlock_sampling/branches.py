@@ -54,13 +54,13 @@ class Branches:
             locked=locked is not None,
             narrow=self.narrow,
             cached=locked is not None and locked.entry is not None,
-            one_call=locked is not None and not locked.layers.rows_apart and self._one_call(),
+            one_call=locked is not None and not locked.layers.rows_apart and self._one_call(erased=True),
             interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
             probes=settings.measures and settings.estimator.cost > 0,
         )
 
-    def _one_call(self) -> bool:
-        """Whether source and edit can be rows of one call."""
+    def _one_call(self, *, erased: bool) -> bool:
+        """Whether edit and source, as it is or as it gives keys and values, can be rows of one call."""
         return False
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
@@ -205,13 +205,9 @@ class OwnBranches(Branches):
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
         return self.settings.model, self._kv_args if erased else self._source_args
 
-    def _one_call(self) -> bool:
-        calls = [
-            self._cond_args,
-            self._kv_args,
-            self._source_args,
-            *([] if self._uncond_args is None else [self._uncond_args]),
-        ]
+    def _one_call(self, *, erased: bool) -> bool:
+        _, source = self._source_call(erased=erased)
+        calls = [self._cond_args, source, *([] if self._uncond_args is None else [self._uncond_args])]
         return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
@@ -221,7 +217,7 @@ class OwnBranches(Branches):
             return self._beside_source(
                 branches, (locked.x, self._kv_args), locked.context.fresh("lockstep"), sigma, kind
             )
-        if source_x is not None and locked is None and self.source is None and kind and self._one_call():
+        if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
             return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
         context = None if locked is None else self._injecting(locked, *self._source_call(erased=True), sigma)
         groups = [(branches, kind)]

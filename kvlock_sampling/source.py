@@ -38,7 +38,6 @@ class Source:
         latents: (batch or 1, ...), floating and finite.
         noise: Like the latents; "fixed" draws it from seed 0; None leaves it to the run.
         add_noise: `add_noise(x0, noise, sigma)`; default: variance exploding.
-        reference: Like the latents: the clip that is evaluated beside the edit. Default: the latents.
 
     Raises:
         SourceError: Latents or noise of a wrong kind or shape.
@@ -50,7 +49,6 @@ class Source:
         *,
         noise: Tensor | Literal["fixed"] | None = None,
         add_noise: AddNoise | None = None,
-        reference: Tensor | None = None,
     ) -> None:
         if not isinstance(latents, Tensor):
             raise SourceError(
@@ -76,8 +74,8 @@ class Source:
                 "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
             )
         self.latents, self.noise = latents, noise
-        self.reference = latents if reference is None else reference
-        self._placed: dict[bool, Tensor] = {}
+        self.reference = latents  # what gives keys and values; another clip if the source is erased
+        self._placed: dict[int, Tensor] = {}
         self.add_noise: AddNoise = add_noise or variance_exploding
 
     def matching(self, x: Tensor) -> Tensor:
@@ -93,14 +91,14 @@ class Source:
                 "expected the same shape, or a batch of 1.\n"
                 "  Start the sampler from torch.randn_like(source) * sigmas[0]."
             )
-        return self._like(x, reference=False)
+        return self._like(self.latents, x)
 
-    def _like(self, x: Tensor, *, reference: bool) -> Tensor:
+    def _like(self, clean: Tensor, x: Tensor) -> Tensor:
         """Latents or reference, moved once and not at every evaluation."""
-        placed = self._placed.get(reference)
+        placed = self._placed.get(id(clean))
         if placed is None or (placed.device, placed.dtype) != (x.device, x.dtype):
             with torch.inference_mode(False):
-                placed = self._placed[reference] = (self.reference if reference else self.latents).to(x)
+                placed = self._placed[id(clean)] = clean.to(x)
         return placed.expand_as(x)
 
     def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
@@ -113,10 +111,12 @@ class Source:
     def at(self, x: Tensor, sigma: float, noise: Tensor, *, erased: bool = True) -> Tensor:
         """The clip as it gives keys and values, or as it is, noised to sigma, like x."""
         clean = self.matching(x)
-        clean = self._like(x, reference=True) if erased else clean
+        clean = self._like(self.reference, x) if erased else clean
         return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
 
     def subset(self, index: Tensor, batch: int) -> Source:
         """The same source for the clips `index` of a batch of `batch`."""
-        latents, noise, reference = (take(value, index, batch) for value in (self.latents, self.noise, self.reference))
-        return Source(latents, noise=noise, add_noise=self.add_noise, reference=reference)
+        part = Source(take(self.latents, index, batch), noise=take(self.noise, index, batch), add_noise=self.add_noise)
+        if self.reference is not self.latents:
+            part.reference = take(self.reference, index, batch)
+        return part

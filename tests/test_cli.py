@@ -218,7 +218,7 @@ def test_the_demo_writes_all_its_files(kvlock: Kvlock) -> None:
     assert Image.open("shown/trace.png").size[0] > 500
     metrics = json.loads(Path("shown/metrics.json").read_text())
     assert (metrics["seed"], metrics["steps"], metrics["sampler"]) == (1, 2, "dpmpp_2m")
-    assert list(metrics["variants"]) == ["composited", "full lock", "release"]
+    assert list(metrics["variants"]) == ["composited", "let go", "release"]
     assert len(metrics["edits"]) == 5
     with open("shown/trace.csv") as file:
         rows = list(csv.DictReader(file))

@@ -152,3 +152,18 @@ def test_a_local_estimator_takes_the_models_patch(setup):
         assert "model" not in repr(lock.settings.estimator)
     with pytest.raises(EstimatorError, match=r'patch="model", and no locked layers.*\n.*patch=\(1, 2, 2\)'):
         pooled(setup.x, None, "model")
+
+
+def test_a_longer_prompt_of_the_source_does_not_part_the_erased_one_from_the_edit(setup):
+    longer = torch.cat([setup.cond, setup.cond], dim=1)
+    options = {"policy": Constant(lock=0.5), "erase": True, "source_args": {"cond": longer}}
+    with setup.lock(**options) as locked:
+        locked(setup.x, setup.sigmas[:1], **setup.cfg)
+    assert [step.route for step in locked.trace] == ["lockstep"]
+
+
+def test_a_source_is_moved_once_whether_or_not_it_is_erased(setup):
+    for erase, copies in ((False, 1), (True, 2)):
+        with setup.lock(policy=Constant(lock=0.5), erase=erase) as locked:
+            locked(setup.x, setup.sigmas[:1], **setup.cfg)
+        assert len(locked.settings.source._placed) == copies

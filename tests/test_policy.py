@@ -58,7 +58,7 @@ BUILT_IN = [
     ReleaseBelow(),
     ReleaseBelow(below=1.0, lock=0.0),
     Release(),
-    Release(below=8.0, lock=1.0, firm=1.0, risk_weight=0.5),
+    Release(below=8.0, lock=1.0, firm=1.0),
     Threshold(),
     Threshold(on=1.5, off=0.5, locked=0.9, free=0.1, cfg_calm=1.2, cfg_alarm=0.5),
     Sigmoid(),
@@ -497,16 +497,16 @@ def test_the_examples_in_the_docstrings_run(name):
     assert doctest.testmod(importlib.import_module(f"kvlock_sampling.{name}")).failed == 0
 
 
-def test_release_lets_go_of_what_exceeds_its_noise_and_unlocks_what_is_firm():
-    risk, effect = torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]), torch.tensor([1.0, 1.1, 2.0, 32.0, 0.0])
-    obs = observe(risk.tolist())._replace(effect=effect, sigma=2.0)
-    lock, cfg_scale, composite = Release(lock=0.5, firm=4.0, risk_weight=1.0).step(None, obs)[1]
-    assert composite.tolist() == [1.0, 0.0, 1.0, 0.0, 1.0]
-    torch.testing.assert_close(lock, torch.tensor([0.5, 0.5, 0.5, 0.25, 0.5]))
+def test_release_lets_go_of_effects_and_unlocks_where_they_are_firm():
+    effect = torch.tensor([0.0, 1.0, 1.1, 2.0, 4.0, 32.0])
+    obs = observe(torch.zeros(6).tolist())._replace(effect=effect, sigma=2.0)
+    lock, cfg_scale, composite = Release(lock=0.5, firm=4.0).step(None, obs)[1]
+    assert composite.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    torch.testing.assert_close(lock, torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 1 / 16]))
     assert cfg_scale is None
-    lock, _, composite = Release(lock=0.5, firm=2.0).step(None, obs)[1]
-    assert composite.tolist() == [1.0, 0.0, 0.0, 0.0, 1.0]
-    torch.testing.assert_close(lock, torch.tensor([0.5, 0.5, 0.5, 1 / 32, 0.5]))
+    torch.testing.assert_close(
+        Release(lock=0.5, firm=1.0).step(None, obs)[1].lock, 0.5 * torch.tensor([1, 1, 1 / 1.1, 1 / 2, 1 / 4, 1 / 32])
+    )
 
 
 @pytest.mark.parametrize("policy", [ReleaseBelow(below=3.0), Release(below=3.0)])

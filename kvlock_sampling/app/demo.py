@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..policy import Constant
+from ..policy import Constant, ReleaseBelow
 from ..samplers import get
 from ..tiny import load, render, sample_edit
 from ..tiny.world import EDITS, regions
@@ -20,13 +20,13 @@ from .edit import Edit, edit_video
 FILES = ("edits.png", "edits.gif", "edits.mp4", "trace.png", "trace.csv", "metrics.json")
 VARIANTS: dict[str, dict[str, Any]] = {
     "composited": {"policy": Constant(lock=0.0), "composite": True},
-    "full lock": {"policy": Constant(lock=1.0)},
+    "let go": {"policy": ReleaseBelow(lock=0.0)},
     "release": {"policy": "release"},
 }
 CAPTIONS = {
     "source": "the clip",
     "composited": "background pasted",
-    "full lock": "pasted and locked",
+    "let go": "let go, not locked",
     "release": "locked, effects let go",
     "truth": "what is right",
 }
@@ -61,10 +61,9 @@ def run_demo(
             "inside_psnr": masked_psnr(edit.pixels, truth, mask),
             "effect_psnr": masked_psnr(edit.pixels[beside], truth[beside], effect[beside]),
         }
-        edits[name], metrics[name] = (
-            edit,
-            {**{k: float(v.mean()) for k, v in psnr.items()}, "nfe": edit.nfe, "seconds": edit.seconds},
-        )
+        edits[name] = edit
+        metrics[name] = {key: float(value.mean()) for key, value in psnr.items()}
+        metrics[name] |= {"nfe": edit.nfe, "seconds": edit.seconds}
         if on_variant is not None:
             on_variant(name)
 

@@ -1,13 +1,12 @@
 """Release: keep the source where the edit changes nothing firmly, and let go where it does.
 
-    noise = 1 + risk_weight * risk
-    sigma > below:   composite = 1,                       lock = lock
-    sigma <= below:  composite = 0 if effect > noise else 1,
-                     lock = lock * min(1, firm * noise / effect)
-`effect` is the squared mean and `risk` the variance of the edit's change over the trajectory (`Divergence`), both in
-units of the threshold. So a hallucination, which comes and goes, is composited and locked, and an effect, which stays,
-is let go: the paper's rule, token by token. What is let go keeps the lock, its hold on the background's context, and
-loses it only as the edit insists. Range: lock and composite in [0, 1].
+    sigma > below:   composite = 1,                    lock = lock
+    sigma <= below:  composite = 0 if effect > 1 else 1,
+                     lock = lock * min(1, firm / effect)
+`effect` is the squared mean of the edit's change over the trajectory (`Divergence`), in units of the threshold. So a
+hallucination, which comes and goes, is composited and locked, and an effect, which stays, is let go, token by token.
+What is let go keeps the lock, its hold on the background's context, and loses it only as the edit insists. Range: lock
+and composite in [0, 1].
 
 `ReleaseBelow` is the static schedule beside it: composited above a noise level, free under the lock below.
 Source: KV-Lock (arXiv 2603.09657) for locking by variance.
@@ -56,20 +55,17 @@ class Release(Policy):
     Args:
         below: Noise level > 0 from which on anything may be released. Defaults to 3.
         lock: Fusion ratio in [0, 1] of what is kept. Defaults to 0.75.
-        firm: Multiple >= 1 of its noise at which an effect begins to weaken the lock. Defaults to 4.
-        risk_weight: Weight >= 0 of the risk in the noise. Defaults to 0: the threshold alone.
+        firm: Effect >= 1, in thresholds, at which the lock begins to weaken. Defaults to 4.
     """
 
     below: float = 3.0
     lock: float = 0.75
     firm: float = 4.0
-    risk_weight: float = 0.0
 
     def __post_init__(self) -> None:
         number(self, "below", above=0.0)
         number(self, "lock", at_least=0.0, at_most=1.0)
         number(self, "firm", at_least=1.0)
-        number(self, "risk_weight", at_least=0.0)
 
     def start(self, obs: Observation) -> Control:
         return Control(self.lock, composite=1.0)
@@ -77,8 +73,7 @@ class Release(Policy):
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         if obs.sigma > self.below:
             return state, self.start(obs)
-        noise = 1.0 + self.risk_weight * obs.risk
-        lock = self.lock * (self.firm * noise / obs.effect).clamp(max=1.0)
-        return state, Control(lock, composite=(obs.effect <= noise).to(obs.effect.dtype))
+        lock = self.lock * (self.firm / obs.effect).clamp(max=1.0)
+        return state, Control(lock, composite=(obs.effect <= 1.0).to(obs.effect.dtype))
 
     may_lock = property(lambda self: self.lock > 0.0)

@@ -95,8 +95,7 @@ def _background_of_tokens(values: Tensor, mask: Tensor | None, patch: Patch) -> 
 
     def around(cells: Tensor) -> Tensor:
         means = avg_pool3d(cells, size)
-        return avg_pool2d(means.flatten(1, 2), 3, stride=1, padding=1).view_as(means)
+        return avg_pool2d(means.flatten(1, 2), 3, stride=1, padding=1, count_include_pad=False).view_as(means)
 
     share = around(kept)
-    everything = around(values) / around(torch.ones_like(kept))
-    return torch.where(share > 0, around(values * kept) / share.clamp_min(1e-12), everything)
+    return torch.where(share > 0, around(values * kept) / share.clamp_min(1e-12), around(values))

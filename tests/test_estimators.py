@@ -22,7 +22,6 @@ from kvlock_sampling.testing.estimator import CheckModel
 from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
 from kvlock_sampling.utils.tables import from_table, to_table
 from kvlock_sampling.variance import (
-    Combined,
     Divergence,
     DropoutVariance,
     Estimator,
@@ -55,15 +54,10 @@ BUILT_IN: list[Estimator] = [
     Sparse(PosteriorVariance(), every=3, below=4.0),
     Sparse(TrajectoryVariance(), below=2.0, above=0.1),
     Sparse(DropoutVariance(), every=4, hold=True),
-    Combined((TrajectoryVariance(), Sparse(RenoiseVariance(), every=2, hold=True))),
-    Combined((TrajectoryVariance(patch=PATCH), RenoiseVariance()), how="mean"),
     Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
     Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9),
-    Combined((Relative(TrajectoryVariance(patch=PATCH)), TrajectoryVariance())),
-    Combined((Divergence(patch=PATCH), TrajectoryVariance())),
-    Combined((Divergence(), TrajectoryVariance(patch=PATCH)), how="mean"),
+    Sparse(Relative(TrajectoryVariance(patch=PATCH)), every=2, hold=True),
     Relative(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True)),
-    Combined((RenoiseVariance(), PosteriorVariance()), how="mean", weights=(1.0, 3.0)),
 ]
 
 
@@ -74,8 +68,8 @@ def test_the_public_suite(estimator):
 
 def test_everything_registered_is_tested():
     def names(estimator):
-        inner = [getattr(estimator, "estimator", None), *getattr(estimator, "estimators", ())]
-        return {type(estimator).__name__}.union(*(names(e) for e in inner if e is not None))
+        inner = getattr(estimator, "estimator", None)
+        return {type(estimator).__name__} | (set() if inner is None else names(inner))
 
     assert set().union(*map(names, BUILT_IN)) == set(ESTIMATORS)
 
@@ -339,17 +333,6 @@ def test_a_level_repeated_is_not_new():
     assert heard(Sparse(Level(), every=2), [4.0, 4.0, 2.0, 2.0, 1.0]) == [4.0, None, None, None, 1.0]
 
 
-def test_several_are_compared_in_units_of_risk():
-    parts = (Level(), Level(factor=4.0))
-    assert heard(Combined(parts), [2.0]) == [4.0]
-    assert heard(Combined(parts, how="mean"), [2.0]) == [2.5]
-    assert heard(Combined(parts, how="mean", weights=(3, 1)), [2.0]) == [1.75]
-    assert Combined(parts).default_threshold == 1.0
-    pausing = (Level(), Sparse(Level(factor=4.0), sigmas=(1.0,)))
-    assert heard(Combined(pausing, how="mean", weights=(1.0, 1.0)), [2.0, 1.0]) == [1.0, 1.25]
-    assert heard(Combined((Sparse(Level(), sigmas=(1.0,)),)), [2.0, 1.0]) == [None, 0.5]
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -359,13 +342,6 @@ def test_several_are_compared_in_units_of_risk():
         (lambda: Sparse(Level(), every=0), "whole number"),
         (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
         (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\)\)"),
-        (lambda: Combined(()), "several estimators"),
-        (lambda: Combined(Level()), r"Combined\(\(a, b\)\)"),
-        (lambda: Combined((Level(), 3)), "expected an estimator"),
-        (lambda: Combined((Level(),), how="mean", weights=(1.0, 2.0)), "each of 1 estimators"),
-        (lambda: Combined((Level(),), how="mean", weights=(0.0,)), "a number > 0"),
-        (lambda: Combined((Level(),), how="median"), 'expected "max", or "mean"'),
-        (lambda: Combined((Level(),), weights=(1.0,)), '"mean" with weights'),
         (lambda: DropoutVariance(passes=1), "passes=4"),
         (lambda: DropoutVariance(rate=1.0), "rate=0.1"),
         (lambda: TrajectoryVariance(integral=True), "normalise=True, integral=True"),
@@ -449,7 +425,7 @@ def test_dropout_without_a_model_says_so():
         PosteriorVariance(),
         DropoutVariance(passes=2),
         Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True),
-        Combined((TrajectoryVariance(), RenoiseVariance(passes=1))),
+        Sparse(PosteriorVariance(), every=2, hold=True),
         TrajectoryVariance(patch=PATCH),
     ],
     ids=lambda e: type(e).__name__,
@@ -494,21 +470,14 @@ def test_probes_are_counted(setup):
 
 
 def test_nested_estimators_come_from_tables():
-    probe = {"type": "RenoiseVariance"}
+    moves = {"type": "TrajectoryVariance", "window": "none", "span": 8.0, "patch": [1, 2, 2]}
     table = {
-        "type": "Combined",
-        "how": "mean",
-        "weights": [1.0, 2.0],
-        "estimators": [
-            {"type": "TrajectoryVariance", "window": "none", "span": 8.0},
-            {"type": "Sparse", "sigmas": [1.0, 0.3], "hold": True, "estimator": probe},
-        ],
+        "type": "Relative",
+        "quantile": 0.9,
+        "estimator": {"type": "Sparse", "sigmas": [1.0, 0.3], "hold": True, "estimator": moves},
     }
-    expected = Combined(
-        (TrajectoryVariance(window=None, span=8.0), Sparse(RenoiseVariance(), sigmas=(1.0, 0.3), hold=True)),
-        how="mean",
-        weights=(1.0, 2.0),
-    )
+    inner = Sparse(TrajectoryVariance(window=None, span=8.0, patch=PATCH), sigmas=(1.0, 0.3), hold=True)
+    expected = Relative(inner, quantile=0.9)
     assert from_table(table, ESTIMATORS, "estimator") == expected
     hash(expected)
 
@@ -521,20 +490,17 @@ def test_a_table_is_the_estimator(estimator):
 def test_a_preset_names_a_nested_estimator():
     text = """
 [estimator]
-type = "Combined"
-[[estimator.estimators]]
-type = "TrajectoryVariance"
-patch = [1, 2, 2]
-[[estimator.estimators]]
+type = "Relative"
+[estimator.estimator]
 type = "Sparse"
 every = 5
 hold = true
-estimator = { type = "PosteriorVariance" }
+estimator = { type = "TrajectoryVariance", patch = [1, 2, 2] }
 [policy]
 type = "Linear"
 """
     preset = load_preset(text)
-    expected = Combined((TrajectoryVariance(patch=PATCH), Sparse(PosteriorVariance(), every=5, hold=True)))
+    expected = Relative(Sparse(TrajectoryVariance(patch=PATCH), every=5, hold=True))
     assert preset.estimator == expected
     assert load_preset(kv.to_toml(preset)) == preset
     assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
@@ -545,7 +511,7 @@ type = "Linear"
     [
         ({"type": "Sparse", "estimator": {"type": "Renoise"}}, r"estimator\.estimator\.type.*RenoiseVariance"),
         ({"type": "Sparse"}, "Sparse needs estimator"),
-        ({"type": "Combined", "estimators": [{"type": "Sparse", "evry": 2}]}, r"estimators\[0\]\.evry.*'every'"),
+        ({"type": "Relative", "estimator": {"type": "Sparse", "evry": 2}}, r"estimator\.estimator\.evry.*'every'"),
         ({"type": "Sparse", "estimator": {"type": "RenoiseVariance"}}, "no noise levels"),
         ({"type": "DropoutVariance", "model": "x"}, "model is not a setting"),
         ({"type": "Sparse", "estimator": "RenoiseVariance"}, "expected a table"),

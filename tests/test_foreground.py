@@ -261,11 +261,9 @@ def test_gradient_checkpointing_is_refused(setup):
 
 
 def test_what_measures_every_token_gets_every_token(setup):
-    from kvlock_sampling.variance import Combined
-
     for estimator in (
         kv.TrajectoryVariance(window=3, patch=(1, 2, 2)),
-        Combined((kv.TrajectoryVariance(window=3), kv.variance.RenoiseVariance(patch=(1, 2, 2))), how="max"),
+        kv.variance.Sparse(kv.variance.RenoiseVariance(patch=(1, 2, 2)), every=2, hold=True),
     ):
         measuring = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # locks as the constant does, and measures
         lock = setup.lock(policy=measuring, estimator=estimator)

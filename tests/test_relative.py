@@ -9,10 +9,8 @@ from kvlock_sampling.testing import GaussianDenoiser
 from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
 from kvlock_sampling.utils.tables import from_table
 from kvlock_sampling.variance import (
-    Combined,
     DropoutVariance,
     Relative,
-    RenoiseVariance,
     Sparse,
     TrajectoryVariance,
 )
@@ -94,15 +92,12 @@ def test_no_background_is_an_error_that_names_the_clip():
         estimator.step(estimator.init(), Evaluation(1.0, x, x, None, refuse))
     assert estimator.needs_background
     assert Sparse(estimator, every=2).needs_background
-    assert Combined((MOVES, estimator)).needs_background
-    assert not Combined((MOVES, RenoiseVariance())).needs_background
+    assert not Sparse(MOVES, every=2).needs_background
 
 
 def test_wrong_settings_are_errors():
     with pytest.raises(EstimatorError, match=r"value for every token.*one value per clip"):
         Relative(TrajectoryVariance())
-    with pytest.raises(EstimatorError, match="has patches"):
-        Relative(Combined((MOVES, TrajectoryVariance(patch=(2, 2, 2)))))
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(EstimatorError, match="quantile"):
             Relative(MOVES, quantile=bad)

@@ -42,9 +42,6 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
             raise PolicyError(f"{where}.{key} is not a setting of {kind.__name__}; {nearest(key, fields)}")
         if key in ("policy", "estimator"):
             settings[key] = from_table(value, registry, f"{where}.{key}", depth + 1)
-        elif key == "estimators" and isinstance(value, list):
-            parts = enumerate(value)
-            settings[key] = tuple(from_table(v, registry, f"{where}.{key}[{i}]", depth + 1) for i, v in parts)
         elif key != "type":
             settings[key] = None if value == "none" else tuple(value) if isinstance(value, list) else value
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in settings]
@@ -72,7 +69,7 @@ def to_table(value: Any, registry: Mapping[str, type]) -> dict[str, Any]:
         elif name in ("policy", "estimator"):
             table[name] = to_table(setting, registry)
         else:
-            table[name] = [to_table(v, registry) for v in setting] if name == "estimators" else setting
+            table[name] = setting
     return table
 
 

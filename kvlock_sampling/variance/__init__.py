@@ -11,10 +11,9 @@ from .relative import Relative
 from .renoise import RenoiseVariance
 from .thresholds import ThresholdCurve
 from .trajectory import TrajectoryVariance
-from .wrappers import Combined, EstimatorWrapper, Sparse
+from .wrappers import EstimatorWrapper, Sparse
 
 __all__ = [
-    "Combined",
     "Divergence",
     "DropoutVariance",
     "Estimator",

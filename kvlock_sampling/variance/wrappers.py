@@ -1,13 +1,8 @@
-"""Estimators around estimators:  Sparse (when),  Combined (several as one).
+"""Estimators around estimators. Sparse chooses when to measure; `relative` has another wrapper.
 
 Sparse measures at an evaluation with  above <= sigma <= below  if
     sigmas:  it is the first at or below one of these noise levels, or
     every:   it is the 1st, (n+1)-th, (2n+1)-th ... new noise level inside [above, below].
-
-Combined compares in units of risk, each variance divided by its estimator's default threshold, and effects likewise:
-    max:     max_i var_i / threshold_i
-    mean:    sum_i w_i var_i / threshold_i / sum_i w_i
-An estimator that returns None at an evaluation is left out there.
 """
 
 import dataclasses
@@ -15,19 +10,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from .base import Estimator
-
-
-def check_inner(outer: Estimator, inner: Any) -> None:
-    if not isinstance(inner, Estimator):
-        kind = type(outer).__name__
-        raise EstimatorError(f"{kind} was given {inner!r}; expected an estimator, e.g. {kind}(RenoiseVariance()).")
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,9 @@ class EstimatorWrapper(Estimator):
     patch = property(attrgetter("estimator.patch"))
 
     def __post_init__(self) -> None:
-        check_inner(self, self.estimator)
+        if not isinstance(self.estimator, Estimator):
+            kind, given = type(self).__name__, self.estimator
+            raise EstimatorError(f"{kind} was given {given!r}; expected an estimator, e.g. {kind}(RenoiseVariance()).")
 
     def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
         return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))
@@ -110,68 +100,3 @@ class Sparse(EstimatorWrapper):
 
     def effect(self, state: Any) -> Tensor | None:
         return self.estimator.effect(state[0])
-
-
-@dataclass(frozen=True)
-class Combined(Estimator):
-    """Several estimators as one, in units of risk: `Combined((TrajectoryVariance(), RenoiseVariance()))`.
-
-    Args:
-        estimators: At least one.
-        how: "max" for the largest risk, "mean" for the weighted mean. Defaults to "max".
-        weights: For "mean", one weight > 0 for each estimator, of any sum. Defaults to None, equal weights.
-    """
-
-    estimators: tuple[Estimator, ...]
-    how: Literal["max", "mean"] = "max"
-    weights: tuple[float, ...] | None = None
-
-    cost = property(lambda self: sum(e.cost for e in self.estimators))
-    needs_background = property(lambda self: any(e.needs_background for e in self.estimators))
-    needs_source = property(lambda self: any(e.needs_source for e in self.estimators))
-    patch = property(lambda self: next((e.patch for e in self.estimators if e.patch), None))
-
-    def __post_init__(self) -> None:
-        if isinstance(self.estimators, Estimator) or not tuple(self.estimators):
-            raise EstimatorError("Combined needs several estimators: Combined((a, b)).")
-        object.__setattr__(self, "estimators", tuple(self.estimators))
-        for estimator in self.estimators:
-            check_inner(self, estimator)
-        if len(patches := {e.patch for e in self.estimators if e.patch is not None}) > 1:
-            raise EstimatorError(f"Combined has patches {sorted(patches)}; expected the same patch for all.")
-        if self.how not in ("max", "mean") or (self.how == "max" and self.weights is not None):
-            raise EstimatorError(f'how={self.how!r}, weights={self.weights}; expected "max", or "mean" with weights.')
-        if self.weights is not None:
-            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
-            if len(self.weights) != (count := len(self.estimators)) or min(self.weights) <= 0:
-                raise EstimatorError(f"weights={self.weights}; expected a number > 0 for each of {count} estimators.")
-
-    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
-        return dataclasses.replace(self, estimators=tuple(e.on_tokens(patch) for e in self.estimators))
-
-    def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        modules = tuple(modules)
-        return dataclasses.replace(self, estimators=tuple(e.bound(modules) for e in self.estimators))
-
-    def init(self) -> tuple[Any, ...]:
-        return tuple(e.init() for e in self.estimators)
-
-    def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
-        pairs = [e.step(s, evaluation) for e, s in zip(self.estimators, state, strict=True)]
-        return tuple(s for s, _ in pairs), self._joined([v for _, v in pairs])
-
-    def effect(self, state: tuple[Any, ...]) -> Tensor | None:
-        found = self._joined([e.effect(s) for e, s in zip(self.estimators, state, strict=True)])
-        return found[:, None] if found is not None and self.patch and found.ndim == 1 else found
-
-    def _joined(self, found: list[Tensor | None]) -> Tensor | None:
-        risks = {i: v / self.estimators[i].default_threshold for i, v in enumerate(found) if v is not None}
-        if not risks:
-            return None
-        if any(r.ndim > 1 for r in risks.values()):
-            risks = {i: r if r.ndim > 1 else r[:, None] for i, r in risks.items()}
-        stacked = torch.stack(torch.broadcast_tensors(*risks.values()))
-        if self.how == "max":
-            return stacked.amax(0)
-        weights = stacked.new_tensor([1.0 if self.weights is None else self.weights[i] for i in risks])
-        return torch.tensordot(weights / weights.sum(), stacked, dims=1)

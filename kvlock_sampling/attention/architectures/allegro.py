@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+ALLEGRO = Architecture(
     name="allegro",
     classes=("diffusers.models.transformers.transformer_allegro:AllegroTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),

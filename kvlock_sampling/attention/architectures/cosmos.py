@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+COSMOS = Architecture(
     name="cosmos",
     classes=("diffusers.models.transformers.transformer_cosmos:CosmosTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),

@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+EASYANIMATE = Architecture(
     name="easyanimate",
     classes=("diffusers.models.transformers.transformer_easyanimate:EasyAnimateTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),

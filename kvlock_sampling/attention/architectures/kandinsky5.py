@@ -15,7 +15,7 @@ def _patch(network: Any) -> tuple[int, ...]:
     return tuple(network.config.patch_size)
 
 
-ARCHITECTURE = Architecture(
+KANDINSKY5 = Architecture(
     name="kandinsky5",
     classes=("diffusers.models.transformers.transformer_kandinsky:Kandinsky5Transformer3DModel",),
     layers=("visual_transformer_blocks.*.self_attention",),

@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+MOCHI = Architecture(
     name="mochi",
     classes=("diffusers.models.transformers.transformer_mochi:MochiTransformer3DModel",),
     layers=("transformer_blocks.*.attn1",),

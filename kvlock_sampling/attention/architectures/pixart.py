@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+PIXART = Architecture(
     name="pixart",
     classes=("diffusers.models.transformers.pixart_transformer_2d:PixArtTransformer2DModel",),
     layers=("transformer_blocks.*.attn1",),

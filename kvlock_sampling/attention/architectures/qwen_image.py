@@ -6,7 +6,7 @@ Tokens of the images to edit stand last: layers=kv.find_layers(model).with_extra
 from ..architecture import Architecture
 from ..layers import Table, TokenFlow
 
-ARCHITECTURE = Architecture(
+QWEN_IMAGE = Architecture(
     name="qwen-image",
     classes=("diffusers.models.transformers.transformer_qwenimage:QwenImageTransformer2DModel",),
     layers=("transformer_blocks.*.attn",),

@@ -3,7 +3,7 @@
 from ..architecture import Architecture, LayerPattern
 from ..layers import TokenFlow
 
-ARCHITECTURE = Architecture(
+SD3 = Architecture(
     name="sd3",
     classes=("diffusers.models.transformers.transformer_sd3:SD3Transformer2DModel",),
     layers=("transformer_blocks.*.attn", LayerPattern("transformer_blocks.*.attn2", text="none", optional=True)),

@@ -1,12 +1,13 @@
-"""Wan 2.1 and 2.2, SkyReels V2, ChronoEdit, Wan Animate and AnyFlow (diffusers): video-only self-attention in `attn1`.
+"""Wan 2.1 and 2.2, VACE, SkyReels V2, ChronoEdit, Wan Animate and AnyFlow (diffusers): video-only self-attention.
 
-Wan Animate's reference image is the first latent frame.
+Wan Animate's reference image is the first latent frame. VACE's `vace_blocks` run first, on one control token for each
+video token; its reference images are latent frames before the clip's: set the mask to 0 there.
 """
 
 from ..architecture import Architecture
 from ..layers import Table, TokenFlow
 
-ARCHITECTURE = Architecture(
+WAN = Architecture(
     name="wan",
     classes=(
         "diffusers.models.transformers.transformer_wan:WanTransformer3DModel",
@@ -25,4 +26,12 @@ ARCHITECTURE = Architecture(
             not any(kind.__name__.startswith(("WanAnimate", "AnyFlow")) for kind in type(network).mro())
         ),
     ),
+)
+
+WAN_VACE = Architecture(
+    name="wan-vace",
+    classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
+    layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    patch=lambda network: network.config.patch_size,
+    flow=TokenFlow("norm_out", tokens=("hidden_states", "control_hidden_states"), tables=(Table("rotary_emb", 1),)),
 )

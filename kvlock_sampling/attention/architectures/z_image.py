@@ -2,7 +2,7 @@
 
 from ..architecture import Architecture
 
-ARCHITECTURE = Architecture(
+Z_IMAGE = Architecture(
     name="z-image",
     classes=("diffusers.models.transformers.transformer_z_image:ZImageTransformer2DModel",),
     layers=("layers.*.attention",),

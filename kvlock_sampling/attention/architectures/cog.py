@@ -1,9 +1,9 @@
-"""CogVideoX, also 1.5 with two frames per token, and ConsisID (diffusers): joint attention, text first."""
+"""CogVideoX, also 1.5 with two frames per token, ConsisID and CogView 4 (diffusers): joint attention, text first."""
 
 from ..architecture import Architecture
 from ..layers import Table, TokenFlow
 
-ARCHITECTURE = Architecture(
+COGVIDEOX = Architecture(
     name="cogvideox",
     classes=(
         "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel",
@@ -18,4 +18,12 @@ ARCHITECTURE = Architecture(
         tables=(Table("image_rotary_emb", 0),),
         supported=lambda network: type(network).__name__ == "CogVideoXTransformer3DModel",
     ),
+)
+
+COGVIEW_4 = Architecture(
+    name="cogview4",
+    classes=("diffusers.models.transformers.transformer_cogview4:CogView4Transformer2DModel",),
+    layers=("transformer_blocks.*.attn1",),
+    patch=lambda network: (1, network.config.patch_size, network.config.patch_size),
+    text="first",
 )

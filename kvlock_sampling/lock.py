@@ -4,8 +4,6 @@ sampler -> KVLock -> source at the same sigma -> attention layers -> model -> x0
         <- denoised <- composite <- guidance <- cfg_scale, composite (this evaluation), lock (the next one)
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterable, Mapping
@@ -149,7 +147,7 @@ class KVLock(DenoiserProxy):
         self.settings = resolve(model, options)
         self.trace = Trace()
 
-    def __enter__(self) -> KVLock:
+    def __enter__(self) -> "KVLock":
         run = Run(self.settings.schedule)
         _active.set({**_active.get(), id(self): (*self._runs(), run)})
         self.trace = run.trace
@@ -192,7 +190,7 @@ class KVLock(DenoiserProxy):
             raise RunError("this lock keeps nothing, so there is nothing to plan; pass kv_cache=kv.KVCache(...).")
         return plan(kv_cache, layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
 
-    def subset(self, index: Tensor, batch: int) -> KVLock:
+    def subset(self, index: Tensor, batch: int) -> "KVLock":
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         part = copy.copy(self)
         part.trace, part.settings = Trace(), self.settings.subset(index, batch)

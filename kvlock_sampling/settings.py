@@ -5,8 +5,6 @@ that policies can be exchanged; options that describe the clip or the model (sou
 warn, so that a script compares with policy="off" by changing one word.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import os
@@ -103,7 +101,7 @@ class LockSettings:
         # The argument is a tensor on the host: a noise level on the device would cost another transfer.
         return None if expert is None else expert(torch.tensor(model_sigma))
 
-    def subset(self, index: Tensor, batch: int) -> LockSettings:
+    def subset(self, index: Tensor, batch: int) -> "LockSettings":
         """The settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         source = None if self.source is None else self.source.subset(index, batch)
         videos = self.source is not None and self.source.latents.ndim == 5

@@ -4,8 +4,6 @@ There is no inversion. By default the noise is the run's own: the one that leads
 x. The source's trajectory then starts at the same point, and stays on it where the background is composited.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -114,7 +112,7 @@ class Source:
         clean = self._like(self.reference, x) if erased else clean
         return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
 
-    def subset(self, index: Tensor, batch: int) -> Source:
+    def subset(self, index: Tensor, batch: int) -> "Source":
         """The same source for the clips `index` of a batch of `batch`."""
         part = Source(take(self.latents, index, batch), noise=take(self.noise, index, batch), add_noise=self.add_noise)
         if self.reference is not self.latents:

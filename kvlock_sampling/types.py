@@ -124,8 +124,7 @@ class StepInfo(NamedTuple):
 class KVLockError(Exception):
     """Base of every error that this library raises on purpose.
 
-    Subclasses are MaskError, SourceError, PolicyError, EstimatorError, AttentionError, RunError and SamplerError, and,
-    each in its own module, DenoiserError, KVCacheError, VideoError and PipelineError.
+    Subclasses are the errors below, and, each in its own module, DenoiserError and VideoError.
     """
 
 
@@ -155,3 +154,15 @@ class RunError(KVLockError, RuntimeError):
 
 class SamplerError(KVLockError, ValueError):
     """A sampler or schedule does not exist or cannot be used."""
+
+
+class KVCacheError(KVLockError, RuntimeError):
+    """A wrong setting, an unusable directory, or K/V that are not complete."""
+
+
+class KVCacheWarning(UserWarning):
+    """A level cannot be kept or used: its file is damaged or cannot be written, or the budget is too small."""
+
+
+class PipelineError(KVLockError, ValueError):
+    """A pipeline cannot be loaded, is of no known family, or was given an argument that does not fit it."""

@@ -1,20 +1,19 @@
 """Edit the masked part of video clips after a prompt, with everything else locked to the source: `edit_video`."""
 
-from __future__ import annotations
-
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import masks, samplers
+from ..kv_cache import Plan
 from ..lock import KVLock
 from ..masks.morphology import dilate
 from ..masks.resolution import on_pixels
@@ -24,9 +23,6 @@ from ..types import KVLockError, SamplerError, SourceError
 from ..video.metrics import masked_psnr
 from ..video.pixels import as_clips, check_floats, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
-
-if TYPE_CHECKING:
-    from ..kv_cache import Plan
 
 FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask
 

@@ -7,8 +7,6 @@ Three modes:
 Rows come in chunks of `batch` clips, for example [uncond, cond] or [uncond, cond, source].
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -66,7 +64,7 @@ class FusionContext:
         """The number of video tokens in the sequences of this call."""
         return self.ratio.shape[1] if self.narrowed is None else len(self.narrowed.computed)
 
-    def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> FusionContext:
+    def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> "FusionContext":
         """The same context for another call, in this mode, with its own record."""
         return replace(self, mode=mode, source=source or {}, record=CallRecord())
 

@@ -4,8 +4,6 @@
 `torch.nn.functional.scaled_dot_product_attention` in any other model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -138,7 +136,7 @@ class AttentionLayers:
         """The number of layers in each network."""
         return len(self.layers) // max(1, len(self.networks))
 
-    def select(self, chosen: Iterable[int] | slice | None) -> AttentionLayers:
+    def select(self, chosen: Iterable[int] | slice | None) -> "AttentionLayers":
         """Keep some layers only; of a model with several experts, the same layers of each.
 
         Args:
@@ -165,7 +163,7 @@ class AttentionLayers:
         kept = tuple(self.layers[first + i] for first in range(0, len(self.layers), count) for i in keep)
         return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
-    def with_extra(self, *, before: int = 0, after: int = 0) -> AttentionLayers:
+    def with_extra(self, *, before: int = 0, after: int = 0) -> "AttentionLayers":
         """The same layers in sequences that hold `before` + `after` other tokens around the video's, which never fuse.
 
         Raises:

@@ -1,7 +1,7 @@
 """The KV cache: the source's keys and values kept over steps, seeds, prompts, runs and processes."""
 
+from ..types import KVCacheError, KVCacheWarning
 from .cache import CacheEntry, CacheSession, KVCache, uncacheable
-from .errors import KVCacheError, KVCacheWarning
 from .fingerprint import content_fingerprint, model_fingerprint
 from .plan import Plan, plan
 

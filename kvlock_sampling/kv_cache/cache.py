@@ -7,8 +7,6 @@ A *level* holds the K/V of every layer at one noise level. A *cache entry* holds
 mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
-from ..types import AttentionError
+from ..types import AttentionError, KVCacheError, KVCacheWarning
 from . import disk
-from .errors import KVCacheError, KVCacheWarning
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable
 from .quantize import Level, PackedLevel, check_format, pack, packed_bytes
@@ -74,7 +71,7 @@ class KVCache:
         """The bytes held in memory now."""
         return self.memory.used
 
-    def session(self, model: Any, layers: AttentionLayers) -> CacheSession:
+    def session(self, model: Any, layers: AttentionLayers) -> "CacheSession":
         """Start to use the cache in one run of a denoiser, for layers that are not `uncacheable`."""
         return CacheSession(self, model, layers)
 
@@ -84,7 +81,7 @@ class KVCache:
             self._warned.add(reason)
             warnings.warn(text, KVCacheWarning, stacklevel=3)
 
-    def __deepcopy__(self, memo: Any) -> KVCache:
+    def __deepcopy__(self, memo: Any) -> "KVCache":
         """Return the cache itself: a copy of a lock shares its cache."""
         return self
 

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..types import KVCacheError, KVCacheWarning
 from ..utils.files import atomic
-from .errors import KVCacheError, KVCacheWarning
 from .fingerprint import block_sums, content_fingerprint
 from .quantize import DTYPES, Packed, PackedLevel
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..types import KVCacheError
 from ..utils.modules import reachable_modules
-from .errors import KVCacheError
 
 SAMPLED = 64  # numbers of each weight, evenly spread: they show the order of numbers, which sums do not
 BLOCK = 8192  # words of 8 bytes that are summed together

@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-from .errors import KVCacheError
+from ..types import KVCacheError
 from .quantize import PackedLevel, level_bytes
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
+from ..types import KVCacheError
 from .cache import KVCache
-from .errors import KVCacheError
 from .memory import readable
 from .quantize import packed_bytes
 

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..types import KVCacheError
 from ..utils.precision import working
-from .errors import KVCacheError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}

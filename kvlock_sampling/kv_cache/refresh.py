@@ -15,8 +15,7 @@ import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..types import SAME_SIGMA
-from .errors import KVCacheError
+from ..types import SAME_SIGMA, KVCacheError
 
 
 def same(a: float, b: float) -> bool:

@@ -1,7 +1,5 @@
 """A mask at every resolution that a run needs: latents for compositing and measuring, tokens for locking."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import wraps
 from numbers import Real
@@ -33,7 +31,7 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
 
 def _remembered(make: F) -> F:
     @wraps(make)
-    def method(self: FittedMask, like: Tensor, *options: Any) -> Any:
+    def method(self: "FittedMask", like: Tensor, *options: Any) -> Any:
         key = (make.__name__, like.shape, like.dtype, like.device, *(option and tuple(option) for option in options))
         if key not in self._known:
             with torch.inference_mode(False):
@@ -51,7 +49,7 @@ class FittedMask:
             self.given = as_tensor(mask).detach().clone()
         self._known: dict[Any, Any] = {}
 
-    def subset(self, index: Tensor, batch: int, *, videos: bool) -> FittedMask:
+    def subset(self, index: Tensor, batch: int, *, videos: bool) -> "FittedMask":
         """The same mask for the clips `index` of a batch of `batch`. With `videos` its first axis is that of clips."""
         return FittedMask(take(as_mask(self.given) if videos else self.given, index, batch))
 

@@ -4,8 +4,6 @@ Settings are frozen, state is a value. `step` sees evaluations at falling sigma;
 restores an earlier state.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -72,11 +70,11 @@ class Estimator(ABC):
         """
         return None
 
-    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
+    def on_tokens(self, patch: tuple[int, int, int]) -> "Estimator":
         """Return the estimator for a model of this patch: it takes the place of "model". The lock calls it once."""
         return dataclasses.replace(self, patch=patch) if self.patch == "model" else self  # type: ignore[type-var]
 
-    def bound(self, modules: Iterable[nn.Module]) -> Estimator:
+    def bound(self, modules: Iterable[nn.Module]) -> "Estimator":
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""
         return self
 

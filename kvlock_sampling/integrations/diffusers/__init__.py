@@ -14,7 +14,7 @@ from ...utils.torchvision import broken_torchvision_hidden
 with broken_torchvision_hidden():
     require("diffusers", "diffusers")
 
-from .errors import PipelineError
+from ...types import PipelineError
 from .guider import KVLockGuider
 from .latents import encode_clip
 from .models import from_pipeline, load_pipeline

@@ -3,8 +3,6 @@
 It records the branches of a step, and evaluates them under a `KVLock` when the pipeline asks for guidance.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -118,7 +116,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         self.edit(source=source, mask=mask, noise=noise, source_embeds=source_embeds, scheduler=scheduler)
         self.edit(estimator=estimator, threshold=threshold, kv_cache=kv_cache, layers=layers)
 
-    def edit(self, **given: Any) -> KVLockGuider:
+    def edit(self, **given: Any) -> "KVLockGuider":
         """Replace some of what is not saved, and return this guider. Shapes are checked at the first step.
 
         Args:
@@ -146,13 +144,13 @@ class KVLockGuider(ClassifierFreeGuidance):
         self._session.edit(policy=self._policy, **{name: self.config[name] for name in _SAVED}, **options)
         return self
 
-    def new(self, **changes: Any) -> KVLockGuider:
+    def new(self, **changes: Any) -> "KVLockGuider":
         """Return a guider with these settings and tensors, some of them changed."""
         given = {name: changes.pop(name) for name in _EDITED if name in changes}
         # The config holds no policy that is code.
         return super().new(**{"policy": self._policy, **changes}).edit(**{**self._given, **given})
 
-    def partner(self, guidance_scale: float) -> KVLockGuider:
+    def partner(self, guidance_scale: float) -> "KVLockGuider":
         """Return the guider for the second expert of Wan 2.2: both share one lock, one policy state and one trace.
 
             pipe.update_components(guider=guider, guider_2=guider.partner(3.0))

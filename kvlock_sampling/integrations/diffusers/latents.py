@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import SourceError
+from ...types import PipelineError, SourceError
 from ...video.pixels import as_clips, check_floats, check_pixels
-from .errors import PipelineError
 
 
 def encode_clip(vae: Any, pixels: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import SAME_SIGMA
+from ...types import SAME_SIGMA, PipelineError
 from .calls import Call, intercepted
-from .errors import PipelineError
 from .schedule import check_flow, time_of
 from .session import Session
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ...denoisers import FlowDenoiser
-from ...types import RunError
-from .errors import PipelineError
+from ...types import PipelineError, RunError
 
 FINE = 1000  # steps of the schedule that is interpolated for a start part-way
 LATEST = 1 - 1e-6  # policies see sigma = 1e6 instead of infinity; the transformer is still called at time 1

@@ -10,9 +10,8 @@ from ...lock import KVLock, evaluate
 from ...run import Run
 from ...settings import LockSettings
 from ...trace import Trace
-from ...types import RunError, SourceError
+from ...types import PipelineError, RunError, SourceError
 from .calls import Call
-from .errors import PipelineError
 from .flow import FlowCalls
 from .schedule import sigmas_of
 

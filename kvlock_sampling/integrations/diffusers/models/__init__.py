@@ -1,6 +1,6 @@
 """Diffusers pipelines as models to edit with: `from_pipeline(pipe)`, `load_pipeline(folder)`."""
 
-from ..errors import PipelineError
+from ....types import PipelineError
 from .base import PipelineVideo
 from .load import FAMILIES, from_pipeline, load_pipeline
 

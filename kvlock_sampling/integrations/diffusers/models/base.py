@@ -4,8 +4,6 @@ Latents are (batch, channels, time, height, width), float32, normalised as the t
 variance-exploding form. A family declares how its transformer is called: packing, axis order, rotary tables, masks.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 from ....denoisers import FlowDenoiser, Preconditioned
 from ....masks import as_mask
 from ....samplers import flow_sigmas
+from ....types import PipelineError
 from .. import latents as codec
-from ..errors import PipelineError
 from ..schedule import check_flow, flow_times, schedule_sigmas, train_steps
 
 Conditioning = dict[str, Tensor]
@@ -187,7 +185,7 @@ class PipelineVideo:
         """The mask for a lock: `mask`, unless the latents hold frames that the clip lacks."""
         return mask
 
-    def given(self, clips: Tensor, mask: Any = None) -> PipelineVideo:
+    def given(self, clips: Tensor, mask: Any = None) -> "PipelineVideo":
         """Return this model bound to clips: some schedules depend on the size, some transformers read a first frame.
 
         A prompt of one text then counts for all clips.

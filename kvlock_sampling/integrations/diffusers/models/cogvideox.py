@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .... import masks
 from ....denoisers import EpsDenoiser, Preconditioned, VDenoiser
-from ..errors import PipelineError
+from ....types import PipelineError
 from ..schedule import ddpm_sigmas, ddpm_time, schedule_sigmas
 from .base import Conditioning, PipelineVideo
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import PipelineError
+from ....types import PipelineError
 from ..schedule import flow_times
 from .base import Conditioning, PipelineVideo, finite
 

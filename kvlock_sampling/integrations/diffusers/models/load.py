@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from ....types import PipelineError
 from ....utils.extras import require
 from ....utils.torchvision import broken_torchvision_hidden
-from ..errors import PipelineError
 from .base import PipelineVideo
 from .cogvideox import CogVideoXVideo
 from .hunyuan import Hunyuan15Video, HunyuanVideo

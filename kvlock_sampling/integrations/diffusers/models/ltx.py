@@ -16,8 +16,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ....types import PipelineError
 from ....utils.torchvision import broken_torchvision_hidden
-from ..errors import PipelineError
 from ..schedule import flow_times
 from .base import Conditioning, PipelineVideo, finite
 

@@ -12,15 +12,13 @@
 Sources: diffusers `pipelines/wan/`, whose own functions fold VACE's control; Wan, arXiv 2503.20314; VACE, 2503.07598.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PipelineError
+from ....types import PipelineError
 from ..schedule import train_steps
 from .base import Conditioning, PipelineVideo, finite
 
@@ -83,7 +81,7 @@ class WanImageVideo(WanVideo):
     def _call_options(self) -> dict[str, Any]:
         return {**super()._call_options(), "steps": train_steps(self.pipe.scheduler)}
 
-    def starting_from(self, image: Tensor) -> WanImageVideo:
+    def starting_from(self, image: Tensor) -> "WanImageVideo":
         """Return the same model with another frame to start from, (3, height, width) in [-1, 1]."""
         other = copy.copy(self)
         other.image, other._clips = image, {}

@@ -17,6 +17,12 @@ from .layers import AttentionLayer, AttentionLayers, TokenFlow, as_patch
 Text = Literal["none", "first", "last"]
 
 
+def config_patch(network: Any) -> Grid:
+    """The patch by the config of a diffusers network: `patch_size`, three sizes or one, and `patch_size_t`."""
+    size = network.config.patch_size
+    return as_patch((network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size)
+
+
 @dataclass(frozen=True)
 class LayerPattern:
     """A pattern of layer names that differ from the other layers of their architecture.
@@ -43,7 +49,8 @@ class Architecture:
         classes: The network's classes as "package.module:Class"; `*` stands for any text. Subclasses match too.
         layers: Name patterns of the self-attention modules, without cross-attention, refiners and text-only layers, in
             the order of their indices; `*` stands for one component, e.g. ("blocks.*.attn1",). Or `LayerPattern`s.
-        patch: Latents per token along (time, height, width), or a function of the network that returns them.
+        patch: Latents per token along (time, height, width), or a function of the network that returns them. Default:
+            what the network's config says, see `config_patch`.
         text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
         text_arguments: Arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
             everything that is not video counts as text.
@@ -58,7 +65,7 @@ class Architecture:
     name: str
     classes: tuple[str, ...]
     layers: tuple[str | LayerPattern, ...]
-    patch: Grid | Callable[[Any], Sequence[int]]
+    patch: Grid | Callable[[Any], Sequence[int]] = config_patch
     text: Text = "none"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
     layer_patch: Callable[[Any, str], Sequence[int] | None] | None = None

@@ -1,9 +1,7 @@
-"""The built-in families of models, one file each. Every `Architecture` in a file counts."""
-
-from importlib import import_module
-from pkgutil import iter_modules
+"""The built-in families of models: every `Architecture` in the files of this folder."""
 
 from ..architecture import Architecture
+from . import hunyuan, image, k_diffusion, video, wan
 
-_FILES = [import_module(f".{file.name}", __name__) for file in iter_modules(__path__)]
-BUILT_IN = tuple(found for file in _FILES for found in vars(file).values() if isinstance(found, Architecture))
+_FOUND = [value for file in (hunyuan, image, k_diffusion, video, wan) for value in vars(file).values()]
+BUILT_IN = tuple(found for found in _FOUND if isinstance(found, Architecture))

@@ -23,7 +23,6 @@ HUNYUAN_VIDEO = Architecture(
         "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
     ),
     layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
-    patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "image_embeds"),
     flow=TokenFlow(
@@ -38,7 +37,6 @@ HUNYUAN_VIDEO_15 = Architecture(
     name="hunyuan-video-1.5",
     classes=("diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15Transformer3DModel",),
     layers=("transformer_blocks.*.attn",),
-    patch=lambda network: (network.config.patch_size_t, network.config.patch_size, network.config.patch_size),
     text="last",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
     flow=TokenFlow("norm_out", tables=(Table("freqs_cis", 0),)),

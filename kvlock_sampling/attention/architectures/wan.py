@@ -17,7 +17,6 @@ WAN = Architecture(
         "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
     ),
     layers=("blocks.*.attn1",),
-    patch=lambda network: network.config.patch_size,
     flow=TokenFlow(
         "norm_out",
         # Modulation per token is (rows, tokens, 6, dim), but (rows, 6, tokens, dim) in SkyReels' diffusion forcing.
@@ -32,6 +31,5 @@ WAN_VACE = Architecture(
     name="wan-vace",
     classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
     layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
-    patch=lambda network: network.config.patch_size,
     flow=TokenFlow("norm_out", tokens=("hidden_states", "control_hidden_states"), tables=(Table("rotary_emb", 1),)),
 )

@@ -21,7 +21,7 @@ from ..masks.tokens import on_latents
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..video.metrics import masked_psnr
-from ..video.pixels import as_clips, check_floats, check_pixels
+from ..video.pixels import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
 
 FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask
@@ -190,7 +190,6 @@ def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
 
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
-    check_floats(clips)
     frames, size = editable(video, *clips.shape[2:]) if clips.ndim == 5 else (video.frames, video.size)
     if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))

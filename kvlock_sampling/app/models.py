@@ -53,12 +53,12 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     Raises:
         KVLockError: There is no model, or the options are for a pipeline and the model is not one.
     """
-    from ..integrations.diffusers.models.load import INDEX, is_pipeline_folder, load_pipeline
+    from ..integrations.diffusers.models.load import INDEX, load_pipeline
     from ..tiny import load
 
     given = {k: v for k, v in options.items() if v is not None and (k, v) != ("offload", "none")}
     path = Path(model)
-    if is_pipeline_folder(path):
+    if (path / INDEX).is_file():
         return load_pipeline(path, **given)
     if str(model) != "tiny" and not path.is_file() and not (path / "weights.safetensors").is_file():
         hint = "" if path.is_dir() else "\n  Models are not downloaded: hf download NAME --local-dir FOLDER."

@@ -17,7 +17,7 @@ class VideoError(KVLockError, ValueError):
 
 
 def as_clips(clip: Any) -> Tensor:
-    """Convert a tensor or array to clips (batch, channels, frames, height, width), or keep other numbers of axes."""
+    """Floats, a tensor or array, as clips (batch, channels, frames, height, width); other numbers of axes stay."""
     if isinstance(clip, str | os.PathLike):
         name = os.fspath(clip)
         raise SourceError(
@@ -31,12 +31,9 @@ def as_clips(clip: Any) -> Tensor:
     if not isinstance(clip, Tensor):
         hint = "\n  clip = read_clip(path).pixels" if hasattr(clip, "pixels") else ""
         raise SourceError(f"clip is a {type(clip).__name__}; {_EXPECTED}, as a tensor or an array.{hint}")
+    if not clip.is_floating_point():
+        raise SourceError(f"clip is of {clip.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
     return clip.unsqueeze(0) if clip.ndim == 4 else clip
-
-
-def check_floats(clips: Tensor) -> None:
-    if not clips.is_floating_point():
-        raise SourceError(f"clip is of {clips.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
 
 
 def check_pixels(clips: Tensor) -> None:

@@ -17,7 +17,7 @@ with broken_torchvision_hidden():
 from ...types import PipelineError
 from .guider import KVLockGuider
 from .latents import encode_clip
-from .models import from_pipeline, load_pipeline
+from .models.load import from_pipeline, load_pipeline
 from .pipeline import locked
 
 __all__ = ["KVLockGuider", "PipelineError", "encode_clip", "from_pipeline", "load_pipeline", "locked"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...types import PipelineError, SourceError
-from ...video.pixels import as_clips, check_floats, check_pixels
+from ...video.pixels import as_clips, check_pixels
 
 
 def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
@@ -25,7 +25,6 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
         PipelineError: The VAE names no statistics.
     """
     clips = as_clips(pixels)
-    check_floats(clips)
     _check_shape(clips, vae)
     check_pixels(clips)
     return encode(vae, clips, vae.device)

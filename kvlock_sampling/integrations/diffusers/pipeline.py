@@ -61,7 +61,11 @@ def locked(
     if source_prompt is not None:
         if source_embeds is not None:
             raise PipelineError("source_prompt and source_embeds were both given; pass one of them.")
-        source_embeds = _encoded(pipe, source_prompt)
+        # As the pipeline's own call encodes it: `encode_prompt` alone has another default length.
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+        length = {} if parameter is None else {"max_sequence_length": parameter.default}
+        with torch.no_grad():
+            source_embeds = pipe.encode_prompt([source_prompt], do_classifier_free_guidance=False, **length)[0]
     session = Session(source_embeds=source_embeds, batched=batched, source=source, mask=mask, policy=policy, **options)
     answer = _answer(pipe, session)
     for network in networks:
@@ -71,14 +75,6 @@ def locked(
         for network in networks:
             stack.enter_context(intercepted(network, answer))
         yield session
-
-
-def _encoded(pipe: Any, prompt: str) -> Tensor:
-    """A prompt as the pipeline's own call encodes it: `encode_prompt` alone has another default length."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
-    length = {} if parameter is None else {"max_sequence_length": parameter.default}
-    with torch.no_grad():
-        return pipe.encode_prompt([prompt], do_classifier_free_guidance=False, **length)[0]
 
 
 def _networks(pipe: Any) -> list[Any]:
@@ -109,18 +105,8 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor | None]:
     waiting: list[tuple[Call, Tensor, float]] = []  # a conditional call, its blank answer, and its flow time
     last = 0.0
 
-    def time_at(call: Call) -> float:
-        """Flow time of this step. Begins a run if the scheduler has not stepped yet, or went back up."""
-        nonlocal last
-        scheduler = pipe.scheduler
-        time = time_of(scheduler, call.timestep)
-        fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
-        if session.run is None or fresh or time > last * (1 + SAME_SIGMA):
-            session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
-        last = time
-        return time
-
     def answer(call: Call) -> Tensor | None:
+        nonlocal last
         if getattr(pipe, "_current_timestep", None) is None:
             return None  # a call from outside the pipeline's loop
         if waiting and waiting[0][0].hidden is call.hidden:
@@ -131,7 +117,13 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor | None]:
             blank.copy_(for_cond)
             return blank if for_uncond is for_cond else for_uncond
         waiting.clear()
-        time = time_at(call)
+        scheduler = pipe.scheduler
+        time = time_of(scheduler, call.timestep)
+        # A run begins if the scheduler has not stepped yet, or went back up.
+        fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
+        if session.run is None or fresh or time > last * (1 + SAME_SIGMA):
+            session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
+        last = time
         if not pipe.do_classifier_free_guidance:
             return session.evaluate(call, None, time=time, requested=1.0)[0]
         blank = call.blank(call.hidden.dtype if session.only_scales(call.network) else torch.float32)

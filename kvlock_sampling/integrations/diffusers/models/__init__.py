@@ -1,7 +1,1 @@
-"""Diffusers pipelines as models to edit with: `from_pipeline(pipe)`, `load_pipeline(folder)`."""
-
-from ....types import PipelineError
-from .base import PipelineVideo
-from .load import FAMILIES, from_pipeline, load_pipeline
-
-__all__ = ["FAMILIES", "PipelineError", "PipelineVideo", "from_pipeline", "load_pipeline"]
+"""Diffusers pipelines as models to edit with: one family a file, and `load` for all of them."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ....attention.architecture import config_patch
 from ....denoisers import FlowDenoiser, Preconditioned
 from ....masks import as_mask
 from ....samplers import flow_sigmas
@@ -167,9 +168,7 @@ class PipelineVideo:
     @property
     def patch(self) -> tuple[int, int, int]:
         """Latents per token, (time, height, width)."""
-        config = self.transformer.config
-        size = config.patch_size
-        return (config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else tuple(size)
+        return config_patch(self.transformer)
 
     def fit(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Return the largest size that the model can edit and that is no larger than this one, at least one token."""
@@ -244,7 +243,7 @@ class PipelineVideo:
             texts: One text, or one per clip. A text is encoded once and kept.
 
         Raises:
-            PipelineError: Texts and clips differ in number, or a new text comes after `release_text_encoder`.
+            PipelineError: Texts and clips differ in number, or a new text comes after `pipe.text_encoder = None`.
         """
         count = self._shape[0] if self._shape is not None else 1
         texts = [texts] * count if isinstance(texts, str) else list(texts)
@@ -262,11 +261,6 @@ class PipelineVideo:
         if self._clips and self._shape is not None and len(texts) != count:
             raise PipelineError(f"{len(texts)} prompts for {count} clips; give one text, or one per clip.")
         return encoded | self._clips
-
-    def release_text_encoder(self) -> None:
-        """Drop the text encoders; prompts that were encoded before still work."""
-        for name in {"text_encoder", "text_encoder_2"} & vars(self.pipe).keys():
-            setattr(self.pipe, name, None)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         """Return the schedule of the pipeline's scheduler: `steps` noise levels and a final 0.

@@ -12,6 +12,7 @@ import torch
 
 from ....types import PipelineError
 from ....utils.extras import require
+from ....utils.tables import nearest
 from ....utils.torchvision import broken_torchvision_hidden
 from .base import PipelineVideo
 from .cogvideox import CogVideoXVideo
@@ -51,7 +52,7 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
         PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
 
     >>> from kvlock_sampling.testing.pipelines import tiny_pipeline
-    >>> model = kv.from_pipeline(tiny_pipeline("wan"))
+    >>> model = kv.from_pipeline(tiny_pipeline())
     >>> model.sigmas(3).shape, model.prompt("a red square")["text"].shape
     (torch.Size([4]), torch.Size([1, 512, 32]))
     """
@@ -61,22 +62,15 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
     makers = (inspect.signature(vars(kind)["__init__"]) for kind in family.__mro__ if "__init__" in vars(kind))
     known = {name for maker in makers for name, p in maker.parameters.items() if p.kind is p.KEYWORD_ONLY}
     if wrong := sorted(options.keys() - known):
-        near = difflib.get_close_matches(wrong[0], known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise PipelineError(
-            f"{wrong[0]!r} is no option for {type(pipe).__name__}.{hint} There are: {', '.join(sorted(known))}."
-        )
+        raise PipelineError(f"{wrong[0]!r} is no option for {type(pipe).__name__}; {nearest(wrong[0], sorted(known))}.")
     return family(pipe, **options)
 
 
 def family_of(name: str) -> type[PipelineVideo]:
     """Return the class for pipelines of this class name. Raises PipelineError for an unknown one."""
     if name not in FAMILIES:
-        stem = next(
-            (s for s in ("CogVideoX", "HunyuanVideo15", "HunyuanVideo", "Wan", "LTX") if name.startswith(s)), "?"
-        )
-        sibling = next((known for known in FAMILIES if known.startswith(stem)), None)
-        same = f"\n  If it has the parts of {sibling}: {sibling}.from_pipe(pipe)." if sibling else ""
+        near = difflib.get_close_matches(name, [known for known in FAMILIES if known[:3] == name[:3]], n=1, cutoff=0)
+        same = f"\n  If it has the parts of {near[0]}: {near[0]}.from_pipe(pipe)." if near else ""
         raise PipelineError(
             f"{name} is of no known family; there are {', '.join(FAMILIES)}.{same}\n"
             "  Other models: kv.KVLock(kv.FlowDenoiser(transformer, time_scale=1000, call=...), ...)."
@@ -90,7 +84,6 @@ def load_pipeline(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     offload: Offload = "none",
-    vae_dtype: torch.dtype = torch.float32,
     tile_vae: bool = False,
     **options: Any,
 ) -> PipelineVideo:
@@ -98,10 +91,10 @@ def load_pipeline(
 
     Args:
         folder: What `pipe.save_pretrained(folder)` or a download wrote; it holds model_index.json.
-        dtype: Of the weights, e.g. "bfloat16"; default: bfloat16 on an accelerator, float32 on a CPU.
+        dtype: Of the weights, e.g. "bfloat16"; default: bfloat16 on an accelerator, float32 on a CPU. The VAE is in
+            float32, because its round trip is the ceiling of every edit.
         device: Where to compute; default: the accelerator, or the CPU.
         offload: "none"; "model": one network on the device at a time; "group": one layer at a time, the slowest.
-        vae_dtype: Of the VAE; default float32, because its round trip is the ceiling of every edit.
         tile_vae: Encode and decode in overlapping tiles: less memory for large clips, faint seams.
         options: As in `from_pipeline`.
 
@@ -123,7 +116,7 @@ def load_pipeline(
         diffusers, _ = require("diffusers", "diffusers"), require("transformers", "diffusers")
         try:
             pipe = getattr(diffusers, kind).from_pretrained(
-                folder, local_files_only=True, torch_dtype={"default": weights, "vae": vae_dtype}
+                folder, local_files_only=True, torch_dtype={"default": weights, "vae": torch.float32}
             )
         except Exception as error:  # A damaged folder makes diffusers and safetensors raise almost anything.
             raise PipelineError(
@@ -133,53 +126,25 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if tile_vae:
         pipe.vae.enable_tiling()
-    warn_if_too_large(pipe, place, offload)
     place_pipeline(pipe, place, offload)
     return from_pipeline(pipe, **options)
-
-
-def is_pipeline_folder(path: str | os.PathLike[str]) -> bool:
-    return (Path(path) / INDEX).is_file()
 
 
 def place_pipeline(pipe: Any, device: torch.device | str, offload: Offload = "none") -> None:
     """Put a loaded pipeline on a device, whole or part by part; see `load_pipeline`."""
     device = torch.device(device)
     if device.type == "cpu":
-        _align(pipe)
+        # CPU kernels round by where a tensor begins, so results would depend on how a model was loaded.
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
+            if tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
-
-
-def warn_if_too_large(pipe: Any, device: torch.device, offload: Offload) -> None:
-    """Warn if the weights alone exceed the device's free memory. Only CUDA says how much is free."""
-    sizes = [sum(p.numel() * p.element_size() for p in module.parameters()) for module in _modules(pipe)]
-    if device.type != "cuda" or offload == "group" or not sizes:
-        return
-    needed, free = sum(sizes) if offload == "none" else max(sizes), torch.cuda.mem_get_info(device)[0]
-    if needed > free:
-        warnings.warn(
-            f"{type(pipe).__name__} puts {needed / 1e9:.3g} GB of weights on {device}, which has {free / 1e9:.3g} GB "
-            'free. Pass dtype="bfloat16", offload="model" or offload="group" (--dtype, --offload).',
-            stacklevel=3,
-        )
-
-
-def _align(pipe: Any) -> None:
-    """Copy weights that do not begin at a multiple of 64 bytes: CPU kernels round by where a tensor begins, so results
-    would depend on how a model was loaded.
-    """
-    for tensor in (t for module in _modules(pipe) for t in (*module.parameters(), *module.buffers())):
-        if tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
-
-
-def _modules(pipe: Any) -> list[torch.nn.Module]:
-    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def _class_name(folder: Path) -> str:

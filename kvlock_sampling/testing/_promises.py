@@ -63,11 +63,10 @@ class Promises:
         level: float,
         expected: int | None,
         tolerance: float | None,
-        seed: int,
     ) -> None:
         self.model, self.layers, self.extra_args, self.level, self.expected = model, layers, extra_args, level, expected
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         self.source, self.noise, other, noise = (
             torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4)
         )
@@ -77,6 +76,7 @@ class Promises:
         self.tolerance = tolerance or _ROUNDING.get(x.dtype, 1e-3)
         self.fired: set[str] = set()
         self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
+        self.guidable = "cond" in extra_args and not self.guides and "uncond" not in parameters_of(model)
 
     def keep(self, *, all_of_them: bool = True) -> set[str]:
         """Test the promises, or only those that depend on precision; return the names of the layers that fired."""
@@ -183,7 +183,7 @@ class Promises:
         if self.guides:
             return
         cases: dict[str, dict[str, Any]] = {"the source as rows of the same call, and in a pass of its own,": {}}
-        if "cond" in self.extra_args and "uncond" not in parameters_of(self.model):
+        if self.guidable:
             flipped = take(self.extra_args["cond"], torch.arange(len(self.x)).flip(0), len(self.x))
             cases["guidance in one call, and in one after another,"] = {"uncond": flipped, "cond_scale": 2.0}
         for what, more in cases.items():
@@ -212,7 +212,7 @@ class Promises:
         except (RuntimeError, TypeError, AttributeError) as error:
             raise AttentionError(f"{what} fails: {str(error).splitlines()[0]}\n  {advice}") from error
         self._close(fewer, every, f"{what} changed the edit", advice)
-        if "cond" in self.extra_args and not self.guides and "uncond" not in parameters_of(self.model):
+        if self.guidable:
             more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0, "composite": True}
             fewer, every = (self._locked(full, 0, foreground=foreground, **more) for foreground in (None, False))
             self._close(fewer, every, f"{what} changed the edit", advice)

@@ -15,9 +15,7 @@ from ._contract import Contract, one_clip, same
 STEPS = 12
 
 
-def check_policy(
-    policy: Any, *, batch: int = 3, seed: int = 0, tokens: int | None = None, device: str | torch.device = "cpu"
-) -> None:
+def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, device: str | torch.device = "cpu") -> None:
     """Check that a policy keeps the contract of `Policy`, on made-up runs with risks from 0 to 10,000.
 
     It checks the settings and `may_lock`; type, shape, dtype, device and range of every control, in float32, float64
@@ -28,7 +26,6 @@ def check_policy(
     Args:
         policy: A policy, or a function of an Observation.
         batch: Clips per run, >= 1. Defaults to 3.
-        seed: Seed of the risks. Defaults to 0.
         tokens: Also check with a local estimator, whose risk is (batch, tokens). Defaults to None, one risk per clip.
         device: Where the observations are. Defaults to the CPU.
 
@@ -42,7 +39,7 @@ def check_policy(
     contract.check_settings()
     for shape in [(batch,)] + ([(batch, tokens)] if tokens else []):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            run = _observations(shape, dtype, device, seed, measured=policy.uses_risk)
+            run = _observations(shape, dtype, device, measured=policy.uses_risk)
             _check_start(contract, run[0])
             states, controls = contract.play(policy.init(), run)
             contract.check_rewind(run, states, controls)
@@ -126,10 +123,10 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
 
 
 def _observations(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, seed: int, *, measured: bool
+    shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, *, measured: bool
 ) -> list[Observation]:
     """A falling run of log-normal risks and effects, with one calm clip, and with a 0 and a 10,000 on the way."""
-    risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(seed)).mul(1.2).exp()
+    risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(0)).mul(1.2).exp()
     risks[STEPS // 3, 0] = 0.0
     risks[STEPS // 2] = 1e4
     risks[:, -1] = risks[:, -1].clamp(max=0.5)

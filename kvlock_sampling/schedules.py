@@ -12,8 +12,6 @@ def flow_sigmas(
     *,
     shift: float = 1.0,
     t_max: float = 0.999,
-    t_min: float | None = None,
-    device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, " levels"]:
     """Make a rectified-flow schedule in variance-exploding form.
@@ -27,8 +25,6 @@ def flow_sigmas(
         n: Number of steps, >= 1.
         shift: Flow shift > 0; above 1 it spends more steps at high noise (Wan: 3 at 480p, 5 at 720p).
         t_max: Flow time of the first level, after the shift; below 1, because t = 1 is sigma = infinity.
-        t_min: Flow time of the last level above 0, after the shift. Default: the grid runs evenly down to 0.
-        device: Device of the result.
         dtype: Dtype of the result.
 
     Returns:
@@ -37,15 +33,9 @@ def flow_sigmas(
     Raises:
         SamplerError: n, shift or a time is out of range.
     """
-    if n < 1 or not shift > 0:
-        raise SamplerError(f"flow_sigmas(n={n}, shift={shift}): expected n >= 1, shift > 0, e.g. n=30, shift=5.0")
-    if not 0 < (t_min or 1e-9) < t_max < 1 or t_min == 0:
-        raise SamplerError(
-            f"flow_sigmas(t_min={t_min}, t_max={t_max}): expected 0 < t_min < t_max < 1. t = 1 is sigma = infinity; "
-            "the final 0 is always appended"
-        )
-    start, stop = (t / (shift - (shift - 1) * t) for t in (t_max, t_min or 0.0))
-    u = torch.linspace(start, stop, n if t_min else n + 1, dtype=torch.float64)
-    u = torch.cat([u, u.new_zeros(1)]) if t_min else u
+    if n < 1 or not shift > 0 or not 0 < t_max < 1:
+        given = f"flow_sigmas(n={n}, shift={shift}, t_max={t_max})"
+        raise SamplerError(f"{given}: expected n >= 1, shift > 0, 0 < t_max < 1, e.g. n=30, shift=5.0, t_max=0.999")
+    u = torch.linspace(t_max / (shift - (shift - 1) * t_max), 0.0, n + 1, dtype=torch.float64)
     t = shift * u / (1 + (shift - 1) * u)
-    return (t / (1 - t)).to(device, dtype)
+    return (t / (1 - t)).to(dtype)

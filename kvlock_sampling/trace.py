@@ -1,8 +1,7 @@
-"""What happened in a run, per evaluation: rows, JSON, CSV, and a figure over sigma."""
+"""What happened in a run, per evaluation: rows, CSV, and a figure over sigma."""
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -101,14 +100,6 @@ class Trace:
                 rows.append(row | {name: getattr(step, name) for name in _PER_STEP})
         return rows
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The rows as JSON (NaN as null), also written to `path` if given."""
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.rows()]
-        text = json.dumps({"nfe": self.nfe, "routes": self.routes, "rows": rows}, indent=1)
-        if path is not None:
-            write_atomically(path, text)
-        return text
-
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as CSV with a header line, also written to `path` if given."""
         out = io.StringIO()
@@ -124,13 +115,17 @@ class Trace:
         suffix = figure_format(path)
         ticker = require("matplotlib.ticker", "plot")
         rows = self.rows()
+        clips = sorted({int(row["clip"]) for row in rows})[:8]
+        style = {"marker": "o", "markersize": 2.5, "linewidth": 1.3, "alpha": 1.0 if len(clips) == 1 else 0.6}
         curves = [name for name in _CURVES if name != "effect" or any(r[name] >= 0 for r in rows)]
         size = {"figsize": (7.2, 1.9 * len(curves)), "dpi": 130, "layout": "constrained"}
         figure = require("matplotlib.figure", "plot").Figure(**size)
         axes: Sequence[Any] = figure.subplots(len(curves), 1, sharex=True)
         for axis, name in zip(axes, curves, strict=True):
             label, colour = _CURVES[name]
-            _draw(axis, rows, name, colour)
+            for clip in clips:
+                mine = [row for row in rows if row["clip"] == clip]
+                axis.plot([row["sigma"] for row in mine], [row[name] for row in mine], color=colour, **style)
             axis.set_ylabel(label)
             axis.grid(alpha=0.25)
             if name in ("variance", "risk", "effect") and any(r[name] > 0 for r in rows):
@@ -166,11 +161,3 @@ def figure_format(path: str | os.PathLike[str]) -> str:
     if suffix not in ("png", "svg", "pdf"):
         raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")
     return suffix
-
-
-def _draw(axis: Any, rows: list[dict[str, Any]], name: str, colour: str) -> None:
-    clips = sorted({int(row["clip"]) for row in rows})[:8]
-    for clip in clips:
-        mine = [row for row in rows if row["clip"] == clip]
-        style = {"marker": "o", "markersize": 2.5, "linewidth": 1.3, "alpha": 1.0 if len(clips) == 1 else 0.6}
-        axis.plot([row["sigma"] for row in mine], [row[name] for row in mine], color=colour, **style)

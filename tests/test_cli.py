@@ -16,7 +16,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from kvlock_sampling import load_policy, samplers
+from kvlock_sampling import samplers
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.presets import preset_names
 from kvlock_sampling.video import read_clip
@@ -189,14 +189,9 @@ def test_a_good_file_survives_a_bad_run(kvlock: Kvlock, folder: Path) -> None:
 
 
 def test_the_shelf_is_listed(kvlock: Kvlock) -> None:
-    result = kvlock("policies", "--json")
+    result = kvlock("policies")
     assert result.exit_code == 0
-    rows = json.loads(result.output)
-    assert [row["name"] for row in rows] == preset_names()
-    assert all(row["policy"] and row["about"] for row in rows)
-    load_policy(rows[0]["name"])
-    table = kvlock("policies").output
-    assert all(name in table for name in preset_names())
+    assert all(name in result.output for name in preset_names())
 
 
 def test_the_samplers_are_listed(kvlock: Kvlock) -> None:

@@ -276,11 +276,8 @@ def test_from_comfy_reads_images_as_frames_and_hardens_soft_borders():
     video = masks.from_comfy(frames, frames=5)
     assert video.shape == (1, 1, 5, 4, 4)
     assert video[0, 0, :, 1, 1].tolist() == [0, 0, 1, 1, 0]
-    assert masks.from_comfy(frames, threshold=0.5).sum() == 1
     assert torch.equal(masks.from_comfy(frames[:, 0]), video)
     assert torch.equal(masks.from_comfy(frames.transpose(0, 1)[None]), video)
-    with pytest.raises(MaskError, match=r"threshold is 2"):
-        masks.from_comfy(frames, threshold=2)
 
 
 def test_from_diffusers_reads_pil_arrays_and_lists():

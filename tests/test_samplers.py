@@ -223,13 +223,10 @@ def test_flow_sigmas():
         assert sigmas[-1] == 0
         assert (sigmas.diff() < 0).all()
         assert torch.allclose(u.diff(), u.diff()[:1])
-    ends = samplers.flow_sigmas(5, shift=3.0, t_max=0.9, t_min=0.1)
-    assert ends.shape == (6,)
-    assert torch.allclose(ends[[0, -2, -1]], torch.tensor([9.0, 1 / 9, 0.0]))
     assert samplers.flow_sigmas(1)[0] == pytest.approx(999)
 
 
-@pytest.mark.parametrize("wrong", [{"n": 0}, {"shift": 0.0}, {"t_max": 1.0}, {"t_min": 0.0}, {"t_min": 0.9999}])
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"shift": 0.0}, {"t_max": 1.0}, {"t_max": 0.0}])
 def test_flow_sigmas_refuses(wrong):
     with pytest.raises(SamplerError, match="expected"):
         samplers.flow_sigmas(**{"n": 10, **wrong})

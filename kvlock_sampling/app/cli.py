@@ -1,6 +1,5 @@
 """The command `kvlock`: the demo, edits of your own clips, calibration, and lists of presets and samplers."""
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,15 +58,6 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda *_: bar.advance(task)
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", text.strip())
-    if found is None:
-        raise KVLockError(f"--size {text!r}; expected HEIGHTxWIDTH in pixels, e.g. --size 480x832.")
-    return int(found[1]), int(found[2])
 
 
 def _decibels(psnr: Any) -> str:
@@ -147,7 +137,10 @@ def edit(
             check_writable(trace)
         get(sampler)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
-        sides = _size(size)
+        found = None if size is None else re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", size.strip())
+        if size is not None and found is None:
+            raise KVLockError(f"--size {size!r}; expected HEIGHTxWIDTH in pixels, e.g. --size 480x832.")
+        sides = None if found is None else (int(found[1]), int(found[2]))
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
         )
@@ -215,17 +208,13 @@ def calibrate(
 
 
 @app.command()
-def policies(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def policies() -> None:
     """List the presets: name, policy, when to use it."""
     with readable():
         from ..presets import describe
 
-        rows = describe()
-        if as_json:
-            out.print_json(json.dumps([dict(zip(("name", "policy", "about"), row, strict=True)) for row in rows]))
-            return
         table = Table("preset", "policy", "about")
-        for row in rows:
+        for row in describe():
             table.add_row(*row)
         out.print(table)
 

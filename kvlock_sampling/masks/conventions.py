@@ -1,11 +1,10 @@
 """Masks of other tools: kept regions in white, ComfyUI's and diffusers' shapes, pictures."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..types import MaskError
@@ -17,34 +16,33 @@ def from_keep_mask(mask: MaskLike, frames: int | None = None) -> Mask:
     return 1 - as_mask(mask, frames)
 
 
-def from_comfy(noise_mask: Any, frames: int | None = None, *, threshold: float = 0.0) -> Mask:
-    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate, to the normal form, 0 or 1.
+def from_comfy(noise_mask: Any, frames: int | None = None) -> Mask:
+    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate, to the normal form: 1 where it regenerates in part.
 
     Args:
         noise_mask: (N, H, W) or (N, 1, H, W) with N *frames* of one clip; or (batch, 1, T, H, W).
         frames: As in `as_mask`.
-        threshold: Values above it are edited: 0 keeps every cell that ComfyUI regenerates in part, 0.5 the outline.
 
     Raises:
-        MaskError: `as_mask` refuses the mask, or the threshold is outside [0, 1].
+        MaskError: `as_mask` refuses the mask.
     """
     values = as_tensor(noise_mask)
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
-    return _hard(as_mask(values, frames), threshold, torch.gt)
+    values = as_mask(values, frames)
+    return (values > 0).to(values.dtype)
 
 
-def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0.5) -> Mask:
-    """From a diffusers inpainting mask, white = repaint, to the normal form, 0 or 1.
+def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
+    """From a diffusers inpainting mask, white = repaint, to the normal form: 1 from 0.5 on, as in its image processor.
 
     Args:
         mask: A PIL image or array (H, W), (T, H, W), (H, W, C) or (T, H, W, C), C = 1, 3 (RGB) or 4 (RGBA); a list of
             images or arrays, one per frame; or a tensor as in `as_mask`.
         frames: As in `as_mask`.
-        threshold: Values from it on are edited, as in diffusers' image processor.
 
     Raises:
-        MaskError: `as_mask` refuses the mask, frames differ in size, or the threshold is outside [0, 1].
+        MaskError: `as_mask` refuses the mask, or frames differ in size.
     """
     if isinstance(mask, Sequence) and not isinstance(mask, str):
         if not mask:
@@ -55,7 +53,8 @@ def from_diffusers(mask: Any, frames: int | None = None, *, threshold: float = 0
         mask = np.stack(pages)
     elif not isinstance(mask, Tensor | str | os.PathLike):
         mask = _luminance(mask)
-    return _hard(as_mask(mask, frames), threshold, torch.ge)
+    values = as_mask(mask, frames)
+    return (values >= 0.5).to(values.dtype)
 
 
 def _luminance(page: Any) -> np.ndarray:
@@ -65,9 +64,3 @@ def _luminance(page: Any) -> np.ndarray:
     if array.ndim >= 3 and array.shape[-1] in (1, 3, 4):
         return array[..., :3].max(axis=-1)  # white is white in every channel; alpha says nothing about repainting
     return array
-
-
-def _hard(values: Tensor, threshold: float, edited: Callable[..., Tensor]) -> Tensor:
-    if not 0 <= threshold <= 1:
-        raise MaskError(f"threshold is {threshold}; expected [0, 1]")
-    return edited(values, threshold).to(values.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
 from .controller import State, start
+from .kv_cache import CacheSession
 from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .source import Source
@@ -102,7 +103,7 @@ class Tools:
         self.hooks = None if layers is None else Hooks(layers)
         self.step_caches = StepCaches([*reachable_modules(settings.model), *(layers.networks if layers else ())])
         kv_cache = settings.kv_cache
-        self.cached = None if kv_cache is None or layers is None else kv_cache.session(settings.model, layers)
+        self.cached = None if kv_cache is None or layers is None else CacheSession(kv_cache, settings.model, layers)
 
 
 class Run:

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kvlock_sampling.attention import AttentionLayer, AttentionLayers
-from kvlock_sampling.kv_cache import KVCache, KVCacheError, content_fingerprint, model_fingerprint, uncacheable
+from kvlock_sampling.kv_cache import (
+    CacheSession,
+    KVCache,
+    KVCacheError,
+    content_fingerprint,
+    model_fingerprint,
+    uncacheable,
+)
 from kvlock_sampling.kv_cache import fingerprint as module
 from kvlock_sampling.kv_cache.fingerprint import block_sums
 from kvlock_sampling.masks.tokens import Selection
@@ -262,7 +269,7 @@ class Parts:
 
     def entry(self, **changes):
         given = self.given | changes
-        session = KVCache(**given["cache"]).session(given["model"], given["layers"])
+        session = CacheSession(KVCache(**given["cache"]), given["model"], given["layers"])
         names = ("clip", "noise", "weight", "expert", "arguments")
         clip, noise, weight, expert, arguments = (given[name] for name in names)
         return session.entry(clip, noise, Selection(weight), expert, arguments)
@@ -313,7 +320,7 @@ def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
     parts, read = Parts(), []
     real = module._add_tensor
     monkeypatch.setattr(module, "_add_tensor", lambda digest, x: (read.append(x), real(digest, x))[1])
-    session = KVCache().session(parts.given["model"], parts.given["layers"])
+    session = CacheSession(KVCache(), parts.given["model"], parts.given["layers"])
     selection = Selection(parts.given["weight"])
 
     def entry(cond):

@@ -51,8 +51,14 @@ def find_layers(model: Any) -> AttentionLayers:
             inside.update(module.modules())
         else:
             seen.append(type(module).__name__)
-    if found:
-        return _combined(found)
+    if found:  # networks that are built like the first, e.g. experts, count as one model
+        first, *_ = built = [(f.architecture, f.patch, len(f.layers)) for f in found]
+        alike = [f for f, like in zip(found, built, strict=True) if like == first]
+        if len(alike) == 1:
+            return found[0]
+        layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
+        blocks = tuple(block for f in alike for block in f.blocks)
+        return replace(found[0], layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)
     looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise AttentionError(
@@ -62,14 +68,3 @@ def find_layers(model: Any) -> AttentionLayers:
         "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
         "  or declare it: kv.attention.Architecture(...). For control of guidance alone: KVLock(model, policy=...)."
     )
-
-
-def _combined(found: list[AttentionLayers]) -> AttentionLayers:
-    # Networks that are built like the first, e.g. experts, count as one model.
-    first, *_ = built = [(f.architecture, f.patch, len(f.layers)) for f in found]
-    alike = [f for f, like in zip(found, built, strict=True) if like == first]
-    if len(alike) == 1:
-        return found[0]
-    layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
-    blocks = tuple(block for f in alike for block in f.blocks)
-    return replace(found[0], layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)

@@ -71,10 +71,6 @@ class KVCache:
         """The bytes held in memory now."""
         return self.memory.used
 
-    def session(self, model: Any, layers: AttentionLayers) -> "CacheSession":
-        """Start to use the cache in one run of a denoiser, for layers that are not `uncacheable`."""
-        return CacheSession(self, model, layers)
-
     def warn_once(self, reason: str, text: str) -> None:
         """Warn, the first time for this reason."""
         if reason not in self._warned:
@@ -194,7 +190,7 @@ class CacheEntry:
 
 
 class CacheSession:
-    """Finds the cache entries of one run."""
+    """Finds the cache entries of one run of a denoiser, for layers that are not `uncacheable`."""
 
     def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers) -> None:
         self.kv_cache, self.model, self.layers = kv_cache, model, layers
@@ -224,7 +220,8 @@ class CacheSession:
         """
         leaves = tree_leaves([clip, noise, selection.weight, *(arguments[name] for name in sorted(arguments))])
         parts = (expert, *sorted(arguments), *leaves)
-        precision = _autocast(noise.device)
+        device = noise.device.type
+        precision = f"autocast {torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
         marks = (*map(mark, parts), precision)
         for known, _, entry in self._known:
             if known == marks:
@@ -264,8 +261,3 @@ def uncacheable(layers: AttentionLayers) -> str | None:
     if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
         return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
     return None
-
-
-def _autocast(device: torch.device) -> str:
-    on = torch.is_autocast_enabled(device.type)
-    return f"autocast {torch.get_autocast_dtype(device.type)}" if on else ""

@@ -55,7 +55,12 @@ def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> Packe
             raise ValueError("it is not a regular file")
         with safe_open(path, framework="pt") as file:
             about, names = file.metadata() or {}, set(file.keys())
-            level = {layer: _pair(file, about, names, layer) for layer in layers}
+
+            def packed(prefix: str) -> Packed:
+                parts = ("channel", "token", "values") if f"{prefix}/token" in names else ("values",)
+                return DTYPES[about[prefix]], {part: file.get_tensor(f"{prefix}/{part}") for part in parts}
+
+            level = {layer: (packed(f"{layer}/key"), packed(f"{layer}/value")) for layer in layers}
             if about["checksum"] != _checksum(entry, sigma, level):
                 raise ValueError("its checksum does not fit: it is damaged, or it belongs to another entry")
         return level
@@ -102,16 +107,6 @@ def _checksum(entry: str, sigma: float, level: PackedLevel) -> str:
 
     contents = {layer: [content(*packed) for packed in pair] for layer, pair in level.items()}
     return content_fingerprint({"entry": entry, "sigma": sigma, "content": contents})
-
-
-def _pair(file: Any, about: dict[str, str], names: set[str], layer: str) -> tuple[Packed, Packed]:
-    """Read the key and value of a layer. Raises KeyError if they are not complete."""
-
-    def packed(prefix: str) -> Packed:
-        parts = ("channel", "token", "values") if f"{prefix}/token" in names else ("values",)
-        return DTYPES[about[prefix]], {name: file.get_tensor(f"{prefix}/{name}") for name in parts}
-
-    return packed(f"{layer}/key"), packed(f"{layer}/value")
 
 
 def checked(directory: Any) -> Path:

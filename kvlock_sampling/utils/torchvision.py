@@ -12,27 +12,18 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 
-def torchvision_is_broken() -> bool:
-    """Whether torchvision is installed but fails to import."""
-    if sys.modules.get("torchvision") is not None or find_spec("torchvision") is None:
-        return False
-    try:
-        importlib.import_module("torchvision")
-    except Exception:  # A mismatched binary raises RuntimeError, OSError, ImportError or AttributeError.
-        return True
-    return False
-
-
 @contextmanager
 def broken_torchvision_hidden() -> Iterator[None]:
     """Hide a broken torchvision from the imports inside the block. A working one stays visible."""
-    if not torchvision_is_broken():
-        yield
-        return
-    present = "torchvision" in sys.modules  # then it is hidden already
-    sys.modules["torchvision"] = None  # type: ignore[assignment]
+    hide = "torchvision" not in sys.modules and find_spec("torchvision") is not None
+    if hide:
+        try:
+            importlib.import_module("torchvision")
+            hide = False
+        except Exception:  # A mismatched binary raises RuntimeError, OSError, ImportError or AttributeError.
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if not present:
+        if hide:
             sys.modules.pop("torchvision", None)

@@ -1,7 +1,5 @@
 """Read clips and masks. Pixels are float32 (3, T, H, W) in [-1, 1]; masks are (1, T, H, W), 1 = edit."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -20,9 +18,9 @@ from .pixels import VideoError
 if TYPE_CHECKING:
     from PIL import Image
 
-PathLike: TypeAlias = "str | os.PathLike[str]"
-Array: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
-Conform: TypeAlias = "Callable[[Image.Image], Array]"
+PathLike: TypeAlias = str | os.PathLike[str]
+Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Conform: TypeAlias = Callable[["Image.Image"], Array]
 
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -112,7 +110,7 @@ def _pick(images: list[Array], rate: float, frames: int | None, pad: bool, path:
 def _conform(size: tuple[int, int] | None) -> Conform:
     """Return a function that crops the centre of an image and resizes it to `size`, antialiased, as bytes (H, W, 3)."""
 
-    def shrink(image: Image.Image) -> Array:
+    def shrink(image: "Image.Image") -> Array:
         if size is None or (image.height, image.width) == size:
             return np.asarray(image)
         lanczos = require("PIL.Image", "video").Resampling.LANCZOS
@@ -124,7 +122,7 @@ def _conform(size: tuple[int, int] | None) -> Conform:
 def _conform_mask(size: tuple[int, int]) -> Conform:
     """The same by maximum, as bytes (H, W)."""
 
-    def shrink(image: Image.Image) -> Array:
+    def shrink(image: "Image.Image") -> Array:
         left, top, right, bottom = _box(image, size)
         grey = torch.from_numpy(np.array(image.convert("L")))
         grey = grey[math.floor(top) : math.ceil(bottom), math.floor(left) : math.ceil(right)]
@@ -133,7 +131,7 @@ def _conform_mask(size: tuple[int, int]) -> Conform:
     return shrink
 
 
-def _box(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def _box(image: "Image.Image", size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest part (left, top, right, bottom) of this aspect ratio in the middle of the image."""
     if len(size) != 2 or min(size) < 1:
         raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
@@ -165,7 +163,7 @@ def _natural(file: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part.lower()) for part in parts]
 
 
-def _images(file: Path) -> list[Image.Image]:
+def _images(file: Path) -> "list[Image.Image]":
     pil, sequence = require("PIL.Image", "video"), require("PIL.ImageSequence", "video")
     try:
         with pil.open(file) as image:
@@ -176,7 +174,7 @@ def _images(file: Path) -> list[Image.Image]:
         raise VideoError(f"cannot read {str(file)!r} as an image: {error}.") from error
 
 
-def _on_black(image: Image.Image) -> Image.Image:
+def _on_black(image: "Image.Image") -> "Image.Image":
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.

@@ -42,20 +42,18 @@ class StepCaches:
             for owner, (name, fresh) in owners.items():
                 if name == "_state_cache":
                     _give_context(stack, owner)
-                self._exchange(stack, owner, name, kind, fresh)
+                stack.enter_context(self._exchanged(owner, name, (kind, owner), fresh))
             yield
 
-    def _exchange(self, stack: ExitStack, owner: Any, name: str, kind: Hashable, fresh: Callable[[], Any]) -> None:
-        found, key = getattr(owner, name), (kind, owner)
-        if key not in self._memories:
-            self._memories[key] = fresh()
-        setattr(owner, name, self._memories[key])
-
-        def put_back() -> None:
+    @contextmanager
+    def _exchanged(self, owner: Any, name: str, key: tuple[Hashable, Any], fresh: Callable[[], Any]) -> Iterator[None]:
+        found = getattr(owner, name)
+        setattr(owner, name, self._memories[key] if key in self._memories else fresh())
+        try:
+            yield
+        finally:
             self._memories[key] = getattr(owner, name)
             setattr(owner, name, found)
-
-        stack.callback(put_back)
 
     @contextmanager
     def passed_by(self) -> Iterator[None]:

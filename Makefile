@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow install lint docs site benchmark-edits
+.PHONY: help demo test test-slow install lint docs site benchmark
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +32,8 @@ docs: $(READY)  ## run every code block of the docs, check every link, build the
 site: $(READY)  ## build the documentation into site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-benchmark-edits: $(READY)  ## the table of edits in README.md
-	$(BIN)/python benchmarks/edits.py
+benchmark: $(READY)  ## the table of README.md, about two hours; ARGS="--edits 20" for a look
+	$(BIN)/python benchmarks/release.py --bfloat16 $(ARGS)
 
 # torch goes first and alone, so that what comes after finds it there and leaves it alone.
 $(READY): pyproject.toml constraints.txt

@@ -1,6 +1,6 @@
 """What keeping the source's K/V costs in quality:  python benchmarks/cost.py [--scenes 32]
 
-Held-out scenes of the embedded world, full lock from the same noise: exact, with K/V served from a KV cache in several
+Held-out scenes of the first world, full lock from the same noise: exact, with K/V served from a KV cache in several
 formats and at several rates of refresh, from a fixed noise, and from a KV cache that another seed filled; and what each
 changes in the result, beside what the lock itself changes. Writes benchmarks/results/cost.json.
 """
@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from first_world import EDITS, FIRST_WORLD, load, sample_edit
 from world.compare import compare, make_task
 
 import kvlock_sampling as kv
-from kvlock_sampling.tiny import load, sample_edit
-from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +58,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
     given = parser.parse_args()
-    task = make_task([sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(given.scenes)])
+    pairs = [sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(given.scenes)]
+    task = make_task(pairs, FIRST_WORLD)
     video, rows, results = load(), [], {}
     for name, options in variants().items():
         if name.startswith("the same, filled"):

@@ -126,7 +126,7 @@ ADAPTIVE: Options = {"policy": "release", "erase": True}
 def shuffled(batch: Batch) -> Options:
     preset = kv.presets.load_preset("release")
     policy = Shuffled(preset.policy, background=tokens(batch.mask) == 0)
-    return {"policy": policy, "estimator": preset.estimator, "threshold": preset.threshold, "erase": True}
+    return {"policy": policy, "estimator": preset.estimator, "erase": True}
 
 
 ROWS: dict[str, Options | Callable[[Batch], Options]] = {
@@ -146,7 +146,6 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "release, lock kept": {
         "policy": Release(firm=1e6),
         "estimator": Divergence(patch=PATCH),
-        "threshold": 0.0005,
         "erase": True,
     },
     "release at random": shuffled,

@@ -14,7 +14,7 @@ from .attention import find_layers, sdpa_layers
 from .denoisers import CFGDenoiser, FlowDenoiser
 from .kv_cache import KVCache
 from .lock import KVLock
-from .policy import PID, Constant, Linear, LockAbove, Policy, Sigmoid, Smoothed, Windowed, stateless
+from .policy import PID, Constant, Linear, Policy, Sigmoid, Smoothed, Windowed, stateless
 from .presets import load_policy, to_toml
 from .restart import restart
 from .trace import Trace
@@ -33,7 +33,6 @@ __all__ = [
     "KVLock",
     "KVLockError",
     "Linear",
-    "LockAbove",
     "Observation",
     "Policy",
     "Sigmoid",

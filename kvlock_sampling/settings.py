@@ -24,7 +24,7 @@ from .kv_cache import KVCache, uncacheable
 from .masks.fill import fill
 from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, Selection, token_grid
-from .policy import Clamped, Constant, Policy
+from .policy import Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
 from .source import Source
@@ -175,9 +175,8 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
     if not isinstance(policy, (str, os.PathLike)):
         return policy if isinstance(policy, Preset) else Preset(policy)
     preset = load_preset(policy)
-    if policy == "default" and not locks:  # without a source the default schedules guidance
-        resting = Clamped(preset.policy, lock=(0.0, 0.0), composite=(0.0, 0.0))
-        return Preset(resting, preset.estimator, preset.threshold, preset.cfg_floor)
+    if policy == "default" and not locks:  # without a source the default measures, and changes nothing
+        return Preset(Sigmoid(lock_range=(0.0, 0.0)))
     return preset
 
 

@@ -299,7 +299,6 @@ def test_wrappers_carry_it(setup):
     limited = Clamped(half, composite=(0.6, 1.0))
     for policy, weight in (
         (kv.Smoothed(half, half_life=0.5), 0.4),
-        (kv.LockAbove(half, above=1.0), 0.4),
         (kv.Windowed(half, below=100.0), 0.4),
         (kv.Windowed(half, below=1e-6), 1.0),  # outside the window the lock's option
         (limited, 0.6),

@@ -48,6 +48,11 @@ def inside(values: torch.Tensor, mask: torch.Tensor = MASK) -> torch.Tensor:
     return (values.double() * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
 
+def unit(edit: torch.Tensor, source: torch.Tensor, mask: torch.Tensor = MASK) -> torch.Tensor:
+    """The size of the edit and of the clip, per clip, from the last pair of predictions."""
+    return inside((edit.double() - source.double()).square(), mask) + source.double().flatten(1).var(1, correction=0)
+
+
 def draws(count: int, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     values = torch.randn(2, count, *SHAPE, generator=torch.Generator().manual_seed(seed))
     return list(values[0]), list(values[1])
@@ -63,11 +68,12 @@ def test_gaussian_pairs_at_the_same_x():
     for count in (1, 2, 3):
         state, variance = play(estimator, run[:count])
         mean, spread = by_hand(deltas[:count], sigmas[:count], 2.0)
-        torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()), rtol=1e-5, atol=1e-7)
+        size = unit(run[count - 1].denoised, run[count - 1].source)
+        torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()) / size, rtol=1e-5, atol=1e-7)
         if count == 1:
             assert variance is None
         else:
-            torch.testing.assert_close(variance.double(), inside(spread), rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(variance.double(), inside(spread) / size, rtol=1e-4, atol=1e-7)
 
 
 @given(
@@ -82,8 +88,9 @@ def test_any_run_gives_the_weighted_mean_and_variance(sigmas, memory, seed):
     estimator = Divergence(memory=memory)
     state, variance = play(estimator, [evaluation(*e) for e in zip(sigmas, edits, sources, strict=True)])
     mean, spread = by_hand([e - s for e, s in zip(edits, sources, strict=True)], sigmas, memory)
-    torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(variance.double(), inside(spread), rtol=1e-4, atol=1e-6)
+    size = unit(edits[-1], sources[-1])
+    torch.testing.assert_close(estimator.effect(state).double(), inside(mean.square()) / size, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(variance.double(), inside(spread) / size, rtol=1e-4, atol=1e-6)
 
 
 def test_two_predictions_have_half_their_squared_distance_as_variance_whatever_their_weights():
@@ -93,7 +100,8 @@ def test_two_predictions_have_half_their_squared_distance_as_variance_whatever_t
             Divergence(memory=0.1), [evaluation(5.0, edits[0], sources[0]), evaluation(low, edits[1], sources[1])]
         )[1]
         change = (edits[0] - sources[0]) - (edits[1] - sources[1])
-        torch.testing.assert_close(variance.double(), inside(change.square()) / 2, rtol=1e-5, atol=1e-7)
+        wanted = inside(change.square()) / 2 / unit(edits[1], sources[1])
+        torch.testing.assert_close(variance.double(), wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_a_repeated_sigma_replaces_and_a_higher_one_drops_what_is_below():
@@ -129,7 +137,8 @@ def test_every_token_is_measured_with_a_patch(patch):
         deltas = [around(e - s, token, patch) for e, s in zip(edits, sources, strict=True)]
         mean, spread = by_hand(deltas, sigmas, 1.0)
         for found, wanted in ((variance, spread), (estimator.effect(state), mean.square())):
-            torch.testing.assert_close(found[:, i].double(), wanted.mean(1), rtol=1e-4, atol=1e-6)
+            size = unit(edits[-1], sources[-1])
+            torch.testing.assert_close(found[:, i].double(), wanted.mean(1) / size, rtol=1e-4, atol=1e-6)
     assert estimator.reads_background
 
 
@@ -140,7 +149,29 @@ def test_what_is_edited_does_not_spread_to_the_tokens_around_it():
     effect = Divergence(patch=(1, 1, 1)).effect(state).view(len(edit), *SHAPE[2:])
     kept = (MASK == 0)[:, 0].expand_as(effect)
     assert (effect[kept] < 1e-10).all()
-    assert effect.max() > 1e3
+    assert effect.max() == pytest.approx(1.0, rel=1e-3)  # as large as the edit
+
+
+@given(st.floats(1e-4, 1e4), st.floats(-50.0, 50.0), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+@pytest.mark.parametrize("patch", [None, (1, 2, 2)])
+def test_neither_scale_nor_offset_of_the_latents_matters(patch, scale, offset, seed):
+    edits, sources = draws(3, seed)
+    found = []
+    for scaled in (lambda v: v, lambda v: scale * v.double() + scale * offset):
+        estimator, sigmas = Divergence(patch=patch), [5.0, 2.0, 1.0]
+        run = [evaluation(s, scaled(e), scaled(z)) for s, e, z in zip(sigmas, edits, sources, strict=True)]
+        state, variance = play(estimator, run)
+        found.append((variance.double(), estimator.effect(state).double()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+
+
+def test_an_edit_that_changes_nothing_has_no_effect_whatever_the_rounding():
+    source = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    estimator = Divergence(patch=(1, 2, 2))
+    state, variance = play(estimator, [evaluation(s, source * (1 + 1e-6), source) for s in (2.0, 1.0)])
+    assert (estimator.effect(state) < estimator.default_threshold).all()
+    assert (variance < estimator.default_threshold).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -150,7 +181,7 @@ def test_sums_are_float32(dtype):
     state, variance = play(Divergence(), [evaluation(s, source + 8, source) for s in (5.0, 3.0, 2.0, 1.0)])
     assert variance.dtype == torch.float32
     assert torch.equal(variance, torch.zeros(2))
-    assert torch.equal(Divergence().effect(state), torch.full((2,), 64.0))
+    assert torch.equal(Divergence().effect(state), torch.ones(2))  # of a flat clip only the edit counts
 
 
 def test_settings_and_a_missing_source():
@@ -228,7 +259,8 @@ def expected(setup, levels=LEVELS, scale=1.0):
                 edit = uncond + (edit - uncond) * scale
         deltas.append(edit - source)
     mean, variance = by_hand(deltas, levels, 1.0)
-    return inside(variance, setup.mask), inside(mean.square(), setup.mask)
+    size = unit(edit, source, setup.mask)
+    return inside(variance, setup.mask) / size, inside(mean.square(), setup.mask) / size
 
 
 def check(trace, wanted, rtol=2e-3):

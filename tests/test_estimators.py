@@ -249,6 +249,15 @@ def test_a_local_estimator_agrees_with_the_mean_of_its_tokens():
     moved[1][0, :, 1, 2:, :2] = 1  # frame 1, lower left: token 4 + 2
     local = feed(TrajectoryVariance(patch=PATCH), [2.0, 1.0], moved)[-1]
     assert local[0].nonzero().flatten().tolist() == [6]
+    image = [m[:, :, 1] for m in moved]  # one frame: token 2
+    assert feed(TrajectoryVariance(patch=PATCH), [2.0, 1.0], image)[-1][0].nonzero().flatten().tolist() == [2]
+    packed = [i.flatten(2).mT for i in image]  # (batch, tokens, channels), each latent a token: 8, 9, 12, 13
+    assert feed(TrajectoryVariance(patch=PATCH), [2.0, 1.0], packed)[-1][0].nonzero().flatten().tolist() == [
+        8,
+        9,
+        12,
+        13,
+    ]
     with pytest.raises(EstimatorError, match="whole patches"):
         feed(TrajectoryVariance(patch=(1, 3, 3)), [2.0, 1.0], moved)
     for bad in ((1, 2), (0, 1, 1), 2, "122"):

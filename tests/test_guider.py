@@ -159,7 +159,7 @@ def test_what_a_guider_cannot_use_is_refused_where_it_is_given(given: Any, error
 
 
 def test_a_guiders_settings_are_saved_and_loaded(tmp_path: Any) -> None:
-    for given in ("paper", kv.LockAbove(kv.Linear(), above=2.0)):
+    for given in ("paper", kv.Windowed(kv.Linear(), above=2.0)):
         guider = KVLockGuider(3.0, policy=given, transition=(1.0, 0.5), layers=[0], rescale=True, start=0.1, **EDIT)
         guider.save_pretrained(tmp_path)
         loaded = KVLockGuider.from_pretrained(tmp_path)

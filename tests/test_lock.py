@@ -209,7 +209,9 @@ def test_the_paper_preset_is_the_papers():
 def test_variance_control_without_a_source(setup):
     lock = kv.KVLock(setup.model, policy=kv.policy.Clamped(kv.Linear(), lock=(0.0, 0.0)))
     assert torch.isfinite(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)).all()
-    greedy = kv.KVLock(setup.model, policy=kv.LockAbove(kv.Linear(), above=1e-3))
+    greedy = kv.KVLock(
+        setup.model, policy=kv.Smoothed(kv.stateless(lambda obs: kv.Control(1.0), uses_risk=False), half_life=1.0)
+    )
     with greedy, pytest.raises(SourceError, match=r"asks for lock 1, but there is nothing to lock to.*\n.*Clamped"):
         greedy(setup.x, setup.sigmas[:1], **setup.cfg)
 

@@ -20,7 +20,6 @@ from kvlock_sampling.policy import (
     Clamped,
     Constant,
     Linear,
-    LockAbove,
     Policy,
     Release,
     ReleaseBelow,
@@ -59,6 +58,7 @@ BUILT_IN = [
     ReleaseBelow(below=1.0, lock=0.0),
     Release(),
     Release(below=8.0, lock=1.0, firm=1.0),
+    Release(early=False),
     Threshold(),
     Threshold(on=1.5, off=0.5, locked=0.9, free=0.1, cfg_calm=1.2, cfg_alarm=0.5),
     Sigmoid(),
@@ -71,15 +71,11 @@ BUILT_IN = [
     Smoothed(PID(kd=0.1), half_life=0.3),
     Smoothed(Windowed(Linear(), last=6), half_life=0.5),
     Smoothed(Constant(lock=1.0), half_life=0.5),
-    LockAbove(Sigmoid(), above=3.0),
-    LockAbove(Smoothed(PID(), half_life=0.3), above=1.0, lock=0.6),
-    LockAbove(Constant(), above=1.0),
     Clamped(Linear(), lock=(0.1, 0.5), cfg=(1.0, 6.0)),
     Clamped(Windowed(Threshold(cfg_alarm=3.0), last=5), lock=(0.0, 0.0)),
     fade,
     Silent(),
     Smoothed(Silent(), half_life=0.5),
-    LockAbove(Silent(), above=3.0),
     Clamped(Silent(), lock=(0.1, 0.5), cfg=(1.0, 6.0)),
 ]
 
@@ -161,8 +157,6 @@ def test_more_risk_never_means_less_lock(a, b, policy):
         (Clamped(Linear(), lock=(0, 0)), False),
         (Clamped(Constant(), lock=(0.1, 1)), True),
         (Windowed(Constant(), last=3), False),
-        (LockAbove(Constant(), above=1.0), True),
-        (LockAbove(Constant(), above=1.0, lock=0.0), False),
         (Smoothed(Clamped(PID(), lock=(0, 0)), half_life=1), False),
     ],
     ids=repr,
@@ -188,7 +182,7 @@ def test_whether_risk_is_used_is_handed_up():
         Linear(cfg_max=None),
         Windowed(Linear(), last=1),
         Smoothed(PID(), 1),
-        LockAbove(Clamped(PID(), lock=(0.1, 0.9)), above=0.5),
+        Smoothed(Clamped(PID(), lock=(0.1, 0.9)), half_life=0.5),
     ],
     ids=repr,
 )
@@ -200,7 +194,7 @@ def test_unscheduled_guidance_and_compositing_are_left_as_they_are(policy):
 
 def test_wrappers_carry_compositing_through():
     inner = stateless(lambda obs: Control(lock=1.0, composite=0.25))
-    for policy in (Windowed(inner, below=2), LockAbove(inner, above=0.5), Clamped(inner), Smoothed(inner, half_life=1)):
+    for policy in (Windowed(inner, below=2), Clamped(inner), Smoothed(inner, half_life=1)):
         assert policy.step(policy.init(), observe([1.0]))[1].composite == 0.25
     assert Windowed(inner, below=0.5).step(None, observe([1.0]))[1] == Control(lock=0.0)
     check_policy(inner)
@@ -208,8 +202,6 @@ def test_wrappers_carry_compositing_through():
 
 def test_what_an_inner_policy_leaves_as_it_is_starts_from_what_holds():
     obs = observe([1.0, 1.0])._replace(lock=torch.tensor([0.0, 0.75]))
-    assert LockAbove(Silent(), above=0.5, lock=0.5).step(None, obs)[1].lock.tolist() == [0.5, 0.75]
-    assert LockAbove(Silent(), above=2.0).step(None, obs)[1] == Control()
     clamped = Clamped(Silent(), lock=(0.0, 0.5), cfg=(1.0, 4.0)).step(None, obs)[1]
     assert (clamped.lock.tolist(), clamped.cfg_scale.tolist()) == ([0.0, 0.5], [4.0, 4.0])
     assert Smoothed(fade, half_life=1).step(Smoothed(fade, half_life=1).init(), obs)[1].cfg_scale is None
@@ -371,24 +363,6 @@ def test_smoothing_guidance_begins_at_the_callers():
     assert float(second.cfg_scale) == pytest.approx(7.5)
 
 
-def test_lock_above_locks_before_the_first_measurement_and_then_releases():
-    policy = LockAbove(Sigmoid(cfg_range=(1.0, 2.0)), above=5.0, lock=0.8)
-    assert policy.start(observe([math.nan], sigma=80.0)).lock == 0.8
-    assert policy.start(observe([math.nan], sigma=4.0)).lock == 0.0  # a run that begins part-way
-    assert follow(policy, lambda s: 1.0, [80.0, 5.0, 4.9, 1.0]) == pytest.approx([0.8, 0.8, 0.5, 0.5])
-    assert follow(policy, lambda s: 1e3, [80.0]) == pytest.approx([1.0])  # at least
-    obs = observe([1.0], sigma=80.0)
-    assert torch.equal(policy.step(None, obs)[1].cfg_scale, policy.policy.step(None, obs)[1].cfg_scale)
-
-
-def test_lock_above_keeps_the_inner_memory_up_to_date():
-    sigmas = falling(12)
-    early, inner = (follow(p, lambda s: 2.0, sigmas) for p in (LockAbove(PID(), above=5.0), PID()))
-    released = sum(s >= 5.0 for s in sigmas)
-    assert early[:released] == [1.0] * released
-    assert early[released:] == inner[released:]
-
-
 def test_clamping():
     policy = Clamped(Linear(), lock=(0.2, 0.6), cfg=(1.0, 8.0))
     control = policy.step(None, observe([0.0, 0.4, 3.0]))[1]
@@ -450,8 +424,7 @@ def test_settings_are_frozen_and_compare_by_value():
         (lambda: Windowed(PID(), last=0), ["whole number >= 1", "Windowed(policy, last=20)"]),
         (lambda: Windowed(PID(), below=1, above=2), ["empty window", "below=2, above=1"]),
         (lambda: Smoothed(PID(), half_life=0), ["half_life=0", "Smoothed(policy, half_life=1.0)"]),
-        (lambda: LockAbove(PID(), above=0), ["above=0", "> 0", "LockAbove(policy, above=1.0)"]),
-        (lambda: LockAbove(PID(), above=1, lock=2), ["lock=2", "LockAbove(policy, lock=1.0)"]),
+        (lambda: Release(early=1), ["early=1", "True or False", "Release(early=True)"]),
         (lambda: Clamped(PID(), lock=(0, 2)), ["lock=(0, 2)", "[0, 1]"]),
         (lambda: Smoothed("pid", half_life=1), ["'pid' is a name", "load_policy('pid')"]),
         (lambda: as_policy(PID), ["is a class", "PID(...)"]),
@@ -517,3 +490,16 @@ def test_nothing_is_released_above_its_noise_level(policy):
     assert policy.start(obs._replace(sigma=80.0)) == Control(policy.lock, composite=1.0)
     assert policy.may_lock
     assert not type(policy)(lock=0.0).may_lock
+
+
+def test_a_clip_that_is_not_locked_early_is_locked_while_something_of_it_is_released():
+    policy = Release(lock=0.5, firm=4.0, early=False)
+    effect = torch.tensor([[0.1, 0.9], [0.1, 8.0]])
+    obs = Observation(1.0, effect, effect, effect * 0, torch.ones(2), None, effect)
+    assert policy.start(obs) == Control(0.0, composite=1.0)
+    lock, _, composite = policy.step(None, obs)[1]
+    assert lock.tolist() == [[0.0, 0.0], [0.5, 0.25]]
+    assert composite.tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    per_clip = Observation(1.0, *[torch.tensor([0.1, 8.0])] * 3, torch.ones(2), None, torch.tensor([0.1, 8.0]))
+    assert policy.step(None, per_clip)[1].lock.tolist() == [0.0, 0.25]
+    assert policy.may_lock

@@ -15,7 +15,6 @@ from kvlock_sampling.policy import (
     Clamped,
     Constant,
     Linear,
-    LockAbove,
     Sigmoid,
     Smoothed,
     Threshold,
@@ -41,7 +40,7 @@ BUILT_IN = [
     PID(slew=0.5, kd=1 / 3),
     Windowed(Linear(), last=20, below=3.3),
     Smoothed(PID(), half_life=0.3),
-    LockAbove(Smoothed(Sigmoid(), half_life=0.2), above=8.0, lock=0.75),
+    Smoothed(Windowed(Sigmoid(), above=8.0), half_life=0.2),
     Clamped(Smoothed(Windowed(Threshold(), above=1.0), half_life=1.0), cfg=(1.0, 8.0)),
 ]
 
@@ -103,7 +102,7 @@ def test_the_paper_is_the_paper():
 
 
 def test_only_presets_for_one_scale_of_latents_set_a_threshold():
-    assert [n for n in preset_names() if load_preset(n).threshold is not None] == ["paper", "release"]
+    assert [n for n in preset_names() if load_preset(n).threshold is not None] == ["paper"]
 
 
 def test_describe_has_a_row_for_each():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvlock_sampling import tiny
 from kvlock_sampling.app.edit import Edit, VideoModel, edit_video
-from kvlock_sampling.policy import Constant, LockAbove, Windowed
+from kvlock_sampling.policy import Constant, Windowed
 from kvlock_sampling.tiny.world import MOTIONS, SPEED, coverage
 from kvlock_sampling.video.metrics import masked_psnr
 
@@ -20,14 +20,17 @@ from .metrics import masked_ssim, temporal_error
 VARIANTS: dict[str, dict[str, Any]] = {
     "unlocked": {"policy": Constant(lock=0.0)},
     "composited": {"policy": Constant(lock=0.0), "composite": True},
-    "fixed 0.5": {"policy": Constant(lock=0.5)},
+    "half lock": {"policy": Constant(lock=0.5)},
+    "half lock, erased": {"policy": Constant(lock=0.5), "erase": True},
     "full lock": {"policy": Constant(lock=1.0)},
-    "early lock": {"policy": LockAbove(Constant(lock=0.0), above=1.0)},
-    "late lock": {"policy": Windowed(Constant(lock=1.0), below=1.0)},
+    "full lock, erased": {"policy": Constant(lock=1.0), "erase": True},
+    "full lock at sigma >= 1": {"policy": Windowed(Constant(lock=1.0), above=1.0)},
     "paper": {"policy": "paper"},
     "threshold": {"policy": "threshold"},
     "sigmoid": {"policy": "sigmoid"},
     "PID": {"policy": "pid"},
+    "static": {"policy": "static"},
+    "release": {"policy": "release"},
     "default": {"policy": "default"},
 }
 

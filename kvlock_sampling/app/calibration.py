@@ -44,7 +44,7 @@ def calibrate(
     model: VideoModel,
     examples: Sequence[Example],
     *,
-    policy: str | Policy | Preset = "default",
+    policy: str | Policy | Preset = "sigmoid",
     estimator: Estimator | None = None,
     quantile: float = 0.95,
     bands: int = 12,
@@ -71,7 +71,7 @@ def calibrate(
 
     Raises:
         SourceError: There are no examples.
-        PolicyError: The policy does not read risk.
+        PolicyError: The policy does not read risk, or measures something that needs no calibration.
         EstimatorError: There are too few measurements.
     """
     if not examples:
@@ -79,8 +79,13 @@ def calibrate(
     preset = load_preset(policy) if isinstance(policy, str) else policy
     preset = preset if isinstance(preset, Preset) else Preset(preset)
     if not preset.policy.uses_risk:
-        raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="default".')
+        raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="sigmoid".')
     meter = estimator or preset.estimator or DEFAULT_ESTIMATOR
+    if meter.needs_source:
+        raise PolicyError(
+            f"policy={policy!r} measures {meter!r}, which is relative to edit and clip and needs no calibration.\n"
+            '  Use the policy as it is, or calibrate one that reads risk, e.g. policy="sigmoid".'
+        )
     points: list[tuple[float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]

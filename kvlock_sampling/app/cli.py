@@ -172,7 +172,7 @@ def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", help="The preset to write, NAME.toml.")],
     model: Model = "tiny",
     clips: Annotated[str, typer.Option(help="How many scenes; or a folder of NAME.mp4, .mask.png and .txt.")] = "32",
-    policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "default",
+    policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "sigmoid",
     quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Fraction of calm runs below risk 1.")] = 0.95,
     sampler: Sampler = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=4, help="Sampling steps.")] = 30,

@@ -7,14 +7,13 @@ from .pid import PID
 from .release import Release, ReleaseBelow
 from .sigmoid import Sigmoid
 from .threshold import Threshold
-from .wrappers import Clamped, LockAbove, PolicyWrapper, Smoothed, Windowed
+from .wrappers import Clamped, PolicyWrapper, Smoothed, Windowed
 
 __all__ = [
     "PID",
     "Clamped",
     "Constant",
     "Linear",
-    "LockAbove",
     "Policy",
     "PolicyWrapper",
     "Release",

@@ -1,12 +1,16 @@
 """Release: keep the source where the edit changes nothing firmly, and let go where it does.
 
-    sigma > below:   composite = 1,                    lock = lock
+    sigma > below:   composite = 1,                    lock = lock, or 0 if not early
     sigma <= below:  composite = 0 if effect > 1 else 1,
-                     lock = lock * min(1, firm / effect)
+                     lock = lock * min(1, firm / effect), or 0 if not early and nothing of the clip is released
 `effect` is the squared mean of the edit's change over the trajectory (`Divergence`), in units of the threshold. So a
 hallucination, which comes and goes, is composited and locked, and an effect, which stays, is let go, token by token.
 What is let go keeps the lock, its hold on the background's context, and loses it only as the edit insists. Range: lock
 and composite in [0, 1].
+
+A composited background needs no lock: its pixels are the source's anyway. A lock at high noise helps a model to fit the
+edit to its surroundings, or ties it to the old object, and only a measurement of many edits tells which. Not `early`
+is therefore the cautious way: where an edit has no effect outside its mask, the result is the composited one.
 
 `ReleaseBelow` is the static schedule beside it: composited above a noise level, free under the lock below.
 Source: KV-Lock (arXiv 2603.09657) for locking by variance.
@@ -16,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._shared import number
+from ._shared import number, reject
 from .base import Policy
 
 
@@ -56,24 +60,31 @@ class Release(Policy):
         below: Noise level > 0 from which on anything may be released. Defaults to 3.
         lock: Fusion ratio in [0, 1] of what is kept. Defaults to 0.75.
         firm: Effect >= 1, in thresholds, at which the lock begins to weaken. Defaults to 4.
+        early: Whether to lock from the first evaluation on. If not, a clip is locked while any of its tokens is
+            released. Defaults to True.
     """
 
     below: float = 3.0
     lock: float = 0.75
     firm: float = 4.0
+    early: bool = True
 
     def __post_init__(self) -> None:
         number(self, "below", above=0.0)
         number(self, "lock", at_least=0.0, at_most=1.0)
         number(self, "firm", at_least=1.0)
+        if not isinstance(self.early, bool):
+            reject(self, "early", "True or False", True)
 
     def start(self, obs: Observation) -> Control:
-        return Control(self.lock, composite=1.0)
+        return Control(self.lock * self.early, composite=1.0)
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         if obs.sigma > self.below:
             return state, self.start(obs)
-        lock = self.lock * (self.firm / obs.effect).clamp(max=1.0)
-        return state, Control(lock, composite=(obs.effect <= 1.0).to(obs.effect.dtype))
+        lock, released = self.lock * (self.firm / obs.effect).clamp(max=1.0), obs.effect > 1.0
+        if not self.early:
+            lock = lock * (released.any(-1, keepdim=True) if released.ndim > 1 else released)
+        return state, Control(lock, composite=(~released).to(obs.effect.dtype))
 
     may_lock = property(lambda self: self.lock > 0.0)

@@ -1,10 +1,9 @@
-"""Policies around policies:  Windowed (when),  LockAbove (early),  Smoothed (how fast),  Clamped (how much).
+"""Policies around policies:  Windowed (when),  Smoothed (how fast),  Clamped (how much).
 
 A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`. The inner policy is stepped at
 every evaluation, so that its memory is up to date when it takes over.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,37 +95,6 @@ class Windowed(PolicyWrapper):
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
         return control if self._is_open(obs) else Control(lock=0.0)
-
-
-@dataclass(frozen=True)
-class LockAbove(PolicyWrapper):
-    """A lock at high noise whatever the risk; below, the inner policy alone, whose guidance and composite always act.
-
-    The first evaluation below `above` is still locked, because a lock acts on the next evaluation. Source:
-    Follow-Your-Shape (arXiv 2508.08134), where all keys and values are the source's in the first 2 steps.
-
-    Raises PolicyError for a setting out of range.
-
-    Args:
-        policy: The inner policy, or a function of an Observation.
-        above: Noise level > 0. At this sigma and higher the lock is at least `lock`.
-        lock: The least lock there, in [0, 1]. Defaults to 1.
-    """
-
-    above: float
-    lock: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        number(self, "above", above=0.0)
-        number(self, "lock", at_least=0.0, at_most=1.0)
-
-    def _adjust(self, control: Control, obs: Observation) -> Control:
-        if obs.sigma < self.above:
-            return control
-        return control._replace(lock=_clamp(_lock(control, obs), (self.lock, math.inf)))
-
-    may_lock = property(lambda self: self.lock > 0.0 or self.policy.may_lock)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def check_no_lock_inside(model: Any) -> None:
             raise RunError(
                 f"{where}; expected the denoiser itself: two locks would fuse, guide and composite twice.\n"
                 "  Make one lock of it: KVLock(lock.model, source=..., mask=..., policy=...)\n"
-                "  Two policies in one: kv.LockAbove(kv.Sigmoid(), above=4.0)."
+                "  Two policies in one: kv.Windowed(kv.Sigmoid(), above=1.0)."
             )
         held = [vars(inside), vars(inside).get("_modules", {})] if hasattr(inside, "__dict__") else []
         # A wrapper keeps the denoiser under one of these names.

@@ -92,23 +92,32 @@ def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Pat
     """Average per clip over the mask, or per token, edited or not, in the order (t, h, w) if there is a patch."""
     if patch is None:
         return masked_mean(values, mask)
-    t, h, w = whole_patches(values, patch)
+    values, (t, h, w) = on_grid(values, patch)
     return reduce(working(values), "b c (t p) (h q) (w r) -> b (t h w)", "mean", p=t, q=h, r=w)
 
 
-def whole_patches(values: Tensor, patch: Patch) -> tuple[int, int, int]:
-    """Return the patch, checked: latents (batch, channels, time, height, width) divide into whole ones."""
+def on_grid(values: Tensor, patch: Patch) -> tuple[Tensor, tuple[int, int, int]]:
+    """Return latents as (batch, channels, time, height, width), and their patch, of which whole ones fit.
+
+    An image, (batch, channels, height, width), has one frame; packed latents, (batch, tokens, channels), one row of
+    tokens.
+    """
     if patch == "model":
         raise EstimatorError(
             'patch="model", and no locked layers to take it from.\n'
             "  Give the latents per token along (time, height, width), e.g. patch=(1, 2, 2)."
         )
-    if values.ndim != 5 or any(size % p for size, p in zip(values.shape[2:], patch, strict=True)):
+    grid, size = values, patch
+    if values.ndim == 3:
+        grid, size = values.mT[:, :, None, None], (1, 1, 1)
+    elif values.ndim == 4:
+        grid, size = values.unsqueeze(2), (1, *patch[1:])
+    if grid.ndim != 5 or any(axis % p for axis, p in zip(grid.shape[2:], size, strict=True)):
         raise EstimatorError(
             f"latents of shape {tuple(values.shape)} do not divide into whole patches of {patch}; expected (batch, "
             "channels, time, height, width) and the model's patch, e.g. patch=(1, 2, 2). None measures clips."
         )
-    return patch
+    return grid, size
 
 
 def check_patch(estimator: Any) -> None:

@@ -4,9 +4,11 @@
     w_i = exp(-log(sigma_i / sigma) / memory)    W = sum_i w_i,   W2 = sum_i w_i^2
     m = sum_i w_i delta_i / W                    effect = mean of m^2
     v = sum_i w_i (delta_i - m)^2 / (W - W2/W)   var = mean of v, unbiased for independent delta_i
-elementwise, then the mean over masked elements or each token. A change that stays along the trajectory is an effect of
-the edit, one that comes and goes is not: effect / var is its signal-to-noise ratio. Range >= 0, latent units squared.
-Source of the weighted sums: West 1979, Updating mean and variance estimates.
+elementwise, then the mean over masked elements or each token, divided by
+    unit = mean of delta_i^2 inside the mask + variance of x0hat_source_i
+the size of the edit and of the clip, so that no threshold depends on a model's latents. A change that stays along the
+trajectory is an effect of the edit, one that comes and goes is not: effect / var is its signal-to-noise ratio. Range
+>= 0, dimensionless. Source of the weighted sums: West 1979, Updating mean and variance estimates.
 """
 
 import math
@@ -19,12 +21,12 @@ from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.precision import working
-from .base import Estimator, Patch, check_patch, masked_mean, whole_patches
+from .base import Estimator, Patch, check_patch, masked_mean, on_grid
 
 
 @dataclass(frozen=True)
 class Divergence(Estimator):
-    """Mean and variance, along the trajectory, of the edit's x0-hat minus the source's, in latent units squared.
+    """Mean and variance, along the trajectory, of the edit's x0-hat minus the source's, relative to edit and clip.
 
     The variance is reported from the second noise level on; `obs.effect` is the squared mean. Where the lock evaluates
     the source, it costs nothing. Without a lock, and with a KV cache, the source is one more function evaluation: the
@@ -42,7 +44,7 @@ class Divergence(Estimator):
     memory: float = 1.0
     patch: Patch | None = None
 
-    default_threshold = 0.01
+    default_threshold = 0.001
     needs_source = True
 
     def __post_init__(self) -> None:
@@ -51,7 +53,7 @@ class Divergence(Estimator):
             raise EstimatorError(f"memory={self.memory}; expected a fall in log sigma > 0. Try memory=1.0.")
 
     def init(self) -> tuple[Any, ...]:
-        return ()  # then, for this noise level and the one before: sigma, W, W2, m, and pooled the squares and m^2
+        return ()  # then, for this noise level and the one before: sigma, W, W2, m, the pooled squares, the effect
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
         if evaluation.source is None:
@@ -60,13 +62,16 @@ class Divergence(Estimator):
                 "  Pass the clip that is edited: KVLock(model, source=latents, mask=mask, estimator=Divergence())."
             )
         sigma, mask = evaluation.sigma, evaluation.mask
-        delta = working(evaluation.denoised.detach()) - working(evaluation.source.detach())
+        source = working(evaluation.source.detach())
+        delta = working(evaluation.denoised.detach()) - source
+        unit = masked_mean(delta.square(), mask) + source.flatten(1).var(1, correction=0)
+        unit = unit.clamp_min(1e-12).view(-1, *[1] * (self.patch is not None))
         if self.patch is not None:
             delta, mask = _background_of_tokens(delta, mask, self.patch), None
         # The prediction replaces one at nearly the same sigma, and those below.
         above = tuple(entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA))
         if not above:
-            return ((sigma, 1.0, 1.0, delta, 0.0, self._pooled(delta, mask)),), None
+            return ((sigma, 1.0, 1.0, delta, 0.0, self._pooled(delta, mask) / unit),), None
         before, weight, squares, mean, spread, _ = above[-1]
         decay = math.exp(-math.log(before / sigma) / self.memory)
         old = decay * weight
@@ -76,9 +81,9 @@ class Divergence(Estimator):
         # M2 / (W - W2 / W), divided through by the decay, which may be tiny on a coarse schedule.
         variance = (spread * new + moved * weight) / (2 * weight + decay * (weight**2 - squares))
         mean = mean + change / new
-        effect = self._pooled(mean, mask)
+        effect = self._pooled(mean, mask) / unit
         entry = sigma, new, 1 + decay**2 * squares, mean, decay * spread + moved * (old / new), effect
-        return (above[-1], entry), variance
+        return (above[-1], entry), variance / unit
 
     def _pooled(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """The mean square, (batch,) over the mask, or (batch, tokens) over channels."""
@@ -90,8 +95,8 @@ class Divergence(Estimator):
 
 def _background_of_tokens(values: Tensor, mask: Tensor | None, patch: Patch) -> Tensor:
     """The mean over what is not edited of each token and its neighbours, (batch, channels, t, h, w) in tokens."""
-    size = whole_patches(values, patch)
-    kept = torch.ones_like(values[:, :1]) if mask is None else (1 - working(mask)).expand_as(values[:, :1])
+    kept = torch.ones_like(values) if mask is None else (1 - working(mask)).expand_as(values)
+    (values, size), kept = on_grid(values, patch), on_grid(kept, patch)[0][:, :1]
 
     def around(cells: Tensor) -> Tensor:
         means = avg_pool3d(cells, size)

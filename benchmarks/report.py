@@ -14,8 +14,6 @@ from kvlock_sampling.utils.files import write_atomically
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
 
-FIRST = "Measured on the first world (`benchmarks/first_world/`), not yet on the embedded one. "
-
 
 def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
@@ -34,49 +32,24 @@ def embedded_model() -> str:
     )
 
 
-def loops() -> str:
-    record = load("loops")
-    open_rows = [
-        [r["estimator"], r["actuator"], r["sigma"], f"{r['mean']:+.3f} ± {r['error']:.3f}"] for r in record["open loop"]
-    ]
-    closed = [
+def risk() -> str:
+    r = load("risk")
+    fates = list(r["failed"])
+    failed = ", ".join(f"{count} with {fate}" for fate, count in r["failed"].items())
+    body = [
         [
-            r["policy"],
-            f"{r['mean lock']:.2f}",
-            f"{r['mean scale']:.2f}",
-            f"{r['in-mask PSNR']:.2f}",
-            f"{r['both right']:.0%}",
-            f"{r['constant in-mask PSNR']:.2f}",
-            f"{r['constant both right']:.0%}",
-            f"{r['difference dB']:+.2f} ± {r['error dB']:.2f}",
+            row["estimator"],
+            f"{row['extra passes']:g}",
+            f"{row['of the run']:.0%}",
+            *("{:.2f} ± {:.2f}".format(*row[fate]) for fate in fates),
         ]
-        for r in record["closed loop against constants"]
+        for row in r["rows"]
     ]
-    predicted = [
-        [
-            r["estimator"],
-            f"{r['of the run']:.0%}",
-            str(r["failed"]),
-            f"{r['AUROC failed']:.2f}",
-            f"{r['AUROC lowest quarter of quality']:.2f}",
-        ]
-        for r in record["prediction of failure"]
-    ]
-    return "\n\n".join(
-        [
-            "### Open loop: how the signal answers\n\nd(log variance) per unit of lock, and of guidance scale, "
-            f"mean ± standard error over {record['scenes']} edits.",
-            table(["estimator", "actuator", "sigma", "slope"], open_rows),
-            "### Closed loop against constants\n\nEvery scheduling preset against a constant setting with the same "
-            "mean lock and mean scale, paired by scene and noise.",
-            table(
-                ["policy", "mean lock", "scale", "PSNR", "both right", "constant PSNR", "both right", "difference, dB"],
-                closed,
-            ),
-            "### Does risk predict failure?\n\nAUROC of the variance at a fraction of the run against failed edits "
-            "(colour or shape wrong) and against the quarter of edits with the lowest shape quality.",
-            table(["estimator", "of the run", "failed", "AUROC failed", "AUROC low quality"], predicted),
-        ]
+    return (
+        f"{r['edits']} further edits under the preset `release`, {r['sampler']}, {r['steps']} steps; {failed}. AUROC: "
+        "the chance that a failed edit reads higher than another; 0.5 is chance. ± standard error over resampled "
+        "edits. Passes are extra ones at each reading. *Anything wrong* also counts effects that are left over, and "
+        "what should not be there.\n\n" + table(["estimator", "passes", "of the run", *fates], body)
     )
 
 
@@ -101,35 +74,6 @@ def transfer() -> str:
     )
 
 
-def ideas() -> str:
-    record = load("ideas")
-    header = ["idea", "against", "PSNR", "difference, dB", "both right", "against", "passes", "against"]
-
-    def rows(found: list[dict]) -> str:
-        body = [
-            [
-                r["idea"],
-                r["against"],
-                f"{r['in-mask PSNR']:.2f}",
-                f"{r['difference']:+.2f} ± {r['error']:.2f}",
-                f"{r['both right']:.0%}",
-                f"{r['both right, against']:.0%}",
-                f"{r['passes']:g}",
-                f"{r['passes, against']:g}",
-            ]
-            for r in found
-        ]
-        return table(header, body)
-
-    again = record["confirmed"]
-    return (
-        f"{record['scenes']} further scenes, {record['steps']} steps, composited and fully locked unless stated "
-        f"otherwise; paired by scene and noise, ± standard error.\n\n{rows(record['rows'])}\n\n"
-        f"The best idea again, `--confirm {again['scenes']}`, on {again['scenes']} scenes that played no part in the "
-        f"choice:\n\n{rows(again['rows'])}"
-    )
-
-
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
@@ -140,29 +84,18 @@ def main() -> None:
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
         + release.report(load("release")),
-        "## Edits\n\n`python benchmarks/edits.py`. "
-        + FIRST
-        + "32 held-out scenes, five kinds of edit, the same noise for every "
-        "variant; mean ± standard error. PSNR in dB; 100 dB is exact. The in-mask PSNR compares with the true render "
-        "of the edit. Passes are function evaluations (nfe) per clip; seconds on two idle CPU "
-        "cores.\n\n" + (RESULTS / "edits.md").read_text(),
-        "## When and where to lock\n\n`python benchmarks/when.py`. "
-        + FIRST
-        + "Other scenes, 20 steps; gain over compositing, "
-        "paired by scene and noise, ± standard error.\n\n" + (RESULTS / "when.md").read_text(),
-        "## Further ideas against a constant lock\n\n`python benchmarks/ideas.py`. " + FIRST + ideas(),
+        "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "
+        + (RESULTS / "harm.md").read_text(),
+        "## Does risk tell failed edits?\n\n`python benchmarks/risk.py --bfloat16`. " + risk(),
         "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. "
-        + FIRST
-        + "Fraction of measurements of calm runs with "
+        "Fraction of measurements of calm runs with "
         "risk above 1. Curves and numbers were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes; the "
         "built-in curve by `kvlock calibrate` on its 32 scenes. 95% intervals from resampling the clips. "
         "*default* is the default estimator, *relative* is "
-        "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 4, 4)))`.\n\n" + transfer(),
-        "## Loops\n\n`python benchmarks/loops.py`. " + FIRST + "\n\n" + loops(),
+        "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 8, 8)))`.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
-        + FIRST
-        + "32 further scenes, full lock, 30 "
+        "On the model of the first world, 32 further scenes, full lock, 30 "
         "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "
         "error; change of pixels from the full lock's, relative to the change that the lock makes: mean, maximum.\n\n"
         + quality(load("cost")),

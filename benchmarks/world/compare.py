@@ -18,17 +18,11 @@ from .judge import judge
 from .metrics import masked_ssim, temporal_error
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "unlocked": {"policy": Constant(lock=0.0)},
     "composited": {"policy": Constant(lock=0.0), "composite": True},
-    "half lock": {"policy": Constant(lock=0.5)},
     "half lock, erased": {"policy": Constant(lock=0.5), "erase": True},
     "full lock": {"policy": Constant(lock=1.0)},
-    "full lock, erased": {"policy": Constant(lock=1.0), "erase": True},
     "full lock at sigma >= 1": {"policy": Windowed(Constant(lock=1.0), above=1.0)},
     "paper": {"policy": "paper"},
-    "threshold": {"policy": "threshold"},
-    "sigmoid": {"policy": "sigmoid"},
-    "PID": {"policy": "pid"},
     "static": {"policy": "static"},
     "release": {"policy": "release"},
     "default": {"policy": "default"},

@@ -131,17 +131,18 @@ def shuffled(batch: Batch) -> Options:
 
 ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "composited": {"policy": Constant(lock=0.0), "composite": 1.0},
-    "composited, 24 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 24},
+    "composited, 32 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 32},
     "composited, 8 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 8},
     "composited, lock 1": {"policy": Constant(lock=1.0)},
     "composited, lock 0.5, erased": {"policy": Constant(lock=0.5), "erase": True},
     "lock 0.5, never composited": {"policy": Constant(lock=0.5, composite=0.0), "erase": True},
-    "lock 1, never composited": {"policy": Constant(lock=1.0, composite=0.0), "erase": True},
     "static": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True},
     "static, lock 0.75": {"policy": ReleaseBelow(below=3.0, lock=0.75), "erase": True},
-    "static, 24 steps": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True, "steps": 24},
+    "static, lock 1": {"policy": ReleaseBelow(below=3.0, lock=1.0), "erase": True},
+    "static, 21 steps": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True, "steps": 21},
     "static, not erased": {"policy": ReleaseBelow(below=3.0, lock=0.5)},
     "static without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
+    "default": {"policy": "default"},
     "release": ADAPTIVE,
     "release, lock kept": {
         "policy": Release(firm=1e6),
@@ -150,8 +151,6 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     },
     "release at random": shuffled,
     "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},
-    "default": {"policy": "default"},
-    "paper": {"policy": "paper"},
 }
 SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
     f"below {below:g}, lock {lock:g}{', erased' * erase}": {
@@ -234,8 +233,12 @@ def table(rows: dict[str, Any], kinds: list[str]) -> str:
 
 CONTROLS = (
     "composited",
+    "composited, 32 steps",
     "static",
     "static, lock 0.75",
+    "static, lock 1",
+    "static, 21 steps",
+    "default",
     "release, lock kept",
     "release at random",
     "released where the effects are",
@@ -244,7 +247,8 @@ CONTROLS = (
 
 def report(record: dict[str, Any]) -> str:
     """The table of a record, `release` against each control, and how far it goes towards the best row per edit."""
-    about, rows = record["about"], record["rows"]
+    about, known = record["about"], [*ROWS, *SEARCHED]
+    rows = {name: record["rows"][name] for name in sorted(record["rows"], key=known.index)}
     first, count = about["first_scene"], about["edits"]
     kinds = [EDITS[seed % len(EDITS)] for seed in range(first, first + count)]
     parts = [

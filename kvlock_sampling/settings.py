@@ -174,10 +174,9 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
 def _preset(policy: Any, *, locks: bool) -> Preset:
     if not isinstance(policy, (str, os.PathLike)):
         return policy if isinstance(policy, Preset) else Preset(policy)
-    preset = load_preset(policy)
     if policy == "default" and not locks:  # without a source the default measures, and changes nothing
         return Preset(Sigmoid(lock_range=(0.0, 0.0)))
-    return preset
+    return load_preset(policy)
 
 
 def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Estimator, Any, float]:
@@ -219,6 +218,11 @@ def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
         raise SourceError(
             f"{names} without source=: there is no clip to lock to, so it would have no effect.\n"
             "  Pass source=latents and mask=mask too, or leave that away: KVLock(model, policy=...) schedules guidance."
+        )
+    if given["mask"] is not None and given["policy"] == "default":
+        raise SourceError(
+            "mask= without source=: there is no clip to keep, so the edit would be the model's own.\n"
+            "  Pass source=latents too. To measure inside a mask without a source, name a policy: policy='sigmoid'."
         )
     # Other policies may or may not lock: only the run can tell.
     if type(policy) is Constant and policy.lock > 0:

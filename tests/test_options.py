@@ -122,6 +122,8 @@ def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
     assert lock.settings.mask is not None
     kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
+    with pytest.raises(SourceError, match=r"mask= without source=.*\n.*source=latents"):
+        kv.KVLock(setup.model, mask=setup.mask)
     assert warned(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
 

@@ -136,9 +136,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         measure = measure.on_tokens(chosen.patch)
         chosen = None if no_token_left else chosen
     elif clip is not None:
-        names = ["layers", "transition", "foreground", "kv_cache"]
-        described = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
-        if asked := _named({name: given[name] for name in names[described:]}):
+        describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
+        if asked := _named({n: given[n] for n in ("layers", "transition", "foreground", "kv_cache")[describes:]}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
     if branch is not None and scale_arg is None:
         raise SourceError(

@@ -45,7 +45,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "renoise x1": RenoiseVariance(passes=1),
 }
 CALIBRATED = ("dpmpp_2m", 30)
-RUNS = (CALIBRATED, ("dpmpp_2m", 20), ("dpmpp_2m", 50), ("euler", 30), ("euler_ancestral", 30))
+RUNS = (CALIBRATED, ("dpmpp_2m", 20), ("euler", 30), ("euler_ancestral", 30))
 
 
 class Meter(NamedTuple):

@@ -492,14 +492,23 @@ def test_nothing_is_released_above_its_noise_level(policy):
     assert not type(policy)(lock=0.0).may_lock
 
 
+def released_by(policy, effect, risk):
+    effect, risk = torch.tensor(effect), torch.tensor(risk)
+    control = policy.step(None, Observation(1.0, risk, risk, risk * 0, torch.ones(len(risk)), None, effect))[1]
+    return control.lock.tolist(), (1 - control.composite).tolist()
+
+
 def test_a_clip_that_is_not_locked_early_is_locked_while_something_of_it_is_released():
     policy = Release(lock=0.5, firm=4.0, early=False)
-    effect = torch.tensor([[0.1, 0.9], [0.1, 8.0]])
-    obs = Observation(1.0, effect, effect, effect * 0, torch.ones(2), None, effect)
-    assert policy.start(obs) == Control(0.0, composite=1.0)
-    lock, _, composite = policy.step(None, obs)[1]
-    assert lock.tolist() == [[0.0, 0.0], [0.5, 0.25]]
-    assert composite.tolist() == [[1.0, 1.0], [1.0, 0.0]]
-    per_clip = Observation(1.0, *[torch.tensor([0.1, 8.0])] * 3, torch.ones(2), None, torch.tensor([0.1, 8.0]))
-    assert policy.step(None, per_clip)[1].lock.tolist() == [0.0, 0.25]
+    start = policy.start(observe([math.nan, math.nan]))
+    assert start == Control(0.0, composite=1.0)
+    tokens = released_by(policy, [[0.1, 0.9], [0.1, 8.0]], [[0.01, 0.01], [0.01, 0.01]])
+    assert tokens == ([[0.0, 0.0], [0.5, 0.25]], [[0.0, 0.0], [0.0, 1.0]])
+    assert released_by(policy, [0.1, 8.0], [0.01, 0.01]) == ([0.0, 0.25], [0.0, 1.0])
     assert policy.may_lock
+
+
+def test_only_a_change_that_hardly_varies_is_released():
+    for snr, wanted in ((0.0, [1.0, 1.0, 1.0, 0.0]), (4.0, [1.0, 0.0, 0.0, 0.0]), (10.0, [0.0] * 4)):
+        assert released_by(Release(snr=snr), [8.0, 8.0, 2.0, 0.9], [1.0, 2.1, 1.0, 0.0])[1] == wanted
+    assert released_by(Release(), [8.0], [math.nan])[1] == [0.0]

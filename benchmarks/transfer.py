@@ -1,7 +1,7 @@
 """Does a calibrated threshold transfer?  python benchmarks/transfer.py
 
 False alarms (the share of measurements of calm runs with risk above 1) on samplers and numbers of steps that were not
-calibrated for. Thresholds: the 95% level of calm runs of dpmpp_2m in 30 steps over 48 scenes, as a curve over sigma and
+calibrated for. Thresholds: the 95% level of calm runs of dpmpp_2m in 30 steps over 32 scenes, as a curve over sigma and
 as one number. Evaluated on other scenes, the same ones for every sampler; 95% intervals from resampling the clips, for
 the measurements of one clip go together. Writes benchmarks/results/transfer.json.
 
@@ -134,8 +134,8 @@ def row(share: np.ndarray, reference: np.ndarray) -> dict[str, float | list[floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--clips", type=int, default=48)
-    parser.add_argument("--calibration-clips", type=int, default=48)
+    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--calibration-clips", type=int, default=32)
     given = parser.parse_args()
     meters = calibrated(measure(*CALIBRATED, first=800_000, count=given.calibration_clips))
     rows: list[dict[str, Any]] = []

@@ -26,7 +26,7 @@ class ProbingEstimator(Estimator):
     seed: int = 0
 
     default_threshold = 0.01
-    """What calm clips of the first world's model stay below from sigma 1.5 down, in latent units squared."""
+    """What calm clips of the embedded model stay below from sigma 1.5 down, in latent units squared."""
 
     least_passes: ClassVar[int] = 1
     cost = property(lambda self: float(self.passes))

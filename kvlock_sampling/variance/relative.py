@@ -34,7 +34,7 @@ class Relative(EstimatorWrapper):
     quantile: float = 0.96
 
     default_threshold = 4.5
-    """What 95% of calm measurements of the first world's model stay below, at the default quantile."""
+    """What 95% of calm measurements of the embedded model stay below, at the default quantile."""
     needs_background = True
     patch = None
 

@@ -52,9 +52,9 @@ DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, in
 
 DEFAULT_THRESHOLD = ThresholdCurve(
     sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
-    values=(2.35e-5, 1.48e-4, 6.22e-4, 0.00174, 0.0033, 0.00498, 0.00751, 0.011, 0.0168, 0.0208, 0.03, 0.0715),
+    values=(3.09e-5, 1.41e-4, 5.13e-4, 0.00123, 0.00226, 0.00383, 0.00537, 0.00826, 0.0139, 0.0194, 0.0323, 0.0857),
 )
-"""What 95% of calm runs of the first world's model stay below, by `kvlock calibrate`. Another model needs its own."""
+"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`. Another model needs its own."""
 
 
 def default_threshold(estimator: Estimator) -> float | ThresholdCurve:

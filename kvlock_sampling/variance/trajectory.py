@@ -64,7 +64,7 @@ class TrajectoryVariance(Estimator):
 
     @property
     def default_threshold(self) -> float:  # type: ignore[override]
-        return 0.02 if self.normalise else 0.01  # calm clips of the first world's model; the paper's
+        return 0.02 if self.normalise else 0.01  # calm clips of the embedded model; the paper's
 
     def init(self) -> tuple[Entry, ...]:
         return ()

@@ -9,7 +9,7 @@ import kvlock_sampling as kv
 class GuidanceGap(kv.variance.Estimator):
     """|c - u|^2 / |u|^2 over the mask, of the conditional and unconditional velocity v = (x - D) / sigma - D."""
 
-    default_threshold = 0.01  # what calm clips of the embedded model reach
+    default_threshold = 0.06  # what calm clips of the embedded model reach
 
     def step(self, state, evaluation):
         if evaluation.uncond is None:  # guidance of exactly 1 skips the unconditional pass

@@ -10,7 +10,7 @@ import kvlock_sampling as kv
 class SolverDisagreement(kv.variance.Estimator):
     """Squared gap, over sigma^2, to the line in log sigma through the two predictions before."""
 
-    default_threshold = 0.02  # calm clips of the embedded model in 30 steps; it falls as the 4th power of the step
+    default_threshold = 0.005  # calm clips of the embedded model in 30 steps; it falls as the 4th power of the step
 
     def step(self, state, evaluation):
         sigma, denoised = evaluation.sigma, evaluation.denoised.float()

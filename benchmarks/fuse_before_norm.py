@@ -1,9 +1,9 @@
 """Fusing keys as the paper writes it, or at the attention call:  python benchmarks/fuse_before_norm.py [--scenes 16]
 
 The paper fuses K = W_K h, before qk-norm and rotary embedding; this library fuses what attention is given, after both.
-V has neither, so V is the same. For a lock strictly between 0 and 1 the keys differ. Measured on the embedded model,
-which is a Wan: keys of one evaluation, at every layer, from the same inputs; x0-hat of one evaluation; whole edits from
-the same noise. Writes benchmarks/results/fuse_before_norm.json.
+V has neither, so V is the same. For a lock strictly between 0 and 1 the keys differ. Measured on the model of the first
+world, which is a Wan: keys of one evaluation, at every layer, from the same inputs; x0-hat of one evaluation; whole
+edits from the same noise. Writes benchmarks/results/fuse_before_norm.json.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from first_world import EDITS, FIRST_WORLD, load, sample_edit
 from torch import Tensor, nn
 from world.compare import Task, make_task
-from world.judge import judge
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.masks.fitted import FittedMask
-from kvlock_sampling.tiny import load, sample_edit
-from kvlock_sampling.tiny.world import EDITS
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.video.metrics import masked_psnr
 
@@ -111,10 +109,12 @@ class Setting(NamedTuple):
 def make_setting(scenes: int, steps: int) -> Setting:
     """Scenes that were not trained on, edits of every kind."""
     video = load()
-    task = make_task([sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(scenes)])
+    task = make_task([sample_edit(FIRST_SCENE + i, EDITS[i % len(EDITS)]) for i in range(scenes)], FIRST_WORLD)
     noise = torch.randn(task.source.shape, generator=torch.Generator().manual_seed(FIRST_SCENE))
     words = {"cond": video.prompt(task.prompts), "uncond": video.prompt([""] * scenes), "cond_scale": 3.0}
-    return Setting(task, video.denoiser, video.network.dit.blocks, video.patch, noise, video.sigmas(steps), words)
+    return Setting(
+        task, video.denoiser, video.network.transformer.blocks, video.patch, noise, video.sigmas(steps), words
+    )
 
 
 def keys(setting: Setting, lock: float, sigma: float) -> list[dict[str, float]]:
@@ -209,7 +209,7 @@ def _psnr(task: Task, pixels: Tensor) -> Tensor:
 
 def _right(task: Task, pixels: Tensor) -> float:
     """Share of the edits that show the object of the prompt, by the judge."""
-    verdicts = zip(judge(pixels), task.targets, strict=True)
+    verdicts = zip(FIRST_WORLD.judge(pixels), task.targets, strict=True)
     return sum(v.shape == t.shape and (t.shape is None or v.colour == t.colour) for v, t in verdicts) / len(pixels)
 
 

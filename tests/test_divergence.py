@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import FAMILIES, random_network
 
 import kvlock_sampling as kv
 from kvlock_sampling.testing import GaussianDenoiser
-from kvlock_sampling.types import Control, EstimatorError, Evaluation
+from kvlock_sampling.types import Control, EstimatorError, Evaluation, KVLockError
 from kvlock_sampling.variance import Divergence, Estimator, Sparse, TrajectoryVariance
 
 SHAPE = (2, 3, 2, 4, 4)
@@ -347,3 +348,31 @@ def test_a_policy_that_measures_nothing_pays_nothing(setup):
     with pytest.warns(UserWarning, match="estimator=, threshold= without effect"):
         trace = run_of(setup, estimator=Divergence(), policy="off")
     assert trace.nfe == 2 * len(LEVELS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_packed_latents_and_videos_are_released_token_by_token(name):
+    """Where the threshold is nothing, all of the background is let go, whatever the shape of the latents."""
+    try:
+        made = random_network(name)
+    except KVLockError as error:
+        pytest.skip(str(error).splitlines()[0])
+    mask = torch.zeros_like(made.x[:, :1] if made.x.ndim > 3 else made.x[..., :1])
+    axis = mask if made.x.ndim > 3 else mask.movedim(1, -1)
+    axis[..., : max(1, axis.shape[-1] // 4)] = 1
+    lock = kv.KVLock(
+        made.denoiser,
+        source=torch.randn_like(made.x),
+        mask=mask,
+        layers=made.layers,
+        policy=kv.policy.Release(below=9.0, snr=0.0, early=False),
+        estimator=Divergence(patch="model"),
+        threshold=1e-12,
+    )
+    with torch.no_grad():
+        out = lock.sample("euler", 9 * made.x, torch.tensor([9.0, 3.0, 1.0, 0.0]), extra_args=made.extra_args)
+    last = lock.trace.steps[-1]
+    assert out.isfinite().all()
+    assert last.composite.shape == (len(made.x), lock.settings.tokens)
+    assert not last.composite.any()
+    assert (last.lock > 0).all()

@@ -108,6 +108,12 @@ def test_what_says_nothing_needs_no_source(setup, recwarn):
     assert warned(recwarn) == []
 
 
+def test_an_estimator_that_measures_no_effect_under_a_policy_that_reads_it(setup):
+    lock = setup.lock(policy="default", estimator=kv.variance.RenoiseVariance())
+    with pytest.raises(PolicyError, match=r"(?s)Release\.step.*estimator=kv\.variance\.Divergence.*policy='sigmoid'"):
+        euler(lock, setup)
+
+
 def test_several_slips_are_named_together(setup):
     with pytest.raises(SourceError, match=r"^layers=, transition= without source="):
         kv.KVLock(setup.model, layers=[0], transition=(1, 0.5))

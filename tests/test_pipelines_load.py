@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,25 @@ def unread(monkeypatch):
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", read)
+
+
+def test_weights_that_exceed_the_devices_free_memory_are_warned_of(monkeypatch):
+    pipe, cuda = tiny_pipeline("wan"), torch.device("cuda")
+    parts = [sum(p.numel() for p in part.parameters()) * 4 for part in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+
+    def warned(free: int, offload: str) -> bool:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load.warn_if_too_large(pipe, cuda, offload)
+        assert all("offload=" in str(w.message) for w in caught)
+        return bool(caught)
+
+    assert warned(sum(parts) - 1, "none")
+    assert not warned(sum(parts), "none")
+    assert warned(max(parts) - 1, "model")
+    assert not warned(max(parts), "model")
+    assert not warned(1, "group")
 
 
 def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folder, tmp_path, unread):

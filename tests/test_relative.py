@@ -10,6 +10,7 @@ from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
 from kvlock_sampling.utils.tables import from_table
 from kvlock_sampling.variance import (
     DropoutVariance,
+    Estimator,
     Relative,
     Sparse,
     TrajectoryVariance,
@@ -22,6 +23,15 @@ MOVES = TrajectoryVariance(window=None, normalise=True, patch=PATCH)
 
 def refuse(x, sigma):
     raise AssertionError("a free estimator asked the model")
+
+
+class PerClip(Estimator):
+    """Breaks its contract: it has a patch, and measures clips."""
+
+    patch = PATCH
+
+    def step(self, state, evaluation):
+        return state, evaluation.denoised.flatten(1).var(1)
 
 
 def tokens(values):
@@ -98,6 +108,8 @@ def test_no_background_is_an_error_that_names_the_clip():
 def test_wrong_settings_are_errors():
     with pytest.raises(EstimatorError, match=r"value for every token.*one value per clip"):
         Relative(TrajectoryVariance())
+    with pytest.raises(EstimatorError, match=r"variance of shape \(1,\); Relative expected one per token, \(1, 8\)"):
+        after(Relative(PerClip()), tokens([0.0] * 8), tokens([1.0] * 8), tokens([1.0] + [0.0] * 7)[:, :1])
     for bad in (-0.1, 1.5, float("nan")):
         with pytest.raises(EstimatorError, match="quantile"):
             Relative(MOVES, quantile=bad)

@@ -215,5 +215,7 @@ def check_finite(policy: Any, control: Control, method: str) -> None:
         if not finite:
             raise PolicyError(
                 f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
-                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start."
+                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start.\n"
+                "  effect is NaN unless it is measured: estimator=kv.variance.Divergence(patch='model'). To read risk "
+                "alone: policy='sigmoid'."
             )

@@ -57,6 +57,11 @@ class Relative(EstimatorWrapper):
         inner, variance = self.estimator.step(inner, evaluation)
         if variance is None:
             return (inner, edited, reference), None
+        if variance.shape != edited.shape:
+            raise EstimatorError(
+                f"{self.estimator!r} returned a variance of shape {tuple(variance.shape)}; Relative expected one per "
+                f"token, {tuple(edited.shape)}."
+            )
         background = torch.where(edited > 0, torch.nan, variance)
         # The clamp keeps risk finite over flat content, whose variance may be exactly 0 in float16.
         reference = background.nanquantile(self.quantile, dim=1).clamp_min(1e-12)

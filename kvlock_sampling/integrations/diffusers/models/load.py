@@ -126,6 +126,7 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     if tile_vae:
         pipe.vae.enable_tiling()
+    warn_if_too_large(pipe, place, offload)
     place_pipeline(pipe, place, offload)
     return from_pipeline(pipe, **options)
 
@@ -135,8 +136,7 @@ def place_pipeline(pipe: Any, device: torch.device | str, offload: Offload = "no
     device = torch.device(device)
     if device.type == "cpu":
         # CPU kernels round by where a tensor begins, so results would depend on how a model was loaded.
-        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        for tensor in (t for module in modules for t in (*module.parameters(), *module.buffers())):
+        for tensor in (t for module in _modules(pipe) for t in (*module.parameters(), *module.buffers())):
             if tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
     if offload == "none":
@@ -145,6 +145,24 @@ def place_pipeline(pipe: Any, device: torch.device | str, offload: Offload = "no
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=device.type == "cuda")
+
+
+def warn_if_too_large(pipe: Any, device: torch.device, offload: Offload) -> None:
+    """Warn if the weights alone exceed the device's free memory. Only CUDA says how much is free."""
+    sizes = [sum(p.numel() * p.element_size() for p in module.parameters()) for module in _modules(pipe)]
+    if device.type != "cuda" or offload == "group" or not sizes:
+        return
+    needed, free = sum(sizes) if offload == "none" else max(sizes), torch.cuda.mem_get_info(device)[0]
+    if needed > free:
+        warnings.warn(
+            f"{type(pipe).__name__} puts {needed / 1e9:.3g} GB of weights on {device}, which has {free / 1e9:.3g} GB "
+            'free. Pass dtype="bfloat16", offload="model" or offload="group" (--dtype, --offload).',
+            stacklevel=3,
+        )
+
+
+def _modules(pipe: Any) -> list[torch.nn.Module]:
+    return [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
 
 
 def _class_name(folder: Path) -> str:

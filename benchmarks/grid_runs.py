@@ -80,19 +80,25 @@ def read(probe: Probe, calls: list[tuple[float, Tensor, Tensor]], model: GridDen
     return variance, (model.rows - rows) // len(calls[0][1])
 
 
+def auroc(reading: np.ndarray, bad: np.ndarray) -> float:
+    """The chance that a bad sample reads higher than another; NaN if all or none are bad."""
+    if bad.all() or not bad.any():
+        return float("nan")
+    return float(stats.mannwhitneyu(reading[bad], reading[~bad]).statistic / bad.sum() / (~bad).sum())
+
+
 def detection(score: Tensor, bad: Tensor) -> dict[str, float]:
     """How well a score separates hallucinated samples (bad) from the rest."""
     s, b = score.double().numpy(), bad.numpy()
     positives, negatives = s[b], s[~b]
     if len(positives) < 5:
         return {"auroc": float("nan"), "recall_at_96_retention": float("nan"), "specificity_at_95_recall": float("nan")}
-    u = stats.mannwhitneyu(positives, negatives).statistic / (len(positives) * len(negatives))
     order = np.argsort(-s)
     hits = b[order].cumsum()
     precision = hits / np.arange(1, len(s) + 1)
     pooled = np.sqrt((np.log(positives + 1e-12).var() + np.log(negatives + 1e-12).var()) / 2)
     return {
-        "auroc": float(u),
+        "auroc": auroc(s, b),
         "auprc": float((precision * b[order]).sum() / b.sum()),
         "recall_at_96_retention": float((positives > np.quantile(negatives, 0.96)).mean()),
         "specificity_at_95_recall": float((negatives < np.quantile(positives, 0.05)).mean()),

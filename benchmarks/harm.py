@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import first_world
 import torch
+from release import difference, mean
 from world.compare import VARIANTS, compare, make_task
 
 from kvlock_sampling.utils.files import write_atomically
@@ -44,12 +44,6 @@ def measure(names: list[str], scenes: int, steps: int, sampler: str) -> dict[str
     return rows
 
 
-def difference(row: list[float], base: list[float]) -> str:
-    """Mean difference and its standard error, paired by scene."""
-    gaps = torch.tensor(row, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
-    return f"{float(gaps.mean()):+.2f} ± {float(gaps.std() / math.sqrt(len(gaps))):.2f}"
-
-
 def right(row: dict[str, Any]) -> list[float]:
     """1 where the judge reads the right colour and the right shape."""
     return [colour * shape for colour, shape in zip(row["colour"], row["shape"], strict=True)]
@@ -62,12 +56,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     base = rows["composited"]
     for name, row in rows.items():
         pairs = list(zip(right(row), right(base), strict=True))
-        share = sum(row["composite"]) / len(row["composite"])
-        outside = sum(row["background_psnr"]) / len(row["background_psnr"])
-        cells = [f"{sum(row['inside_psnr']) / len(pairs):.2f}", difference(row["inside_psnr"], base["inside_psnr"])]
-        cells += [f"{sum(mine for mine, _ in pairs) / len(pairs):.0%}"]
+        cells = [f"{mean(row['inside_psnr']):.2f}", difference(row["inside_psnr"], base["inside_psnr"])]
+        cells += [f"{mean(right(row)):.0%}"]
         cells += [str(sum(mine > other for mine, other in pairs)), str(sum(mine < other for mine, other in pairs))]
-        cells += [f"{share:.1%}", f"{outside:.1f}", str(row["passes"])]
+        cells += [f"{mean(row['composite']):.1%}", f"{mean(row['background_psnr']):.1f}", str(row["passes"])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

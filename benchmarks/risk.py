@@ -11,23 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from grid_runs import auroc
 from release import CFG_SCALE, STEPS, Bfloat16, batches, edit, psnr
-from scipy import stats
-from torch import Tensor
+from transfer import Panel
 from world.judge import judge_edits
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.tiny import load
-from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
-from kvlock_sampling.variance import Divergence, DropoutVariance, Estimator, PosteriorVariance, RenoiseVariance
+from kvlock_sampling.variance import Divergence, DropoutVariance, Estimator, PosteriorVariance, RenoiseVariance, Sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "policies" / "recipes"))
 
@@ -38,50 +35,17 @@ FIRST_SCENE = 810_000
 READ_AT = (0.25, 0.5, 0.75)  # of the steps
 
 
-@dataclass(frozen=True)
-class Watched(Divergence):
-    """The estimator that `release` acts on, and others that only watch. Notes {name: reading (batch,)} of each step."""
-
-    watchers: dict[str, Estimator] = field(default_factory=dict)
-    at: tuple[float, ...] = ()
-    seen: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def init(self) -> tuple[Any, ...]:
-        return super().init(), {name: watcher.init() for name, watcher in self.watchers.items()}
-
-    def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
-        own, others = state
-        own, variance = super().step(own, evaluation)
-        others, read = dict(others), {}
-        due = any(abs(evaluation.sigma / sigma - 1) < 1e-3 for sigma in self.at)
-        for name, watcher in self.watchers.items():
-            if watcher.cost == 0 or due:  # those without memory are asked only where they are read
-                others[name], read[name] = watcher.step(others[name], evaluation)
-        if due:
-            self.seen.append(read)
-        return (own, others), variance
-
-    def effect(self, state: Any) -> Tensor | None:
-        return super().effect(state[0])
-
-
-def watchers(network: torch.nn.Module) -> dict[str, Estimator]:
+def watchers(network: torch.nn.Module, at: tuple[float, ...]) -> dict[str, Estimator]:
+    """The estimators that only watch; those that evaluate the model do so only where they are read."""
     return {
         "trajectory (default)": kv.variance.thresholds.DEFAULT_ESTIMATOR,
         "trajectory, last 10 (paper)": kv.TrajectoryVariance(window=10),
         "divergence in the mask": Divergence(),
         "guidance gap": GuidanceGap(),
-        "renoise x1": RenoiseVariance(passes=1),
-        "posterior x1": PosteriorVariance(method="finite"),
-        "dropout x4": DropoutVariance(model=network),
+        "renoise x1": Sparse(RenoiseVariance(passes=1), sigmas=at),
+        "posterior x1": Sparse(PosteriorVariance(method="finite"), sigmas=at),
+        "dropout x4": Sparse(DropoutVariance(model=network), sigmas=at),
     }
-
-
-def auroc(reading: np.ndarray, failed: np.ndarray) -> float:
-    """The chance that a failed edit has a higher reading than another; NaN if all or none failed."""
-    if failed.all() or not failed.any():
-        return float("nan")
-    return float(stats.mannwhitneyu(reading[failed], reading[~failed]).statistic / failed.sum() / (~failed).sum())
 
 
 def with_error(reading: np.ndarray, failed: np.ndarray) -> list[float]:
@@ -105,17 +69,17 @@ def main() -> None:
     readings: list[dict[str, list[float]]] = [{} for _ in READ_AT]
     found: dict[str, list[float]] = {"wrong attribute": [], "anything wrong": [], "in-mask PSNR": []}
     for batch in batches(FIRST_SCENE, given.edits):
-        watched = Watched(patch=load().patch, watchers=watchers(network), at=at)
-        options = {"policy": preset.policy, "estimator": watched, "erase": True}
+        panel = Panel({"release": preset.estimator.on_tokens(load().patch), **watchers(network, at)})
+        options = {"policy": preset.policy, "estimator": panel, "erase": True}
         clips, _ = edit(network, batch, options, given.sampler)
         verdicts = judge_edits(clips, batch.sources, batch.targets)
         found["wrong attribute"] += [float(bool(v.wrong)) for v in verdicts]
         found["anything wrong"] += [float(not v.right) for v in verdicts]
         found["in-mask PSNR"] += psnr(clips, batch.target, batch.mask)
-        for share, seen in zip(readings, watched.seen, strict=True):
-            for name, variance in seen.items():
-                assert variance is not None
-                share.setdefault(name, []).extend(variance.tolist())
+        seen = [read for sigma, read in panel.seen if any(abs(sigma / level - 1) < 1e-3 for level in at)]
+        for share, read in zip(readings, seen, strict=True):
+            for name in watchers(network, at):
+                share.setdefault(name, []).extend(read[name].tolist())
     wrong, anything, quality = (np.array(values) for values in found.values())
     fates = {
         "wrong attribute": wrong > 0,
@@ -125,7 +89,7 @@ def main() -> None:
     rows = [
         {
             "estimator": name,
-            "extra passes": watchers(network)[name].cost,
+            "extra passes": watchers(network, at)[name].cost,
             "of the run": share,
             **{fate: with_error(np.array(values), failed) for fate, failed in fates.items()},
         }

@@ -57,10 +57,18 @@ class Meter(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel(Estimator):
-    """Several estimators side by side in one run; notes (sigma, {name: variance}) of every evaluation."""
+    """Several estimators side by side in one run; notes (sigma, {name: variance}) of every evaluation.
+
+    The policy sees the first one's variance and effect.
+    """
 
     estimators: dict[str, Estimator]
     seen: list[tuple[float, dict[str, Tensor]]] = field(default_factory=list)
+
+    first = property(lambda self: next(iter(self.estimators)))
+    patch = property(lambda self: self.estimators[self.first].patch)
+    default_threshold = property(lambda self: self.estimators[self.first].default_threshold)
+    needs_source = property(lambda self: any(e.needs_source for e in self.estimators.values()))
 
     def init(self) -> dict[str, Any]:
         return {name: e.init() for name, e in self.estimators.items()}
@@ -70,7 +78,10 @@ class Panel(Estimator):
         measured = {name: variance for name, (_, variance) in pairs.items() if variance is not None}
         if measured:
             self.seen.append((evaluation.sigma, measured))
-        return {name: new for name, (new, _) in pairs.items()}, next(iter(measured.values()), None)
+        return {name: new for name, (new, _) in pairs.items()}, pairs[self.first][1]
+
+    def effect(self, state: dict[str, Any]) -> Tensor | None:
+        return self.estimators[self.first].effect(state[self.first])
 
 
 def measure(sampler: str, steps: int, first: int, count: int, batch: int = 8) -> list[tuple[float, dict[str, Tensor]]]:

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import risk
 import torch
+from transfer import Panel
 
 from kvlock_sampling.types import Evaluation
-from kvlock_sampling.variance import Divergence, Estimator
+from kvlock_sampling.variance import Divergence, Estimator, Sparse
 
 
 def test_auroc_is_the_chance_that_a_failure_reads_higher():
@@ -45,26 +46,30 @@ def test_watchers_do_not_change_what_the_policy_sees_and_are_read_where_it_was_a
     ]
 
     class Level(Estimator):
-        """Reads the noise level; its cost says that it evaluates the model."""
+        """Reads the noise level, and counts how often it is asked."""
 
-        def __init__(self, cost: float) -> None:
-            self.cost, self.asked = cost, 0
+        def __init__(self) -> None:
+            self.asked = 0
 
         def step(self, state, evaluation):
             self.asked += 1
             return state, torch.full((2,), evaluation.sigma)
 
-    free, costly = Level(0.0), Level(1.0)
-    watched, plain = risk.Watched(watchers={"free": free, "costly": costly}, at=(2.0, 0.5)), Divergence()
-    states = watched.init(), plain.init()
+    free, costly, plain = Level(), Level(), Divergence()
+    panel = Panel({"own": plain, "free": free, "costly": Sparse(costly, sigmas=(2.0, 0.5))})
+    assert panel.needs_source
+    assert (panel.patch, panel.default_threshold) == (plain.patch, plain.default_threshold)
+    states = panel.init(), plain.init()
     for evaluation in run:
-        found, wanted = watched.step(states[0], evaluation), plain.step(states[1], evaluation)
+        found, wanted = panel.step(states[0], evaluation), plain.step(states[1], evaluation)
         states = found[0], wanted[0]
         assert (found[1] is None and wanted[1] is None) or torch.equal(found[1], wanted[1])
-        assert torch.equal(watched.effect(states[0]), plain.effect(states[1]))
-    assert [{name: float(v[0]) for name, v in seen.items()} for seen in watched.seen] == [
-        {"free": 2.0, "costly": 2.0},
-        {"free": 0.5, "costly": 0.5},
+        assert torch.equal(panel.effect(states[0]), plain.effect(states[1]))
+    assert [(sigma, {n: float(v[0]) for n, v in read.items() if n != "own"}) for sigma, read in panel.seen] == [
+        (4.0, {"free": 4.0}),
+        (2.0, {"free": 2.0, "costly": 2.0}),
+        (1.0, {"free": 1.0}),
+        (0.5, {"free": 0.5, "costly": 0.5}),
     ]
     assert (free.asked, costly.asked) == (4, 2)
 

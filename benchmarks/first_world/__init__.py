@@ -11,20 +11,13 @@ from world.compare import World
 
 from .judge import judge
 from .load import FirstVideo, load
-from .world import EDITS, MOTIONS, SPEED, Scene, coverage, edit_mask, render, sample_edit
+from .world import EDITS, edit_mask, render, sample_edit
 
 __all__ = ["EDITS", "FIRST_WORLD", "FirstVideo", "load", "sample_edit"]
-
-
-def _velocity(scene: Scene) -> tuple[float, float]:
-    dx, dy = MOTIONS[scene.motion][1]
-    return scene.pan if scene.shape is None else (SPEED * dx, SPEED * dy)
 
 
 FIRST_WORLD = World(
     render=render,
     edit_mask=lambda sources, targets: torch.stack([edit_mask(s, t) for s, t in zip(sources, targets, strict=True)]),
-    coverage=lambda scenes: torch.stack([coverage(scene) for scene in scenes]).unsqueeze(1),
-    velocity=_velocity,
     judge=judge,
 )

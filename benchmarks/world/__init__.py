@@ -1,1 +1,1 @@
-"""Tools for benchmarks on the stage: edits with a known right answer, a judge, metrics, and training."""
+"""Tools for benchmarks on the stage: edits with a known right answer, a judge, and training."""

@@ -19,8 +19,8 @@ from . import policy as policies
 from . import variance
 from .kv_cache import KVCache
 from .policy import Policy, PolicyWrapper, Stateless, as_policy
-from .policy._shared import number, reject
 from .types import KVLockError, PolicyError
+from .utils.fields import flag, number
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import Estimator
 from .variance.thresholds import ThresholdCurve
@@ -65,14 +65,14 @@ class Preset:
     erase: bool | None = None
     kv_cache: Mapping[str, Any] | None = None
 
+    _error = PolicyError
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", as_policy(self.policy))
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
-        for name in ("rescale", "erase"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
-                reject(self, name, "True or False", True)
+        flag(self, "rescale", "erase", optional=True)
         if self.kv_cache is not None and not isinstance(self.kv_cache, Mapping):
             raise PolicyError(f"kv_cache={self.kv_cache!r}; expected a table of settings, e.g. kv_cache={{'every': 3}}")
         measuring = [name for name in ("threshold", "estimator") if getattr(self, name) is not None]

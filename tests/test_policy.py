@@ -421,7 +421,7 @@ def test_settings_are_frozen_and_compare_by_value():
         (lambda: PID(bias=0.1, lock_range=(0.2, 1)), ["bias must lie within", "PID(bias=0.2"]),
         (lambda: PID(slew=0), ["slew=0", "PID(slew=1.0)"]),
         (lambda: Windowed(PID()), ["no window given", "last=20"]),
-        (lambda: Windowed(PID(), last=0), ["whole number >= 1", "Windowed(policy, last=20)"]),
+        (lambda: Windowed(PID(), last=0), ["whole number >= 1", "Windowed(policy, last=1)"]),
         (lambda: Windowed(PID(), below=1, above=2), ["empty window", "below=2, above=1"]),
         (lambda: Smoothed(PID(), half_life=0), ["half_life=0", "Smoothed(policy, half_life=1.0)"]),
         (lambda: Release(early=1), ["early=1", "True or False", "Release(early=True)"]),

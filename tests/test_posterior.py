@@ -178,7 +178,7 @@ def test_a_negative_estimate_is_zero():
     [
         ({"passes": 0}, "passes=1"),
         ({"method": "reverse"}, '"auto", "finite" or "forward"'),
-        ({"step_size": 0.0}, "units of sigma"),
+        ({"step_size": 0.0}, "a finite number > 0"),
         ({"step_size": 0.1, "method": "forward"}, 'method="forward" takes none'),
     ],
 )

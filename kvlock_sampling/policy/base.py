@@ -44,6 +44,7 @@ class Policy(ABC):
 
     uses_risk: ClassVar[bool] = True
     may_lock: ClassVar[bool] = True
+    _error: ClassVar[type[PolicyError]] = PolicyError
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._shared import number
+from ..utils.fields import number
 from .base import Policy
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._shared import number, worst
+from ..utils.fields import number
+from ._shared import worst
 from .base import Policy
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..types import Control, Observation, PolicyError
+from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, elapsed, number, pair, scaled_cfg
+from ._shared import Range, elapsed, scaled_cfg
 from .base import Policy
 
 RISK_RANGE: Range = (1e-3, 1e3)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
-from ._shared import number, reject
+from ..utils.fields import flag, number
 from .base import Policy
 
 
@@ -77,8 +77,7 @@ class Release(Policy):
         number(self, "lock", at_least=0.0, at_most=1.0)
         number(self, "firm", at_least=1.0)
         number(self, "snr", at_least=0.0)
-        if not isinstance(self.early, bool):
-            reject(self, "early", "True or False", True)
+        flag(self, "early")
 
     def start(self, obs: Observation) -> Control:
         return Control(self.lock * self.early, composite=1.0)

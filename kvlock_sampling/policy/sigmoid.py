@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..types import Control, Observation
+from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, between, number, pair, scaled_cfg
+from ._shared import Range, between, scaled_cfg
 from .base import Policy
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
-from ._shared import number, scaled_cfg
+from ..utils.fields import number
+from ._shared import scaled_cfg
 from .base import Policy
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, Scalar
+from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, elapsed, number, pair, reject
+from ._shared import Range, elapsed
 from .base import Policy, as_policy
 
 
@@ -68,9 +69,7 @@ class Windowed(PolicyWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.last, int) and not isinstance(self.last, bool)
-        if self.last is not None and not (whole and self.last >= 1):
-            reject(self, "last", "a whole number >= 1", 20)
+        number(self, "last", at_least=1, whole=True, optional=True)
         number(self, "below", above=0.0, optional=True)
         number(self, "above", above=0.0, optional=True)
         if self.last is None and self.below is None and self.above is None:

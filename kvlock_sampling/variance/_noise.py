@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import EstimatorError
+from ..utils.fields import check_seed, number
 from .base import Estimator
 
 
@@ -32,8 +33,8 @@ class ProbingEstimator(Estimator):
     cost = property(lambda self: float(self.passes))
 
     def __post_init__(self) -> None:
-        if self.passes < (least := self.least_passes):
-            raise EstimatorError(f"passes={self.passes}; try passes={max(type(self).passes, least)}, at least {least}.")
+        number(self, "passes", at_least=self.least_passes, whole=True)
+        check_seed(self.seed, EstimatorError)
 
     def init(self) -> Any:
         return 0

@@ -41,6 +41,7 @@ class Estimator(ABC):
     needs_background: bool = False
     needs_source: bool = False
     patch: Patch | None = None
+    _error = EstimatorError
 
     @property
     def reads_background(self) -> bool:

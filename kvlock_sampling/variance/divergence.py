@@ -13,6 +13,7 @@ trajectory is an effect of the edit, one that comes and goes is not: effect / va
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from ..utils.fields import reject
 from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, masked_mean, on_grid
 
@@ -49,8 +51,8 @@ class Divergence(Estimator):
 
     def __post_init__(self) -> None:
         check_patch(self)
-        if not self.memory > 0:
-            raise EstimatorError(f"memory={self.memory}; expected a fall in log sigma > 0. Try memory=1.0.")
+        if not (isinstance(self.memory, Real) and self.memory > 0):
+            reject(self, "memory", "a fall in log sigma > 0", 1.0)
 
     def init(self) -> tuple[Any, ...]:
         return ()  # then, for this noise level and the one before: sigma, W, W2, m, the pooled squares, the effect

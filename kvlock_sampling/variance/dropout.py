@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
+from ..utils.fields import number
 from ..utils.precision import working
 from ._noise import ProbingEstimator, generator
 from .base import Estimator, Patch, check_patch, pooled
@@ -59,8 +60,14 @@ class DropoutVariance(ProbingEstimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_patch(self)
-        if not 0 < self.rate < 1:
-            raise EstimatorError(f"rate={self.rate}; expected a fraction of units between 0 and 1. Try rate=0.1.")
+        number(self, "rate", above=0.0, below=1.0)
+        try:
+            re.compile(RESIDUAL if self.select is None else self.select)
+        except (re.error, TypeError) as error:
+            raise EstimatorError(
+                f"select={self.select!r} is no pattern of layers' names ({error}); expected a regular expression such "
+                r"as select=r'to_out\.0$'."
+            ) from None
         if self.model is not None:
             droppable(self.model, self.select)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..types import EstimatorError, Evaluation, KVLockError
+from ..utils.fields import number
 from ..utils.precision import working
 from ._noise import ProbingEstimator, copies, draw
 
@@ -51,8 +52,7 @@ class PosteriorVariance(ProbingEstimator):
         super().__post_init__()
         if self.method not in ("auto", "finite", "forward"):
             raise EstimatorError(f'method={self.method!r}; expected "auto", "finite" or "forward".')
-        if self.step_size is not None and not self.step_size > 0:
-            raise EstimatorError(f"step_size={self.step_size}; expected > 0, in units of sigma. Try step_size=0.05.")
+        number(self, "step_size", above=0.0, optional=True)
         if self.step_size is not None and self.method == "forward":
             raise EstimatorError(
                 'step_size is for finite differences, and method="forward" takes none. Try method="finite".'

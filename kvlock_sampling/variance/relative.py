@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..types import EstimatorError, Evaluation
+from ..utils.fields import number
 from ..utils.precision import working
 from .base import pooled
 from .wrappers import EstimatorWrapper
@@ -45,8 +46,7 @@ class Relative(EstimatorWrapper):
                 f"Relative needs a value for every token, and {self.estimator!r} gives one value per clip. Name the "
                 "model's patch: Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(1, 2, 2)))."
             )
-        if not 0 <= self.quantile <= 1:
-            raise EstimatorError(f"quantile={self.quantile}; expected a fraction in [0, 1]. Try quantile=0.96.")
+        number(self, "quantile", at_least=0.0, at_most=1.0)
 
     def init(self) -> tuple[Any, Tensor | None, Tensor | None]:
         return self.estimator.init(), None, None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from ..utils.fields import flag, number
 from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, pooled
 
@@ -53,10 +54,9 @@ class TrajectoryVariance(Estimator):
 
     def __post_init__(self) -> None:
         check_patch(self)
-        if self.window is not None and self.window < 2:
-            raise EstimatorError(f"window={self.window}; a variance needs at least 2 predictions. Try window=10.")
-        if self.span is not None and self.span <= 1:
-            raise EstimatorError(f"span={self.span}; expected a ratio of noise levels above 1. Try span=8.0.")
+        number(self, "window", at_least=2, whole=True, optional=True)
+        number(self, "span", above=1.0, optional=True)
+        flag(self, "normalise", "integral")
         if self.window is None and self.span is None and not self.normalise:
             raise EstimatorError("the paper's variance needs a window. Try window=10, span=8.0, or normalise=True.")
         if self.integral and not self.normalise:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from ..utils.fields import flag, levels, number
 from .base import Estimator
 
 
@@ -70,16 +71,15 @@ class Sparse(EstimatorWrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = (self.sigmas,) if isinstance(self.sigmas, (int, float)) else self.sigmas
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in given))
+        levels(self, "sigmas")
         if not self.sigmas and self.every is None and self.below is None and self.above is None:
             raise EstimatorError("Sparse: no noise levels chosen. Try Sparse(estimator, sigmas=(1.0, 0.3)) or every=5.")
         if self.sigmas and self.every is not None:
             raise EstimatorError("Sparse takes sigmas=... or every=..., not both.")
-        if not all(s > 0 for s in self.sigmas):
-            raise EstimatorError(f"sigmas={self.sigmas}; expected noise levels > 0.")
-        if self.every is not None and not (isinstance(self.every, int) and self.every >= 1):
-            raise EstimatorError(f"every={self.every}; expected a whole number of noise levels, 1 or more.")
+        number(self, "every", at_least=1, whole=True, optional=True)
+        number(self, "below", above=0.0, optional=True)
+        number(self, "above", at_least=0.0, optional=True)
+        flag(self, "hold")
         if self.below is not None and self.above is not None and self.below < self.above:
             raise EstimatorError(f"empty window; expected above <= below: above={self.below:g}, below={self.above:g}.")
 

@@ -1,0 +1,102 @@
+"""Checks of the settings of policies, estimators and presets: frozen dataclasses, each with an `_error` to raise."""
+
+import dataclasses
+import numbers
+from math import inf, isfinite, nan
+from typing import Any
+
+from ..types import KVLockError
+
+SEEDS = 2**64
+"""Seeds are whole numbers below this, as in torch."""
+
+
+def number(
+    owner: Any,
+    name: str,
+    *,
+    above: float = -inf,
+    at_least: float = -inf,
+    at_most: float = inf,
+    below: float = inf,
+    optional: bool = False,
+    whole: bool = False,
+) -> None:
+    """Convert field `name` to a float, or an int if `whole`, within the limits; None passes if `optional`."""
+    value = getattr(owner, name)
+    if value is None and optional:
+        return
+    given = _finite(value)
+    fits = given is not None and above < given < below and at_least <= given <= at_most
+    if given is None or not fits or (whole and not isinstance(value, numbers.Integral)):
+        limits = [f"> {above:g}"] * (above > -inf) + [f">= {at_least:g}"] * (at_least > -inf)
+        limits += [f"<= {at_most:g}"] * (at_most < inf) + [f"< {below:g}"] * (below < inf)
+        kind = "a whole number" if whole else "a finite number"
+        start = max(at_least, 1.0, min(above + 1.0, below / 2 if below < inf else inf))
+        reject(owner, name, f"{kind} {' and '.join(limits)}".strip(), int(start) if whole else start)
+    object.__setattr__(owner, name, int(value) if whole else given)
+
+
+def pair(owner: Any, name: str, *, at_least: float = -inf, at_most: float = inf, rising: bool = True) -> None:
+    """Convert field `name` to two floats within [at_least, at_most], the lower first if `rising`."""
+    value = getattr(owner, name)
+    given = tuple(map(_finite, value)) if isinstance(value, tuple | list) else ()
+    inside = all(v is not None and at_least <= v <= at_most for v in given)
+    if len(given) != 2 or not inside or (rising and given[0] > given[1]):  # type: ignore[operator]
+        order = ", the lower first," if rising else ""
+        reject(owner, name, f"two finite numbers{order} within [{at_least:g}, {at_most:g}]", (0.0, 1.0))
+    object.__setattr__(owner, name, given)
+
+
+def levels(owner: Any, name: str) -> None:
+    """Convert field `name`, a noise level or several, to a tuple of floats > 0."""
+    value = getattr(owner, name)
+    entries = value if isinstance(value, tuple | list) else (value,)
+    given = tuple(map(_finite, entries))
+    if any(v is None or v <= 0 for v in given):
+        reject(owner, name, "finite noise levels > 0", (1.0, 0.3))
+    object.__setattr__(owner, name, given)
+
+
+def flag(owner: Any, *names: str, optional: bool = False) -> None:
+    """Check that these fields are True or False; None passes if `optional`."""
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, bool) and not (value is None and optional):
+            reject(owner, name, "True or False", True)
+
+
+def reject(owner: Any, name: str, expected: str, example: Any) -> None:
+    """Raise the owner's error for field `name`; the message shows a value that works, its default or `example`."""
+    default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
+    shown = example if default in (dataclasses.MISSING, None, ()) else default
+    inner = next((f"{around}, " for around in ("policy", "estimator") if around in _fields(owner)[:1]), "")
+    call = f"{type(owner).__name__}({inner}{name}="
+    raise owner._error(f"{call}{getattr(owner, name)!r}): expected {expected}. This works: {call}{shown!r})")
+
+
+def check_seed(seed: Any, error: type[KVLockError]) -> int:
+    """A seed as an int.
+
+    Raises:
+        KVLockError: The given kind, if it is not a whole number in [0, 2**64). -1 stands for chance elsewhere.
+    """
+    whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not (whole and 0 <= int(seed) < SEEDS):
+        raise error(
+            f"seed={seed!r}; expected a whole number in [0, 2**64), or one per clip, e.g. seed=0. "
+            "For one by chance: seed=torch.seed()."
+        )
+    return int(seed)
+
+
+def _fields(owner: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(owner)]
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else nan
+    except OverflowError:
+        return None
+    return given if isfinite(given) else None

@@ -2,12 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .policy.base import check_control, check_finite
 from .settings import LockSettings
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
+from .variance.base import measure
+from .variance.thresholds import threshold_at
 
 
 class State(NamedTuple):
@@ -21,6 +22,7 @@ class State(NamedTuple):
         cfg_scale: The last scheduled guidance scale; None if the policy left guidance alone.
         composite: The last scheduled weight of the source in the background; None if the policy left it alone.
         expert: Which network evaluated, for a denoiser of several.
+        variance: What this evaluation measured; None if it did not.
     """
 
     estimator: Any
@@ -30,6 +32,7 @@ class State(NamedTuple):
     cfg_scale: Scalar | None
     composite: Scalar | None
     expert: Any = None
+    variance: Tensor | None = None
 
 
 def start(settings: LockSettings, observation: Observation, expert: Any = None) -> State:
@@ -55,20 +58,18 @@ def decide(
     Raises:
         EstimatorError, PolicyError: One of them breaks its contract.
     """
-    policy, inner, variance = settings.policy, state.estimator, None
+    policy, inner, variance, effect = settings.policy, state.estimator, None, None
     if settings.measures:
-        with torch.no_grad():
-            inner, variance = settings.estimator.step(inner, evaluation)
+        inner, variance, effect = measure(settings.estimator, inner, evaluation)
     if variance is not None:
-        limit = settings.threshold(observation.sigma) if callable(settings.threshold) else settings.threshold
-        effect = settings.estimator.effect(inner)
+        limit = threshold_at(settings.threshold, observation.sigma)
         observation = observation._replace(variance=variance, risk=variance / limit)
         if effect is not None:
             effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
             observation = observation._replace(effect=(effect / limit).expand_as(variance))
     if variance is None and settings.measures:
         if state.measured:  # the estimator pauses: the last control holds
-            return state._replace(estimator=inner), observation
+            return state._replace(estimator=inner, variance=None), observation
         policy_state, answer, method = state.policy, policy.start(observation), "start"
     else:
         result, method = policy.step(state.policy, observation), "step"
@@ -80,7 +81,7 @@ def decide(
         policy_state, answer = result
     control = _completed(settings, _checked(settings, answer, observation, method), state.lock)
     measured = state.measured or variance is not None
-    return State(inner, policy_state, measured, *control, state.expert), observation
+    return State(inner, policy_state, measured, *control, state.expert, variance), observation
 
 
 def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[Scalar, Scalar | None, Scalar | None]:

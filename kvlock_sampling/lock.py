@@ -56,7 +56,7 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
         branches.nfe = nfe
         cond = branches.conditional()
     denoised = branches.composited(branches.guided(cond, scale), weight)
-    run.leave(step.sigma, state)
+    run.leave(settings, step.sigma, state, denoised)
     run.trace.record(observation, state.lock, branches.used_scale(scale), weight, **branches.counts)
     return denoised
 
@@ -159,7 +159,7 @@ class KVLock(DenoiserProxy):
         _active.set({**others, id(self): self._runs()[:-1]} if len(self._runs()) > 1 else others)
         run.close()
         if error[0] is None:
-            run.warn_unmeasured(self.settings)
+            run.settle(self.settings)
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """One evaluation; see `evaluate`."""

@@ -22,9 +22,10 @@ from .settings import LockSettings
 from .source import Source
 from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Observation, RunError, Scalar
-from .utils.host import HostReads
+from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
 from .utils.signature import to_sigma
+from .variance.base import check_variance
 
 T = TypeVar("T")
 
@@ -119,6 +120,7 @@ class Run:
         self.noise: Tensor | None = None
         self._top = 0.0
         self._evaluations, self._measured, self._unmeasured = 0, False, 0
+        self._unread: tuple[float, Tensor, Tensor | None] | None = None
 
     def tools(self, settings: LockSettings) -> Tools:
         """The tools for this model, made when it is first seen."""
@@ -131,7 +133,9 @@ class Run:
         sigma_arg = torch.as_tensor(sigma, device=x.device)
         requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
         reads, last = HostReads(), self.timeline.last
-        reads.together(sigma_arg, requested, *(() if last is None else (last.lock, last.cfg_scale, last.composite)))
+        decided = () if last is None else (last.lock, last.cfg_scale, last.composite)
+        reads.together(sigma_arg, requested, *decided, *(self._unread or ())[1:])
+        self._check_unread(settings, reads)
         model_sigma = _one_level(reads.range(sigma_arg))
         sigma = to_sigma(settings.model, model_sigma)
         observation = self._observation(x, sigma, requested)
@@ -161,8 +165,11 @@ class Run:
             self.noise = source.implied_noise(x, model_sigma) if source.noise is None else source.noise.to(x)
         return self.noise
 
-    def leave(self, sigma: float, state: State) -> None:
-        """Keep the state that an evaluation at `sigma` left."""
+    def leave(self, settings: LockSettings, sigma: float, state: State, denoised: Tensor) -> None:
+        """Keep what an evaluation at `sigma` left. What lies on a device is checked with the next transfer."""
+        self._unread = sigma, denoised, state.variance
+        if HostReads.free(denoised):
+            self._check_unread(settings, HostReads())
         self.timeline.append(sigma, state)
         self._evaluations += 1
         self._measured |= state.measured
@@ -172,8 +179,18 @@ class Run:
         """Evaluations of the longest run in this block in which nothing was measured; 0 without such a run."""
         return max(self._unmeasured, 0 if self._measured else self._evaluations)
 
-    def warn_unmeasured(self, settings: LockSettings) -> None:
-        """Warn of a run in which the policy waited for a measurement. Two evaluations may be too few to measure."""
+    def _check_unread(self, settings: LockSettings, reads: HostReads) -> None:
+        """Check the last evaluation's prediction and variance."""
+        if self._unread is not None:
+            sigma, denoised, variance = self._unread
+            self._unread = None
+            check_prediction(reads, sigma, denoised)
+            if variance is not None:
+                check_variance(settings.estimator, reads, variance)
+
+    def settle(self, settings: LockSettings) -> None:
+        """Check what a block left, at its end. Two evaluations may be too few to measure."""
+        self._check_unread(settings, HostReads())
         if settings.measures and self.unmeasured > 2:
             warnings.warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "

@@ -31,7 +31,7 @@ class Reads(Counter):
 @pytest.mark.parametrize("foreground", [None, False])
 def test_one_read_per_evaluation(setup, policy, foreground, monkeypatch):
     lock = setup.lock(policy=policy, foreground=foreground)
-    monkeypatch.setattr("kvlock_sampling.controller.check_finite", lambda *a: None)  # reads on the CPU alone
+    monkeypatch.setattr("kvlock_sampling.utils.host.HostReads.free", lambda value: False)  # reads on the CPU alone
     with lock, torch.inference_mode():
         lock.on_schedule(setup.sigmas)
         for _ in range(2):

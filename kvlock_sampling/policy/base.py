@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, SourceError
+from ..utils.host import HostReads
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -206,11 +207,11 @@ def nothing_to_lock_to(policy: Any, field: str, value: float) -> SourceError:
 def check_finite(policy: Any, control: Control, method: str) -> None:
     """Check values that are on the host already: all are finite, and a composite weight is in [0, 1]."""
     weight = control.composite
-    if weight is not None and not (isinstance(weight, Tensor) and weight.device.type != "cpu"):
-        check_ratio(policy, "composite", *map(float, torch.as_tensor(weight).aminmax()))
+    if weight is not None and not (isinstance(weight, Tensor) and not HostReads.free(weight)):
+        check_ratio(policy, "composite", *HostReads().range(weight))
     for field, value in control._asdict().items():
         if isinstance(value, Tensor):
-            finite = value.device.type != "cpu" or bool(torch.isfinite(value).all())
+            finite = not HostReads.free(value) or bool(torch.isfinite(value).all())
         else:
             finite = value is None or math.isfinite(value)
         if not finite:

@@ -1,15 +1,23 @@
 """Read ranges of tensors from their device in one transfer, since every transfer makes the host wait for the device."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..types import RunError
 
 Range = tuple[float, float]
 
 
 class HostReads:
     """The smallest and largest entries of tensors as floats, read once per tensor. One object serves one evaluation."""
+
+    @staticmethod
+    def free(value: Tensor) -> bool:
+        """Whether reading this tensor waits for no device."""
+        return value.device.type == "cpu"
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Tensor, Range]] = {}
@@ -31,3 +39,14 @@ class HostReads:
             return float(value), float(value)
         self.together(value)
         return self._known[id(value)][1]
+
+
+def check_prediction(reads: HostReads, sigma: float, denoised: Tensor) -> None:
+    """Raise RunError if a prediction at this noise level holds NaN or inf."""
+    low, high = reads.range(denoised)
+    if not math.isfinite(low + high):
+        raise RunError(
+            f"the model's prediction at sigma={sigma:.4g} holds NaN or inf; expected finite numbers, and every later "
+            "step would be NaN.\n  Half precision overflows first: run the model in bfloat16 or float32, and look at "
+            "what it was given: x, cond and cond_scale."
+        )

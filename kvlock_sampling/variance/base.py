@@ -5,6 +5,7 @@ restores an earlier state.
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
+from ..utils.host import HostReads, check_prediction
 from ..utils.precision import working
 
 Patch = tuple[int, int, int] | Literal["model"]
@@ -78,6 +80,47 @@ class Estimator(ABC):
     def bound(self, modules: Iterable[nn.Module]) -> "Estimator":
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""
         return self
+
+
+def measure(estimator: Estimator, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Measure once: the next state, the variance, and the effect if there is one.
+
+    Raises:
+        EstimatorError: The estimator breaks its contract. On a device, values are left to the next transfer.
+        RunError: The model's prediction is not finite.
+    """
+    with torch.no_grad():
+        result = estimator.step(state, evaluation)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise EstimatorError(
+            f"{type(estimator).__name__}.step returned {type(result).__name__}; expected (state, variance).\n"
+            "  While nothing is known: return state, None."
+        )
+    state, variance = result
+    effect = None if variance is None else estimator.effect(state)
+    for name, value in (("variance", variance), ("effect", effect)):
+        if value is None:
+            continue
+        batch, shape = len(evaluation.x), tuple(getattr(value, "shape", ()))
+        if not (isinstance(value, Tensor) and value.is_floating_point() and shape[:1] == (batch,) and len(shape) < 3):
+            raise EstimatorError(
+                f"{estimator!r} returned a {name} of {getattr(value, 'dtype', type(value))} and shape {shape}; "
+                f"expected a floating tensor of shape (batch,) = ({batch},) or (batch, tokens)."
+            )
+        if HostReads.free(value):
+            check_prediction(reads := HostReads(), evaluation.sigma, evaluation.denoised)
+            check_variance(estimator, reads, value, name)
+    return state, variance, effect
+
+
+def check_variance(estimator: Estimator, reads: HostReads, value: Tensor, name: str = "variance") -> None:
+    """Raise EstimatorError if a variance or an effect is negative, infinite or NaN."""
+    low, high = reads.range(value)
+    if not (low >= 0 and high < math.inf):
+        raise EstimatorError(
+            f"{estimator!r} returned a {name} from {low:.4g} to {high:.4g}; expected finite numbers >= 0.\n"
+            "  While nothing is known: return state, None."
+        )
 
 
 def masked_mean(values: Float[Tensor, "batch *axes"], mask: Tensor | None) -> Float[Tensor, "batch"]:

@@ -5,8 +5,9 @@ threshold(sigma) = q-quantile of the variance of reference runs near sigma,   ri
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,19 @@ DEFAULT_THRESHOLD = ThresholdCurve(
 def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
     """Return the threshold of an estimator for which neither the user nor a preset gives one."""
     return DEFAULT_THRESHOLD if estimator == DEFAULT_ESTIMATOR else estimator.default_threshold
+
+
+def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> float:
+    """Return the threshold at a noise level. Raises EstimatorError if a function returns none."""
+    if not callable(threshold):
+        return threshold
+    limit = threshold(sigma)
+    if not (isinstance(limit, Real) and 0 < limit < math.inf):
+        raise EstimatorError(
+            f"threshold({sigma:.4g}) returned {limit!r}; expected a variance > 0, a finite number, at every noise "
+            "level: threshold=lambda sigma: 0.01."
+        )
+    return float(limit)
 
 
 class Band(NamedTuple):

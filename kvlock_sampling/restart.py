@@ -17,6 +17,7 @@ from .lock import KVLock
 from .samplers import gaussian_noise
 from .trace import Trace
 from .types import RunError
+from .utils.fields import check_seed
 
 
 class Restarted(NamedTuple):
@@ -92,7 +93,7 @@ def restart(
         part = lock.subset(index, batch)
         clips = out[index]
         # A clip's seed does not depend on which other clips are sent back.
-        seeds = [seed + i + 7919 * (round_ + 1) for i in index.tolist()]
+        seeds = [check_seed(seed, RunError, plus=i + 7919 * (round_ + 1)) for i in index.tolist()]
         noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
         cut = take(dict(extra_args or {}), index, batch)
         out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)

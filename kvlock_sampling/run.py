@@ -143,6 +143,7 @@ class Run:
             state = State(None, None, False, 0.0, None, None if last is None else last.composite)
             weight = _ratios(settings, state, reads)
             return Step(x, sigma_arg, 0.0, 0.0, extra_args, requested, state, weight, observation, reads)
+        _check_range(self.schedule, sigma)
         expert = settings.expert(model_sigma)
         found = self.timeline.rewind(sigma)
         if found is None:
@@ -194,8 +195,8 @@ class Run:
         if settings.measures and self.unmeasured > 2:
             warnings.warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
-                f"step in it: {settings.estimator!r} did not report. A guidance gap needs uncond and a scale other "
-                "than 1; Sparse needs noise levels within the schedule.",
+                f"step in it: {settings.estimator!r} did not report. Noise levels must fall: an inversion is not "
+                "measured. A guidance gap needs uncond and a scale other than 1; Sparse needs levels of the schedule.",
                 stacklevel=3,
             )
 
@@ -216,7 +217,11 @@ class Run:
         """
         other = self.noise is not None and (self.noise.shape[1:] != x.shape[1:] or len(self.noise) not in (1, len(x)))
         if sigma >= self._top * (1 - SAME_SIGMA) or other:
+            # A level above the run's first: an inversion rises step by step, and is one run for the warning.
+            rising = sigma > self._top * (1 + SAME_SIGMA) and not other and not self._measured
+            count = self._evaluations if rising else 0
             self._anew()
+            self._evaluations = count
         self._top = max(self._top, sigma)
 
     def _anew(self) -> None:
@@ -247,6 +252,17 @@ def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
     levels = [s for s in schedule if s > 0]
     begun = sum(s >= sigma * (1 - SAME_SIGMA) for s in levels)
     return len(levels) - max(begun, 1) + 1
+
+
+def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
+    """Raise RunError for a noise level beyond those of the schedule. Churn raises a level by up to sqrt(2)."""
+    levels = [level for level in schedule or () if level > 0]
+    if levels and not levels[-1] * (1 - SAME_SIGMA) <= sigma <= 1.5 * levels[0]:
+        raise RunError(
+            f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {levels[0]:.4g} to "
+            f"{levels[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "
+            "samplers, which tell their own."
+        )
 
 
 def _one_level(sigma: tuple[float, float]) -> float:

@@ -21,8 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
+from .utils.fields import check_seed
 
 Sampler: TypeAlias = Callable[..., Tensor]
 NoiseSampler: TypeAlias = Callable[[Any, Any], Tensor]
@@ -91,13 +93,14 @@ def run(
 ) -> Float[Tensor, "batch ..."]:
     """Run any sampler through one signature, and return the final x.
 
-    dpm_fast and dpm_adaptive run from the first to the last non-zero level, dpm_fast in n = levels - 1 evaluations.
+    dpm_fast and dpm_adaptive run from the first to the last non-zero level, dpm_fast in an evaluation a step. They leave
+    the noise of that level in x: where the schedule ends in 0, one evaluation more predicts the result.
 
     Args:
         sampler: A name, or a callable sampler(model, x, sigmas, extra_args=None, callback=None, disable=None).
         model: A denoiser, called as `model(x, sigma, **extra_args)`.
         x: The start: noise of scale sigmas[0], plus the clip if it starts part-way.
-        sigmas: The schedule (levels,), finite and >= 0.
+        sigmas: The schedule (levels,), finite, >= 0, falling.
         seed: Seed of ancestral and SDE samplers, one int or one per clip, unless `noise_sampler` is given.
         disable: Whether to hide the progress bar.
         kwargs: Passed to the sampler: extra_args, callback, eta, ...
@@ -106,11 +109,7 @@ def run(
         SamplerError: The sampler does not exist, the schedule is invalid, or the seed cannot reach the noise.
     """
     function = get(sampler) if isinstance(sampler, str) else sampler
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not (sigmas.isfinite() & (sigmas >= 0)).all():
-        raise SamplerError(
-            f"sigmas of shape {tuple(sigmas.shape)} are no schedule: expected (levels,), at least 2, finite and >= 0, "
-            "e.g. samplers.flow_sigmas(30, shift=5.0)"
-        )
+    sigmas = check_sigmas(sigmas)
     named = getattr(function, "func", function)  # of a functools.partial
     ours, parameters = named in _SAMPLERS.values(), _parameters(function)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -128,8 +127,14 @@ def run(
         if len(levels) < 2:
             raise SamplerError(f"{function} needs two non-zero noise levels; sigmas has {len(levels)}")
         if "n" in parameters:
-            kwargs.setdefault("n", len(sigmas) - 1)
-        return function(model, x, sigma_min=levels[-1].item(), sigma_max=levels[0].item(), **kwargs)
+            kwargs.setdefault("n", len(levels) - 1)
+        found: Any = function(model, x, sigma_min=levels[-1].item(), sigma_max=levels[0].item(), **kwargs)
+        if sigmas[-1] > 0:
+            return found
+        x, *info = found if isinstance(found, tuple) else (found,)  # with return_info=True
+        with torch.no_grad():
+            x = model(x, levels[-1].to(x).expand(len(x)), **(kwargs.get("extra_args") or {}))
+        return (x, *info) if info else x  # type: ignore[return-value]
     if not ours:
         _announce(model, sigmas)
     return function(model, x, sigmas, **kwargs)
@@ -144,7 +149,7 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
     """
     # The salt makes the noise differ from torch.manual_seed(seed), from which runs often start.
     if not isinstance(seed, Sequence):
-        generator = torch.Generator(x.device).manual_seed((seed + _SALT) % 2**63)
+        generator = torch.Generator(x.device).manual_seed(check_seed(seed, SamplerError, plus=_SALT))
         return lambda sigma, sigma_next: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     rows = [gaussian_noise(row, s) for row, s in zip(x, _per_clip(seed, x), strict=True)]
     return lambda sigma, sigma_next: torch.stack([row(sigma, sigma_next) for row in rows])
@@ -153,7 +158,7 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
 def _brownian_noise(x: Float[Tensor, "batch ..."], sigmas: Float[Tensor, " levels"], seed: Seed) -> NoiseSampler:
     # The tree spans 1% more than the schedule: SDE samplers ask for exp(log(sigma)), which rounds to just outside.
     levels = sigmas[sigmas > 0].double().cpu()
-    seeds = _per_clip(seed, x) if isinstance(seed, Sequence) else seed
+    seeds = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     return _module("sampling").BrownianTreeNoiseSampler(x, levels.min() / 1.01, levels.max() * 1.01, seed=seeds)
 
 
@@ -239,7 +244,7 @@ def _parameters(function: Sampler) -> dict[str, inspect.Parameter]:
 def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     if len(seed) != len(x):
         raise SamplerError(f"{len(seed)} seeds for a batch of {len(x)}: pass one int, or one seed per clip")
-    return list(seed)
+    return [check_seed(s, SamplerError) for s in seed]
 
 
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:

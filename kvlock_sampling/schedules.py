@@ -1,10 +1,28 @@
-"""Noise schedules of rectified-flow models for k-diffusion's samplers."""
+"""Noise schedules for k-diffusion's samplers: the check of every one, and that of rectified-flow models."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from .types import SamplerError
+
+
+def check_sigmas(sigmas: Any) -> Tensor:
+    """A schedule as a tensor (levels,). Raises SamplerError unless its levels are finite, >= 0, and fall."""
+    values = torch.as_tensor(sigmas)
+    if values.ndim == 1 and len(values) > 1:
+        levels = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
+        if bool(levels.isfinite().all() and (levels >= 0).all() and (levels.diff() < 0).all()):
+            return values
+        shown = ", ".join(f"{level:.4g}" for level in levels[:6].tolist()) + ", ..." * (len(levels) > 6)
+    else:
+        shown = f"a tensor of shape {tuple(values.shape)}"
+    raise SamplerError(
+        f"sigmas={shown}: no schedule; expected (levels,), at least 2, finite, >= 0, each below the one before, e.g. "
+        "samplers.flow_sigmas(30, shift=5.0). To invert a clip, run the bare model, without a lock."
+    )
 
 
 def flow_sigmas(

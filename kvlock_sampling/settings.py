@@ -218,14 +218,13 @@ def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
             f"{names} without source=: there is no clip to lock to, so it would have no effect.\n"
             "  Pass source=latents and mask=mask too, or leave that away: KVLock(model, policy=...) schedules guidance."
         )
-    if given["mask"] is not None and given["policy"] == "default":
-        raise SourceError(
-            "mask= without source=: there is no clip to keep, so the edit would be the model's own.\n"
-            "  Pass source=latents too. To measure inside a mask without a source, name a policy: policy='sigmoid'."
-        )
-    # Other policies may or may not lock: only the run can tell.
-    if type(policy) is Constant and policy.lock > 0:
+    if type(policy) is Constant and policy.lock > 0:  # of others without a mask only the run can tell
         raise nothing_to_lock_to(policy, "lock", policy.lock)
+    if given["mask"] is not None and (policy.may_lock or given["policy"] == "default"):
+        raise SourceError(
+            f"mask= without source=: {policy!r} may lock, and there is no clip to lock to.\n  Pass source=latents too. "
+            "Or measure in the mask, and schedule guidance alone: policy=Clamped(policy, lock=(0.0, 0.0))."
+        )
 
 
 def _composite(composite: Any, locks: bool, clip: Source | None) -> float:

@@ -66,11 +66,12 @@ class Source:
         with torch.inference_mode(False):
             latents = latents.detach().clone()
             noise = None if noise is None else noise.detach().clone()
-        if not torch.isfinite(latents).all():
-            raise SourceError(
-                f"source latents hold {int((~torch.isfinite(latents)).sum())} non-finite values (NaN or inf).\n"
-                "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
-            )
+        for name, values in (("source latents", latents), ("noise", noise)):
+            if values is not None and not torch.isfinite(values).all():
+                raise SourceError(
+                    f"{name} hold {int((~torch.isfinite(values)).sum())} non-finite values (NaN or inf).\n"
+                    "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
+                )
         self.latents, self.noise = latents, noise
         self.reference = latents  # what gives keys and values; another clip if the source is erased
         self._placed: dict[int, Tensor] = {}

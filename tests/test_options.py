@@ -120,16 +120,15 @@ def test_several_slips_are_named_together(setup):
 
 
 def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
-    lock = kv.KVLock(setup.model, mask=setup.mask, policy="sigmoid")
     everywhere = kv.KVLock(setup.model, policy=kv.policy.Clamped(kv.Sigmoid(), lock=(0.0, 0.0)))
     inside = kv.KVLock(setup.model, mask=setup.mask, policy=everywhere.settings.policy)
     euler(everywhere, setup), euler(inside, setup)
     assert warned(recwarn) == []
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
-    assert lock.settings.mask is not None
     kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
-    with pytest.raises(SourceError, match=r"mask= without source=.*\n.*source=latents"):
-        kv.KVLock(setup.model, mask=setup.mask)
+    for policy in ("default", "sigmoid", "paper", "release", kv.Linear(), kv.PID(target=1.0)):
+        with pytest.raises(SourceError, match=r"mask= without source=.*\n.*source=latents"):
+            kv.KVLock(setup.model, mask=setup.mask, policy=policy)
     assert warned(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -135,20 +136,24 @@ def test_flow_schedules_make_no_rounding_warning(name):
     assert x.isfinite().all()
 
 
-def test_run_derives_the_range_and_the_budget():
+def test_ranged_samplers_end_at_0_as_all_others_do():
+    """They stop at the last level above 0; one evaluation there predicts the clean x, as euler's last step does."""
     x, calls = start(2, 3), []
 
     def counting(x, sigma):
         calls.append(sigma[0].item())
         return gaussian(x, sigma)
 
+    last = SIGMAS[-2].expand(2)
     got = samplers.run("dpm_fast", counting, x, SIGMAS)
     assert len(calls) == len(SIGMAS) - 1
-    assert torch.equal(got, raw("dpm_fast")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), 9, disable=True))
-    got = samplers.run("dpm_adaptive", gaussian, x, SIGMAS, rtol=0.01)
-    assert torch.equal(
-        got, raw("dpm_adaptive")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), rtol=0.01, disable=True)
-    )
+    noisy = raw("dpm_fast")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), 8, disable=True)
+    assert torch.equal(got, gaussian(noisy, last))
+    assert torch.equal(samplers.run("dpm_fast", gaussian, x, SIGMAS[:-1]), noisy)  # this schedule does not end in 0
+    got, info = samplers.run("dpm_adaptive", gaussian, x, SIGMAS, rtol=0.01, return_info=True)
+    noisy = raw("dpm_adaptive")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), rtol=0.01, disable=True)
+    assert torch.equal(got, gaussian(noisy, last))
+    assert info["n_accept"] > 0
     with pytest.raises(SamplerError, match="two non-zero noise levels"):
         samplers.run("dpm_adaptive", gaussian, x, torch.tensor([1.0, 0.0]))
 
@@ -193,9 +198,11 @@ def test_run_takes_partials_of_ours():
 
 
 def test_run_says_what_it_cannot_do():
-    for sigmas in (torch.ones(1), torch.ones(2, 2), torch.tensor([float("inf"), 1.0]), torch.tensor([1.0, -1.0])):
-        with pytest.raises(SamplerError, match=r"no schedule: expected .*flow_sigmas"):
-            samplers.run("euler", gaussian, start(1, 2), sigmas)
+    rising, repeated = [0.0, 1.0, 2.0], [3.0, 2.0, 2.0, 0.0]
+    for levels in ([1.0], [[1.0, 1.0]] * 2, [math.inf, 1.0], [1.0, -1.0], [2.0, math.nan, 0.0], rising, repeated):
+        for sampler in ("euler", "dpmpp_2m", "dpm_adaptive", lambda model, x, sigmas: x):
+            with pytest.raises(SamplerError, match=r"no schedule; expected .*flow_sigmas"):
+                samplers.run(sampler, gaussian, start(1, 2), torch.tensor(levels))
     with pytest.raises(SamplerError, match=r"torch\.manual_seed"):
         samplers.run("euler", gaussian, start(1, 2), SIGMAS, seed=1, s_churn=5.0)
 

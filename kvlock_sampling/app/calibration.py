@@ -11,6 +11,7 @@ from torch import Tensor
 from ..policy import Policy, stateless
 from ..presets import Preset, load_preset
 from ..types import Control, Observation, PolicyError, SourceError
+from ..utils.fields import check_seed
 from ..variance import Estimator
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, reference_bands, threshold_curve
 from .edit import edit_video
@@ -90,7 +91,12 @@ def calibrate(
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
         clips, masks, prompts = zip(*part, strict=True)
-        options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps, "seed": seed + first}
+        options: dict[str, Any] = {
+            "model": model,
+            "sampler": sampler,
+            "steps": steps,
+            "seed": check_seed(seed, SourceError, plus=first),
+        }
         options |= {"policy": resting, "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         points += [(float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import masks, samplers
+from .. import masks
 from ..kv_cache import Plan
 from ..lock import KVLock
 from ..masks.morphology import dilate
@@ -20,6 +20,7 @@ from ..masks.resolution import on_pixels
 from ..masks.tokens import on_latents
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
+from ..utils.fields import check_seed
 from ..video.metrics import masked_psnr
 from ..video.pixels import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
@@ -165,9 +166,7 @@ def _released(lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, fe
 def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
     if not isinstance(steps, Integral):
         raise SamplerError(f"steps={steps!r}; expected how many noise levels, a whole number n >= 1, e.g. steps=30.")
-    sigmas = video.sigmas(int(steps), strength)
-    # dpm_fast and dpm_adaptive end at the last level above 0, so it is set close to 0.
-    return torch.cat([sigmas[:-1], sigmas.new_tensor([0.01, 0.0])]) if samplers.is_ranged(sampler) else sigmas
+    return video.sigmas(int(steps), strength)
 
 
 def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> list[Any]:
@@ -181,8 +180,8 @@ def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> l
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = _per_clip(seed, Integral, count, "seed", "one int, or a list of one per clip, e.g. seed=0")
-    return [int(s) + (i if isinstance(seed, Integral) else 0) for i, s in enumerate(seeds)]
+    seeds = _per_clip(seed, object, count, "seed", "one int, or a list of one per clip, e.g. seed=0")
+    return [check_seed(s, SourceError, plus=i if isinstance(seed, Integral) else 0) for i, s in enumerate(seeds)]
 
 
 def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:

@@ -75,11 +75,11 @@ def reject(owner: Any, name: str, expected: str, example: Any) -> None:
     raise owner._error(f"{call}{getattr(owner, name)!r}): expected {expected}. This works: {call}{shown!r})")
 
 
-def check_seed(seed: Any, error: type[KVLockError]) -> int:
-    """A seed as an int.
+def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
+    """A seed, and `plus` more, modulo 2**64. One rule everywhere: -1, which stands for chance elsewhere, is refused.
 
     Raises:
-        KVLockError: The given kind, if it is not a whole number in [0, 2**64). -1 stands for chance elsewhere.
+        KVLockError: The given kind, if the seed is not a whole number in [0, 2**64).
     """
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
     if not (whole and 0 <= int(seed) < SEEDS):
@@ -87,7 +87,7 @@ def check_seed(seed: Any, error: type[KVLockError]) -> int:
             f"seed={seed!r}; expected a whole number in [0, 2**64), or one per clip, e.g. seed=0. "
             "For one by chance: seed=torch.seed()."
         )
-    return int(seed)
+    return (int(seed) + plus) % SEEDS
 
 
 def _fields(owner: Any) -> list[str]:

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
+from ..schedules import check_sigmas
 
 
 def method_of(model: Any, name: str) -> Any:
@@ -34,5 +34,9 @@ def to_sigma(model: Any, model_sigma: float) -> float:
 
 
 def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
-    """A schedule of the model's noise levels on the policies' clock, as floats on the host."""
-    return tuple(to_sigma(model, level) for level in torch.as_tensor(sigmas).tolist())
+    """A schedule of the model's noise levels on the policies' clock, as floats on the host.
+
+    Raises:
+        SamplerError: It is no schedule.
+    """
+    return tuple(to_sigma(model, level) for level in check_sigmas(sigmas).tolist())

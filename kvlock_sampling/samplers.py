@@ -93,8 +93,8 @@ def run(
 ) -> Float[Tensor, "batch ..."]:
     """Run any sampler through one signature, and return the final x.
 
-    dpm_fast and dpm_adaptive run from the first to the last non-zero level, dpm_fast in an evaluation a step. They leave
-    the noise of that level in x: where the schedule ends in 0, one evaluation more predicts the result.
+    dpm_fast and dpm_adaptive run from the first to the last non-zero level, dpm_fast in one evaluation a step. They
+    leave the noise of that level in x; where the schedule ends in 0, one evaluation more predicts the result.
 
     Args:
         sampler: A name, or a callable sampler(model, x, sigmas, extra_args=None, callback=None, disable=None).
@@ -110,6 +110,8 @@ def run(
     """
     function = get(sampler) if isinstance(sampler, str) else sampler
     sigmas = check_sigmas(sigmas)
+    if seed is not None:
+        seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     named = getattr(function, "func", function)  # of a functools.partial
     ours, parameters = named in _SAMPLERS.values(), _parameters(function)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -158,8 +160,7 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
 def _brownian_noise(x: Float[Tensor, "batch ..."], sigmas: Float[Tensor, " levels"], seed: Seed) -> NoiseSampler:
     # The tree spans 1% more than the schedule: SDE samplers ask for exp(log(sigma)), which rounds to just outside.
     levels = sigmas[sigmas > 0].double().cpu()
-    seeds = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
-    return _module("sampling").BrownianTreeNoiseSampler(x, levels.min() / 1.01, levels.max() * 1.01, seed=seeds)
+    return _module("sampling").BrownianTreeNoiseSampler(x, levels.min() / 1.01, levels.max() * 1.01, seed=seed)
 
 
 def external() -> ModuleType:
@@ -242,7 +243,7 @@ def _parameters(function: Sampler) -> dict[str, inspect.Parameter]:
 
 
 def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
-    if len(seed) != len(x):
+    if isinstance(seed, str) or len(seed) != len(x):
         raise SamplerError(f"{len(seed)} seeds for a batch of {len(x)}: pass one int, or one seed per clip")
     return [check_seed(s, SamplerError) for s in seed]
 

@@ -7,18 +7,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .types import SamplerError
+from .utils.fields import check_number
 
 
 def check_sigmas(sigmas: Any) -> Tensor:
     """A schedule as a tensor (levels,). Raises SamplerError unless its levels are finite, >= 0, and fall."""
-    values = torch.as_tensor(sigmas)
-    if values.ndim == 1 and len(values) > 1:
+    try:
+        values = torch.as_tensor(sigmas)
+    except (TypeError, ValueError, RuntimeError):
+        values = torch.empty(0)
+    if not values.is_complex() and values.ndim == 1 and len(values) > 1:
         levels = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
         if bool(levels.isfinite().all() and (levels >= 0).all() and (levels.diff() < 0).all()):
             return values
         shown = ", ".join(f"{level:.4g}" for level in levels[:6].tolist()) + ", ..." * (len(levels) > 6)
     else:
-        shown = f"a tensor of shape {tuple(values.shape)}"
+        shown = f"tensor of {tuple(values.shape)}" if isinstance(sigmas, Tensor) else repr(sigmas)
     raise SamplerError(
         f"sigmas={shown}: no schedule; expected (levels,), at least 2, finite, >= 0, each below the one before, e.g. "
         "samplers.flow_sigmas(30, shift=5.0). To invert a clip, run the bare model, without a lock."
@@ -51,9 +55,9 @@ def flow_sigmas(
     Raises:
         SamplerError: n, shift or a time is out of range.
     """
-    if n < 1 or not shift > 0 or not 0 < t_max < 1:
-        given = f"flow_sigmas(n={n}, shift={shift}, t_max={t_max})"
-        raise SamplerError(f"{given}: expected n >= 1, shift > 0, 0 < t_max < 1, e.g. n=30, shift=5.0, t_max=0.999")
+    n = check_number("n", n, SamplerError, at_least=1, whole=True)
+    shift = check_number("shift", shift, SamplerError, above=0.0)
+    t_max = check_number("t_max", t_max, SamplerError, above=0.0, below=1.0)
     u = torch.linspace(t_max / (shift - (shift - 1) * t_max), 0.0, n + 1, dtype=torch.float64)
     t = shift * u / (1 + (shift - 1) * u)
     return (t / (1 - t)).to(dtype)

@@ -171,7 +171,7 @@ BAD = {
     "too many prompts": ({"prompt": ["a red ball"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
     "too many seeds": ({"seed": [1, 2]}, SourceError, "2 entries for 1 clips"),
     "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "Did you mean dpmpp_2m"),
-    "no steps": ({"steps": 0}, SamplerError, "n >= 1"),
+    "no steps": ({"steps": 0}, SamplerError, "steps=0; expected a whole number >= 1"),
     "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
     "policy of another shape": (
         {"policy": kv.stateless(lambda obs: kv.Control(lock=torch.zeros(2, 9)))},
@@ -186,9 +186,9 @@ BAD = {
     "prompt of no text": ({"prompt": 5}, SourceError, "prompt=5; expected a text"),
     "prompts of no text": ({"source_prompt": [5]}, SourceError, r"source_prompt=\[5\]; expected a text"),
     "half a step": ({"steps": 2.5}, SamplerError, "steps=2.5; expected"),
-    "seed of no number": ({"seed": 1.5}, SourceError, "seed=1.5; expected one int"),
+    "seed of no number": ({"seed": 1.5}, SourceError, "seed=1.5; expected a whole number"),
     "scale of no number": ({"cfg_scale": "7"}, KVLockError, "cfg_scale='7'; expected a finite number"),
-    "strength of no number": ({"strength": "1"}, KVLockError, "strength='1'; expected 0 < strength"),
+    "strength of no number": ({"strength": "1"}, KVLockError, "strength='1'; expected a finite number > 0 and <= 1"),
     "noise of no tensor": ({"noise": 1.0}, SourceError, "noise=1.0; expected a tensor"),
     "model that is not there": ({"model": "no/such/folder"}, KVLockError, "no model at 'no/such/folder'"),
 }
@@ -209,7 +209,7 @@ def test_the_source_is_the_clip(edit, task, name):
 
 @pytest.mark.parametrize("feather", [-1.0, float("nan"), "2"])
 def test_a_feather_is_a_width(edit, feather):
-    with pytest.raises(KVLockError, match=r"feather=.*expected pixels >= 0"):
+    with pytest.raises(KVLockError, match=r"feather=.*expected a finite number >= 0"):
         edit(feather=feather)
 
 

@@ -347,7 +347,7 @@ def test_a_level_repeated_is_not_new():
     [
         (lambda: Sparse(Level()), "no noise levels chosen"),
         (lambda: Sparse(Level(), sigmas=(1.0,), every=2), "not both"),
-        (lambda: Sparse(Level(), sigmas=(-1.0,)), "noise levels > 0"),
+        (lambda: Sparse(Level(), sigmas=(-1.0,)), r"finite numbers > 0.*Sparse\(estimator, sigmas=\(1.0, 0.3\)\)"),
         (lambda: Sparse(Level(), every=0), "whole number"),
         (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
         (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\)\)"),

@@ -1,11 +1,10 @@
 """Edit the masked part of video clips after a prompt, with everything else locked to the source: `edit_video`."""
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ..masks.resolution import on_pixels
 from ..masks.tokens import on_latents
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
-from ..utils.fields import check_seed
+from ..utils.fields import check_number, check_seed
 from ..video.metrics import masked_psnr
 from ..video.pixels import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
@@ -103,17 +102,14 @@ def edit_video(
     """
     if taken := sorted({"source", "source_args"} & lock_options.keys()):
         raise SourceError(f"{taken[0]}= is made from clip and source_prompt; pass those, or call KVLock yourself.")
-    if not (isinstance(feather, Real) and 0 <= feather < math.inf):
-        raise KVLockError(f"feather={feather!r}; expected pixels >= 0 around the mask, e.g. feather=2.0; 0 cuts hard.")
+    check_number("feather", feather, KVLockError, at_least=0.0)
     if feather != FEATHER and not paste:
         warnings.warn(f"feather={feather} without effect: with paste=False nothing is pasted.", stacklevel=2)
-    if not (isinstance(strength, Real) and 0 < strength <= 1):
-        raise KVLockError(f"strength={strength!r}; expected 0 < strength <= 1, where 1 starts from noise.")
+    check_number("strength", strength, KVLockError, above=0.0, at_most=1.0)
     video = open_model(model) if isinstance(model, str) else model
     check_video_model(video)
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
-    if not (isinstance(scale, Real) and math.isfinite(scale)):
-        raise KVLockError(f"cfg_scale={scale!r}; expected a finite number, e.g. cfg_scale={video.cfg_scale}.")
+    check_number("cfg_scale", scale, KVLockError)
     clips = as_clips(clip)
     _check_clip(clips, video)
     seeds = _seeds(seed, len(clips))
@@ -131,7 +127,7 @@ def edit_video(
     if source_prompt is not None:
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
     source = video.encode(clips)
-    sigmas = _schedule(video, steps, strength, sampler)
+    sigmas = video.sigmas(check_number("steps", steps, SamplerError, at_least=1, whole=True), strength)
     x = start_noise(source, seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, **lock_options)
@@ -161,12 +157,6 @@ def _released(lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, fe
         return latents
     latents = video.unpadded(latents) if hasattr(video, "unpadded") else latents
     return dilate(on_pixels(latents, *clips.shape[2:]), feather)
-
-
-def _schedule(video: VideoModel, steps: int, strength: float, sampler: Any) -> Tensor:
-    if not isinstance(steps, Integral):
-        raise SamplerError(f"steps={steps!r}; expected how many noise levels, a whole number n >= 1, e.g. steps=30.")
-    return video.sigmas(int(steps), strength)
 
 
 def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> list[Any]:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any
 
 from ..types import KVCacheError
+from ..utils.fields import within
 from .quantize import PackedLevel, level_bytes
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
@@ -59,8 +60,8 @@ def parse_bytes(size: Any) -> int | None:
     """Read a size: a number of bytes, text such as "4GB" (10^9) or "4GiB" (2^30), or None for no limit."""
     if size is None:
         return None
-    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < float("inf"):
-        return int(size)
+    if (count := within(size, at_least=0.0)) is not None:
+        return int(count)
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", size, re.I) if isinstance(size, str) else None
     if found is None or found[2].lower() not in _UNITS:
         raise KVCacheError(f'budget={size!r}; expected bytes, e.g. 4_000_000_000 or "512MiB", or None for no limit.')

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..types import MaskError
+from ..utils.fields import check_number
 
 MaskLike: TypeAlias = Tensor | np.ndarray
 Mask: TypeAlias = Float[Tensor, "batch 1 frames height width"]
@@ -41,7 +42,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
         )
     clips, time = shape[0] if len(shape) > 3 else 1, 1 if len(shape) == 2 else shape[-3]
     values = values.reshape(clips, 1, time, *shape[-2:])
-    if frames is None or time == frames:
+    if frames is None or time == check_number("frames", frames, MaskError, at_least=1, whole=True):
         return values
     if time != 1:
         raise MaskError(f"mask has {time} frames; expected {frames}, or 1 (a still). Change it by masks.resize")

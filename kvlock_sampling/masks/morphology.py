@@ -14,6 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..types import MaskError
+from ..utils.fields import check_number
 from .form import Mask, MaskLike, as_mask
 
 
@@ -29,7 +30,7 @@ def shrink(mask: MaskLike, radius: float) -> Mask:
 
 def feather(mask: MaskLike, radius: float) -> Mask:
     """A soft mask for pasting pixels: 1 on edited cells, falling as a cosine to 0 at `radius` outside; 0 is hard."""
-    if radius == 0:
+    if check_number("radius", radius, MaskError, at_least=0.0) == 0:
         return grow(mask, 0)
     return _per_frame(mask, radius, lambda distance: (1 + np.cos(np.pi * np.minimum(distance / radius, 1))) / 2)
 
@@ -49,8 +50,7 @@ def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.
 
 
 def _frames(mask: MaskLike, radius: float, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    if not radius >= 0:
-        raise MaskError(f"radius is {radius}; expected cells >= 0. Use masks.shrink to go inwards")
+    check_number("radius", radius, MaskError, " Use masks.shrink to go inwards.", at_least=0.0)
     values = as_mask(mask)
     pages = rearrange(values, "b 1 t h w -> (b t) h w").float().cpu().numpy()
     out = np.zeros(pages.shape, np.float32)

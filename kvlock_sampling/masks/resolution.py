@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
 
 from ..types import MaskError
+from ..utils.fields import check_number, within
 from .form import Mask, MaskLike, as_mask
 
 
@@ -27,9 +28,9 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
         MaskError: Frames or size do not fit the factors.
     """
     values = as_mask(mask)
-    spatial = (spatial, spatial) if isinstance(spatial, int) else spatial
-    if min(temporal, *spatial) < 1:
-        raise MaskError(f"temporal={temporal}, spatial={spatial}: expected integers >= 1, e.g. temporal=4, spatial=8")
+    check_number("temporal", temporal, MaskError, at_least=1, whole=True)
+    factors = spatial if isinstance(spatial, tuple | list) and len(spatial) == 2 else (spatial, spatial)
+    height, width = (check_number("spatial", factor, MaskError, at_least=1, whole=True) for factor in factors)
     frames = values.shape[2]
     if rest := (frames - 1) % temporal:
         below = frames - rest
@@ -38,7 +39,7 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
             f"here {below} or {below + temporal}. Trim the clip with mask[:, :, :{below}], or use masks.resize"
         )
     values = torch.cat([values[:, :, :1].expand(-1, -1, temporal, -1, -1), values[:, :, 1:]], dim=2)
-    return _pool(_pool(values, (temporal, 1, 1), "temporal"), (1, *spatial), "spatial")
+    return _pool(_pool(values, (temporal, 1, 1), "temporal"), (1, height, width), "spatial")
 
 
 def token_mask(latent_mask: MaskLike, patch: tuple[int, int, int] = (1, 2, 2)) -> Bool[Tensor, "batch tokens"]:
@@ -64,9 +65,9 @@ def resize(mask: MaskLike, frames: int, height: int, width: int) -> Mask:
     Raises:
         MaskError: A size is below 1.
     """
-    if min(frames, height, width) < 1:
-        raise MaskError(f"frames={frames}, height={height}, width={width}: a mask's size is at least 1 each way")
-    return adaptive_max_pool3d(as_mask(mask), (frames, height, width))
+    given = {"frames": frames, "height": height, "width": width}
+    size = [check_number(name, value, MaskError, at_least=1, whole=True) for name, value in given.items()]
+    return adaptive_max_pool3d(as_mask(mask), size)
 
 
 def on_pixels(values: Tensor, frames: int, height: int, width: int) -> Tensor:
@@ -80,8 +81,9 @@ def on_pixels(values: Tensor, frames: int, height: int, width: int) -> Tensor:
 
 def _pool(values: Tensor, size: tuple[int, int, int], name: str) -> Tensor:
     shape = tuple(values.shape[2:])
-    if len(size) != 3 or min(size) < 1:
-        raise MaskError(f"{name}={size}: expected three integers >= 1 (time, height, width), e.g. (1, 2, 2)")
+    sizes = size if isinstance(size, tuple | list) else ()
+    if len(sizes) != 3 or any(within(s, at_least=1, whole=True) is None for s in sizes):
+        raise MaskError(f"{name}={size!r}; expected three whole numbers >= 1 (time, height, width), e.g. (1, 2, 2)")
     if any(n % s for n, s in zip(shape, size, strict=True)):
         down = tuple(max(n // s, 1) * s for n, s in zip(shape, size, strict=True))
         up = tuple(-(-n // s) * s for n, s in zip(shape, size, strict=True))

@@ -11,30 +11,59 @@ SEEDS = 2**64
 """Seeds are whole numbers below this, as in torch."""
 
 
-def number(
-    owner: Any,
-    name: str,
+def number(owner: Any, name: str, *, optional: bool = False, **limits: Any) -> None:
+    """Convert field `name` to a number within the limits of `within`; None passes if `optional`."""
+    value = getattr(owner, name)
+    if value is None and optional:
+        return
+    given = within(value, **limits)
+    if given is None:
+        reject(owner, name, expected(**limits), _example(**limits))
+    object.__setattr__(owner, name, given)
+
+
+def check_number(name: str, value: Any, error: type[KVLockError], hint: str = "", **limits: Any) -> Any:
+    """Return an argument as a number within the limits of `within`, or raise this error."""
+    given = within(value, **limits)
+    if given is None:
+        raise error(f"{name}={value!r}; expected {expected(**limits)}, e.g. {name}={_example(**limits)!r}.{hint}")
+    return given
+
+
+def within(
+    value: Any,
     *,
     above: float = -inf,
     at_least: float = -inf,
     at_most: float = inf,
     below: float = inf,
-    optional: bool = False,
     whole: bool = False,
-) -> None:
-    """Convert field `name` to a float, or an int if `whole`, within the limits; None passes if `optional`."""
-    value = getattr(owner, name)
-    if value is None and optional:
-        return
+) -> float | None:
+    """Return a value as a float, or an int if `whole`; None if it is no finite number within the limits."""
     given = _finite(value)
-    fits = given is not None and above < given < below and at_least <= given <= at_most
-    if given is None or not fits or (whole and not isinstance(value, numbers.Integral)):
-        limits = [f"> {above:g}"] * (above > -inf) + [f">= {at_least:g}"] * (at_least > -inf)
-        limits += [f"<= {at_most:g}"] * (at_most < inf) + [f"< {below:g}"] * (below < inf)
-        kind = "a whole number" if whole else "a finite number"
-        start = max(at_least, 1.0, min(above + 1.0, below / 2 if below < inf else inf))
-        reject(owner, name, f"{kind} {' and '.join(limits)}".strip(), int(start) if whole else start)
-    object.__setattr__(owner, name, int(value) if whole else given)
+    if given is None or not (above < given < below and at_least <= given <= at_most):
+        return None
+    return given if not whole else int(value) if isinstance(value, numbers.Integral) else None
+
+
+def expected(
+    *,
+    above: float = -inf,
+    at_least: float = -inf,
+    at_most: float = inf,
+    below: float = inf,
+    whole: bool = False,
+) -> str:
+    """The limits in words."""
+    limits = [f"> {above:g}"] * (above > -inf) + [f">= {at_least:g}"] * (at_least > -inf)
+    limits += [f"<= {at_most:g}"] * (at_most < inf) + [f"< {below:g}"] * (below < inf)
+    return f"a {'whole' if whole else 'finite'} number {' and '.join(limits)}".strip()
+
+
+def _example(**limits: Any) -> float:
+    """A number within the limits."""
+    tried = (1, 2, 10) if limits.get("whole") else (1.0, 2.0, 0.5, 10.0)
+    return next(n for n in tried if within(n, **limits) is not None)
 
 
 def pair(owner: Any, name: str, *, at_least: float = -inf, at_most: float = inf, rising: bool = True) -> None:
@@ -49,12 +78,11 @@ def pair(owner: Any, name: str, *, at_least: float = -inf, at_most: float = inf,
 
 
 def levels(owner: Any, name: str) -> None:
-    """Convert field `name`, a noise level or several, to a tuple of floats > 0."""
+    """Convert field `name`, one number > 0 or several, to a tuple of floats."""
     value = getattr(owner, name)
-    entries = value if isinstance(value, tuple | list) else (value,)
-    given = tuple(map(_finite, entries))
-    if any(v is None or v <= 0 for v in given):
-        reject(owner, name, "finite noise levels > 0", (1.0, 0.3))
+    given = tuple(within(v, above=0.0) for v in (value if isinstance(value, tuple | list) else (value,)))
+    if None in given:
+        reject(owner, name, "finite numbers > 0", (1.0, 0.3))
     object.__setattr__(owner, name, given)
 
 
@@ -66,13 +94,13 @@ def flag(owner: Any, *names: str, optional: bool = False) -> None:
             reject(owner, name, "True or False", True)
 
 
-def reject(owner: Any, name: str, expected: str, example: Any) -> None:
+def reject(owner: Any, name: str, wanted: str, example: Any) -> None:
     """Raise the owner's error for field `name`; the message shows a value that works, its default or `example`."""
     default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
     shown = example if default in (dataclasses.MISSING, None, ()) else default
     inner = next((f"{around}, " for around in ("policy", "estimator") if around in _fields(owner)[:1]), "")
     call = f"{type(owner).__name__}({inner}{name}="
-    raise owner._error(f"{call}{getattr(owner, name)!r}): expected {expected}. This works: {call}{shown!r})")
+    raise owner._error(f"{call}{getattr(owner, name)!r}): expected {wanted}. This works: {call}{shown!r})")
 
 
 def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..types import EstimatorError
+from ..utils.fields import check_number, levels
 from .base import Estimator
 from .trajectory import TrajectoryVariance
 
@@ -32,15 +33,15 @@ class ThresholdCurve:
     sigmas: tuple[float, ...]
     values: tuple[float, ...]
 
+    _error = EstimatorError
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(float(s) for s in self.sigmas))
-        object.__setattr__(self, "values", tuple(float(v) for v in self.values))
-        good = len(self.sigmas) == len(self.values) > 0
-        good = good and all(s > 0 and math.isfinite(s) for s in (*self.sigmas, *self.values))
-        if not good or any(b >= a for a, b in itertools.pairwise(self.sigmas)):
+        levels(self, "sigmas")
+        levels(self, "values")
+        if not 0 < len(self.sigmas) == len(self.values) or any(b >= a for a, b in itertools.pairwise(self.sigmas)):
             raise EstimatorError(
                 f"ThresholdCurve with {len(self.sigmas)} sigmas and {len(self.values)} values; expected as many of "
-                "each, all > 0, sigmas falling: ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
+                "each, sigmas falling: ThresholdCurve((10.0, 1.0, 0.1), (0.001, 0.01, 0.02))."
             )
 
     def __call__(self, sigma: float) -> float:
@@ -107,6 +108,8 @@ def reference_bands(
             f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
             "measures (uses_risk)."
         )
+    check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
+    check_number("bands", bands, EstimatorError, at_least=1, whole=True)
     logs = np.log(points[:, 0])
     edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
     found = []

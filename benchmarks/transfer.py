@@ -115,8 +115,9 @@ def calibrated(calm: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Meter]:
         "fixed 0.01 (paper)": Meter("window 10", lambda _: 0.01),
     }
     for name in ESTIMATORS:
-        points = [(sigma, float(v)) for sigma, variances in calm if name in variances for v in variances[name]]
-        number = float(np.quantile([v for _, v in points], LEVEL))
+        measured = [(sigma, variances[name]) for sigma, variances in calm if name in variances]
+        points = [(clip, sigma, float(v)) for sigma, values in measured for clip, v in enumerate(values)]
+        number = float(np.quantile([v for *_, v in points], LEVEL))
         meters[f"{name}, curve"] = Meter(name, threshold_curve(reference_bands(points, quantile=LEVEL)))
         meters[f"{name}, number {number:.3g}"] = Meter(name, lambda _, n=number: n)
     return meters

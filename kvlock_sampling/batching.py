@@ -1,6 +1,6 @@
 """Branches (uncond, cond, source) of a batch of clips as the rows of one model call, and clips taken out of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,21 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     if all(type(part) is type(first) and part == first for part in parts):
         return first
     raise NotBatchable
+
+
+def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
+    """Raise RunError if a prompt, a tensor or a list of texts, has neither one row nor one for each clip.
+
+    A model might broadcast it, or cut it to size, without a word.
+    """
+    for name in ("cond", "uncond"):
+        value: Any = arguments.get(name)
+        rows = len(value) if _is_prompts(value) or (isinstance(value, Tensor) and value.ndim) else 1
+        if rows not in (1, batch):
+            raise RunError(
+                f"{name} in {owner} has {rows} rows for {batch} clip(s) in x; expected one, or one for each clip: "
+                f"{name}={name}[:{batch}], or as many rows of x."
+            )
 
 
 def split_rows(out: Tensor, branches: int, batch: int) -> list[Tensor]:

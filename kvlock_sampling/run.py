@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .attention import Hooks
 from .attention.compat.step_caches import StepCaches
+from .batching import check_rows
 from .controller import State, start
 from .kv_cache import CacheSession
 from .policy.base import check_ratio, nothing_to_lock_to
@@ -130,6 +131,13 @@ class Run:
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
         """Read noise level, requested guidance and state of one evaluation, with one transfer from a device."""
+        if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
+            given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(x)
+            raise RunError(
+                f"x is {given}; expected floating latents (batch, ...), e.g. torch.randn_like(source) * sigma."
+            )
+        check_rows(extra_args, len(x), "extra_args")
+        check_rows(settings.source_args, len(x), "source_args")
         sigma_arg = torch.as_tensor(sigma, device=x.device)
         requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
         reads, last = HostReads(), self.timeline.last
@@ -163,7 +171,7 @@ class Run:
     def source_noise(self, source: Source, x: Tensor, model_sigma: float) -> Tensor:
         """The noise of the source in this run: its own, or the one that leads from it to the run's first x."""
         if self.noise is None:
-            self.noise = source.implied_noise(x, model_sigma) if source.noise is None else source.noise.to(x)
+            self.noise = source.noise_of_run(x, model_sigma)
         return self.noise
 
     def leave(self, settings: LockSettings, sigma: float, state: State, denoised: Tensor) -> None:

@@ -61,8 +61,13 @@ class Source:
             check_noise(noise)
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
-        if noise is not None and (noise.ndim != latents.ndim or noise.shape[1:] != latents.shape[1:]):
-            raise SourceError(f"noise has shape {tuple(noise.shape)}; expected that of source, {tuple(latents.shape)}.")
+        if noise is not None and not (
+            noise.is_floating_point() and noise.shape[1:] == latents.shape[1:] and len(noise)
+        ):
+            raise SourceError(
+                f"noise has shape {tuple(noise.shape)}, {noise.dtype}; expected floating noise like source, "
+                f"{tuple(latents.shape)}: noise=torch.randn_like(source)."
+            )
         with torch.inference_mode(False):
             latents = latents.detach().clone()
             noise = None if noise is None else noise.detach().clone()
@@ -72,6 +77,10 @@ class Source:
                     f"{name} hold {int((~torch.isfinite(values)).sum())} non-finite values (NaN or inf).\n"
                     "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
                 )
+        if noise is not None and not 0.25 < (size := float(noise.float().square().mean().sqrt())) < 4:
+            raise SourceError(
+                f"noise has a standard deviation of {size:.2g}; expected 1, not yet multiplied by a noise level."
+            )
         self.latents, self.noise = latents, noise
         self.reference = latents  # what gives keys and values; another clip if the source is erased
         self._placed: dict[int, Tensor] = {}
@@ -99,6 +108,27 @@ class Source:
             with torch.inference_mode(False):
                 placed = self._placed[id(clean)] = clean.to(x)
         return placed.expand_as(x)
+
+    def noise_of_run(self, x: Tensor, sigma: float) -> Tensor:
+        """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma.
+
+        Raises:
+            SourceError: The noise is of other clips, or x holds far less noise than sigma says.
+        """
+        if self.noise is not None:
+            if len(self.noise) not in (1, len(x)):
+                raise SourceError(
+                    f"noise has {len(self.noise)} rows for {len(x)} clips; expected one, or one per clip."
+                )
+            return self.noise.to(x)
+        noise = self.implied_noise(x, sigma)
+        # Not too much: a clip that is restarted at a low level is far from the source.
+        if (size := float(noise.float().square().mean().sqrt())) < 0.25:
+            raise SourceError(
+                f"x lies {size:.2g} sigma from the source at sigma={sigma:.4g}; expected noise of standard deviation 1 "
+                "sigma.\n  Start the sampler from torch.randn_like(source) * sigmas[0]."
+            )
+        return noise
 
     def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
         """The noise that leads from the source to x at sigma, for any affine noising rule."""

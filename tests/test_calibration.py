@@ -15,7 +15,13 @@ from kvlock_sampling.presets import Preset, load_preset
 from kvlock_sampling.tiny import load
 from kvlock_sampling.types import EstimatorError, PolicyError
 from kvlock_sampling.variance import RenoiseVariance, Sparse, TrajectoryVariance
-from kvlock_sampling.variance.thresholds import ThresholdCurve, reference_bands, threshold_curve
+from kvlock_sampling.variance.thresholds import (
+    ThresholdCurve,
+    alarm_range,
+    clips_needed,
+    reference_bands,
+    threshold_curve,
+)
 from kvlock_sampling.video import write_clip
 
 
@@ -34,7 +40,7 @@ def test_bands_recover_a_known_quantile_within_their_interval():
     rng = np.random.default_rng(0)
     sigma = np.exp(rng.uniform(math.log(0.05), math.log(20), 40_000))
     variance = 0.01 * sigma * np.exp(rng.normal(0, 0.5, len(sigma)))
-    bands = reference_bands(zip(sigma, variance, strict=True), quantile=0.9, bands=40)
+    bands = reference_bands(zip(range(len(sigma)), sigma, variance, strict=True), quantile=0.9, bands=40)
     assert len(bands) == 40
     assert [b.sigma for b in bands] == sorted((b.sigma for b in bands), reverse=True)
     covered = 0
@@ -49,7 +55,32 @@ def test_bands_recover_a_known_quantile_within_their_interval():
 
 def test_too_few_measurements_are_refused():
     with pytest.raises(EstimatorError, match="0 usable measurements"):
-        reference_bands([(1.0, float("nan"))] * 30)
+        reference_bands([(0, 1.0, float("nan"))] * 30)
+
+
+def test_a_threshold_keeps_its_promise_for_other_clips_and_its_interval_covers():
+    """Measurements of a clip hang together: what counts is the number of clips. The truth is known here."""
+    rng, quantile, clips, each = np.random.default_rng(0), 0.95, 32, 6
+    true = math.exp(1.6449 * math.hypot(0.5, 0.1))
+    alarms, naive, covered = [], [], 0
+    for _ in range(400):
+        values = np.exp(rng.normal(0, 0.5, (clips, 1)) + rng.normal(0, 0.1, (clips, each)))
+        points = [(clip, 1.0, float(v)) for clip, row in enumerate(values) for v in row]
+        (band,) = reference_bands(points, quantile=quantile, bands=1)
+        covered += band.low <= true <= band.high
+        for level, found in ((band.quantile, alarms), (np.quantile(values, quantile), naive)):
+            found.append(0.5 * math.erfc(math.log(level) / math.hypot(0.5, 0.1) / math.sqrt(2)))
+    assert 0.025 < np.mean(alarms) <= 1 - quantile
+    assert np.mean(naive) > 0.058  # the plain quantile of all measurements breaks the promise
+    assert covered >= 0.85 * 400  # 192 measurements taken as independent would cover 70%
+    low, high = alarm_range(clips, quantile)
+    assert np.mean([low <= share <= high for share in alarms]) == pytest.approx(0.95, abs=0.03)
+
+
+def test_few_clips_cannot_promise():
+    assert [clips_needed(q) for q in (0.5, 0.9, 0.95, 0.99)] == [1, 9, 19, 99]
+    with pytest.warns(UserWarning, match="2 clips cannot promise that 95% .* it takes 19"):
+        calibrate(load(), scenes(2), steps=12, bands=2)
 
 
 @pytest.mark.parametrize(

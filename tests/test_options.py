@@ -70,7 +70,7 @@ def test_source_mask_and_noise_are_copied(setup, policy):
 
 def test_a_source_made_in_inference_mode_is_an_ordinary_tensor_in_the_lock(setup):
     with torch.inference_mode():
-        lock = kv.KVLock(setup.model, source=setup.source * 1, mask=setup.mask * 1, noise=setup.x * 1)
+        lock = kv.KVLock(setup.model, source=setup.source * 1, mask=setup.mask * 1, noise=torch.randn_like(setup.x) * 1)
     assert not any(
         t.is_inference() for t in (lock.settings.source.latents, lock.settings.source.noise, lock.settings.mask.given)
     )
@@ -306,11 +306,18 @@ def test_source_args_are_a_dict(setup, given):
 
 
 def test_conditions_of_another_batch_are_refused(setup):
-    cond = setup.cfg["cond"].repeat(2, 1, 1)
+    """Also by a model that would cut them to size without a word, and in the source's own arguments."""
+    two, label = setup.cond.repeat(2, 1, 1), torch.tensor([1, 2])
+    for model in (setup.model, lambda x, sigma, cond: x * 0.5, lambda x, sigma, cond: torch.cat([x, x])):
+        for cond in (two, label, ["a ball", "a cube"]):
+            lock = kv.KVLock(model, policy="off")
+            with pytest.raises(RunError, match=r"cond in extra_args has 2 rows for 1 clip\(s\)"):
+                lock.sample("euler", setup.x, setup.sigmas, extra_args={"cond": cond})
+    with pytest.raises(RunError, match="cond in source_args has 2 rows"):
+        euler(setup.lock(policy=HALF, source_args={"cond": two}), setup)
+    lock = kv.KVLock(lambda x, sigma, cond: torch.cat([x, x]), policy="off")
     with pytest.raises(RunError, match="the model returned 2 rows; expected 1"):
-        kv.KVLock(lambda x, sigma, cond: x.expand(len(cond), -1, -1, -1, -1), policy="off").sample(
-            "euler", setup.x, setup.sigmas, extra_args={"cond": cond}
-        )
+        lock.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
 
 
 def test_a_bare_denoiser_is_no_model_of_videos(setup):

@@ -1,5 +1,6 @@
 """Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from ..policy import Policy, stateless
 from ..presets import Preset, load_preset
-from ..types import Control, Observation, PolicyError, SourceError
-from ..utils.fields import check_seed
+from ..types import Control, EstimatorError, Observation, PolicyError, SourceError
+from ..utils.fields import check_number, check_seed
 from ..variance import Estimator
-from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, reference_bands, threshold_curve
+from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
 from .edit import edit_video
 from .models import VideoModel, read_pair
 
@@ -62,7 +63,8 @@ def calibrate(
         examples: A few dozen clips with masks and their own prompts.
         policy: The policy that the thresholds are for: a name, a file, a Policy or a Preset.
         estimator: How to measure. Default: the preset's estimator, or the lock's default.
-        quantile: Fraction of calm runs below risk 1, in (0, 1).
+        quantile: Share of another clip's calm measurements below risk 1, in (0, 1), on average over calibrations; one
+            calibration misses it by what `variance.thresholds.alarm_range` says.
         bands: Number of bands of noise levels.
         steps: Sampling steps, >= 1.
         sampler: A name from `samplers.names()`, or a callable.
@@ -87,19 +89,22 @@ def calibrate(
             f"policy={policy!r} measures {meter!r}, which is relative to edit and clip and needs no calibration.\n"
             '  Use the policy as it is, or calibrate one that reads risk, e.g. policy="sigmoid".'
         )
-    points: list[tuple[float, float]] = []
+    check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
+    if len(examples) < (least := clips_needed(quantile)):
+        warnings.warn(
+            f"{len(examples)} clips cannot promise that {quantile:.0%} of other clips' measurements stay below risk 1; "
+            f"it takes {least}. The largest measurement is the threshold now.",
+            stacklevel=2,
+        )
+    points: list[tuple[int, float, float]] = []
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
         clips, masks, prompts = zip(*part, strict=True)
-        options: dict[str, Any] = {
-            "model": model,
-            "sampler": sampler,
-            "steps": steps,
-            "seed": check_seed(seed, SourceError, plus=first),
-        }
+        options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
+        options["seed"] = check_seed(seed, SourceError, plus=first)
         options |= {"policy": resting, "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
-        points += [(float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
+        points += [(first + int(r["clip"]), float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
         if on_clip is not None:
             for _ in part:
                 on_clip()

@@ -185,6 +185,7 @@ def calibrate(
         from ..presets import to_toml
         from ..samplers import get
         from ..utils.files import check_writable, write_atomically
+        from ..variance.thresholds import alarm_range
         from .calibration import calibrate as measure
         from .calibration import folder, scenes
         from .models import open_model
@@ -200,11 +201,16 @@ def calibrate(
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
             found = measure(video, examples, seed=seed, batch=batch, on_clip=advance, **settings)
         write_atomically(output, to_toml(found.preset))
-        table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "measurements", title=str(output))
+        table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "clips", title=str(output))
         for band in found.bands:
             interval = f"{band.low:.3g} to {band.high:.3g}"
-            table.add_row(f"{band.sigma:.3g}", f"{band.quantile:.3g}", interval, str(band.measurements))
+            table.add_row(f"{band.sigma:.3g}", f"{band.quantile:.3g}", interval, str(band.clips))
         out.print(table)
+        low, high = alarm_range(len(examples), quantile)
+        out.print(
+            f"False alarms on other clips: at most {1 - quantile:.1%} on average over calibrations; {low:.1%} to "
+            f"{high:.1%} in 95 of 100 on {len(examples)} clips."
+        )
 
 
 @app.command()

@@ -78,51 +78,71 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
 
 
 class Band(NamedTuple):
-    """A band of noise levels: their geometric mean, a quantile of the variance, and its 95% interval (low, high)."""
+    """A band of noise levels: their geometric mean, the threshold, and its 95% interval over draws of clips."""
 
     sigma: float
     quantile: float
     low: float
     high: float
-    measurements: int
+    clips: int
 
 
 def reference_bands(
-    measurements: Iterable[tuple[float, float]], *, quantile: float = 0.95, bands: int = 12
+    measurements: Iterable[tuple[int, float, float]], *, quantile: float = 0.95, bands: int = 12
 ) -> list[Band]:
     """Return quantiles of variance in bands of equal width in log sigma, from high noise to low, without empty bands.
 
+    A band's measurements of one clip hang together, so the clip is what counts: with n clips of weight 1 / (n + 1), and
+    as much weight at infinity, another clip's measurement stays below with a probability of at least `quantile`, over
+    draws of all n + 1. Source: Lee, Barber and Willett 2023, Distribution-free inference with hierarchical data.
+
     Args:
-        measurements: (sigma, variance) of calm runs, e.g. from `Trace.rows()`. Non-finite ones are dropped.
+        measurements: (clip, sigma, variance) of calm runs. Non-finite ones are dropped.
         quantile: In (0, 1). Defaults to 0.95.
         bands: Number of bands. Defaults to 12.
 
     Raises:
-        EstimatorError: Fewer than 20 usable measurements.
+        EstimatorError: Fewer than 20 usable measurements, or a setting out of range.
     """
-    from scipy import stats  # slow to import, and only calibration needs it
-
-    points = np.array([(s, v) for s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
+    check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
+    check_number("bands", bands, EstimatorError, at_least=1, whole=True)
+    points = np.array([(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
     if len(points) < 20:
         raise EstimatorError(
             f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
             "measures (uses_risk)."
         )
-    check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
-    check_number("bands", bands, EstimatorError, at_least=1, whole=True)
-    logs = np.log(points[:, 0])
+    logs = np.log(points[:, 1])
     edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
     found = []
     for start, end in itertools.pairwise(edges):
         inside = points[(logs >= start) & (logs < end)]
         if not len(inside):
             continue
-        values = inside[:, 1]
-        level = float(np.quantile(values, quantile))
-        interval = stats.quantile_test(values, q=level, p=quantile).confidence_interval(0.95)
-        low, high = np.fmax(interval.low, values.min()), np.fmin(interval.high, values.max())
-        found.append(Band(float(np.exp(np.log(inside[:, 0]).mean())), level, float(low), float(high), len(values)))
+        inside = inside[np.argsort(inside[:, 2])]
+        _, clip, counts = np.unique(inside[:, 0], return_inverse=True, return_counts=True)
+        clips = len(counts)
+        drawn = np.random.default_rng(0).multinomial(clips, np.full(clips, 1 / clips), 1000)
+        weights = np.concatenate([np.ones((1, clips), np.int64), drawn])[:, clip] / counts[clip] / (clips + 1)
+        reached = (weights.cumsum(1) < quantile - 1e-9).sum(1).clip(max=len(inside) - 1)
+        level, *others = inside[reached, 2]
+        low, high = np.quantile(others, (0.025, 0.975))
+        found.append(Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(high), clips))
     return sorted(found, key=lambda b: -b.sigma)
+
+
+def clips_needed(quantile: float) -> int:
+    """The fewest clips whose largest measurement holds a promise of this quantile for other clips."""
+    return math.ceil(quantile / (1 - quantile) - 1e-9)
+
+
+def alarm_range(clips: int, quantile: float) -> tuple[float, float]:
+    """The share of other clips' measurements above the threshold, in 95 of 100 calibrations on this many clips."""
+    from scipy import stats  # slow to import, and only calibration needs it
+
+    below = min(clips, math.ceil((clips + 1) * quantile - 1e-9))
+    low, high = stats.beta.ppf((0.025, 0.975), clips + 1 - below, below)
+    return float(low), float(high)
 
 
 def threshold_curve(bands: Sequence[Band]) -> ThresholdCurve:

@@ -78,7 +78,10 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
 
 
 class Band(NamedTuple):
-    """A band of noise levels: their geometric mean, the threshold, and its 95% interval over draws of clips."""
+    """A band of noise levels: their geometric mean, the threshold, and its 95% interval, counted in clips.
+
+    `high` is infinite if the clips are too few to say.
+    """
 
     sigma: float
     quantile: float
@@ -104,6 +107,8 @@ def reference_bands(
     Raises:
         EstimatorError: Fewer than 20 usable measurements, or a setting out of range.
     """
+    from scipy import stats  # slow to import, and only calibration needs it
+
     check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
     check_number("bands", bands, EstimatorError, at_least=1, whole=True)
     points = np.array([(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
@@ -122,11 +127,11 @@ def reference_bands(
         inside = inside[np.argsort(inside[:, 2])]
         _, clip, counts = np.unique(inside[:, 0], return_inverse=True, return_counts=True)
         clips = len(counts)
-        drawn = np.random.default_rng(0).multinomial(clips, np.full(clips, 1 / clips), 1000)
-        weights = np.concatenate([np.ones((1, clips), np.int64), drawn])[:, clip] / counts[clip] / (clips + 1)
-        reached = (weights.cumsum(1) < quantile - 1e-9).sum(1).clip(max=len(inside) - 1)
-        level, *others = inside[reached, 2]
-        low, high = np.quantile(others, (0.025, 0.975))
+        reached = (1 / counts[clip] / (clips + 1)).cumsum()
+        ranks = stats.binom.ppf((0.025, 0.975), clips, quantile) + (0, 1)  # among as many clips, of the true quantile
+        ends = [quantile, *(ranks / (clips + 1))]
+        level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
+        level = min(level, inside[-1, 2])
         found.append(Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(high), clips))
     return sorted(found, key=lambda b: -b.sigma)
 
@@ -138,7 +143,7 @@ def clips_needed(quantile: float) -> int:
 
 def alarm_range(clips: int, quantile: float) -> tuple[float, float]:
     """The share of other clips' measurements above the threshold, in 95 of 100 calibrations on this many clips."""
-    from scipy import stats  # slow to import, and only calibration needs it
+    from scipy import stats
 
     below = min(clips, math.ceil((clips + 1) * quantile - 1e-9))
     low, high = stats.beta.ppf((0.025, 0.975), clips + 1 - below, below)

@@ -23,6 +23,7 @@ from .settings import LockSettings
 from .source import Source
 from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Observation, RunError, Scalar
+from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
 from .utils.signature import to_sigma
@@ -242,7 +243,7 @@ class Run:
         scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)
         if len(scale) not in (1, len(x)):
             raise RunError(
-                f"the guidance scale has {len(scale)} entries for {len(x)} clips; pass a float, or one per clip."
+                f"the guidance scale, cond_scale, has {len(scale)} entries for {len(x)} clips; pass one, or one each."
             )
         scale = scale.expand(len(x))
         unknown = torch.full_like(scale, float("nan"))
@@ -297,8 +298,4 @@ def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
 
 def _requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
     requested = extra_args.get(name, default)
-    if not isinstance(requested, (int, float, Tensor)) or isinstance(requested, bool):
-        raise RunError(f"{name}={requested!r}; expected a number, or a tensor of one number per clip.")
-    if isinstance(requested, (int, float)) and not math.isfinite(requested):
-        raise RunError(f"{name}={requested}; expected a finite number.")
-    return requested
+    return requested if isinstance(requested, Tensor) else check_number(name, requested, RunError)

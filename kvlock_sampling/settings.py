@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
+from .utils.fields import check_number
 from .utils.modules import reachable_modules
 from .utils.proxy import check_no_lock_inside
 from .utils.signature import default_of, method_of, on_clock, parameters_of
@@ -186,14 +186,10 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
     limit = _first(given["threshold"], preset.threshold, default_threshold(measure))
-    if not callable(limit) and not (_is_number(limit) and 0 < limit < math.inf):
-        raise EstimatorError(f"threshold={limit!r}; expected a variance > 0, e.g. 0.01, or a function of sigma.")
+    if not callable(limit):
+        limit = check_number("threshold", limit, EstimatorError, " Or a function of sigma.", above=0.0)
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
-    if not (_is_number(floor) and math.isfinite(floor) and floor >= 0):
-        raise PolicyError(
-            f"cfg_floor={floor!r}; expected the least guidance scale a policy may ask for, a finite number >= 0: "
-            "1.0, or 0.0 as in the paper."
-        )
+    check_number("cfg_floor", floor, PolicyError, " The least guidance scale a policy may ask for.", at_least=0.0)
     return measure, limit, floor
 
 
@@ -230,10 +226,9 @@ def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
 def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
     if composite is None:
         return 1.0 if locks else 0.0
-    if not isinstance(composite, bool) and not (_is_number(composite) and 0 <= composite <= 1):
-        raise KVLockError(
-            f"composite={composite!r}; expected the weight of the source in the background, in [0, 1], True or False."
-        )
+    hint = " The weight of the source in the background, or True or False."
+    if not isinstance(composite, bool):
+        composite = check_number("composite", composite, KVLockError, hint, at_least=0.0, at_most=1.0)
     if composite and clip is None:
         raise SourceError(f"composite={composite} needs source= and mask=.")
     return float(composite)
@@ -336,10 +331,6 @@ def _named(given: Mapping[str, Any]) -> str:
 
 def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _warn(text: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
-from ..utils.fields import number
+from ..utils.fields import number, reject
 from ..utils.precision import working
 from ._noise import ProbingEstimator, generator
 from .base import Estimator, Patch, check_patch, pooled
@@ -69,6 +69,8 @@ class DropoutVariance(ProbingEstimator):
                 r"as select=r'to_out\.0$'."
             ) from None
         if self.model is not None:
+            if not isinstance(self.model, nn.Module):
+                reject(self, "model", "a torch module, the network behind the denoiser", "transformer")
             droppable(self.model, self.select)
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:

@@ -128,7 +128,7 @@ def reference_bands(
         _, clip, counts = np.unique(inside[:, 0], return_inverse=True, return_counts=True)
         clips = len(counts)
         reached = (1 / counts[clip] / (clips + 1)).cumsum()
-        ranks = stats.binom.ppf((0.025, 0.975), clips, quantile) + (0, 1)  # among as many clips, of the true quantile
+        ranks = np.add(stats.binom.ppf((0.025, 0.975), clips, quantile), (0, 1))
         ends = [quantile, *(ranks / (clips + 1))]
         level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
         level = min(level, inside[-1, 2])

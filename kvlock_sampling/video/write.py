@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..utils.extras import require
+from ..utils.fields import check_number
 from ..utils.files import atomic
 from .pixels import VideoError
 from .read import Array, PathLike
@@ -34,9 +35,9 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -
         KVLockError: The extra `video` is not installed.
     """
     path, kind = Path(path), check_suffix(path)
-    if fps <= 0 or scale < 1 or scale != int(scale):
-        raise VideoError(f"write_clip got fps={fps}, scale={scale}; expected fps > 0 and a whole scale >= 1.")
-    images = _to_bytes(pixels, "write_clip", "pixels").repeat(int(scale), 1).repeat(int(scale), 2)
+    check_number("fps", fps, VideoError, above=0.0)
+    check_number("scale", scale, VideoError, at_least=1, whole=True)
+    images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
     with atomic(path) as temporary:
         if kind == ".png":
             sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)
@@ -76,6 +77,9 @@ def side_by_side(
             f"side_by_side got clips {[tuple(clip.shape) for clip in clips]} and {len(labels)} labels; expected one "
             "shape (3, T, H, W) and a label for each."
         )
+    check_number("scale", scale, VideoError, at_least=1, whole=True)
+    if columns is not None:
+        check_number("columns", columns, VideoError, at_least=1, whole=True)
     tiles = []
     for clip, label in zip(clips, labels, strict=True):
         tile = _to_bytes(clip, "side_by_side", "a clip").repeat(scale, 1).repeat(scale, 2)

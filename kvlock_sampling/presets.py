@@ -83,6 +83,8 @@ class Preset:
             )
         if self.kv_cache and not self.policy.may_lock:
             raise PolicyError(f"kv_cache: {self.policy!r} never locks, so nothing would be kept. Remove it.")
+        if self.kv_cache is not None:
+            self.cache()  # checks the settings
 
     def cache(self) -> KVCache:
         """Return the cache that `kv_cache` asks for, in memory. Raises PolicyError for a setting that no preset gives.
@@ -122,11 +124,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
         if name not in shelf:
             raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}. A file ends in .toml.")
         path = shelf[name]
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"cannot read the policy file {name!r}: {error}") from error
-    return _from_text(text, str(path))
+    return _from_text(_text_of(path), str(path))
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
@@ -172,9 +170,18 @@ def describe() -> list[tuple[str, str, str]]:
     """Return (name, classes such as "Windowed(Linear)", first comment line) of every preset on the shelf."""
     rows = []
     for name, path in sorted(_shelf().items()):
-        comments = (line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+        comments = (line[1:].strip() for line in _text_of(path).splitlines() if line.startswith("#"))
         rows.append((name, _classes(load_policy(path)), next(comments, "")))
     return rows
+
+
+def _text_of(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise OSError("it is not a regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the path
+        raise PolicyError(f"cannot read the policy file {str(path)!r}: {error}") from error
 
 
 def _from_text(text: str, where: str) -> Preset:

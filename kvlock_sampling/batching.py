@@ -80,12 +80,16 @@ def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
             )
 
 
-def split_rows(out: Tensor, branches: int, batch: int) -> list[Tensor]:
-    """The rows of each branch in what one call returned. Raises RunError if they are not as many as asked for."""
-    if len(out) != branches * batch:
+def split_rows(out: Any, like: Tensor, branches: int) -> list[Tensor]:
+    """What one call of the model returned, as the rows of each branch. Raises RunError if they are not like its input."""
+    batch = len(like)
+    if not isinstance(out, Tensor):
+        raise RunError(f"the model returned {type(out).__name__}; expected x0-hat, a tensor like x: return out.sample?")
+    if len(out) != branches * batch or out.shape[1:] != like.shape[1:]:
         raise RunError(
-            f"the model returned {len(out)} rows; expected {branches * batch}, for {branches} branch(es) of {batch} "
-            f"clip(s). Tensors in extra_args need one row, or one for each row of x: {batch}."
+            f"the model returned {len(out)} rows of {tuple(out.shape[1:])}; expected {branches * batch} of "
+            f"{tuple(like.shape[1:])}, for {branches} branch(es) of {batch} clip(s).\n  x0-hat has the shape of x, and "
+            f"tensors in extra_args have one row, or one for each row of x: {batch}."
         )
     return list(out.split(batch))
 

@@ -67,6 +67,10 @@ class Branches:
         """The denoiser of a pass of the source, as it is or as it gives keys and values, and its arguments."""
         raise NotImplementedError
 
+    def _passes(self, arguments: Mapping[str, Any]) -> int:
+        """How many function evaluations per clip a call with these arguments is: two with both prompts."""
+        return 1 + ("uncond" in arguments)
+
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
         raise NotImplementedError
@@ -75,8 +79,9 @@ class Branches:
         """What an estimator sees, with a pass of the source if it needs one and nothing else made one."""
         if self.source is None and (source_x := self._source_x) is not None:
             model, arguments = self._source_call(erased=False)
-            self.source = self._call(None, lambda: model(source_x, self.step.sigma_arg, **arguments), None)
-            self.nfe += 1
+            out = self._call(None, lambda: model(source_x, self.step.sigma_arg, **arguments), None)
+            self.source = split_rows(out, source_x, 1)[0]
+            self.nfe += self._passes(arguments)
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
         return Evaluation(self.step.sigma, self.x, cond, mask, self.probe, self.uncond, self.source)
 
@@ -130,9 +135,9 @@ class Branches:
         """The record of the source in a pass of its own."""
         context = locked.context.fresh("capture")
         out = self._call(context, lambda: model(locked.x, sigma, **arguments), None)
-        self.nfe += 1
+        self.nfe += self._passes(arguments)
         if sigma is self.step.sigma_arg and not self.settings.erase:
-            self.source = out
+            self.source = split_rows(out, locked.x, 1)[0]
         return context.record
 
     def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind) -> T:
@@ -249,7 +254,7 @@ class OwnBranches(Branches):
             x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
         out = self._call(context, lambda: model(x, levels, **arguments), kind)
         self.nfe += len(branches)
-        return split_rows(out, len(branches), batch)
+        return split_rows(out, x[:batch], len(branches))
 
 
 class GuidedBranches(Branches):
@@ -284,8 +289,8 @@ class GuidedBranches(Branches):
         if self.locked is not None:
             context = self._injecting(self.locked, *self._source_call(erased=True), sigma)
         out = self._call(context, lambda: self.settings.model(x, sigma, **self._arguments), kind)
-        self.nfe += 1
-        return self._filled(out)
+        self.nfe += self._passes(self._arguments)
+        return self._filled(split_rows(out, x, 1)[0])
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
         settings, given = self.settings, dict(self._arguments)

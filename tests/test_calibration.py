@@ -144,18 +144,20 @@ def test_a_kv_cache_survives_calibration(tmp_path):
     ("output", "options", "message"),
     [
         ("a.toml", ["--clips", "0"], "no clips to calibrate on"),
-        (".", [], "cannot be written: it is a folder"),
+        (".", [], "ends in .toml"),
+        ("dir.toml", [], "cannot be written: it is a folder"),
         ("file/a.toml", [], "cannot be written"),
     ],
 )
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
     (tmp_path / "file").touch()
+    (tmp_path / "dir.toml").mkdir()
     monkeypatch.setattr("kvlock_sampling.app.calibration.calibrate", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output
     assert message in " ".join(ended.output.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.toml", "file"]
 
 
 def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):

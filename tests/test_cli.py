@@ -258,3 +258,23 @@ def test_an_edit_never_replaces_its_own_clip(kvlock: Kvlock, folder: Path) -> No
     assert result.exit_code == 2
     assert "would be overwritten" in result.output
     assert (folder / "clip.mp4").read_bytes() == before
+
+
+def test_version_and_short_help():
+    runner = CliRunner()
+    assert re.fullmatch(r"kvlock \d+\.\d+\.\d+\S*\n", runner.invoke(app, ["--version"]).output)
+    for line in (["-h"], ["edit", "-h"], ["calibrate", "-h"]):
+        ended = runner.invoke(app, line)
+        assert (ended.exit_code, "Usage" in ended.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"), [(["-o", "x.json"], "ends in .toml"), (["--clips", "no"], "no folder 'no'")]
+)
+def test_calibrating_names_what_is_missing_before_it_measures(tmp_path, monkeypatch, line, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvlock_sampling.app.calibration.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    ended = CliRunner().invoke(app, ["calibrate", "-o", "x.toml", *line])
+    assert ended.exit_code == 2
+    assert words in " ".join(ended.output.split())
+    assert not list(tmp_path.iterdir())

@@ -216,3 +216,27 @@ def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
     for wrong in (tmp_path / "file" / "clip.mp4", tmp_path):
         with pytest.raises(KVLockError, match="cannot be written"):
             check_writable(wrong)
+
+
+@pytest.mark.parametrize("returned", [lambda x: None, lambda x: (x,), lambda x: x[:, :2], lambda x: x[:0]])
+@pytest.mark.parametrize("policy", ["off", "sigmoid"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_a_model_returns_is_the_models_fault(setup, returned, policy, guided):
+    def own(x, sigma, cond):
+        return returned(x)
+
+    def whole(x, sigma, cond, uncond, cond_scale):
+        return returned(x)
+
+    lock = kv.KVLock(whole if guided else own, policy=policy)
+    with pytest.raises(kv.KVLockError, match=r"the model returned .*; expected"):
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+
+
+@pytest.mark.parametrize("given", [{"branch"}, set()])
+def test_a_guided_model_counts_both_of_its_prompts(setup, given):
+    """Its source pass has both too, unless the single-branch denoiser inside it is known."""
+    options = {"branch": setup.model} if given else {}
+    lock = kv.KVLock(kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, policy="half", **options)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert [step.nfe for step in lock.trace] == [3 if given else 4] * 6

@@ -311,8 +311,8 @@ def test_interleaved_has_it_for_free(setup):
 
 
 def test_a_model_that_guides_itself_is_compared_as_it_is(setup):
-    """Its guided x0-hat, and the source in a pass under its own prompt."""
-    for policy, passes in ((Hold(0.0), 2), (Hold(TINY), 2)):
+    """Its guided x0-hat, and the source under its own prompt: each call evaluates both prompts."""
+    for policy, passes in ((Hold(0.0), 4), (Hold(TINY), 4)):
         trace = run_of(setup, estimator=Divergence(), policy=policy, guided=True)
         assert [s.nfe for s in trace] == [passes] * len(LEVELS)
         check(trace, expected(setup, scale=3.0))

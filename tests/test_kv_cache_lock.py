@@ -94,7 +94,7 @@ def test_a_guided_model_keeps_its_source_under_any_scale(setup):
         )
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         passes.append([s.nfe for s in lock.trace])
-    assert passes == [[1, 1, 2, 2, 2, 2], [1] * 6]  # nothing is locked before a risk is known
+    assert passes == [[2, 2, 4, 4, 4, 4], [2] * 6]  # nothing is locked before a risk is known
 
 
 def test_heun_stores_every_noise_level_once(setup):

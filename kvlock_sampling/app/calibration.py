@@ -130,6 +130,10 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
 
     The model decides the clips' length and size. Raises SourceError if a clip lacks its mask or prompt.
     """
+    if not path.is_dir():
+        raise SourceError(
+            f"no folder {str(path)!r}; expected one with NAME.mp4, NAME.mask.png and NAME.txt, or a number."
+        )
     examples = []
     for clip in sorted(p for p in path.glob("*") if p.suffix in (".mp4", ".gif", ".webm", ".mov")):
         if ".mask" in clip.suffixes:

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)
 
@@ -29,6 +31,18 @@ Steps = Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive ch
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
 Offload = Annotated[str, typer.Option(help="none; model: one network on the device at a time; group: one layer.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"kvlock {version('kvlock-sampling')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Its version.")] = False,
+) -> None: ...
 
 
 @contextmanager
@@ -191,6 +205,8 @@ def calibrate(
         from .models import open_model
 
         get(sampler)
+        if output.suffix != ".toml":
+            raise KVLockError(f"-o {output} is to be a preset; expected a name that ends in .toml, e.g. -o mine.toml.")
         check_writable(output)
         video = open_model(model, dtype=dtype, offload=offload)
         if video.frames is None and clips.isdecimal():

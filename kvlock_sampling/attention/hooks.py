@@ -137,6 +137,7 @@ class Hooks:
                 return key, value, mask
             number = next(numbers)
             if layers.calls is not None and number not in layers.calls:
+                context.record.passed_over.append((query.shape[-2], length))
                 return key, value, mask
             return *context.process(f"call.{number}", key, value, layers.start, context.ratio), mask
 

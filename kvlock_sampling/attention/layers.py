@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -63,7 +63,7 @@ class AttentionLayer:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     text: str = "none"
     patch: Grid | None = None
 
@@ -107,18 +107,18 @@ class AttentionLayers:
 
     patch: Grid
     layers: tuple[AttentionLayer, ...] = ()
-    watch: nn.Module | None = None
+    watch: nn.Module | None = field(default=None, repr=False)
     start: int = 0
     trailing: int | None = 0
     calls: frozenset[int] | None = None
     architecture: str = "generic"
-    networks: tuple[nn.Module, ...] = ()
+    networks: tuple[nn.Module, ...] = field(default=(), repr=False)
     text_arguments: tuple[str, ...] = ()
     rows_apart: bool = False
     extra: tuple[int, int] = (0, 0)
     flow: TokenFlow | None = None
     complete: bool = True
-    blocks: tuple[nn.Module, ...] = ()
+    blocks: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def narrows(self) -> bool:
@@ -198,7 +198,7 @@ class AttentionLayers:
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"
         after = "any" if self.trailing is None else self.trailing
-        chosen = "" if self.calls is None else f", at calls {sorted(self.calls)}"
+        chosen = "" if self.calls is None else f", at calls {sorted(self.calls)}, counted from 0"
         return (
             f"no attention call fitted, so nothing was locked. Expected {self.start} + {tokens} video tokens + {after} "
             f"after them{chosen}; other calls (query x key): {seen}.\n"

@@ -81,7 +81,7 @@ def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
 
 
 def split_rows(out: Any, like: Tensor, branches: int) -> list[Tensor]:
-    """What one call of the model returned, as the rows of each branch. Raises RunError if they are not like its input."""
+    """What a call of the model returned, as the rows of each branch. Raises RunError if they are not like its input."""
     batch = len(like)
     if not isinstance(out, Tensor):
         raise RunError(f"the model returned {type(out).__name__}; expected x0-hat, a tensor like x: return out.sample?")

@@ -189,5 +189,10 @@ def test_calibrating_on_a_folder(tmp_path):
     found = folder(tmp_path, video)
     assert len(found) == 1
     assert found[0].prompt == example.prompt
+    (tmp_path / "a.mp4").rename(tmp_path / "a.MKV")  # still a film, whatever its name promises
+    assert [e.prompt for e in folder(tmp_path, video)] == [example.prompt]
+    (tmp_path / "a.txt").write_bytes(b"a caf\xe9 in Latin-1")
+    with pytest.raises(kv.KVLockError, match=r"cannot read '.*a.txt' as text: UnicodeDecodeError"):
+        folder(tmp_path, video)
     assert (found[0].mask - example.mask).abs().mean() < 0.02
     assert (found[0].clip - example.clip).abs().mean() < 0.05

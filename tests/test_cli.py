@@ -75,6 +75,11 @@ def test_an_mp4_of_another_tool_is_edited(kvlock: Kvlock) -> None:
     assert Image.open("run.png").size[0] > 500
 
 
+def test_it_says_what_was_taken_and_what_was_left(kvlock: Kvlock) -> None:
+    said = plain(kvlock(*edit_words("out.gif", policy="half")).output)
+    assert "20 frames of 48 x 64 read; 8 edited, picked evenly; 12 left out. The result is 64 x 64 at 5.526 fps" in said
+
+
 def test_a_gif_is_edited_into_a_gif(kvlock: Kvlock) -> None:
     result = kvlock(*edit_words("new/out.gif", clip="clip.gif", scale=2, sampler="heun", strength=0.7))
     assert result.exit_code == 0, result.output

@@ -52,6 +52,15 @@ def test_an_edit_keeps_the_background_and_changes_the_rest(edit, task):
     result.pixels.add_(1)  # ordinary tensors, not those of inference mode
 
 
+def test_faint_values_of_a_mask_of_bytes_are_not_edited(edit, task):
+    painted = (task.mask[0, 0] * 255).byte()
+    faint = painted.clone()
+    faint[:, ::7, ::5] = faint[:, ::7, ::5].clamp(3, 250)
+    exact, noisy = (edit(policy="full", mask=mask) for mask in (painted, faint))
+    assert torch.equal(exact.pixels, noisy.pixels)
+    assert float(noisy.trace.steps[0].computed) < 0.5
+
+
 def test_the_same_seed_gives_equal_pixels_and_another_does_not(edit):
     first = edit(policy="half", seed=5).pixels
     assert torch.equal(first, edit(policy="half", seed=5).pixels)

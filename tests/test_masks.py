@@ -46,9 +46,12 @@ def test_as_mask_accepts_every_usual_shape(shape, normal):
 
 def test_as_mask_values_and_dtypes():
     assert torch.equal(masks.as_mask(torch.tensor([[True, False]])).flatten(), torch.tensor([1.0, 0.0]))
+    bytes_ = torch.tensor([[0, 1, 51, 127, 128, 255]], dtype=torch.uint8)  # noise and faint values are not edited
+    assert torch.equal(masks.as_mask(bytes_).flatten(), torch.tensor([0.0, 0, 0, 0, 1, 1]))
+    assert torch.equal(masks.from_keep_mask(255 - bytes_).flatten(), torch.tensor([0.0, 0, 0, 0, 1, 1]))
     assert torch.equal(
-        masks.as_mask(torch.tensor([[0, 255, 51]], dtype=torch.uint8)).flatten(), torch.tensor([0, 1, 0.2])
-    )
+        masks.as_mask(torch.tensor([[0, 0.2, 1]])).flatten(), torch.tensor([0, 0.2, 1])
+    )  # soft on purpose
     assert masks.as_mask(np.ones((2, 2))).dtype == torch.float64
     assert masks.as_mask(torch.ones(2, 2, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -98,6 +101,7 @@ def test_as_mask_holds_a_still_mask_over_the_frames():
         (torch.ones(0, 4), None, "is empty"),
         (torch.ones(4, 4, dtype=torch.int64), None, r"torch\.int64.*mask\.bool\(\)"),
         (torch.ones(4, 4, dtype=torch.uint8), None, r"largest value is 1: pass mask\.bool\(\)"),
+        (torch.full((4, 4), 7, dtype=torch.uint8), None, r"largest value is 7: pass mask\.bool\(\)"),
         (torch.full((4, 4), 255.0), None, "pass mask / 255"),
         (torch.full((4, 4), -1.0), None, "run from -1 to -1"),
         (torch.tensor([[0.0, float("nan")]]), None, "run from nan"),
@@ -294,3 +298,22 @@ def test_from_diffusers_reads_pil_arrays_and_lists():
         masks.from_diffusers([])
     with pytest.raises(MaskError, match="expected one size"):
         masks.from_diffusers([array, array[:3]])
+
+
+def test_from_diffusers_takes_every_painted_colour():
+    colours = np.zeros((4, 4, 3), np.uint8)
+    colours[0, 0], colours[1, 1], colours[2, 2], colours[3, 3] = (255, 0, 0), (0, 0, 255), (0, 200, 0), (90, 0, 90)
+    image = Image.fromarray(colours)
+    expected = torch.diag(torch.tensor([1.0, 1, 1, 0]))[None, None, None]
+    for same in (image, image.convert("P", palette=Image.Palette.ADAPTIVE), colours, [image], image.convert("RGBA")):
+        assert torch.equal(masks.from_diffusers(same).float(), expected)
+    assert masks.from_diffusers(Image.fromarray(colours[..., 0] > 0)).sum() == 2
+    with pytest.raises(MaskError, match="dtype"):
+        masks.from_diffusers(Image.fromarray(np.full((4, 4), 300, np.int32)))  # of an unknown range
+
+
+def test_a_mask_of_bytes_for_packed_latents_is_no_weight_of_255():
+    mask = torch.tensor([0, 3, 255, 0], dtype=torch.uint8).view(1, 4, 1)
+    like = torch.zeros(1, 4, 8)
+    assert FittedMask(mask).latent(like).flatten().tolist() == [0, 0, 1, 0]
+    assert FittedMask(mask).tokens(like, (1, 1, 1)).flatten().tolist() == [False, False, True, False]

@@ -15,6 +15,7 @@ from ..types import Control, EstimatorError, Observation, PolicyError, SourceErr
 from ..utils.fields import check_number, check_seed
 from ..variance import Estimator
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
+from ..video.media import FILMS, decoding
 from .edit import edit_video
 from .models import VideoModel, read_pair
 
@@ -126,7 +127,7 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
 
 
 def folder(path: Path, model: VideoModel) -> list[Example]:
-    """Read examples from a folder of NAME.mp4 (or gif, webm, mov), NAME.mask.png (or a film) and NAME.txt, the prompt.
+    """Read examples from a folder: NAME.mp4, another film or gif; NAME.mask.png or a film; and NAME.txt, the prompt.
 
     The model decides the clips' length and size. Raises SourceError if a clip lacks its mask or prompt.
     """
@@ -135,7 +136,7 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
             f"no folder {str(path)!r}; expected one with NAME.mp4, NAME.mask.png and NAME.txt, or a number."
         )
     examples = []
-    for clip in sorted(p for p in path.glob("*") if p.suffix in (".mp4", ".gif", ".webm", ".mov")):
+    for clip in sorted(p for p in path.glob("*") if p.suffix.lower() in (".gif", *FILMS)):
         if ".mask" in clip.suffixes:
             continue
         masks = sorted(path.glob(f"{clip.stem}.mask.*"))
@@ -143,5 +144,6 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
         if not masks or not text.is_file():
             raise SourceError(f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt, its prompt.")
         source, mask = read_pair(model, clip, masks[0], pad=False)
-        examples.append(Example(source.pixels, mask, text.read_text(encoding="utf-8").strip()))
+        with decoding(text):
+            examples.append(Example(source.pixels, mask, text.read_text(encoding="utf-8-sig").strip()))
     return examples

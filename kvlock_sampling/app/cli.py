@@ -161,6 +161,7 @@ def edit(
         if model_is_tiny := video.frames is not None:
             video.prompt([prompt, source_prompt or ""])  # Unknown words raise before any file is read.
         source, region = read_pair(video, clip, mask, frames=frames, size=sides)
+        _say("read:", source.note)
         if image is not None:
             if not hasattr(video, "starting_from"):
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
@@ -171,12 +172,13 @@ def edit(
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
             options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
-        write_clip(output, result.pixels[0], fps=source.fps, scale=scale or (4 if model_is_tiny else 1))
+        sound = write_clip(output, result.pixels[0], source.fps, scale or (4 if model_is_tiny else 1), sound=clip)
         if trace is not None:
             result.trace.plot(trace)
         out.print(
             f"{output}: {result.nfe} model passes in {result.seconds:.1f} s; background PSNR: "
-            f"{_decibels(result.background_psnr[0])} (ceiling of the codec: {_decibels(result.ceiling_psnr[0])})",
+            f"{_decibels(result.background_psnr[0])} (ceiling of the codec: {_decibels(result.ceiling_psnr[0])})"
+            f"{sound and '; '}{sound}",
             highlight=False,
         )
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..types import Denoiser, KVLockError, SourceError
-from ..video.read import Clip, PathLike, read_clip, read_mask
+from ..video.media import PathLike, shown
+from ..video.read import Clip, clip_at, displayed, mask_at, match, pick, ticks
 
 
 class VideoModel(Protocol):
@@ -103,32 +104,33 @@ def read_pair(
     """Read a clip (3, frames, height, width) and its mask (1, frames, height, width) as a model can edit them.
 
     For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
-    frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels.
+    frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels. The mask is
+    stretched to the clip's displayed frame and cut like it. Its frames are matched by time, or one to one where both
+    have as many or one is a folder of images; a short mask holds its last frame. `Clip.note` says what was taken.
 
     Args:
         model: The model that will edit the clip.
         clip: A film, an image, or a folder of images.
-        mask: An image or film; white = edit.
+        mask: An image, film or folder; white = edit, see `video.read_mask`.
         frames: Length to edit; frames are then picked evenly.
         size: (height, width) to edit at, in pixels.
         pad: Repeat the last frame of a clip that is too short for a model of one size.
 
     Raises:
         SourceError: The model cannot edit this number of frames or this size.
-        VideoError: A file cannot be read.
+        VideoError: A file cannot be read, or the mask lies across the clip or ends before half of it.
     """
-    if model.frames is not None:
-        length, sides = editable(model, 0, 0, 0)
-        if (frames or length, size or sides) != (length, sides):
-            raise SourceError(f"frames={frames}, size={size}: this model edits {length}, {sides}. Leave both out.")
-        return read_clip(clip, frames=length, size=sides, pad=pad), read_mask(mask, frames=length, size=sides)
-    whole = read_clip(clip, frames=frames, pad=pad)
-    have, own = whole.pixels.shape[1], (whole.pixels.shape[2], whole.pixels.shape[3])
-    usual = getattr(model, "usual", None)
-    most = have if frames is not None or usual is None else min(have, usual[0])
+    times = shown(clip)
+    own, (at, rate) = displayed(clip, times), ticks(clip, times)
+    have, usual, even = len(at), getattr(model, "usual", None), frames is not None or model.frames is not None
+    most = frames if frames is not None else have if usual is None else min(have, usual[0])
     shrink = 1.0 if usual is None else min(1.0, math.sqrt(usual[1] * usual[2] / math.prod(own)))
     count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
-    if (frames is not None and count != frames) or (size is not None and sides != tuple(size)):
+    if frames not in (None, count) or (size is not None and tuple(size) != sides):
         raise SourceError(f"frames={frames}, size={size}: this model edits e.g. frames={count}, size={sides}.")
-    read = whole if sides == own else read_clip(clip, frames=frames, size=sides, pad=pad)
-    return Clip(read.pixels[:, :count], read.fps), read_mask(mask, frames=have, size=sides)[:, :count]
+    at, rate = pick(at, rate, count, pad, clip) if even else (at[:count], rate)
+    pixels = clip_at(clip, times, at, sides)
+    region = mask_at(mask, match(mask, clip, times, at, own), at, sides, own)
+    how = "the last one repeated" if count > have else "picked evenly" if even else "the first ones"
+    note = f"{have} frames of {own[0]} x {own[1]} read; {count} edited, {how}; {max(0, have - count)} left out"
+    return Clip(pixels, rate, f"{note}. The result is {sides[0]} x {sides[1]} at {rate:.4g} fps"), region

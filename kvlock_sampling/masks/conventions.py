@@ -34,7 +34,7 @@ def from_comfy(noise_mask: Any, frames: int | None = None) -> Mask:
 
 
 def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
-    """From a diffusers inpainting mask, white = repaint, to the normal form: 1 from 0.5 on, as in its image processor.
+    """From a diffusers inpainting mask, white = repaint, to the normal form: 1 where a channel is 0.5 or more.
 
     Args:
         mask: A PIL image or array (H, W), (T, H, W), (H, W, C) or (T, H, W, C), C = 1, 3 (RGB) or 4 (RGBA); a list of
@@ -47,19 +47,19 @@ def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
     if isinstance(mask, Sequence) and not isinstance(mask, str):
         if not mask:
             raise MaskError("from_diffusers got an empty list; expected one image per frame")
-        pages = [_luminance(page) for page in mask]
+        pages = [_brightest(page) for page in mask]
         if len(sizes := {page.shape for page in pages}) > 1:
             raise MaskError(f"from_diffusers got frames of sizes {sorted(sizes)}; expected one size (height, width)")
         mask = np.stack(pages)
     elif not isinstance(mask, Tensor | str | os.PathLike):
-        mask = _luminance(mask)
+        mask = _brightest(mask)
     values = as_mask(mask, frames)
     return (values >= 0.5).to(values.dtype)
 
 
-def _luminance(page: Any) -> np.ndarray:
-    if hasattr(page, "convert"):  # PIL, not imported here
-        return np.asarray(page.convert("L"))
+def _brightest(page: Any) -> np.ndarray:
+    if hasattr(page, "convert") and page.mode not in ("1", "F") and page.mode[0] != "I":  # PIL, not imported here
+        page = page.convert("RGB")
     array = np.asarray(page)
     if array.ndim >= 3 and array.shape[-1] in (1, 3, 4):
         return array[..., :3].max(axis=-1)  # white is white in every channel; alpha says nothing about repainting

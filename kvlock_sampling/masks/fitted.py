@@ -133,5 +133,4 @@ class FittedMask:
                 f"mask of shape {tuple(mask.shape)} does not broadcast to latents of shape {tuple(like.shape)}.\n"
                 f"  For latents that are not videos pass a mask of {like.ndim} axes, each the latents' size or 1."
             )
-        check_mask(mask.reshape(len(mask), 1, 1, 1, -1))
-        return mask.to(like)
+        return check_mask(mask.reshape(len(mask), 1, 1, 1, -1)).reshape(mask.shape).to(like)

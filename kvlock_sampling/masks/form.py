@@ -19,7 +19,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
     """Bring a mask, 1 = edit, into the normal form.
 
     Args:
-        mask: (H, W), (T, H, W), (batch, T, H, W) or (batch, 1, T, H, W); bool, uint8 in 0..255, or floating in [0, 1].
+        mask: (H, W), (T, H, W), (batch, T, H, W) or (batch, 1, T, H, W); bool, uint8 (edit >= 128) or float in [0, 1].
         frames: Repeat a still mask (T = 1) over this many frames; a moving mask must have them already.
 
     Returns:
@@ -92,9 +92,9 @@ def _values(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask.float()
     if mask.dtype == torch.uint8:
-        if mask.max() == 1:
-            raise MaskError("a uint8 mask runs to 255, but this one's largest value is 1: pass mask.bool() if 1 = edit")
-        return mask.float() / 255
+        if 0 < (largest := int(mask.max())) < 128:
+            raise MaskError(f"a uint8 mask runs to 255, but this one's largest value is {largest}: pass mask.bool()")
+        return (mask >= 128).float()  # so that noise and a background of 1 do not count; a soft mask is floating
     if not mask.dtype.is_floating_point:
         raise MaskError(f"mask has dtype {mask.dtype}; expected bool, uint8 (0..255) or floating: pass mask.bool()")
     low, high = (bound.item() for bound in mask.aminmax())

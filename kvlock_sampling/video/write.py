@@ -1,9 +1,10 @@
 """Write clips as films, gifs or contact sheets, and put clips side by side."""
 
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +13,30 @@ from torch import Tensor
 from ..utils.extras import require
 from ..utils.fields import check_number
 from ..utils.files import atomic
+from .media import PathLike, film, is_film
 from .pixels import VideoError
-from .read import Array, PathLike
+from .read import Array
 
-_H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3"}))
+_H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
 ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}  # in order of preference
+# Without these tags players guess the colour space, each differently.
+_TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
 DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
-def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -> None:
+def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1, sound: PathLike | None = None) -> str:
     """Write a clip in the format of the suffix: .mp4 or .mov (H.264), .webm (VP9), .gif, .png (a contact sheet).
 
     Args:
         path: The file to write.
         pixels: (3, T, H, W); values are clamped to [-1, 1].
-        fps: Frames per second, > 0.
+        fps: Frames per second, > 0; a gif holds at most 50, and an image none.
         scale: Whole factor of enlargement, nearest neighbour.
+        sound: A film whose sound to keep, cut to the length of the clip.
+
+    Returns:
+        What became of the sound, e.g. "sound copied"; "" if there is none.
 
     Raises:
         VideoError: The suffix is unknown, the shape is wrong, or pixels are not finite.
@@ -38,14 +46,20 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1) -
     check_number("fps", fps, VideoError, above=0.0)
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
+    sound = sound if sound is not None and is_film(sound) else None
     with atomic(path) as temporary:
+        if kind in ENCODERS:
+            try:
+                return _write_film(temporary, images, fps, kind, sound)
+            except VideoError as error:  # of reading the sound, after a model has worked on the pictures
+                warnings.warn(f"without sound: {error}", stacklevel=2)
+                return _write_film(temporary, images, fps, kind, None)
         if kind == ".png":
             sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)
             require("PIL.Image", "video").fromarray(sheet).save(temporary, format="PNG")
-        elif kind == ".gif":
-            _write_gif(temporary, images, fps)
         else:
-            _write_film(temporary, images, fps, kind)
+            _write_gif(temporary, images, fps)
+    return "" if sound is None else f"a {kind} holds no sound"
 
 
 def check_suffix(path: PathLike) -> str:
@@ -113,10 +127,8 @@ def _grid(tiles: Array, columns: int, *, gap: int) -> Array:
 def _caption(text: str, width: int) -> Array:
     """Draw one line of text on a dark bar (height, width, 3), as large as fits, else cut with an ellipsis."""
     pil, draw, fonts = (require(f"PIL.{name}", "video") for name in ("Image", "ImageDraw", "ImageFont"))
-    for points in (15, 13, 11):
-        font = fonts.load_default(points)
-        if font.getlength(text) <= width - 4:
-            break
+    sizes = [fonts.load_default(points) for points in (15, 13, 11)]
+    font = next((font for font in sizes if font.getlength(text) <= width - 4), sizes[-1])
     while len(text) > 1 and font.getlength(text) > width - 4:
         text = text.rstrip("…")[:-1].rstrip() + "…"
     bar = pil.new("RGB", (width, 22), DARK)
@@ -124,7 +136,7 @@ def _caption(text: str, width: int) -> Array:
     return np.asarray(bar)
 
 
-def _write_film(path: Path, images: Array, fps: float, kind: str) -> None:
+def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLike | None) -> str:
     """Encode (T, H, W, 3). 4:2:0 needs even sizes, so odd ones are padded by repeating the edge."""
     av = require("av", "video")
     container_format, encoders = ENCODERS[kind]
@@ -132,27 +144,38 @@ def _write_film(path: Path, images: Array, fps: float, kind: str) -> None:
     codec, options = next(((n, o) for n, o in encoders if n in av.codecs_available), encoders[-1])
     extra = {"movflags": "faststart"} if container_format != "webm" else {}
     with av.open(str(path), "w", format=container_format, options=extra) as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=dict(options))
-        stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        if codec == "mpeg4":
-            stream.bit_rate = 20_000_000
-        # Without these tags players guess the colour space, each differently.
-        context = stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = 1  # BT.709
-        context.color_range = 1  # limited
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options | _TAGS)
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
+        said = "" if sound is None else _add_sound(sound, container, len(images) / fps)
         for image in images:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return said
+
+
+def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
+    with film(path) as (container, pictures):
+        if (heard := container.streams.best("audio")) is None:
+            return ""
+        # The names of decoders are those of codecs, save "mp3float" and "libopus".
+        if (name := heard.codec_context.name.removeprefix("lib").removesuffix("float")) not in written.supported_codecs:
+            return f"sound left out, as this container does not hold {name}"
+        start, stream = (pictures.start_time or 0) * float(pictures.time_base), written.add_stream_from_template(heard)
+        for packet in container.demux(heard):
+            if packet.pts is not None and 0 <= packet.pts * float(packet.time_base) - start < seconds:
+                packet.pts = packet.dts = packet.pts - round(start / float(packet.time_base))
+                packet.stream = stream
+                written.mux(packet)
+    return "sound copied"
 
 
 def _write_gif(path: Path, images: Array, fps: float) -> None:
     """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither."""
     from scipy.spatial import cKDTree
 
-    pil = require("PIL.Image", "video")
+    av, pil = require("av", "video"), require("PIL.Image", "video")
     colours, indices = np.unique(images.reshape(-1, 3), axis=0, return_inverse=True)
     palette = colours
     if len(colours) > 256:
@@ -161,11 +184,17 @@ def _write_gif(path: Path, images: Array, fps: float) -> None:
         chosen = sheet.quantize(256, method=pil.Quantize.MEDIANCUT).getpalette() or []
         palette = np.array(chosen, np.uint8).reshape(-1, 3)
         indices = cKDTree(palette.astype(float)).query(colours.astype(float))[1][indices.reshape(-1)]
-    frames = []
-    for index in indices.reshape(images.shape[:3]).astype(np.uint8):
-        frame = pil.fromarray(index, "P")
-        frame.putpalette(palette.tobytes())
-        frames.append(frame)
-    edges = [round(i * 100 / fps) * 10 for i in range(len(frames) + 1)]  # Milliseconds; the format has steps of 10.
-    durations = [max(20, b - a) for a, b in pairwise(edges)]  # Browsers slow down shorter frames.
-    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    table = np.full((256, 4), 255, np.uint8)
+    table[: len(palette), 1:] = palette
+    if fps > 50:
+        warnings.warn(f"a gif holds at most 50 frames per second, so fps={fps:g} is slowed down to 50.", stacklevel=3)
+    edges = [round(i * 100 / min(fps, 50)) for i in range(len(images) + 1)]  # The format has steps of 10 ms.
+    # Pillow would merge repeated frames into one that lasts longer.
+    with av.open(str(path), "w", format="gif", options={"final_delay": str(edges[-1] - edges[-2])}) as container:
+        stream = container.add_stream("gif", rate=100)
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "pal8"
+        for index, pts in zip(indices.reshape(images.shape[:3]).astype(np.uint8), edges, strict=False):
+            frame = av.VideoFrame.from_ndarray((np.ascontiguousarray(index), table), format="pal8")
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

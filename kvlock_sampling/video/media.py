@@ -1,0 +1,160 @@
+"""Films, images with frames, and folders of images alike: when each frame is shown, and its picture, decoded alone."""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..types import KVLockError
+from ..utils.extras import require
+from .pixels import VideoError
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+Times: TypeAlias = tuple[Seconds, float | None]
+
+FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
+STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGES = (".gif", ".apng", *STILLS)
+IMAGE_FPS = 8.0  # images' files do not store a rate
+
+
+def is_film(path: PathLike) -> bool:
+    return os.fspath(path).lower().endswith(FILMS) and not os.path.isdir(path)
+
+
+@contextmanager
+def decoding(path: PathLike) -> Iterator[None]:
+    """Raise VideoError for whatever a decoder raises on a damaged file."""
+    try:
+        yield
+    except (KVLockError, Warning):
+        raise
+    except Exception as error:  # of any kind: struct.error, TypeError, UnicodeDecodeError, MemoryError
+        kind = "a film" if is_film(path) else "text" if str(path).endswith(".txt") else "an image"
+        said = f"{type(error).__name__}: {error}"
+        raise VideoError(f"cannot read {str(path)!r} as {kind}: {said}. Is it complete?") from error
+
+
+@contextmanager
+def film(path: PathLike) -> Iterator[tuple[Any, Any]]:
+    """Open a film: its container and its video stream."""
+    av = require("av", "video")
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # later always so
+    with decoding(path), av.open(str(path), **lenient) as container:
+        if not container.streams.video:
+            raise VideoError(f"{str(path)!r} has no video stream; expected a film.")
+        yield container, container.streams.best("video")
+
+
+def shown(path: PathLike) -> Times:
+    """When each frame begins and the last one ends, in seconds, and the mean rate: None where a file has no times."""
+    if (files := _files(Path(path))) is None:
+        return _film_times(path)
+    durations = [None] * len(files) if os.path.isdir(path) else [page.info.get("duration") for page in _pages(files[0])]
+    if not any(durations):
+        return np.arange(len(durations) + 1) / IMAGE_FPS, None
+    lasting = [d if d and d > 10 else 100 for d in durations]  # Browsers slow down frames of 10 ms or less so.
+    return np.cumsum([0, *lasting]) / 1000, 1000 * len(lasting) / sum(lasting)
+
+
+def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[], Any]]]:
+    """The index of each frame in `times`, and a call that makes its picture: upright, of square pixels, on black."""
+    if (files := _files(Path(path))) is not None:
+        pages = (page for file in files for page in islice(_pages(file), 1 if os.path.isdir(path) else None))
+        yield from ((index, partial(_upright, page)) for index, page in enumerate(pages))
+        return
+    middles, index = (times[:-2] + times[1:-1]) / 2, -1
+    with film(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
+            if index < 0:
+                _name_what_is_lost(path, stream, frame)
+            # A decoder may leave frames out. An avi has no times, and what ffmpeg makes up for them is out of order.
+            counted = frame.time is None or container.format.name == "avi"
+            index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
+            yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
+
+
+def _files(path: Path) -> list[Path] | None:
+    """The images of a folder in natural order, the image itself, or None for a film."""
+    if path.is_dir():
+        found = [f for f in path.iterdir() if f.suffix.lower() in STILLS and not f.name.startswith(".")]
+        if not found:
+            raise VideoError(f"the folder {str(path)!r} holds no images; expected some of {', '.join(STILLS)}.")
+        return sorted(found, key=lambda f: [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", f.name)])
+    if not path.is_file():  # A pipe or a device may never end.
+        raise VideoError(f"no such file or folder: {str(path)!r} (that is {str(path.absolute())!r}).")
+    if (suffix := path.suffix.lower()) not in (*FILMS, *IMAGES):
+        raise VideoError(f"{path.name!r} has unknown suffix {suffix!r}; expected {', '.join(FILMS + IMAGES)}.")
+    return [path] if suffix in IMAGES else None
+
+
+def _pages(file: Path) -> Iterator[Any]:
+    """The frames of an image file, decoded; each is valid until the next."""
+    with decoding(file), require("PIL.Image", "video").open(file) as image:
+        # An MPO is a photograph with its preview or depth map. An APNG may begin with a picture for other viewers.
+        count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        for index in range(bool(image.info.get("default_image")), count):
+            image.seek(index)
+            image.load()
+            yield image
+
+
+def _upright(image: Any) -> Any:
+    pil = require("PIL.Image", "video")
+    image = require("PIL.ImageOps", "video").exif_transpose(image)
+    if image.mode == "F":
+        raise VideoError("its pixels are floats, of which no range is known. Save it with 8 or 16 bits.")
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.
+        image = pil.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+
+
+def _film_times(path: PathLike) -> tuple[Seconds, float]:
+    with film(path) as (container, stream):
+        packets = [p for p in container.demux(stream) if p.pts is not None]
+        stamps = sorted((p.pts, p.duration or 0) for p in packets if not p.is_discard)
+        rate, base = float(stream.average_rate or IMAGE_FPS), float(stream.time_base or 0)
+        if not stamps or not rate > 0:
+            raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
+        if container.format.name == "avi":
+            return np.arange(len(stamps) + 1) / rate, rate
+        stated = float(stream.duration or 0) * base or (len(container.streams) == 1) * (container.duration or 0) / 1e6
+    begins = np.unique([pts * base for pts, _ in stamps])
+    begins = begins[np.diff(begins, prepend=-np.inf) > 0.002]  # VP8 has frames that are never shown, 1 ms apart.
+    end = begins[-1] + (stamps[-1][1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate))
+    if (have := end - min(p.pts for p in packets) * base) < 0.95 * stated - 2 / rate:
+        raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
+    return np.append(begins, end), rate
+
+
+def _film_picture(frame: Any, ratio: float) -> Any:
+    alpha = any(component.is_alpha for component in frame.format.components)
+    image = require("PIL.Image", "video").fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+    if ratio != 1 and 0.25 < ratio < 4:
+        image = image.resize((round(image.width * ratio), image.height))
+    # The rotation tag counts counter-clockwise, and so does Pillow.
+    if 0 < abs(frame.rotation) <= 360:  # beyond, the tag is no rotation
+        image = image.rotate(round(frame.rotation / 90) * 90, expand=True)
+    return _upright(image) if alpha else image
+
+
+def _name_what_is_lost(path: PathLike, stream: Any, frame: Any) -> None:
+    wide = stream.codec_context.color_trc in (16, 18) or stream.codec_context.color_primaries in (9, 11, 12)
+    lost = ["HDR or a wide gamut, without tone mapping"] if wide else []
+    lost += ["interlaced lines, as they are"] if frame.interlaced_frame else []
+    layer = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
+    lost += ["alpha in a layer of its own, not at all"] if layer else []
+    if lost:
+        warnings.warn(f"{str(path)!r} is read with limits: {'; '.join(lost)}. Convert it first.", stacklevel=2)

@@ -283,3 +283,11 @@ def test_calibrating_names_what_is_missing_before_it_measures(tmp_path, monkeypa
     assert ended.exit_code == 2
     assert words in " ".join(ended.output.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_no_encoder_takes_is_refused_before_sampling(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", lambda *_, **__: pytest.fail("it sampled"))
+    given = [files / "clip.mp4", "--mask", files / "mask.png", "--prompt", PROMPT, "-o", tmp_path / "a.mp4"]
+    ended = CliRunner().invoke(app, ["edit", *map(str, given), "--scale", "1000"])
+    assert ended.exit_code == 2
+    assert "64000 pixels a side; expected at most 16384" in " ".join(ended.output.split())

@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)
+LARGEST = 16_384  # pixels a side that encoders take
 
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
@@ -162,6 +163,9 @@ def edit(
             video.prompt([prompt, source_prompt or ""])  # Unknown words raise before any file is read.
         source, region = read_pair(video, clip, mask, frames=frames, size=sides)
         _say("read:", source.note)
+        scale = scale or (4 if model_is_tiny else 1)
+        if (largest := max(source.pixels.shape[2:]) * scale) > LARGEST:
+            raise KVLockError(f"--scale {scale} makes {largest} pixels a side; expected at most {LARGEST}. Take less.")
         if image is not None:
             if not hasattr(video, "starting_from"):
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
@@ -172,7 +176,7 @@ def edit(
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
             options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
-        sound = write_clip(output, result.pixels[0], source.fps, scale or (4 if model_is_tiny else 1), sound=clip)
+        sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)
         if trace is not None:
             result.trace.plot(trace)
         out.print(

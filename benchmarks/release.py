@@ -143,7 +143,9 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "static, not erased": {"policy": ReleaseBelow(below=3.0, lock=0.5)},
     "static without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
     "default": {"policy": "default"},
+    "default, not erased": {"policy": "default", "erase": False},
     "release": ADAPTIVE,
+    "release, not erased": {"policy": "release", "erase": False},
     "release, lock kept": {
         "policy": Release(firm=1e6),
         "estimator": Divergence(patch=PATCH),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -61,8 +62,8 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     return denoised
 
 
-_active: ContextVar[Mapping[int, tuple[Run, ...]]] = ContextVar("kvlock_runs", default={})  # noqa: B039
-"""The runs that are open in this thread or task, by the identity of their lock."""
+_runs: ContextVar[Mapping[Any, tuple[Run, ...]]] = ContextVar("kvlock_runs", default={})  # noqa: B039
+"""By lock, held weakly: the runs that are open in this thread or task, and in those it came from; or the last one."""
 
 
 class KVLock(DenoiserProxy):
@@ -107,7 +108,8 @@ class KVLock(DenoiserProxy):
 
     Attributes:
         settings: The resolved options.
-        trace: What was measured and done in the latest run, evaluation by evaluation.
+        trace: What was measured and done, evaluation by evaluation, in this thread's or task's innermost open block;
+            else in its last one; else in the latest of any.
 
     Raises:
         SourceError, MaskError, PolicyError, EstimatorError, AttentionError: An option that cannot be used, at
@@ -115,8 +117,6 @@ class KVLock(DenoiserProxy):
         RunError: A lock around a lock, an unknown `scale_arg`, or a call outside the `with` block.
         KVLockError: The base of all these; a switch that is neither True nor False.
     """
-
-    trace: Trace
 
     def __init__(
         self,
@@ -145,19 +145,21 @@ class KVLock(DenoiserProxy):
         options = {name: value for name, value in locals().items() if name not in ("self", "model", "__class__")}
         self.model = model
         self.settings = resolve(model, options)
-        self.trace = Trace()
+        self._latest = Trace()
+
+    @property
+    def trace(self) -> Trace:
+        return next((run.trace for run in reversed(self._runs(left=True))), self._latest)
 
     def __enter__(self) -> "KVLock":
-        run = Run(self.settings.schedule)
-        _active.set({**_active.get(), id(self): (*self._runs(), run)})
-        self.trace = run.trace
+        self._keep(*self._runs(), Run(self.settings.schedule))
         return self
 
     def __exit__(self, *error: Any) -> None:
         run = self._run()
-        others = {lock: runs for lock, runs in _active.get().items() if lock != id(self)}
-        _active.set({**others, id(self): self._runs()[:-1]} if len(self._runs()) > 1 else others)
         run.close()
+        run.open = False
+        self._keep(*(self._runs() or (run,)))
         if error[0] is None:
             run.settle(self.settings)
 
@@ -193,22 +195,26 @@ class KVLock(DenoiserProxy):
     def subset(self, index: Tensor, batch: int) -> "KVLock":
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         part = copy.copy(self)
-        part.trace, part.settings = Trace(), self.settings.subset(index, batch)
+        part._latest, part.settings = Trace(), self.settings.subset(index, batch)
         return part
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Tell the noise schedule of the run, ending in 0 or not. This library's samplers call it."""
         self._run().restart(on_clock(self.model, sigmas))
 
-    def _runs(self) -> tuple[Run, ...]:
-        return _active.get().get(id(self), ())
+    def _runs(self, *, left: bool = False) -> list[Run]:
+        # A task begins with the runs of what it came from, which are not its own.
+        return [run for run in _runs.get().get(self, ()) if (run.open or left) and run.is_here()]
+
+    def _keep(self, *runs: Run) -> None:
+        _runs.set(WeakKeyDictionary({**_runs.get(), self: runs}))
+        self._latest = runs[-1].trace
 
     def _run(self) -> Run:
         runs = self._runs()
         if not runs:
             raise RunError(
-                "the lock was called outside its `with` block, or from another thread or task than entered it: hooks "
-                "and state exist only there.\n"
+                "the lock was called outside its `with` block, or from another thread or task than entered it.\n"
                 "  with lock:\n      x0 = samplers.dpmpp_2m(lock, x, sigmas, extra_args=...)\n"
                 "  or in one line: x0 = lock.sample('dpmpp_2m', x, sigmas, extra_args=...)"
             )

@@ -27,6 +27,7 @@ from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
 from .utils.signature import to_sigma
+from .utils.threads import here
 from .variance.base import check_variance
 
 T = TypeVar("T")
@@ -57,11 +58,6 @@ class Timeline(Generic[T]):
         """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
         self._entries.append((sigma, state))
         del self._entries[: -self.depth]
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The kept noise levels, falling."""
-        return tuple(sigma for sigma, _ in self._entries)
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,12 @@ class Run:
     """
 
     def __init__(self, schedule: Sequence[float] | None = None) -> None:
-        self.schedule = schedule
+        self.schedule, self.is_here = schedule, here()
         self._tools: dict[int, Tools] = {}
         self.timeline: Timeline[State] = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
-        self._top = 0.0
+        self._top, self._called, self.open = 0.0, False, True
         self._evaluations, self._measured, self._unmeasured = 0, False, 0
         self._unread: tuple[float, Tensor, Tensor | None] | None = None
 
@@ -132,6 +128,7 @@ class Run:
 
     def enter(self, settings: LockSettings, x: Tensor, sigma: Any, extra_args: Mapping[str, Any]) -> Step:
         """Read noise level, requested guidance and state of one evaluation, with one transfer from a device."""
+        self._called = True
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(x)
             raise RunError(
@@ -199,7 +196,9 @@ class Run:
                 check_variance(settings.estimator, reads, variance)
 
     def settle(self, settings: LockSettings) -> None:
-        """Check what a block left, at its end. Two evaluations may be too few to measure."""
+        """Check what a block left: any call at all, finite numbers, and measurements in a run of more than two."""
+        if not self._called:
+            warnings.warn("the lock was not called in its block: pass it to the sampler, as the model.", stacklevel=3)
         self._check_unread(settings, HostReads())
         if settings.measures and self.unmeasured > 2:
             warnings.warn(
@@ -211,7 +210,7 @@ class Run:
 
     def restart(self, schedule: Sequence[float]) -> None:
         """A sampler told its schedule: what came before in this block was another run."""
-        self.schedule, self.timeline, self._top = schedule, Timeline(), 0.0
+        self.schedule, self._top = schedule, 0.0
         self._anew()
 
     def close(self) -> None:
@@ -219,6 +218,7 @@ class Run:
         for tools in self._tools.values():
             if tools.cached is not None:
                 tools.cached.close()
+        self.timeline, self.noise, self._tools = Timeline(), None, {}
 
     def _begin(self, sigma: float, x: Tensor) -> None:
         """Nothing is remembered above `sigma`. From the top, or with other clips, a new run begins, with its own noise;
@@ -235,9 +235,7 @@ class Run:
 
     def _anew(self) -> None:
         self._unmeasured, self._evaluations, self._measured = self.unmeasured, 0, False
-        self.noise = None
         self.close()
-        self._tools = {}
 
     def _observation(self, x: Tensor, sigma: float, requested: Scalar) -> Observation:
         scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)

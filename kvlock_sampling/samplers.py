@@ -159,7 +159,7 @@ def gaussian_noise(x: Float[Tensor, "batch ..."], seed: Seed) -> NoiseSampler:
 
 def _brownian_noise(x: Float[Tensor, "batch ..."], sigmas: Float[Tensor, " levels"], seed: Seed) -> NoiseSampler:
     # The tree spans 1% more than the schedule: SDE samplers ask for exp(log(sigma)), which rounds to just outside.
-    levels = sigmas[sigmas > 0].double().cpu()
+    levels = sigmas[sigmas > 0].cpu().double()
     return _module("sampling").BrownianTreeNoiseSampler(x, levels.min() / 1.01, levels.max() * 1.01, seed=seed)
 
 

@@ -75,7 +75,7 @@ class Trace:
         self, observation: Observation, next_lock: Scalar, cfg_scale: Scalar, composite: Scalar, **counts: Any
     ) -> None:
         """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
-        like = observation.requested_cfg_scale
+        like, lock = observation.requested_cfg_scale, observation.lock
         self.steps.append(
             StepInfo(
                 call=len(self),
@@ -83,7 +83,7 @@ class Trace:
                 variance=observation.variance,
                 risk=observation.risk,
                 effect=observation.effect,
-                lock=observation.lock,
+                lock=lock if counts["fused_layers"] else torch.zeros_like(lock),  # a step cache may skip every layer
                 next_lock=rows_of(next_lock, like),
                 cfg_scale=rows_of(cfg_scale, like),
                 composite=rows_of(composite, like),

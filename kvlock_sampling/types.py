@@ -96,7 +96,7 @@ class StepInfo(NamedTuple):
         variance: Var[x0-hat], (batch,), latent units squared; NaN until measured.
         risk: Variance over its threshold, (batch,), dimensionless; NaN until measured.
         effect: The edit's mean change, squared, over the same threshold, (batch,); NaN until measured.
-        lock: The lock that acted in this evaluation, (batch,), in [0, 1].
+        lock: The lock that acted in this evaluation, (batch,), in [0, 1]; 0 if no layer was fused.
         next_lock: The lock for the next evaluation, (batch,), in [0, 1].
         cfg_scale: The guidance scale that was used, (batch,).
         composite: The weight of the source in the background of the result, (batch,) or (batch, tokens), in [0, 1].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,22 @@ def check_same_trace(ours: kv.Trace, theirs: kv.Trace, *, route: bool = True) ->
         routes = one.pop("route"), other.pop("route")
         assert one == pytest.approx(other, rel=2e-3, abs=1e-6, nan_ok=True)
         assert routes[0] == routes[1] or not route
+
+
+def in_another_thread(call: Any) -> Any:
+    """What a call returns or raises in a thread of its own."""
+    found: list[Any] = []
+
+    def catching() -> None:
+        try:
+            found.append(call())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=catching)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def far_apart(a: Tensor, b: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -156,6 +157,45 @@ def test_sdpa_layers_that_do_not_fit_say_which_calls_were_seen():
             lock(source, torch.ones(1), cond=torch.randn(1, 2, 4))
     with pytest.raises(AttentionError, match="watches a torch module"):
         kv.sdpa_layers(lambda x: x, patch=(1, 1, 1))
+
+
+class Skipping(nn.Module):
+    """It computes its attention up to the second evaluation, and remembers it from there on."""
+
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        self.layers, self.calls, self.kept = layers, 0, {}
+
+    def forward(self, x, sigma):
+        tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        self.calls += 1
+        for layer in range(2):
+            if layer >= self.layers or self.calls <= 2:
+                self.kept[layer] = F.scaled_dot_product_attention(tokens, tokens, tokens)
+            tokens = tokens + self.kept[layer]
+        return tokens[:, 0].transpose(1, 2).reshape(x.shape) / 4
+
+
+@pytest.mark.parametrize(("skipped", "locks"), [(2, [0.5, 0.5, 0, 0]), (1, [0.5] * 4), (0, [0.5] * 4)])
+def test_attention_that_is_skipped_later_is_told_and_the_trace_says_what_acted(skipped, locks):
+    torch.manual_seed(0)
+    model, source = Skipping(skipped), torch.randn(1, 4, 2, 4, 4)
+    mask = torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    layers = kv.sdpa_layers(model, patch=(1, 1, 1))
+    with (
+        warnings.catch_warnings(record=True) as seen,
+        kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(0.5), layers=layers) as lock,
+    ):
+        warnings.simplefilter("always")
+        for sigma in (3.0, 2.0, 1.0, 0.5):
+            lock(source, torch.full((1,), sigma))
+    left = 2 - skipped
+    assert [step.fused_layers for step in lock.trace] == [2, 2, left, left]
+    assert [float(step.lock) for step in lock.trace] == locks
+    assert [str(w.message).startswith(f"{left} of 2 layers saw their attention. Is it") for w in seen] == [True] * (
+        2 if skipped else 0
+    )
 
 
 @pytest.mark.parametrize("patch", [2, None, (1, 2), (1, 2.0, 2), (1, 0, 2)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import Setup
 from networks import random_network
 from torch import Tensor, nn
@@ -116,6 +119,86 @@ def test_the_foreground_path_runs_behind_a_kernel(flash):
     choose(setup.model.inner_model.transformer, flash)
     got = outputs(setup, lock=1.0, composite=True, foreground=True)
     torch.testing.assert_close(got[0], expected[0], atol=1e-4, rtol=1e-4)
+
+
+TORCHS_OWN = F.scaled_dot_product_attention
+
+
+def sage(query, key, value, tensor_layout="HND", is_causal=False, sm_scale=None, **kwargs):
+    """A kernel with another fourth argument, as SageAttention's, which never calls torch's own function."""
+    assert tensor_layout == "HND"
+    return ((query @ key.mT) * (sm_scale or query.shape[-1] ** -0.5)).softmax(-1) @ value
+
+
+REPLACEMENTS = {"a kernel": sage, "a fallback": lambda *args, **kwargs: TORCHS_OWN(*args, **kwargs)}
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "flux", "watched"])
+@pytest.mark.parametrize("kind", REPLACEMENTS)
+@pytest.mark.parametrize("when", ["before the lock", "after the lock", "within the block"])
+def test_a_replaced_function_is_called_with_fused_keys_and_values(monkeypatch, family, kind, when):
+    """SageAttention's recipe; diffusers calls F.scaled_dot_product_attention past its dispatch for CogVideoX."""
+    network, calls = random_network("flux" if family == "watched" else family, clips=1), []
+    inner = network.layers.networks[0]
+    layers = kv.sdpa_layers(inner, patch=network.layers.patch, start=5) if family == "watched" else network.layers
+    mask = torch.zeros_like(network.x[:, :1])
+    mask[..., :2] = 1
+
+    def replacement(*args, **kwargs):
+        calls.append(args)
+        return REPLACEMENTS[kind](*args, **kwargs)
+
+    def replace(now: str) -> None:
+        if now == when:
+            monkeypatch.setattr(F, "scaled_dot_product_attention", replacement)
+
+    def run(replace) -> tuple[Tensor, list[int]]:
+        options = {"policy": kv.Constant(0.5), "composite": False, "layers": layers}
+        replace("before the lock")
+        lock = kv.KVLock(network.denoiser, source=network.x.flip(-1), mask=mask, **options)
+        replace("after the lock")
+        with torch.no_grad(), lock:
+            out = [lock(network.x * 2, torch.full((1,), 2.0), **network.extra_args)]
+            replace("within the block")
+            out.append(lock(network.x, torch.ones(1), **network.extra_args))
+        return torch.cat(out), [step.fused_layers for step in lock.trace]
+
+    expected, fused = run(lambda now: None)
+    got = run(replace)
+    torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=1e-4)
+    assert got[1] == fused == [2, 2]
+    assert calls
+    assert F.scaled_dot_product_attention is replacement  # nothing is left of the lock
+    with torch.no_grad():
+        plain = network.denoiser(network.x, torch.ones(1), **network.extra_args)
+        monkeypatch.undo()
+        own = network.denoiser(network.x, torch.ones(1), **network.extra_args)
+    torch.testing.assert_close(plain, own, atol=1e-4, rtol=1e-4)
+
+
+def test_a_function_that_was_replaced_before_the_library_was_imported():
+    code = """
+import torch, torch.nn.functional as F
+own = F.scaled_dot_product_attention
+F.scaled_dot_product_attention = lambda *args, **kwargs: own(*args, **kwargs)
+import kvlock_sampling as kv
+class Net(torch.nn.Module):
+    def forward(self, x, sigma):
+        tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].transpose(1, 2).reshape(x.shape)
+net, x, mask, answers = Net(), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4), []
+mask[..., :2] = 1
+for function in (F.scaled_dot_product_attention, own):
+    F.scaled_dot_product_attention = function
+    layers = kv.sdpa_layers(net, patch=(1, 1, 1))
+    lock = kv.KVLock(net, source=x.flip(-1), mask=mask, policy=kv.Constant(0.5), layers=layers, composite=False)
+    with lock:
+        answers.append(lock(x, torch.ones(1)))
+    assert lock.trace.steps[0].fused_layers == 1
+assert torch.equal(*answers)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_native_attention_below_the_dispatch_is_fused_once(dispatch, monkeypatch):

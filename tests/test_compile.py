@@ -92,6 +92,58 @@ def test_a_lock_that_comes_before_the_first_compiled_call():
     torch.testing.assert_close(bare(model, setup), bare(Setup().model, setup))
 
 
+class Attends(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(4, 12)
+
+    def forward(self, tokens):
+        return tokens + torch.nn.functional.scaled_dot_product_attention(*self.qkv(tokens).chunk(3, -1))
+
+
+class Watched(torch.nn.Module):
+    """A network of somebody's own, seen at its calls of F.scaled_dot_product_attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Attends() for _ in range(2))
+
+    def forward(self, x, sigma):
+        tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens[:, 0].transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("lock_first", [False, True])
+def test_compiled_blocks_of_a_watched_network_are_fused_once_and_the_rewriting_is_not_traced(batched, lock_first):
+    torch.manual_seed(0)
+    network, backend, source = Watched(), Counted(), torch.randn(1, 4, 2, 4, 4)
+    mask = torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+
+    def run():
+        layers = kv.sdpa_layers(network, patch=(1, 1, 1))
+        options = {"policy": kv.Constant(0.5), "layers": layers, "composite": False, "batched": batched}
+        with torch.no_grad(), kv.KVLock(network, source=source, mask=mask, **options) as lock:
+            out = [lock(source.flip(-1) * s, torch.full((1,), s)) for s in (2.0, 1.0)]
+        assert [step.fused_layers for step in lock.trace] == [2, 2]
+        return torch.cat(out)
+
+    expected = run()
+    for block in network.blocks:
+        block.compile(backend=backend)
+    if not lock_first:
+        with torch.no_grad():
+            network(source, torch.ones(1))
+    assert torch.equal(run(), expected)
+    graphs = backend.graphs
+    for _ in range(10):  # more than the compiler's limit of recompilations
+        assert torch.equal(run(), expected)
+    assert backend.graphs == graphs <= 4  # the whole block without a lock; its parts around the call, for 1 or 2 rows
+
+
 def test_an_idle_lock_is_the_compiled_model_bit_for_bit():
     setup, backend = Setup(), Counted()
     model = compiled(setup, "compile_repeated_blocks", backend)

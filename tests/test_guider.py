@@ -19,6 +19,7 @@ from in_diffusers import (
     classic,
     euler_of,
     far_apart,
+    in_another_thread,
     modular,
     noise,
 )
@@ -27,7 +28,7 @@ from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
-from kvlock_sampling.types import MaskError, PolicyError, SourceError
+from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,50 @@ def test_a_guider_leaves_nothing_in_the_transformer() -> None:
     assert torch.equal(first, again)
     assert len(guider.trace) == 5
     assert type(parts.transformer) is kind
+
+
+def test_a_guider_has_one_run_at_a_time_in_any_thread(pipe: Any) -> None:
+    """The run that began last goes on, as after a run that broke off; every step of another raises."""
+    step = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": noise(3, (1, 4, 32)), "return_dict": False}
+    guider, kind = KVLockGuider(4.0, **EDIT, policy="half"), type(pipe.transformer)
+
+    def steps() -> Any:
+        for number in range(3):
+            guider.set_state(number, 3, torch.tensor(900.0 - 300 * number))
+            yield
+            branches = guider.prepare_inputs_from_block_state(BlockState(), {"text": ("text", "text")})
+            yield
+            for _ in branches:
+                guider.prepare_models(pipe.transformer)
+                pipe.transformer(START, **step | {"timestep": torch.tensor([900.0 - 300 * number])})
+                yield
+                guider.cleanup_models(pipe.transformer)
+            with torch.no_grad():
+                yield guider.forward(START, START).pred
+
+    def finished(run: Any) -> list[Any]:
+        return [pred for pred in run if pred is not None]
+
+    wanted = finished(steps())
+    assert len(wanted) == 3
+    rows = guider.trace.rows()
+    for pauses in range(14):  # wherever it stands when another thread begins
+        first = steps()
+        for _ in range(pauses):
+            next(first)
+        assert torch.equal(torch.cat(in_another_thread(lambda: finished(steps()))), torch.cat(wanted))
+        assert repr(guider.trace.rows()) == repr(rows)
+        if pauses:
+            with pytest.raises(RunError, match="give each thread or task its own guider"):
+                finished(first)
+    assert torch.equal(torch.cat(finished(steps())), torch.cat(wanted))
+    assert type(pipe.transformer) is kind
+
+
+class BlockState:
+    """A modular pipeline's state: latents in full precision, and the texts of both branches."""
+
+    latents, timesteps, text = START, torch.tensor([900.0, 600.0, 300.0]), noise(3, (1, 4, 32))
 
 
 def test_guidance_for_some_steps_leaves_the_lock_on(pipe: Any) -> None:

@@ -159,7 +159,39 @@ def test_the_parts_of_a_quantised_weight_are_read():
     values[0, 1] += 1  # not among those that are sampled
     changed = model_fingerprint(model)
     model.weight.scale.mul_(2)
-    assert len({own, changed, model_fingerprint(model)}) == 3
+    doubled = model_fingerprint(model)
+    assert len({own, changed, doubled}) == 3
+    with torch.inference_mode():  # where `edit_video` samples, and such a tensor cannot be detached
+        assert model_fingerprint(model) == doubled
+    with torch.no_grad():
+        assert model_fingerprint(model) == doubled
+
+
+class Wrapped(torch.Tensor):
+    """A tensor subclass that computes as the tensor within."""
+
+    @staticmethod
+    def __new__(cls, inside):
+        return torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        inside = [arg.inside if isinstance(arg, cls) else arg for arg in args]
+        return cls(func(*inside, **(kwargs or {})))
+
+    def numpy(self):
+        return self.inside.numpy()
+
+
+def test_content_of_any_kind_is_read_in_inference_mode():
+    text = torch.arange(6.0).view(2, 3)
+    prompt = Wrapped(text)
+    with torch.inference_mode():
+        assert content_fingerprint({"text": prompt}) == content_fingerprint({"text": text})
+        assert content_fingerprint({"text": prompt}) != content_fingerprint({"text": text + 1})
 
 
 # -- settings and content ----------------------------------------------------------------------------------------------

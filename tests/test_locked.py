@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -17,7 +19,9 @@ from in_diffusers import (
     by_sampler,
     check_same_trace,
     classic,
+    euler_of,
     far_apart,
+    in_another_thread,
     modular,
     noise,
     run,
@@ -325,9 +329,71 @@ def test_calls_that_are_not_the_pipelines_pass(pipe: Any) -> None:
     }
     with torch.no_grad():
         plain = pipe.transformer(**arguments)[0]
-        with locked(pipe, **EDIT):
-            assert torch.equal(pipe.transformer(**arguments)[0], plain)
-            assert torch.equal(pipe.transformer(**arguments | {"return_dict": True}).sample, plain)
+
+        def inside() -> None:
+            with locked(pipe, **EDIT):
+                assert torch.equal(pipe.transformer(**arguments)[0], plain)
+                assert torch.equal(pipe.transformer(**arguments | {"return_dict": True}).sample, plain)
+
+        with pytest.warns(UserWarning, match="pipeline was not called in the block of its lock") as seen:
+            inside()
+    assert seen[0].filename == __file__
+
+
+def test_a_locked_pipeline_has_one_run_at_a_time_in_any_thread(pipe: Any) -> None:
+    from diffusers import WanPipeline
+
+    plain = run(pipe)
+    twin = WanPipeline(pipe.tokenizer, pipe.text_encoder, pipe.vae, copy.deepcopy(pipe.scheduler), pipe.transformer)
+    twin.scheduler = euler_of()
+    twin.set_progress_bar_config(disable=True)
+    with locked(pipe, **EDIT, policy="full"):
+        wanted = run(pipe)
+        assert torch.equal(in_another_thread(lambda: run(pipe)), wanted)
+        others: list[Any] = []
+
+        def meanwhile(*_: Any) -> dict[str, Any]:
+            others.append(in_another_thread(lambda: run(pipe)))  # would take the scheduler and this run's state
+            others.append(in_another_thread(lambda: run(twin)))  # another pipeline on the same transformer
+            return {}
+
+        assert torch.equal(run(pipe, callback_on_step_end=meanwhile), wanted)
+        assert torch.equal(run(pipe), wanted)
+    for refused, free in zip(others[::2], others[1::2], strict=True):
+        assert isinstance(refused, RunError)
+        assert "another thread or task" in str(refused)
+        assert torch.equal(free, plain)
+    assert len(others) == 2 * 5
+
+
+def test_a_copy_of_a_locked_pipelines_transformer_is_not_locked(pipe: Any) -> None:
+    copies: list[Any] = []
+    kind = type(pipe.transformer)
+
+    def copying(*_: Any) -> dict[str, Any]:
+        copies.extend([copy.deepcopy(pipe.transformer), pickle.loads(pickle.dumps(pipe.transformer))])
+        return {}
+
+    with locked(pipe, **EDIT, policy="full"):
+        run(pipe, callback_on_step_end=copying)
+        whole = copy.deepcopy(pipe)
+    guider = KVLockGuider(4.0, **EDIT, policy="full", scheduler=pipe.scheduler)
+    handle = pipe.transformer.blocks[1].register_forward_pre_hook(lambda *_: (handle.remove(), copying())[1] or None)
+    modular(pipe, guider=guider)()
+    assert len(copies) == 2 * 6
+    assert type(whole) is type(pipe)
+    copies.append(whole.transformer)
+    arguments = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": noise(3, (1, 4, 32)), "return_dict": False}
+    with torch.no_grad():
+        wanted = pipe.transformer(START, **arguments)[0]
+        for made in copies:
+            assert {type(module) for module in made.modules()} == {
+                type(module) for module in pipe.transformer.modules()
+            }
+            assert type(made) is kind
+            assert torch.equal(made(START, **arguments)[0], wanted)
+            made.proj_out.weight.mul_(2)
+            assert not torch.equal(made(START, **arguments)[0], wanted)
 
 
 def test_two_clips_are_two_edits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import PipelineError
-from kvlock_sampling.integrations.diffusers.schedule import ddpm_sigmas, ddpm_time, flow_times, schedule_sigmas
+from kvlock_sampling.integrations.diffusers.schedule import (
+    ddpm_sigmas,
+    ddpm_time,
+    flow_times,
+    schedule_sigmas,
+    sigmas_of,
+)
 from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 with broken_torchvision_hidden():
@@ -138,3 +145,28 @@ def test_the_training_steps_of_noise_levels_are_exact_at_whole_steps_and_clamped
     assert ends.tolist() == [0.0, 0.0, 999.0]
     middle = ddpm_time(table, (table[500] * table[501]).sqrt()[None])
     assert float(middle) == pytest.approx(500.5, abs=1e-3)
+
+
+def test_the_clock_of_a_ddpm_model_makes_no_float64_where_a_device_has_none():
+    """A fake of such a device: operations on its tensors compute shapes and dtypes alone."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for made in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                    assert made.device.type != "mps", f"{func} makes float64 there"
+            return out
+
+    table = ddpm_sigmas(torch.linspace(0.999, 0.001, 1000))
+    with FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
+        sigma = torch.empty(3, device="mps")
+        time = ddpm_time(table, sigma)
+        with pytest.raises(AssertionError, match="makes float64 there"):
+            sigma.double()
+        with suppress(DataDependentOutputException):  # which asks for a number
+            ddpm_sigmas(torch.empty(1000, device="mps"))  # where `add_noise` of a scheduler leaves its table
+        sigmas_of(torch.empty(3, device="mps"))
+    assert (time.device.type, time.dtype, time.shape) == ("mps", torch.float32, (3,))

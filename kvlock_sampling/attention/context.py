@@ -7,16 +7,16 @@ Three modes:
 Rows come in chunks of `batch` clips, for example [uncond, cond] or [uncond, cond, source].
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..masks.tokens import Grid, Selection, coarser
 from ..types import AttentionError
+from ..utils.threads import setting
 from .fuse import fuse_positions, fuse_rows, join_kept
 from .record import CallRecord, KeyValue
 
@@ -100,13 +100,11 @@ class FusionContext:
             kept = self._stored(key[-batch:, ..., video, :]), self._stored(value[-batch:, ..., video, :])
             self.record.captured[f"{layer}#{turn}" if turn else layer] = kept
             return key, value
+        source = self._source(layer, turn) if self.mode == "inject" else None
         if self.mode == "lockstep":
             source = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
-        else:
-            found = self._source(layer, turn)
-            if found is None:
-                return key, value  # the source's pass skipped this layer, e.g. through a step cache
-            source = found
+        if source is None:
+            return key, value  # the source's pass skipped this layer, e.g. through a step cache
         self.record.fired.add(layer)
         edit_rows = rows - batch if self.mode == "lockstep" else rows
 
@@ -157,11 +155,6 @@ def current() -> FusionContext:
     return context
 
 
-@contextmanager
-def using(context: FusionContext) -> Iterator[FusionContext]:
+def using(context: FusionContext) -> Any:
     """Make this the context of calls made inside the block, by this thread or task."""
-    token = _current.set(context)
-    try:
-        yield context
-    finally:
-        _current.reset(token)
+    return setting(_current, context)

@@ -173,4 +173,4 @@ _signature = cache(inspect.signature)
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward, because offloading may replace the instance's forward."""
-    return _signature(type(module).forward)
+    return _signature(inspect.unwrap(type(module)).forward)  # hooks unwrap to the class below

@@ -1,13 +1,11 @@
-"""Run code around a module's forward: for the length of a `with` block, in one thread, compiled or not.
+"""Run code around a module's forward: for the length of a `with` block, in one thread or task, compiled or not.
 
 `torch.compile` does not notice forward hooks that are registered later, and does not forget hooks that it has seen. So
-a hook here replaces `module.forward` by a function that the compiler does not enter. The compiler's guards notice that,
-and it compiles a second graph, which breaks at the hook. Both graphs stay cached; a module without hooks costs nothing.
+a hooked module gets a subclass of its class, whose forward the compiler does not enter. The compiler's guards notice
+that, and it compiles a second graph, which breaks at the hook. Both graphs stay cached.
 """
 
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -16,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from ..utils.modules import plain_copies, wearing
+from ..utils.threads import setting
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (call, args, kwargs) -> the output
@@ -30,41 +31,40 @@ class ForwardHook(NamedTuple):
     before: Before | None = None  # changes the arguments only; compiled code inside the module stays compiled
 
 
-class _Forward:
-    """The replacement of one module's forward. It is made once, because compiled graphs hold on to it."""
+def _hooked(kind: Any) -> Any:
+    """The subclass of a module's class whose forward runs hooks. It is made once, as compiled graphs hold on to it."""
+    name = f"_kvlock_hooked_{compiler_imported():d}"
+    if hasattr(kind, "_kvlock_hooked") or name in vars(kind):
+        return vars(kind).get(name, kind)
+    # torch.compiler.disable imports the compiler, which takes seconds.
+    hide: Any = torch.compiler.disable if compiler_imported() else lambda function, recursive=True: function
+    wrapped = hide(lambda around, call, *args, **kwargs: around(call, args, kwargs))
 
-    def __init__(self, module: nn.Module, whole: bool) -> None:
-        self.users, self.hidden = 0, compiler_imported()
-        self.own: Any = None
-        self.replaced: Any = None
-        reference: Callable[[], Any] = weakref.ref(module)
+    @hide
+    def prepared(module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        for hook in _hooks.get().get(id(module), ()):
+            if hook.before is not None:
+                args, kwargs = hook.before(args, kwargs)
+            if hook.around is not None:
+                call = partial(wrapped, hook.around, call)
+        return call, args, kwargs
 
-        def prepared(args: Any, kwargs: Any) -> Arguments:
-            for hook in _hooks.get().get(id(reference()), ()):
-                if hook.before is not None:
-                    args, kwargs = hook.before(args, kwargs)
-            return args, kwargs
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = prepared(args, kwargs)
-            call = self.own or reference().forward
-            for hook in _hooks.get().get(id(reference()), ()):
-                if hook.around is not None:
-                    call = partial(_around, hook.around, call)
+    def run(module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, args, kwargs = prepared(module, own, args, kwargs)
+        with setting(_hooks, {**_hooks.get(), id(module): ()}):  # other code may have put this forward within another
             return call(*args, **kwargs)
 
-        if self.hidden:  # torch.compiler.disable imports the compiler, which takes seconds
-            prepared = torch.compiler.disable(prepared)
-            forward = torch.compiler.disable(forward, recursive=whole)
-        self.forward = forward
+    @hide
+    def forward(module: nn.Module) -> Callable[..., Any]:
+        # A forward that other code, such as offloading, has set on the instance runs inside.
+        return partial(hidden, module, vars(module).get("forward") or partial(kind.forward, module))
+
+    hidden = hide(run, recursive=False)
+    either = property(forward, lambda module, own: vars(module).update(forward=own))
+    setattr(kind, name, plain_copies(kind, {"forward": either, "_kvlock_hooked": True}))
+    return vars(kind)[name]
 
 
-def _around(around: Around, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return around(call, args, kwargs)
-
-
-_lock = threading.RLock()
-_forwards: weakref.WeakKeyDictionary[nn.Module, _Forward] = weakref.WeakKeyDictionary()
 _hooks: ContextVar[dict[int, tuple[ForwardHook, ...]]] = ContextVar("kvlock_forward_hooks", default={})  # noqa: B039
 
 
@@ -75,36 +75,9 @@ def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
     with ExitStack() as stack:
         for hook in hooks:
             now[id(hook.module)] = (*now.get(id(hook.module), ()), hook)
-            stack.enter_context(_replaced(hook.module, hook.around is not None))
-        token = _hooks.set(now)
-        try:
-            yield
-        finally:
-            _hooks.reset(token)
-
-
-@contextmanager
-def _replaced(module: nn.Module, whole: bool) -> Iterator[None]:
-    with _lock:
-        mine = _forwards.get(module)
-        if mine is None or (not mine.users and mine.hidden != compiler_imported()):
-            mine = _forwards[module] = _Forward(module, whole)
-        if not mine.users:
-            mine.replaced, mine.own = module.__dict__.get("forward"), module.forward
-            module.forward = mine.forward
-        mine.users += 1
-    try:
+            stack.enter_context(wearing(hook.module, _hooked))
+        stack.enter_context(setting(_hooks, now))
         yield
-    finally:
-        with _lock:
-            mine.users -= 1
-            # If other code wrapped this forward meanwhile, it stays in place and passes every call on.
-            if not mine.users and module.__dict__.get("forward") is mine.forward:
-                if mine.replaced is None:
-                    del module.forward
-                else:
-                    module.forward = mine.replaced
-                mine.own = mine.replaced = None
 
 
 def compiler_imported() -> bool:

@@ -31,7 +31,7 @@ class Hooks:
 
     def __init__(self, layers: AttentionLayers) -> None:
         self.layers = layers
-        self._any_fired = False
+        self._most = 0  # layers that fired in one call
         self._leave_compiler_out = False
 
     @cached_property
@@ -59,7 +59,7 @@ class Hooks:
                 return call()
 
         def acted() -> bool:
-            return self._any_fired or bool(context.record.fired)
+            return bool(self._most or context.record.fired)
 
         if self._leave_compiler_out:
             with without_compiler():
@@ -70,7 +70,7 @@ class Hooks:
             out = fused()
         if not acted():
             raise AttentionError(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
-        self._any_fired = True
+        self._most = max(self._most, len(context.record.fired))
         if context.mode != "capture" and not may_skip:
             self._check_all_fired(context)
         return out
@@ -145,13 +145,13 @@ class Hooks:
 
     def _check_all_fired(self, context: FusionContext) -> None:
         """Warn of layers that were not locked; raise if the others computed the edited tokens only."""
-        expected, fired = self.layers.per_network, context.record.fired
+        expected, fired = self.layers.per_network or self._most, context.record.fired
         if len(fired) >= expected:
             return
         silent = [layer.name for layer in self.layers.layers if layer.name not in fired][:3]
         text = (
-            f"{len(fired)} of {expected} layers saw their attention; not {', '.join(silent)}. Is it computed by a "
-            "kernel of the model's own, or was the layer skipped?"
+            f"{len(fired)} of {expected} layers saw their attention{'; not ' * bool(silent)}{', '.join(silent)}. Is it "
+            "computed by a kernel of the model's own, or was the layer skipped?"
         )
         if context.narrow:
             raise AttentionError(
@@ -172,11 +172,7 @@ def _intercepting(make: Callable[[], Callable[..., Fused]]) -> Any:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    own = module.__dict__
-    registry = own.get("_diffusers_hook")  # stays when its hooks are removed
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or own.get("_hf_hook")
-        or (registry is not None and getattr(registry, "hooks", True))
-    )
+    own = vars(module)
+    # The registry of diffusers stays when its hooks are removed.
+    registered = getattr(own["_diffusers_hook"], "hooks", True) if "_diffusers_hook" in own else ()
+    return bool(module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered)

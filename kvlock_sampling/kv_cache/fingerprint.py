@@ -23,6 +23,7 @@ BLOCK = 8192  # words of 8 bytes that are summed together
 _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
 
 
+@torch.inference_mode(False)  # where a tensor subclass, such as a quantized weight, cannot be detached
 def content_fingerprint(content: Mapping[str, Any]) -> str:
     """Take the fingerprint of tensors, arrays and plain values in nested mappings, sequences, sets and dataclasses.
 
@@ -36,6 +37,7 @@ def content_fingerprint(content: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+@torch.inference_mode(False)
 def model_fingerprint(model: Any) -> str:
     """Take the fingerprint of a denoiser: class, configuration, settings, adapters, and every weight and saved buffer.
 

@@ -322,7 +322,7 @@ def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
 
 def _module_state(model: Any) -> dict[str, Any]:
     return {
-        f"{type(m).__name__} {i}": (list(m._forward_hooks), list(m._forward_pre_hooks), id(m.__dict__.get("forward")))
+        f"{type(m).__name__} {i}": (type(m), [*m._forward_hooks, *m._forward_pre_hooks], id(vars(m).get("forward")))
         for i, m in enumerate(dict.fromkeys(reachable_modules(model)))
     }
 

@@ -27,8 +27,8 @@ class HostReads:
         new = {id(v): v for v in values if isinstance(v, Tensor) and v.numel() and id(v) not in self._known}
         for device in {v.device for v in new.values()}:
             here = [v for v in new.values() if v.device == device]
-            # float64 holds every float32 exactly. MPS has no float64.
-            wide = torch.float32 if device.type == "mps" else torch.float64
+            # float64 holds every float32 exactly. Not every device has it.
+            wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
             ends = torch.stack([end.to(wide) for v in here for end in v.detach().aminmax()]).tolist()
             for v, low, high in zip(here, ends[::2], ends[1::2], strict=True):
                 self._known[id(v)] = v, (low, high)

@@ -1,39 +1,23 @@
 """Compiled models under a lock: calls run without the compiler if a graph cannot break at the hooks."""
 
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
 from torch import nn
 
+from ...utils.threads import shared
+
 T = TypeVar("T")
 
-_lock = threading.Lock()
-_users = 0
-_stance = ExitStack()
 
-
-@contextmanager
-def without_compiler() -> Iterator[None]:
+@shared  # the compiler has one stance for all threads
+def without_compiler(undo: ExitStack) -> None:
     """Run compiled code uncompiled inside the block."""
-    # The compiler has one stance for all threads: the first thread in sets it, and the last one out resets it.
-    global _users, _stance
-    with _lock:
-        if not _users:
-            _stance = ExitStack()
-            _stance.enter_context(torch.compiler.set_stance("force_eager"))
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                _stance.close()
+    undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 def is_compiled(module: nn.Module) -> bool:

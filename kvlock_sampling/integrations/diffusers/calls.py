@@ -4,7 +4,6 @@ A pipeline calls its transformer once per branch. The call is recorded and answe
 branches of a step are known, the lock calls the transformer itself, for the branches and for the source.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...attention.foreground import signature_of
 from ...types import RunError
+from ...utils.modules import plain_copies, wearing
+from ...utils.threads import here
 
 
 class Call(NamedTuple):
@@ -42,46 +44,49 @@ class Call(NamedTuple):
         return torch.zeros_like(self.hidden[:, : self.channels], dtype=dtype)
 
 
+_taken: dict[int, object] = {}
+
+
 @contextmanager
-def intercepted(network: nn.Module, answer: Callable[[Call], Tensor | None]) -> Iterator[None]:
-    """Inside the block `answer(call)` replaces calls of the transformer.
-
-    The instance gets a subclass of its class with another `__call__`. A hook on `forward` would not last: accelerate
-    renews all of them at the end of every call of an offloaded pipeline. While an answer is made, the transformer has
-    its own class. An answer of None lets the call through. Raises RunError if another lock intercepts the transformer.
-    """
-    kind: Any = type(network)
-    if hasattr(kind, "_kvlock_intercepts"):
+def taken(thing: Any) -> Iterator[None]:
+    """Inside the block nobody else may take it: RunError."""
+    if _taken.setdefault(id(thing), mine := object()) is not mine:  # in one step, for another thread may ask as well
         raise RunError(
-            f"this {kind.__name__} is under a lock already; leave its `with` block, or take its guider out, before "
-            "another lock begins."
+            f"this {type(thing).__name__} is under a lock already, maybe in another thread or task.\n"
+            "  Leave that lock's `with` block, wait for the end of its run, or take its guider out."
         )
-
-    # Hooks replace the instance's forward, so the class is asked. torch.compile(network) keeps the network inside.
-    inner: Any = getattr(network, "_orig_mod", network)
-    signature = inspect.signature(type(inner).forward)
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        object.__setattr__(module, "__class__", kind)
-        try:
-            arguments = signature.bind(module, *args, **kwargs).arguments
-            arguments.pop(next(iter(arguments)))
-            arguments |= arguments.pop("kwargs", {})
-            prediction = answer(Call(module, dict(arguments)))
-            if prediction is None:
-                return module(*args, **kwargs)
-        finally:
-            object.__setattr__(module, "__class__", intercepting)
-        if not arguments.get("return_dict", True):
-            return (prediction,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=prediction)
-
-    about = {"__call__": call, "__module__": kind.__module__, "_kvlock_intercepts": True}
-    intercepting = type(kind)(kind.__name__, (kind,), about)
-    object.__setattr__(network, "__class__", intercepting)
     try:
         yield
     finally:
-        object.__setattr__(network, "__class__", kind)
+        del _taken[id(thing)]
+
+
+@contextmanager
+def intercepted(network: nn.Module, answer: Callable[[Call], Tensor]) -> Iterator[None]:
+    """Inside the block `answer(call)` replaces calls of the transformer that this thread or task makes.
+
+    The instance gets a subclass of its class with another `__call__`. A hook on `forward` would not last: accelerate
+    renews all of them at the end of every call of an offloaded pipeline. While an answer is made, the transformer has
+    its own class. Raises RunError if another lock intercepts the transformer.
+    """
+    signature, mine = signature_of(getattr(network, "_orig_mod", network)), here()  # torch.compile keeps it inside
+
+    def intercepting(kind: Any) -> Any:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not network or not mine():
+                return kind.__call__(module, *args, **kwargs)
+            arguments = signature.bind(module, *args, **kwargs).arguments
+            arguments.pop(next(iter(arguments)))
+            arguments |= arguments.pop("kwargs", {})
+            with wearing(module, intercepting, False):
+                prediction = answer(Call(module, dict(arguments)))
+            if not arguments.get("return_dict", True):
+                return (prediction,)
+            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+            return Transformer2DModelOutput(sample=prediction)
+
+        return plain_copies(kind, {"__call__": call})
+
+    with taken(network), wearing(network, intercepting):
+        yield

@@ -168,15 +168,16 @@ class KVLockGuider(ClassifierFreeGuidance):
         return self._session.trace
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Begin a step."""
+        """Begin a step. The first one begins a run of this thread or task; a run of another is over."""
+        if step == 0:
+            self._session.begin(None)
+        self._session.mine()
         super().set_state(step, num_inference_steps, timestep)
         self._calls, self._latents, self._times = [], None, None
-        if step == 0:
-            self._session.end()
-            self._session.run = None  # The next step begins a run.
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """Return the branches of a step, from a modular pipeline's state, which holds latents in full precision."""
+        self._session.mine()
         self._latents, self._times = getattr(data, "latents", None), getattr(data, "timesteps", None)
         return super().prepare_inputs_from_block_state(data, input_fields)
 
@@ -195,14 +196,15 @@ class KVLockGuider(ClassifierFreeGuidance):
         """Return the guided, composited velocity: the recorded branches are evaluated here, the arguments are blank."""
         if not self._enabled:
             return super().forward(pred_cond, pred_uncond)
+        session, run = self._session, self._session.mine()
         calls, self._calls = self._calls, []
         if len(calls) != self.num_conditions:
             raise RunError(
                 f"{len(calls)} branches were recorded in this step; expected {self.num_conditions}: this pipeline does "
                 "not call prepare_models. For a classic one: with kv.diffusers.locked(pipe, ...): pipe(...)."
             )
-        session, time = self._session, time_of(self._given["scheduler"], torch.as_tensor(self._timestep))
-        if session.run is None:
+        time = time_of(self._given["scheduler"], torch.as_tensor(self._timestep))
+        if not len(run.trace):
             session.begin(self._schedule())
         uncond = calls[1] if len(calls) == 2 else None
         requested = 1.0 if uncond is None else float(self.guidance_scale)

@@ -6,7 +6,9 @@ in at the second: both answers are the guided, composited velocity v. The pipeli
 exactly, for every scale w.
 """
 
+import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import SAME_SIGMA, PipelineError
-from .calls import Call, intercepted
+from ...types import PipelineError
+from ...utils.modules import plain_copies, wearing
+from .calls import Call, intercepted, taken
 from .schedule import check_flow, time_of
 from .session import Session
 
@@ -67,14 +70,27 @@ def locked(
         with torch.no_grad():
             source_embeds = pipe.encode_prompt([source_prompt], do_classifier_free_guidance=False, **length)[0]
     session = Session(source_embeds=source_embeds, batched=batched, source=source, mask=mask, policy=policy, **options)
-    answer = _answer(pipe, session)
     for network in networks:
         session.expert(network)  # KVLock checks its options here, before anything runs
-    with ExitStack() as stack:
-        stack.callback(session.end)
-        for network in networks:
-            stack.enter_context(intercepted(network, answer))
+    called = False
+
+    def locking(kind: Any) -> Any:
+        @functools.wraps(kind.__call__)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            called, answer = True, _answer(pipe, session)
+            with ExitStack() as stack:
+                for network in networks:
+                    stack.enter_context(intercepted(network, answer))
+                stack.callback(session.end)
+                return kind.__call__(pipe, *args, **kwargs)
+
+        return plain_copies(kind, {"__call__": call})
+
+    with taken(pipe), wearing(pipe, locking):
         yield session
+    if not called:
+        warnings.warn("the pipeline was not called in the block of its lock: nothing was locked.", stacklevel=3)
 
 
 def _networks(pipe: Any) -> list[Any]:
@@ -100,15 +116,11 @@ def _networks(pipe: Any) -> list[Any]:
     return [network for network in found if network is not None]
 
 
-def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor | None]:
-    """A function that pairs the pipeline's calls of one step, and answers them."""
+def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
+    """A function that pairs the pipeline's calls of one step, and answers them; for one call of the pipeline."""
     waiting: list[tuple[Call, Tensor, float]] = []  # a conditional call, its blank answer, and its flow time
-    last = 0.0
 
-    def answer(call: Call) -> Tensor | None:
-        nonlocal last
-        if getattr(pipe, "_current_timestep", None) is None:
-            return None  # a call from outside the pipeline's loop
+    def answer(call: Call) -> Tensor:
         if waiting and waiting[0][0].hidden is call.hidden:
             cond, blank, time = waiting.pop()
             second = cond.network is getattr(pipe, "transformer_2", None)
@@ -119,11 +131,8 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor | None]:
         waiting.clear()
         scheduler = pipe.scheduler
         time = time_of(scheduler, call.timestep)
-        # A run begins if the scheduler has not stepped yet, or went back up.
-        fresh = hasattr(scheduler, "step_index") and scheduler.step_index is None
-        if session.run is None or fresh or time > last * (1 + SAME_SIGMA):
+        if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
-        last = time
         if not pipe.do_classifier_free_guidance:
             return session.evaluate(call, None, time=time, requested=1.0)[0]
         blank = call.blank(call.hidden.dtype if session.only_scales(call.network) else torch.float32)

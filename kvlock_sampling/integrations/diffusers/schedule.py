@@ -40,7 +40,7 @@ def train_steps(scheduler: Any) -> float:
 
 def sigmas_of(times: Tensor) -> Tensor:
     """Noise levels of flow times in [0, 1], float64 on the host, at most 1e6."""
-    return FlowDenoiser.sigma_from_t(times.detach().to("cpu", torch.float64).clamp(max=LATEST))
+    return FlowDenoiser.sigma_from_t(times.detach().cpu().double().clamp(max=LATEST))
 
 
 def time_of(scheduler: Any, timestep: Tensor) -> float:
@@ -124,7 +124,7 @@ def ddpm_sigmas(alphas_cumprod: Tensor, top: float = 0.0) -> Tensor:
 
     `top` stands for the last step if that step is pure noise; it is at least twice the level before it.
     """
-    alphas = alphas_cumprod.detach().double().cpu()
+    alphas = alphas_cumprod.detach().cpu().double()
     sigmas = ((1 - alphas) / alphas).sqrt()
     if not torch.isfinite(sigmas[-1]):
         sigmas[-1] = max(2 * float(sigmas[-2]), top)
@@ -133,8 +133,9 @@ def ddpm_sigmas(alphas_cumprod: Tensor, top: float = 0.0) -> Tensor:
 
 def ddpm_time(table: Tensor, sigma: Tensor) -> Tensor:
     """Return the fractional training step of noise levels of any shape, log-linear between the steps of the table."""
-    logs = table.log().to(sigma.device)
-    wanted = sigma.double().clamp(min=1e-12).log().clamp(logs[0], logs[-1])
+    given = sigma if sigma.device.type in ("cpu", "cuda") else sigma.cpu()  # not every device has float64
+    logs = table.log().to(given.device)
+    wanted = given.double().clamp(min=1e-12).log().clamp(logs[0], logs[-1])
     high = torch.searchsorted(logs, wanted.contiguous()).clamp(1, len(logs) - 1)
     low_log, high_log = logs[high - 1], logs[high]
-    return (high - 1 + (wanted - low_log) / (high_log - low_log)).to(sigma.dtype)
+    return (high - 1 + (wanted - low_log) / (high_log - low_log)).to(sigma)

@@ -19,7 +19,8 @@ _PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
 
 
 class Session:
-    """The lock of one pipeline, over one sampling run after another. Two experts share one state.
+    """The lock of one pipeline, over one sampling run after another. Two experts share one state. `trace` is the latest
+    run's, and empty before the first.
 
     Args:
         options: As in `locked`.
@@ -42,13 +43,9 @@ class Session:
         self.batched: bool | None = options.pop("batched", None)
         self.options = options
         self.run: Run | None = None
+        self.trace = Trace()
         self._experts: dict[int, tuple[FlowCalls, LockSettings]] = {}
         self._placed: dict[str, Tensor] | None = None
-
-    @property
-    def trace(self) -> Trace:
-        """What happened in the latest run; empty before the first."""
-        return Trace() if self.run is None else self.run.trace
 
     def expert(self, network: nn.Module) -> tuple[FlowCalls, LockSettings]:
         """The denoiser of this transformer and the settings of its lock, made when it is first seen."""
@@ -65,14 +62,25 @@ class Session:
         return settings.layers is None and not settings.composite and not settings.rescale
 
     def begin(self, times: Tensor | None) -> None:
-        """Begin a sampling run. `times` are its falling flow times, for policies that count steps."""
+        """Begin a run of this thread or task. `times` are its falling flow times, for policies that count steps."""
         self.end()
         self.run = Run(None if times is None else tuple(sigmas_of(times).tolist()))
+        self.trace = self.run.trace
 
     def end(self) -> None:
         """End the run, and release what it held open. Its trace stays."""
         if self.run is not None:
             self.run.close()
+        self.run = None
+
+    def mine(self) -> Run:
+        """The run, which must be of this thread or task."""
+        if self.run is not None and self.run.is_here():
+            return self.run
+        raise RunError(
+            "this step is of no run that this thread or task began; a guider serves one run at a time.\n"
+            "  Start the pipeline again, or give each thread or task its own guider: guider.new()."
+        )
 
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, requested: float, latents: Tensor | None = None
@@ -90,8 +98,7 @@ class Session:
             Answers for the two branches. Both are the guided, composited velocity v, so that u + w (c - u)  gives v for
             every w; if the lock changed nothing, the two predictions, so that the pipeline gives its own bits.
         """
-        if self.run is None:
-            raise RunError("the lock saw a step before the run began; start the pipeline again.")
+        run = self.mine()
         calls, settings = self.expert(cond.network)
         self._check(cond)
         x, sigma = calls.at(cond, time, latents)
@@ -99,10 +106,10 @@ class Session:
         if uncond is not None:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
         settings = replace(settings, source_args=self._source_args(calls, branches["cond"]))
-        denoised = evaluate(settings, self.run, x, sigma, branches)
+        denoised = evaluate(settings, run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
         if c is not None and self.only_scales(cond.network):
-            used, weight = self.trace.steps[-1].cfg_scale, getattr(self.run.timeline.last, "composite", None)
+            used, weight = self.trace.steps[-1].cfg_scale, getattr(run.timeline.last, "composite", None)
             free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
             if free and uncond is None:
                 return c, c

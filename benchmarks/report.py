@@ -90,7 +90,7 @@ def main() -> None:
         "## Does a threshold transfer?\n\n`python benchmarks/transfer.py`. "
         "Fraction of measurements of calm runs with "
         "risk above 1. Curves and numbers were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes; the "
-        "built-in curve by `kvlock calibrate` on its 32 scenes. 95% intervals from resampling the clips. "
+        "built-in curve by `kvlock calibrate` on 128 scenes. 95% intervals from resampling the clips. "
         "*default* is the default estimator, *relative* is "
         "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 8, 8)))`.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),

@@ -59,6 +59,11 @@ class Timeline(Generic[T]):
         self._entries.append((sigma, state))
         del self._entries[: -self.depth]
 
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The kept noise levels, falling."""
+        return tuple(sigma for sigma, _ in self._entries)
+
 
 @dataclass(frozen=True)
 class Step:

@@ -219,6 +219,7 @@ def _load(stem: str) -> ModuleType:
         found = None
     if found is None or found.submodule_search_locations is None:
         raise SamplerError(_ABSENT)
+    before = set(sys.modules)
     if _PARENT not in sys.modules:
         parent, utils = ModuleType(_PARENT), ModuleType(f"{_PARENT}.utils")
         # k-diffusion's utils.py imports torchvision; samplers and denoisers need only this function of it.
@@ -228,7 +229,7 @@ def _load(stem: str) -> ModuleType:
     try:
         return importlib.import_module(f"{_PARENT}.{stem}")
     except BaseException as error:
-        for name in [name for name in sys.modules if name == _PARENT or name.startswith(f"{_PARENT}.")]:
+        for name in [name for name in sys.modules if name.startswith(_PARENT) and name not in before]:
             del sys.modules[name]
         if isinstance(error, ModuleNotFoundError):
             raise SamplerError(f"k-diffusion's {stem}.py needs {error.name}: pip install {error.name}") from error

@@ -4,6 +4,7 @@ There is no inversion. By default the noise is the run's own: the one that leads
 x. The source's trajectory then starts at the same point, and stays on it where the background is composited.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ class Source:
         """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma.
 
         Raises:
-            SourceError: The noise is of other clips, or x holds far less noise than sigma says.
+            SourceError: The noise is of other clips.
         """
         if self.noise is not None:
             if len(self.noise) not in (1, len(x)):
@@ -124,9 +125,10 @@ class Source:
         noise = self.implied_noise(x, sigma)
         # Not too much: a clip that is restarted at a low level is far from the source.
         if (size := float(noise.float().square().mean().sqrt())) < 0.25:
-            raise SourceError(
+            warnings.warn(
                 f"x lies {size:.2g} sigma from the source at sigma={sigma:.4g}; expected noise of standard deviation 1 "
-                "sigma.\n  Start the sampler from torch.randn_like(source) * sigmas[0]."
+                "sigma. Start the sampler from torch.randn_like(source) * sigmas[0].",
+                stacklevel=2,
             )
         return noise
 

@@ -189,7 +189,7 @@ def test_attention_that_is_skipped_later_is_told_and_the_trace_says_what_acted(s
     ):
         warnings.simplefilter("always")
         for sigma in (3.0, 2.0, 1.0, 0.5):
-            lock(source, torch.full((1,), sigma))
+            lock(source + sigma * torch.randn(source.shape), torch.full((1,), sigma))
     left = 2 - skipped
     assert [step.fused_layers for step in lock.trace] == [2, 2, left, left]
     assert [float(step.lock) for step in lock.trace] == locks

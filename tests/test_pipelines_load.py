@@ -147,7 +147,7 @@ WRONG = {
     "frames": (("--frames", 4), "this model edits e.g. frames=1"),
     "dtype": (("--dtype", "fp8"), "expected one of float32, bfloat16, float16"),
     "offload": (("--offload", "disk"), "expected one of none, model, group"),
-    "shift": (("--shift", 0), "shift > 0"),
+    "shift": (("--shift", 0), "shift=0.0; expected a finite number > 0"),
 }
 
 

@@ -54,9 +54,9 @@ DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, in
 
 DEFAULT_THRESHOLD = ThresholdCurve(
     sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
-    values=(3.09e-5, 1.41e-4, 5.13e-4, 0.00123, 0.00226, 0.00383, 0.00537, 0.00826, 0.0139, 0.0194, 0.0323, 0.0857),
+    values=(4.23e-5, 2.14e-4, 5.96e-4, 0.00136, 0.00314, 0.00575, 0.00921, 0.0120, 0.0160, 0.0234, 0.0348, 0.0762),
 )
-"""What 95% of calm runs of the embedded model stay below, by `kvlock calibrate`. Another model needs its own."""
+"""What 95% of calm measurements of the embedded model stay below, by `kvlock calibrate --clips 128`."""
 
 
 def default_threshold(estimator: Estimator) -> float | ThresholdCurve:

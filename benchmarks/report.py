@@ -91,8 +91,7 @@ def main() -> None:
         "Fraction of measurements of calm runs with "
         "risk above 1. Curves and numbers were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes; the "
         "built-in curve by `kvlock calibrate` on 128 scenes. 95% intervals from resampling the clips. "
-        "*default* is the default estimator, *relative* is "
-        "`Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 8, 8)))`.\n\n" + transfer(),
+        "*default* is the default estimator.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
         "On the model of the first world, 32 further scenes, full lock, 30 "

@@ -26,7 +26,6 @@ import kvlock_sampling as kv
 from kvlock_sampling.app.calibration import resting, scenes
 from kvlock_sampling.app.edit import edit_video
 from kvlock_sampling.tiny import load
-from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator, PosteriorVariance, RenoiseVariance
@@ -34,13 +33,9 @@ from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = 0.95
-RELATIVE = kv.variance.Relative(
-    kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH), quantile=0.96
-)
 ESTIMATORS: dict[str, Estimator] = {
     "default": DEFAULT_ESTIMATOR,
     "window 10": kv.TrajectoryVariance(window=10),
-    "relative": RELATIVE,
     "posterior x1": PosteriorVariance(method="finite"),
     "renoise x1": RenoiseVariance(passes=1),
 }

@@ -257,7 +257,7 @@ def _foreground(
     why = None
     if composite != 1:
         why = "it needs composite=True"
-    elif estimator is not None and estimator.reads_background:
+    elif estimator is not None and estimator.patch is not None:
         why = f"{estimator!r} measures the background too"
     elif rescale:
         why = "rescaled guidance measures the whole prediction"

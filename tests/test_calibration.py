@@ -163,19 +163,15 @@ def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, 
 def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
     path = tmp_path / "own.toml"
     path.write_text(
-        '[policy]\ntype = "Threshold"\n\n[estimator]\ntype = "Relative"\nquantile = 0.9\n\n'
-        '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 8.0\nwindow = "none"\nnormalise = true\n'
-        "patch = [2, 8, 8]\n"
+        '[policy]\ntype = "Threshold"\n\n[estimator]\ntype = "Sparse"\nbelow = 20.0\n\n'
+        '[estimator.estimator]\ntype = "TrajectoryVariance"\nspan = 4.0\nwindow = "none"\nnormalise = true\n'
     )
     found = calibrate(load(), scenes(2), policy=str(path), steps=12, bands=2)
-    relative = kv.variance.Relative(
-        kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(2, 8, 8)), quantile=0.9
-    )
-    assert found.preset.estimator == relative
-    assert 0.1 < found.bands[0].quantile < 1000  # of the background's, not of latents squared
+    sparse = Sparse(TrajectoryVariance(window=None, span=4.0, normalise=True), below=20.0)
+    assert found.preset.estimator == sparse
     path.write_text(kv.to_toml(found.preset))
     lock = kv.KVLock(load().denoiser, policy=load_preset(path))
-    assert lock.settings.estimator == relative
+    assert lock.settings.estimator == sparse
     assert lock.settings.threshold(found.bands[0].sigma) == pytest.approx(found.bands[0].quantile, rel=1e-3)
 
 

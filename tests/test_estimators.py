@@ -26,7 +26,6 @@ from kvlock_sampling.variance import (
     DropoutVariance,
     Estimator,
     PosteriorVariance,
-    Relative,
     RenoiseVariance,
     Sparse,
     TrajectoryVariance,
@@ -54,10 +53,9 @@ BUILT_IN: list[Estimator] = [
     Sparse(PosteriorVariance(), every=3, below=4.0),
     Sparse(TrajectoryVariance(), below=2.0, above=0.1),
     Sparse(DropoutVariance(), every=4, hold=True),
-    Relative(TrajectoryVariance(window=None, span=8.0, normalise=True, patch=PATCH)),
-    Relative(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), quantile=0.9),
-    Sparse(Relative(TrajectoryVariance(patch=PATCH)), every=2, hold=True),
-    Relative(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True)),
+    Sparse(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), below=6.0),
+    Sparse(TrajectoryVariance(patch=PATCH), every=2, hold=True),
+    Sparse(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True), above=0.1),
 ]
 
 
@@ -83,7 +81,7 @@ def test_any_run_replays_from_any_state(estimator, batch, seed, data):
     model = CheckModel()
     estimator = estimator.bound(model.modules())
     x = torch.randn(batch, 4, 2, 4, 4, generator=g)
-    mask = torch.zeros(1, 1, 2, 4, 4).index_fill_(-1, torch.tensor([0, 1]), 1.0) if estimator.needs_background else None
+    mask = torch.zeros(1, 1, 2, 4, 4).index_fill_(-1, torch.tensor([0, 1]), 1.0)
     levels = data.draw(st.lists(st.floats(0.05, 8.0), min_size=2, max_size=8, unique=True))
     falling = sorted(levels, reverse=True)
 
@@ -350,7 +348,7 @@ def test_a_level_repeated_is_not_new():
         (lambda: Sparse(Level(), sigmas=(-1.0,)), r"finite numbers > 0.*Sparse\(estimator, sigmas=\(1.0, 0.3\)\)"),
         (lambda: Sparse(Level(), every=0), "whole number"),
         (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
-        (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\)\)"),
+        (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\), every=5\)"),
         (lambda: DropoutVariance(passes=1), "passes=4"),
         (lambda: DropoutVariance(rate=1.0), "rate=0.1"),
         (lambda: TrajectoryVariance(integral=True), "normalise=True, integral=True"),
@@ -481,12 +479,12 @@ def test_probes_are_counted(setup):
 def test_nested_estimators_come_from_tables():
     moves = {"type": "TrajectoryVariance", "window": "none", "span": 8.0, "patch": [1, 2, 2]}
     table = {
-        "type": "Relative",
-        "quantile": 0.9,
+        "type": "Sparse",
+        "below": 0.9,
         "estimator": {"type": "Sparse", "sigmas": [1.0, 0.3], "hold": True, "estimator": moves},
     }
     inner = Sparse(TrajectoryVariance(window=None, span=8.0, patch=PATCH), sigmas=(1.0, 0.3), hold=True)
-    expected = Relative(inner, quantile=0.9)
+    expected = Sparse(inner, below=0.9)
     assert from_table(table, ESTIMATORS, "estimator") == expected
     hash(expected)
 
@@ -499,7 +497,8 @@ def test_a_table_is_the_estimator(estimator):
 def test_a_preset_names_a_nested_estimator():
     text = """
 [estimator]
-type = "Relative"
+type = "Sparse"
+below = 8.0
 [estimator.estimator]
 type = "Sparse"
 every = 5
@@ -509,7 +508,7 @@ estimator = { type = "TrajectoryVariance", patch = [1, 2, 2] }
 type = "Linear"
 """
     preset = load_preset(text)
-    expected = Relative(Sparse(TrajectoryVariance(patch=PATCH), every=5, hold=True))
+    expected = Sparse(Sparse(TrajectoryVariance(patch=PATCH), every=5, hold=True), below=8.0)
     assert preset.estimator == expected
     assert load_preset(kv.to_toml(preset)) == preset
     assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
@@ -520,7 +519,7 @@ type = "Linear"
     [
         ({"type": "Sparse", "estimator": {"type": "Renoise"}}, r"estimator\.estimator\.type.*RenoiseVariance"),
         ({"type": "Sparse"}, "Sparse needs estimator"),
-        ({"type": "Relative", "estimator": {"type": "Sparse", "evry": 2}}, r"estimator\.estimator\.evry.*'every'"),
+        ({"type": "Sparse", "estimator": {"type": "Sparse", "evry": 2}}, r"estimator\.estimator\.evry.*'every'"),
         ({"type": "Sparse", "estimator": {"type": "RenoiseVariance"}}, "no noise levels"),
         ({"type": "DropoutVariance", "model": "x"}, "model is not a setting"),
         ({"type": "Sparse", "estimator": "RenoiseVariance"}, "expected a table"),

@@ -85,7 +85,7 @@ def test_sizes():
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     )
-    assert sum(lines.values()) <= 13_500
+    assert sum(lines.values()) <= 14_000
     assert classes <= 120
     assert max(lines.values()) <= 350
     assert sum(lines[name] for name in CORE) < 1000

@@ -164,7 +164,6 @@ def test_no_wrong_number_is_taken(name):
 
 TYPED = {"float": FREE[:-1], "int": COUNT, "bool": tuple(k for k in FREE if k != "bool"), "Range": PAIR}
 INNER = {
-    "Relative": {"estimator": kv.TrajectoryVariance(window=None, span=8.0, normalise=True, patch=(1, 2, 2))},
     "Sparse": {"estimator": kv.TrajectoryVariance(), "every": 2},
     "Clamped": {"policy": kv.PID()},
     "Smoothed": {"policy": kv.PID(), "half_life": 2.0},

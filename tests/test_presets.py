@@ -25,7 +25,7 @@ from kvlock_sampling.presets import Preset, describe, load_policy, load_preset, 
 from kvlock_sampling.testing import check_policy
 from kvlock_sampling.types import Control, PolicyError
 from kvlock_sampling.utils.tables import from_table, read_toml, to_table, write_toml
-from kvlock_sampling.variance import Relative, RenoiseVariance, Sparse, TrajectoryVariance
+from kvlock_sampling.variance import RenoiseVariance, Sparse, TrajectoryVariance
 from kvlock_sampling.variance.thresholds import ThresholdCurve
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ PRESETS = [
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
     Preset(Linear(), estimator=MOVES),
     Preset(Linear(), estimator=Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True), rescale=True),
-    Preset(Linear(), estimator=Relative(Sparse(MOVES, every=2, hold=True), quantile=0.9)),
+    Preset(Linear(), estimator=Sparse(Sparse(MOVES, every=2, hold=True), below=9.0)),
 ]
 
 

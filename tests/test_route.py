@@ -84,18 +84,13 @@ def test_the_sources_own_prediction_reaches_the_estimator(pair):
     """In lockstep it costs nothing; a fresh source pass gives the same."""
     seen = []
 
-    class Noting(kv.variance.EstimatorWrapper):
-        def init(self):
-            return self.estimator.init()
-
+    class Noting(kv.TrajectoryVariance):
         def step(self, state, evaluation):
             seen.append(evaluation.source)
-            return self.estimator.step(state, evaluation)
+            return super().step(state, evaluation)
 
     for options in ({}, {"batched": False}):
-        lock = pair.lock(
-            policy=kv.policy.Clamped(kv.Linear(), lock=(0.5, 0.5)), estimator=Noting(kv.TrajectoryVariance()), **options
-        )
+        lock = pair.lock(policy=kv.policy.Clamped(kv.Linear(), lock=(0.5, 0.5)), estimator=Noting(), **options)
         lock.sample("euler", pair.x, pair.sigmas[:3], extra_args=pair.cfg)
     together, apart = seen[:2], seen[2:]
     assert all(each is not None and each.shape == pair.x.shape for each in seen)

@@ -37,7 +37,7 @@ class CheckModel(nn.Module):
 def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch.device = "cpu") -> None:
     """Check that an estimator keeps the contract of `Estimator`, on made-up runs of a small smooth denoiser.
 
-    It checks the settings, `cost`, `default_threshold`, `needs_background` and `needs_source`; shape, dtype, device and
+    It checks the settings, `cost`, `default_threshold`, `needs_source`; shape, dtype, device and
     range of every variance and effect, for float32, float64 and bfloat16 latents, with and without a mask; that a step
     repeats, changes nothing in place and replays from a restored state; and that a clip gets the same alone as in a
     batch, up to rounding.
@@ -68,10 +68,7 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
             with torch.no_grad():
                 run = _evaluations(contract.name, model, rows, batch, masked=masked)
                 if bound.needs_source:
-                    _check_needs(contract, "source", run[0]._replace(source=None))
-                if not masked and bound.needs_background:
-                    _check_needs(contract, "background", run[0])
-                    continue
+                    _check_needs_source(contract, run[0]._replace(source=None))
                 states, variances = contract.play(bound.init(), run)
                 effects = _effects(contract, run, states, variances)
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
@@ -109,14 +106,15 @@ def _evaluations(name: str, model: nn.Module, rows: Counter[float], batch: int, 
     return run
 
 
-def _check_needs(contract: Contract, what: str, without: Evaluation) -> None:
+def _check_needs_source(contract: Contract, without: Evaluation) -> None:
     try:
         contract.checked.step(contract.checked.init(), without)
     except EstimatorError:
         return
-    field = "mask" if what == "background" else what
-    problem = f"{contract.name}.needs_{what} is True, and step accepted an evaluation without a {field}"
-    raise EstimatorError(f"{problem}; expected an EstimatorError where evaluation.{field} is None.")
+    raise EstimatorError(
+        f"{contract.name}.needs_source is True, and step accepted an evaluation without a source; expected an "
+        "EstimatorError where evaluation.source is None."
+    )
 
 
 def _effects(contract: Contract, run: list[Any], states: list[Any], variances: list[Any]) -> list[Tensor | None]:

@@ -7,19 +7,16 @@ from .base import Estimator, masked_mean
 from .divergence import Divergence
 from .dropout import DropoutVariance
 from .posterior import PosteriorVariance
-from .relative import Relative
 from .renoise import RenoiseVariance
+from .sparse import Sparse
 from .thresholds import ThresholdCurve
 from .trajectory import TrajectoryVariance
-from .wrappers import EstimatorWrapper, Sparse
 
 __all__ = [
     "Divergence",
     "DropoutVariance",
     "Estimator",
-    "EstimatorWrapper",
     "PosteriorVariance",
-    "Relative",
     "RenoiseVariance",
     "Sparse",
     "ThresholdCurve",

@@ -32,7 +32,6 @@ class Estimator(ABC):
     Attributes:
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
-        needs_background: Whether it raises EstimatorError without a background to compare with. Defaults to False.
         needs_source: Whether it raises EstimatorError without the source's x0-hat. It is then evaluated also where the
             route does not, for one function evaluation more. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
@@ -40,15 +39,9 @@ class Estimator(ABC):
 
     cost: float = 0.0
     default_threshold: float = 1.0
-    needs_background: bool = False
     needs_source: bool = False
     patch: Patch | None = None
     _error = EstimatorError
-
-    @property
-    def reads_background(self) -> bool:
-        """Whether the variance depends on the prediction outside the mask."""
-        return self.needs_background or self.patch is not None
 
     def init(self) -> Any:
         """Return the state before the first evaluation. Defaults to None: no memory."""

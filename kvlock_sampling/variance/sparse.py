@@ -1,6 +1,6 @@
-"""Estimators around estimators. Sparse chooses when to measure; `relative` has another wrapper.
+"""Sparse: an estimator around another one, which chooses when to measure.
 
-Sparse measures at an evaluation with  above <= sigma <= below  if
+It measures at an evaluation with  above <= sigma <= below  if
     sigmas:  it is the first at or below one of these noise levels, or
     every:   it is the 1st, (n+1)-th, (2n+1)-th ... new noise level inside [above, below].
 """
@@ -20,35 +20,7 @@ from .base import Estimator
 
 
 @dataclass(frozen=True)
-class EstimatorWrapper(Estimator):
-    """Base of an estimator around another one, whose class attributes it shares.
-
-    Args:
-        estimator: The inner estimator.
-    """
-
-    estimator: Estimator
-
-    cost = property(attrgetter("estimator.cost"))
-    default_threshold = property(attrgetter("estimator.default_threshold"))
-    needs_background = property(attrgetter("estimator.needs_background"))
-    needs_source = property(attrgetter("estimator.needs_source"))
-    patch = property(attrgetter("estimator.patch"))
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.estimator, Estimator):
-            kind, given = type(self).__name__, self.estimator
-            raise EstimatorError(f"{kind} was given {given!r}; expected an estimator, e.g. {kind}(RenoiseVariance()).")
-
-    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
-        return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))
-
-    def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        return dataclasses.replace(self, estimator=self.estimator.bound(modules))
-
-
-@dataclass(frozen=True)
-class Sparse(EstimatorWrapper):
+class Sparse(Estimator):
     """The inner estimator at chosen noise levels only. It does not see the other evaluations.
 
     An evaluation repeated at one noise level (heun's corrector and next predictor) is repeated here too. The state is
@@ -63,14 +35,23 @@ class Sparse(EstimatorWrapper):
         hold: Whether to return the last variance in between, instead of None: the policy then steps. Defaults to False.
     """
 
+    estimator: Estimator
     sigmas: tuple[float, ...] = ()
     every: int | None = None
     below: float | None = None
     above: float | None = None
     hold: bool = False
 
+    cost = property(attrgetter("estimator.cost"))
+    default_threshold = property(attrgetter("estimator.default_threshold"))
+    needs_source = property(attrgetter("estimator.needs_source"))
+    patch = property(attrgetter("estimator.patch"))
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if not isinstance(self.estimator, Estimator):
+            raise EstimatorError(
+                f"Sparse was given {self.estimator!r}; expected an estimator, e.g. Sparse(RenoiseVariance(), every=5)."
+            )
         levels(self, "sigmas")
         if not self.sigmas and self.every is None and self.below is None and self.above is None:
             raise EstimatorError("Sparse: no noise levels chosen. Try Sparse(estimator, sigmas=(1.0, 0.3)) or every=5.")
@@ -97,6 +78,12 @@ class Sparse(EstimatorWrapper):
         inner, variance = self.estimator.step(inner, evaluation) if is_open and due else (inner, None)
         variance = held if variance is None and self.hold else variance
         return (inner, sigma, levels + (new and is_open), variance if self.hold else None), variance
+
+    def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
+        return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))
+
+    def bound(self, modules: Iterable[nn.Module]) -> Estimator:
+        return dataclasses.replace(self, estimator=self.estimator.bound(modules))
 
     def effect(self, state: Any) -> Tensor | None:
         return self.estimator.effect(state[0])

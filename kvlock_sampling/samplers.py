@@ -109,6 +109,14 @@ def run(
         SamplerError: The sampler does not exist, the schedule is invalid, or the seed cannot reach the noise.
     """
     function = get(sampler) if isinstance(sampler, str) else sampler
+    if not callable(function):
+        raise SamplerError(
+            f"sampler={sampler!r}; expected a name, e.g. 'dpmpp_2m', or a function of k-diffusion's arguments."
+        )
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise SamplerError(
+            f"x is {getattr(x, 'dtype', repr(x))}; expected floating latents, e.g. torch.randn(shape) * sigmas[0]."
+        )
     sigmas = check_sigmas(sigmas)
     if seed is not None:
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)

@@ -23,7 +23,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import masks, samplers, variance
 from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.presets import ESTIMATORS, POLICIES, Preset
-from kvlock_sampling.types import Control, EstimatorError, KVLockError, RunError, SourceError
+from kvlock_sampling.types import Control, EstimatorError, KVLockError, RunError, SamplerError, SourceError
 from kvlock_sampling.variance.thresholds import reference_bands
 from kvlock_sampling.video import side_by_side
 
@@ -306,3 +306,19 @@ def test_right_values_run_in_silence():
         noise = torch.randn(setup.source.shape)
         out = run(setup, unread, noise=noise, threshold=lambda sigma: 0.01, source_cond=setup.cond, seed=[1, 2])
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("sampler", [5, None, ("euler",)])
+def test_a_sampler_is_a_name_or_a_function(sampler):
+    with pytest.raises(SamplerError, match=r"sampler=.*; expected a name"):
+        samplers.run(sampler, lambda x, sigma: x, torch.ones(1, 2), torch.tensor([1.0, 0.0]))
+
+
+def test_a_clip_in_0_to_1_is_told():
+    before, after = kv.tiny.sample_edit(6, "reshape")
+    clip, mask = kv.tiny.render([before]), kv.tiny.edit_mask([before], [after])
+    with pytest.warns(UserWarning, match=r"if it is in \[0, 1\], pass clip \* 2 - 1"):
+        kv.edit_video((clip + 1) / 2, mask, after.prompt, policy="off", steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kv.edit_video(clip, mask, after.prompt, policy="off", steps=1)

@@ -1,6 +1,7 @@
 """Validate clips that are tensors or arrays."""
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,18 @@ def as_clips(clip: Any) -> Tensor:
 
 
 def check_pixels(clips: Tensor) -> None:
-    """Raise SourceError for pixels that are not finite or outside [-1, 1]; 1% more is accepted as rounding."""
+    """Raise SourceError for pixels that are not finite or outside [-1, 1]; 1% more is accepted as rounding.
+
+    Warns of a clip without a pixel darker than mid-grey, which is most often one in [0, 1].
+    """
     if not torch.isfinite(clips).all():
         raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
     if clips.abs().max() > 1.01:
         raise SourceError(
             f"clip runs from {float(clips.min()):.3g} to {float(clips.max()):.3g}; expected pixels in [-1, 1]: "
             "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
+        )
+    if clips.min() >= 0 and clips.max() > 0.5:
+        warnings.warn(
+            "no pixel of the clip is darker than mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4
         )

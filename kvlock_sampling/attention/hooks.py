@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import AttentionError
+from .compat.comfy import overridden
 from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled, is_compiled, without_compiler
 from .context import FusionContext, current, using
@@ -166,7 +167,7 @@ def _intercepting(make: Callable[[], Callable[..., Fused]]) -> Any:
         if torch.jit.is_tracing():
             return call(*args, **kwargs)
         with intercepted(make()):
-            return call(*args, **kwargs)
+            return call(*args, **overridden(kwargs))
 
     return around
 

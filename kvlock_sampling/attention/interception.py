@@ -3,7 +3,8 @@
 `intercepted(rewrite)` acts for its own thread or task only. Attention is computed by
 - torch's own `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
 - a function that replaced it there, as SageAttention's recipe does, whenever that was;
-- diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call.
+- diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call;
+- ComfyUI's `optimized_attention`, see `compat.comfy`.
 The compiler does not enter what rewrites: it would trace the rewriting, and the result be rewritten once more.
 """
 
@@ -39,6 +40,14 @@ def intercepted(rewrite: Rewrite) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def taken() -> Iterator[Rewrite | None]:
+    """The rewriting of this block, for the call of one kernel: inside, what the kernel calls is not rewritten again."""
+    rewrite = _rewrite.get()
+    with setting(_rewrite, None):
+        yield rewrite
+
+
 _TORCHS_OWN: Any = torch._C._nn.scaled_dot_product_attention
 _NAMES = ("query", "key", "value", "attn_mask")
 
@@ -56,8 +65,7 @@ def _seen(function: Callable[..., Any], hidden: bool, lengths_first: bool) -> Ca
 
     @functools.wraps(function)
     def seen(*args: Any, **kwargs: Any) -> Any:
-        rewrite = _rewrite.get()
-        with setting(_rewrite, None):  # a backend that calls SDPA is rewritten once
+        with taken() as rewrite:
             if rewrite is None:
                 return function(*args, **kwargs)
             given: Any = dict(zip(_NAMES, args[:4], strict=False)) | {n: kwargs[n] for n in _NAMES if n in kwargs}

@@ -28,7 +28,7 @@ from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip
-from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
+from kvlock_sampling.types import MaskError, PipelineError, PolicyError, RunError, SourceError
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +283,8 @@ def test_without_diffusers_the_extra_is_named() -> None:
     code = "import sys; sys.modules['diffusers'] = None; import kvlock_sampling as kv; kv.diffusers"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "pip install 'kvlock-sampling[diffusers]'" in done.stderr
+
+
+def test_a_source_prompt_is_told_how_to_be_encoded():
+    with pytest.raises(PipelineError, match=r"a guider sees no text encoder.*source_embeds=embeds.*locked\(pipe"):
+        KVLockGuider(source_prompt="a red ball")

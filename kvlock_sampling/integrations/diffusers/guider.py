@@ -17,7 +17,7 @@ from ...policy import as_policy
 from ...presets import load_policy, to_toml
 from ...source import Source, check_noise
 from ...trace import Trace
-from ...types import PolicyError, RunError
+from ...types import PipelineError, PolicyError, RunError
 from ...utils.torchvision import broken_torchvision_hidden
 from .calls import Call, intercepted
 from .schedule import time_of
@@ -56,7 +56,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
         noise: As in `KVLock`.
-        source_embeds: As in `locked`.
+        source_embeds: As in `locked`; a guider cannot encode a `source_prompt`, and raises PipelineError for one.
         scheduler: The pipeline's. Required if timesteps are integers (UniPC): those do not give the exact noise level.
         estimator: As in `KVLock`.
         threshold: As in `KVLock`.
@@ -70,7 +70,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         KVLockError: At the first step: as `KVLock` raises.
     """
 
-    ignore_for_config = list(_NOT_SAVED)  # noqa: RUF012 - diffusers' own form
+    ignore_for_config = [*_NOT_SAVED, "source_prompt"]  # noqa: RUF012 - diffusers' own form
 
     @register_to_config
     def __init__(
@@ -92,11 +92,17 @@ class KVLockGuider(ClassifierFreeGuidance):
         mask: Any = None,
         noise: Tensor | None = None,
         source_embeds: Tensor | Mapping[str, Tensor] | None = None,
+        source_prompt: str | None = None,
         scheduler: Any = None,
         estimator: Any = None,
         threshold: Any = None,
         kv_cache: Any = None,
     ) -> None:
+        if source_prompt is not None:
+            raise PipelineError(
+                f"source_prompt={source_prompt!r}: a guider sees no text encoder. Encode what the clip shows as the "
+                "pipeline encodes its prompt: KVLockGuider(source_embeds=embeds). `locked(pipe, ...)` takes a text."
+            )
         # Not ClassifierFreeGuidance's own __init__: it would register settings that this guider does not have.
         BaseGuidance.__init__(self, start, stop, enabled)
         self.guidance_scale, self.guidance_rescale, self.use_original_formulation = guidance_scale, 0.0, False

@@ -7,6 +7,7 @@ import contextvars
 import copy
 import gc
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -180,7 +181,8 @@ def copies_within(model: nn.Module, layer: nn.Module, call: Any) -> list[nn.Modu
         handle.remove()  # else the copies have this hook
         made.append(copy.deepcopy(model))
         made.append(copy.copy(model))
-        made.append(pickle.loads(pickle.dumps(model)))
+        if type(model).__module__ in sys.modules:  # k-diffusion's private package may be gone again
+            made.append(pickle.loads(pickle.dumps(model)))
 
     handle = layer.register_forward_pre_hook(copying)
     call()

@@ -68,8 +68,8 @@ class Branches:
         raise NotImplementedError
 
     def _passes(self, arguments: Mapping[str, Any]) -> int:
-        """How many function evaluations per clip a call with these arguments is: two with both prompts."""
-        return 1 + ("uncond" in arguments)
+        """How many function evaluations per clip a call with these arguments is: one for each prompt and the source."""
+        return 1 + ("uncond" in arguments) + ("beside" in arguments)
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
@@ -258,23 +258,28 @@ class OwnBranches(Branches):
 
 
 class GuidedBranches(Branches):
-    """The branches of a model that takes every argument and returns the guided x0-hat; the lock sets its scale."""
+    """The branches of a model that takes every argument and returns the guided x0-hat; the lock sets its scale.
+
+    The model of a host may tell more, as `kvlock_host`: `predictions`, the (cond, uncond, source) of its last result,
+    and `joins(x, sigma, arguments)`, whether each call of its network can take the source along, given as `beside`.
+    """
+
+    def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
+        self._arguments, self._host = dict(step.extra_args), getattr(settings.model, "kvlock_host", None)
+        if (scale := step.state.cfg_scale) is not None and settings.scale_arg is not None:
+            low, high = step.reads.range(scale)
+            rows = scale.view(-1, *[1] * (step.x.ndim - 1)) if isinstance(scale, Tensor) else scale
+            self._arguments[settings.scale_arg] = high if low == high else rows
+        super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
-        """The model's guided x0-hat, at the last scheduled scale, or at the caller's if no policy schedules it."""
-        settings, step = self.settings, self.step
-        assert settings.scale_arg is not None
-        self._arguments = dict(step.extra_args)
-        scale = step.state.cfg_scale
-        if scale is not None:
-            low, high = step.reads.range(scale)
-            rows = scale.view(-1, *[1] * (self.x.ndim - 1)) if isinstance(scale, Tensor) else scale
-            self._arguments[settings.scale_arg] = high if low == high else rows
-        return self._evaluate(self.x, step.sigma_arg, ("guided",))
+        """The conditional x0-hat if the model tells it, else the guided one, at the last scheduled scale."""
+        self._guided, cond = self._evaluate(self.x, self.step.sigma_arg, ("guided",))
+        return cond
 
     def guided(self, cond: Tensor, scale: Scalar) -> Tensor:
         """The model has done the guidance."""
-        return cond
+        return self._guided
 
     def used_scale(self, scale: Scalar) -> Scalar:
         """The guidance scale that acted: the last scheduled one."""
@@ -282,15 +287,29 @@ class GuidedBranches(Branches):
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         level = torch.full_like(self.step.sigma_arg, sigma)
-        return torch.cat([self._evaluate(rows, level, None) for rows in x.split(len(self.x))])
+        return torch.cat([self._evaluate(rows, level, None)[1] for rows in x.split(len(self.x))])
 
-    def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> Tensor:
-        context = None
-        if self.locked is not None:
-            context = self._injecting(self.locked, *self._source_call(erased=True), sigma)
-        out = self._call(context, lambda: self.settings.model(x, sigma, **self._arguments), kind)
-        self.nfe += self._passes(self._arguments)
-        return self._filled(split_rows(out, x, 1)[0])
+    def _one_call(self, *, erased: bool) -> bool:
+        host, (_, arguments) = self._host, self._source_call(erased=erased)
+        return host is not None and host.joins(self.x, self.step.sigma_arg, arguments)
+
+    def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+        """The guided x0-hat, and the conditional one if the model tells it."""
+        locked, context, arguments = self.locked, None, self._arguments
+        if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+            context = locked.context.fresh("lockstep")
+            arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
+        elif locked is not None:
+            context = self._injecting(locked, *self._source_call(erased=True), sigma)
+        out = self._call(context, lambda: self.settings.model(x, sigma, **arguments), kind)
+        self.nfe += self._passes(arguments)
+        guided = self._filled(split_rows(out, x, 1)[0])
+        if self._host is None:
+            return guided, guided
+        cond, uncond, source = self._host.predictions
+        if kind is not None:
+            self.uncond, self.source = uncond, self.source if self.settings.erase or source is None else source
+        return guided, guided if cond is None else self._filled(cond)
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
         settings, given = self.settings, dict(self._arguments)

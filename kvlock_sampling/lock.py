@@ -5,7 +5,6 @@ sampler -> KVLock -> source at the same sigma -> attention layers -> model -> x0
 """
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import replace
@@ -19,6 +18,7 @@ from . import samplers
 from .attention import AttentionLayers
 from .branches import GuidedBranches, OwnBranches
 from .controller import decide
+from .guidance import warn_unguided
 from .kv_cache import KVCache, Plan, plan
 from .run import Run
 from .settings import LockSettings, resolve
@@ -168,7 +168,7 @@ class KVLock(DenoiserProxy):
         run = self._run()
         denoised = evaluate(self.settings, run, x, sigma, extra_args)
         if len(run.trace) == 1 and self.settings.scale_arg is None:
-            _warn_unguided(extra_args, run.trace)
+            warn_unguided(extra_args, run.trace.steps[0].cfg_scale)
         return denoised
 
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
@@ -224,12 +224,3 @@ class KVLock(DenoiserProxy):
         layers = self.settings.layers
         count = "no layers" if layers is None else f"{len(layers.layers) or 'watched'} layers"
         return f"KVLock({type(self.model).__name__}, {self.settings.policy!r}, {self.settings.estimator!r}, {count})"
-
-
-def _warn_unguided(extra_args: Mapping[str, Any], trace: Trace) -> None:
-    if "uncond" in extra_args and "cond_scale" not in extra_args and bool((trace.steps[0].cfg_scale == 1).all()):
-        warnings.warn(
-            "uncond was given without cond_scale: guidance is 1 then, the conditional prediction alone, and uncond is "
-            'not used. Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": 5.0}.',
-            stacklevel=3,
-        )

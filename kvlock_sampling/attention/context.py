@@ -145,16 +145,16 @@ class FusionContext:
         return None if name is None else self.source[name]
 
 
-_current: ContextVar[FusionContext | None] = ContextVar("kvlock_fusion_context", default=None)
+acting: ContextVar[FusionContext | None] = ContextVar("kvlock_fusion_context", default=None)
 
 
 def current() -> FusionContext:
     """The context of the call that is running."""
-    context = _current.get()
+    context = acting.get()
     assert context is not None
     return context
 
 
 def using(context: FusionContext) -> Any:
     """Make this the context of calls made inside the block, by this thread or task."""
-    return setting(_current, context)
+    return setting(acting, context)

@@ -1,0 +1,253 @@
+"""A guider of ComfyUI as a denoiser `D(x, sigma, cfg=..., cond=..., uncond=...)` in the model's own noise levels.
+
+ComfyUI batches conditions, splits them by memory, cuts windows out of long clips and applies the patches of other
+packs. All of that runs unchanged: the source's rows join each call of the network, and leave its result.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...attention.context import acting, using
+from ...types import AttentionError
+
+Predictions = tuple[Tensor | None, Tensor | None, Tensor | None]
+Beside = tuple[Tensor, Mapping[str, Any]]
+T = TypeVar("T", float, Tensor)
+
+HIGHEST = 1e4
+"""Noise level on the policies' clock of a flow model's first step, t = 1, where the source has no share in x."""
+_POSITIONAL = ("c_concat", "c_crossattn", "control", "transformer_options")
+
+
+class GuiderDenoiser:
+    """What a lock wraps in ComfyUI.
+
+    Args:
+        guider: ComfyUI's guider within its run: its model is loaded and its conditions are processed.
+        conds: The guider's processed conditions by the names that `cond` and `uncond` may have.
+
+    Attributes:
+        model: The network, in which the attention layers are found.
+        predictions: (cond, uncond, source) of the last call; None where unknown.
+    """
+
+    def __init__(self, guider: Any, conds: Mapping[str, Any]) -> None:
+        self.guider, self.conds = guider, conds
+        self.model = guider.inner_model.diffusion_model
+        self.kvlock_host = self
+        self.predictions: Predictions = (None, None, None)
+        self._predict: Callable[..., Tensor] = guider.predict_noise
+        self._options: Mapping[str, Any] = {}
+        self._seed: int | None = None
+
+    def within(self, predict: Callable[..., Tensor], options: Mapping[str, Any], seed: int | None) -> "GuiderDenoiser":
+        """Take the guider's prediction, model options and seed of the evaluation that begins."""
+        self._predict, self._options, self._seed = predict, options, seed
+        return self
+
+    @property
+    def sampling(self) -> Any:
+        return self.guider.inner_model.model_sampling
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return the clip at a noise level, by the model's own rule."""
+        return self.sampling.noise_scaling(sigma, noise, x0).to(x0.dtype)
+
+    def to_ve(self, sigma: T) -> T:
+        """Return the noise level in variance-exploding form: t / (1 - t) for flow models, at most `HIGHEST`."""
+        if not is_flow(self.sampling):
+            return sigma
+        if isinstance(sigma, Tensor):
+            return (sigma / (1 - sigma).clamp_min(1e-9)).clamp_max(HIGHEST)
+        return min(sigma / max(1 - sigma, 1e-9), HIGHEST)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """Return the guider's prediction.
+
+        Args:
+            x: The sampler's input.
+            sigma: The noise level in the model's own form, (batch,).
+            extra_args: `cfg`, a scale or one per clip; `beside`, the source's (x, arguments): its rows then join those
+                of the edit in every call of the network.
+        """
+        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+        guider, options, cfg = self.guider, _cloned(self._options), extra_args["cfg"]
+        beside = extra_args.get("beside")
+        taken = _Source(self, beside, sigma) if beside is not None else None
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)
+        if taken is not None:
+            add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "kvlock", _split, options, is_model_options=True)
+        seen: list[tuple[Tensor, Tensor]] = []
+        per_clip = isinstance(cfg, Tensor)
+
+        def see(given: dict[str, Any]) -> Tensor:
+            cond, uncond = given["cond_denoised"], given["uncond_denoised"]
+            seen.append((cond, uncond))
+            return uncond + (cond - uncond) * cfg if per_clip else given["denoised"]
+
+        options["sampler_post_cfg_function"] = [see, *options.get("sampler_post_cfg_function", [])]
+        before = guider.cfg
+        # A scale per clip acts in `see`; any other than 1 makes ComfyUI evaluate the negative prompt.
+        guider.cfg = 2.0 if isinstance(cfg, Tensor) else cfg
+        try:
+            out = self._predict(x, sigma, options, self._seed)
+        finally:
+            guider.cfg = before
+        positive, negative = seen[0] if len(seen) == 1 else (None, None)
+        guided = per_clip or cfg != 1.0 or bool(options.get("disable_cfg1_optimization"))
+        source = None if taken is None else taken.prediction()
+        self.predictions = positive, negative if guided else None, source
+        return out
+
+    def branch(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """Return the prediction of the condition that `cond` names, alone."""
+        from comfy.model_management import throw_exception_if_processing_interrupted
+        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+        from comfy.samplers import calc_cond_batch
+
+        throw_exception_if_processing_interrupted()
+        options = _cloned(self._options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(None), options, is_model_options=True)
+        return calc_cond_batch(self.guider.inner_model, [self.conds[extra_args["cond"]]], x, sigma, options)[0]
+
+    def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
+        """Whether the source's arguments have the shapes of the edit's, so that both can be rows of one call."""
+        edit = self.arguments("positive", x, sigma)
+        source = self.arguments(arguments["cond"], x, sigma)
+        same = edit.keys() == source.keys() and all(_shape(edit[name]) == _shape(source[name]) for name in edit)
+        if not same and self._options.get("context_handler") is not None:
+            raise AttentionError(
+                "the source prompt and the prompt have different lengths, which context windows cannot take.\n"
+                "  Encode both with the same text encoder, or leave the source prompt away."
+            )
+        return same
+
+    def arguments(self, name: str, x: Tensor, sigma: Tensor) -> dict[str, Any]:
+        """The network's arguments under a condition, as tensors with one row per clip."""
+        from comfy.samplers import get_area_and_mult
+
+        found = (get_area_and_mult(cond, x, sigma) for cond in self.conds[name])
+        first: Mapping[str, Any] = next((part.conditioning for part in found if part is not None), {})
+        return {key: value.cond for key, value in first.items() if isinstance(value.cond, Tensor)}
+
+
+def _applied(taken: "_Source | None") -> Callable[..., Tensor]:
+    """A wrapper of each call of the network: for the frames of its window, and with the source's rows."""
+
+    def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        window = (given.get("transformer_options") or {}).get("context_window")
+        with nullcontext() if window is None else _windowed(window):
+            if taken is None:
+                return executor(x, t, *args, **kwargs)
+            return taken.beside(executor, x, t, given, len(args), window)
+
+    return apply_model
+
+
+class _Source:
+    """The source's rows in the network's calls of one evaluation, and what the network predicted for them."""
+
+    def __init__(self, denoiser: GuiderDenoiser, beside: Beside, sigma: Tensor) -> None:
+        self.x, arguments = beside
+        self.arguments = denoiser.arguments(arguments["cond"], self.x, sigma)
+        self._found: list[tuple[Any, Tensor]] = []
+
+    def beside(
+        self, executor: Any, x: Tensor, t: Tensor, given: dict[str, Any], positional: int, window: Any
+    ) -> Tensor:
+        """Call the network with the source as the last rows, and return the others."""
+        source = self.x if window is None else window.get_tensor(self.x)
+        clips, rows = len(source), len(x)
+
+        def joined(name: str, value: Any) -> Any:
+            theirs = self.arguments.get(name)
+            if isinstance(value, Tensor) and isinstance(theirs, Tensor) and theirs.shape[1:] == value.shape[1:]:
+                return torch.cat([value, theirs.to(value).expand(clips, *value.shape[1:])])
+            return _repeated(value, rows, clips)
+
+        options = {**given.get("transformer_options", {})}
+        for name in ("cond_or_uncond", "uuids"):  # one entry for each chunk of rows
+            if options.get(name):
+                options[name] = [*options[name], options[name][-1]]
+        arguments = {name: joined(name, value) for name, value in given.items() if name != "transformer_options"}
+        if "transformer_options" in given:
+            arguments["transformer_options"] = options
+        args = [arguments.pop(name) for name in _POSITIONAL[:positional]]
+        out = executor(torch.cat([x, source.to(x)]), torch.cat([t, t[-clips:]]), *args, **arguments)
+        self._found.append((window, out[-clips:]))
+        return out[:-clips]
+
+    def prediction(self) -> Tensor | None:
+        """The prediction for the source, the mean where windows overlap; None if a step cache left the network out."""
+        if not self._found or self._found[-1][0] is None:
+            return self._found[-1][1] if self._found else None
+        total, count = torch.zeros_like(self.x), torch.zeros_like(self.x)
+        for window, part in self._found:
+            frames = len(window.index_list)  # an anchor may stand before them
+            part = part.narrow(window.dim, part.shape[window.dim] - frames, frames)
+            window.add_window(total, part.to(total))
+            window.add_window(count, torch.ones_like(part).to(count))
+        return total / count
+
+
+def is_flow(sampling: Any) -> bool:
+    """Whether noise levels are flow times, x = (1 - t) x0 + t noise."""
+    from comfy.model_sampling import CONST
+
+    return isinstance(sampling, CONST)
+
+
+def _cloned(options: Mapping[str, Any]) -> dict[str, Any]:
+    from comfy.model_patcher import create_model_options_clone
+
+    return create_model_options_clone(dict(options))
+
+
+def _split(executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Any:
+    """Evaluate one condition at a time if both and the source would not fit into memory together."""
+    used = [i for i, cond in enumerate(conds) if cond is not None]
+    rows = [len(x) * (len(used) + 1), *x.shape[1:]]
+    if len(used) < 2 or model.memory_required(rows) * 1.5 < model.current_patcher.get_free_memory(x.device):
+        return executor(model, conds, x, timestep, options)
+    out: list[Any] = [None] * len(conds)
+    for i in used:
+        alone = [cond if i == j else None for j, cond in enumerate(conds)]
+        out[i] = executor(model, alone, x, timestep, options)[i]
+    return [torch.zeros_like(x) if part is None else part for part in out]
+
+
+def _windowed(window: Any) -> Any:
+    """The acting context, if there is one, for the frames of a window."""
+    context = acting.get()
+    if context is None or context.grid is None:
+        return nullcontext()
+    frames = context.grid[0]
+    if frames != window.total_frames:
+        raise AttentionError(
+            f"a context window counts {window.total_frames} frames, and this network's tokens {frames}; expected one "
+            "token per latent frame.\n  Leave the context windows away."
+        )
+    ratio = window.get_tensor(context.ratio.unflatten(1, context.grid), dim=1)
+    return using(replace(context, ratio=ratio.flatten(1), grid=(ratio.shape[1], *context.grid[1:])))
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape[1:])
+
+
+def _repeated(value: Any, rows: int, clips: int) -> Any:
+    """Arguments of the network with their last rows once more, for the source."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[-clips:]]) if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {name: _repeated(part, rows, clips) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_repeated(part, rows, clips) for part in value)
+    return value

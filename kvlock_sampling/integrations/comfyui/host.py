@@ -1,0 +1,248 @@
+"""A lock around the sampling of a ComfyUI model:  MODEL -> MODEL.
+
+The lock of a run is made when the run begins and freed when it ends, because ComfyUI caches what a node returns and
+serves it again for the next prompt. Only what a trace or a second stage reads later is kept, on the host.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from ... import masks
+from ...controller import State
+from ...guidance import composite
+from ...kv_cache import KVCache
+from ...lock import KVLock
+from ...masks.tokens import on_latents
+from ...trace import Trace
+from ...types import KVLockError, MaskError, RunError, SourceError
+from .denoiser import GuiderDenoiser
+
+KEY = "kvlock"
+SOURCE = "kvlock_source"  # the source's prompt among a guider's conditions
+
+
+class Stage(NamedTuple):
+    """What a run left for the next stage: the source's noise, and the last noise level with its state."""
+
+    noise: Tensor
+    sigma: float
+    state: State
+
+
+@dataclass(eq=False)
+class ComfyLock:
+    """Locks every run of the models that it patches.
+
+    Args:
+        source: The clip being edited, as ComfyUI's LATENT, a dict with "samples".
+        mask: 1 = edit, (frames or 1, height, width). Default: the source's own noise mask, else the run's.
+        source_prompt: CONDITIONING of what the clip shows. Default: the run's positive.
+        noise: ComfyUI's NOISE for the source. Default: the run's own.
+        kv_cache: Settings of a `KVCache`, which each run fills anew. Default: the preset's.
+        options: Further options of `KVLock`: policy, estimator, threshold, layers, transition, composite, foreground.
+        continues: The lock of the stage before; a run goes on with its noise and with what its policy had decided.
+
+    Attributes:
+        trace: Of the latest run; None before one.
+        stages: How the last few runs ended.
+    """
+
+    source: Mapping[str, Any]
+    mask: Tensor | None = None
+    source_prompt: Any = None
+    noise: Any = None
+    kv_cache: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    continues: "ComfyLock | None" = None
+    trace: Trace | None = field(default=None, init=False)
+    stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=4), init=False)
+
+    def patch(self, model: Any) -> Any:
+        """Return a clone of a MODEL whose sampling is locked.
+
+        Raises:
+            RunError: The model has a lock.
+        """
+        from comfy.patcher_extension import WrappersMP
+
+        if model.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
+            raise RunError(
+                "this model has a KV lock already; expected one: two locks would fuse and composite twice. "
+                "Connect the model from before the first lock."
+            )
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sample)
+        return clone
+
+    def next_stage(self) -> "ComfyLock":
+        """Return the lock of a second stage, such as Wan 2.2's low-noise network, which continues runs of this one."""
+        return replace(self, continues=self)
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Before the model is loaded: the source's prompt is processed like the others, and its rows need memory."""
+        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+        from comfy.sampler_helpers import convert_cond
+
+        guider, kind = executor.class_obj, WrappersMP.PREPARE_SAMPLING
+        if self.source_prompt is not None:
+            guider.conds[SOURCE] = convert_cond(self.source_prompt)
+        add_wrapper_with_key(kind, KEY, _with_memory, guider.model_options, is_model_options=True)
+        return executor(*args, **kwargs)
+
+    def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One run of a sampler under the lock."""
+        names = ("callback", "noise", "latent_image", "denoise_mask")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        complete = float(sigmas[-1]) == 0  # uni_pc writes into the schedule
+        try:
+            lock = self.lock(guider, sigmas, given["noise"], given.get("denoise_mask"))
+            if _acts_on_background(lock):  # else ComfyUI's own noise mask does
+                args = (*args[:3], None, *args[4:])
+                kwargs = {**kwargs, **{name: None for name in ("denoise_mask",) if name in kwargs}}
+            with lock, self._predicting(lock, guider):
+                samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+                self._keep(lock)
+        except KVLockError as error:
+            raise type(error)(_one_line(error)) from error
+        return _composited(lock, samples) if complete else samples
+
+    def lock(self, guider: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None) -> KVLock:
+        """The lock of one run, whose guider has its model loaded.
+
+        Raises:
+            SourceError, MaskError: The source or the mask is missing or does not fit; other errors are `KVLock`'s.
+        """
+        model = guider.inner_model
+        if len(getattr(model, "latent_shapes", None) or (0,)) > 1 or self.source["samples"].is_nested:
+            raise SourceError("the model samples video and sound together; expected a model of video alone.")
+        clip = self.source["samples"].to(noise)
+        if clip.ndim != noise.ndim or clip.shape[1:] != noise.shape[1:]:
+            raise SourceError(
+                f"the source's latents have the shape {tuple(clip.shape)}, the sampler's {tuple(noise.shape)}; "
+                "expected the same. Encode the clip with the model's VAE, and give the sampler the same latent."
+            )
+        mask = next((m for m in (self.mask, self.source.get("noise_mask"), denoise_mask) if m is not None), None)
+        if mask is None:
+            raise MaskError(
+                "there is no mask; expected one, 1 = edit. Connect it to the lock, or put it on the source's latent "
+                "with Set Latent Noise Mask."
+            )
+        source, options = model.process_latent_in(clip), dict(self.options)
+        if self.noise is not None:
+            options["noise"] = self.noise.generate_noise({**self.source, "samples": clip.cpu()}).to(noise)
+        if self.kv_cache is not None:
+            options["kv_cache"] = KVCache(**self.kv_cache)
+        if (guider.model_options.get("context_handler")) is not None:
+            options |= {"foreground": False, "kv_cache": None}
+        conds = guider.conds
+        denoiser = GuiderDenoiser(guider, conds)
+        return KVLock(
+            denoiser,
+            source=source,
+            mask=fitted(mask, source),
+            source_args={"cond": SOURCE} if SOURCE in conds else None,
+            scale_arg="cfg",
+            branch=denoiser.branch,
+            sigmas=sigmas,
+            **options,
+        )
+
+    @contextmanager
+    def _predicting(self, lock: KVLock, guider: Any) -> Iterator[None]:
+        """Inside the block each evaluation of the guider goes through the lock."""
+        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+        prompts, denoiser = {"cond": "positive"}, lock.model
+        assert isinstance(denoiser, GuiderDenoiser)
+        if "negative" in guider.conds and guider.cfg != 1:
+            prompts["uncond"] = "negative"
+
+        def predict(executor: Any, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None, **more: Any) -> Any:
+            if self.continues is not None and not lock.trace:
+                self._go_on(lock, self.continues.stages, x, sigma)
+            denoiser.within(partial(executor, **more), {} if options is None else options, seed)
+            return lock(x, sigma, cfg=guider.cfg, **prompts)
+
+        add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict, guider.model_options, is_model_options=True)
+        try:
+            yield
+        finally:
+            del guider.model_options["transformer_options"]["wrappers"][WrappersMP.PREDICT_NOISE][KEY]
+
+    def _go_on(self, lock: KVLock, stages: Sequence[Stage], x: Tensor, sigma: Tensor) -> None:
+        """Go on with the stage whose noise explains the background that this run begins with."""
+        source, mask, run = lock.settings.source, lock.settings.mask, lock._run()
+        stages = [stage for stage in stages if stage.noise.shape[1:] == x.shape[1:]]
+        if source is None or mask is None or not stages:
+            raise SourceError(
+                "the stage before has no run to continue; expected one with this clip since ComfyUI started. Run it "
+                "again, e.g. with another seed."
+            )
+        level, background = float(sigma.max()), 1 - mask.latent(x)
+
+        def unexplained(stage: Stage) -> float:
+            return float(((source.at(x, level, stage.noise, erased=False) - x) * background).square().sum())
+
+        stage = min(stages, key=unexplained)
+        run.noise = stage.noise.to(x)
+        # What another network predicted is not comparable, so the estimator begins anew.
+        state = stage.state._replace(estimator=lock.settings.estimator.init())
+        run.timeline.append(
+            stage.sigma, tree_map(lambda part: part.to(x.device) if isinstance(part, Tensor) else part, state)
+        )
+
+    def _keep(self, lock: KVLock) -> None:
+        """Keep the trace, and what a next stage needs."""
+        run, self.trace = lock._run(), Trace()
+        self.trace.steps = [tree_map(_to_host, step) for step in lock.trace]
+        if run.noise is not None and (state := run.timeline.last) is not None:
+            left = tree_map(_to_host, state._replace(estimator=None))
+            self.stages.append(Stage(_to_host(run.noise), run.timeline.sigmas[-1], left))
+
+
+def fitted(mask: Tensor, source: Tensor) -> Tensor:
+    """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does."""
+    height, width = source.shape[-2:]
+    if source.ndim == 4:
+        return masks.resize(mask.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
+    found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
+    if found.shape[-2] % height or found.shape[-1] % width:
+        found = masks.resize(found, found.shape[2], height, width)
+    return found
+
+
+def _acts_on_background(lock: KVLock) -> bool:
+    policy = lock.settings.policy
+    return policy.may_lock or bool(lock.settings.composite or getattr(policy, "composite", None))
+
+
+def _with_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """ComfyUI plans memory for both prompts; the source needs half as much again."""
+    return executor(model, [math.ceil(shape[0] * 1.5), *shape[1:]], *args, **kwargs)
+
+
+def _composited(lock: KVLock, samples: Tensor) -> Tensor:
+    """The result with the source where the last evaluation had it: some samplers end above noise level 0."""
+    source, mask, steps = lock.settings.source, lock.settings.mask, lock.trace.steps
+    if source is None or mask is None or not steps or not _acts_on_background(lock):
+        return samples
+    weight = on_latents(steps[-1].composite.to(samples), samples.shape, lock.settings.patch)
+    return composite(samples, source.matching(samples), mask.latent(samples), weight)
+
+
+def _to_host(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _one_line(error: KVLockError) -> str:
+    """The first line of an error: the others show calls in Python, which a user of nodes does not write."""
+    return "KV Lock: " + str(error).partition("\n")[0]

@@ -1,0 +1,400 @@
+"""A locked model in ComfyUI's own sampling: bit-equality with everything off, and the library's own result under a lock."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.samplers
+import nodes
+import pytest
+import torch
+from conftest import CHANNELS, FRAMES, SIDE, box, latents, sample, text, wan
+
+import kvlock_sampling as kv
+from kvlock_sampling.integrations.comfyui import ComfyLock
+
+SAMPLERS = ("euler", "dpmpp_2m", "uni_pc", "res_multistep", "dpmpp_2m_sde", "euler_ancestral", "heun")
+EDITED = (..., slice(0, SIDE // 2), slice(0, SIDE // 2))
+
+
+def locked(model, policy="full", *, source=None, mask=None, **given):
+    """The lock and the locked model."""
+    lock = ComfyLock(source or latents(), mask=box() if mask is None else mask, options={"policy": policy}, **given)
+    return lock, lock.patch(model)
+
+
+def background(samples, source=None):
+    """The largest difference to the source outside the mask."""
+    gap = (samples - (source or latents())["samples"]).abs()
+    gap[EDITED] = 0
+    return float(gap.max())
+
+
+def foreground(samples, others):
+    return float((samples - others)[EDITED].abs().max())
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return {name: sample(model, name) for name in SAMPLERS}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_off_is_bit_identical_and_a_lock_leaves_nothing_behind(model, plain, sampler):
+    lock, patched = locked(model, "off")
+    assert torch.equal(sample(patched, sampler), plain[sampler])
+    assert lock.trace.routes == {"unlocked": len(lock.trace)}
+    lock, patched = locked(model, "full")
+    assert foreground(sample(patched, sampler), plain[sampler]) > 0.1
+    assert torch.equal(sample(model, sampler), plain[sampler])
+
+
+class ByTheLibrary:
+    """ComfyUI's network as the library's own denoiser, in flow form: the lock guides it and appends its own rows."""
+
+    def __init__(self, network):
+        self.model = network
+
+    def add_noise(self, x0, noise, sigma):
+        return sigma * noise + (1 - sigma) * x0
+
+    def to_ve(self, sigma):
+        return min(sigma / max(1 - sigma, 1e-9), 1e4)
+
+    def __call__(self, x, sigma, cond):
+        t = sigma.expand(len(x))
+        v = self.model(x, t * 1000, context=cond, transformer_options={})
+        return x - t.view(-1, 1, 1, 1, 1) * v
+
+
+@pytest.mark.parametrize("source_prompt", [None, text(9)])
+@pytest.mark.parametrize("policy", ["full", "half", "release", "static"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "res_multistep", "uni_pc", "dpmpp_2m_sde"])
+def test_the_result_is_the_librarys_own(model, sampler, policy, source_prompt):
+    lock, patched = locked(model, policy, source_prompt=source_prompt)
+    found = sample(patched, sampler)
+
+    inner = model.model
+    source = inner.process_latent_in(latents()["samples"])
+    own = kv.KVLock(
+        ByTheLibrary(inner.diffusion_model),
+        source=source,
+        mask=box(),
+        policy=policy,
+        source_args=None if source_prompt is None else {"cond": source_prompt[0][0]},
+    )
+    sigmas = comfy.samplers.KSampler(model, 4, "cpu", sampler, "simple").sigmas
+    extra = {"cond": text(5)[0][0], "uncond": text(6)[0][0], "cond_scale": 4.0}
+
+    class Guider:
+        """What a sampler of ComfyUI needs of a guider."""
+
+        inner_model, model_patcher, cfg = inner, model, 4.0
+
+        def __call__(self, x, sigma, model_options=None, seed=None):
+            return own(x, sigma, **extra)
+
+    noise = torch.randn(source.shape, generator=torch.manual_seed(3))
+    with own:
+        expected = comfy.samplers.sampler_object(sampler).sample(
+            Guider(), sigmas, {"seed": 3, "model_options": {}}, None, noise, source, None, True
+        )
+    expected = inner.process_latent_out(expected)
+    if sampler == "uni_pc":  # it ends above noise level 0, where only the node composites the result
+        expected, found = expected[EDITED], found[EDITED]
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
+    for mine, theirs in zip(lock.trace, own.trace, strict=True):
+        torch.testing.assert_close(mine.lock, theirs.lock, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("policy", ["full", "half", "fast", "paper", "default"])
+def test_the_background_is_the_sources(model, sampler, policy):
+    _, patched = locked(model, policy)
+    if policy == "default":
+        patched = locked(model, kv.Constant(lock=0.0, composite=1.0))[1]
+    assert background(sample(patched, sampler)) <= 1e-5
+
+
+def test_the_lock_takes_the_mask_of_the_latent_over(model):
+    """A noise mask in the sampler's latent, or in the source's, gives the same result as a mask of the lock."""
+    masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
+    expected = sample(locked(model)[1])
+    for source, given, sampled in ((latents(), None, masked), (masked, None, latents()), (latents(), box(), masked)):
+        lock = ComfyLock(source, mask=given, options={"policy": "full"})
+        torch.testing.assert_close(sample(lock.patch(model), source=sampled), expected)
+    with pytest.raises(kv.types.MaskError, match="there is no mask"):
+        sample(ComfyLock(latents(), options={"policy": "full"}).patch(model))
+
+
+def test_a_released_background_is_not_pasted_over(model):
+    """The host's noise mask would paste the source over what a policy released."""
+    masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
+    _, patched = locked(model, kv.Constant(lock=1.0, composite=0.0))
+    assert background(sample(patched, source=masked)) > 0.01
+
+
+def test_off_leaves_the_hosts_noise_mask_alone(model):
+    masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
+    assert torch.equal(sample(locked(model, "off")[1], source=masked), sample(model, source=masked))
+
+
+def test_conditions_split_by_memory_change_nothing(model, monkeypatch):
+    expected = {policy: sample(locked(model, policy)[1]) for policy in ("full", "half", "release")}
+    monkeypatch.setattr(type(model), "get_free_memory", lambda *_: 0)
+    for policy, result in expected.items():
+        torch.testing.assert_close(sample(locked(model, policy)[1]), result, rtol=0, atol=1e-4)
+
+
+def test_memory_is_planned_for_the_sources_rows(model, monkeypatch):
+    asked = []
+    plan = comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(
+        comfy.sampler_helpers, "estimate_memory", lambda m, shape, conds: asked.append(shape) or plan(m, shape, conds)
+    )
+    sample(locked(model)[1])
+    sample(model)
+    assert [shape[0] for shape in asked] == [2, 1]
+
+
+@pytest.mark.parametrize("length", [12, 7])
+def test_a_source_prompt_of_another_length_goes_alone(model, length):
+    lock, patched = locked(model, "half", source_prompt=text(9, length))
+    assert background(sample(patched)) <= 1e-5
+    assert lock.trace.routes == {"lockstep" if length == 12 else "source pass": 4}
+
+
+@pytest.mark.parametrize("policy", ["off", "full", "half"])
+def test_a_batch_of_two(model, policy):
+    pair = latents(batch=2)
+    _, patched = locked(model, policy, source=pair)
+    found = sample(patched, source=pair)
+    if policy == "off":
+        assert torch.equal(found, sample(model, source=pair))
+    else:
+        assert background(found, pair) <= 1e-5
+        one = {"samples": pair["samples"][:1]}
+        alone = sample(locked(model, policy, source=one)[1], source=one)
+        torch.testing.assert_close(found[:1], alone, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["off", "full", "half", "release"])
+def test_guidance_of_one(model, policy):
+    lock, patched = locked(model, policy)
+    found = sample(patched, cfg=1.0)
+    if policy == "off":
+        assert torch.equal(found, sample(model, cfg=1.0))
+    assert lock.trace.steps[0].nfe == {"off": 1, "full": 2, "half": 2, "release": 3}[policy]
+
+
+def test_a_policy_schedules_guidance(model):
+    scales = []
+
+    def spy(given):
+        scales.append(float(given["cond_scale"]))
+        return given["denoised"]
+
+    patched = locked(model, kv.stateless(lambda obs: kv.Control(lock=0.0, cfg_scale=2 * obs.requested_cfg_scale)))[1]
+    patched.set_model_sampler_post_cfg_function(spy)
+    sample(patched, cfg=4.0)
+    assert scales[-1] == 8.0
+
+
+def test_guidance_per_clip(model):
+    """Each clip of a batch has the guidance that its policy asks for."""
+    pair = latents(batch=2)
+    scale = torch.tensor([2.0, 6.0])
+    policy = kv.stateless(lambda obs: kv.Control(lock=0.0, cfg_scale=scale.to(obs.risk)), uses_risk=False)
+    found = sample(locked(model, policy, source=pair)[1], source=pair)
+    for clip, cfg in enumerate((2.0, 6.0)):
+        constant = kv.stateless(lambda obs, cfg=cfg: kv.Control(lock=0.0, cfg_scale=cfg), uses_risk=False)
+        both = sample(locked(model, constant, source=pair)[1], source=pair)
+        torch.testing.assert_close(found[clip], both[clip], rtol=0, atol=1e-4)
+
+
+def windows(model, length=3, overlap=1):
+    from comfy.context_windows import ContextFuseMethods, ContextSchedules, IndexListContextHandler  # noqa: F401
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    made = WanContextWindowsManualNode.execute(
+        model,
+        context_length=4 * (length - 1) + 1,
+        context_overlap=4 * overlap,
+        context_schedule="standard_static",
+        context_stride=1,
+        closed_loop=False,
+        fuse_method="pyramid",
+        freenoise=False,
+    )
+    return made.args[0] if hasattr(made, "args") else made.result[0]
+
+
+@pytest.mark.parametrize("policy", ["off", "full", "half", "release"])
+@pytest.mark.parametrize("lock_first", [True, False])
+def test_context_windows(model, policy, lock_first):
+    lock = ComfyLock(latents(frames=7), mask=box(7), options={"policy": policy})
+    patched = windows(lock.patch(model)) if lock_first else lock.patch(windows(model))
+    found, bare = sample(patched, frames=7), sample(windows(model), frames=7)
+    assert not torch.equal(bare, sample(model, frames=7))  # the windows act
+    if policy == "off":
+        assert torch.equal(found, bare)
+    else:
+        assert foreground(found, bare) > 0.01
+        if policy != "release":
+            assert background(found, latents(frames=7)) <= 1e-5
+
+
+def test_one_window_over_the_whole_clip_is_no_window(model):
+    lock = ComfyLock(latents(), mask=box(), options={"policy": "half", "foreground": False})
+    whole = sample(windows(lock.patch(model), length=FRAMES))
+    torch.testing.assert_close(whole, sample(lock.patch(model)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lock_first", [True, False])
+def test_another_packs_override_is_called_in_every_layer(model, lock_first):
+    calls = []
+
+    def theirs(func, *args, **kwargs):
+        calls.append(func)
+        return func(*args, **kwargs)
+
+    def overridden(patcher):
+        clone = patcher.clone()
+        clone.model_options["transformer_options"]["optimized_attention_override"] = theirs
+        return clone
+
+    lock, patched = locked(overridden(model) if not lock_first else model, "half")
+    patched = overridden(patched) if lock_first else patched
+    expected = sample(locked(model, "half")[1])
+    assert torch.equal(sample(patched), expected)
+    assert len(calls) >= 2 * 3 * len(lock.trace)  # self- and cross-attention of three blocks
+
+
+def test_an_interrupt_leaves_nothing(model):
+    before, count = sample(model), 0
+    lock, patched = locked(model, "half")
+
+    def stop(given):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise comfy.model_management.InterruptProcessingException
+        return given["denoised"]
+
+    stopped = patched.clone()
+    stopped.set_model_sampler_post_cfg_function(stop)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(stopped)
+    assert torch.equal(sample(model), before)
+    assert background(sample(patched)) <= 1e-5
+    network = model.model.diffusion_model
+    assert not any("forward" in vars(module) or module._forward_hooks for module in network.modules())
+
+
+def test_a_lock_serves_any_number_of_runs(model):
+    """ComfyUI serves a cached model again when only the seed changes."""
+    _, patched = locked(model, "half")
+    first = sample(patched, seed=3)
+    other = sample(patched, seed=4)
+    assert not torch.equal(first, other)
+    assert background(other) <= 1e-5
+    assert torch.equal(sample(patched, seed=3), first)
+
+
+@pytest.mark.parametrize("policy", ["full", "half", "release"])
+def test_two_stages_keep_their_background(model, policy):
+    """As of Wan 2.2: two samplers, each with its own network, and the first one's noisy latent between them."""
+    low = wan(num_layers=2)
+    masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
+
+    def two(high, low):
+        advanced = nodes.KSamplerAdvanced().sample
+        common = (text(5), text(6))
+        (half,) = advanced(high, "enable", 3, 6, 4.0, "euler", "simple", *common, masked, 0, 3, "enable")
+        return advanced(low, "disable", 3, 6, 4.0, "euler", "simple", *common, half, 3, 1000, "disable")[0]["samples"]
+
+    lock, high = locked(model, policy)
+    second = lock.next_stage()
+    found = two(high, second.patch(low))
+    assert background(two(model, low)) > 1
+    if policy != "release":
+        assert background(found) <= 1e-5
+    # Both stages on one network are one run.
+    second = lock.next_stage()
+    both = two(high, second.patch(model))
+    whole = sample(high, steps=6, source=masked)
+    torch.testing.assert_close(both, whole, rtol=0, atol=1e-3)
+
+
+def test_a_second_stage_without_its_first(model):
+    lock, _ = locked(model, "full")
+    with pytest.raises(kv.types.SourceError, match="no run to continue"):
+        sample(lock.next_stage().patch(model))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_loras_before_and_after(model, order):
+    """A patch of the weights acts the same on either side of the lock."""
+    name = "diffusion_model.blocks.0.self_attn.q.weight"
+    change = torch.randn(64, 64, generator=torch.Generator().manual_seed(2)) * 0.1
+
+    def lora(patcher):
+        clone = patcher.clone()
+        assert clone.add_patches({name: (change,)}, 1.0)
+        return clone
+
+    steps = (lora, lambda patcher: locked(patcher, "half")[1])
+    patched = model
+    for step in order:
+        patched = steps[step](patched)
+    found = sample(patched)
+    assert background(found) <= 1e-5
+    other = sample(locked(lora(model), "half")[1])
+    torch.testing.assert_close(found, other, rtol=0, atol=1e-5)
+    assert foreground(found, sample(locked(model, "half")[1])) > 1e-3
+
+
+def test_another_guider(model):
+    """SamplerCustomAdvanced with a guider of its own."""
+    from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
+
+    def sampled(patched, node, *given):
+        made = node.execute(patched, *given)
+        guider = (made.args if hasattr(made, "args") else made.result)[0]
+        sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4)
+        noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+        return guider.sample(noise, latents()["samples"], comfy.samplers.sampler_object("euler"), sigmas, seed=3)
+
+    for node, given in (
+        (BasicGuider, (text(5),)),
+        (CFGGuider, (text(5), text(6), 4.0)),
+        (DualCFGGuider, (text(5), text(7), text(6), 4.0, 2.0, "regular")),
+    ):
+        bare = sampled(model, node, *given)
+        assert torch.equal(sampled(locked(model, "off")[1], node, *given), bare)
+        found = sampled(locked(model, "half")[1], node, *given)
+        assert background(found) <= 1e-5
+        assert foreground(found, bare) > 0.01
+
+
+def test_wrong_inputs_are_one_clear_line(model):
+    for given, message in (
+        ({"source": latents(frames=4)}, "expected the same"),
+        ({"mask": torch.zeros(1, 64, 64)}, "0 everywhere"),
+        ({"mask": torch.ones(1, 64, 64)}, "1 everywhere"),
+        ({"mask": box()[:10]}, "no whole compression factor"),
+        ({"policy": "nosuch"}, "nosuch"),
+    ):
+        options = {"source": latents(), "mask": box(), "policy": "full", **given}
+        with pytest.raises(kv.types.KVLockError, match=message) as error:
+            lock = ComfyLock(options["source"], mask=options["mask"], options={"policy": options["policy"]})
+            sample(lock.patch(model), source=latents())
+        assert "\n" not in str(error.value)
+    with pytest.raises(kv.types.RunError, match="has a KV lock already"):
+        locked(locked(model)[1])
+
+
+def test_a_mask_of_another_height_and_width_is_resized(model):
+    small = torch.zeros(1, 50, 50)
+    small[:, :25, :25] = 1
+    found = sample(locked(model, "full", mask=small)[1])
+    assert background(found) <= 1e-5

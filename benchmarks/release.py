@@ -167,10 +167,12 @@ SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
 
 
 @torch.no_grad()
-def edit(network: nn.Module, batch: Batch, options: Options, sampler: str, seed: int = 0) -> tuple[Tensor, kv.Trace]:
+def edit(
+    network: nn.Module, batch: Batch, options: Options, sampler: str, seed: int = 0, steps: int = STEPS
+) -> tuple[Tensor, kv.Trace]:
     """Edit a batch under one row's options."""
     options = {"source_args": {"cond": tokenize([scene.prompt for scene in batch.sources])}, **options}
-    steps = options.pop("steps", STEPS)
+    steps = options.pop("steps", steps)
     lock = kv.KVLock(FlowDenoiser(network, prediction="x0"), source=batch.source, mask=batch.mask, **options)
     cond = tokenize([scene.prompt for scene in batch.targets])
     args = {"cond": cond, "uncond": torch.zeros_like(cond), "cond_scale": CFG_SCALE}
@@ -196,11 +198,13 @@ def scored(batch: Batch, clips: Tensor) -> list[dict[str, float]]:
     return [{name: round(value, 3) for name, value in zip(SCORES, row, strict=True)} for row in rows]
 
 
-def measure(network: nn.Module, row: Any, first: int, count: int, sampler: str, seed: int) -> dict[str, Any]:
+def measure(
+    network: nn.Module, row: Any, first: int, count: int, sampler: str, seed: int, steps: int
+) -> dict[str, Any]:
     scores: list[dict[str, float]] = []
     started, passes, released = time.perf_counter(), 0, []
     for batch in batches(first, count):
-        clips, trace = edit(network, batch, row(batch) if callable(row) else row, sampler, seed)
+        clips, trace = edit(network, batch, row(batch) if callable(row) else row, sampler, seed, steps)
         scores += scored(batch, clips)
         passes = trace.nfe
         released.append(float(torch.stack([1 - step.composite.mean() for step in trace]).mean()))
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--search", action="store_true", help="the grid of static schedules, on other scenes")
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the rows that do not say otherwise")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--name", default="release", help="of the results' files")
@@ -295,7 +300,13 @@ def main() -> None:
     network = Bfloat16(network) if given.bfloat16 else network
     first = SEARCHED_SCENE if given.search else FIRST_SCENE
     path = RESULTS / f"{given.name}{'_search' * given.search}.json"
-    about = {"first_scene": first, "edits": given.edits, "sampler": given.sampler, "steps": STEPS, "seed": given.seed}
+    about = {
+        "first_scene": first,
+        "edits": given.edits,
+        "sampler": given.sampler,
+        "steps": given.steps,
+        "seed": given.seed,
+    }
     about["bfloat16"] = given.bfloat16
     record = json.loads(path.read_text()) if path.exists() else {"about": about, "rows": {}}
     if record["about"] != about:
@@ -303,7 +314,7 @@ def main() -> None:
     for name, row in (SEARCHED if given.search else ROWS).items():
         if name in record["rows"] or (given.only and name not in given.only):
             continue
-        found = measure(network, row, first, given.edits, given.sampler, given.seed)
+        found = measure(network, row, first, given.edits, given.sampler, given.seed, given.steps)
         record = json.loads(path.read_text()) if path.exists() else record  # another process may have added rows
         record["rows"][name] = found
         write_atomically(path, json.dumps(record) + "\n")

@@ -212,9 +212,12 @@ def _cloned(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split(executor: Any, model: Any, conds: list[Any], x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Any:
     """Evaluate one condition at a time if both and the source would not fit into memory together."""
+    from comfy.model_management import get_free_memory
+
     used = [i for i, cond in enumerate(conds) if cond is not None]
+    free = getattr(model.current_patcher, "get_free_memory", get_free_memory)  # older patchers have none of their own
     rows = [len(x) * (len(used) + 1), *x.shape[1:]]
-    if len(used) < 2 or model.memory_required(rows) * 1.5 < model.current_patcher.get_free_memory(x.device):
+    if len(used) < 2 or model.memory_required(rows) * 1.5 < free(x.device):
         return executor(model, conds, x, timestep, options)
     out: list[Any] = [None] * len(conds)
     for i in used:
@@ -228,11 +231,11 @@ def _windowed(window: Any) -> Any:
     context = acting.get()
     if context is None or context.grid is None:
         return nullcontext()
-    frames = context.grid[0]
-    if frames != window.total_frames:
+    frames, total = context.grid[0], getattr(window, "total_frames", context.grid[0])  # older windows do not say
+    if frames != total:
         raise AttentionError(
-            f"a context window counts {window.total_frames} frames, and this network's tokens {frames}; expected one "
-            "token per latent frame.\n  Leave the context windows away."
+            f"a context window counts {total} frames, and this network's tokens {frames}; expected one token per "
+            "latent frame.\n  Leave the context windows away."
         )
     ratio = window.get_tensor(context.ratio.unflatten(1, context.grid), dim=1)
     return using(replace(context, ratio=ratio.flatten(1), grid=(ratio.shape[1], *context.grid[1:])))

@@ -4,6 +4,7 @@ The lock of a run is made when the run begins and freed when it ends, because Co
 serves it again for the next prompt. Only what a trace or a second stage reads later is kept, on the host.
 """
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from ...kv_cache import KVCache
 from ...lock import KVLock
 from ...masks.tokens import on_latents
 from ...trace import Trace
-from ...types import KVLockError, MaskError, RunError, SourceError
+from ...types import AttentionError, KVLockError, MaskError, RunError, SourceError
 from .denoiser import GuiderDenoiser
 
 KEY = "kvlock"
@@ -52,6 +53,7 @@ class ComfyLock:
 
     Attributes:
         trace: Of the latest run; None before one.
+        released: How much of each latent's background the latest run left to the edit; None if it left nothing.
         stages: How the last few runs ended.
     """
 
@@ -63,6 +65,7 @@ class ComfyLock:
     options: Mapping[str, Any] = field(default_factory=dict)
     continues: "ComfyLock | None" = None
     trace: Trace | None = field(default=None, init=False)
+    released: Tensor | None = field(default=None, init=False)
     stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=4), init=False)
 
     def patch(self, model: Any) -> Any:
@@ -79,48 +82,53 @@ class ComfyLock:
                 "Connect the model from before the first lock."
             )
         clone = model.clone()
-        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self.outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _with_memory)
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sample)
         return clone
+
+    def around(self, sampler: Any) -> Any:
+        """Return a SAMPLER that samples any model under the lock."""
+        locked = copy.copy(sampler)
+        locked.sample = partial(self.sample, sampler.sample)
+        return locked
 
     def next_stage(self) -> "ComfyLock":
         """Return the lock of a second stage, such as Wan 2.2's low-noise network, which continues runs of this one."""
         return replace(self, continues=self)
-
-    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Before the model is loaded: the source's prompt is processed like the others, and its rows need memory."""
-        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
-        from comfy.sampler_helpers import convert_cond
-
-        guider, kind = executor.class_obj, WrappersMP.PREPARE_SAMPLING
-        if self.source_prompt is not None:
-            guider.conds[SOURCE] = convert_cond(self.source_prompt)
-        add_wrapper_with_key(kind, KEY, _with_memory, guider.model_options, is_model_options=True)
-        return executor(*args, **kwargs)
 
     def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One run of a sampler under the lock."""
         names = ("callback", "noise", "latent_image", "denoise_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         complete = float(sigmas[-1]) == 0  # uni_pc writes into the schedule
-        try:
-            lock = self.lock(guider, sigmas, given["noise"], given.get("denoise_mask"))
+        with in_one_line():
+            lock = self.lock(guider, sigmas, **given)
             if _acts_on_background(lock):  # else ComfyUI's own noise mask does
                 args = (*args[:3], None, *args[4:])
                 kwargs = {**kwargs, **{name: None for name in ("denoise_mask",) if name in kwargs}}
             with lock, self._predicting(lock, guider):
                 samples = executor(guider, sigmas, extra_args, *args, **kwargs)
                 self._keep(lock)
-        except KVLockError as error:
-            raise type(error)(_one_line(error)) from error
         return _composited(lock, samples) if complete else samples
 
-    def lock(self, guider: Any, sigmas: Tensor, noise: Tensor, denoise_mask: Tensor | None) -> KVLock:
+    def lock(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        *,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        **_: Any,
+    ) -> KVLock:
         """The lock of one run, whose guider has its model loaded.
 
         Raises:
             SourceError, MaskError: The source or the mask is missing or does not fit; other errors are `KVLock`'s.
         """
+        from comfy.sampler_helpers import convert_cond
+        from comfy.samplers import process_conds
+
         model = guider.inner_model
         if len(getattr(model, "latent_shapes", None) or (0,)) > 1 or self.source["samples"].is_nested:
             raise SourceError("the model samples video and sound together; expected a model of video alone.")
@@ -143,7 +151,10 @@ class ComfyLock:
             options["kv_cache"] = KVCache(**self.kv_cache)
         if (guider.model_options.get("context_handler")) is not None:
             options |= {"foreground": False, "kv_cache": None}
-        conds = guider.conds
+        conds = dict(guider.conds)
+        if self.source_prompt is not None:
+            prompt = {SOURCE: convert_cond(self.source_prompt)}
+            conds |= process_conds(model, noise, prompt, noise.device, latent_image, denoise_mask)
         denoiser = GuiderDenoiser(guider, conds)
         return KVLock(
             denoiser,
@@ -202,8 +213,12 @@ class ComfyLock:
 
     def _keep(self, lock: KVLock) -> None:
         """Keep the trace, and what a next stage needs."""
-        run, self.trace = lock._run(), Trace()
+        run, self.trace, self.released = lock._run(), Trace(), None
         self.trace.steps = [tree_map(_to_host, step) for step in lock.trace]
+        source = lock.settings.source
+        if source is not None and source.latents.ndim == 5 and _acts_on_background(lock):
+            left = 1 - self.trace.steps[-1].composite
+            self.released = on_latents(left, source.latents.shape, lock.settings.patch)[:1] if left.any() else None
         if run.noise is not None and (state := run.timeline.last) is not None:
             left = tree_map(_to_host, state._replace(estimator=None))
             self.stages.append(Stage(_to_host(run.noise), run.timeline.sigmas[-1], left))
@@ -243,6 +258,26 @@ def _to_host(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _one_line(error: KVLockError) -> str:
-    """The first line of an error: the others show calls in Python, which a user of nodes does not write."""
-    return "KV Lock: " + str(error).partition("\n")[0]
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Errors as a node shows them: the first line. Others show calls in Python, which users of nodes do not write."""
+    try:
+        yield
+    except KVLockError as error:
+        raise type(error)("KV Lock: " + str(error).removeprefix("KV Lock: ").partition("\n")[0]) from error
+
+
+def layer_indices(text: str) -> list[int] | None:
+    """Return the layers that "8-16" or "0, 4, 8" names; None for "all".
+
+    Raises:
+        AttentionError: It is no such list.
+    """
+    if text.strip() in ("", "all"):
+        return None
+    parts = [part.strip().partition("-") for part in text.split(",")]
+    try:
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
+    except ValueError:
+        raise AttentionError(f"layers={text!r}; expected all, or numbers and ranges such as 0, 4, 8-16.") from None
+    return [index for part in ranges for index in part]

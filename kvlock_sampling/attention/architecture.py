@@ -102,6 +102,7 @@ class Architecture:
                 layers.append(AttentionLayer(name, names[name], pattern.text or self.text, patch))
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
+        holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
         joint = any(layer.text != "none" for layer in layers)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
         if flow is not None:  # answered for this network, because functions of it cannot be pickled
@@ -114,7 +115,7 @@ class Architecture:
             networks=(module,),
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
-            blocks=tuple(names[parent] for parent in dict.fromkeys(s.name.rpartition(".")[0] for s in layers)),
+            blocks=tuple(dict.fromkeys(m if isinstance(holder, nn.ModuleList) else holder for m, holder in holders)),
             flow=flow,
         )
 

@@ -42,7 +42,8 @@ def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Argumen
         _narrow_tokens(bound.arguments, flow, context)
     context.record.entered = True
     _narrow_tables(bound.arguments, flow, context)
-    return bound.args[1:], bound.kwargs
+    given = 1 + len(args)  # what came by keyword stays there, because hooks that run after this one look for it there
+    return bound.args[1:given], dict(zip([*bound.arguments][given:], bound.args[given:], strict=False)) | bound.kwargs
 
 
 def _leave(args: Any, kwargs: Any) -> Arguments:

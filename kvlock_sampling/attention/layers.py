@@ -83,7 +83,7 @@ class AttentionLayer:
         hint = "The mask's grid and the model's patches differ: check the latents' shape."
         if surplus > 0:
             call = f"layers=kv.find_layers(model).with_extra(after={surplus})"
-            hint = f"If {surplus} tokens are reference frames or guides, declare them: {call}."
+            hint = f"If {surplus} tokens are reference frames or guides, declare them: {call}, or before= if first."
         raise AttentionError(
             f"layer {self.name!r} attends over {length} tokens; expected the mask's {tokens}{parts}{others}.\n  {hint}"
         )
@@ -102,7 +102,7 @@ class AttentionLayers:
         networks: The modules whose calls are one evaluation each: two if experts share a run.
         extra: Numbers of tokens before and after the video's that are neither text nor video, e.g. reference images.
         complete: Every layer of the model is in `layers`.
-        blocks: The modules that hold the layers, also of layers that are not locked.
+        blocks: The modules that hold the layers, or are the layers themselves; also of layers that are not locked.
     """
 
     patch: Grid

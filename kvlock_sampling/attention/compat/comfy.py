@@ -3,6 +3,9 @@
 Before each of its kernels it looks for `optimized_attention_override` in the options of the call. So a locked module is
 called with a copy of its options, whose override fuses, and then calls the override that it found there, or the kernel.
 Nothing is left behind, and other packs' overrides act before or after. ComfyUI is not imported.
+
+Some calls name tokens by their position: a first frame with its own timestep, guides with weights of their own, or
+patches that cut the sequence into frames. Then no token can be left out: a run of the edited tokens only is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...types import AttentionError
+from ..context import current
 from ..forward_hooks import compiler_imported
 from ..interception import taken
 
 _KEY = "optimized_attention_override"
+
+
+# Arguments of blocks and layers. A mask is by position if it is no tensor, as that of LTX-Video's guides.
+_BY_POSITION = ("modulation_dims_img", "modulation_dims", "mask")
 
 
 def overridden(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -23,6 +32,14 @@ def overridden(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     options = kwargs.get("transformer_options")
     if not isinstance(options, dict):
         return kwargs
+    named = [f"{n}=" for n in _BY_POSITION if kwargs.get(n) is not None and not isinstance(kwargs[n], Tensor)]
+    if any((options.get("patches") or {}).values()):
+        named.append('transformer_options["patches"]')
+    if named and current().narrow:
+        raise AttentionError(
+            f"{named[0]} may name tokens by their position, so none can be left out of the computation.\n"
+            "  Pass foreground=False to KVLock."
+        )
     hidden = torch.compiler.disable(_override) if compiler_imported() else _override
     return {**kwargs, "transformer_options": {**options, _KEY: partial(hidden, options.get(_KEY))}}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
@@ -29,7 +30,12 @@ Estimator = io.Custom("KVLOCK_ESTIMATOR")
 KVCache = io.Custom("KVLOCK_KV_CACHE")
 Lock = io.Custom("KVLOCK_LOCK")
 
-ADVANCED = {"advanced": True}
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Float.Input.__init__).parameters else {}
+
+
+def schema(**given: Any) -> io.Schema:
+    """A node's description, without what an older ComfyUI does not know."""
+    return io.Schema(**{name: value for name, value in given.items() if name in io.Schema.__dataclass_fields__})
 
 
 def number(name: str, default: float, low: float, high: float, tooltip: str, *, optional: bool = False) -> Any:
@@ -41,7 +47,7 @@ def number(name: str, default: float, low: float, high: float, tooltip: str, *, 
         step=0.01,
         tooltip=tooltip,
         optional=optional,
-        extra_dict=dict(ADVANCED),
+        **ADVANCED,
     )
 
 
@@ -76,7 +82,7 @@ def lock_inputs() -> list[Any]:
             default="all",
             optional=True,
             tooltip="Attention layers to lock, e.g. 8-16 or 0,4,8.",
-            extra_dict=dict(ADVANCED),
+            **ADVANCED,
         ),
         number(
             "transition",
@@ -92,14 +98,14 @@ def lock_inputs() -> list[Any]:
             default=True,
             optional=True,
             tooltip="Put the source into the background where the policy does not say otherwise. Off: the lock alone.",
-            extra_dict=dict(ADVANCED),
+            **ADVANCED,
         ),
         io.Boolean.Input(
             "foreground",
             default=True,
             optional=True,
             tooltip="Compute the edited tokens alone where the background is fully locked: faster, same result.",
-            extra_dict=dict(ADVANCED),
+            **ADVANCED,
         ),
     ]
 
@@ -132,7 +138,7 @@ def made_lock(given: dict[str, Any]) -> Any:
 class KVLock(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLock",
             display_name="KV Lock",
             category=CATEGORY,
@@ -158,7 +164,7 @@ class KVLock(io.ComfyNode):
 class KVLockContinue(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockContinue",
             display_name="KV Lock (next stage)",
             category=CATEGORY,
@@ -184,7 +190,7 @@ class KVLockContinue(io.ComfyNode):
 class KVLockSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockSampler",
             display_name="KV Lock (sampler)",
             category=CATEGORY,
@@ -205,7 +211,7 @@ class KVLockSampler(io.ComfyNode):
 class KVLockTrace(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockTrace",
             display_name="KV Lock Trace",
             category=CATEGORY,
@@ -231,7 +237,7 @@ class KVLockTrace(io.ComfyNode):
 class KVLockMask(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockMask",
             display_name="KV Lock Mask",
             category=CATEGORY,
@@ -269,7 +275,7 @@ class KVLockMask(io.ComfyNode):
 class KVLockComposite(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockComposite",
             display_name="KV Lock Composite",
             category=CATEGORY,
@@ -299,7 +305,7 @@ class KVLockComposite(io.ComfyNode):
 class KVLockEstimator(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockEstimator",
             display_name="KV Lock Estimator",
             category=CATEGORY,
@@ -331,7 +337,7 @@ class KVLockEstimator(io.ComfyNode):
 class KVLockKVCache(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockKVCache",
             display_name="KV Lock Cache",
             category=CATEGORY,
@@ -340,7 +346,9 @@ class KVLockKVCache(io.ComfyNode):
             inputs=[
                 io.Int.Input("every", default=3, min=1, max=100, tooltip="Evaluations per pass of the source."),
                 number("ratio", 1.5, 1.0, 100.0, "Largest ratio of noise levels that share keys and values."),
-                io.Combo.Input("format", options=["int8", "unchanged"], default="int8"),
+                io.Combo.Input(
+                    "format", options=["int8", "unchanged"], default="int8", tooltip="int8: a quarter of the memory."
+                ),
                 number("budget", 4.0, 0.1, 4096.0, "Memory in GB."),
             ],
             outputs=[KVCache.Output(display_name="kv_cache")],
@@ -355,15 +363,15 @@ class KVLockKVCache(io.ComfyNode):
 class KVLockExample(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockExample",
             display_name="KV Lock Example",
             category=CATEGORY,
             description="A small model and a clip to edit, so that everything can be tried without a download. It "
             "knows five words: colour, shape, motion, surface and post, as in the prompts that it puts out.",
             inputs=[
-                io.Combo.Input("edit", options=list(EDITS), default="remove"),
-                io.Int.Input("scene", default=1003, min=0, max=1_000_000),
+                io.Combo.Input("edit", options=list(EDITS), default="remove", tooltip="What happens to the object."),
+                io.Int.Input("scene", default=1003, min=0, max=1_000_000, tooltip="Chooses the clip."),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -404,7 +412,7 @@ def policy_node(kind: str, title: str, description: str, inputs: list[Any], rang
     class PolicyNode(io.ComfyNode):
         @classmethod
         def define_schema(cls) -> io.Schema:
-            return io.Schema(
+            return schema(
                 node_id=f"KVLockPolicy{kind}",
                 display_name=f"KV Lock Policy: {title}",
                 category=f"{CATEGORY}/policies",
@@ -430,12 +438,12 @@ def policy_node(kind: str, title: str, description: str, inputs: list[Any], rang
 class KVLockPolicyPreset(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockPolicyPreset",
             display_name="KV Lock Policy: Preset",
             category=f"{CATEGORY}/policies",
             description="A preset with its estimator and threshold, e.g. to compare several in one graph.",
-            inputs=[io.Combo.Input("preset", options=list(PRESETS), default="default")],
+            inputs=[io.Combo.Input("preset", options=list(PRESETS), default="default", tooltip="See KV Lock.")],
             outputs=[Policy.Output(display_name="policy")],
         )
 
@@ -447,7 +455,7 @@ class KVLockPolicyPreset(io.ComfyNode):
 class KVLockPolicyWindow(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="KVLockPolicyWindow",
             display_name="KV Lock Policy: Window",
             category=f"{CATEGORY}/policies",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def checkpoints(folder: Path) -> None:
     """A Wan and its VAE with few weights, and a LoRA, as the stock loaders read them."""
+    import comfy.sd
     from comfy.ldm.wan.vae import WanVAE
     from conftest import wan
 
@@ -29,7 +31,9 @@ def checkpoints(folder: Path) -> None:
     for name, layers in (("tiny", 3), ("tiny_low", 2)):
         network = wan(**sizes, num_layers=layers).model.diffusion_model
         save(network.state_dict(), folder / f"models/diffusion_models/{name}.safetensors")
-    g, vae = torch.Generator().manual_seed(1), WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    any_size = "decoder.head.0.gamma" in inspect.getsource(comfy.sd)  # else the loader expects the full width
+    vae = WanVAE(dim=8 if any_size else 96, z_dim=16, temperal_downsample=[False, True, True])
+    g = torch.Generator().manual_seed(1)
     for weight in vae.state_dict().values():  # ComfyUI leaves them as the memory was
         weight.copy_(torch.randn(weight.shape, generator=g) * 0.1)
     save(vae.state_dict(), folder / "models/vae/tiny_vae.safetensors")

@@ -86,7 +86,7 @@ def test_sizes():
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     )
-    assert sum(count for name, count in lines.items() if not name.endswith(WINGS)) <= 14_000
+    assert sum(count for name, count in lines.items() if not name.endswith(WINGS)) <= 14_650
     assert classes <= 120
     assert max(lines.values()) <= 350
     assert sum(lines[name] for name in CORE) < 1000

@@ -380,5 +380,13 @@ def test_a_job_whose_worker_dies_is_tried_three_times(tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     with pytest.raises(KVLockError, match="no model"):
         list(run_on_ray(Actor, (tmp_path,), groups, workers=2))
-    with pytest.raises(KVLockError, match=r"no Ray cluster at .*\n.*ray start --head"):
-        list(run_on_ray(Actor, (tmp_path,), groups, address="127.0.0.1:1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:99999", "nowhere"])
+def test_a_cluster_that_does_not_answer_is_named_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    from kvlock_sampling.integrations.ray import run_on_ray
+
+    with pytest.raises(KVLockError, match=rf"no Ray cluster at {address}: .+\n.*ray start --head"):
+        list(run_on_ray(object, (), [[1]], address=address))

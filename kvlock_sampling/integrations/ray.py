@@ -2,6 +2,7 @@
 
 import math
 import os
+import socket
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -40,10 +41,13 @@ def run_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers.
     local = {} if address else {"include_dashboard": False, "num_cpus": workers, "object_store_memory": STORE}
     try:
+        host, _, port = (address or "").rpartition(":")
+        if port.isdecimal() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()  # Ray would wait for minutes.
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise KVLockError(
-            f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}\n"
+            f"no Ray cluster at {address or 'this machine'}: {str(error).partition(chr(10))[0]}\n"
             "  Start one, ray start --head, and pass --address auto; or leave --address away."
         ) from error
     try:

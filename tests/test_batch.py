@@ -216,6 +216,7 @@ def test_a_wrong_table_ends_before_anything_runs(kvlock: Kvlock, edits: list[str
         (["--model", "nowhere"], "no model at 'nowhere'"),
         (["--dtype", "float16"], "dtype='float16' is for a pipeline"),
         (["--size", "3"], "expected HEIGHTxWIDTH"),
+        (["--kv-cache", ""], "directory='' names no folder"),
     ],
 )
 def test_an_option_that_no_row_can_use_is_an_error(kvlock: Kvlock, more: list[object], message: str) -> None:

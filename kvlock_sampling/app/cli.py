@@ -224,6 +224,7 @@ def batch(
 ) -> None:
     """Do the edits of a table, each once; the same command goes on after a stop, and does what has changed."""
     with readable():
+        from ..kv_cache import KVCache
         from ..presets import load_preset
         from ..samplers import get
         from ..utils.files import check_writable
@@ -233,11 +234,10 @@ def batch(
 
         get(sampler), load_preset(policy), check_seed(seed, KVLockError)
         model = model if model == "tiny" or not Path(model).exists() else str(Path(model).absolute())
-
         options: dict[str, Any] = {"sampler": sampler, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
         options |= {"policy": policy_file(policy, Path()), "strength": strength, "scale": scale, "frames": frames}
-        options |= {"size": _sides(size), "source_prompt": None}
-        options["kv_cache"] = None if kv_cache is None else str(Path(kv_cache).absolute())
+        cache = None if kv_cache is None else KVCache(kv_cache).directory
+        options |= {"size": _sides(size), "source_prompt": None, "kv_cache": cache and str(cache.absolute())}
         loaded: dict[str, Any] = {"model": model, "dtype": dtype, "offload": offload, "shift": shift}
         loaded |= {"tile_vae": tile_vae or None, "negative_prompt": negative_prompt}
         rows = read_jobs(jobs, out_dir.absolute(), options, loaded)

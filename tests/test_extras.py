@@ -10,7 +10,7 @@ import pytest
 from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils.extras import require
 
-EXTRAS = ("accelerate", "av", "diffusers", "matplotlib", "PIL", "rich", "transformers", "typer")
+EXTRAS = ("accelerate", "av", "diffusers", "matplotlib", "PIL", "ray", "rich", "transformers", "typer")
 
 
 def run(code: str, *words: str, hide: tuple[str, ...] = EXTRAS) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,15 @@ PACKAGE = Path(kv.__file__).parent
 ROOT = "kvlock_sampling"
 FILES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
 NAMES = {".".join(parts).removesuffix("__init__").rstrip("."): path for path, parts in FILES.items()}
-WINGS = ("attention.architectures.comfy", "attention.compat.comfy", "integrations.comfyui")  # another host may add
+WINGS = (  # other hosts, and batches: a new wing may add
+    "attention.architectures.comfy",
+    "attention.compat.comfy",
+    "integrations.comfyui",
+    "integrations.ray",
+    "app.batch",
+    "app.jobs",
+    "app.report",
+)
 CORE = ("lock", "controller", "branches", "attention.hooks", "attention.context")
 PURE = ("policy", "variance", "guidance", "attention.fuse", "masks")
 
@@ -86,7 +94,8 @@ def test_sizes():
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     )
-    assert sum(count for name, count in lines.items() if not name.startswith(WINGS)) <= 14_000
+    core = {name: count for name, count in lines.items() if not name.startswith(WINGS)}
+    assert sum(core.values()) <= 14_000
     assert classes <= 120
     assert max(lines.values()) <= 350
     assert sum(lines[name] for name in CORE) < 1000

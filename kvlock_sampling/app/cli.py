@@ -1,4 +1,4 @@
-"""The command `kvlock`: the demo, edits of your own clips, calibration, and lists of presets and samplers."""
+"""The command `kvlock`: the demo, edits of your own clips, batches, calibration, and lists of presets and samplers."""
 
 import re
 import warnings
@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..types import KVLockError
+from ..utils.fields import check_seed
 
 app = typer.Typer(
     help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
@@ -24,7 +26,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)
-LARGEST = 16_384  # pixels a side that encoders take
 
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
@@ -32,6 +33,16 @@ Steps = Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive ch
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
 Offload = Annotated[str, typer.Option(help="none; model: one network on the device at a time; group: one layer.")]
+Policy = Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")]
+CFGScale = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")]
+Strength = Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")]
+Scale = Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")]
+Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")]
+TileVAE = Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="The unconditional prompt; for pipelines.")]
+Shift = Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")]
+KVCacheDir = Annotated[str | None, typer.Option(metavar="DIR", help="Keep the source's K/V for later edits.")]
 
 
 def _version(asked: bool) -> None:
@@ -54,11 +65,9 @@ def readable() -> Iterator[None]:
             warnings.showwarning = lambda message, *_, **__: _say("[bold yellow]warning:[/]", message)
             yield
     except (KVLockError, OSError, torch.OutOfMemoryError) as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
-            text = f"out of memory: {text.splitlines()[0]}\n  {less}"
-        _say("[bold red]error:[/]", text)
+        from .jobs import message
+
+        _say("[bold red]error:[/]", message(error))
         raise typer.Exit(2) from None
 
 
@@ -73,6 +82,13 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda *_: bar.advance(task)
+
+
+def _sides(size: str | None) -> tuple[int, int] | None:
+    found = None if size is None else re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", size.strip())
+    if size is not None and found is None:
+        raise KVLockError(f"--size {size!r}; expected HEIGHTxWIDTH in pixels, e.g. --size 480x832.")
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _decibels(psnr: Any) -> str:
@@ -117,21 +133,21 @@ def edit(
     model: Model = "tiny",
     sampler: Sampler = "dpmpp_2m",
     steps: Steps = 30,
-    policy: Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")] = "default",
-    cfg_scale: Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")] = None,
-    strength: Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")] = 1.0,
+    policy: Policy = "default",
+    cfg_scale: CFGScale = None,
+    strength: Strength = 1.0,
     seed: Seed = 0,
-    scale: Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")] = None,
+    scale: Scale = None,
+    frames: Frames = None,
+    size: Size = None,
     dtype: Dtype = None,
     offload: Offload = "none",
-    tile_vae: Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")] = False,
+    tile_vae: TileVAE = False,
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="The unconditional prompt; for pipelines.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Flow shift, in place of the pipeline's own.")] = None,
+    negative_prompt: NegativePrompt = None,
+    shift: Shift = None,
     trace: Annotated[Path | None, typer.Option(help="Also write the run's figure (png, svg, pdf).")] = None,
-    kv_cache: Annotated[str | None, typer.Option(metavar="DIR", help="Keep the source's K/V for later edits.")] = None,
+    kv_cache: KVCacheDir = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
@@ -140,6 +156,7 @@ def edit(
         from ..trace import figure_format
         from ..utils.files import check_writable
         from ..video import check_suffix, read_clip, write_clip
+        from .batch import fitting_scale
         from .edit import edit_video
         from .models import open_model, read_pair
 
@@ -152,20 +169,15 @@ def edit(
             check_writable(trace)
         get(sampler)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
-        found = None if size is None else re.fullmatch(r"(\d+)\s*[xX]\s*(\d+)", size.strip())
-        if size is not None and found is None:
-            raise KVLockError(f"--size {size!r}; expected HEIGHTxWIDTH in pixels, e.g. --size 480x832.")
-        sides = None if found is None else (int(found[1]), int(found[2]))
+        sides = _sides(size)
         video = open_model(
             model, dtype=dtype, offload=offload, tile_vae=tile_vae or None, negative_prompt=negative_prompt, shift=shift
         )
-        if model_is_tiny := video.frames is not None:
+        if video.frames is not None:
             video.prompt([prompt, source_prompt or ""])  # Unknown words raise before any file is read.
         source, region = read_pair(video, clip, mask, frames=frames, size=sides)
         _say("read:", source.note)
-        scale = scale or (4 if model_is_tiny else 1)
-        if (largest := max(source.pixels.shape[2:]) * scale) > LARGEST:
-            raise KVLockError(f"--scale {scale} makes {largest} pixels a side; expected at most {LARGEST}. Take less.")
+        scale = fitting_scale(scale, video, source.pixels)
         if image is not None:
             if not hasattr(video, "starting_from"):
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
@@ -185,6 +197,74 @@ def edit(
             f"{sound and '; '}{sound}",
             highlight=False,
         )
+
+
+@app.command()
+def batch(
+    jobs: Annotated[Path, typer.Argument(help="CSV with columns clip, mask, prompt, and more; an edit a row.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into; what is done there is kept.")],
+    model: Model = "tiny",
+    sampler: Sampler = "dpmpp_2m",
+    steps: Steps = 30,
+    policy: Policy = "default",
+    cfg_scale: CFGScale = None,
+    strength: Strength = 1.0,
+    seed: Seed = 0,
+    scale: Scale = None,
+    frames: Frames = None,
+    size: Size = None,
+    dtype: Dtype = None,
+    offload: Offload = "none",
+    tile_vae: TileVAE = False,
+    negative_prompt: NegativePrompt = None,
+    shift: Shift = None,
+    kv_cache: KVCacheDir = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, on Ray; default: one per GPU, or one.")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster: auto, or HOST:PORT.")] = None,
+) -> None:
+    """Do the edits of a table, each once; the same command goes on after a stop, and does what has changed."""
+    with readable():
+        from ..kv_cache import KVCache
+        from ..presets import load_preset
+        from ..samplers import get
+        from ..utils.files import check_writable
+        from .batch import run_batch
+        from .jobs import policy_file, read_jobs
+        from .report import write_report
+
+        get(sampler), load_preset(policy), check_seed(seed, KVLockError)
+        model = model if model == "tiny" or not Path(model).exists() else str(Path(model).absolute())
+        options: dict[str, Any] = {"sampler": sampler, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
+        options |= {"policy": policy_file(policy, Path()), "strength": strength, "scale": scale, "frames": frames}
+        cache = None if kv_cache is None else KVCache(kv_cache).directory
+        options |= {"size": _sides(size), "source_prompt": None, "kv_cache": cache and str(cache.absolute())}
+        loaded: dict[str, Any] = {"model": model, "dtype": dtype, "offload": offload, "shift": shift}
+        loaded |= {"tile_vae": tile_vae or None, "negative_prompt": negative_prompt}
+        rows = read_jobs(jobs, out_dir.absolute(), options, loaded)
+        check_writable(out_dir / "report.html")
+        try:
+            with progress("editing", len(rows)) as advance:
+                records = run_batch(rows, loaded, workers=workers, address=address, on_job=advance)
+        except KeyboardInterrupt:
+            _say("stopped:", "what is done is kept; the same command does the rest.")
+            raise typer.Exit(130) from None
+        write_report(out_dir, rows, records)
+        numbers = [Column(name, justify="right") for name in ("passes", "time", "background")]
+        table = Table("row", "output", "", *numbers)
+        for job, record in zip(rows, records, strict=True):
+            figures = []
+            if record["status"] != "failed":
+                figures = [str(record["nfe"]), f"{record['seconds']:.1f} s", _decibels(record["background_psnr"])]
+            table.add_row(str(job.row), escape(job.output.name), record["status"], *figures)
+        out.print(table)
+        for job, record in zip(rows, records, strict=True):
+            for text in [record["error"]] if "error" in record else record["warnings"]:
+                _say(f"[bold]row {job.row}:[/]", text)
+        kinds = [record["status"] for record in records]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("done", "kept", "failed"))
+        out.print(f"{out_dir / 'report.html'}: {counts}", highlight=False, soft_wrap=True)
+        if "failed" in kinds:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,187 @@
+"""Jobs of a batch: the rows of a CSV file, checked, with a fingerprint of everything that their outputs depend on."""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..presets import load_preset, to_toml
+from ..samplers import get
+from ..types import KVLockError
+from ..utils.tables import nearest
+from ..video.pixels import VideoError
+from ..video.write import check_suffix
+
+NEEDED = ("clip", "mask", "prompt")
+NUMBERS: dict[str, type[int] | type[float]] = {"seed": int, "steps": int, "cfg_scale": float, "strength": float}
+COLUMNS = (*NEEDED, "source_prompt", "policy", *NUMBERS, "sampler", "name")
+EXAMPLE = "  clip,mask,prompt\n  clip.mp4,mask.png,a red kite"
+LONGEST = 200  # bytes of an output's name: temporary names are longer, and file systems take 255
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the file.
+
+    Attributes:
+        row: Its number, from 1; empty lines do not count.
+        output: The file to write.
+        options: What to edit and how; paths are absolute.
+        fingerprint: Of the options and of the contents of the files.
+        error: Why the row cannot be run; "" if nothing is known against it.
+    """
+
+    row: int
+    output: Path
+    options: Mapping[str, Any]
+    fingerprint: str = ""
+    error: str = ""
+
+    @property
+    def record(self) -> Path:
+        """The file that says how the output was made."""
+        return self.output.with_name(f"{self.output.name}.json")
+
+
+def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping[str, Any]) -> list[Job]:
+    """Read the jobs of a CSV file.
+
+    Args:
+        path: The file: UTF-8, first the names of its columns, some of `COLUMNS`. Its paths are relative to its folder.
+        out: The folder of the outputs.
+        defaults: The options for empty cells, and those that have no column.
+        model: The arguments of `open_model`.
+
+    Raises:
+        KVLockError: The file is no such table, two rows write one file, or a row reads what a row writes.
+    """
+    header, rows = _table(path)
+    content_of = functools.cache(digest)  # A file is read once, whatever the number of its rows.
+    shared = {key: value for key, value in model.items() if key not in ("model", "offload")}
+    shared["weights"] = _weights(Path(model["model"]))
+    jobs = []
+    for row, cells in enumerate(rows, 1):
+        given = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+        stem = Path(given.get("clip", "")).stem[:40]
+        job = Job(row, out / f"{row:03}-{stem}.mp4", given)
+        try:
+            job = replace(job, output=out / _checked_name(given.pop("name", job.output.name)))
+            if len(cells) > len(header):
+                raise KVLockError(f"{len(cells)} cells for {len(header)} columns. Put a text with commas in quotes.")
+            job = replace(job, options={**defaults, **_options(given, path.parent.absolute())})
+            get(job.options["sampler"])
+            content = shared | dict(job.options) | {name: content_of(job.options[name]) for name in ("clip", "mask")}
+            content["policy"] = to_toml(load_preset(job.options["policy"]))
+            content["kv_cache"] = job.options["kv_cache"] is not None
+            text = json.dumps(content, sort_keys=True)
+            jobs.append(replace(job, fingerprint=hashlib.sha256(text.encode()).hexdigest()))
+        except (KVLockError, OSError, ValueError) as error:
+            jobs.append(replace(job, error=message(error)))
+    _check_outputs(jobs)
+    return jobs
+
+
+def digest(path: str | os.PathLike[str]) -> str:
+    """A digest of the contents of a file, or of the files in a folder. Raises VideoError if there is none."""
+    path, found = Path(path), hashlib.sha256()
+    if not path.is_file() and not path.is_dir():  # A pipe or a device may never end.
+        raise VideoError(f"no such file or folder: {str(path)!r}.")
+    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+        with open(file, "rb") as opened:
+            name = file.name if path.is_dir() else file.suffix
+            found.update(f"{len(name)} {name}".encode() + hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
+
+
+def message(error: BaseException) -> str:
+    """What an error says: with advice if memory ran out, with its class if the error is unexpected."""
+    if isinstance(error, torch.OutOfMemoryError):
+        less = "Use less at a time: --offload model or group, --dtype bfloat16, fewer --frames, a smaller --size."
+        return f"out of memory: {str(error).splitlines()[0]}\n  {less}"
+    return str(error) if isinstance(error, KVLockError | OSError) else f"{type(error).__name__}: {error}"
+
+
+def policy_file(policy: str, folder: Path) -> str:
+    """The absolute path of a policy's file, given relative to a folder. The name of a preset stays as it is."""
+    is_file = policy.endswith(".toml") or os.sep in policy
+    return str(folder.absolute() / Path(policy).expanduser()) if is_file else policy
+
+
+def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The names of the columns, and the cells of each row that has any."""
+    try:
+        text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text, strict=True)]
+    except UnicodeDecodeError as error:
+        raise KVLockError(f"{str(path)!r} is not UTF-8: {error}. Save it as CSV UTF-8.") from None
+    except csv.Error as error:
+        raise KVLockError(f"{str(path)!r} is not CSV: {error}. Write a quote within quotes twice.") from None
+    header, *rows = [line for line in lines if any(line)] or [[]]
+    names = [name.lower() for name in header]
+    while names and not names[-1]:  # Spreadsheets write empty columns at the end.
+        names.pop()
+    for name in names:
+        if name not in COLUMNS:
+            raise KVLockError(f"{str(path)!r} has the column {name!r}; {nearest(name, COLUMNS)}. Commas separate them.")
+        if names.count(name) > 1:
+            raise KVLockError(f"{str(path)!r} has two columns {name!r}; expected one.")
+    if missing := [name for name in NEEDED if name not in names]:
+        raise KVLockError(f"{str(path)!r} has no column {missing[0]!r}; expected at least these:\n{EXAMPLE}")
+    if not rows:
+        raise KVLockError(f"{str(path)!r} has no rows; expected one edit a row:\n{EXAMPLE}")
+    return names, [row[: len(names)] if not any(row[len(names) :]) else row for row in rows]
+
+
+def _checked_name(name: str) -> str:
+    name = name if Path(name).suffix else f"{name}.mp4"
+    plain = Path(name).name == name and name.isprintable() and not name.startswith(".")
+    if not plain or len(name.encode()) > LONGEST:
+        raise KVLockError(f"name={name!r}; expected the name of a file, without folders, e.g. kite.mp4.")
+    check_suffix(name)
+    return name
+
+
+def _options(given: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """The cells of a row as options of an edit."""
+    if missing := [name for name in NEEDED if name not in given]:
+        raise KVLockError(f"{missing[0]} is empty; expected {', '.join(NEEDED)} in every row.")
+    options: dict[str, Any] = dict(given)
+    for name in NUMBERS.keys() & given.keys():
+        try:
+            options[name] = NUMBERS[name](given[name])
+        except ValueError:
+            whole = "a whole number" if NUMBERS[name] is int else "a number"
+            raise KVLockError(f"{name}={given[name]!r}; expected {whole}, e.g. {NUMBERS[name](1)}.") from None
+    paths = {name: str(folder / Path(given[name]).expanduser()) for name in ("clip", "mask")}
+    return options | paths | ({"policy": policy_file(given["policy"], folder)} if "policy" in given else {})
+
+
+def _check_outputs(jobs: Sequence[Job]) -> None:
+    writes: dict[str, Job] = {}
+    for job in jobs:
+        first = writes.setdefault(_same(job.output), job)
+        if first is not job:
+            raise KVLockError(f"rows {first.row} and {job.row} both write {job.output.name!r}; give each its own name.")
+    for job in jobs:
+        for read in (job.options.get("clip", ""), job.options.get("mask", "")):
+            if os.path.isabs(read) and (writer := writes.get(_same(read))) is not None:
+                raise KVLockError(f"row {job.row} reads {read!r}, which row {writer.row} writes. Give another --out.")
+
+
+def _same(path: str | Path) -> str:
+    """A text that two paths of one file share; some file systems ignore case."""
+    return os.path.abspath(path).casefold()
+
+
+def _weights(path: Path) -> list[Any]:
+    """The names, sizes and times of a model's files, which tell a changed one without reading it."""
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

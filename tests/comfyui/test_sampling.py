@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+
 import comfy.model_management
 import comfy.samplers
 import nodes
@@ -398,3 +401,47 @@ def test_a_mask_of_another_height_and_width_is_resized(model):
     small[:, :25, :25] = 1
     found = sample(locked(model, "full", mask=small)[1])
     assert background(found) <= 1e-5
+
+
+def test_the_example_is_the_embedded_model():
+    from kvlock_sampling.integrations.comfyui.example import PixelVAE, conditioning, example, model
+
+    if not os.environ.get("KVLOCK_EMBEDDED"):
+        pytest.skip("KVLOCK_EMBEDDED names no file of predictions; tests/test_comfyui.py makes it")
+    known = torch.load(os.environ["KVLOCK_EMBEDDED"])
+    text = torch.cat([conditioning(known["prompt"])[0][0]] * 2)
+    found = model().model.diffusion_model(known["z"], known["t"] * 1000, context=text)
+    torch.testing.assert_close(found, known["x0"], rtol=0, atol=1e-4)
+    clip = example("glow", 3).clip
+    torch.testing.assert_close(PixelVAE().decode(PixelVAE().encode(clip))[0], clip)
+
+
+@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "res_multistep_cfg_pp", "ipndm", "er_sde", "lcm", "ddim"])
+def test_further_samplers(model, sampler):
+    bare = sample(model, sampler)
+    assert torch.equal(sample(locked(model, "off")[1], sampler), bare)
+    found = sample(locked(model, "half")[1], sampler)
+    assert background(found) <= 1e-5
+    assert foreground(found, bare) > 0.01
+
+
+def test_two_locks_in_one_run(model):
+    """A lock around the model and one around the sampler."""
+    lock = ComfyLock(latents(), mask=box(), options={"policy": "full"})
+    guider = comfy.samplers.CFGGuider(locked(model)[1])
+    guider.set_conds(text(5), text(6))
+    guider.set_cfg(4.0)
+    sigmas = comfy.samplers.KSampler(model, 4, "cpu", "euler", "simple").sigmas
+    noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+    sampler = lock.around(comfy.samplers.sampler_object("euler"))
+    with pytest.raises(kv.types.RunError, match="has a KV lock already"):
+        guider.sample(noise, latents()["samples"], sampler, sigmas, seed=3)
+
+
+def test_an_easy_cache_is_told_apart_or_told(model):
+    """A step cache that leaves the network out: the lock still composites, or says what it cannot."""
+    extras = pytest.importorskip("comfy_extras.nodes_easycache")
+    cached = made_by(extras.EasyCacheNode, locked(model, "half")[1], 0.2, 0.15, 0.95, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert background(sample(cached, steps=8)) <= 1e-5

@@ -132,6 +132,10 @@ class ComfyLock:
         model = guider.inner_model
         if len(getattr(model, "latent_shapes", None) or (0,)) > 1 or self.source["samples"].is_nested:
             raise SourceError("the model samples video and sound together; expected a model of video alone.")
+        if guider.model_options.get("multigpu_clones"):
+            raise RunError(
+                "the model runs on several GPUs; expected one: a lock sees one network. Leave the split away."
+            )
         clip = self.source["samples"].to(noise)
         if clip.ndim != noise.ndim or clip.shape[1:] != noise.shape[1:]:
             raise SourceError(
@@ -170,7 +174,7 @@ class ComfyLock:
     @contextmanager
     def _predicting(self, lock: KVLock, guider: Any) -> Iterator[None]:
         """Inside the block each evaluation of the guider goes through the lock."""
-        from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+        from comfy.patcher_extension import WrappersMP
 
         prompts, denoiser = {"cond": "positive"}, lock.model
         assert isinstance(denoiser, GuiderDenoiser)
@@ -183,11 +187,14 @@ class ComfyLock:
             denoiser.within(partial(executor, **more), {} if options is None else options, seed)
             return lock(x, sigma, cfg=guider.cfg, **prompts)
 
-        add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, predict, guider.model_options, is_model_options=True)
+        wrappers = guider.model_options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        if wrappers.setdefault(WrappersMP.PREDICT_NOISE, {}).get(KEY):
+            raise RunError("this run has a KV lock already; expected one, around the model or around the sampler.")
+        wrappers[WrappersMP.PREDICT_NOISE][KEY] = [predict]
         try:
             yield
         finally:
-            del guider.model_options["transformer_options"]["wrappers"][WrappersMP.PREDICT_NOISE][KEY]
+            del wrappers[WrappersMP.PREDICT_NOISE][KEY]
 
     def _go_on(self, lock: KVLock, stages: Sequence[Stage], x: Tensor, sigma: Tensor) -> None:
         """Go on with the stage whose noise explains the background that this run begins with."""

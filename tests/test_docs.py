@@ -38,6 +38,7 @@ PUBLIC = (
     "kvlock_sampling",
     *(f"kvlock_sampling.{name}" for name in ("attention", "denoisers", "kv_cache", "masks", "policy", "presets")),
     *(f"kvlock_sampling.{name}" for name in ("samplers", "testing", "types", "variance", "video", "app", "tiny")),
+    "kvlock_sampling.integrations.comfyui",
     "kvlock_sampling.integrations.diffusers",
 )
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -46,18 +46,11 @@ def within(
     return given if not whole else int(value) if isinstance(value, numbers.Integral) else None
 
 
-def expected(
-    *,
-    above: float = -inf,
-    at_least: float = -inf,
-    at_most: float = inf,
-    below: float = inf,
-    whole: bool = False,
-) -> str:
-    """The limits in words."""
-    limits = [f"> {above:g}"] * (above > -inf) + [f">= {at_least:g}"] * (at_least > -inf)
-    limits += [f"<= {at_most:g}"] * (at_most < inf) + [f"< {below:g}"] * (below < inf)
-    return f"a {'whole' if whole else 'finite'} number {' and '.join(limits)}".strip()
+def expected(*, whole: bool = False, **limits: float) -> str:
+    """The limits of `within` in words."""
+    signs = {"above": ">", "at_least": ">=", "at_most": "<=", "below": "<"}
+    said = [f"{sign} {limits[name]:g}" for name, sign in signs.items() if isfinite(limits.get(name, inf))]
+    return f"a {'whole' if whole else 'finite'} number {' and '.join(said)}".strip()
 
 
 def _example(**limits: Any) -> float:

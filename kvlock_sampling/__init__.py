@@ -17,6 +17,7 @@ from .lock import KVLock
 from .policy import PID, Constant, Linear, Policy, Sigmoid, Smoothed, Windowed, stateless
 from .presets import load_policy, to_toml
 from .restart import restart
+from .search import search
 from .trace import Trace
 from .types import Control, KVLockError, Observation
 from .variance import TrajectoryVariance
@@ -47,6 +48,7 @@ __all__ = [
     "restart",
     "samplers",
     "sdpa_layers",
+    "search",
     "stateless",
     "to_toml",
 ]

@@ -23,6 +23,7 @@ WINGS = (  # other hosts, and batches: a new wing may add
     "app.batch_command",
     "app.jobs",
     "app.report",
+    "search",
 )
 CORE = ("lock", "controller", "branches", "attention.hooks", "attention.context")
 PURE = ("policy", "variance", "guidance", "attention.fuse", "masks")

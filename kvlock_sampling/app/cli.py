@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..types import KVLockError
-from . import batch_command  # noqa: F401 - adds its command
+from . import batch_command, plan_command  # noqa: F401 - they add their commands
 from . import options as opt
 from .command_line import app, decibels, err, out, progress, readable, say, sides_of
 

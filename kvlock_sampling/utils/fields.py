@@ -91,7 +91,8 @@ def reject(owner: Any, name: str, wanted: str, example: Any) -> None:
     """Raise the owner's error for field `name`; the message shows a value that works, its default or `example`."""
     default = next(f.default for f in dataclasses.fields(owner) if f.name == name)
     shown = example if default in (dataclasses.MISSING, None, ()) else default
-    inner = next((f"{around}, " for around in ("policy", "estimator") if around in _fields(owner)[:1]), "")
+    first = dataclasses.fields(owner)[0].name
+    inner = f"{first}, " if first in ("policy", "estimator") else ""
     call = f"{type(owner).__name__}({inner}{name}="
     raise owner._error(f"{call}{getattr(owner, name)!r}): expected {wanted}. This works: {call}{shown!r})")
 
@@ -109,10 +110,6 @@ def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
             "For one by chance: seed=torch.seed()."
         )
     return (int(seed) + plus) % SEEDS
-
-
-def _fields(owner: Any) -> list[str]:
-    return [f.name for f in dataclasses.fields(owner)]
 
 
 def _finite(value: Any) -> float | None:

@@ -1,0 +1,146 @@
+"""Search: several seeds of one edit under one lock, the weak ones stopped at chosen noise levels.
+
+Starts are the rows of one run of the sampler, and each is evaluated alone, under a block of its own: memory is that of
+one edit, and what finishes equals its run alone. A row that stopped keeps its last prediction and costs nothing. With a
+filled KV cache and a quarter of the tokens edited, an evaluation costs about a quarter of an unlocked one, so four
+seeds of which three stop half way cost 0.63 of one unlocked edit. Measured in benchmarks/seeds.py.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import samplers
+from .lock import KVLock
+from .trace import Trace
+from .types import RunError
+from .utils.fields import check_number
+from .utils.proxy import DenoiserProxy
+
+Judge = Callable[[Tensor, Trace], float]
+"""(x0-hat (1, ...), the trace so far) -> a score, higher is better."""
+
+
+class Searched(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        x: The finished edits, the best first, (keep, ...).
+        chosen: Their rows in the starts.
+        candidates: The last prediction of every row, finished or stopped, (starts, ...).
+        scores: By noise level, the score of each row that was judged there; NaN for one that had stopped.
+        traces: One per row.
+        nfe: Function evaluations of all rows together.
+    """
+
+    x: Tensor
+    chosen: list[int]
+    candidates: Tensor
+    scores: dict[float, Tensor]
+    traces: list[Trace]
+
+    @property
+    def nfe(self) -> int:
+        return sum(trace.nfe for trace in self.traces)
+
+
+def calm(denoised: Tensor, trace: Trace) -> float:
+    """The lock's own measurement, negated: the least uncertain prediction is the best.
+
+    Raises:
+        RunError: The lock measures nothing.
+    """
+    variance = trace.steps[-1].variance
+    if not torch.isfinite(variance).all():
+        raise RunError(
+            "the lock measured nothing to judge seeds by. Give judge=, a function of (x0-hat, trace), or a policy that "
+            "measures, e.g. KVLock(..., policy=kv.PID(kp=0.0, ki=0.0, bias=1.0)) for a full lock."
+        )
+    return -float(variance.mean())
+
+
+def search(
+    lock: KVLock,
+    sampler: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    judge: Judge = calm,
+    keep: int = 1,
+    at: Mapping[float, int] | None = None,
+    extra_args: Mapping[str, Any] | None = None,
+    **arguments: Any,
+) -> Searched:
+    """Sample one edit from several starts, and finish the best.
+
+    Args:
+        lock: A lock on one clip. A `KVCache` with noise="fixed" lets one source pass serve every start.
+        sampler: A sampler's name or function. Its steps must not depend on other rows, as those of dpm_adaptive do.
+        x: The starts, (starts, ...), two or more.
+        sigmas: The schedule.
+        judge: Scores a prediction; see `Judge`.
+        keep: How many finish, >= 1.
+        at: How many go on from each noise level. Default: `keep` from half of the steps.
+        extra_args: Of one clip; every start gets them.
+        arguments: Other arguments of `samplers.run`, e.g. seed, one per start.
+
+    Raises:
+        RunError: The numbers do not fit each other, or the lock is on several clips.
+    """
+    source, starts = lock.settings.source, len(x)
+    check_number("keep", keep, RunError, at_least=1, at_most=starts, whole=True)
+    if starts < 2 or (source is not None and len(source.latents) != 1):
+        clips = 0 if source is None else len(source.latents)
+        raise RunError(f"search got {starts} starts for {clips} clips; expected two or more starts of one clip.")
+    levels = [float(level) for level in sigmas if level > 0]
+    plan = {levels[len(levels) // 2]: keep} if at is None else {float(level): count for level, count in at.items()}
+    for level, count in plan.items():
+        check_number("at", count, RunError, f" {level:g} is where so many go on.", at_least=keep, whole=True)
+    with ExitStack() as blocks:
+        rows = _Rows(lock, starts, judge, plan, blocks)
+        out = samplers.run(sampler, rows, x, sigmas, extra_args=extra_args, **arguments)
+        last = rows.select(0.0, keep)
+    candidates = last.index_copy(0, torch.tensor(rows.going, device=last.device), out[rows.going])
+    return Searched(out[rows.going], rows.going, candidates, rows.scores, [each.trace for each in rows.locks])
+
+
+class _Rows(DenoiserProxy):
+    """The denoiser of a search: every row under its own block of the lock, and those that go on."""
+
+    def __init__(self, lock: KVLock, starts: int, judge: Judge, plan: Mapping[float, int], blocks: ExitStack) -> None:
+        one = torch.zeros(1, dtype=torch.long)
+        self.model, self.judge = lock.model, judge
+        self.locks = [blocks.enter_context(lock.subset(one, 1)) for _ in range(starts)]
+        self.going = list(range(starts))
+        self.scores: dict[float, Tensor] = {}
+        self._plan = dict(sorted(plan.items(), reverse=True))
+        self._denoised: Tensor | None = None
+
+    def on_schedule(self, sigmas: Tensor) -> None:
+        for lock in self.locks:
+            lock.on_schedule(sigmas)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        level = float(torch.as_tensor(sigma).max())
+        while self._denoised is not None and self._plan and level <= next(iter(self._plan)) * (1 + 1e-4):
+            at = next(iter(self._plan))
+            self.select(at, self._plan.pop(at))
+        denoised = torch.zeros_like(x) if self._denoised is None else self._denoised.clone()
+        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        for row in self.going:
+            denoised[row] = self.locks[row](x[row : row + 1], sigma[row : row + 1], **extra_args)[0]
+        self._denoised = denoised
+        return denoised
+
+    def select(self, level: float, count: int) -> Tensor:
+        """Judge the rows that go on by their last predictions, which are returned; the best `count` of them go on."""
+        assert self._denoised is not None
+        found = torch.full((len(self.locks),), float("nan"))
+        for row in self.going:
+            found[row] = float(self.judge(self._denoised[row : row + 1], self.locks[row].trace))
+        self.scores[level] = found
+        self.going = sorted(self.going, key=lambda row: (-float(found[row]), row))[:count]
+        return self._denoised

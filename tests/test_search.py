@@ -1,0 +1,108 @@
+"""Several seeds of one edit: what finishes equals its run alone, what stopped costs nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import kvlock_sampling as kv
+from kvlock_sampling.types import RunError
+
+SEEDS = [3, 1, 4, 5]
+SAMPLERS = [n for n in kv.samplers.names() if n not in ("dpm_adaptive", "dpm_fast")]
+
+
+def starts(setup, count=len(SEEDS)):
+    rows = [torch.randn(setup.source.shape[1:], generator=torch.Generator().manual_seed(s)) for s in SEEDS[:count]]
+    return torch.stack(rows) * setup.sigmas[0]
+
+
+def measured(setup, **options):
+    """A full lock that measures."""
+    return setup.lock(policy=kv.PID(kp=0.0, ki=0.0, bias=1.0), **options)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_what_finishes_is_bit_for_bit_its_run_alone(setup, sampler):
+    lock, x = measured(setup), starts(setup)
+    seeded = {"seed": SEEDS} if "ancestral" in sampler or "sde" in sampler else {}
+    found = kv.search(lock, sampler, x, setup.sigmas, keep=2, extra_args=setup.cfg, **seeded)
+    assert len(found.x) == len(found.chosen) == 2
+    for row, made in zip(found.chosen, found.x, strict=True):
+        own = {"seed": [SEEDS[row]]} if seeded else {}
+        alone = lock.sample(sampler, x[row : row + 1], setup.sigmas, extra_args=setup.cfg, **own)
+        assert torch.equal(made, alone[0])
+        assert len(found.traces[row]) == len(lock.trace)
+        assert torch.equal(found.candidates[row], alone[0])
+
+
+def test_a_stopped_row_costs_nothing_more(setup):
+    lock, x, levels = measured(setup), starts(setup), setup.sigmas[setup.sigmas > 0].tolist()
+    at = {levels[2]: 3, levels[4]: 1}
+    found = kv.search(lock, "euler", x, setup.sigmas, at=at, extra_args=setup.cfg)
+    counts = sorted(len(trace) for trace in found.traces)
+    assert counts == [2, 4, 4, len(levels)]
+    assert found.nfe == sum(trace.nfe for trace in found.traces)
+    assert list(found.scores) == [levels[2], levels[4], 0.0]
+    assert [int((~scores.isnan()).sum()) for scores in found.scores.values()] == [4, 3, 1]
+
+
+def test_the_judge_decides(setup):
+    """By default the lock's own measurement; else any function of the prediction."""
+    lock, x = measured(setup), starts(setup)
+    liked: list[float] = []
+
+    def judge(denoised, trace):
+        liked.append(float(denoised.mean()))
+        assert denoised.shape == (1, *setup.source.shape[1:])
+        assert len(trace)
+        return liked[-1]
+
+    found = kv.search(lock, "euler", x, setup.sigmas, judge=judge, extra_args=setup.cfg)
+    assert found.chosen == [max(range(4), key=lambda row: liked[row])]
+    half = list(found.scores)[0]
+    calm = kv.search(lock, "euler", x, setup.sigmas, extra_args=setup.cfg)
+    last = [next(step for step in reversed(trace.steps) if step.sigma > half) for trace in calm.traces]
+    assert calm.chosen == [min(range(4), key=lambda row: float(last[row].variance))]
+
+
+def test_one_pass_of_the_source_serves_every_start(setup):
+    lock = measured(setup, noise="fixed", kv_cache=kv.KVCache(every=1, ratio=1.0, format=None))
+    found = kv.search(lock, "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    passes = [sum(step.nfe for step in trace) - 2 * len(trace) for trace in found.traces]
+    finished = found.chosen[0]
+    steps = int((setup.sigmas > 0).sum())
+    half = steps - steps // 2
+    assert sum(passes) <= steps  # one for each noise level, whichever row came there first
+    assert passes[finished] >= steps - len(found.traces[(finished + 1) % 4])
+    assert half
+
+
+def test_without_a_source_guidance_alone_is_searched(setup):
+    lock = kv.KVLock(setup.model, policy=kv.PID(kp=0.0, ki=0.0, lock_range=(0.0, 0.0)))
+    found = kv.search(lock, "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    assert math.isfinite(float(found.x.sum()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 1}, "two or more starts"),
+        ({"keep": 0}, "keep=0"),
+        ({"keep": 5}, "keep=5"),
+        ({"at": {1.0: 0}}, "at=0"),
+    ],
+)
+def test_numbers_that_do_not_fit(setup, change, message):
+    options = {"x": 4, **change}
+    with pytest.raises(RunError, match=message):
+        kv.search(measured(setup), "euler", starts(setup, options.pop("x")), setup.sigmas, **options)
+
+
+def test_several_clips_and_a_lock_that_measures_nothing(setup, pair):
+    with pytest.raises(RunError, match="for 2 clips"):
+        kv.search(measured(pair), "euler", pair.x.repeat(2, 1, 1, 1, 1), pair.sigmas, extra_args=pair.cfg)
+    with pytest.raises(RunError, match="measured nothing to judge"):
+        kv.search(setup.lock(policy="full"), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)

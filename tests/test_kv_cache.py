@@ -347,11 +347,11 @@ def test_a_failure_while_packing_leaves_nothing_behind(monkeypatch):
 
     kv_cache, calls = KVCache(format=None), []
 
-    def fail(x, format):
+    def fail(x, *how):
         calls.append(x)
         if len(calls) == 4:
             raise MemoryError
-        return pack(x, format)
+        return pack(x, *how)
 
     one = entry(kv_cache)
     monkeypatch.setattr(module, "pack", fail)
@@ -405,3 +405,37 @@ def test_a_plan_is_printed_with_what_it_means():
     assert "Everything fits in memory" in str(Plan(**sizes))
     assert "on disk: the next edit" in str(Plan(**sizes, directory=True))
     assert 'use format="int8"' in str(Plan(**sizes, budget=10**9))
+
+
+@pytest.mark.parametrize(("free", "unused", "fits"), [(50, 0, True), (35, 0, True), (29, 0, False), (10, 25, True)])
+def test_a_level_stays_on_a_device_that_keeps_a_fifth_free(monkeypatch, free, unused, fits):
+    from kvlock_sampling.kv_cache.memory import room_on
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 40)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 40 - unused)
+    assert room_on(torch.device("cuda"), 10) is fits
+    assert room_on(torch.device("cpu"), 10**18)
+
+
+def test_a_level_is_read_once_from_its_device(monkeypatch):
+    """One transfer says for all tensors of a level whether they can be quantized."""
+    from kvlock_sampling.kv_cache import cache as module
+
+    asked = []
+    known = module.extremes
+    monkeypatch.setattr(module, "extremes", lambda tensors: asked.append(len(tensors)) or known(tensors))
+    monkeypatch.setattr("kvlock_sampling.kv_cache.quantize.extremes", None)  # nothing asks again
+    kv_cache = KVCache(format="int8")
+    one, keys = entry(kv_cache), source_pass(1.0)
+    bad = {name: (key, value.clone()) for name, (key, value) in keys.items()}
+    name = next(iter(bad))
+    bad[name][1][..., 0, 0] = float("nan")
+    one.put(1.0, bad)
+    assert asked == [2 * len(keys)]
+    assert torch.equal(one.lookup(1.0)[name][1].isnan(), bad[name][1].isnan())
+    before = {layer: one.lookup(1.0)[layer] for layer in keys}
+    kv_cache.to_host()
+    for layer, pair in before.items():
+        for mine, theirs in zip(pair, one.lookup(1.0)[layer], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -22,8 +22,8 @@ from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
-from .memory import MemoryTier, parse_bytes, readable
-from .quantize import Level, PackedLevel, check_format, pack, packed_bytes
+from .memory import MemoryTier, parse_bytes, readable, room_on
+from .quantize import Level, PackedLevel, check_format, extremes, pack, packed_bytes
 from .refresh import Refresh, add_request, check_sigma
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -35,8 +35,9 @@ class KVCache:
     Args:
         directory: Also keep every level in this folder, so that the next edit of the clip, in any process, runs no
             source pass; None keeps K/V in memory alone.
-        budget: Bytes of K/V in host memory, a number or text such as "4GB" or "512MiB"; None is no limit. The least
-            recently used levels make room for new ones. Files are read through a memory map and do not count.
+        budget: Bytes of K/V in memory, a number or text such as "4GB" or "512MiB"; None is no limit. The least
+            recently used levels make room for new ones. A level stays on the model's device if a fifth of that is free
+            beside it, else it goes to the host. Files are read through a memory map and do not count.
         format: "int8" stores one byte per number (0.4% off, see `quantize`); None stores K/V unchanged.
         every: Evaluations per source pass, >= 1, in the run that fills the cache; None is no limit. See `refresh`.
         ratio: A level serves noise levels within this ratio, >= 1; None is no limit.
@@ -70,6 +71,10 @@ class KVCache:
     def used(self) -> int:
         """The bytes held in memory now."""
         return self.memory.used
+
+    def to_host(self) -> None:
+        """Move the levels that a device holds to the host."""
+        self.memory.to_host()
 
     def warn_once(self, reason: str, text: str) -> None:
         """Warn, the first time for this reason."""
@@ -152,7 +157,11 @@ class CacheEntry:
         if not memory.make_room(size) and self._folder is None:
             self._warn_too_large(size)
             return keys
-        level = {layer: (pack(keys[layer][0], format), pack(keys[layer][1], format)) for layer in self.layers}
+        place = self._device if room_on(self._device, size) else "cpu"
+        flat = [x for layer in self.layers for x in keys[layer]]
+        ends = [None] * len(flat) if format is None else extremes(flat)
+        packed = [pack(x, format, place, known) for x, known in zip(flat, ends, strict=True)]
+        level = dict(zip(self.layers, zip(packed[::2], packed[1::2], strict=True), strict=True))
         kept, written = memory.put(self.name, sigma, level), self._write(sigma, level)
         self._fresh.add(sigma)
         if not (kept or written):

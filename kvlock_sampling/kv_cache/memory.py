@@ -1,13 +1,15 @@
-"""Levels in host memory: least recently used eviction within one byte budget."""
+"""Levels in memory: least recently used eviction within one byte budget."""
 
 import re
 import threading
 from collections import OrderedDict
 from typing import Any
 
+import torch
+
 from ..types import KVCacheError
 from ..utils.fields import within
-from .quantize import PackedLevel, level_bytes
+from .quantize import PackedLevel, level_bytes, moved
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -54,6 +56,21 @@ class MemoryTier:
             self._levels[entry, sigma] = level
             self.used += level_bytes(level)
             return True
+
+    def to_host(self) -> None:
+        """Move every level to the host."""
+        with self._lock:
+            for key, level in self._levels.items():
+                self._levels[key] = moved(level, "cpu")
+
+
+def room_on(device: torch.device, size: int) -> bool:
+    """Whether `size` more bytes leave a fifth of a device free; on the host the budget alone decides."""
+    if device.type != "cuda":
+        return True
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + unused - size > total / 5
 
 
 def parse_bytes(size: Any) -> int | None:

@@ -30,6 +30,8 @@ _AT_ONCE = 2**24  # numbers that are quantized together
 Packed: TypeAlias = tuple[torch.dtype, Mapping[str, Tensor]]
 """One stored tensor: the dtype that `unpack` returns, and "values", for int8 also the scales "channel" and "token"."""
 
+Ends: TypeAlias = tuple[float, float]
+
 PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 """The stored key and value of every layer at one noise level."""
 
@@ -61,10 +63,19 @@ def level_bytes(level: PackedLevel) -> int:
     return sum(part.nbytes for pair in level.values() for _, parts in pair for part in parts.values())
 
 
+def moved(level: PackedLevel, device: torch.device | str) -> PackedLevel:
+    """A level on a device."""
+
+    def on(packed: Packed) -> Packed:
+        return packed[0], {name: part.to(device) for name, part in packed[1].items()}
+
+    return {layer: (on(key), on(value)) for layer, (key, value) in level.items()}
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack(x: Tensor, format: str | None) -> Packed:
-    """Store a tensor (..., tokens, dim) in host memory.
+def pack(x: Tensor, format: str | None, device: torch.device | str = "cpu", ends: Ends | None = None) -> Packed:
+    """Store a tensor (..., tokens, dim) on a device; `ends` are its extremes, if they are known on the host.
 
     The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
@@ -73,15 +84,24 @@ def pack(x: Tensor, format: str | None) -> Packed:
         raise KVCacheError(
             f"keys or values are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim)."
         )
-    if format is None or not x.numel() or not bool(x.detach().abs().amax() < _LARGEST):
-        return x.dtype, {"values": x.to("cpu", memory_format=torch.contiguous_format, copy=True).contiguous()}
+    if format is not None and x.numel() and ends is None:
+        ends = extremes([x])[0]
+    if format is None or not x.numel() or not (ends and ends[0] > -_LARGEST and ends[1] < _LARGEST):
+        return x.dtype, {"values": x.to(device, memory_format=torch.contiguous_format, copy=True).contiguous()}
     parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
     # Some heads at a time: the working copies take several times the room of the result.
     step = max(1, _AT_ONCE * x.shape[-3] // x.numel())
     for start in range(0, x.shape[-3], step):
         some = slice(start, start + step)
         _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
-    return x.dtype, {name: part.to("cpu") for name, part in parts.items()}
+    return x.dtype, {name: part.to(device) for name, part in parts.items()}
+
+
+@torch.no_grad()
+def extremes(tensors: Sequence[Tensor]) -> list[Ends]:
+    """The smallest and the largest number of each tensor, NaN if it holds one, with one transfer from their device."""
+    found = [torch.stack(x.aminmax()).float() if x.numel() else torch.zeros(2, device=x.device) for x in tensors]
+    return [(low, high) for low, high in torch.stack(found).tolist()]
 
 
 def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,95 @@
+"""What storing a level of the KV cache costs beside the pass that made it.  python benchmarks/storing.py [--layers 4]
+
+Wan-1.3B's layer geometry with random weights, a quarter of the tokens edited. Storing is timed apart: quantising the keys
+and values of the background and putting them where they are kept. Beside it stand the bytes of a level, the operations
+that torch counts, and the floor: those bytes, read and written once, at the bandwidth of a plain copy on this machine.
+Writes benchmarks/results/storing.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from speed import FULL, wan
+from torch.profiler import ProfilerActivity, profile
+
+import kvlock_sampling as kv
+from kvlock_sampling.kv_cache import KVCache
+from kvlock_sampling.kv_cache.cache import CacheEntry
+from kvlock_sampling.utils.files import write_atomically
+
+RESULT = Path(__file__).resolve().parent / "results/storing.json"
+
+
+def seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    def once() -> float:
+        begun = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begun
+
+    once()
+    return statistics.median(once() for _ in range(rounds))
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--latents", type=int, nargs=3, default=[5, 16, 24])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--dry", action="store_true", help="print only; write nothing")
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    device = torch.device(given.device)
+    subject = wan(given.layers, tuple(given.latents), 1, device, getattr(torch, given.dtype))
+    lock = kv.KVLock(
+        subject.model, source=subject.source, mask=subject.mask(0.25), policy=FULL, kv_cache=KVCache(budget=None)
+    )
+    selection, layers = lock.settings.selection, lock.settings.layers
+    heads, width = 12, 128
+    shape = 1, heads, len(selection.stored), width
+    g = torch.Generator(device).manual_seed(0)
+    made = [torch.randn(shape, generator=g, device=device, dtype=getattr(torch, given.dtype)) for _ in range(2)]
+    keys = {layer.name: (made[0], made[1]) for layer in layers.layers}
+    record = {"model": subject.name, "layers": given.layers, "device": str(device), "dtype": given.dtype}
+    source = {"cond": subject.cfg["cond"]}
+    sigma = torch.tensor([subject.sigmas[0]], device=device)
+    passing = seconds(lambda: subject.model(subject.x, sigma, **source), device, given.rounds)
+    for name in ("int8", None):
+        entry = CacheEntry(KVCache(budget=None, format=name), "x", list(keys), device)
+        entry.put(1.0, keys)
+        size = entry._cache.used
+        storing = seconds(lambda entry=entry: entry.put(1.0, keys), device, given.rounds)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+        with profile(activities=kinds) as seen:
+            entry.put(1.0, keys)
+        operations = sum(e.count for e in seen.key_averages() if e.key.startswith("aten::"))
+        plain = torch.empty(size // 4, device=device)
+        floor = seconds(lambda plain=plain: plain.clone(), device, given.rounds)
+        record[name or "unchanged"] = {
+            "bytes of a level": size,
+            "operations of a level": operations,
+            "of a source pass": round(storing / passing, 4),
+            "of the floor": round(storing / floor, 2),
+            "seconds": storing,
+        }
+    record["seconds of a source pass"] = passing
+    print(json.dumps(record, indent=1))
+    if not given.dry:
+        write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -291,3 +291,13 @@ def test_an_output_that_no_encoder_takes_is_refused_before_sampling(files, tmp_p
     ended = CliRunner().invoke(app, ["edit", *map(str, given), "--scale", "1000"])
     assert ended.exit_code == 2
     assert "64000 pixels a side; expected at most 16384" in " ".join(ended.output.split())
+
+
+def test_several_seeds_write_a_sheet_of_candidates(kvlock: Kvlock) -> None:
+    result = kvlock(*edit_words("out.mp4", steps=4, seed=7, seeds=2, policy="release"))
+    assert result.exit_code == 0, result.output
+    assert "of 7 to 8 was finished" in plain(result.output)
+    assert Image.open("out-candidates.png").size[0] > 2 * 256
+    result = kvlock(*edit_words("out.png", seeds=2))
+    assert result.exit_code == 2
+    assert "expected a clip" in plain(result.output)

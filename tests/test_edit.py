@@ -254,3 +254,22 @@ def test_a_guidance_that_is_no_number_is_refused():
     mask[:, 8:16, 8:16] = 1
     with pytest.raises(kv.KVLockError, match="cfg_scale=nan; expected a finite number"):
         kv.edit_video(clip, mask, "a red ball moving left", cfg_scale=float("nan"))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_the_best_of_several_seeds_is_that_seed_alone(edit, task, sampler):
+    options = {"sampler": sampler, "steps": 4, "policy": "release", "source_prompt": task.source_prompts[0], "seed": 5}
+    found = edit(candidates=3, **options)
+    assert found.candidates.shape == (3, *found.pixels.shape[1:])
+    alone = edit(**{**options, "seed": found.seed})
+    assert torch.equal(found.pixels, alone.pixels)
+    assert alone.nfe < found.nfe < 3 * alone.nfe
+    assert alone.candidates is None
+    assert alone.seed == found.seed in (5, 6, 7)
+    worst = edit(candidates=3, judge=lambda denoised, trace: -5.0 if len(trace) else 0.0, **options)
+    assert worst.seed == 5  # the first of equals
+
+
+def test_several_seeds_are_for_one_clip(video, task):
+    with pytest.raises(SourceError, match="for 2 clips"):
+        kv.edit_video(task.source, task.mask[:, 0], task.prompts, model=video, steps=2, candidates=2)

@@ -67,6 +67,7 @@ def edit(
     cfg_scale: opt.CFGScale = None,
     strength: opt.Strength = 1.0,
     seed: opt.Seed = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Try so many from --seed on; the weaker ones stop half way.")] = 1,
     scale: opt.Scale = None,
     frames: opt.Frames = None,
     size: opt.Size = None,
@@ -85,7 +86,7 @@ def edit(
         from ..samplers import get
         from ..trace import figure_format
         from ..utils.files import check_writable
-        from ..video import check_suffix, read_clip, write_clip
+        from ..video import check_suffix, read_clip, side_by_side, write_clip
         from .batch import fitting_scale
         from .edit import edit_video
         from .models import open_model, read_pair
@@ -113,14 +114,23 @@ def edit(
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
             _, _, height, width = source.pixels.shape
             video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
+        if seeds > 1 and output.suffix == ".png":
+            raise KVLockError(f"-o {output} with --seeds: expected a clip, because the candidates are written as .png.")
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
+            options["candidates"] = seeds
             options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)
         if trace is not None:
             result.trace.plot(trace)
+        if result.candidates is not None:
+            sheet = output.with_name(f"{output.stem}-candidates.png")
+            names = [f"seed {seed + i}{' (chosen)' * (seed + i == result.seed)}" for i in range(seeds)]
+            middle = result.candidates[:, :, result.candidates.shape[2] // 2].unsqueeze(2)
+            write_clip(sheet, side_by_side(list(middle), names, scale=max(1, scale)))
+            out.print(f"{sheet}: seed {result.seed} of {seed} to {seed + seeds - 1} was finished", highlight=False)
         out.print(
             f"{output}: {result.nfe} model passes in {result.seconds:.1f} s; background PSNR: "
             f"{decibels(result.background_psnr[0])} (ceiling of the codec: {decibels(result.ceiling_psnr[0])})"

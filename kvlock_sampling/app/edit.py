@@ -17,6 +17,7 @@ from ..lock import KVLock
 from ..masks.morphology import dilate
 from ..masks.resolution import on_pixels
 from ..masks.tokens import on_latents
+from ..search import Judge, calm, search
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..utils.fields import check_number, check_seed
@@ -33,11 +34,14 @@ class Edit:
 
     Attributes:
         pixels: Edited clips (batch, 3, frames, height, width) in [-1, 1].
-        trace: What happened in each evaluation.
+        trace: What happened in each evaluation; of several candidates, of the best.
         seconds: Time of sampling alone.
         nfe: Number of function evaluations, model passes per clip.
         background_psnr: PSNR outside the mask against the source, (batch,), dB.
         ceiling_psnr: The same for the clip only encoded and decoded, which only pasted pixels can exceed.
+        seed: The seed of the first clip; of several candidates, of the best.
+        candidates: The last prediction of every candidate, (candidates, 3, frames, height, width), finished or stopped;
+            None without several.
     """
 
     pixels: Tensor
@@ -46,6 +50,8 @@ class Edit:
     nfe: int
     background_psnr: Tensor
     ceiling_psnr: Tensor
+    seed: int
+    candidates: Tensor | None = None
 
 
 def start_noise(like: Tensor, seed: int | Sequence[int]) -> Tensor:
@@ -66,6 +72,8 @@ def edit_video(
     policy: Any = "default",
     cfg_scale: float | None = None,
     seed: int | Sequence[int] = 0,
+    candidates: int = 1,
+    judge: Judge = calm,
     strength: float = 1.0,
     paste: bool = True,
     feather: float = FEATHER,
@@ -86,6 +94,8 @@ def edit_video(
         policy: A Policy, the name of a preset, or a TOML file.
         cfg_scale: Requested guidance scale. Default: the model's.
         seed: Seed of the start noise and of stochastic samplers: one int (clip i uses seed + i), or one per clip.
+        candidates: Seeds to try for one clip: seed, seed + 1, ... Half way the best goes on, and the others stop.
+        judge: What is best among candidates, see `kv.search`. Default: the lock's own measurement.
         strength: 1 starts from noise; less starts from the clip noised to flow time `strength` in (0, 1].
         paste: Paste the source's pixels outside the mask by the run's last composite weight: what a policy released to
             the edit is not pasted over.
@@ -112,7 +122,10 @@ def edit_video(
     check_number("cfg_scale", scale, KVLockError)
     clips = as_clips(clip)
     _check_clip(clips, video)
-    seeds = _seeds(seed, len(clips))
+    tried = check_number("candidates", candidates, SourceError, at_least=1, whole=True)
+    if tried > 1 and len(clips) > 1:
+        raise SourceError(f"candidates={tried} for {len(clips)} clips; expected one clip: edit_video(clip[:1], ...).")
+    seeds = _seeds(seed, max(len(clips), tried))
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
 
@@ -128,7 +141,8 @@ def edit_video(
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
     source = video.encode(clips)
     sigmas = video.sigmas(check_number("steps", steps, SamplerError, at_least=1, whole=True), strength)
-    x = start_noise(source, seeds) * sigmas[0] + (source if strength < 1 else 0)
+    like = source.expand(len(seeds), *source.shape[1:])
+    x = start_noise(like, seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, **lock_options)
     if on_plan is not None and lock.settings.kv_cache is not None:
@@ -137,21 +151,29 @@ def edit_video(
     started = time.perf_counter()
     # Offloading would leave weights that it moves under inference mode as inference tensors, which cannot be trained.
     with torch.no_grad() if getattr(video, "offloaded", False) else torch.inference_mode():
-        latents = lock.sample(sampler, x, sigmas, extra_args=extra_args, seed=seeds, callback=callback)
+        run: dict[str, Any] = {"extra_args": extra_args, "seed": seeds, "callback": callback}
+        if tried > 1:
+            found = search(lock, sampler, x, sigmas, judge=judge, **run)
+            latents, best, last = found.x, found.chosen[0], found.candidates
+            trace, nfe = found.traces[best], found.nfe
+        else:
+            latents, best, last = lock.sample(sampler, x, sigmas, **run), 0, x[:0]
+            trace, nfe = lock.trace, lock.trace.nfe
         seconds = time.perf_counter() - started
         pixels, ceiling = video.decode(latents), video.decode(source)
+        others = torch.cat([video.decode(row[None]) for row in last]).to(clips) if len(last) else None
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
-        pixels = torch.lerp(clips, pixels, soft + (1 - soft) * _released(lock, video, source, clips, feather))
+        pixels = torch.lerp(clips, pixels, soft + (1 - soft) * _released(trace, lock, video, source, clips, feather))
     keep = 1 - pixel_mask
-    background, best = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
-    return Edit(pixels, lock.trace, seconds, lock.trace.nfe, background_psnr=background, ceiling_psnr=best)
+    background, most = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
+    return Edit(pixels, trace, seconds, nfe, background, most, seeds[best], others)
 
 
-def _released(lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, feather: float) -> Tensor:
+def _released(trace: Trace, lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, feather: float) -> Tensor:
     """How much of the background the last evaluation left to the edit, in [0, 1], broadcastable to the clips."""
-    weight = lock.trace.steps[-1].composite.to(clips)
+    weight = trace.steps[-1].composite.to(clips)
     latents = on_latents(1 - weight, source.shape, lock.settings.patch)
     if weight.ndim == 1:
         return latents

@@ -2,8 +2,8 @@
 
 Every held-out edit of the stage is sampled from four seeds at full lock, where only the edited tokens are computed, and
 free scores are read at every noise level. Then, for each score and each noise level at which all but one seed stop: the
-quality of the seed that goes on, beside the first seed, one by chance, the same cost in more steps of one seed, and the
-best by the truth (the oracle). Costs are in token-passes of an unlocked edit: a filled KV cache saves the source's pass.
+quality of the seed that goes on, beside the first seed, one by chance, one seed in more steps at the same cost, and
+the best by the truth (the oracle). Costs are in token-passes of an unlocked edit: a filled KV cache saves the source's pass.
 Writes benchmarks/results/seeds.json.
 """
 

@@ -1,8 +1,8 @@
 """What storing a level of the KV cache costs beside the pass that made it.  python benchmarks/storing.py [--layers 4]
 
-Wan-1.3B's layer geometry with random weights, a quarter of the tokens edited. Storing is timed apart: quantising the keys
-and values of the background and putting them where they are kept. Beside it stand the bytes of a level, the operations
-that torch counts, and the floor: those bytes, read and written once, at the bandwidth of a plain copy on this machine.
+Wan-1.3B's layer geometry with random weights, a quarter of the tokens edited. Storing is timed apart: quantising the
+keys and values of the background and putting them where they are kept. Beside it stand the bytes of a level, the
+operations that torch counts, and the floor: those bytes, read and written once, at the bandwidth of a plain copy.
 Writes benchmarks/results/storing.json.
 """
 

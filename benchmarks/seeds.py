@@ -3,7 +3,7 @@
 Every held-out edit of the stage is sampled from four seeds at full lock, where only the edited tokens are computed, and
 free scores are read at every noise level. Then, for each score and each noise level at which all but one seed stop: the
 quality of the seed that goes on, beside the first seed, one by chance, one seed in more steps at the same cost, and
-the best by the truth (the oracle). Costs are in token-passes of an unlocked edit: a filled KV cache saves the source's pass.
+the best by the truth (the oracle). Costs are in token-passes of an unlocked edit, with a filled KV cache.
 Writes benchmarks/results/seeds.json.
 """
 

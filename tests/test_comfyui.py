@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_sampling.py", "test_server.py", "test_browser.py"])
+@pytest.mark.parametrize("file", ["test_sampling.py", "test_models.py", "test_server.py", "test_browser.py"])
 def test_within_comfyui(file, tmp_path):
     if not os.environ.get("COMFYUI_PATH"):
         pytest.skip("COMFYUI_PATH names no checkout of ComfyUI")

@@ -58,6 +58,10 @@ COMFY_COSMOS_2 = Architecture(
     patch=lambda network: (network.patch_temporal, network.patch_spatial, network.patch_spatial),
 )
 
+def _own_modulation(block: Any) -> bool:
+    return bool(getattr(block, "modulation", hasattr(block, "img_mod")))  # older blocks do not say
+
+
 # FLUX.1 and 2, Kontext, Chroma. A block calls attention in its own forward.
 COMFY_FLUX = Architecture(
     name="flux (ComfyUI)",
@@ -72,7 +76,7 @@ COMFY_FLUX = Architecture(
         tables=(Table("pe", 2),),
         supported=_is("Flux", "Chroma"),
         # FLUX.2 and Chroma make the modulation outside the blocks, as objects whose rows cannot be told.
-        interleaves=lambda network: bool(network.double_blocks[0].modulation),
+        interleaves=lambda network: _own_modulation(network.double_blocks[0]),
     ),
 )
 
@@ -126,7 +130,7 @@ COMFY_QWEN_IMAGE = Architecture(
     text_arguments=("context",),
     flow=TokenFlow(
         "norm_out",
-        tables=(Table("image_rotary_emb", 2),),
+        tables=(Table("image_rotary_emb", 2), Table("image_rotary_emb", 1)),  # newer and older versions
         supported=_is("QwenImageTransformer2DModel"),
     ),
 )

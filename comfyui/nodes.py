@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
@@ -97,7 +98,8 @@ def lock_inputs() -> list[Any]:
             "composite",
             default=True,
             optional=True,
-            tooltip="Put the source into the background where the policy does not say otherwise. Off: the lock alone.",
+            tooltip="Put the source into the background where the policy says nothing of it. Off: the lock alone "
+            "acts there. The presets default, release and static decide it themselves.",
             **ADVANCED,
         ),
         io.Boolean.Input(
@@ -344,7 +346,9 @@ class KVLockKVCache(io.ComfyNode):
             description="Evaluate the source at some steps only and keep its keys and values in between. Freed "
             "at the end of the run.",
             inputs=[
-                io.Int.Input("every", default=3, min=1, max=100, tooltip="Evaluations per pass of the source."),
+                io.Int.Input(
+                    "every", default=3, min=1, max=100, tooltip="Evaluations per pass of the source, at most."
+                ),
                 number("ratio", 1.5, 1.0, 100.0, "Largest ratio of noise levels that share keys and values."),
                 io.Combo.Input(
                     "format", options=["int8", "unchanged"], default="int8", tooltip="int8: a quarter of the memory."
@@ -478,11 +482,13 @@ class KVLockPolicyWindow(io.ComfyNode):
     def execute(cls, policy: Any, below: float, above: float) -> io.NodeOutput:
         from kvlock_sampling import Windowed
         from kvlock_sampling.integrations.comfyui import in_one_line
-        from kvlock_sampling.presets import load_preset
+        from kvlock_sampling.presets import Preset, load_preset
 
         with in_one_line():
-            inner = load_preset(policy).policy if isinstance(policy, str) else policy
-            return io.NodeOutput(Windowed(inner, below=below or None, above=above or None))
+            preset = load_preset(policy) if isinstance(policy, str) else policy
+            inner = preset.policy if isinstance(preset, Preset) else preset
+            made = Windowed(inner, below=below or None, above=above or None)
+            return io.NodeOutput(replace(preset, policy=made) if isinstance(preset, Preset) else made)
 
 
 SHARE = "1: the source's keys and values, 0: the edit's own."

@@ -84,3 +84,20 @@ def test_a_locked_edit(family, policy):
     gap[edited] = 0
     if policy != "release":
         assert float(gap.max()) <= 1e-5
+
+
+@pytest.mark.parametrize("policy", ["half", "release"])
+def test_a_mask_of_the_latent_is_a_mask_of_the_lock(family, policy):
+    """Some networks take ComfyUI's noise mask for a map of noise levels; pictures have no time."""
+    model, latents, kind = family
+    height, width = latents.shape[-2:]
+    mask = torch.zeros(1, 8 * height, 8 * width)
+    mask[:, : 4 * height, : 4 * width] = 1
+    prompts = {"positive": said(5, kind), "negative": said(6, kind)}
+    plain, masked = {"samples": latents}, {"samples": latents, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])}
+    found = []
+    for given, sampled in ((mask, plain), (mask, masked), (None, masked)):
+        lock = ComfyLock(plain, mask=given, options={"policy": policy})
+        found.append(sample(lock.patch(model), source=sampled, **prompts))
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(found[2], found[0])

@@ -45,6 +45,10 @@ def plain(model):
 def test_off_is_bit_identical_and_a_lock_leaves_nothing_behind(model, plain, sampler):
     lock, patched = locked(model, "off")
     assert torch.equal(sample(patched, sampler), plain[sampler])
+    assert len(lock.trace) == 0
+    idle = kv.stateless(lambda obs: kv.Control(lock=0.0, composite=0.0))
+    lock = ComfyLock(latents(), mask=box(), options={"policy": idle, "composite": 0.0})
+    assert torch.equal(sample(lock.patch(model), sampler), plain[sampler])
     assert lock.trace.routes == {"unlocked": len(lock.trace)}
     lock, patched = locked(model, "full")
     assert foreground(sample(patched, sampler), plain[sampler]) > 0.1
@@ -188,7 +192,8 @@ def test_guidance_of_one(model, policy):
     found = sample(patched, cfg=1.0)
     if policy == "off":
         assert torch.equal(found, sample(model, cfg=1.0))
-    assert lock.trace.steps[0].nfe == {"off": 1, "full": 2, "half": 2, "release": 3}[policy]
+    else:
+        assert lock.trace.steps[0].nfe == {"full": 2, "half": 2, "release": 3}[policy]
 
 
 def test_a_policy_schedules_guidance(model):
@@ -232,7 +237,7 @@ def windows(model, length=3, overlap=1):
     )
 
 
-@pytest.mark.parametrize("policy", ["off", "full", "half", "release"])
+@pytest.mark.parametrize("policy", ["off", "full", "half", "fast", "release"])
 @pytest.mark.parametrize("lock_first", [True, False])
 def test_context_windows(model, policy, lock_first):
     lock = ComfyLock(latents(frames=7), mask=box(7), options={"policy": policy})
@@ -445,3 +450,94 @@ def test_an_easy_cache_is_told_apart_or_told(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert background(sample(cached, steps=8)) <= 1e-5
+
+
+def told(cond, **more):
+    return [[tensor, {**said, **more}] for tensor, said in cond]
+
+
+@pytest.mark.parametrize("policy", ["full", "half", "release"])
+@pytest.mark.parametrize("which", ["positive", "negative", "source_prompt"])
+@pytest.mark.parametrize("span", [(0.0, 0.5), (0.5, 1.0)])
+def test_a_condition_of_part_of_the_run_does_not_lose_the_lock(model, policy, which, span):
+    part = told(text(5), start_percent=span[0], end_percent=span[1])
+    if which == "positive":
+        part = part + told(text(7))
+    given = {"source_prompt": part if which == "source_prompt" else text(9)}
+    lock, patched = locked(model, policy, **given)
+    found = sample(patched, steps=8, **({} if which == "source_prompt" else {which: part}))
+    assert all(step.fused_layers == 3 for step in lock.trace)
+    if policy != "release":
+        assert background(found) <= 1e-5
+
+
+def test_a_condition_for_an_area_is_an_error_in_words(model):
+    area = told(text(5), area=(4, 4, 0, 0), set_area_to_bounds=False) + text(7)
+    with pytest.raises(kv.types.AttentionError, match="Use Conditioning"):
+        sample(locked(model)[1], positive=area)
+
+
+@pytest.mark.parametrize("policy", ["full", "fast", "half"])
+def test_patches_of_other_packs_see_every_token(model, policy):
+    lengths = set()
+
+    def patch(given):
+        lengths.add(given["img"].shape[1])
+        return given
+
+    clone = model.clone()
+    clone.set_model_patch(patch, "double_block")
+    assert background(sample(locked(clone, policy)[1])) <= 1e-5
+    assert lengths == {FRAMES * (SIDE // 2) ** 2}
+
+
+def test_off_needs_nothing(model):
+    """No mask, another clip, a reversed schedule, two stages: as without the lock."""
+    lock = ComfyLock(latents(frames=3), options={"policy": "off"})
+    assert torch.equal(sample(lock.patch(model)), sample(model))
+    assert torch.equal(sample(lock.next_stage().patch(model)), sample(model))
+
+
+def test_a_release_brings_its_estimator(model):
+    alone = locked(model, kv.policy.Release())[0]
+    found = sample(alone.patch(model))
+    assert torch.isfinite(found).all()
+    assert torch.isfinite(alone.trace.steps[-1].effect).all()
+    options = {"policy": "release", "estimator": kv.variance.TrajectoryVariance()}
+    wrong = ComfyLock(latents(), mask=box(), options=options)
+    with pytest.raises(kv.types.PolicyError, match="expected the estimator divergence"):
+        sample(wrong.patch(model))
+
+
+def test_a_stage_that_no_run_explains(model):
+    """Noise of another clip, or of a run that is forgotten, is not taken for the stage before."""
+    lock, high = locked(model, "full")
+    sample(high, seed=3)
+    other = lock.next_stage()
+    strange = {"samples": torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE) * 3}
+    advanced = nodes.KSamplerAdvanced().sample
+    late = (other.patch(model), "disable", 3, 6, 4.0, "euler", "simple", text(5), text(6), strange, 3, 1000, "disable")
+    with pytest.raises(kv.types.SourceError, match="no run of the stage before explains"):
+        advanced(*late)
+
+
+def test_pixels_of_a_batch_are_pasted_clip_by_clip():
+    from kvlock_sampling.integrations.comfyui.pixels import pasted
+
+    frames, clips = 5, 2
+    edited, original = torch.ones(frames * clips, 8, 8, 3), torch.zeros(frames * clips, 8, 8, 3)
+    mask = torch.zeros(frames, 8, 8)
+    mask[:, :2, :2] = 1
+    released = torch.zeros(clips, 1, 2, 1, 1)
+    released[1, 0, 1] = 1
+    found = pasted(edited, original, mask, 0.0, released)
+    assert found[: frames + 1].mean((1, 2, 3)).allclose(torch.full((frames + 1,), 4 / 64))
+    assert (found[frames + 1 :] == 1).all()
+
+
+def test_the_start_image_stays_beside_a_source_prompt(model):
+    from kvlock_sampling.integrations.comfyui.host import _with_the_rest
+
+    positive = [{"model_conds": {"c_crossattn": "new", "c_concat": "image"}}]
+    found = _with_the_rest({"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "nothing"}}, positive)
+    assert found == {"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "image"}}

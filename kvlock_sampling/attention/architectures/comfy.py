@@ -58,6 +58,7 @@ COMFY_COSMOS_2 = Architecture(
     patch=lambda network: (network.patch_temporal, network.patch_spatial, network.patch_spatial),
 )
 
+
 def _own_modulation(block: Any) -> bool:
     return bool(getattr(block, "modulation", hasattr(block, "img_mod")))  # older blocks do not say
 

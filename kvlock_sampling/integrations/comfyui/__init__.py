@@ -4,6 +4,7 @@
 - `pixels`: the mask on the token grid, the trace as an image, and pasting of the original's pixels.
 """
 
-from .host import ComfyLock, in_one_line, layer_indices
+from .host import ComfyLock
+from .inputs import in_one_line, layer_indices
 
 __all__ = ["ComfyLock", "in_one_line", "layer_indices"]

@@ -21,6 +21,7 @@ T = TypeVar("T", float, Tensor)
 
 HIGHEST = 1e4
 """Noise level on the policies' clock of a flow model's first step, t = 1, where the source has no share in x."""
+_TOLD = ("denoise_mask",)  # what the lock leaves out of the network's arguments
 _POSITIONAL = ("c_concat", "c_crossattn", "control", "transformer_options")
 
 
@@ -34,6 +35,8 @@ class GuiderDenoiser:
     Attributes:
         model: The network, in which the attention layers are found.
         predictions: (cond, uncond, source) of the last call; None where unknown.
+        composites: Whether the lock composites in place of ComfyUI. Then x has the noise of its level everywhere, and
+            networks that take a denoise mask for a map of times (Wan 2.2 5B, LTX-Video) must not get it.
     """
 
     def __init__(self, guider: Any, conds: Mapping[str, Any]) -> None:
@@ -42,6 +45,7 @@ class GuiderDenoiser:
         self.kvlock_host = self
         self.predictions: Predictions = (None, None, None)
         self._predict: Callable[..., Tensor] = guider.predict_noise
+        self.composites = False
         self._options: Mapping[str, Any] = {}
         self._seed: int | None = None
 
@@ -80,7 +84,7 @@ class GuiderDenoiser:
         guider, options, cfg = self.guider, _cloned(self._options), extra_args["cfg"]
         beside = extra_args.get("beside")
         taken = _Source(self, beside, sigma) if beside is not None else None
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", self._applied(taken), options, is_model_options=True)
         if taken is not None:
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "kvlock", _split, options, is_model_options=True)
         seen: list[tuple[Tensor, Tensor]] = []
@@ -113,8 +117,9 @@ class GuiderDenoiser:
 
         throw_exception_if_processing_interrupted()
         options = _cloned(self._options)
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(None), options, is_model_options=True)
-        return calc_cond_batch(self.guider.inner_model, [self.conds[extra_args["cond"]]], x, sigma, options)[0]
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", self._applied(None), options, is_model_options=True)
+        conds = self.active(extra_args["cond"], x, sigma)
+        return calc_cond_batch(self.guider.inner_model, [conds], x, sigma, options)[0]
 
     def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
         """Whether the source's arguments have the shapes of the edit's, so that both can be rows of one call."""
@@ -132,23 +137,34 @@ class GuiderDenoiser:
         """The network's arguments under a condition, as tensors with one row per clip."""
         from comfy.samplers import get_area_and_mult
 
-        found = (get_area_and_mult(cond, x, sigma) for cond in self.conds[name])
-        first: Mapping[str, Any] = next((part.conditioning for part in found if part is not None), {})
-        return {key: value.cond for key, value in first.items() if isinstance(value.cond, Tensor)}
+        found = get_area_and_mult(self.active(name, x, sigma)[0], x, sigma).conditioning
+        return {key: value.cond for key, value in found.items() if isinstance(value.cond, Tensor) and key not in _TOLD}
 
+    def active(self, name: str, x: Tensor, sigma: Tensor) -> list[Any]:
+        """The conditions under a name that hold at this noise level; where none does, those of the positive prompt."""
+        from comfy.samplers import get_area_and_mult
 
-def _applied(taken: "_Source | None") -> Callable[..., Tensor]:
-    """A wrapper of each call of the network: for the frames of its window, and with the source's rows."""
+        for key in (name, "positive", *self.conds):
+            if any(get_area_and_mult(cond, x, sigma) is not None for cond in self.conds.get(key, ())):
+                return [cond for cond in self.conds[key] if get_area_and_mult(cond, x, sigma) is not None]
+        raise AttentionError(
+            "no condition holds at this noise level, so there is nothing to evaluate the source under."
+        )
 
-    def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-        window = (given.get("transformer_options") or {}).get("context_window")
-        with nullcontext() if window is None else _windowed(window):
-            if taken is None:
-                return executor(x, t, *args, **kwargs)
-            return taken.beside(executor, x, t, given, len(args), window)
+    def _applied(self, taken: "_Source | None") -> Callable[..., Tensor]:
+        """A wrapper of each call of the network: for the frames of its window, and with the source's rows."""
 
-    return apply_model
+        def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.composites:
+                kwargs.pop("denoise_mask", None)
+            given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+            window = (given.get("transformer_options") or {}).get("context_window")
+            with nullcontext() if window is None else _windowed(window):
+                if taken is None:
+                    return executor(x, t, *args, **kwargs)
+                return taken.beside(executor, x, t, given, len(args), window)
+
+        return apply_model
 
 
 class _Source:
@@ -165,6 +181,11 @@ class _Source:
         """Call the network with the source as the last rows, and return the others."""
         source = self.x if window is None else window.get_tensor(self.x)
         clips, rows = len(source), len(x)
+        if x.shape[1:] != source.shape[1:]:
+            raise AttentionError(
+                f"a condition for an area gives the network {tuple(x.shape[2:])} of {tuple(source.shape[2:])} latents, "
+                "which cannot be locked; expected whole frames. Use Conditioning (Set Mask) in place of Set Area."
+            )
 
         def joined(name: str, value: Any) -> Any:
             theirs = self.arguments.get(name)

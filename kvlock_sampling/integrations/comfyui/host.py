@@ -16,18 +16,22 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ... import masks
 from ...controller import State
 from ...guidance import composite
 from ...kv_cache import KVCache
 from ...lock import KVLock
 from ...masks.tokens import on_latents
+from ...policy import Constant
 from ...trace import Trace
-from ...types import AttentionError, KVLockError, MaskError, RunError, SourceError
+from ...types import MaskError, RunError, SourceError
 from .denoiser import GuiderDenoiser
+from .inputs import fitted, in_one_line, measured
 
 KEY = "kvlock"
 SOURCE = "kvlock_source"  # the source's prompt among a guider's conditions
+
+
+TEXT = ("c_crossattn", "attention_mask", "y", "txt_byt5", "num_tokens", "guidance")  # what a prompt tells a network
 
 
 class Stage(NamedTuple):
@@ -66,7 +70,7 @@ class ComfyLock:
     continues: "ComfyLock | None" = None
     trace: Trace | None = field(default=None, init=False)
     released: Tensor | None = field(default=None, init=False)
-    stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=4), init=False)
+    stages: deque[Stage] = field(default_factory=lambda: deque(maxlen=16), init=False)
 
     def patch(self, model: Any) -> Any:
         """Return a clone of a MODEL whose sampling is locked.
@@ -82,7 +86,8 @@ class ComfyLock:
                 "Connect the model from before the first lock."
             )
         clone = model.clone()
-        clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _with_memory)
+        if not self.is_off():
+            clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _with_memory)
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.sample)
         return clone
 
@@ -92,18 +97,28 @@ class ComfyLock:
         locked.sample = partial(self.sample, sampler.sample)
         return locked
 
+    def is_off(self) -> bool:
+        """Whether the policy is that of the preset `off`: then nothing is checked, and ComfyUI samples as it does."""
+        policy = self.options.get("policy", "default")
+        return policy == "off" or getattr(policy, "policy", policy) == Constant(lock=0.0)
+
     def next_stage(self) -> "ComfyLock":
         """Return the lock of a second stage, such as Wan 2.2's low-noise network, which continues runs of this one."""
         return replace(self, continues=self)
 
     def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One run of a sampler under the lock."""
+        if self.is_off():
+            self.trace, self.released = Trace(), None
+            return executor(guider, sigmas, extra_args, *args, **kwargs)
         names = ("callback", "noise", "latent_image", "denoise_mask")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         complete = float(sigmas[-1]) == 0  # uni_pc writes into the schedule
         with in_one_line():
             lock = self.lock(guider, sigmas, **given)
             if _acts_on_background(lock):  # else ComfyUI's own noise mask does
+                assert isinstance(lock.model, GuiderDenoiser)
+                lock.model.composites = True
                 args = (*args[:3], None, *args[4:])
                 kwargs = {**kwargs, **{name: None for name in ("denoise_mask",) if name in kwargs}}
             with lock, self._predicting(lock, guider):
@@ -142,7 +157,8 @@ class ComfyLock:
                 f"the source's latents have the shape {tuple(clip.shape)}, the sampler's {tuple(noise.shape)}; "
                 "expected the same. Encode the clip with the model's VAE, and give the sampler the same latent."
             )
-        mask = next((m for m in (self.mask, self.source.get("noise_mask"), denoise_mask) if m is not None), None)
+        of_run = None if denoise_mask is None else denoise_mask[:, :1]  # ComfyUI repeats it over the channels
+        mask = next((m for m in (self.mask, self.source.get("noise_mask"), of_run) if m is not None), None)
         if mask is None:
             raise MaskError(
                 "there is no mask; expected one, 1 = edit. Connect it to the lock, or put it on the source's latent "
@@ -153,12 +169,20 @@ class ComfyLock:
             options["noise"] = self.noise.generate_noise({**self.source, "samples": clip.cpu()}).to(noise)
         if self.kv_cache is not None:
             options["kv_cache"] = KVCache(**self.kv_cache)
-        if (guider.model_options.get("context_handler")) is not None:
-            options |= {"foreground": False, "kv_cache": None}
         conds = dict(guider.conds)
         if self.source_prompt is not None:
             prompt = {SOURCE: convert_cond(self.source_prompt)}
-            conds |= process_conds(model, noise, prompt, noise.device, latent_image, denoise_mask)
+            prompt = process_conds(model, noise, prompt, noise.device, latent_image, denoise_mask)
+            conds[SOURCE] = [_with_the_rest(cond, conds["positive"]) for cond in prompt[SOURCE]]
+        options["policy"], options["estimator"] = measured(options.get("policy", "default"), options.get("estimator"))
+        transformer = guider.model_options.get("transformer_options", {})
+        cached = any("cache" in str(key) for kind in transformer.get("wrappers", {}).values() for key in kind)
+        control = any("control" in cond for group in conds.values() for cond in group)
+        if transformer.get("patches") or cached or control:  # which count on every token
+            options["foreground"] = False
+        if guider.model_options.get("context_handler") is not None:
+            options |= {"foreground": False, "kv_cache": None}
+            options["policy"] = replace(options["policy"], kv_cache=None)
         denoiser = GuiderDenoiser(guider, conds)
         return KVLock(
             denoiser,
@@ -211,6 +235,12 @@ class ComfyLock:
             return float(((source.at(x, level, stage.noise, erased=False) - x) * background).square().sum())
 
         stage = min(stages, key=unexplained)
+        noise = source.at(x, level, stage.noise, erased=False) - source.at(x, level, stage.noise * 0, erased=False)
+        if unexplained(stage) > float((noise * background).square().sum()):
+            raise SourceError(
+                "no run of the stage before explains the background that this stage begins with; expected its latent, "
+                "with leftover noise, of the same clip. Run the stage before again, e.g. with another seed."
+            )
         run.noise = stage.noise.to(x)
         # What another network predicted is not comparable, so the estimator begins anew.
         state = stage.state._replace(estimator=lock.settings.estimator.init())
@@ -225,21 +255,16 @@ class ComfyLock:
         source = lock.settings.source
         if source is not None and source.latents.ndim == 5 and _acts_on_background(lock):
             left = 1 - self.trace.steps[-1].composite
-            self.released = on_latents(left, source.latents.shape, lock.settings.patch)[:1] if left.any() else None
+            self.released = on_latents(left, source.latents.shape, lock.settings.patch) if left.any() else None
         if run.noise is not None and (state := run.timeline.last) is not None:
             left = tree_map(_to_host, state._replace(estimator=None))
             self.stages.append(Stage(_to_host(run.noise), run.timeline.sigmas[-1], left))
 
 
-def fitted(mask: Tensor, source: Tensor) -> Tensor:
-    """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does."""
-    height, width = source.shape[-2:]
-    if source.ndim == 4:
-        return masks.resize(mask.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
-    found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
-    if found.shape[-2] % height or found.shape[-1] % width:
-        found = masks.resize(found, found.shape[2], height, width)
-    return found
+def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The source's prompt with what the positive one tells beside text, such as the start image of image to video."""
+    text = {name: value for name, value in cond["model_conds"].items() if name in TEXT}
+    return {**cond, "model_conds": {**positive[0]["model_conds"], **text}} if positive else dict(cond)
 
 
 def _acts_on_background(lock: KVLock) -> bool:
@@ -263,28 +288,3 @@ def _composited(lock: KVLock, samples: Tensor) -> Tensor:
 
 def _to_host(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def in_one_line() -> Iterator[None]:
-    """Errors as a node shows them: the first line. Others show calls in Python, which users of nodes do not write."""
-    try:
-        yield
-    except KVLockError as error:
-        raise type(error)("KV Lock: " + str(error).removeprefix("KV Lock: ").partition("\n")[0]) from error
-
-
-def layer_indices(text: str) -> list[int] | None:
-    """Return the layers that "8-16" or "0, 4, 8" names; None for "all".
-
-    Raises:
-        AttentionError: It is no such list.
-    """
-    if text.strip() in ("", "all"):
-        return None
-    parts = [part.strip().partition("-") for part in text.split(",")]
-    try:
-        ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-    except ValueError:
-        raise AttentionError(f"layers={text!r}; expected all, or numbers and ranges such as 0, 4, 8-16.") from None
-    return [index for part in ranges for index in part]

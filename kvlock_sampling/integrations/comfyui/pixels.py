@@ -21,7 +21,7 @@ from ...masks.tokens import on_latents
 from ...trace import Trace
 from ...types import KVLockError, MaskError, RunError
 from ...utils.extras import require
-from .host import fitted
+from .inputs import fitted
 
 EDITED, BAND, LOCKED = (1.0, 1.0, 1.0), (1.0, 0.85, 0.2), (0.2, 0.4, 0.9)
 
@@ -68,7 +68,8 @@ def pasted(edited: Tensor, original: Tensor, mask: Tensor, feather: float, relea
         original: IMAGE of the same size.
         mask: 1 = edit, one frame or as many as the images.
         feather: Width of the blend in pixels, >= 0.
-        released: How much of each latent the lock left to the edit, (1, 1, time, height, width), in [0, 1].
+        released: How much of each latent the lock left to the edit, (clips, 1, time, height, width), in [0, 1]; the
+            images are then the frames of so many clips.
 
     Raises:
         KVLockError: The images differ in size.
@@ -77,11 +78,16 @@ def pasted(edited: Tensor, original: Tensor, mask: Tensor, feather: float, relea
     if edited.shape != original.shape:
         raise KVLockError(f"the edit has {_size(edited)}, the original {_size(original)}; expected the same.")
     mask = mask.reshape(-1, *mask.shape[-2:])
+    clips = 1 if released is None else len(released)
+    if clips > 1 and len(mask) == len(edited) // clips:
+        mask = mask.repeat(clips, 1, 1)
     if mask.shape[1:] != edited.shape[1:3] or len(mask) not in (1, len(edited)):
         raise MaskError(f"the mask has {_size(mask)}, the images {_size(edited)}; expected the same, or one frame.")
     soft = masks.feather(masks.from_comfy(mask, len(edited)), feather)
     if released is not None:
-        soft = soft + (1 - soft) * dilate(on_pixels(released.float(), *edited.shape[:3]), feather)
+        size = len(edited) // clips, *edited.shape[1:3]
+        parts = [dilate(on_pixels(part.float(), *size), feather) for part in released.split(1)]
+        soft = soft + (1 - soft) * torch.cat(parts, dim=2)
     return torch.lerp(original, edited, soft[0, 0, ..., None].to(edited))
 
 

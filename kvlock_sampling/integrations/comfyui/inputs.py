@@ -1,0 +1,78 @@
+"""What nodes give, checked: masks, layers, policies with their estimator; and errors in the words of nodes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ... import masks
+from ...policy import Policy, PolicyWrapper, Release
+from ...presets import Preset, load_preset
+from ...types import AttentionError, KVLockError, PolicyError
+from ...variance import Divergence, Estimator
+
+_IN_NODES = {  # what errors of the library say, and how it is done with nodes
+    "use masks.from_keep_mask": "use Invert Mask",
+    "pass mask.bool()": "convert it to a mask first",
+    "the sampler's x": "the latent that is sampled",
+    "no attention layers found in": "this model is not supported, see the page In ComfyUI:",
+}
+
+
+def fitted(mask: Tensor, source: Tensor) -> Tensor:
+    """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does."""
+    height, width = source.shape[-2:]
+    if source.ndim == 4:
+        return masks.resize(mask.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
+    found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
+    if found.shape[-2] % height or found.shape[-1] % width:
+        found = masks.resize(found, found.shape[2], height, width)
+    return found
+
+
+def measured(policy: Any, estimator: Estimator | None) -> tuple[Preset, Estimator | None]:
+    """A preset of the policy, with the estimator that `Release` needs.
+
+    Raises:
+        PolicyError: Another estimator was given.
+    """
+    preset = policy if isinstance(policy, Preset) else Preset(policy) if isinstance(policy, Policy) else None
+    preset = load_preset(policy) if preset is None else preset
+    inner = preset.policy
+    while isinstance(inner, PolicyWrapper):
+        inner = inner.policy
+    if not isinstance(inner, Release):
+        return preset, estimator
+    estimator = estimator or preset.estimator or Divergence(patch="model")
+    if not isinstance(estimator, Divergence):
+        raise PolicyError(f"the policy Release was given {estimator!r}; expected the estimator divergence, or none.")
+    return preset, estimator
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Errors as a node shows them: the first line. Others show calls in Python, which users of nodes do not write."""
+    try:
+        yield
+    except KVLockError as error:
+        text = str(error).removeprefix("KV Lock: ").partition("\n")[0]
+        for python, words in _IN_NODES.items():
+            text = text.replace(python, words)
+        raise type(error)(f"KV Lock: {text}") from error
+
+
+def layer_indices(text: str) -> list[int] | None:
+    """Return the layers that "8-16" or "0, 4, 8" names; None for "all".
+
+    Raises:
+        AttentionError: It is no such list.
+    """
+    if text.strip() in ("", "all"):
+        return None
+    parts = [part.strip().partition("-") for part in text.split(",")]
+    try:
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
+    except ValueError:
+        raise AttentionError(f"layers={text!r}; expected all, or numbers and ranges such as 0, 4, 8-16.") from None
+    return [index for part in ranges for index in part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import kvlock_sampling as kv
 from kvlock_sampling.types import RunError
 
+search = importlib.import_module("kvlock_sampling.search")  # the function has the same name
 SEEDS = [3, 1, 4, 5]
 SAMPLERS = [n for n in kv.samplers.names() if n not in ("dpm_adaptive", "dpm_fast")]
 
@@ -50,7 +52,7 @@ def test_a_stopped_row_costs_nothing_more(setup):
 
 
 def test_the_judge_decides(setup):
-    """By default the lock's own measurement; else any function of the prediction."""
+    """Any function of the prediction, e.g. the lock's own measurement."""
     lock, x = measured(setup), starts(setup)
     liked: list[float] = []
 
@@ -63,7 +65,7 @@ def test_the_judge_decides(setup):
     found = kv.search(lock, "euler", x, setup.sigmas, judge=judge, extra_args=setup.cfg)
     assert found.chosen == [max(range(4), key=lambda row: liked[row])]
     half = next(iter(found.scores))
-    calm = kv.search(lock, "euler", x, setup.sigmas, extra_args=setup.cfg)
+    calm = kv.search(lock, "euler", x, setup.sigmas, judge=search.calm, extra_args=setup.cfg)
     last = [next(step for step in reversed(trace.steps) if step.sigma > half) for trace in calm.traces]
     assert calm.chosen == [min(range(4), key=lambda row: float(last[row].variance))]
 
@@ -104,5 +106,21 @@ def test_numbers_that_do_not_fit(setup, change, message):
 def test_several_clips_and_a_lock_that_measures_nothing(setup, pair):
     with pytest.raises(RunError, match="for 2 clips"):
         kv.search(measured(pair), "euler", pair.x.repeat(2, 1, 1, 1, 1), pair.sigmas, extra_args=pair.cfg)
+    full, given = setup.lock(policy="full"), {"extra_args": setup.cfg}
     with pytest.raises(RunError, match="measured nothing to judge"):
-        kv.search(setup.lock(policy="full"), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+        kv.search(full, "euler", starts(setup), setup.sigmas, judge=search.calm, **given)
+
+
+def test_the_seam_is_just_inside_the_mask(setup):
+    """A difference to the source counts there, and nowhere else."""
+    judge, source = search.seam(setup.lock(policy="full")), setup.source
+    assert judge(source, None) == 0
+    inside, deep, outside = source.clone(), source.clone(), source.clone()
+    inside[..., 2, 3] += 2  # the mask is rows 2 to 4, columns 1 to 5
+    deep[..., 3, 3] += 2
+    outside[..., 1, 3] += 2
+    assert judge(deep, None) == judge(outside, None) == 0
+    assert judge(inside, None) == pytest.approx(-4 / 12)
+    best = kv.search(setup.lock(policy="full"), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    scores = next(iter(best.scores.values()))
+    assert best.chosen == [int(scores.argmax())]

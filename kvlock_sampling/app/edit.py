@@ -17,7 +17,7 @@ from ..lock import KVLock
 from ..masks.morphology import dilate
 from ..masks.resolution import on_pixels
 from ..masks.tokens import on_latents
-from ..search import Judge, calm, search
+from ..search import Judge, search
 from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..utils.fields import check_number, check_seed
@@ -73,7 +73,7 @@ def edit_video(
     cfg_scale: float | None = None,
     seed: int | Sequence[int] = 0,
     candidates: int = 1,
-    judge: Judge = calm,
+    judge: Judge | None = None,
     strength: float = 1.0,
     paste: bool = True,
     feather: float = FEATHER,
@@ -95,7 +95,7 @@ def edit_video(
         cfg_scale: Requested guidance scale. Default: the model's.
         seed: Seed of the start noise and of stochastic samplers: one int (clip i uses seed + i), or one per clip.
         candidates: Seeds to try for one clip: seed, seed + 1, ... Half way the best goes on, and the others stop.
-        judge: What is best among candidates, see `kv.search`. Default: the lock's own measurement.
+        judge: What is best among candidates, see `kv.search`.
         strength: 1 starts from noise; less starts from the clip noised to flow time `strength` in (0, 1].
         paste: Paste the source's pixels outside the mask by the run's last composite weight: what a policy released to
             the edit is not pasted over.

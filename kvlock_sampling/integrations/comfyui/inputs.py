@@ -1,5 +1,6 @@
 """What nodes give, checked: masks, layers, policies with their estimator; and errors in the words of nodes."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,9 +71,8 @@ def layer_indices(text: str) -> list[int] | None:
     """
     if text.strip() in ("", "all"):
         return None
-    parts = [part.strip().partition("-") for part in text.split(",")]
-    try:
-        ranges = [range(int(first), int(last or first) + 1) for first, _, last in parts]
-    except ValueError:
-        raise AttentionError(f"layers={text!r}; expected all, or numbers and ranges such as 0, 4, 8-16.") from None
+    parts = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part is not None]
+    if len(ranges) < len(parts) or not all(ranges):
+        raise AttentionError(f"layers={text!r}; expected all, or numbers and ranges such as 0, 4, 8-16.")
     return [index for part in ranges for index in part]

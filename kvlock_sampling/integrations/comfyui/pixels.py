@@ -75,6 +75,7 @@ def pasted(edited: Tensor, original: Tensor, mask: Tensor, feather: float, relea
         KVLockError: The images differ in size.
         MaskError: The mask has another size.
     """
+    edited, original = edited[..., :3], original[..., :3]  # without alpha
     if edited.shape != original.shape:
         raise KVLockError(f"the edit has {_size(edited)}, the original {_size(original)}; expected the same.")
     mask = mask.reshape(-1, *mask.shape[-2:])

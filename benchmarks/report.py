@@ -74,6 +74,25 @@ def transfer() -> str:
     )
 
 
+def seeds(record: dict[str, Any]) -> str:
+    """Which score finds the better seed, when all but one stop at half of the steps."""
+    first, chance, oracle = record["first seed"], record["chance"], record["oracle"]
+    lines = [
+        f"{record['edits']} further edits at full lock, {record['sampler']}, {record['steps']} steps, {record['seeds']} "
+        "seeds; all but one stop after half of the steps. Cost in token-passes of an unlocked edit, with a filled KV "
+        f"cache. First seed {first['psnr']:.2f} dB, one by chance {chance['psnr']:.2f}, the best by the truth "
+        f"{oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
+        "| score | cost | dB to the first seed | to chance | to one seed in 40 steps | right, to chance |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in record["rows"]:
+        if row["after"] == record["steps"] // 2:
+            gaps = [f"{row[to]['psnr'][0]:+.2f} ± {row[to]['psnr'][1]:.2f}" for to in row if to.startswith("to ")]
+            right = "{:+.1%} ± {:.1%}".format(*row["to chance"]["right"])
+            lines.append(f"| {row['score']} | {row['cost']:.2f} | {' | '.join(gaps)} | {right} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
@@ -84,6 +103,9 @@ def main() -> None:
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
         + release.report(load("release")),
+        "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
+        "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
+        "## Several seeds of one edit\n\n`python benchmarks/seeds.py --edits 150 --bfloat16`. " + seeds(load("seeds")),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "
         + (RESULTS / "harm.md").read_text(),
         "## Does risk tell failed edits?\n\n`python benchmarks/risk.py --bfloat16`. " + risk(),

@@ -79,9 +79,9 @@ def seeds(record: dict[str, Any]) -> str:
     first, chance, oracle = record["first seed"], record["chance"], record["oracle"]
     lines = [
         f"{record['edits']} further edits at full lock, {record['sampler']}, {record['steps']} steps; "
-        f"{record['seeds']} seeds, all but one stop after half of the steps. Cost in token-passes of an unlocked edit, with a filled KV "
-        f"cache. First seed {first['psnr']:.2f} dB, one by chance {chance['psnr']:.2f}, the best by the truth "
-        f"{oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
+        f"{record['seeds']} seeds, all but one stop after half of the steps. Cost in token-passes of an unlocked edit, "
+        f"with a filled KV cache. First seed {first['psnr']:.2f} dB, one by chance {chance['psnr']:.2f}, the best by the "
+        f"truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
         "| score | cost | dB to the first seed | to chance | to one seed in 40 steps | right, to chance |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

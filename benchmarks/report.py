@@ -80,7 +80,7 @@ def seeds(record: dict[str, Any]) -> str:
     lines = [
         f"{record['edits']} further edits at full lock, {record['sampler']}, {record['steps']} steps; "
         f"{record['seeds']} seeds, all but one stop after half of the steps. Cost in token-passes of an unlocked edit, "
-        f"with a filled KV cache. First seed {first['psnr']:.2f} dB, one by chance {chance['psnr']:.2f}, the best by the "
+        f"with a filled KV cache. First seed {first['psnr']:.2f} dB, by chance {chance['psnr']:.2f}, the best by the "
         f"truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
         "| score | cost | dB to the first seed | to chance | to one seed in 40 steps | right, to chance |",
         "| --- | --- | --- | --- | --- | --- |",

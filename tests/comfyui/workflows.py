@@ -168,13 +168,16 @@ def main() -> None:
         from browser import opened
         from serving import serving
 
-        with tempfile.TemporaryDirectory() as folder, serving(Path(folder) / "base") as server, opened(server) as page:
+        with tempfile.TemporaryDirectory() as base, serving(Path(base) / "base") as server, opened(server) as page:
+            folder = ROOT / "comfyui/example_workflows"
             for name, make in WORKFLOWS.items():
-                write(ROOT / "comfyui/example_workflows", name, page.workflow(make(), name))
-            for name in ("kvlock_example", "kvlock_compare_policies"):
-                page.load(ROOT / f"comfyui/example_workflows/{name}.json")
-                page.run()
-                page.picture(ROOT / f"docs/images/comfyui-{name.removeprefix('kvlock_')}.png")
+                write(folder, name, page.workflow(make(), name))
+            for name in WORKFLOWS:
+                page.load(folder / f"{name}.json")
+                if name in ("kvlock_example", "kvlock_compare_policies"):
+                    page.run()
+                    page.picture(ROOT / f"docs/images/comfyui-{name.removeprefix('kvlock_')}.png")
+                page.picture(folder / f"{name}.jpg")  # which ComfyUI shows among its templates
 
 
 if __name__ == "__main__":

@@ -172,11 +172,10 @@ def main() -> None:
             folder = ROOT / "comfyui/example_workflows"
             for name, make in WORKFLOWS.items():
                 write(folder, name, page.workflow(make(), name))
-            for name in WORKFLOWS:
+            for name in ("kvlock_example", "kvlock_compare_policies"):
                 page.load(folder / f"{name}.json")
-                if name in ("kvlock_example", "kvlock_compare_policies"):
-                    page.run()
-                    page.picture(ROOT / f"docs/images/comfyui-{name.removeprefix('kvlock_')}.png")
+                page.run()
+                page.picture(ROOT / f"docs/images/comfyui-{name.removeprefix('kvlock_')}.png")
                 page.picture(folder / f"{name}.jpg")  # which ComfyUI shows among its templates
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import max_pool2d
 from . import samplers
 from .lock import KVLock
 from .trace import Trace
-from .types import RunError
+from .types import SAME_SIGMA, RunError
 from .utils.fields import check_number
 from .utils.proxy import DenoiserProxy
 
@@ -149,10 +149,10 @@ class _Rows(DenoiserProxy):
             lock.on_schedule(sigmas)
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        level = float(torch.as_tensor(sigma).max())
-        while self._denoised is not None and self._plan and level <= next(iter(self._plan)) * (1 + 1e-4):
-            at = next(iter(self._plan))
-            self.select(at, self._plan.pop(at))
+        if self._denoised is not None and self._plan:  # else the noise level need not be read
+            level = float(torch.as_tensor(sigma).max())
+            for at in [at for at in self._plan if level <= at * (1 + SAME_SIGMA)]:
+                self.select(at, self._plan.pop(at))
         denoised = torch.zeros_like(x) if self._denoised is None else self._denoised.clone()
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
         for row in self.going:

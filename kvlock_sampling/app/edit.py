@@ -154,14 +154,14 @@ def edit_video(
         run: dict[str, Any] = {"extra_args": extra_args, "seed": seeds, "callback": callback}
         if tried > 1:
             found = search(lock, sampler, x, sigmas, judge=judge, **run)
-            latents, best, last = found.x, found.chosen[0], found.candidates
-            trace, nfe = found.traces[best], found.nfe
+            latents, best, nfe = found.x, found.chosen[0], found.nfe
+            trace, rows = found.traces[best], found.candidates.split(1)
         else:
-            latents, best, last = lock.sample(sampler, x, sigmas, **run), 0, x[:0]
+            latents, best, rows = lock.sample(sampler, x, sigmas, **run), 0, ()
             trace, nfe = lock.trace, lock.trace.nfe
         seconds = time.perf_counter() - started
         pixels, ceiling = video.decode(latents), video.decode(source)
-        others = torch.cat([video.decode(row[None]) for row in last]).to(clips) if len(last) else None
+        others = torch.cat([video.decode(row) for row in rows]).to(clips) if rows else None
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask

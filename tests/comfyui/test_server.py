@@ -191,6 +191,44 @@ def test_another_packs_override_in_either_order(server, lock_first):
     assert server.pixels(server.run(made)) == server.pixels(server.run(graph(lock={})))
 
 
+@pytest.mark.parametrize("preset", ["off", "full", "half"])
+@pytest.mark.parametrize("how", ["windows", "split", "batch"])
+def test_windows_memory_and_batches(server, how, preset):
+    """Context windows, conditions split by memory, and two clips: off is plain, a lock keeps the background."""
+
+    def chain(lock):
+        made = graph(lock=lock)
+        last = made["sample"]["inputs"]["model"]
+        if how == "windows":
+            settings = {"context_length": 5, "context_overlap": 4, "context_schedule": "standard_static"}
+            settings |= {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "freenoise": False}
+            settings |= {"retain_first_frame": False, "split_conds_to_windows": False}
+            made["windows"] = node("WanContextWindowsManual", model=last, **settings)
+        elif how == "split":
+            made["windows"] = node("TestNoMemory", model=last)
+        else:
+            made["twice"] = node("RepeatLatentBatch", samples=["encode", 0], amount=2)
+            made["sample"]["inputs"]["latent_image"] = ["twice", 0]
+        if "windows" in made:
+            made["sample"]["inputs"]["model"] = ["windows", 0]
+        return made
+
+    locked = server.run(chain({"preset": preset}))
+    found = saved(server)
+    plain = server.run(chain(None))
+    if preset == "off":
+        assert server.pixels(locked) == server.pixels(plain)
+        return
+    bare = saved(server)
+    server.run(graph(lock={"preset": preset}))
+    whole = saved(server)
+    assert not torch.equal(found[..., :4, :4], bare[..., :4, :4])
+    kept = whole[..., 4:].expand_as(found[..., 4:])  # the source's
+    assert float((found[..., 4:] - kept).abs().max()) <= 1e-5
+    if how == "split":
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-4)
+
+
 def test_a_deleted_node_leaves_nothing(server, plain):
     server.run(graph(lock={"preset": "half"}))
     assert server.pixels(server.run(graph())) == plain
@@ -356,6 +394,7 @@ def test_the_workflows_for_released_checkpoints_run_on_the_small_one(server, nam
     ("change", "message"),
     [
         ({"lock": {"mask": ["empty", 0]}}, "the mask is 0 everywhere"),
+        ({"lock": {"mask": ["nearly", 0]}}, "nothing can be locked"),
         ({"lock": {"layers": "a-b"}}, "expected all, or numbers and ranges"),
         ({"lock": {"layers": "99"}}, "99"),
         ({"lock": {"source": ["short", 0]}}, "expected the same"),
@@ -364,6 +403,7 @@ def test_the_workflows_for_released_checkpoints_run_on_the_small_one(server, nam
 )
 def test_errors_are_one_clear_line(server, change, message):
     made = graph(**change)
+    made["nearly"] = node("TestBox", frames=9, speckled=True)
     made["empty"] = node("SolidMask", value=0.0, width=64, height=64)
     made["clip5"] = node("TestClip", seed=1, frames=5)
     made["short"] = node("VAEEncode", pixels=["clip5", 0], vae=["vae", 0])

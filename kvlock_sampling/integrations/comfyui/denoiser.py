@@ -21,7 +21,6 @@ T = TypeVar("T", float, Tensor)
 
 HIGHEST = 1e4
 """Noise level on the policies' clock of a flow model's first step, t = 1, where the source has no share in x."""
-_TOLD = ("denoise_mask",)  # what the lock leaves out of the network's arguments
 _POSITIONAL = ("c_concat", "c_crossattn", "control", "transformer_options")
 
 
@@ -118,7 +117,7 @@ class GuiderDenoiser:
         throw_exception_if_processing_interrupted()
         options = _cloned(self._options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", self._applied(None), options, is_model_options=True)
-        conds = self.active(extra_args["cond"], x, sigma)
+        conds = [cond for cond, _ in self.active(extra_args["cond"], x, sigma)]
         return calc_cond_batch(self.guider.inner_model, [conds], x, sigma, options)[0]
 
     def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
@@ -135,18 +134,19 @@ class GuiderDenoiser:
 
     def arguments(self, name: str, x: Tensor, sigma: Tensor) -> dict[str, Any]:
         """The network's arguments under a condition, as tensors with one row per clip."""
-        from comfy.samplers import get_area_and_mult
+        _, first = self.active(name, x, sigma)[0]
+        return {key: value.cond for key, value in first.conditioning.items() if isinstance(value.cond, Tensor)}
 
-        found = get_area_and_mult(self.active(name, x, sigma)[0], x, sigma).conditioning
-        return {key: value.cond for key, value in found.items() if isinstance(value.cond, Tensor) and key not in _TOLD}
-
-    def active(self, name: str, x: Tensor, sigma: Tensor) -> list[Any]:
-        """The conditions under a name that hold at this noise level; where none does, those of the positive prompt."""
+    def active(self, name: str, x: Tensor, sigma: Tensor) -> list[tuple[Any, Any]]:
+        """The conditions under a name that hold at this noise level, and what ComfyUI makes of each; where none holds,
+        those of the positive prompt.
+        """
         from comfy.samplers import get_area_and_mult
 
         for key in (name, "positive", *self.conds):
-            if any(get_area_and_mult(cond, x, sigma) is not None for cond in self.conds.get(key, ())):
-                return [cond for cond in self.conds[key] if get_area_and_mult(cond, x, sigma) is not None]
+            parts = [(cond, get_area_and_mult(cond, x, sigma)) for cond in self.conds.get(key, ())]
+            if holding := [(cond, part) for cond, part in parts if part is not None]:
+                return holding
         raise AttentionError(
             "no condition holds at this noise level, so there is nothing to evaluate the source under."
         )

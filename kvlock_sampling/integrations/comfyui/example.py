@@ -6,6 +6,7 @@ So the nodes can be tried, and the example workflow run, without a download: an 
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,8 +58,8 @@ def example(kind: str, scene: int) -> Example:
 
 def conditioning(prompt: str) -> list[Any]:
     """Return CONDITIONING of a prompt in the embedded model's words; "" is unconditional."""
-    embedding = load_file(WEIGHTS)["emb.weight"].float()
-    return [[embedding[tokenize(prompt)], {}]]
+    with safe_open(WEIGHTS, "pt") as file:
+        return [[file.get_tensor("emb.weight").float()[tokenize(prompt)], {}]]
 
 
 def model() -> Any:

@@ -29,8 +29,6 @@ from .inputs import fitted, in_one_line, measured
 
 KEY = "kvlock"
 SOURCE = "kvlock_source"  # the source's prompt among a guider's conditions
-
-
 TEXT = ("c_crossattn", "attention_mask", "y", "txt_byt5", "num_tokens", "guidance")  # what a prompt tells a network
 
 
@@ -178,13 +176,13 @@ class ComfyLock:
         transformer = guider.model_options.get("transformer_options", {})
         cached = any("cache" in str(key) for kind in transformer.get("wrappers", {}).values() for key in kind)
         control = any("control" in cond for group in conds.values() for cond in group)
-        if transformer.get("patches") or cached or control:  # which count on every token
+        if any((transformer.get("patches") or {}).values()) or cached or control:  # which count on every token
             options["foreground"] = False
         if guider.model_options.get("context_handler") is not None:
             options |= {"foreground": False, "kv_cache": None}
             options["policy"] = replace(options["policy"], kv_cache=None)
         denoiser = GuiderDenoiser(guider, conds)
-        return KVLock(
+        lock = KVLock(
             denoiser,
             source=source,
             mask=fitted(mask, source),
@@ -194,6 +192,12 @@ class ComfyLock:
             sigmas=sigmas,
             **options,
         )
+        if lock.settings.no_token_left:
+            raise MaskError(
+                "the mask reaches into every token of the model, so nothing can be locked; expected some left. Draw a "
+                "smaller mask, see KV Lock Mask, or take a larger clip."
+            )
+        return lock
 
     @contextmanager
     def _predicting(self, lock: KVLock, guider: Any) -> Iterator[None]:

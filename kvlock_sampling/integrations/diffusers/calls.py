@@ -49,7 +49,7 @@ _taken: dict[int, object] = {}
 
 @contextmanager
 def taken(thing: Any) -> Iterator[None]:
-    """Inside the block nobody else may take it: RunError."""
+    """Hold a thing inside the block. Raises RunError if another block holds it."""
     if _taken.setdefault(id(thing), mine := object()) is not mine:  # in one step, for another thread may ask as well
         raise RunError(
             f"this {type(thing).__name__} is under a lock already, maybe in another thread or task.\n"

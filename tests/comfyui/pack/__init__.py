@@ -37,12 +37,15 @@ class TestClip(io.ComfyNode):
 class TestBox(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema("TestBox", [io.Int.Input("frames", default=9)], io.Mask)
+        inputs = [io.Int.Input("frames", default=9), io.Boolean.Input("speckled", default=False, optional=True)]
+        return schema("TestBox", inputs, io.Mask)
 
     @classmethod
-    def execute(cls, frames: int) -> io.NodeOutput:
+    def execute(cls, frames: int, speckled: bool = False) -> io.NodeOutput:
         mask = torch.zeros(frames, 64, 64)
         mask[:, :32, :32] = 1
+        if speckled:  # something in every token, and not everywhere
+            mask[:, ::8, ::8] = 1
         return io.NodeOutput(mask)
 
 
@@ -57,6 +60,20 @@ class TestOverride(io.ComfyNode):
     def execute(cls, model: Any) -> io.NodeOutput:
         clone = model.clone()
         clone.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k)
+        return io.NodeOutput(clone)
+
+
+class TestNoMemory(io.ComfyNode):
+    """A model for whose conditions there is never room together."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema("TestNoMemory", [io.Model.Input("model")], io.Model)
+
+    @classmethod
+    def execute(cls, model: Any) -> io.NodeOutput:
+        clone = model.clone()
+        clone.get_free_memory = lambda device: 0
         return io.NodeOutput(clone)
 
 
@@ -82,7 +99,7 @@ class TestSlow(io.ComfyNode):
 
 class Extension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TestText, TestClip, TestBox, TestOverride, TestSlow]
+        return [TestText, TestClip, TestBox, TestOverride, TestNoMemory, TestSlow]
 
 
 async def comfy_entrypoint() -> ComfyExtension:

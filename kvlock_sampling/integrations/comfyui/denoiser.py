@@ -34,8 +34,6 @@ class GuiderDenoiser:
     Attributes:
         model: The network, in which the attention layers are found.
         predictions: (cond, uncond, source) of the last call; None where unknown.
-        composites: Whether the lock composites in place of ComfyUI. Then x has the noise of its level everywhere, and
-            networks that take a denoise mask for a map of times (Wan 2.2 5B, LTX-Video) must not get it.
     """
 
     def __init__(self, guider: Any, conds: Mapping[str, Any]) -> None:
@@ -44,7 +42,6 @@ class GuiderDenoiser:
         self.kvlock_host = self
         self.predictions: Predictions = (None, None, None)
         self._predict: Callable[..., Tensor] = guider.predict_noise
-        self.composites = False
         self._options: Mapping[str, Any] = {}
         self._seed: int | None = None
 
@@ -83,7 +80,7 @@ class GuiderDenoiser:
         guider, options, cfg = self.guider, _cloned(self._options), extra_args["cfg"]
         beside = extra_args.get("beside")
         taken = _Source(self, beside, sigma) if beside is not None else None
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", self._applied(taken), options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)
         if taken is not None:
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "kvlock", _split, options, is_model_options=True)
         seen: list[tuple[Tensor, Tensor]] = []
@@ -116,7 +113,7 @@ class GuiderDenoiser:
 
         throw_exception_if_processing_interrupted()
         options = _cloned(self._options)
-        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", self._applied(None), options, is_model_options=True)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(None), options, is_model_options=True)
         conds = [cond for cond, _ in self.active(extra_args["cond"], x, sigma)]
         return calc_cond_batch(self.guider.inner_model, [conds], x, sigma, options)[0]
 
@@ -151,20 +148,19 @@ class GuiderDenoiser:
             "no condition holds at this noise level, so there is nothing to evaluate the source under."
         )
 
-    def _applied(self, taken: "_Source | None") -> Callable[..., Tensor]:
-        """A wrapper of each call of the network: for the frames of its window, and with the source's rows."""
 
-        def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.composites:
-                kwargs.pop("denoise_mask", None)
-            given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
-            window = (given.get("transformer_options") or {}).get("context_window")
-            with nullcontext() if window is None else _windowed(window):
-                if taken is None:
-                    return executor(x, t, *args, **kwargs)
-                return taken.beside(executor, x, t, given, len(args), window)
+def _applied(taken: "_Source | None") -> Callable[..., Tensor]:
+    """A wrapper of each call of the network: for the frames of its window, and with the source's rows."""
 
-        return apply_model
+    def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        window = (given.get("transformer_options") or {}).get("context_window")
+        with nullcontext() if window is None else _windowed(window):
+            if taken is None:
+                return executor(x, t, *args, **kwargs)
+            return taken.beside(executor, x, t, given, len(args), window)
+
+    return apply_model
 
 
 class _Source:

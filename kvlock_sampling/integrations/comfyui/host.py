@@ -115,8 +115,7 @@ class ComfyLock:
         with in_one_line():
             lock = self.lock(guider, sigmas, **given)
             if _acts_on_background(lock):  # else ComfyUI's own noise mask does
-                assert isinstance(lock.model, GuiderDenoiser)
-                lock.model.composites = True
+                _drop_denoise_mask(lock.model)
                 args = (*args[:3], None, *args[4:])
                 kwargs = {**kwargs, **{name: None for name in ("denoise_mask",) if name in kwargs}}
             with lock, self._predicting(lock, guider):
@@ -269,6 +268,15 @@ def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]
     """The source's prompt with what the positive one tells beside text, such as the start image of image to video."""
     text = {name: value for name, value in cond["model_conds"].items() if name in TEXT}
     return {**cond, "model_conds": {**positive[0]["model_conds"], **text}} if positive else dict(cond)
+
+
+def _drop_denoise_mask(denoiser: Any) -> None:
+    """Some networks take ComfyUI's noise mask for a map of times (Wan 2.2 5B, LTX-Video): the background that it
+    composites is clean, while the lock's has the noise of its level. Conditions are copies of the run.
+    """
+    for group in denoiser.conds.values():
+        for cond in group:
+            cond["model_conds"].pop("denoise_mask", None)
 
 
 def _acts_on_background(lock: KVLock) -> bool:

@@ -1,8 +1,9 @@
 """What storing a level of the KV cache costs beside the pass that made it.  python benchmarks/storing.py [--layers 4]
 
 Wan-1.3B's layer geometry with random weights, a quarter of the tokens edited. Storing is timed apart: quantising the
-keys and values of the background and putting them where they are kept. Beside it stand the bytes of a level, the
-operations that torch counts, and the floor: those bytes, read and written once, at the bandwidth of a plain copy.
+keys and values of the background and putting them where they are kept; copies to the host and to disk go on beside the
+run. Beside it stand the bytes of a level, the operations that torch counts, the floor: those bytes, read and written
+once, at the bandwidth of a plain copy, and the time that reading a level takes.
 Writes benchmarks/results/storing.json.
 """
 
@@ -11,23 +12,25 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from speed import FULL, wan
 from torch.profiler import ProfilerActivity, profile
 
 import kvlock_sampling as kv
-from kvlock_sampling.kv_cache import KVCache
+from kvlock_sampling.kv_cache import KVCache, cache
 from kvlock_sampling.kv_cache.cache import CacheEntry
 from kvlock_sampling.utils.files import write_atomically
 
-RESULT = Path(__file__).resolve().parent / "results/storing.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+def seconds(call: Callable[[], object], device: torch.device, rounds: int, *, warm: bool = True) -> float:
     def once() -> float:
         begun = time.perf_counter()
         call()
@@ -35,7 +38,8 @@ def seconds(call: Callable[[], object], device: torch.device, rounds: int) -> fl
             torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    once()
+    if warm:
+        once()
     return statistics.median(once() for _ in range(rounds))
 
 
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--name", default="storing", help="of the results' file")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
     if given.threads:
@@ -67,28 +72,49 @@ def main() -> None:
     source = {"cond": subject.cfg["cond"]}
     sigma = torch.tensor([subject.sigmas[0]], device=device)
     passing = seconds(lambda: subject.model(subject.x, sigma, **source), device, given.rounds)
-    for name in ("int8", None):
-        entry = CacheEntry(KVCache(budget=None, format=name), "x", list(keys), device)
-        entry.put(1.0, keys)
-        size = entry._cache.used
-        storing = seconds(lambda entry=entry: entry.put(1.0, keys), device, given.rounds)
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        with profile(activities=kinds) as seen:
-            entry.put(1.0, keys)
-        operations = sum(e.count for e in seen.key_averages() if e.key.startswith("aten::"))
-        plain = torch.empty(size // 4, device=device)
-        floor = seconds(lambda plain=plain: plain.clone(), device, given.rounds)
-        record[name or "unchanged"] = {
-            "bytes of a level": size,
-            "operations of a level": operations,
-            "of a source pass": round(storing / passing, 4),
-            "of the floor": round(storing / floor, 2),
-            "seconds": storing,
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        for title, format, directory, kept_apart in (
+            ("int8", "int8", None, False),
+            ("unchanged", None, None, False),
+            ("int8, to the host", "int8", None, True),
+            ("int8, to disk", "int8", folder, True),
+        ):
+            if title.endswith("host") and device.type == "cpu":
+                continue
+            with mock.patch.object(cache, "room_on", lambda *_, kept_apart=kept_apart: not kept_apart):
+                entry = CacheEntry(KVCache(directory, budget=None, format=format), "x", list(keys), device)
+                entry.put(1.0, keys)
+                entry.settle()
+                storing, settled = [], []
+                for _ in range(given.rounds):
+                    storing.append(seconds(lambda entry=entry: entry.put(1.0, keys), device, 1, warm=False))
+                    settled.append(storing[-1] + seconds(entry.settle, device, 1, warm=False))
+                kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+                with profile(activities=kinds) as seen:
+                    entry.put(1.0, keys)
+                entry.settle()
+                level = entry.lookup(1.0)
+                reading = seconds(lambda level=level: [level[layer] for layer in level], device, given.rounds)
+            operations = sum(e.count for e in seen.key_averages() if e.key.startswith("aten::"))
+            size = entry._cache.used
+            plain = torch.empty(size // 4, device=device)
+            floor = seconds(lambda plain=plain: plain.clone(), device, given.rounds)
+            held = statistics.median(storing)
+            record[title] = {
+                "bytes of a level": size,
+                "operations of a level": operations,
+                "of a source pass": round(held / passing, 4),
+                "of the floor": round(held / floor, 2),
+                "seconds": held,
+                "seconds until it is kept": statistics.median(settled),
+                "seconds to read it": reading,
+            }
+            print(title, record[title], flush=True)
+            del entry, level, plain
     record["seconds of a source pass"] = passing
     print(json.dumps(record, indent=1))
     if not given.dry:
-        write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
+        write_atomically(RESULTS / f"{given.name}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,20 @@ SHAPE = (2, 2, 6, 8)  # clips, heads, kept tokens, dim
 LEVEL_BYTES = len(LAYERS) * 2 * 2 * 2 * 6 * 8 * 4  # keys and values in float32
 
 
-def entry(kv_cache: KVCache, clip: str = "clip", layers: tuple[str, ...] = LAYERS) -> CacheEntry:
+class Settled(CacheEntry):
+    """An entry that waits after each level until it is where it is kept."""
+
+    def put(self, sigma, keys):
+        level = super().put(sigma, keys)
+        self.settle()
+        return level
+
+
+def entry(
+    kv_cache: KVCache, clip: str = "clip", layers: tuple[str, ...] = LAYERS, kind: type[CacheEntry] = Settled
+) -> CacheEntry:
     """The entry of a clip, as a new run opens it."""
-    return CacheEntry(kv_cache, content_fingerprint({"clip": clip, "format": kv_cache.format}), layers)
+    return kind(kv_cache, content_fingerprint({"clip": clip, "format": kv_cache.format}), layers)
 
 
 def source_pass(sigma: float, *, shape: tuple[int, ...] = SHAPE, layers: tuple[str, ...] = LAYERS) -> dict:

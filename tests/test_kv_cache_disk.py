@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -107,6 +108,8 @@ def test_levels_are_kept_on_the_host_and_served_on_the_device(tmp_path, format):
         on_device = CacheEntry(kv_cache, on_host.name, LAYERS, "cuda")
         keys = {layer: (key.cuda(), value.cuda()) for layer, (key, value) in source_pass(4.0).items()}
         put = on_device.put(4.0, keys)
+        assert equal(put, on_device.lookup(4.0))
+        on_device.settle()
         later = CacheEntry(kv_cache, on_host.name, LAYERS, "cuda").lookup(4.0)
         assert equal(put, later)
         assert all(x.is_cuda for pair in later.values() for x in pair)
@@ -114,6 +117,69 @@ def test_levels_are_kept_on_the_host_and_served_on_the_device(tmp_path, format):
         for pair, on_cpu in zip(later.values(), host.values(), strict=True):
             for x, y in zip(pair, on_cpu, strict=True):
                 torch.testing.assert_close(x.cpu(), y)
+
+
+# -- beside the run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """A disk that writes only while this event is set. Notes how many levels wait for it at a time."""
+    free, waiting, write = threading.Event(), [], module.write
+
+    def held(*args):
+        waiting.append(args[2])
+        assert free.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(module, "write", held)
+    free.waiting = waiting
+    yield free
+    free.set()
+
+
+def test_a_level_serves_while_it_is_written(tmp_path, slow_disk):
+    one = entry(KVCache(tmp_path, budget=0), kind=CacheEntry)
+    put = one.put(2.0, source_pass(2.0))
+    assert not list(tmp_path.glob("*/sigma*"))
+    assert 2.0 in one.sigmas
+    assert equal(one.lookup(2.0), put)
+    slow_disk.set()
+    one.settle()
+    assert len(list(tmp_path.glob("*/sigma*"))) == 1
+    assert equal(one.lookup(2.0), put)
+    assert equal(entry(KVCache(tmp_path, budget=0)).lookup(2.0), put)
+
+
+def test_one_level_at_a_time_is_on_its_way(tmp_path, slow_disk):
+    one = entry(KVCache(tmp_path), kind=CacheEntry)
+    one.put(4.0, source_pass(4.0))
+    second = threading.Thread(target=one.put, args=(2.0, source_pass(2.0)))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    assert slow_disk.waiting == [4.0]
+    slow_disk.set()
+    second.join(30)
+    one.settle()
+    assert sorted(module.sigmas_in(tmp_path / one.name[:32])) == [2.0, 4.0]
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_what_went_wrong_with_the_disk_is_told_when_the_run_settles(tmp_path, monkeypatch, budget):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write", full)
+    one = entry(KVCache(tmp_path, budget=budget), kind=CacheEntry)
+    one.put(2.0, source_pass(2.0))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        one.settle()
+    texts = [str(warning.message) for warning in told]
+    assert "No space left" in texts[0]
+    assert [("one level needs" in text) for text in texts[1:]] == [True] * (budget == 0)
+    assert one.sigmas == (set() if budget == 0 else {2.0})
 
 
 # -- files that are not what they should be ---------------------------------------------------------------------------

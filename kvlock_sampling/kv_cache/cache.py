@@ -10,6 +10,7 @@ mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..types import AttentionError, KVCacheError, KVCacheWarning
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
-from .quantize import Level, PackedLevel, check_format, extremes, pack, packed_bytes
+from .quantize import Level, PackedLevel, check_format, extremes, level_bytes, moved, pack, packed_bytes
 from .refresh import Refresh, add_request, check_sigma
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -114,11 +115,12 @@ class CacheEntry:
         self._folder = None if kv_cache.directory is None else kv_cache.directory / name[:32]
         self._files: set[float] = set() if self._folder is None else disk.sigmas_in(self._folder)
         self._mapped: dict[float, PackedLevel] = {}
+        self._copied: dict[float, tuple[PackedLevel, Future[bool]]] = {}
 
     @property
     def sigmas(self) -> set[float]:
         """The noise levels that are stored now."""
-        return self._files | self._cache.memory.sigmas(self.name)
+        return self._files | self._cache.memory.sigmas(self.name) | self._copied.keys()
 
     def lookup(self, sigma: float) -> Level | None:
         """Return the K/V by layer that serve a noise level, by the rule of `refresh`.
@@ -157,19 +159,54 @@ class CacheEntry:
         if not memory.make_room(size) and self._folder is None:
             self._warn_too_large(size)
             return keys
-        place = self._device if room_on(self._device, size) else "cpu"
+        place = self._device if room_on(self._device, size) else torch.device("cpu")
         flat = [x for layer in self.layers for x in keys[layer]]
         ends = [None] * len(flat) if format is None else extremes(flat)
-        packed = [pack(x, format, place, known) for x, known in zip(flat, ends, strict=True)]
+        packed = [pack(x, format, self._device, known) for x, known in zip(flat, ends, strict=True)]
         level = dict(zip(self.layers, zip(packed[::2], packed[1::2], strict=True), strict=True))
-        kept, written = memory.put(self.name, sigma, level), self._write(sigma, level)
+        self.settle()  # one level at a time, so that no more than one is on its way
         self._fresh.add(sigma)
-        if not (kept or written):
-            self._warn_too_large(size)
+        if place == self._device and self._folder is None:
+            if not memory.put(self.name, sigma, level):
+                self._warn_too_large(size)
+        else:  # the copies do not hold up the run
+            ready = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+            thread = ThreadPoolExecutor(1, "kv-cache")
+            self._copied[sigma] = level, thread.submit(self._store, sigma, level, place, ready)
+            thread.shutdown(wait=False)
         return Level([(level, 1.0)], self._device)
+
+    def settle(self) -> None:
+        """Wait until what was put is where it is kept."""
+        while self._copied:
+            sigma, (level, copied) = next(iter(self._copied.items()))
+            try:
+                kept = copied.result()
+            except OSError as error:
+                self._cache.warn_once("disk", f"{error}. K/V are kept in memory alone.")
+                kept = sigma in self._cache.memory.sigmas(self.name)
+            if not kept:
+                self._warn_too_large(level_bytes(level))
+            del self._copied[sigma]
+
+    def _store(self, sigma: float, level: PackedLevel, place: torch.device, ready: Any) -> bool:
+        """Keep a level where it belongs; `ready` is when its device has it. Returns whether it is kept anywhere."""
+        on_host = level
+        if ready is not None:
+            with torch.cuda.stream(torch.cuda.Stream(self._device)) as stream:
+                ready.wait(stream)
+                on_host = moved(level, "cpu")
+        kept = self._cache.memory.put(self.name, sigma, level if place == self._device else on_host)
+        if self._folder is not None:
+            disk.write(self._folder, self.name, sigma, on_host)
+            self._mapped.pop(sigma, None)
+            self._files.add(sigma)
+        return kept or self._folder is not None
 
     def _read(self, sigma: float) -> PackedLevel | None:
         level = self._cache.memory.get(self.name, sigma) or self._mapped.get(sigma)
+        if level is None and (copied := self._copied.get(sigma)) is not None:
+            return copied[0]
         if level is None and self._folder is not None and sigma in self._files:
             level = disk.read(self._folder, self.name, sigma, self.layers)
             if level is None:
@@ -177,18 +214,6 @@ class CacheEntry:
             else:
                 self._mapped[sigma] = level
         return level
-
-    def _write(self, sigma: float, level: PackedLevel) -> bool:
-        if self._folder is None:
-            return False
-        try:
-            disk.write(self._folder, self.name, sigma, level)
-        except OSError as error:
-            self._cache.warn_once("disk", f"{error}. K/V are kept in memory alone.")
-            return False
-        self._mapped.pop(sigma, None)
-        self._files.add(sigma)
-        return True
 
     def _warn_too_large(self, size: int) -> None:
         self._cache.warn_once(
@@ -203,11 +228,14 @@ class CacheSession:
 
     def __init__(self, kv_cache: KVCache, model: Any, layers: AttentionLayers) -> None:
         self.kv_cache, self.model, self.layers = kv_cache, model, layers
+        self._entries: dict[str, CacheEntry] = {}
         self.close()
 
     def close(self) -> None:
         """Let go of the entries in use. The cache keeps their levels, and the next entry reads the model again."""
-        self._entries: dict[str, CacheEntry] = {}
+        for entry in self._entries.values():
+            entry.settle()
+        self._entries.clear()
         self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], CacheEntry]] = []
         self._model: str | None = None
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from ..types import KVCacheError, KVCacheWarning
 from ..utils.files import atomic
 from .fingerprint import block_sums, content_fingerprint
-from .quantize import DTYPES, Packed, PackedLevel, moved
+from .quantize import DTYPES, Packed, PackedLevel
 
 STALE = 3600.0  # age in seconds after which the temporary file of a killed run is removed
 _TEMPORARY = re.compile(r"\.sigma-.*\.tmp\.safetensors|\.tmp\w{6}")  # those of `atomic` and of safetensors
@@ -77,9 +77,8 @@ def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> Packe
 
 
 def write(folder: Path, entry: str, sigma: float, level: PackedLevel) -> None:
-    """Write a level, in place of an older file. Raises OSError if that fails; then nothing is left behind."""
+    """Write a level on the host, in place of an older file. Raises OSError if that fails; then nothing is left behind."""
     tensors: dict[str, torch.Tensor] = {}
-    level = moved(level, "cpu")
     about = {"checksum": _checksum(entry, sigma, level)}
     for layer, pair in level.items():
         for side, (dtype, parts) in zip(("key", "value"), pair, strict=True):

@@ -105,13 +105,15 @@ def extremes(tensors: Sequence[Tensor]) -> list[Ends]:
 
 
 def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:
-    """Fill `parts`. One working copy is changed in place: K/V of a layer are large, and every pass over them counts."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format, copy=True)
-    size = wide.abs()
+    """Fill `parts`. K/V of a layer are large, and every pass over them counts: loudness is read from bfloat16."""
+    x = x.contiguous()
+    size = x.float().abs_() if x.dtype == torch.float16 else x.abs()  # usual sizes have reciprocals beyond float16
     usual = size.mean(-2, keepdim=True).clamp_min_(_TINY)
     loudness = (size @ usual.reciprocal().transpose(-1, -2)).div_(x.shape[-1]).clamp_min_(_TINY)
     channel = size.div_(loudness).amax(-2, keepdim=True).float().clamp_min_(_TINY)
-    token = torch.linalg.vector_norm(wide.div_(channel), float("inf"), -1, keepdim=True)
+    del size
+    wide = x / channel
+    token = torch.linalg.vector_norm(wide, float("inf"), -1, keepdim=True)
     # The token scale is rounded up, so that no token exceeds it.
     parts["token"].copy_(token.mul_(1 + 2**-8).clamp_min_(_TINY))
     parts["values"].copy_(wide.mul_(_MAX / parts["token"].to(wide.dtype)).round_())

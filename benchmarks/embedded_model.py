@@ -29,16 +29,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--first", type=int, default=FIRST_SCENE, help="scene; others to choose a setting on")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sampler", default="euler_ancestral")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--cfg-scale", type=float, default=4.0)
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
     settings = {"sampler": given.sampler, "steps": given.steps, "guidance": given.cfg_scale}
-    scenes = [sample_scene(FIRST_SCENE + i) for i in range(given.clips)]
+    scenes = [sample_scene(given.first + i) for i in range(given.clips)]
     prompts = [scene.prompt for scene in scenes]
     started = time.perf_counter()
-    clips = sample(load(given.model), prompts, seed=900_000, **settings)
+    clips = sample(load(given.model, device=given.device), prompts, seed=900_000, **settings)
     seconds = time.perf_counter() - started
     shown, renders = rates(judge(clips), scenes), rates(judge(render(scenes)), scenes)
     result = {"clips": given.clips, **settings, "right": shown, "right on true renders": renders, "seconds": seconds}

@@ -16,7 +16,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,16 +170,18 @@ SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
 def edit(
     network: nn.Module, batch: Batch, options: Options, sampler: str, seed: int = 0, steps: int = STEPS
 ) -> tuple[Tensor, kv.Trace]:
-    """Edit a batch under one row's options."""
+    """Edit a batch under one row's options, on the network's device."""
+    device = next(network.parameters()).device
     options = {"source_args": {"cond": tokenize([scene.prompt for scene in batch.sources])}, **options}
     steps = options.pop("steps", steps)
-    lock = kv.KVLock(FlowDenoiser(network, prediction="x0"), source=batch.source, mask=batch.mask, **options)
+    source, mask, noise = (part.to(device) for part in (batch.source, batch.mask, batch.noise))
+    lock = kv.KVLock(FlowDenoiser(network, prediction="x0"), source=source, mask=mask, **options)
     cond = tokenize([scene.prompt for scene in batch.targets])
     args = {"cond": cond, "uncond": torch.zeros_like(cond), "cond_scale": CFG_SCALE}
-    sigmas = samplers.flow_sigmas(steps, shift=3.0, t_max=0.98)
-    noise = batch.noise if seed == 0 else batch.noise.flip(-1).roll(seed, -1)
+    sigmas = samplers.flow_sigmas(steps, shift=3.0, t_max=0.98).to(device)
+    noise = noise if seed == 0 else noise.flip(-1).roll(seed, -1)
     out = lock.sample(sampler, noise * sigmas[0], sigmas, extra_args=args, seed=seed, disable=True)
-    return out.clamp(-1, 1), lock.trace
+    return out.clamp(-1, 1).cpu(), lock.trace
 
 
 def psnr(clips: Tensor, targets: Tensor, region: Tensor | None = None) -> list[float]:
@@ -199,15 +201,14 @@ def scored(batch: Batch, clips: Tensor) -> list[dict[str, float]]:
 
 
 def measure(
-    network: nn.Module, row: Any, first: int, count: int, sampler: str, seed: int, steps: int
+    network: nn.Module, row: Any, edits: Iterable[Batch], sampler: str, seed: int, steps: int
 ) -> dict[str, Any]:
     scores: list[dict[str, float]] = []
-    started, passes, released = time.perf_counter(), 0, []
-    for batch in batches(first, count):
+    started, passes = time.perf_counter(), 0
+    for batch in edits:
         clips, trace = edit(network, batch, row(batch) if callable(row) else row, sampler, seed, steps)
         scores += scored(batch, clips)
         passes = trace.nfe
-        released.append(float(torch.stack([1 - step.composite.mean() for step in trace]).mean()))
     columns = {name: [score[name] for score in scores] for name in SCORES}
     return {"passes": passes, "seconds": round(time.perf_counter() - started, 1), **columns}
 
@@ -291,12 +292,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="of the rows that do not say otherwise")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--name", default="release", help="of the results' files")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    network: nn.Module = load().network
+    network: nn.Module = load(device=given.device).network
     network = Bfloat16(network) if given.bfloat16 else network
     first = SEARCHED_SCENE if given.search else FIRST_SCENE
     path = RESULTS / f"{given.name}{'_search' * given.search}.json"
@@ -311,10 +313,11 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.exists() else {"about": about, "rows": {}}
     if record["about"] != about:
         parser.error(f"{path.name} holds {record['about']}, asked for {about}; remove it, or pass another --name.")
+    edits = list(batches(first, given.edits))
     for name, row in (SEARCHED if given.search else ROWS).items():
         if name in record["rows"] or (given.only and name not in given.only):
             continue
-        found = measure(network, row, first, given.edits, given.sampler, given.seed, given.steps)
+        found = measure(network, row, edits, given.sampler, given.seed, given.steps)
         record = json.loads(path.read_text()) if path.exists() else record  # another process may have added rows
         record["rows"][name] = found
         write_atomically(path, json.dumps(record) + "\n")

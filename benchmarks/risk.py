@@ -23,6 +23,7 @@ from world.judge import judge_edits
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.tiny import load
+from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Divergence, DropoutVariance, Estimator, PosteriorVariance, RenoiseVariance, Sparse
 
@@ -59,17 +60,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
-    network: torch.nn.Module = load().network
+    network: torch.nn.Module = load(device=given.device).network
     network = Bfloat16(network) if given.bfloat16 else network
     preset, sigmas = kv.presets.load_preset("release"), samplers.flow_sigmas(STEPS, shift=3.0, t_max=0.98)
     at = tuple(float(sigmas[round(STEPS * share)]) for share in READ_AT)
     readings: list[dict[str, list[float]]] = [{} for _ in READ_AT]
     found: dict[str, list[float]] = {"wrong attribute": [], "anything wrong": [], "in-mask PSNR": []}
     for batch in batches(FIRST_SCENE, given.edits):
-        panel = Panel({"release": preset.estimator.on_tokens(load().patch), **watchers(network, at)})
+        panel = Panel({"release": preset.estimator.on_tokens(PATCH), **watchers(network, at)})
         options = {"policy": preset.policy, "estimator": panel, "erase": True}
         clips, _ = edit(network, batch, options, given.sampler)
         verdicts = judge_edits(clips, batch.sources, batch.targets)

@@ -78,7 +78,7 @@ def sampled(network: torch.nn.Module, first: int, count: int, sampler: str) -> d
             clips, _ = edit(network, batch, {"policy": policy, "estimator": panel}, sampler, seed)
             add(per_seed, batch, clips)
             for name in readings:
-                rows = [read[name].numpy() for _, read in panel.seen if name in read]
+                rows = [read[name].cpu().numpy() for _, read in panel.seen if name in read]
                 short = STEPS - len(rows)
                 seen_by[name].append(np.stack([np.full(len(batch.mask), np.nan)] * short + rows, 1))
         for name in per_seed:
@@ -122,10 +122,11 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--first", type=int, default=FIRST_SCENE)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
-    network: torch.nn.Module = load().network
+    network: torch.nn.Module = load(device=given.device).network
     network = Bfloat16(network) if given.bfloat16 else network
     found = sampled(network, given.first, given.edits, given.sampler)
     part = float(found["computed"].mean())

@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,13 +163,19 @@ Row = dict[str, Any]
 Key = tuple[int, float | None, str]
 
 
-def measure(subjects: list[Subject], depth: int | None, rounds: int, say: Callable[[str], None]) -> list[Row]:
+def measure(
+    subjects: list[Subject],
+    depth: int | None,
+    rounds: int,
+    say: Callable[[str], None],
+    shares: Sequence[float] = SHARES,
+) -> list[Row]:
     """Rows of every subject, and with two of them those of a network of `depth` layers. Subjects take turns."""
     device = subjects[0].x.device
     makers = [
         (index, share, way, make)
         for index, subject in enumerate(subjects)
-        for share in (None, *SHARES)
+        for share in (None, *shares)
         for way, make in ways(subject, share).items()
     ]
     times: dict[Key, list[float]] = {(index, share, way): [] for index, share, way, _ in makers}
@@ -249,6 +255,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, nargs=3, default=(5, 32, 48), metavar=("TIME", "HEIGHT", "WIDTH"))
     parser.add_argument("--evaluations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the tokens that are edited")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -262,7 +269,7 @@ def main() -> None:
 
     dtype = getattr(torch, given.dtype)
     large = [wan(n, tuple(given.latents), given.evaluations, given.device, dtype) for n in given.layers[:2]]
-    rows = measure(large, given.depth, given.rounds, say)
+    rows = measure(large, given.depth, given.rounds, say, given.shares)
     deepest = rows[-1]["layers"]
     tables = [[row for row in rows if row["layers"] == deepest]]
     if given.device == "cpu":

@@ -167,7 +167,7 @@ def train(
         device: "cpu" or "cuda".
         workers: processes that render batches; 0 renders in the training process.
         save_every: seconds between checkpoints.
-        fast: torch.compile and bfloat16 matrix products.
+        fast: compiled blocks and bfloat16 matrix products.
     """
     torch.manual_seed(0)
     model = TinyWan()
@@ -212,22 +212,26 @@ def train(
         save_weights(average, out / "stage.safetensors", about)
 
     out.mkdir(parents=True, exist_ok=True)
-    forward = torch.compile(model) if fast else model
-    batches = iter(DataLoader(Batches(batch), batch_size=None, sampler=range(step, 10**9), num_workers=workers))
+    if fast:
+        for block in model.dit.blocks:
+            block.compile()
+    steps = range(step, 10**9)
+    loader = DataLoader(Batches(batch), None, sampler=steps, num_workers=workers, pin_memory=device != "cpu")
+    batches = iter(loader)
     began = last = time.time()
-    recent: list[float] = []
+    recent: list[Tensor] = []
     if not step:
         record(0.0, float("nan"))
     while (seconds := before + time.time() - began) < 60 * minutes:
         factor = min(1.0, (step + 1) / 50) * (1 - seconds / (60 * minutes))
         for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
             group["lr"] = group["peak"] * factor
-        clips, words = (a.to(device) for a in next(batches))
+        clips, words = (a.to(device, non_blocking=True) for a in next(batches))
         t = torch.sigmoid(time_mean + time_std * torch.randn(batch // 2, generator=generator, device=device))
         noise = torch.randn(batch // 2, *clips.shape[1:], generator=generator, device=device)
         t, noise = (a.repeat_interleave(2, dim=0) for a in (t, noise))  # the same for both of a pair
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
-            errors = flow_errors(forward, clips, words, t, noise)
+            errors = flow_errors(model, clips, words, t, noise)
             loss = (post_weights(clips, post_weight) * errors.square()).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -236,15 +240,14 @@ def train(
             optimizer.zero_grad()
         step += 1
         keep = (1 - 1 / step) ** AVERAGE_POWER
-        for name, value in model.state_dict().items():
-            average[name].lerp_(value, 1 - keep)
-        recent.append(loss.item())
+        torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 1 - keep)
+        recent.append(loss.detach())
         if time.time() - last > save_every:
-            record(seconds, sum(recent) / len(recent))
+            record(seconds, float(torch.stack(recent).mean()))
             save(seconds)
             last, recent = time.time(), []
     if recent:
-        record(seconds, sum(recent) / len(recent))
+        record(seconds, float(torch.stack(recent).mean()))
         save(seconds)
 
 
@@ -263,7 +266,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that render batches")
     parser.add_argument("--save-every", type=float, default=180.0, help="seconds between checkpoints")
-    parser.add_argument("--fast", action="store_true", help="torch.compile and bfloat16 matrix products")
+    parser.add_argument("--fast", action="store_true", help="compiled blocks and bfloat16 matrix products")
     train(**vars(parser.parse_args()))
 
 

@@ -113,5 +113,3 @@ def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
             "For one by chance: seed=torch.seed()."
         )
     return (int(seed) + plus) % SEEDS
-
-

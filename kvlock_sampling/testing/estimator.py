@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..denoisers import per_row
 from ..types import EstimatorError, Evaluation
 from ..utils.host import HostReads
 from ..variance import Estimator
@@ -29,7 +30,7 @@ class CheckModel(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
-        sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))
+        sigma = per_row(torch.as_tensor(sigma).to(x), x)
         hidden = (x / (1 + sigma.square()).sqrt()).movedim(1, -1)
         for block in self.blocks:
             hidden = hidden + block["ffn"](hidden)  # type: ignore[index]

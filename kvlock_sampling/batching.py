@@ -98,6 +98,11 @@ def _is_prompts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
 
 
+def per_row(value: Tensor, x: Tensor) -> Tensor:
+    """One number, or one for each clip, broadcastable to x."""
+    return value.reshape(-1, *[1] * (x.ndim - 1))
+
+
 def take(value: Any, index: Tensor, batch: int) -> Any:
     """The rows `index` of every leaf with one row per clip of a batch of `batch`; other leaves stay as they are."""
 

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .batching import per_row
 from .types import KVLockError
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
@@ -233,11 +234,6 @@ class CFGDenoiser(DenoiserWrapper):
         if isinstance(cond_scale, Tensor):
             cond_scale = per_row(cond_scale.to(x), x)
         return d_uncond + (d_cond - d_uncond) * cond_scale
-
-
-def per_row(value: Tensor, x: Tensor) -> Tensor:
-    """One number, or one for each clip, broadcastable to x."""
-    return value.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _parameter_dtype(model: Any) -> torch.dtype | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoisers import per_row
+from ..batching import per_row
 
 
 class GaussianDenoiser(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..denoisers import per_row
+from ..batching import per_row
 from ..types import EstimatorError, Evaluation
 from ..utils.host import HostReads
 from ..variance import Estimator

@@ -109,9 +109,9 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
                 f"{like.device}; expected the same, or float32.\n  Write {field}.to(obs.risk), or use torch.full_like."
             )
     on_host = Control(*(v.cpu() if isinstance(v, Tensor) else v for v in control))
-    _explained(f"This was {seen}.", lambda: check_finite(policy, on_host, method))
+    _explained(f"This was {who} {seen}.", lambda: check_finite(policy, on_host, method))
     low, high = HostReads().range(0.0 if on_host.lock is None else on_host.lock)
-    _explained(f"This was {seen}.", lambda: check_ratio(policy, "lock", low, high))
+    _explained(f"This was {who} {seen}.", lambda: check_ratio(policy, "lock", low, high))
     if high > 0 and not policy.may_lock:
         raise PolicyError(
             f"{who} returned lock={on_host.lock} {seen}, but may_lock is False; expected lock 0.\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoisers import per_row
+from ...batching import per_row
 from .calls import Call
 from .schedule import sigmas_of
 

@@ -20,7 +20,7 @@ VOCABULARY = len(WORDS)
 def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """A small pipeline with random weights; the names are `BUILDERS`' and "wan"."""
     if name == "wan":
-        return pipelines.tiny_pipeline(seed)
+        return pipelines.tiny_pipeline(name, seed)
     with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return finished(BUILDERS[name]())

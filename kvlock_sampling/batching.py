@@ -100,7 +100,7 @@ def _is_prompts(value: Any) -> bool:
 
 def per_row(value: Tensor, x: Tensor) -> Tensor:
     """One number, or one for each clip, broadcastable to x."""
-    return value.reshape(-1, *[1] * (x.ndim - 1))
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def take(value: Any, index: Tensor, batch: int) -> Any:

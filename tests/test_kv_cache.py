@@ -212,6 +212,7 @@ def test_mistakes_are_named():
     for sigma in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(KVCacheError, match="expected a finite number > 0"):
             one.lookup(sigma)
+    assert one.lookup(torch.tensor(1.0)) is None  # an entry of a schedule will do
 
 
 @pytest.mark.parametrize(

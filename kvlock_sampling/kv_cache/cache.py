@@ -129,7 +129,7 @@ class CacheEntry:
         None means that the source pass must run and its K/V be stored with `put`. Raises KVCacheError unless the noise
         level is finite and > 0.
         """
-        sigma = check_number("sigma", sigma, KVCacheError, above=0.0)
+        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         add_request(self._requested, sigma)
         while True:
             chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
@@ -150,7 +150,7 @@ class CacheEntry:
         Raises:
             KVCacheError: A layer is missing, or K/V are not floating tensors.
         """
-        sigma = check_number("sigma", sigma, KVCacheError, above=0.0)
+        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
             raise KVCacheError(

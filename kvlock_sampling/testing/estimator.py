@@ -169,7 +169,7 @@ def _check_variance(estimator: Estimator, value: Any, given: Evaluation, name: s
     check_shape(estimator, value, len(given.x), name)
     if torch.finfo(value.dtype).bits < 32 or value.device != given.x.device:
         raise EstimatorError(
-            f"{estimator!r} returned a {name} in {value.dtype} on {value.device} for latents in {given.x.dtype} on "
-            f"{given.x.device}; expected float32 or float64, there. Use masked_mean, or begin with values.float()."
+            f"{estimator!r} returned a {name} in {value.dtype} on {value.device} for latents in {given.x.dtype}; "
+            f"expected float32 or float64 on {given.x.device}. Use masked_mean, or begin with values.float()."
         )
-    check_variance(estimator, HostReads(), value, name)
+    check_variance(estimator, HostReads(), value, f"{name} at sigma={given.sigma:.3g}")

@@ -108,7 +108,7 @@ def check_shape(estimator: Estimator, value: Any, batch: int, name: str = "varia
         given = f"of {value.dtype} and shape {shape}" if isinstance(value, Tensor) else f"that is {value!r}"
         raise EstimatorError(
             f"{estimator!r} returned a {name} {given}; expected a floating tensor of shape (batch,) = ({batch},) or "
-            "(batch, tokens): masked_mean(squares, evaluation.mask)."
+            "(batch, tokens), e.g. masked_mean(squares, evaluation.mask), or None while nothing is known."
         )
 
 

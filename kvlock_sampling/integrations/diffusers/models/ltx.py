@@ -48,7 +48,8 @@ class LTXVideo(PipelineVideo):
         decode_noise_scale: float | None = None,
         **options: Any,
     ) -> None:
-        self.frame_rate = check_number("frame_rate", frame_rate, PipelineError, above=0.0)
+        unit = " It is in frames per second; the default is 25."
+        self.frame_rate = check_number("frame_rate", frame_rate, PipelineError, unit, above=0.0)
         self.decode_timestep = check_number("decode_timestep", decode_timestep, PipelineError)
         noise = self.decode_timestep if decode_noise_scale is None else decode_noise_scale
         self.decode_noise_scale = check_number("decode_noise_scale", noise, PipelineError)

@@ -21,10 +21,8 @@ from ..utils.host import HostReads
 def _takes(function: Callable[..., Any], count: int) -> bool:
     try:
         inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # some built-in functions have no signature
-        pass
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # some built-in functions have no signature
     return True
 
 

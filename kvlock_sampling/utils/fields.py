@@ -39,10 +39,8 @@ def within(
     whole: bool = False,
 ) -> float | None:
     """Return a value as a float, or an int if `whole`; None if it is no finite number within the limits."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return None
     try:
-        given = float(value)
+        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else inf
     except OverflowError:
         return None
     if not (isfinite(given) and above < given < below and at_least <= given <= at_most):

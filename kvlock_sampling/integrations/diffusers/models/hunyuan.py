@@ -88,8 +88,7 @@ class Hunyuan15Video(PipelineVideo):
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, image: Any = (1, 1)) -> Tensor:
         no_frame = z.new_zeros(len(z), z.shape[1] + 1, *z.shape[2:])  # no first frame, and a mask that says so
         read = {"encoder_attention_mask": cond["mask"], "encoder_attention_mask_2": cond["glyph_mask"]}
-        read |= {"encoder_hidden_states_2": cond["glyphs"]}
-        read |= {"image_embeds": torch.zeros(len(z), *image, dtype=dtype, device=z.device)}
+        read |= {"encoder_hidden_states_2": cond["glyphs"], "image_embeds": z.new_zeros(len(z), *image, dtype=dtype)}
         # Time is in the weights' precision, as in the pipeline: the network does not cast it.
         return ask(network, torch.cat([z, no_frame], dim=1).to(dtype), time.to(dtype), cond, **read)
 

@@ -23,9 +23,14 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
     Raises:
         NotBatchable: The branches differ in a way that rows cannot express.
     """
-    if any(c.keys() != calls[0].keys() for c in calls):
+    if len(calls) == 1:
+        return calls[0]
+    flat = [tree_flatten(dict(sorted(call.items())), is_leaf=_is_prompts) for call in calls]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
         raise NotBatchable
-    return {name: join([c[name] for c in calls], batch) for name in calls[0]}
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([_join_leaf(parts, batch) for parts in columns], spec)
 
 
 def joinable(calls: Sequence[dict[str, Any]], batch: int) -> bool:
@@ -35,18 +40,6 @@ def joinable(calls: Sequence[dict[str, Any]], batch: int) -> bool:
     except NotBatchable:
         return False
     return True
-
-
-def join(values: Sequence[Any], batch: int) -> Any:
-    """One argument of several branches as that of one call; see `join_calls`."""
-    if len(values) == 1:
-        return values[0]
-    flat = [tree_flatten(value, is_leaf=_is_prompts) for value in values]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat):
-        raise NotBatchable
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return tree_unflatten([_join_leaf(parts, batch) for parts in columns], spec)
 
 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
@@ -103,6 +96,11 @@ def _is_rows(value: Any, batch: int) -> bool:
 
 def _is_prompts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
+
+
+def per_row(value: Tensor, x: Tensor) -> Tensor:
+    """One number, or one for each clip, broadcastable to x."""
+    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def take(value: Any, index: Tensor, batch: int) -> Any:

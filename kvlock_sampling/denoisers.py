@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .batching import per_row
 from .types import KVLockError
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
@@ -48,7 +49,7 @@ class DenoiserWrapper(nn.Module):
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
         """Return x0 + sigma * noise in the dtype of x0, for sigma of shape () or (batch,)."""
-        return (x0 + _per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
+        return (x0 + per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
 
     def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
         """Return the noise level in variance-exploding form: sigma itself."""
@@ -102,7 +103,7 @@ class Preconditioned(DenoiserWrapper):
         if sigma.shape not in ((), (1,), (len(x),)):
             raise DenoiserError(f"sigma has shape {tuple(sigma.shape)}; expected () or (batch,) = ({len(x)},)")
         sigma = sigma.expand(len(x))
-        c_skip, c_out, c_in = (_per_row(c, x) for c in self.scalings(sigma))
+        c_skip, c_out, c_in = (per_row(c, x) for c in self.scalings(sigma))
         dtype = self.model_dtype or _parameter_dtype(self.inner_model) or x.dtype
         z, time = (x * c_in).to(dtype), self.time(sigma).to(torch.promote_types(dtype, torch.float32))
         model, call = self.inner_model, self.call
@@ -231,12 +232,8 @@ class CFGDenoiser(DenoiserWrapper):
         both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=_doubled(uncond, cond))
         d_uncond, d_cond = both.chunk(2)
         if isinstance(cond_scale, Tensor):
-            cond_scale = _per_row(cond_scale.to(x), x)
+            cond_scale = per_row(cond_scale.to(x), x)
         return d_uncond + (d_cond - d_uncond) * cond_scale
-
-
-def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
 
 
 def _parameter_dtype(model: Any) -> torch.dtype | None:

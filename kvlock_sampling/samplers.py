@@ -6,7 +6,6 @@ samplers need none of it. So its submodules are loaded on first use below a priv
 call `model.on_schedule(sigmas)` if the model has it, except dpm_fast and dpm_adaptive, which choose their own steps.
 """
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -25,6 +24,8 @@ from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
 from .utils.fields import check_seed
+from .utils.signature import parameters_of
+from .utils.tables import nearest
 
 Sampler: TypeAlias = Callable[..., Tensor]
 NoiseSampler: TypeAlias = Callable[[Any, Any], Tensor]
@@ -58,26 +59,20 @@ def get(name: str) -> Sampler:
         name: E.g. "dpmpp_2m"; the prefix `sample_` is accepted.
 
     Raises:
-        SamplerError: The name is unknown (the message names the nearest ones), or k-diffusion is not installed.
+        SamplerError: The name is unknown (the message names the nearest one), or k-diffusion is not installed.
     """
     name = name.removeprefix("sample_")
     with _LOCK:
         if name not in _SAMPLERS:
             if name not in names():
-                raise SamplerError(_unknown(name))
+                raise SamplerError(f"no sampler is called {name!r}; {nearest(name, names())}")
             _SAMPLERS[name] = _announcing(name, getattr(_module("sampling"), f"sample_{name}"))
         return _SAMPLERS[name]
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, names(), n=3)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"no sampler is called {name!r}.{hint} There are: {', '.join(names())}"
-
-
 def is_ranged(sampler: str | Sampler) -> bool:
     """Whether a sampler takes (sigma_min, sigma_max) instead of a schedule, as dpm_fast and dpm_adaptive do."""
-    parameters = _parameters(get(sampler) if isinstance(sampler, str) else sampler)
+    parameters = parameters_of(get(sampler) if isinstance(sampler, str) else sampler)
     return "sigmas" not in parameters and {"sigma_min", "sigma_max"} <= parameters.keys()
 
 
@@ -121,7 +116,7 @@ def run(
     if seed is not None:
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     named = getattr(function, "func", function)  # of a functools.partial
-    ours, parameters = named in _SAMPLERS.values(), _parameters(function)
+    ours, parameters = named in _SAMPLERS.values(), parameters_of(function)
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
     if seed is not None and given.get("noise_sampler") is None:
@@ -180,7 +175,8 @@ def __getattr__(name: str) -> Any:
     if name in _EXTRAS:
         return getattr(_module("sampling"), name)
     if name.startswith("_") or name.removeprefix("sample_") not in names():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}" if name[:1] == "_" else _unknown(name))
+        hint = "" if name.startswith("_") else f"; {nearest(name, names())}"
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     return get(name)
 
 
@@ -242,13 +238,6 @@ def _load(stem: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError):
             raise SamplerError(f"k-diffusion's {stem}.py needs {error.name}: pip install {error.name}") from error
         raise
-
-
-def _parameters(function: Sampler) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # The callable has no readable signature.
-        return {}
 
 
 def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:

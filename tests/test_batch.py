@@ -145,7 +145,7 @@ def test_bad_rows_are_reported_and_the_others_go_on(kvlock: Kvlock, edits: list[
         "seed='1.5'; expected a whole number, e.g. 1.": row(seed="1.5"),
         "cannot read 'kite'": row(prompt="a red ball, a kite"),
         "prompt is empty; expected clip, mask, prompt": row(prompt=" "),
-        "Did you mean dpmpp_2m": row(sampler="dpmpp_2n"),
+        "did you mean 'dpmpp_2m'": row(sampler="dpmpp_2n"),
         "steps=0; expected a whole number >= 1": row(steps=0),
         "name='../a.mp4'; expected the name of a file, without folders": row(name="../a.mp4"),
         "'a.xyz' has the suffix '.xyz'; expected one of .mp4": row(name="a.xyz"),

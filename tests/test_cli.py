@@ -158,7 +158,7 @@ BAD = {
     "nothing to keep": ({"mask": "white.png"}, "polarity"),
     "unknown word": ({"prompt": "a red ball movin left"}, "cannot read 'movin'"),
     "no colour in the source prompt": ({"source_prompt": "a dog"}, "names none of red, green"),
-    "missing sampler": ({"sampler": "dpmpp_2n"}, "Did you mean dpmpp_2m"),
+    "missing sampler": ({"sampler": "dpmpp_2n"}, "did you mean 'dpmpp_2m'"),
     "unknown policy": ({"policy": "stedy"}, "steady"),
     "missing policy file": ({"policy": "nowhere.toml"}, "cannot read the policy file"),
     "unknown key": ({"policy": "typo.toml"}, "center"),

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
-from kvlock_sampling.batching import NotBatchable, join
+from kvlock_sampling.batching import NotBatchable, join_calls
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.run import Timeline, steps_left
@@ -55,6 +55,9 @@ def test_steps_left_counts_the_step_a_noise_level_belongs_to():
 
 
 def test_rows_join_what_can_share_a_call():
+    def join(values, batch):
+        return join_calls([{"cond": value, "scale": 1.0} for value in values], batch)["cond"]
+
     a, b = torch.zeros(2, 3), torch.ones(2, 3)
     assert torch.equal(join([a, b], 2), torch.cat([a, b]))
     assert torch.equal(join([a[:1], b], 2), torch.cat([a[:1], a[:1], b]))

@@ -179,7 +179,7 @@ BAD = {
     "unknown word": ({"prompt": "a red ball, a squirrel"}, KVLockError, "cannot read 'squirrel'"),
     "too many prompts": ({"prompt": ["a red ball"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
     "too many seeds": ({"seed": [1, 2]}, SourceError, "2 entries for 1 clips"),
-    "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "Did you mean dpmpp_2m"),
+    "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "did you mean 'dpmpp_2m'"),
     "no steps": ({"steps": 0}, SamplerError, "steps=0; expected a whole number >= 1"),
     "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
     "policy of another shape": (

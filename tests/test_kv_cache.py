@@ -210,8 +210,9 @@ def test_mistakes_are_named():
     with pytest.raises(KVCacheError, match=r"no K/V of blocks\.2\.attn1; it had blocks\.0\.attn1, blocks"):
         one.put(1.0, source_pass(1.0, layers=LAYERS[:2]))
     for sigma in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(KVCacheError, match="finite noise levels > 0"):
+        with pytest.raises(KVCacheError, match="expected a finite number > 0"):
             one.lookup(sigma)
+    assert one.lookup(torch.tensor(1.0)) is None  # an entry of a schedule will do
 
 
 @pytest.mark.parametrize(
@@ -219,14 +220,14 @@ def test_mistakes_are_named():
     [
         ({"every": 0}, "every=0"),
         ({"every": 2.5}, "whole number"),
-        ({"every": True}, "every=True; expected a whole number >= 1, e.g. 3"),
+        ({"every": True}, "every=True; expected a whole number >= 1, .* default is 3"),
         ({"every": "3"}, "every='3'"),
         ({"ratio": 0.9}, "ratio=0.9"),
         ({"ratio": float("nan")}, "ratio=nan"),
-        ({"ratio": True}, "ratio=True; expected a number >= 1, e.g. 1.5"),
+        ({"ratio": True}, "ratio=True; expected a finite number >= 1, .* default is 1.5"),
         ({"ratio": "1.5"}, "ratio='1.5'"),
         ({"every": None, "ratio": None}, "at least one"),
-        ({"every": None, "ratio": math.inf}, "ratio=inf; expected a number >= 1, e.g. 1.5, or None"),
+        ({"every": None, "ratio": math.inf}, "ratio=inf; expected a finite number >= 1, .* None is no limit"),
         ({"budget": "4 bananas"}, "budget='4 bananas'; expected bytes"),
         ({"budget": -1}, "-1"),
         ({"budget": 0}, "budget=0 leaves no room; pass a directory"),

@@ -23,6 +23,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import masks, samplers, variance
 from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.presets import ESTIMATORS, POLICIES, Preset
+from kvlock_sampling.tiny import edit_mask, render, sample_edit
 from kvlock_sampling.types import Control, EstimatorError, KVLockError, RunError, SamplerError, SourceError
 from kvlock_sampling.variance.thresholds import reference_bands
 from kvlock_sampling.video import side_by_side
@@ -315,8 +316,8 @@ def test_a_sampler_is_a_name_or_a_function(sampler):
 
 
 def test_a_clip_in_0_to_1_is_told():
-    before, after = kv.tiny.sample_edit(6, "reshape")
-    clip, mask = kv.tiny.render([before]), kv.tiny.edit_mask([before], [after])
+    before, after = sample_edit(6, "reshape")
+    clip, mask = render([before]), edit_mask([before], [after])
     with pytest.warns(UserWarning, match=r"if it is in \[0, 1\], pass clip \* 2 - 1"):
         kv.edit_video((clip + 1) / 2, mask, after.prompt, policy="off", steps=1)
     with warnings.catch_warnings():

@@ -331,7 +331,7 @@ REFUSED = {
     "texts of another length": (lambda: model("hunyuan-1.5", max_sequence_length=64), "tokenizer_max_length = 64"),
     "guidance": (lambda: model("hunyuan", embedded_guidance="x"), "embedded_guidance='x'; expected a finite number"),
     "scale": (lambda: model("wan", cfg_scale="5"), "cfg_scale='5'; expected a finite number"),
-    "rate": (lambda: model("ltx", frame_rate="a"), "frame_rate='a'; expected a finite number"),
+    "rate": (lambda: model("ltx", frame_rate="a"), "frame_rate='a'; expected a finite number > 0.*frames per second"),
     "reactive": (lambda: model("wan-vace", reactive="gray"), "'grey' .inpainting."),
 }
 

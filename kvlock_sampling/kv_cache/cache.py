@@ -21,11 +21,12 @@ from torch.utils._pytree import tree_leaves
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
+from ..utils.fields import check_number
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
-from .quantize import Level, PackedLevel, check_format, extremes, level_bytes, moved, pack, packed_bytes
-from .refresh import Refresh, add_request, check_sigma
+from .quantize import Level, PackedLevel, extremes, level_bytes, moved, pack, packed_bytes
+from .refresh import Refresh, add_request
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -60,7 +61,9 @@ class KVCache:
         interpolate: bool = True,
     ) -> None:
         self.refresh = Refresh(every, ratio, interpolate)
-        self.format = check_format(format)
+        if format not in ("int8", None):
+            raise KVCacheError(f'format={format!r}; expected "int8", or None to keep K/V unchanged.')
+        self.format = format
         self.budget = parse_bytes(budget)
         if directory is None and self.budget == 0:
             raise KVCacheError('budget=0 leaves no room; pass a directory to keep K/V on disk alone, or budget="4GB".')
@@ -128,7 +131,7 @@ class CacheEntry:
         None means that the source pass must run and its K/V be stored with `put`. Raises KVCacheError unless the noise
         level is finite and > 0.
         """
-        sigma = check_sigma(sigma)
+        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         add_request(self._requested, sigma)
         while True:
             chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
@@ -149,7 +152,8 @@ class CacheEntry:
         Raises:
             KVCacheError: A layer is missing, or K/V are not floating tensors.
         """
-        sigma, format, memory = check_sigma(sigma), self._cache.format, self._cache.memory
+        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
+        format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
             raise KVCacheError(
                 f"put was given no K/V of {', '.join(missing[:4])}; it had {', '.join(list(keys)[:4]) or 'none'}.\n"

@@ -36,12 +36,6 @@ PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 """The stored key and value of every layer at one noise level."""
 
 
-def check_format(format: Any) -> str | None:
-    if format is None or (isinstance(format, str) and format == "int8"):
-        return format
-    raise KVCacheError(f'format={format!r}; expected "int8", or None to keep K/V unchanged.')
-
-
 def layout(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> dict[str, Any]:
     """Return the dtype and shape of each part that `pack` makes of a tensor (..., tokens, dim)."""
     shape = tuple(shape)

@@ -16,18 +16,11 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..types import SAME_SIGMA, KVCacheError
+from ..utils.fields import check_number
 
 
 def same(a: float, b: float) -> bool:
     return abs(a - b) <= SAME_SIGMA * max(a, b)
-
-
-def check_sigma(sigma: float) -> float:
-    """Return a noise level as a float. Raises KVCacheError unless it is finite and above 0."""
-    level = float(sigma)
-    if not (level > 0 and math.isfinite(level)):
-        raise KVCacheError(f"sigma={level}; a KV cache keeps K/V at finite noise levels > 0.")
-    return level
 
 
 @dataclass(frozen=True)
@@ -39,12 +32,11 @@ class Refresh:
     interpolate: bool = True
 
     def __post_init__(self) -> None:
-        every, ratio = self.every, self.ratio
-        if every is not None and not (type(every) is int and every >= 1):
-            raise KVCacheError(f"every={every!r}; expected a whole number >= 1, e.g. 3, or None for no such limit.")
-        if ratio is not None and not (type(ratio) in (int, float) and 1 <= ratio < math.inf):
-            raise KVCacheError(f"ratio={ratio!r}; expected a number >= 1, e.g. 1.5, or None for no such limit.")
-        if every is None and ratio is None:
+        for name, usual in (("every", 3), ("ratio", 1.5)):
+            if (limit := getattr(self, name)) is not None:
+                hint = f" The default is {usual}; None is no limit."
+                check_number(name, limit, KVCacheError, hint, at_least=1, whole=isinstance(usual, int))
+        if self.every is None and self.ratio is None:
             raise KVCacheError("every=None and ratio=None serve one level to all; set at least one, e.g. ratio=1.5.")
         if not isinstance(self.interpolate, bool):
             raise KVCacheError(f"interpolate={self.interpolate!r}; expected True or False, e.g. interpolate=True.")

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
-import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, SourceError
@@ -22,10 +21,8 @@ from ..utils.host import HostReads
 def _takes(function: Callable[..., Any], count: int) -> bool:
     try:
         inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:  # some built-in functions have no signature
-        return True
+    except (TypeError, ValueError) as error:
+        return isinstance(error, ValueError)  # some built-in functions have no signature
     return True
 
 
@@ -184,12 +181,9 @@ def check_ratio(policy: Any, field: str, low: float, high: float) -> None:
     """Check the smallest and the largest entry of a lock or a composite weight."""
     if low >= 0 and high <= 1:
         return
-    unknown = math.isnan(low + high)
-    found = (
-        "NaN (is x0-hat finite? what is not measured is NaN: an effect needs Divergence)"
-        if unknown
-        else f"[{low:.4g}, {high:.4g}]"
-    )
+    found = f"[{low:.4g}, {high:.4g}]"
+    if math.isnan(low + high):
+        found = "NaN (is x0-hat finite? what is not measured is NaN: an effect needs Divergence)"
     raise PolicyError(
         f"{policy_name(policy)} returned a {field} in {found}; expected [0, 1].\n"
         f"  Return Control({field}=value.clamp(0, 1)), or wrap it: Clamped(policy, {field}=(0.0, 1.0))."
@@ -206,15 +200,13 @@ def nothing_to_lock_to(policy: Any, field: str, value: float) -> SourceError:
 
 def check_finite(policy: Any, control: Control, method: str) -> None:
     """Check values that are on the host already: all are finite, and a composite weight is in [0, 1]."""
-    weight = control.composite
-    if weight is not None and not (isinstance(weight, Tensor) and not HostReads.free(weight)):
-        check_ratio(policy, "composite", *HostReads().range(weight))
     for field, value in control._asdict().items():
-        if isinstance(value, Tensor):
-            finite = not HostReads.free(value) or bool(torch.isfinite(value).all())
-        else:
-            finite = value is None or math.isfinite(value)
-        if not finite:
+        if value is None or (isinstance(value, Tensor) and not HostReads.free(value)):
+            continue
+        low, high = HostReads().range(value)
+        if field == "composite":
+            check_ratio(policy, field, low, high)
+        if not math.isfinite(low + high):
             raise PolicyError(
                 f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
                 "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start.\n"

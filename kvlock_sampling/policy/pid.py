@@ -51,13 +51,11 @@ class PID(Policy):
     slew: float | None = None
 
     def __post_init__(self) -> None:
-        number(self, "target", above=0.0)
-        for name in ("kp", "ki", "kd"):
-            number(self, name)
+        number(self, "target", "filter_width", above=0.0)
+        number(self, "kp", "ki", "kd")
         pair(self, "lock_range", at_least=0.0, at_most=1.0)
         pair(self, "cfg_range", at_least=0.0, rising=False)
         number(self, "bias", at_least=0.0, at_most=1.0)
-        number(self, "filter_width", above=0.0)
         number(self, "slew", above=0.0, optional=True)
         if not self.limits[0] <= self.bias <= self.limits[1]:
             raise PolicyError(

@@ -34,8 +34,7 @@ class Sigmoid(Policy):
     cfg_range: Range = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        number(self, "centre", above=0.0)
-        number(self, "width", above=0.0)
+        number(self, "centre", "width", above=0.0)
         pair(self, "lock_range", at_least=0.0, at_most=1.0)
         pair(self, "cfg_range", at_least=0.0, rising=False)
 

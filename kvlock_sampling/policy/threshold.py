@@ -41,11 +41,8 @@ class Threshold(Policy):
 
     def __post_init__(self) -> None:
         number(self, "on", above=0.0)
-        number(self, "off", at_least=0.0)
-        for name in ("locked", "free"):
-            number(self, name, at_least=0.0, at_most=1.0)
-        for name in ("cfg_calm", "cfg_alarm"):
-            number(self, name, at_least=0.0)
+        number(self, "off", "cfg_calm", "cfg_alarm", at_least=0.0)
+        number(self, "locked", "free", at_least=0.0, at_most=1.0)
         if self.off > self.on:
             works = f"Threshold(on={self.on:g}, off={0.7 * self.on:g})"
             raise PolicyError(f"on={self.on:g}, off={self.off:g}: off must be below on. This works: {works}")

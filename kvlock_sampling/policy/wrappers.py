@@ -70,8 +70,7 @@ class Windowed(PolicyWrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         number(self, "last", at_least=1, whole=True, optional=True)
-        number(self, "below", above=0.0, optional=True)
-        number(self, "above", above=0.0, optional=True)
+        number(self, "below", "above", above=0.0, optional=True)
         if self.last is None and self.below is None and self.above is None:
             raise PolicyError("no window given. This works: Windowed(policy, last=20), or above=0.1, below=3.3")
         if self.below is not None and self.above is not None and self.below < self.above:
@@ -122,7 +121,8 @@ class Clamped(PolicyWrapper):
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
         weight = None if control.composite is None else _clamp(control.composite, self.composite)
-        control = control._replace(lock=_clamp(_lock(control, obs), self.lock), composite=weight)
+        lock = obs.lock if control.lock is None else control.lock
+        control = control._replace(lock=_clamp(lock, self.lock), composite=weight)
         if self.cfg is None:
             return control
         scale = obs.requested_cfg_scale if control.cfg_scale is None else control.cfg_scale
@@ -183,8 +183,3 @@ def _spread(value: Scalar, like: Tensor) -> Tensor:
 def _clamp(value: Scalar, limits: Range) -> Scalar:
     low, high = limits
     return value.clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
-
-
-def _lock(control: Control, obs: Observation) -> Scalar:
-    """The lock that a control asks for: its own, or the one in force."""
-    return obs.lock if control.lock is None else control.lock

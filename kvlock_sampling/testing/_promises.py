@@ -15,6 +15,7 @@ from ..attention.context import KeyValue
 from ..batching import take
 from ..lock import KVLock
 from ..masks.fitted import FittedMask
+from ..masks.tokens import on_latents, token_grid
 from ..policy import Constant, Policy, stateless
 from ..source import Source
 from ..types import AttentionError, Control, Denoiser
@@ -304,20 +305,17 @@ def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
     """Masks that edit some of the largest tokens of every clip, others in the next clip."""
     patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
-    patch = tuple(max(sizes) for sizes in zip(*patches, strict=True))
-    sizes = {5: patch, 4: patch[1:]}.get(x.ndim, (1,))
-    counts = [size // p for size, p in zip(x.shape[2:] if x.ndim > 3 else x.shape[1:2], sizes, strict=True)]
-    axis = max(range(len(counts)), key=lambda i: counts[i])
-    if counts[axis] < 2:
+    t, h, w = (max(sizes) for sizes in zip(*patches, strict=True))
+    count = math.prod(token_grid(x.shape, (t, h, w)))
+    if count < 2:
         raise AttentionError(
-            f"x of shape {tuple(x.shape)} has {math.prod(counts)} token of {patch} latents, the largest a layer has; "
-            "expected two or more along some axis."
+            f"x of shape {tuple(x.shape)} has {count} token of {(t, h, w)} latents, the largest a layer has; expected "
+            "two or more."
         )
-    mask = torch.zeros_like(x[:, :1] if x.ndim > 3 else x[..., :1])
-    where = mask.movedim((2 if x.ndim > 3 else 1) + axis, -1)
-    where[0::2, ..., : counts[axis] // 2 * sizes[axis]] = 1
-    where[1::2, ..., -sizes[axis] :] = 1
-    return mask
+    edited = torch.zeros(len(x), count).to(x)
+    edited[0::2, : count // 2] = 1
+    edited[1::2, -max(1, count // 4) :] = 1
+    return on_latents(edited, x.shape, (t, h, w))
 
 
 def _module_state(model: Any) -> dict[str, Any]:

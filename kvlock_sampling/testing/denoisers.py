@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batching import per_row
+
 
 class GaussianDenoiser(nn.Module):
     """The exact denoiser of data x0 ~ N(mean, std^2), elementwise:  D = (std^2 x + sigma^2 mean) / (std^2 + sigma^2).
@@ -30,7 +32,7 @@ class GaussianDenoiser(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
-        noise = _per_clip(sigma, x).square()
+        noise = per_row(torch.as_tensor(sigma).to(x), x).square()
         signal = self.std.to(x).square()
         return (signal * x + noise * self.mean.to(x)) / (signal + noise)
 
@@ -74,12 +76,8 @@ class MixtureDenoiser(nn.Module):
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of each mode (batch, modes), its posterior centre (batch, modes, d) and variance (batch, 1)."""
         flat, means = x.flatten(1), self.means.to(x).flatten(1)
-        noise, signal = _per_clip(sigma, flat).square(), self.std.to(x).square()
+        noise, signal = per_row(torch.as_tensor(sigma).to(flat), flat).square(), self.std.to(x).square()
         distances = (flat[:, None] - means).square().sum(2)
         weights = (self.log_weights.to(x) - distances / (2 * (signal + noise))).softmax(1)
         total = (signal + noise)[..., None]
         return weights, (signal * flat[:, None] + noise[..., None] * means) / total, signal * noise / (signal + noise)
-
-
-def _per_clip(sigma: Tensor | float, x: Tensor) -> Tensor:
-    return torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batching import per_row
 from ..types import EstimatorError, Evaluation
+from ..utils.host import HostReads
 from ..variance import Estimator
+from ..variance.base import check_shape, check_variance
 from ._contract import Contract, one_clip
 
 STEPS = 12
@@ -27,7 +30,7 @@ class CheckModel(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
-        sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))
+        sigma = per_row(torch.as_tensor(sigma).to(x), x)
         hidden = (x / (1 + sigma.square()).sqrt()).movedim(1, -1)
         for block in self.blocks:
             hidden = hidden + block["ffn"](hidden)  # type: ignore[index]
@@ -77,8 +80,7 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
 
 
 def _contract(estimator: Estimator) -> Contract:
-    who = f"{type(estimator).__name__}.step returned"
-    return Contract(estimator, EstimatorError, "evaluation", "variance", lambda v, e: _check_variance(who, v, e))
+    return Contract(estimator, EstimatorError, "evaluation", "variance", lambda v, e: _check_variance(estimator, v, e))
 
 
 def _evaluations(name: str, model: nn.Module, rows: Counter[float], batch: int, *, masked: bool) -> list[Evaluation]:
@@ -119,13 +121,13 @@ def _check_needs_source(contract: Contract, without: Evaluation) -> None:
 
 def _effects(contract: Contract, run: list[Any], states: list[Any], variances: list[Any]) -> list[Tensor | None]:
     """The effect beside each variance."""
-    found, who = [], f"{contract.name}.effect returned"
+    found = []
     for variance, state, given in zip(variances, states[1:], run, strict=True):
         found.append(effect := None if variance is None else contract.checked.effect(state))
-        _check_variance(who, effect, given)
+        _check_variance(contract.checked, effect, given, "effect")
         if effect is not None and effect.shape not in (variance.shape, (len(variance), 1)):
             shapes = f"shape {tuple(effect.shape)}; expected that of the variance, {tuple(variance.shape)}"
-            raise EstimatorError(f"{who} {shapes}.")
+            raise EstimatorError(f"{contract.name}.effect returned {shapes}.")
     return found
 
 
@@ -161,24 +163,13 @@ def _check_clips(contract: Contract, run: list[Evaluation], answers: list[Tensor
                 )
 
 
-def _check_variance(who: str, variance: Any, given: Evaluation) -> None:
-    if variance is None:
+def _check_variance(estimator: Estimator, value: Any, given: Evaluation, name: str = "variance") -> None:
+    if value is None:
         return
-    rows = len(given.x)
-    if not isinstance(variance, Tensor):
-        raise EstimatorError(f"{who} {variance!r}; expected a tensor of shape (batch,) = ({rows},), or None.")
-    if variance.ndim not in (1, 2) or len(variance) != rows:
-        shapes = f"shape {tuple(variance.shape)}; expected (batch,) = ({rows},) or (batch, tokens)"
-        raise EstimatorError(f"{who} a variance of {shapes}: masked_mean(squares, evaluation.mask).")
-    if not variance.is_floating_point() or torch.finfo(variance.dtype).bits < 32:
+    check_shape(estimator, value, len(given.x), name)
+    if torch.finfo(value.dtype).bits < 32 or value.device != given.x.device:
         raise EstimatorError(
-            f"{who} {variance.dtype} for latents in {given.x.dtype}; expected float32 or float64. Use masked_mean, or "
-            "begin with values.float()."
+            f"{estimator!r} returned a {name} in {value.dtype} on {value.device} for latents in {given.x.dtype}; "
+            f"expected float32 or float64 on {given.x.device}. Use masked_mean, or begin with values.float()."
         )
-    if variance.device != given.x.device:
-        raise EstimatorError(f"{who} a tensor on {variance.device} for latents on {given.x.device}.")
-    if not variance.isfinite().all() or variance.min() < 0:
-        raise EstimatorError(
-            f"{who} {variance.flatten()[:4].tolist()} at sigma={given.sigma:.3g}; expected finite numbers >= 0, or "
-            "None while nothing is known."
-        )
+    check_variance(estimator, HostReads(), value, f"{name} at sigma={given.sigma:.3g}")

@@ -41,7 +41,7 @@ def check_layers(
 
     Args:
         denoiser: As for KVLock, `denoiser(x, sigma, **extra_args)`.
-        x: Example latents as the sampler has them, of two clips or more and two tokens or more along some axis.
+        x: Example latents as the sampler has them, of two clips or more and two tokens or more.
         extra_args: Arguments of a call; entries per clip have the batch first. With `cond`, guidance is tested too.
         layers: The layers to test. Defaults to those that are found.
         expected: How many layers one evaluation should fuse. Defaults to as many as run for the source.

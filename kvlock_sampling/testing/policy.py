@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, as_policy
-from ..policy.base import check_control, check_finite, policy_name
+from ..policy.base import check_control, check_finite, check_ratio, policy_name
 from ..types import Control, Observation, PolicyError
+from ..utils.host import HostReads
 from ._contract import Contract, one_clip, same
 
 STEPS = 12
@@ -108,18 +109,14 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
                 f"{like.device}; expected the same, or float32.\n  Write {field}.to(obs.risk), or use torch.full_like."
             )
     on_host = Control(*(v.cpu() if isinstance(v, Tensor) else v for v in control))
-    _explained(f"This was {seen}.", lambda: check_finite(policy, on_host, method))
-    for field, value in on_host._asdict().items():
-        if value is None:
-            continue
-        flat, problem = torch.as_tensor(value), None
-        if field != "cfg_scale" and not (flat.min() >= 0 and flat.max() <= 1):
-            wrapped = f"or wrap the policy: Clamped(policy, {field}=(0.0, 1.0))"
-            problem = f"; expected values in [0, 1].\n  Return value.clamp(0, 1), {wrapped}"
-        elif field == "lock" and not policy.may_lock and flat.any():
-            problem = ", but may_lock is False; expected lock 0.\n  Let may_lock be True where a setting allows a lock."
-        if problem:
-            raise PolicyError(f"{who} returned {field}={value} {seen}{problem}")
+    _explained(f"This was {who} {seen}.", lambda: check_finite(policy, on_host, method))
+    low, high = HostReads().range(0.0 if on_host.lock is None else on_host.lock)
+    _explained(f"This was {who} {seen}.", lambda: check_ratio(policy, "lock", low, high))
+    if high > 0 and not policy.may_lock:
+        raise PolicyError(
+            f"{who} returned lock={on_host.lock} {seen}, but may_lock is False; expected lock 0.\n"
+            "  Let may_lock be True where a setting allows a lock."
+        )
 
 
 def _observations(

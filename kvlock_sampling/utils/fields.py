@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from math import inf, isfinite, nan
+from math import inf, isfinite
 from typing import Any
 
 from ..types import KVLockError
@@ -11,15 +11,14 @@ SEEDS = 2**64
 """Seeds are whole numbers below this, as in torch."""
 
 
-def number(owner: Any, name: str, *, optional: bool = False, **limits: Any) -> None:
-    """Convert field `name` to a number within the limits of `within`; None passes if `optional`."""
-    value = getattr(owner, name)
-    if value is None and optional:
-        return
-    given = within(value, **limits)
-    if given is None:
-        reject(owner, name, expected(**limits), _example(**limits))
-    object.__setattr__(owner, name, given)
+def number(owner: Any, *names: str, optional: bool = False, **limits: Any) -> None:
+    """Convert these fields to numbers within the limits of `within`; None passes if `optional`."""
+    for name in names:
+        value = getattr(owner, name)
+        given = within(value, **limits)
+        if given is None and not (value is None and optional):
+            reject(owner, name, expected(**limits), _example(**limits))
+        object.__setattr__(owner, name, given)
 
 
 def check_number(name: str, value: Any, error: type[KVLockError], hint: str = "", **limits: Any) -> Any:
@@ -40,8 +39,11 @@ def within(
     whole: bool = False,
 ) -> float | None:
     """Return a value as a float, or an int if `whole`; None if it is no finite number within the limits."""
-    given = _finite(value)
-    if given is None or not (above < given < below and at_least <= given <= at_most):
+    try:
+        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else inf
+    except OverflowError:
+        return None
+    if not (isfinite(given) and above < given < below and at_least <= given <= at_most):
         return None
     return given if not whole else int(value) if isinstance(value, numbers.Integral) else None
 
@@ -49,8 +51,8 @@ def within(
 def expected(*, whole: bool = False, **limits: float) -> str:
     """The limits of `within` in words."""
     signs = {"above": ">", "at_least": ">=", "at_most": "<=", "below": "<"}
-    said = [f"{sign} {limits[name]:g}" for name, sign in signs.items() if isfinite(limits.get(name, inf))]
-    return f"a {'whole' if whole else 'finite'} number {' and '.join(said)}".strip()
+    bounds = [f"{sign} {limits[name]:g}" for name, sign in signs.items() if name in limits]
+    return f"a {'whole' if whole else 'finite'} number {' and '.join(bounds)}".strip()
 
 
 def _example(**limits: Any) -> float:
@@ -62,12 +64,11 @@ def _example(**limits: Any) -> float:
 def pair(owner: Any, name: str, *, at_least: float = -inf, at_most: float = inf, rising: bool = True) -> None:
     """Convert field `name` to two floats within [at_least, at_most], the lower first if `rising`."""
     value = getattr(owner, name)
-    given = tuple(map(_finite, value)) if isinstance(value, tuple | list) else ()
-    inside = all(v is not None and at_least <= v <= at_most for v in given)
-    if len(given) != 2 or not inside or (rising and given[0] > given[1]):  # type: ignore[operator]
+    given = [within(v, at_least=at_least, at_most=at_most) for v in value] if isinstance(value, tuple | list) else []
+    if len(given) != 2 or None in given or (rising and given[0] > given[1]):  # type: ignore[operator]
         order = ", the lower first," if rising else ""
         reject(owner, name, f"two finite numbers{order} within [{at_least:g}, {at_most:g}]", (0.0, 1.0))
-    object.__setattr__(owner, name, given)
+    object.__setattr__(owner, name, tuple(given))
 
 
 def levels(owner: Any, name: str) -> None:
@@ -110,11 +111,3 @@ def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
             "For one by chance: seed=torch.seed()."
         )
     return (int(seed) + plus) % SEEDS
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else nan
-    except OverflowError:
-        return None
-    return given if isfinite(given) else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..types import EstimatorError
 from ..utils.fields import check_seed, number
-from .base import Estimator
+from .base import Estimator, check_patch
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ProbingEstimator(Estimator):
     def __post_init__(self) -> None:
         number(self, "passes", at_least=self.least_passes, whole=True)
         check_seed(self.seed, EstimatorError)
+        check_patch(self)
 
     def init(self) -> Any:
         return 0

@@ -94,16 +94,22 @@ def measure(estimator: Estimator, state: Any, evaluation: Evaluation) -> tuple[A
     for name, value in (("variance", variance), ("effect", effect)):
         if value is None:
             continue
-        batch, shape = len(evaluation.x), tuple(getattr(value, "shape", ()))
-        if not (isinstance(value, Tensor) and value.is_floating_point() and shape[:1] == (batch,) and len(shape) < 3):
-            raise EstimatorError(
-                f"{estimator!r} returned a {name} of {getattr(value, 'dtype', type(value))} and shape {shape}; "
-                f"expected a floating tensor of shape (batch,) = ({batch},) or (batch, tokens)."
-            )
+        check_shape(estimator, value, len(evaluation.x), name)
         if HostReads.free(value):
             check_prediction(reads := HostReads(), evaluation.sigma, evaluation.denoised)
             check_variance(estimator, reads, value, name)
     return state, variance, effect
+
+
+def check_shape(estimator: Estimator, value: Any, batch: int, name: str = "variance") -> None:
+    """Raise EstimatorError unless a variance or an effect is a floating tensor of one row per clip."""
+    shape = tuple(getattr(value, "shape", ()))
+    if not (isinstance(value, Tensor) and value.is_floating_point() and shape[:1] == (batch,) and len(shape) < 3):
+        given = f"of {value.dtype} and shape {shape}" if isinstance(value, Tensor) else f"that is {value!r}"
+        raise EstimatorError(
+            f"{estimator!r} returned a {name} {given}; expected a floating tensor of shape (batch,) = ({batch},) or "
+            "(batch, tokens), e.g. masked_mean(squares, evaluation.mask), or None while nothing is known."
+        )
 
 
 def check_variance(estimator: Estimator, reads: HostReads, value: Tensor, name: str = "variance") -> None:

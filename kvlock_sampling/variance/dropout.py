@@ -22,7 +22,7 @@ from ..types import EstimatorError, Evaluation
 from ..utils.fields import number, reject
 from ..utils.precision import working
 from ._noise import ProbingEstimator, generator
-from .base import Estimator, Patch, check_patch, pooled
+from .base import Estimator, Patch, pooled
 
 RESIDUAL = (
     r"\.\d+\.(.*\.)?("
@@ -59,7 +59,6 @@ class DropoutVariance(ProbingEstimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_patch(self)
         number(self, "rate", above=0.0, below=1.0)
         try:
             re.compile(RESIDUAL if self.select is None else self.select)

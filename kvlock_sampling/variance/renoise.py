@@ -11,7 +11,7 @@ from torch import Tensor
 from ..types import Evaluation
 from ..utils.precision import working
 from ._noise import ProbingEstimator, copies, draw
-from .base import Patch, check_patch, pooled
+from .base import Patch, pooled
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,6 @@ class RenoiseVariance(ProbingEstimator):
 
     passes: int = 2
     patch: Patch | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_patch(self)
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
         denoised, sigma = evaluation.denoised.detach(), evaluation.sigma

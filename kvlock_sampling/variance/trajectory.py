@@ -87,12 +87,9 @@ class TrajectoryVariance(Estimator):
             kept = inside if len(inside) > 1 else kept[-2:]  # on a coarse schedule one step may span more
         if self.window is not None:
             kept = kept[-self.window :]
-        return tuple(kept), self._variance(kept, evaluation.mask)
-
-    def _variance(self, kept: list[Entry], mask: Tensor | None) -> Tensor | None:
         if len(kept) < 2:
-            return None
+            return tuple(kept), None
         if self.normalise:
-            return torch.stack([e.move for e in kept[1:] if e.move is not None]).sum(0)
+            return tuple(kept), torch.stack([e.move for e in kept[1:] if e.move is not None]).sum(0)
         predictions = torch.stack([working(e.denoised) for e in kept if e.denoised is not None])
-        return pooled(predictions.var(dim=0, correction=1), mask, self.patch)
+        return tuple(kept), pooled(predictions.var(dim=0, correction=1), evaluation.mask, self.patch)

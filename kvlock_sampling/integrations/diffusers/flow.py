@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...batching import per_row
 from .calls import Call
 from .schedule import sigmas_of
 
@@ -65,7 +66,7 @@ class FlowCalls:
         """Return x0-hat, like x. `cond` is what `branch` returned, or several of those as rows of one."""
         cond = dict(extra_args["cond"])
         own = x is self.x
-        z = self.z if own else x / _per_row(1 + sigma, x)
+        z = self.z if own else x / per_row(1 + sigma, x)
         if sigma is self.sigma:
             time, timestep = torch.full_like(sigma, self.time), self._timestep
         else:
@@ -85,12 +86,8 @@ class FlowCalls:
         )[0]
         if own:
             self.raw[id(extra_args["cond"])] = velocity
-        return z - _per_row(time, x) * velocity.to(z.dtype)
+        return z - per_row(time, x) * velocity.to(z.dtype)
 
     def velocity(self, denoised: Tensor) -> Tensor:
         """The velocity that leads from the pipeline's latents to `denoised`."""
         return (self.z - denoised) / self.time
-
-
-def _per_row(value: Tensor, x: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (x.ndim - 1))

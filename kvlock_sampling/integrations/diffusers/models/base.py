@@ -6,10 +6,8 @@ variance-exploding form. A family declares how its transformer is called: packin
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +18,7 @@ from ....denoisers import FlowDenoiser, Preconditioned
 from ....masks import as_mask
 from ....samplers import flow_sigmas
 from ....types import PipelineError
+from ....utils.fields import check_number
 from .. import latents as codec
 from ..schedule import check_flow, flow_times, schedule_sigmas, train_steps
 
@@ -68,10 +67,9 @@ class Branch(nn.Module):
         return chosen
 
 
-def finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not (isinstance(value, Real) and math.isfinite(value)):
-        raise PipelineError(f"{name}={value!r}; expected a finite number, e.g. {name}=6.0.")
-    return float(value)
+def ask(network: nn.Module, z: Tensor, time: Tensor, cond: Conditioning, **read: Any) -> Tensor:
+    """Call a transformer of diffusers by the names that all of them use, and `read` beside."""
+    return network(hidden_states=z, timestep=time, encoder_hidden_states=cond["text"], return_dict=False, **read)[0]
 
 
 class PipelineVideo:
@@ -114,7 +112,8 @@ class PipelineVideo:
             kind = type(pipe).__name__
             raise PipelineError(f"this {kind} has no {missing[0]}; load it whole: {kind}.from_pretrained(path).")
         self.transformer = pipe.transformer
-        self.cfg_scale = finite("cfg_scale", self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale)
+        scale = self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale
+        self.cfg_scale = check_number("cfg_scale", scale, PipelineError)
         self.negative_prompt = negative_prompt or ""
         self.shift, self.t_max = shift, t_max
         self.max_sequence_length = max_sequence_length or self._default("max_sequence_length", 512)

@@ -21,7 +21,7 @@ from .... import masks
 from ....denoisers import EpsDenoiser, Preconditioned, VDenoiser
 from ....types import PipelineError
 from ..schedule import ddpm_sigmas, ddpm_time, schedule_sigmas
-from .base import Conditioning, PipelineVideo
+from .base import Conditioning, PipelineVideo, ask
 
 
 class CogVideoXVideo(PipelineVideo):
@@ -34,13 +34,8 @@ class CogVideoXVideo(PipelineVideo):
 
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, rotary: Any = None) -> Tensor:
-        return network(
-            hidden_states=z.transpose(1, 2).to(dtype),
-            encoder_hidden_states=cond["text"],
-            timestep=time,
-            image_rotary_emb=rotary(*z.shape[2:]),
-            return_dict=False,
-        )[0].transpose(1, 2)
+        frames_first = z.transpose(1, 2).to(dtype)
+        return ask(network, frames_first, time, cond, image_rotary_emb=rotary(*z.shape[2:])).transpose(1, 2)
 
     def _call_options(self) -> dict[str, Any]:
         return {"rotary": self._rotary}

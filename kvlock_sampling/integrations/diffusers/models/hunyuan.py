@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ....types import PipelineError
+from ....utils.fields import check_number
 from ..schedule import flow_times
-from .base import Conditioning, PipelineVideo, finite
+from .base import Conditioning, PipelineVideo, ask
 
 
 class HunyuanVideo(PipelineVideo):
@@ -49,19 +50,13 @@ class HunyuanVideo(PipelineVideo):
 
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, guidance: float = 6.0) -> Tensor:
-        return network(
-            hidden_states=z.to(dtype),
-            timestep=time,
-            encoder_hidden_states=cond["text"],
-            encoder_attention_mask=cond["mask"].to(dtype),
-            pooled_projections=cond["pooled"],
-            guidance=torch.full((len(z),), guidance, dtype=dtype, device=z.device) * 1000,
-            return_dict=False,
-        )[0]
+        scale = torch.full((len(z),), guidance, dtype=dtype, device=z.device) * 1000
+        read = {"encoder_attention_mask": cond["mask"].to(dtype), "pooled_projections": cond["pooled"]}
+        return ask(network, z.to(dtype), time, cond, guidance=scale, **read)
 
     def _call_options(self) -> dict[str, Any]:
         scale = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
-        return {"guidance": finite("embedded_guidance", scale)}
+        return {"guidance": check_number("embedded_guidance", scale, PipelineError)}
 
     def _encode_text(self, text: str) -> Conditioning:
         given: dict[str, Any] = {"max_sequence_length": self.max_sequence_length, "device": self.device}
@@ -92,16 +87,10 @@ class Hunyuan15Video(PipelineVideo):
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, image: Any = (1, 1)) -> Tensor:
         no_frame = z.new_zeros(len(z), z.shape[1] + 1, *z.shape[2:])  # no first frame, and a mask that says so
-        return network(
-            hidden_states=torch.cat([z, no_frame], dim=1).to(dtype),
-            timestep=time.to(dtype),  # in the weights' precision, as in the pipeline: the network does not cast it
-            encoder_hidden_states=cond["text"],
-            encoder_attention_mask=cond["mask"],
-            encoder_hidden_states_2=cond["glyphs"],
-            encoder_attention_mask_2=cond["glyph_mask"],
-            image_embeds=torch.zeros(len(z), *image, dtype=dtype, device=z.device),
-            return_dict=False,
-        )[0]
+        read = {"encoder_attention_mask": cond["mask"], "encoder_attention_mask_2": cond["glyph_mask"]}
+        read |= {"encoder_hidden_states_2": cond["glyphs"], "image_embeds": z.new_zeros(len(z), *image, dtype=dtype)}
+        # Time is in the weights' precision, as in the pipeline: the network does not cast it.
+        return ask(network, torch.cat([z, no_frame], dim=1).to(dtype), time.to(dtype), cond, **read)
 
     def _call_options(self) -> dict[str, Any]:
         return {"image": (int(self.pipe.vision_num_semantic_tokens), int(self.pipe.vision_states_dim))}

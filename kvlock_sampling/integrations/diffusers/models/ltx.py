@@ -17,9 +17,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ....types import PipelineError
+from ....utils.fields import check_number
 from ....utils.torchvision import broken_torchvision_hidden
 from ..schedule import flow_times
-from .base import Conditioning, PipelineVideo, finite
+from .base import Conditioning, PipelineVideo, ask
 
 
 class LTXVideo(PipelineVideo):
@@ -47,12 +48,11 @@ class LTXVideo(PipelineVideo):
         decode_noise_scale: float | None = None,
         **options: Any,
     ) -> None:
-        self.frame_rate = finite("frame_rate", frame_rate)
-        if not self.frame_rate > 0:
-            raise PipelineError(f"frame_rate={frame_rate}; expected frames per second > 0, e.g. frame_rate=25.")
-        self.decode_timestep = finite("decode_timestep", decode_timestep)
+        unit = " It is in frames per second; the default is 25."
+        self.frame_rate = check_number("frame_rate", frame_rate, PipelineError, unit, above=0.0)
+        self.decode_timestep = check_number("decode_timestep", decode_timestep, PipelineError)
         noise = self.decode_timestep if decode_noise_scale is None else decode_noise_scale
-        self.decode_noise_scale = finite("decode_noise_scale", noise)
+        self.decode_noise_scale = check_number("decode_noise_scale", noise, PipelineError)
         super().__init__(pipe, **options)
 
     @staticmethod
@@ -63,17 +63,8 @@ class LTXVideo(PipelineVideo):
         t, h, w = (size // step for size, step in zip(z.shape[2:], patch, strict=True))
         steps = dict(zip(("pt", "ph", "pw"), patch, strict=True))
         tokens = rearrange(z, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", **steps)
-        out = network(
-            hidden_states=tokens.to(dtype),
-            encoder_hidden_states=cond["text"],
-            timestep=time,
-            encoder_attention_mask=cond["mask"],
-            num_frames=t,
-            height=h,
-            width=w,
-            rope_interpolation_scale=scale,
-            return_dict=False,
-        )[0]
+        read = {"num_frames": t, "height": h, "width": w, "rope_interpolation_scale": scale}
+        out = ask(network, tokens.to(dtype), time, cond, encoder_attention_mask=cond["mask"], **read)
         return rearrange(out, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, **steps)
 
     def _call_options(self) -> dict[str, Any]:

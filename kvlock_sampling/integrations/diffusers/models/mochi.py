@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....utils.torchvision import broken_torchvision_hidden
 from ..schedule import flow_times, train_steps
-from .base import Conditioning, PipelineVideo
+from .base import Conditioning, PipelineVideo, ask
 
 THRESHOLD = 0.025
 """Flow time that the linear half of the schedule covers."""
@@ -30,13 +30,7 @@ class MochiVideo(PipelineVideo):
 
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, steps: float = 1000.0) -> Tensor:
-        return -network(
-            hidden_states=z.to(dtype),
-            encoder_hidden_states=cond["text"],
-            timestep=steps - time,
-            encoder_attention_mask=cond["mask"],
-            return_dict=False,
-        )[0]
+        return -ask(network, z.to(dtype), steps - time, cond, encoder_attention_mask=cond["mask"])
 
     def _call_options(self) -> dict[str, Any]:
         return {"steps": train_steps(self.pipe.scheduler)}

@@ -16,11 +16,12 @@ import copy
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....types import PipelineError
+from ....utils.fields import check_number
 from ..schedule import train_steps
-from .base import Conditioning, PipelineVideo, finite
+from .base import Conditioning, PipelineVideo, ask
 
 
 class WanVideo(PipelineVideo):
@@ -31,7 +32,7 @@ class WanVideo(PipelineVideo):
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, per_token: bool = False) -> Tensor:
         times = token_times(network, z, time) if per_token else time
-        return _ask(network, z.to(dtype), times, cond)
+        return ask(network, z.to(dtype), times, cond)
 
     def _call_options(self) -> dict[str, Any]:
         return {"per_token": bool(self.pipe.config.get("expand_timesteps"))}
@@ -69,11 +70,11 @@ class WanImageVideo(WanVideo):
         read = {"encoder_hidden_states_image": cond.get("features")}
         if not per_token:
             frame = cond["frame"].expand(len(z), -1, -1, -1, -1)
-            return _ask(network, torch.cat([z.to(dtype), frame], dim=1), time, cond, **read)
+            return ask(network, torch.cat([z.to(dtype), frame], dim=1), time, cond, **read)
         known = cond["frame"].to(z)
         times = token_times(network, z, time).clone()
         times[:, : times.shape[1] // z.shape[2]] = 0  # tokens of the first frame, time being the outermost axis
-        velocity = _ask(network, torch.cat([known, z[:, :, 1:]], dim=2).to(dtype), times, cond, **read)
+        velocity = ask(network, torch.cat([known, z[:, :, 1:]], dim=2).to(dtype), times, cond, **read)
         # The first frame is known, so x0-hat = z - t * v must be it.
         t = (time / steps).clamp(min=torch.finfo(torch.float32).tiny).view(-1, 1, 1, 1, 1)
         return torch.cat([(z[:, :, :1] - known) / t, velocity[:, :, 1:].to(z)], dim=2)
@@ -128,7 +129,8 @@ class WanVaceVideo(WanVideo):
     ) -> None:
         if reactive not in ("grey", "clip"):
             raise PipelineError(f"reactive={reactive!r}; expected 'grey' (inpainting) or 'clip' (the old content).")
-        self.reactive, self.conditioning_scale = reactive, finite("conditioning_scale", conditioning_scale)
+        self.reactive = reactive
+        self.conditioning_scale = check_number("conditioning_scale", conditioning_scale, PipelineError)
         super().__init__(pipe, **options)
 
     @staticmethod
@@ -140,7 +142,7 @@ class WanVaceVideo(WanVideo):
             )
         control = cond["control"].expand(len(z), -1, -1, -1, -1)
         read = {"control_hidden_states": control, "control_hidden_states_scale": cond["strength"][0]}
-        return _ask(network, z.to(dtype), time, cond, **read)
+        return ask(network, z.to(dtype), time, cond, **read)
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         clips = clips.to(self.device).float()
@@ -159,7 +161,3 @@ class WanVaceVideo(WanVideo):
 def token_times(network: Any, z: Tensor, time: Tensor) -> Tensor:
     t, h, w = (size // step for size, step in zip(z.shape[2:], network.config.patch_size, strict=True))
     return time[:, None].expand(-1, t * h * w)
-
-
-def _ask(network: nn.Module, z: Tensor, times: Tensor, cond: Conditioning, **read: Any) -> Tensor:
-    return network(hidden_states=z, timestep=times, encoder_hidden_states=cond["text"], return_dict=False, **read)[0]

@@ -25,7 +25,7 @@ def sample(
     steps: int = 30,
     guidance: float = 3.0,
     seed: int = 0,
-    batch: int = 20,
+    batch: int = 50,
 ) -> Tensor:
     """Sample one clip for each prompt, (len(prompts), 3, frames, height, width) in [-1, 1]; clip i has seed + i."""
     device = next(video.network.parameters()).device

@@ -77,7 +77,7 @@ def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> Packe
 
 
 def write(folder: Path, entry: str, sigma: float, level: PackedLevel) -> None:
-    """Write a level on the host, in place of an older file. Raises OSError if that fails; then nothing is left behind."""
+    """Write a level on the host, in place of an older file. Raises OSError if that fails, and leaves nothing behind."""
     tensors: dict[str, torch.Tensor] = {}
     about = {"checksum": _checksum(entry, sigma, level)}
     for layer, pair in level.items():

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.functional import max_pool3d
 from world.judge import judge_edits
 
@@ -76,9 +78,30 @@ class Bfloat16(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, **given: Tensor) -> Tensor:
         with torch.autocast(z.device.type, torch.bfloat16):
-            return self.network(z, t, cond).float()
+            return self.network(z, t, **given).float()
+
+
+class Unseen(nn.Module):
+    """A network with tokens that its self-attention does not read where a call names them: unseen, (batch, tokens)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z: Tensor, t: Tensor, cond: Tensor, unseen: Tensor | None = None) -> Tensor:
+        if unseen is None:
+            return self.network(z, t, cond=cond)
+        attend, seen = F.scaled_dot_product_attention, (unseen == 0)[:, None, None, :].to(z.device)
+
+        def masked(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+            if query.shape[-2] == key.shape[-2] == seen.shape[-1]:
+                options["attn_mask"] = seen.expand(len(query), 1, 1, -1)
+            return attend(query, key, value, *args, **options)
+
+        with mock.patch.object(F, "scaled_dot_product_attention", masked):
+            return self.network(z, t, cond=cond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +152,16 @@ def shuffled(batch: Batch) -> Options:
     return {"policy": policy, "estimator": preset.estimator, "erase": True}
 
 
+def unseen(policy: str) -> Callable[[Batch], Options]:
+    """Keys and values from a source that does not read its masked tokens."""
+
+    def options(batch: Batch) -> Options:
+        words = tokenize([scene.prompt for scene in batch.sources])
+        return {"policy": policy, "erase": False, "source_args": {"cond": words, "unseen": tokens(batch.mask)}}
+
+    return options
+
+
 ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "composited": {"policy": Constant(lock=0.0), "composite": 1.0},
     "composited, 32 steps": {"policy": Constant(lock=0.0), "composite": 1.0, "steps": 32},
@@ -152,6 +185,8 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
         "estimator": Divergence(patch=PATCH),
         "erase": True,
     },
+    "static, old object unseen": unseen("static"),
+    "release, old object unseen": unseen("release"),
     "release at random": shuffled,
     "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},
 }
@@ -300,7 +335,7 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     network: nn.Module = load(device=given.device).network
-    network = Bfloat16(network) if given.bfloat16 else network
+    network = Unseen(Bfloat16(network) if given.bfloat16 else network)
     first = SEARCHED_SCENE if given.search else FIRST_SCENE
     path = RESULTS / f"{given.name}{'_search' * given.search}.json"
     about = {

@@ -25,6 +25,18 @@ def test_kinds_take_turns_and_scenes_repeat(batch: release.Batch) -> None:
     torch.testing.assert_close(batch.mask + batch.effect + batch.rest, torch.ones_like(batch.mask))
 
 
+def test_what_is_unseen_has_no_influence_on_the_rest(batch: release.Batch) -> None:
+    network = release.Unseen(load().network)
+    hidden = release.tokens(batch.mask)
+    cover = hidden.view(5, 1, 4, 8, 8).repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    other = batch.source + cover * batch.noise
+    given = torch.full((5,), 0.7), release.tokenize([scene.prompt for scene in batch.sources])
+    with torch.no_grad():
+        (a, b), (c, d) = ([network(z, *given, **kw) for z in (batch.source, other)] for kw in ({"unseen": hidden}, {}))
+    assert torch.equal(a * (1 - cover), b * (1 - cover))
+    assert not torch.allclose(c * (1 - cover), d * (1 - cover), atol=0.01)
+
+
 def test_the_true_result_is_right_and_a_pasted_one_leaves_its_effect(batch: release.Batch) -> None:
     for row in release.scored(batch, batch.target):
         assert row["all"] == row["mask"] == row["rest"] == 100

@@ -25,7 +25,7 @@ from torch import Tensor
 import kvlock_sampling as kv
 from kvlock_sampling.app.calibration import resting, scenes
 from kvlock_sampling.app.edit import edit_video
-from kvlock_sampling.tiny import load
+from kvlock_sampling.tiny import TinyVideo, load
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator, PosteriorVariance, RenoiseVariance
@@ -79,9 +79,11 @@ class Panel(Estimator):
         return self.estimators[self.first].effect(state[self.first])
 
 
-def measure(sampler: str, steps: int, first: int, count: int, batch: int = 8) -> list[tuple[float, dict[str, Tensor]]]:
+def measure(
+    video: TinyVideo, sampler: str, steps: int, first: int, count: int, batch: int = 8
+) -> list[tuple[float, dict[str, Tensor]]]:
     """(sigma, {estimator: variance (clips,)}) of calm runs, one entry for every evaluation."""
-    parts, examples, video = [], scenes(count, first=first), load()
+    parts, examples = [], scenes(count, first=first)
     for start in range(0, count, batch):
         some, panel = examples[start : start + batch], Panel(ESTIMATORS)
         edit_video(
@@ -122,7 +124,7 @@ def alarms(meter: Meter, run: list[tuple[float, dict[str, Tensor]]]) -> np.ndarr
     """The share of each clip's measurements above the threshold, (clips,)."""
     name = meter.estimator
     risks = [variances[name] / meter.threshold(sigma) for sigma, variances in run if name in variances]
-    return (torch.stack(risks) > 1).double().mean(0).numpy()
+    return (torch.stack(risks) > 1).double().mean(0).cpu().numpy()
 
 
 def row(share: np.ndarray, reference: np.ndarray) -> dict[str, float | list[float]]:
@@ -143,12 +145,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--clips", type=int, default=32)
     parser.add_argument("--calibration-clips", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    meters = calibrated(measure(*CALIBRATED, first=800_000, count=given.calibration_clips))
+    video = load(device=given.device)
+    meters = calibrated(measure(video, *CALIBRATED, first=800_000, count=given.calibration_clips))
     rows: list[dict[str, Any]] = []
     reference: dict[str, np.ndarray] = {}
     for sampler, steps in RUNS:
-        run = measure(sampler, steps, first=850_000, count=given.clips)
+        run = measure(video, sampler, steps, first=850_000, count=given.clips)
         shares = {name: alarms(meter, run) for name, meter in meters.items()}
         reference = reference or shares
         found = {name: row(share, reference[name]) for name, share in shares.items()}

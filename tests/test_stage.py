@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from kvlock_sampling.tiny import edit_mask, render, sample_edit, sample_scene, tokenize
+from kvlock_sampling.tiny import edit_mask, load, render, sample_edit, sample_scene, tokenize
 from kvlock_sampling.tiny.model import WORDS
 from kvlock_sampling.tiny.world import (
     COLOURS,
@@ -273,3 +273,11 @@ def test_unknown_names_raise() -> None:
         replace(SCENE, shape="flower")
     with pytest.raises(ValueError, match=r"'paint'.*recolour"):
         sample_edit(0, "paint")
+
+
+def test_clips_are_encoded_on_the_models_device() -> None:
+    clip = torch.zeros(1, 3, 8, 64, 64)
+    assert load(device="meta").encode(clip).is_meta
+    encoded = load().encode(clip)
+    assert torch.equal(encoded, clip)
+    assert encoded.data_ptr() != clip.data_ptr()

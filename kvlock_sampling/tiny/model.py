@@ -103,7 +103,7 @@ class TinyVideo:
         self.denoiser = FlowDenoiser(self.network, prediction="x0")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return pixels.clone()
+        return pixels.to(self.network.emb.weight.device, copy=True)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.clamp(-1, 1)

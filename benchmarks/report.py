@@ -93,10 +93,27 @@ def seeds(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_cache() -> str:
+    r = load("step_cache")
+    rows = [
+        [name, f"{row['cost']:.2f}", f"{row['to the whole run']:.1f}", f"{row['mask']:.2f}", row["mask, gain"]]
+        for name, row in sorted(r["rows"].items(), key=lambda pair: -pair[1]["cost"])
+    ]
+    about = r["about"]
+    return (
+        f"{about['edits']} further edits at full lock, composited, euler, {about['steps']} steps. Cost: evaluations of "
+        "edited tokens over those of the whole run. PSNR in the mask against the whole run, and against the true "
+        "render. An upper bound: attention sees fresh keys and values of skipped tokens. *Held* keeps a token's "
+        "last prediction, *line* extends its last two in log sigma; *above* computes tokens whose predicted change is "
+        "larger, *random* as many in each evaluation; *searched* computes all of them in the best evaluations of "
+        "other edits.\n\n" + table(["tokens", "cost", "dB to the whole run", "dB to the truth", "gain"], rows)
+    )
+
+
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
-    page(load("speed"), load("cost"), load("where_time_goes"))
+    page(load("speed"), load("speed_gpu"), load("storing_gpu"), load("cost"), load("where_time_goes"))
     parts = [
         "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
         "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
@@ -106,6 +123,8 @@ def main() -> None:
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
         "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
         "## Several seeds of one edit\n\n`python benchmarks/seeds.py --edits 150 --bfloat16`. " + seeds(load("seeds")),
+        "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 50 --bfloat16`. "
+        + step_cache(),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "
         + (RESULTS / "harm.md").read_text(),
         "## Does risk tell failed edits?\n\n`python benchmarks/risk.py --bfloat16`. " + risk(),
@@ -115,6 +134,8 @@ def main() -> None:
         "built-in curve by `kvlock calibrate` on 128 scenes. 95% intervals from resampling the clips. "
         "*default* is the default estimator.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
+        "`python benchmarks/speed.py --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104 --rounds 5 "
+        "--shares 0.1 0.25 --name speed_gpu`. " + speed(load("speed_gpu")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
         "On the model of the first world, 32 further scenes, full lock, 30 "
         "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "

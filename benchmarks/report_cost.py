@@ -97,7 +97,29 @@ def where(record: dict) -> str:
     return f"{about}\n\n{table(['way', *kinds], body)}"
 
 
-def page(record: dict, rows: list[dict], profile: dict) -> None:
+def gpu(record: dict, stored: dict) -> str:
+    """The table of a whole network on a GPU, and what storing and reading a level takes there."""
+    rows, about = record["rows"], record["about"]
+    shares = sorted({r["share"] for r in rows if r["share"] is not None})
+    body = []
+    for way, said in WAYS.items():
+        own = [r for r in rows if r["way"] == way]
+        cells = [f"{r['ratio']:.2f}" for r in (own * len(shares) if own[0]["share"] is None else own)]
+        body.append([said, *cells, f"{max(r['memory_ratio'] for r in own):.2f}"])
+    plain = next(r for r in rows if r["way"] == "plain")
+    name = f"{plain['model']}, all {plain['layers']} layers, {about['dtype']}, {about['machine']}"
+    level = stored["int8"]
+    return (
+        f"{name}. Time per evaluation over that of plain guidance ({plain['seconds']:.2f} s), median of rounds that "
+        "take turns, and the most memory beyond weights and inputs:\n\n"
+        + table(["way", *(f"{share:.0%} edited" for share in shares), "memory"], body)
+        + f"\n\nA level of the KV cache is {level['bytes of a level'] / 1e9:.1f} GB in 8 bits at a quarter edited. "
+        f"Storing it takes {level['of a source pass']:.1%} of the source pass that made it, reading it "
+        f"{level['seconds to read it'] / stored['seconds of a source pass']:.1%}."
+    )
+
+
+def page(record: dict, on_gpu: dict, stored: dict, rows: list[dict], profile: dict) -> None:
     """Write the figures that docs/cost.md shows."""
     few, deep = (rows for model, rows in _models(record).items() if rows[0]["layers"] in _ends(record))
     quarter = [[next(r for r in m if r["way"] == w and r["share"] in (None, 0.25)) for w in WAYS] for m in (few, deep)]
@@ -114,6 +136,7 @@ def page(record: dict, rows: list[dict], profile: dict) -> None:
         "that depth, with the KV cache:"
     )
     path = ROOT / "docs/cost.md"
-    text = _put(path.read_text(), "speed", f"{about}\n\n{short}\n\n![Time over the edited fraction](images/speed.png)")
+    text = _put(path.read_text(), "gpu", gpu(on_gpu, stored))
+    text = _put(text, "speed", f"{about}\n\n{short}\n\n![Time over the edited fraction](images/speed.png)")
     text = _put(text, "where", where(profile))
     write_atomically(path, _put(text, "quality", quality(rows)))

@@ -28,11 +28,13 @@ def sample(
     batch: int = 50,
 ) -> Tensor:
     """Sample one clip for each prompt, (len(prompts), 3, frames, height, width) in [-1, 1]; clip i has seed + i."""
-    device = next(video.network.parameters()).device
-    sigmas, clips = video.sigmas(steps).to(device), []
+    sigmas, clips = video.sigmas(steps), []
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
-        x = start_noise(torch.zeros(len(part), 3, video.frames, *video.size, device=device), seed + first) * sigmas[0]
+        x = (
+            start_noise(torch.zeros(len(part), 3, video.frames, *video.size, device=sigmas.device), seed + first)
+            * sigmas[0]
+        )
         given = {"cond": video.prompt(part), "uncond": video.prompt([""] * len(part)), "cond_scale": guidance}
         guided = CFGDenoiser(video.denoiser)
         clips.append(video.decode(samplers.run(sampler, guided, x, sigmas, extra_args=given, seed=seed + first)))

@@ -112,7 +112,7 @@ class TinyVideo:
         return tokenize(texts)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength))
+        return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength)).to(self.network.emb.weight.device)
 
 
 def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = "cpu") -> TinyVideo:

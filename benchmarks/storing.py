@@ -27,6 +27,7 @@ from kvlock_sampling.kv_cache import KVCache, cache
 from kvlock_sampling.kv_cache.cache import CacheEntry
 from kvlock_sampling.utils.files import write_atomically
 
+PLACES = ("int8", "unchanged", "int8, to the host", "int8, to disk")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--only", nargs="+", default=PLACES, choices=PLACES)
     parser.add_argument("--name", default="storing", help="of the results' file")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
     given = parser.parse_args()
@@ -73,13 +75,10 @@ def main() -> None:
     sigma = torch.tensor([subject.sigmas[0]], device=device)
     passing = seconds(lambda: subject.model(subject.x, sigma, **source), device, given.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        for title, format, directory, kept_apart in (
-            ("int8", "int8", None, False),
-            ("unchanged", None, None, False),
-            ("int8, to the host", "int8", None, True),
-            ("int8, to disk", "int8", folder, True),
-        ):
-            if title.endswith("host") and device.type == "cpu":
+        for title in PLACES:
+            format, kept_apart = None if title == "unchanged" else "int8", "," in title
+            directory = folder if title.endswith("disk") else None
+            if title not in given.only or (title.endswith("host") and device.type == "cpu"):
                 continue
             with mock.patch.object(cache, "room_on", lambda *_, kept_apart=kept_apart: not kept_apart):
                 entry = CacheEntry(KVCache(directory, budget=None, format=format), "x", list(keys), device)

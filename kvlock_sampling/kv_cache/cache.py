@@ -25,7 +25,7 @@ from ..utils.fields import check_number
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
-from .quantize import Level, PackedLevel, extremes, level_bytes, moved, pack, packed_bytes
+from .quantize import Level, PackedLevel, extremes, level_bytes, on_host, pack, packed_bytes
 from .refresh import Refresh, add_request
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -195,14 +195,14 @@ class CacheEntry:
 
     def _store(self, sigma: float, level: PackedLevel, place: torch.device, ready: Any) -> bool:
         """Keep a level where it belongs; `ready` is when its device has it. Returns whether it is kept anywhere."""
-        on_host = level
+        host = level
         if ready is not None:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)) as stream:
-                ready.wait(stream)
-                on_host = moved(level, "cpu")
-        kept = self._cache.memory.put(self.name, sigma, level if place == self._device else on_host)
+            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+                torch.cuda.current_stream(self._device).wait_event(ready)
+                host = on_host(level)
+        kept = self._cache.memory.put(self.name, sigma, level if place == self._device else host)
         if self._folder is not None:
-            disk.write(self._folder, self.name, sigma, on_host)
+            disk.write(self._folder, self.name, sigma, host)
             self._mapped.pop(sigma, None)
             self._files.add(sigma)
         return kept or self._folder is not None

@@ -9,7 +9,7 @@ import torch
 
 from ..types import KVCacheError
 from ..utils.fields import within
-from .quantize import PackedLevel, level_bytes, moved
+from .quantize import PackedLevel, level_bytes, on_host
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -61,7 +61,7 @@ class MemoryTier:
         """Move every level to the host."""
         with self._lock:
             for key, level in self._levels.items():
-                self._levels[key] = moved(level, "cpu")
+                self._levels[key] = on_host(level)
 
 
 def room_on(device: torch.device, size: int) -> bool:

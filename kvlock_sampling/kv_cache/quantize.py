@@ -11,7 +11,7 @@ the first world's model: K 0.42%, V 0.49%; one scale per head has 0.94% and 1.09
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +25,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
 _MAX = 127.0
 _TINY = torch.finfo(torch.float32).tiny
 _LARGEST = 2.0**100  # products of scales stay finite below this bound; NaN is not below it either
-_AT_ONCE = 2**24  # numbers that are quantized together
+_AT_ONCE = 2**26  # numbers that are quantized together
+_BLOCK = 2**28  # bytes of page-locked memory that are taken together
 
 Packed: TypeAlias = tuple[torch.dtype, Mapping[str, Tensor]]
 """One stored tensor: the dtype that `unpack` returns, and "values", for int8 also the scales "channel" and "token"."""
@@ -57,13 +58,35 @@ def level_bytes(level: PackedLevel) -> int:
     return sum(part.nbytes for pair in level.values() for _, parts in pair for part in parts.values())
 
 
-def moved(level: PackedLevel, device: torch.device | str) -> PackedLevel:
-    """A level on a device."""
+@torch.inference_mode(False)
+def on_host(level: PackedLevel) -> PackedLevel:
+    """A level in the host's memory. A GPU's goes to page-locked memory, from which it is read ten times as fast.
 
-    def on(packed: Packed) -> Packed:
-        return packed[0], {name: part.to(device) for name, part in packed[1].items()}
+    Locking pages is slow, so that they come in blocks of one size, which torch keeps and uses again.
+    """
+    parts = [part for pair in level.values() for _, parts in pair for part in parts.values()]
+    if not parts or parts[0].device.type != "cuda":
+        return _copied(level, lambda part: part.to("cpu"))
+    size, block, used = min(_BLOCK, sum(-(-part.nbytes // 64) * 64 for part in parts)), torch.empty(0), 0
 
-    return {layer: (on(key), on(value)) for layer, (key, value) in level.items()}
+    def copy(part: Tensor) -> Tensor:
+        nonlocal block, used
+        if used + part.nbytes > block.numel():
+            block, used = torch.empty(max(size, part.nbytes), dtype=torch.uint8, pin_memory=True), 0
+        place = block[used : used + part.nbytes].view(part.dtype).view(part.shape)
+        used += -(-part.nbytes // 64) * 64
+        return place.copy_(part, non_blocking=True)
+
+    copied = _copied(level, copy)
+    torch.cuda.current_stream(parts[0].device).synchronize()
+    return copied
+
+
+def _copied(level: PackedLevel, copy: Callable[[Tensor], Tensor]) -> PackedLevel:
+    def both(packed: Packed) -> Packed:
+        return packed[0], {name: copy(part) for name, part in packed[1].items()}
+
+    return {layer: (both(key), both(value)) for layer, (key, value) in level.items()}
 
 
 @torch.inference_mode(False)

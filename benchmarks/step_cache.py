@@ -36,9 +36,9 @@ from kvlock_sampling.utils.files import write_atomically
 RESULT = Path(__file__).resolve().parent / "results/step_cache.json"
 FIRST_SCENE, SEARCHED_SCENE = 840_000, 850_000
 STEPS = 30
-SEARCHED = 30  # edits whose predictions the static schedules are searched on
-THRESHOLDS = (0.02, 0.04, 0.08, 0.16)
-FEWER, FEWER_2M, KEPT = (24, 20, 15, 12, 10, 8, 6), (15, 10, 8, 6), (20, 15, 10, 8, 6)
+SEARCHED = 20  # edits whose predictions the static schedules are searched on
+THRESHOLDS = (0.02, 0.05, 0.1)
+FEWER, FEWER_2M, KEPT = (24, 20, 15, 10, 8, 6), (15, 10, 6), (20, 15, 10)
 
 Rule = Callable[["Held", int, float], Tensor]
 """Which tokens an evaluation computes, (batch, tokens), from the index of the evaluation and its noise level."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +25,20 @@ def sample(
     *,
     sampler: str = "euler",
     steps: int = 30,
-    guidance: float = 3.0,
+    guidance: float | Callable[[float], float] = 3.0,
     seed: int = 0,
     batch: int = 50,
 ) -> Tensor:
-    """Sample one clip for each prompt, (len(prompts), 3, frames, height, width) in [-1, 1]; clip i has seed + i."""
+    """Sample one clip for each prompt, (len(prompts), 3, frames, height, width) in [-1, 1]; clip i has seed + i.
+
+    Guidance is a scale, or a function of the noise level.
+    """
+    scale = guidance if callable(guidance) else lambda _: guidance
+    guided = CFGDenoiser(video.denoiser)
+
+    def model(x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        return guided(x, sigma, **args, cond_scale=scale(float(sigma[0])))
+
     sigmas, clips = video.sigmas(steps), []
     for first in range(0, len(prompts), batch):
         part = prompts[first : first + batch]
@@ -35,9 +46,8 @@ def sample(
             start_noise(torch.zeros(len(part), 3, video.frames, *video.size, device=sigmas.device), seed + first)
             * sigmas[0]
         )
-        given = {"cond": video.prompt(part), "uncond": video.prompt([""] * len(part)), "cond_scale": guidance}
-        guided = CFGDenoiser(video.denoiser)
-        clips.append(video.decode(samplers.run(sampler, guided, x, sigmas, extra_args=given, seed=seed + first)))
+        given = {"cond": video.prompt(part), "uncond": video.prompt([""] * len(part))}
+        clips.append(video.decode(samplers.run(sampler, model, x, sigmas, extra_args=given, seed=seed + first)))
     return torch.cat(clips).cpu()
 
 

@@ -129,7 +129,7 @@ def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:
     loudness = (size @ usual.reciprocal().transpose(-1, -2)).div_(x.shape[-1]).clamp_min_(_TINY)
     channel = size.div_(loudness).amax(-2, keepdim=True).float().clamp_min_(_TINY)
     del size
-    wide = x / channel
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).div_(channel)
     token = torch.linalg.vector_norm(wide, float("inf"), -1, keepdim=True)
     # The token scale is rounded up, so that no token exceeds it.
     parts["token"].copy_(token.mul_(1 + 2**-8).clamp_min_(_TINY))

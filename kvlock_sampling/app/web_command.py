@@ -11,7 +11,7 @@ from .command_line import app, out, readable
 @app.command()
 def web(
     model: opt.Model = "tiny",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine; 0 takes a free one.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page on this machine.")] = 7860,
     dtype: opt.Dtype = None,
     offload: opt.Offload = "none",
 ) -> None:
@@ -20,7 +20,4 @@ def web(
         from .web import serve
 
         say = lambda address: out.print(f"{address}  (this machine only; Ctrl-C ends it)", highlight=False)  # noqa: E731
-        try:
-            serve(model, port, on_start=say, dtype=dtype, offload=offload)
-        except KeyboardInterrupt:
-            raise typer.Exit(0) from None
+        serve(model, port, on_start=say, dtype=dtype, offload=offload)

@@ -1,8 +1,10 @@
 """The edits of one press of the button: the policies that are compared, on one clip, mask and seed."""
 
-import warnings
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ...presets import load_preset
@@ -10,7 +12,7 @@ from ...video.write import side_by_side, write_clip
 from ..batch import fitting_scale
 from ..edit import edit_video
 from ..models import VideoModel, read_pair
-from ._session import Session
+from ._session import Results, Session
 
 
 class CancelledError(Exception):
@@ -43,7 +45,7 @@ def run(
     settings: Settings,
     policies: dict[str, str],
     on_step: Callable[[str, int], None],
-) -> list[str]:
+) -> None:
     """Edit the session's clip with each policy, from the files that are offered for download.
 
     Args:
@@ -53,51 +55,64 @@ def run(
         policies: TOML of presets by name.
         on_step: Called after each step with the name of the policy and the index of the step.
 
-    Returns:
-        Warnings.
-
     Raises:
         KVLockError: As `edit_video`, or no clip is loaded.
-        CancelledError: `session.cancel` was set. Nothing of the run is kept.
+        CancelledError: `session.cancel` was set. The results of the run before are kept.
     """
-    clip, mask = session.clip_file(), session.write_mask()
-    found = {}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        source, region = read_pair(video, clip, mask)
-        for name, text in policies.items():
-            preset = session.folder / f"{name}.toml"
-            preset.write_text(text, encoding="utf-8")
-            load_preset(preset)
+    session.clip_file()
+    # A folder of its own, because browsers keep what they have read under a name.
+    folder = Path(tempfile.mkdtemp(dir=session.folder))
+    try:
+        results = _made(session, video, settings, policies, on_step, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if session.results is not None:
+        shutil.rmtree(session.results.folder, ignore_errors=True)
+    session.results = results
 
-        def step(name: str) -> Callable[[int], None]:
-            def advance(index: int) -> None:
-                if session.cancel.is_set():
-                    raise CancelledError
-                on_step(name, index)
 
-            return advance
+def _made(
+    session: Session,
+    video: VideoModel,
+    settings: Settings,
+    policies: dict[str, str],
+    on_step: Callable[[str, int], None],
+    folder: Path,
+) -> Results:
+    mask, found = session.write_mask(folder), {}
+    source, region = read_pair(video, session.clip_file(), mask)
+    weight = session.tokens(video, settings.transition, region[None])
+    for name, text in policies.items():
+        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+        load_preset(folder / f"{name}.toml")
 
-        for name in policies:
-            step(name)(-1)
-            shared: dict[str, Any] = {"model": video, "policy": session.folder / f"{name}.toml", "on_step": step(name)}
-            found[name] = edit_video(source.pixels, region[None], settings.prompt, **shared, **settings.options())
-        scale = fitting_scale(None, video, source.pixels)
-        tiles = {"the clip": source.pixels}
-        for name, edit in found.items():
-            write_clip(session.folder / f"{name}.mp4", edit.pixels[0], source.fps, scale)
-            edit.trace.plot(session.folder / f"{name}-trace.png", title=name)
-            tiles[name] = edit.pixels[0]
-            if edit.candidates is not None:
-                seeds = range(settings.seed, settings.seed + settings.candidates)
-                names = [f"seed {seed}{' (chosen)' * (seed == edit.seed)}" for seed in seeds]
-                middle = edit.candidates[:, :, edit.candidates.shape[2] // 2].unsqueeze(2)
-                write_clip(session.folder / f"{name}-candidates.png", side_by_side(list(middle), names, scale=scale))
-        if session.truth is not None:
-            tiles["what is right"] = session.truth[0]
-        write_clip(
-            session.folder / "together.mp4", side_by_side(list(tiles.values()), list(tiles), scale=scale), source.fps
-        )
-    session.weight = session.tokens(video, settings.transition)
-    session.results, session.region = found, region[None]
-    return list(dict.fromkeys(str(warning.message) for warning in told))
+    def step(name: str) -> Callable[[int], None]:
+        def advance(index: int) -> None:
+            if session.cancel.is_set():
+                raise CancelledError
+            on_step(name, index)
+
+        return advance
+
+    for name in policies:
+        step(name)(-1)
+        shared: dict[str, Any] = {"model": video, "policy": folder / f"{name}.toml", "on_step": step(name)}
+        found[name] = edit_video(source.pixels, region[None], settings.prompt, **shared, **settings.options())
+    scale = fitting_scale(None, video, source.pixels)
+    tiles = {"the clip": source.pixels}
+    for name, edit in found.items():
+        write_clip(folder / f"{name}.mp4", edit.pixels[0], source.fps, scale)
+        edit.trace.plot(folder / f"{name}-trace.png", title=name)
+        tiles[name] = edit.pixels[0]
+        if edit.candidates is not None:
+            seeds = range(settings.seed, settings.seed + settings.candidates)
+            names = [f"seed {seed}{' (chosen)' * (seed == edit.seed)}" for seed in seeds]
+            middle = edit.candidates[:, :, edit.candidates.shape[2] // 2].unsqueeze(2)
+            write_clip(folder / f"{name}-candidates.png", side_by_side(list(middle), names, scale=scale))
+    if session.truth is not None:
+        tiles["what is right"] = session.truth[0]
+    columns = len(tiles) if len(tiles) < 4 else -(-len(tiles) // 2)
+    sheet = side_by_side(list(tiles.values()), list(tiles), scale=scale, columns=columns)
+    write_clip(folder / "together.mp4", sheet, source.fps)
+    return Results(found, region[None], weight, folder, mask)

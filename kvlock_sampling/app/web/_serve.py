@@ -2,19 +2,21 @@
 
 import os
 import signal
-import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...utils.extras import require
-from ..models import open_model
+from ..models import VideoModel, open_model
 from ._page import page
 from ._session import Sessions
 from ._uploads import LARGEST_FILE
 from ._views import CSS
+
+FOLDER = "GRADIO_TEMP_DIR"  # where gradio keeps uploads and what the page shows
 
 
 def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], None] = print, **options: Any) -> None:
@@ -22,7 +24,7 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
 
     Args:
         model: As in `open_model`.
-        port: Of TCP; 0 takes a free one.
+        port: Of TCP.
         on_start: Called with the address of the page.
         options: Other options of `open_model`.
 
@@ -30,22 +32,24 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
         KVLockError: The model cannot be opened, or the extra `web`, `video` or `plot` is not installed.
         OSError: The port is taken.
     """
-    for module, extra in (("av", "video"), ("matplotlib", "plot")):
-        require(module, extra)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    gr = require("gradio", "web")
     given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, "none", "tiny")}
-    video = open_model(model, **options)
-    ended = threading.Event()
+    with _until_stopped() as stopped, served(lambda: open_model(model, **options), port, given) as (address, _):
+        on_start(address)
+        stopped.wait()
+
+
+@contextmanager
+def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, Any]) -> Iterator[tuple[str, Sessions]]:
+    """Serve the page inside the block. Yields its address, and what its tabs work on."""
+    before = os.environ.get(FOLDER)
     with tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads, and what the page shows
+        os.environ |= {FOLDER: folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # gradio reads both when it is imported
+        gr, *_ = (require(*needed) for needed in (("gradio", "web"), ("av", "video"), ("matplotlib", "plot")))
+        video = open_video()
         sessions = Sessions(Path(folder))
-        blocks = page(video, sessions, given)
-        blocks.queue(max_size=20)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        blocks = page(video, sessions, model)
         try:
-            _, address, _ = blocks.launch(
+            _, address, _ = blocks.queue(max_size=20).launch(
                 server_name="127.0.0.1",
                 server_port=port,
                 prevent_thread_lock=True,
@@ -59,8 +63,22 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
                 theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
                 css=CSS,
             )
-            on_start(address)
-            ended.wait()
+            yield address, sessions
         finally:
             sessions.close_all()
             blocks.close(verbose=False)
+            os.environ.pop(FOLDER)
+            os.environ |= {} if before is None else {FOLDER: before}
+
+
+@contextmanager
+def _until_stopped() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, where Python allows it: in the main thread."""
+    stopped, before = threading.Event(), {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: signal.signal(s, lambda *_: stopped.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,25 @@ EXAMPLES = {
 MOST = 32  # sessions that are kept at once
 
 
+@dataclass(frozen=True)
+class Results:
+    """What a run made.
+
+    Attributes:
+        edits: By policy.
+        region: Their mask, (1, 1, T, H, W).
+        weight: The fraction of the lock that each token took, (1, tokens).
+        folder: Holds their files.
+        mask: The file of the mask.
+    """
+
+    edits: dict[str, Edit]
+    region: Tensor
+    weight: Tensor
+    folder: Path
+    mask: Path
+
+
 class Session:
     """The clip, the mask and the results of one tab.
 
@@ -47,9 +67,7 @@ class Session:
         drawn: Drawn regions by frame. Where there are any, they are the mask.
         given: The mask of an upload or an example, (T, H, W).
         truth: The true result of an example, (1, 3, T, H, W) in [-1, 1]; None for other clips.
-        results: The edits of the last run, by policy.
-        region: Their mask, (1, 1, T, H, W).
-        weight: The fraction of the lock that each of their tokens took, (1, tokens).
+        results: What the last run made; None before.
         cancel: Set to end the run.
     """
 
@@ -67,9 +85,7 @@ class Session:
         self.drawn: dict[int, Region] = {}
         self.given: Region | None = None
         self.truth: Tensor | None = None
-        self.results: dict[str, Edit] = {}
-        self.region: Tensor | None = None
-        self.weight: Tensor | None = None
+        self.results: Results | None = None
         self._latents: Tensor | None = None
         self._patch: Grid | None = None
 
@@ -116,23 +132,21 @@ class Session:
             return over_time(self.drawn, len(self.frames))
         return np.zeros(self.frames.shape[:3], bool) if self.given is None else self.given
 
-    def write_mask(self) -> Path:
+    def write_mask(self, folder: Path) -> Path:
         """Write the mask: an image if it holds still, else a film."""
         mask = self.mask()
+        still = bool((mask == mask[0]).all())
+        path = folder / ("mask.png" if still else "mask.mkv")
         pages = np.repeat(mask[..., None], 3, axis=-1).astype(np.uint8) * np.uint8(255)
-        for old in self.folder.glob("mask.*"):
-            old.unlink()
-        if (mask == mask[0]).all():
-            path = self.folder / "mask.png"
+        if still:
             require("PIL.Image", "video").fromarray(pages[0]).save(path)
         else:
-            path = self.folder / "mask.mkv"
             write_lossless(path, pages, self.fps)
         return path
 
-    def tokens(self, video: VideoModel, transition: tuple[float, float] | None) -> Tensor:
+    def tokens(self, video: VideoModel, transition: tuple[float, float] | None, mask: Tensor | None = None) -> Tensor:
         """The fraction of the lock that each token takes, (1, tokens). Raises MaskError for a mask of one value."""
-        region = masks.check_mask(torch.from_numpy(self.mask())[None, None].float())
+        region = masks.check_mask(torch.from_numpy(self.mask())[None, None].float() if mask is None else mask)
         latents = self._encoded(video)
         fitted = video.lock_mask(region) if hasattr(video, "lock_mask") else region
         lock = KVLock(video.denoiser, source=latents, mask=fitted, policy="full", transition=transition)
@@ -184,13 +198,13 @@ class Sessions:
     """The sessions of a server by the hash of their tab, in folders below `root`. The least used make way."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._lock = root, threading.Lock()
+        self.root, self._lock = root, threading.Lock()
         self._open: OrderedDict[str, Session] = OrderedDict()
 
     def of(self, key: str | None) -> Session:
         """The session of a tab, new if the tab is."""
         with self._lock:
-            session = self._open.get(str(key)) or Session(Path(tempfile.mkdtemp(dir=self._root)))
+            session = self._open.get(str(key)) or Session(Path(tempfile.mkdtemp(dir=self.root)))
             self._open[str(key)] = session
             self._open.move_to_end(str(key))
             idle = list(self._open)[:-MOST]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...utils.extras import require
 from ...utils.files import atomic
-from ...video.media import decoding, film, is_film, shown
+from ...video.media import IMAGES, decoding, film, is_film, shown
 from ...video.pixels import VideoError
 from ...video.read import Array
 
@@ -17,8 +17,8 @@ LARGEST_FRAME = 4096 * 4096  # pixels
 LARGEST_CLIP = 2**31  # pixels of all frames together: 1,035 frames of 1080p
 
 # ffmpeg recognises formats by their content, and some name other files or addresses to read (playlists, ffconcat).
-_FILMS = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide"), (4, b"free"), (4, b"skip"), (8, b"AVI "))
-_FILMS += ((0, b"\x1a\x45\xdf\xa3"),)  # Matroska and WebM
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")  # of mp4 and mov, after a length of four bytes
+_MARKS = ((0, b"\x1a\x45\xdf\xa3"), (8, b"AVI "), *((4, box) for box in _BOXES))  # the first: Matroska and WebM
 
 
 def check_upload(path: str | os.PathLike[str]) -> None:
@@ -27,15 +27,13 @@ def check_upload(path: str | os.PathLike[str]) -> None:
     if is_film(path):
         with open(path, "rb") as file:
             head = file.read(16)
-        if not any(head[at : at + len(mark)] == mark for at, mark in _FILMS):
+        if not any(head[at : at + len(mark)] == mark for at, mark in _MARKS):
             raise VideoError(f"{path.name!r} is no film: its content is not that of mp4, mov, webm, mkv or avi.")
         with film(path) as (_, stream):
             height, width, frames = stream.height, stream.width, 1
         _check_size(path, height, width, frames)
         frames = len(shown(path)[0]) - 1
     else:
-        from ...video.media import IMAGES
-
         if path.suffix.lower() not in IMAGES:
             shown(path)  # raises, with the known suffixes
         with decoding(path), require("PIL.Image", "video").open(path) as image:

@@ -21,8 +21,8 @@ EDITED, BAND, KEPT, RELEASED = (230, 159, 0), (240, 228, 66), (0, 114, 178), (0,
 SHOWN = 384  # least width in pixels of a picture; smaller frames are enlarged by a whole factor
 
 CSS = """
-.kv-figures { display: flex; flex-wrap: wrap; gap: 1rem }
-.kv-figures figure { margin: 0; flex: 1 1 16rem; max-width: 34rem; min-width: 0 }
+.kv-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
+.kv-figures figure { margin: 0; max-width: 30rem; min-width: 0 }
 .kv-figures img { width: 100%; display: block; image-rendering: pixelated }
 .kv-figures figcaption, .kv-note { font-size: .9rem; margin-top: .3rem }
 .kv-wipe { position: relative }
@@ -32,13 +32,16 @@ CSS = """
 .kv-figures input[type=range] { width: 100%; min-height: 2rem }
 .kv-scroll { overflow-x: auto }
 .kv-scroll table { border-collapse: collapse; width: 100% }
-.kv-scroll th, .kv-scroll td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #8886 }
-.kv-scroll th:first-child { text-align: left; font-weight: normal }
-.kv-scroll caption { text-align: left; font-size: .9rem; padding-bottom: .3rem }
+.kv-scroll th, .kv-scroll td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8886;
+  white-space: nowrap }
+.kv-scroll th:first-child { text-align: left; font-weight: normal; white-space: normal }
+.kv-scroll th[colspan] { font-weight: bold; padding-top: .8rem }
 .kv-key { display: inline-block; width: .9em; height: .9em; margin: 0 .3em 0 .6em; vertical-align: -.1em;
   border: 1px solid #888 }
 .kv-text textarea { font-family: ui-monospace, monospace; font-size: .85rem }
-#status { min-height: 1.5rem }
+#status { min-height: 5rem }
+.kv-trace { overflow-x: auto }
+.kv-trace img { width: max(100%, 34rem); max-width: none; image-rendering: auto }
 """
 
 
@@ -59,7 +62,8 @@ def tokens_view(session: Session, video: VideoModel, frame: int, transition: tup
 
 def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> str:
     """One frame of a result: the wipe, the difference, and the tokens that were let go."""
-    edit = session.results[name]
+    assert session.results is not None
+    edit, edited = session.results.edits[name], session.results.weight == 0
     before, after = session.frames[frame], to_bytes(edit.pixels[0, :, frame : frame + 1])[0]
     pair = "".join(f'<img src="{_uri(_enlarged(p))}" alt="{alt}">' for p, alt in ((before, "source"), (after, "edit")))
     move = "this.previousElementSibling.style.setProperty('--at', this.value + '%')"
@@ -71,13 +75,12 @@ def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> st
     )
     gap = np.abs(after.astype(np.int16) - before).max(-1, keepdims=True)
     difference = np.repeat((gap * 4).clip(0, 255).astype(np.uint8), 3, axis=-1)
-    weight = edit.trace.steps[-1].composite.float().cpu()
-    assert session.weight is not None
-    edited = session.weight == 0
-    let_go = (weight < 1).expand_as(edited) & ~edited
-    tints = [(edited, EDITED), (let_go, RELEASED)]
-    count = f"{_key(RELEASED)}{int(let_go.sum())} of {edited.shape[1]} tokens let go at the last step, "
-    told = f"{count}{_key(EDITED)}edited. The others keep the source's pixels."
+    let_go = torch.stack([(step.composite < 1).cpu().expand_as(edited) & ~edited for step in edit.trace])
+    tints = [(edited, EDITED), (let_go.float().mean(0), RELEASED)]
+    told = (
+        f"{_key(RELEASED)}{int(let_go.any(0).sum())} of {edited.shape[1]} tokens let go at some step, the more the "
+        f"greener; {int(let_go[-1].sum())} at the last one. {_key(EDITED)}Edited. The rest keeps the source's pixels."
+    )
     views = [
         (_enlarged(difference), f"Difference of frame {frame}", "Difference from the source, four times as bright."),
         (_tinted(session, video, frame, tints), f"Tokens let go in frame {frame}", told),
@@ -87,36 +90,47 @@ def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> st
 
 def numbers_view(session: Session, video: VideoModel) -> str:
     """PSNR by region, passes and time of every result, as a table."""
-    assert session.region is not None
-    assert session.weight is not None
-    source, region = to_clips(session.frames), session.region
-    between = session.on_frames((session.weight > 0) & (session.weight < 1), video)
+    assert session.results is not None
+    edits, weight, region = session.results.edits, session.results.weight, session.results.region
+    source, between = to_clips(session.frames), session.on_frames((weight > 0) & (weight < 1), video)
     band = torch.from_numpy(between)[None, None] * (1 - region)
     regions = {"in the mask": region, "in the transition band": band, "elsewhere": 1 - region - band}
-    rows: dict[str, list[str]] = {}
-    for against, clip in (("source", source), ("true result", session.truth)):
-        for name, where in {"whole frame": torch.ones_like(region), **regions}.items():
-            if clip is not None and where.any():
-                psnrs = [float(masked_psnr(e.pixels, clip, where)) for e in session.results.values()]
-                rows[f"{name}, to the {against}"] = ["exact" if p >= 100 else f"{p:.2f} dB" for p in psnrs]
-    rows["model passes"] = [str(edit.nfe) for edit in session.results.values()]
-    rows["time"] = [f"{edit.seconds:.1f} s" for edit in session.results.values()]
-    rows["seed"] = [str(edit.seed) for edit in session.results.values()]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *session.results))
-    body = "".join(
+    body = ""
+    for against, clip in (("the clip", source), ("the true result", session.truth)):
+        if clip is not None:
+            rows: dict[str, list[str]] = {}
+            for name, where in {"whole frame": torch.ones_like(region), **regions}.items():
+                if where.any():
+                    psnrs = [float(masked_psnr(edit.pixels, clip, where)) for edit in edits.values()]
+                    rows[name] = ["exact" if psnr >= 100 else f"{psnr:.2f} dB" for psnr in psnrs]
+            body += _rows(f"PSNR to {against}: more is nearer", rows)
+    made = edits.values()
+    cost = {"model passes": [str(e.nfe) for e in made], "seconds of sampling": [f"{e.seconds:.1f}" for e in made]}
+    body += _rows("Cost", cost | {"seed": [str(edit.seed) for edit in made]})
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *edits))
+    return f'<div class="kv-scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _rows(title: str, rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [
         f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for name, cells in rows.items()
-    )
-    caption = "PSNR of each region; more is nearer"
-    return f'<div class="kv-scroll"><table><caption>{caption}</caption><tr>{head}</tr>{body}</table></div>'
+    ]
+    span = 1 + max(map(len, rows.values()))
+    return f'<tr><th colspan="{span}">{title}</th></tr>{"".join(lines)}'
 
 
 def files_view(files: Mapping[str, Path]) -> str:
     """Pictures from files, by caption."""
-    return _figures([(path.read_bytes(), caption, escape(caption)) for caption, path in files.items()])
+    parts = [
+        f'<figure><div class="kv-trace"><img src="{_uri(path.read_bytes())}" alt="{escape(caption)}"></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        for caption, path in files.items()
+    ]
+    return f'<div class="kv-figures">{"".join(parts)}</div>'
 
 
-def _figures(pictures: Sequence[tuple[Array | bytes, str, str]], first: str = "") -> str:
+def _figures(pictures: Sequence[tuple[Array, str, str]], first: str = "") -> str:
     """Pictures with their text for readers who do not see them, and their captions in HTML."""
     parts = [
         f'<figure><img src="{_uri(picture)}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
@@ -126,13 +140,13 @@ def _figures(pictures: Sequence[tuple[Array | bytes, str, str]], first: str = ""
 
 
 def _tinted(session: Session, video: VideoModel, frame: int, tints: Sequence[tuple[Tensor, Any]]) -> Array:
-    """A frame, enlarged, with the tokens of each tint coloured and the borders of tokens drawn."""
+    """A frame, enlarged, with tokens coloured by a weight in [0, 1], and with their borders."""
     picture = _enlarged(session.frames[frame]).astype(np.float32)
     factor = len(picture) // session.frames.shape[1]
     ids = torch.arange(tints[0][0].shape[1])[None]
     for which, colour in tints:
-        here = session.on_frames(which, video)[frame].repeat(factor, 0).repeat(factor, 1) > 0
-        picture[here] = 0.6 * picture[here] + 0.4 * np.array(colour)
+        alpha = 0.45 * session.on_frames(which, video)[frame].repeat(factor, 0).repeat(factor, 1)[..., None]
+        picture = (1 - alpha) * picture + alpha * np.array(colour)
     cells = session.on_frames(ids, video)[frame].repeat(factor, 0).repeat(factor, 1)
     picture[1:][cells[1:] != cells[:-1]] *= 0.75
     picture[:, 1:][cells[:, 1:] != cells[:, :-1]] *= 0.75

@@ -28,7 +28,10 @@ CANVAS = 512  # least width in pixels of the frame to draw on; smaller ones are 
 OPACITY = 0.6  # of the brush
 CANCELLED = "Cancelled. Nothing of this run was kept."
 TOLD = (KVLockError, OSError, MemoryError, RuntimeError)
-HINT = "Draw on what is to change. One drawing holds for every frame; drawings on several frames are joined over time."
+HINT = (
+    "Draw on what is to change, or upload a mask, which is white there. One drawing holds for every frame; drawings on "
+    "several frames are joined over time."
+)
 TOKENS = (
     "Attention sees tokens, not pixels. While the edit is sampled, locked tokens read the clip's own keys and values, "
     "edited ones only the edit's. Those in the transition band take half of the lock."
@@ -256,7 +259,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
                 before = gr.Number(0, visible=False)
                 with gr.Row():
                     clear = gr.Button("Clear the mask", size="md", min_width=120)
-                    mask_file = gr.UploadButton("Upload a mask (white = edit)", size="md", min_width=120)
+                    mask_file = gr.UploadButton("Upload a mask", size="md", min_width=120)
             with gr.Column(min_width=320):
                 gr.Markdown(f"## Tokens\n{TOKENS}")
                 grid = gr.HTML(elem_id="tokens")

@@ -66,6 +66,7 @@ class Session:
         frames: Its pixels, (T, H, W, 3) bytes.
         drawn: Drawn regions by frame. Where there are any, they are the mask.
         given: The mask of an upload or an example, (T, H, W).
+        origin: Which of the two it is.
         truth: The true result of an example, (1, 3, T, H, W) in [-1, 1]; None for other clips.
         results: What the last run made; None before.
         cancel: Set to end the run.
@@ -84,6 +85,7 @@ class Session:
         self.fps, self.note = 8.0, ""
         self.drawn: dict[int, Region] = {}
         self.given: Region | None = None
+        self.origin = "empty"
         self.truth: Tensor | None = None
         self.results: Results | None = None
         self._latents: Tensor | None = None
@@ -96,7 +98,7 @@ class Session:
         path = self.folder / "clip" / "example.mkv"
         write_lossless(path, to_bytes(render(before)[0]), self.fps)
         self._take(path, video)
-        self.given = edit_mask(before, after)[0, 0].numpy() > 0
+        self.given, self.origin = edit_mask(before, after)[0, 0].numpy() > 0, "the example's"
         self.truth = render(after)
         return after[0].prompt, before[0].prompt
 
@@ -111,7 +113,7 @@ class Session:
         """Take an uploaded mask, which is matched to the uploaded clip. Raises VideoError if it cannot be used."""
         kept = self._keep(path, "mask")
         check_upload(kept)
-        self.given = read_pair(video, self._loaded(self.original), kept)[1][0].numpy() > 0
+        self.given, self.origin = read_pair(video, self._loaded(self.original), kept)[1][0].numpy() > 0, "uploaded"
         self.drawn.clear()
 
     def draw(self, frame: int, layers: list[Any]) -> None:

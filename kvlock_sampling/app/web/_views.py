@@ -21,7 +21,7 @@ EDITED, BAND, KEPT, RELEASED = (230, 159, 0), (240, 228, 66), (0, 114, 178), (0,
 SHOWN = 384  # least width in pixels of a picture; smaller frames are enlarged by a whole factor
 
 CSS = """
-.kv-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: 1rem }
+.kv-figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: 1rem }
 .kv-figures figure { margin: 0; max-width: 30rem; min-width: 0 }
 .kv-figures img { width: 100%; display: block; image-rendering: pixelated }
 .kv-figures figcaption, .kv-note { font-size: .9rem; margin-top: .3rem }
@@ -31,8 +31,9 @@ CSS = """
   box-shadow: 0 0 2px #000 }
 .kv-figures input[type=range] { width: 100%; min-height: 2rem }
 .kv-scroll { overflow-x: auto }
-.kv-scroll table { border-collapse: collapse; width: 100% }
-.kv-scroll th, .kv-scroll td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8886;
+.kv-scroll table { border-collapse: collapse; border: 0; width: 100% }
+.kv-scroll th, .kv-scroll td { padding: .3rem .5rem; text-align: right; border: 0;
+  border-bottom: 1px solid #8886;
   white-space: nowrap }
 .kv-scroll th:first-child { text-align: left; font-weight: normal; white-space: normal }
 .kv-scroll th[colspan] { font-weight: bold; padding-top: .8rem }
@@ -40,8 +41,10 @@ CSS = """
   border: 1px solid #888 }
 .kv-text textarea { font-family: ui-monospace, monospace; font-size: .85rem }
 #status { min-height: 5rem }
-.kv-trace { overflow-x: auto }
-.kv-trace img { width: max(100%, 34rem); max-width: none; image-rendering: auto }
+.kv-wide { grid-template-columns: minmax(0, 1fr) }
+.kv-wide figure { max-width: none }
+.kv-wide div { overflow-x: auto }
+.kv-wide img { width: max(100%, 26rem); max-width: none; image-rendering: auto }
 """
 
 
@@ -55,7 +58,7 @@ def tokens_view(session: Session, video: VideoModel, frame: int, transition: tup
     )
     picture = _tinted(session, video, frame, tints)
     drawn = ", ".join(map(str, sorted(session.drawn)))
-    where = f"drawn on frame {drawn}" if drawn else "not drawn, but given"
+    where = f"drawn on frame {drawn}" if drawn else session.origin
     alt = f"Frame {frame} with its tokens tinted"
     return _figures([(picture, alt, f"{key} of {weight.shape[1]} tokens. The mask is {where}.")])
 
@@ -123,11 +126,11 @@ def _rows(title: str, rows: Mapping[str, Sequence[str]]) -> str:
 def files_view(files: Mapping[str, Path]) -> str:
     """Pictures from files, by caption."""
     parts = [
-        f'<figure><div class="kv-trace"><img src="{_uri(path.read_bytes())}" alt="{escape(caption)}"></div>'
+        f'<figure><div><img src="{_uri(path.read_bytes())}" alt="{escape(caption)}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
         for caption, path in files.items()
     ]
-    return f'<div class="kv-figures">{"".join(parts)}</div>'
+    return f'<div class="kv-figures kv-wide">{"".join(parts)}</div>'
 
 
 def _figures(pictures: Sequence[tuple[Array, str, str]], first: str = "") -> str:

@@ -16,8 +16,6 @@ from ._session import Sessions
 from ._uploads import LARGEST_FILE
 from ._views import CSS
 
-FOLDER = "GRADIO_TEMP_DIR"  # where gradio keeps uploads and what the page shows
-
 
 def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], None] = print, **options: Any) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C or SIGTERM.
@@ -41,9 +39,7 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
 @contextmanager
 def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, Any]) -> Iterator[tuple[str, Sessions]]:
     """Serve the page inside the block. Yields its address, and what its tabs work on."""
-    before = os.environ.get(FOLDER)
-    with tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder:
-        os.environ |= {FOLDER: folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # gradio reads both when it is imported
+    with tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder, _environment(folder):
         gr, *_ = (require(*needed) for needed in (("gradio", "web"), ("av", "video"), ("matplotlib", "plot")))
         video = open_video()
         sessions = Sessions(Path(folder))
@@ -67,8 +63,20 @@ def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, 
         finally:
             sessions.close_all()
             blocks.close(verbose=False)
-            os.environ.pop(FOLDER)
-            os.environ |= {} if before is None else {FOLDER: before}
+
+
+@contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """What gradio reads when it is imported, and when it builds a page."""
+    wanted = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+    before = {name: os.environ[name] for name in wanted if name in os.environ}
+    os.environ |= wanted
+    try:
+        yield
+    finally:
+        for name in wanted:
+            del os.environ[name]
+        os.environ |= before
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def test_the_command_line_and_the_program_make_the_same_bits(
     for made in ("shell", "python"):
         (tmp_path / made).mkdir()
         for file in ("clip.mkv", name, f"{policy}.toml"):
-            found = tmp_path / file if file == "clip.mkv" else folder / file
+            found = session.clip_file() if file == "clip.mkv" else folder / file
             (tmp_path / made / file).write_bytes(found.read_bytes())
     words = shlex.split(line)
     monkeypatch.chdir(tmp_path / "shell")
@@ -217,10 +217,13 @@ def test_a_wrong_mask_gets_the_message_of_the_library(
 ) -> None:
     path = tmp_path / "painted.png"
     Image.new("L", (64, 64), white).save(path)
+    clip, given_mask = session.clip_file(), session.mask()
     with pytest.raises(KVLockError, match=message) as told:  # noqa: PT012 - either call may refuse it
         session.load_mask(path, video)
         run(session, video, SETTINGS, {"off": to_toml(load_preset("off"))}, lambda *_: None)
     assert isinstance(told.value, MaskError) or white == 60
+    assert session.clip_file() == clip
+    assert (session.mask() == (given_mask if white == 60 else white == 255)).all()
 
 
 def test_an_uploaded_clip_and_mask_are_read_as_the_command_reads_them(
@@ -332,6 +335,9 @@ def test_a_page_edits_over_http_and_tabs_do_not_mix(tab: Tab, address: str) -> N
     done = first.call("edit", canvas, 0, 0, *rest)
     assert "Done in" in done[0]
     assert "half" in first.call("look", "half", 3)[0]
+    with pytest.raises(RuntimeError, match="unknown suffix"):
+        first.call("upload", first.upload("clips.zip", b"PK"), 0)
+    assert "half" in first.call("look", "half", 5)[0]  # the clip and its results stay
     with pytest.raises(RuntimeError, match="not in the list of choices"):
         second.call("look", "half", 3)
     with pytest.raises(RuntimeError, match=r"policy\.lok is not a setting of Constant; did you mean"):

@@ -20,13 +20,13 @@ def python_lines(settings: Settings, policy: str, mask: str, model: dict[str, An
     """The same as a program."""
     given = [f"{name}={value!r}" for name, value in model.items() if name != "model"]
     options = [f"{name}={value!r}" for name, value in settings.options().items()]
-    options = ["model=model", f'policy="{policy}.toml"', *options]
+    options = ["model=model", f"policy={policy + '.toml'!r}", *options]
     return f"""from kvlock_sampling.app import edit_video, open_model, read_pair
 from kvlock_sampling.video import write_clip
 
 model = open_model({", ".join([repr(model.get("model", "tiny")), *given])})
-clip, mask = read_pair(model, "clip.mkv", "{mask}")
+clip, mask = read_pair(model, "clip.mkv", {mask!r})
 edit = edit_video(clip.pixels, mask[None], {settings.prompt!r}, {", ".join(options)})
-write_clip("{policy}.mp4", edit.pixels[0], clip.fps, scale={scale})
+write_clip({policy + ".mp4"!r}, edit.pixels[0], clip.fps, scale={scale})
 edit.trace.plot("trace.png")
 """

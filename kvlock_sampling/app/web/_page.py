@@ -27,7 +27,6 @@ from ._views import EDITED, files_view, frame_view, numbers_view, tokens_view
 CANVAS = 512  # least width in pixels of the frame to draw on; smaller ones are enlarged by a whole factor
 OPACITY = 0.6  # of the brush
 CANCELLED = "Cancelled. Nothing of this run was kept."
-TOLD = (KVLockError, OSError, MemoryError, RuntimeError)
 HINT = (
     "Draw on what is to change, or upload a mask, which is white there. One drawing holds for every frame; drawings on "
     "several frames are joined over time."
@@ -54,7 +53,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
 
     def plain(text: str) -> str:
         """A message as HTML, without the names of the server's folders."""
-        return escape(re.sub(rf"{re.escape(str(sessions.root))}/[^/]+/((clip|mask)/)?", "", text)).replace("\n", "<br>")
+        return escape(re.sub(rf"{re.escape(str(sessions.root))}/([\w-]+/)*", "", text)).replace("\n", "<br>")
 
     @contextmanager
     def busy() -> Iterator[None]:
@@ -72,7 +71,9 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         def shown(*args: Any) -> Any:
             try:
                 return handler(*args)
-            except TOLD as error:
+            except gr.Error:
+                raise
+            except Exception as error:
                 if not isinstance(error, KVLockError):
                     traceback.print_exc()
                 raise gr.Error(plain(message(error)), duration=None, print_exception=False) from None

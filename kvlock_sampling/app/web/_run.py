@@ -64,6 +64,8 @@ def run(
     folder = Path(tempfile.mkdtemp(dir=session.folder))
     try:
         results = _made(session, video, settings, policies, on_step, folder)
+        if session.cancel.is_set():
+            raise CancelledError
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

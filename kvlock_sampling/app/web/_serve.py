@@ -30,6 +30,7 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
         KVLockError: The model cannot be opened, or the extra `web`, `video` or `plot` is not installed.
         OSError: The port is taken.
     """
+    model = str(Path(model).absolute()) if Path(model).exists() else model
     given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, "none", "tiny")}
     with _until_stopped() as stopped, served(lambda: open_model(model, **options), port, given) as (address, _):
         on_start(address)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ... import masks
-from ...lock import KVLock
+from ...attention import find_layers
+from ...masks.fitted import FittedMask, as_transition
 from ...masks.resolution import on_pixels
 from ...masks.tokens import Grid, on_latents
 from ...tiny import edit_mask, render, sample_edit
@@ -88,15 +89,14 @@ class Session:
         self.origin = "empty"
         self.truth: Tensor | None = None
         self.results: Results | None = None
-        self._latents: Tensor | None = None
-        self._patch: Grid | None = None
+        self._latents = torch.zeros(0)
+        self._patch: Grid = (1, 1, 1)
 
     def load_example(self, name: str, video: VideoModel) -> tuple[str, str]:
         """Take a clip of the embedded world, with its mask. Returns the prompts of the edit and of the clip."""
         before, after = (([scene]) for scene in sample_edit(*EXAMPLES[name]))
-        self.clear()
-        path = self.folder / "clip" / "example.mkv"
-        write_lossless(path, to_bytes(render(before)[0]), self.fps)
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "example.mkv"
+        write_lossless(path, to_bytes(render(before)[0]), 8.0)
         self._take(path, video)
         self.given, self.origin = edit_mask(before, after)[0, 0].numpy() > 0, "the example's"
         self.truth = render(after)
@@ -104,16 +104,17 @@ class Session:
 
     def load_clip(self, path: str | os.PathLike[str], video: VideoModel) -> None:
         """Take an uploaded clip, and move it into the folder. Raises VideoError if it cannot be used."""
-        kept = self._keep(path, "clip")
-        check_upload(kept)
-        self.clear()
-        self._take(kept, video)
+        self._take(self._moved(path), video)
 
     def load_mask(self, path: str | os.PathLike[str], video: VideoModel) -> None:
         """Take an uploaded mask, which is matched to the uploaded clip. Raises VideoError if it cannot be used."""
-        kept = self._keep(path, "mask")
-        check_upload(kept)
-        self.given, self.origin = read_pair(video, self._loaded(self.original), kept)[1][0].numpy() > 0, "uploaded"
+        kept = self._moved(path)
+        try:
+            check_upload(kept)
+            region = read_pair(video, self._loaded(self.original), kept)[1]
+        finally:
+            shutil.rmtree(kept.parent)
+        self.given, self.origin = region[0].numpy() > 0, "uploaded"
         self.drawn.clear()
 
     def draw(self, frame: int, layers: list[Any]) -> None:
@@ -149,17 +150,13 @@ class Session:
     def tokens(self, video: VideoModel, transition: tuple[float, float] | None, mask: Tensor | None = None) -> Tensor:
         """The fraction of the lock that each token takes, (1, tokens). Raises MaskError for a mask of one value."""
         region = masks.check_mask(torch.from_numpy(self.mask())[None, None].float() if mask is None else mask)
-        latents = self._encoded(video)
-        fitted = video.lock_mask(region) if hasattr(video, "lock_mask") else region
-        lock = KVLock(video.denoiser, source=latents, mask=fitted, policy="full", transition=transition)
-        assert lock.settings.mask is not None
-        assert lock.settings.patch is not None
-        self._patch = lock.settings.patch
-        return lock.settings.mask.background(latents, self._patch, lock.settings.transition).cpu()
+        self.clip_file()
+        fitted = FittedMask(video.lock_mask(region) if hasattr(video, "lock_mask") else region)
+        return fitted.background(self._latents, self._patch, as_transition(transition)).cpu()
 
     def on_frames(self, values: Tensor, video: VideoModel) -> Array:
-        """Values of tokens, (1, tokens), on the pixels of the clip, (T, H, W). Call `tokens` before."""
-        latents = on_latents(values.float().cpu(), self._encoded(video).shape, self._patch)
+        """Values of tokens, (1, tokens), on the pixels of the clip, (T, H, W)."""
+        latents = on_latents(values.float().cpu(), self._latents.shape, self._patch)
         latents = video.unpadded(latents) if hasattr(video, "unpadded") else latents
         return on_pixels(latents, *self.frames.shape[:3])[0, 0].numpy()
 
@@ -167,32 +164,34 @@ class Session:
         """The clip at the size that the model edits. Raises SourceError if none is loaded."""
         return self._loaded(self.clip)
 
-    def _encoded(self, video: VideoModel) -> Tensor:
-        self.clip_file()
-        if self._latents is None:
-            with torch.no_grad():
-                self._latents = video.encode(to_clips(self.frames))
-        return self._latents
-
     def _take(self, path: Path, video: VideoModel) -> None:
-        # The library reads a clip together with a mask, here an image that is white everywhere.
-        white = self.folder / "white.png"
-        size = displayed(path, shown(path))
-        require("PIL.Image", "video").new("L", size[::-1], 255).save(white)
-        found, _ = read_pair(video, path, white)
-        self.frames, self.fps, self.note = to_bytes(found.pixels), found.fps, found.note
-        self.original, self.clip = path, self.folder / "clip.mkv"
-        write_lossless(self.clip, self.frames, self.fps)
+        """Read a clip that is alone in a folder of its own, and put it in place of the one before."""
+        try:
+            check_upload(path)
+            # The library reads a clip together with a mask, here an image that is white everywhere.
+            size, white = displayed(path, shown(path)), path.parent / "white.png"
+            require("PIL.Image", "video").new("L", size[::-1], 255).save(white)
+            found, _ = read_pair(video, path, white)
+            frames, clip = to_bytes(found.pixels), path.parent / "clip.mkv"
+            write_lossless(clip, frames, found.fps)
+            with torch.no_grad():
+                latents = video.encode(to_clips(frames))
+        except BaseException:
+            shutil.rmtree(path.parent)
+            raise
+        if self.clip is not None:
+            shutil.rmtree(self.clip.parent)
+        self.clear()
+        self.original, self.clip = path, clip
+        self.frames, self.fps, self.note = frames, found.fps, found.note
+        self._latents, self._patch = latents, find_layers(video.denoiser).patch
 
-    def _keep(self, path: str | os.PathLike[str], where: str) -> Path:
-        folder = self.folder / where
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return Path(shutil.move(path, folder / Path(path).name))
+    def _moved(self, path: str | os.PathLike[str]) -> Path:
+        return Path(shutil.move(path, Path(tempfile.mkdtemp(dir=self.folder)) / Path(path).name))
 
     def _loaded(self, path: Path | None) -> Path:
         if path is None:
-            raise SourceError("there is no clip yet; pick an example, or upload a film or an image.")
+            raise SourceError("there is no clip yet: pick an example, or upload a film or an image.")
         return path
 
 
@@ -228,6 +227,7 @@ class Sessions:
 
 
 def to_bytes(pixels: Tensor) -> Array:
+    """Pixels (3, T, H, W) in [-1, 1] as bytes (T, H, W, 3)."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
 
 

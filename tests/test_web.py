@@ -127,23 +127,17 @@ def test_the_command_line_and_the_program_make_the_same_bits(
     assert session.results is not None
     name, folder = session.results.mask.name, session.results.folder
     assert name == ("mask.mkv" if policy == "default" else "mask.png")
-    line = command_line(options, policy, name, {})
-    program = python_lines(options, policy, name, {}, 4)
-    for made in ("shell", "python"):
-        (tmp_path / made).mkdir()
-        for file in ("clip.mkv", name, f"{policy}.toml"):
-            found = session.clip_file() if file == "clip.mkv" else folder / file
-            (tmp_path / made / file).write_bytes(found.read_bytes())
-    words = shlex.split(line)
-    monkeypatch.chdir(tmp_path / "shell")
-    ended = CliRunner().invoke(app, words[1:])
-    assert ended.exit_code == 0, ended.output
     wanted = (folder / f"{policy}.mp4").read_bytes()
-    assert (tmp_path / "shell" / f"{policy}.mp4").read_bytes() == wanted
+    (tmp_path / "there").mkdir()
+    for file in (session.clip_file(), folder / name, folder / f"{policy}.toml"):
+        (tmp_path / "there" / file.name).write_bytes(file.read_bytes())
+    monkeypatch.chdir(tmp_path / "there")
     if policy == "half":
-        monkeypatch.chdir(tmp_path / "python")
-        exec(compile(program, "program.py", "exec"), {})
-        assert (tmp_path / "python" / f"{policy}.mp4").read_bytes() == wanted
+        ended = CliRunner().invoke(app, shlex.split(command_line(options, policy, name, {}))[1:])
+        assert ended.exit_code == 0, ended.output
+    else:
+        exec(compile(python_lines(options, policy, name, {}, 4), "program.py", "exec"), {})
+    assert (tmp_path / "there" / f"{policy}.mp4").read_bytes() == wanted
 
 
 def test_command_lines_quote_what_a_shell_would_read() -> None:

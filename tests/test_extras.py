@@ -10,7 +10,7 @@ import pytest
 from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils.extras import require
 
-EXTRAS = ("accelerate", "av", "diffusers", "matplotlib", "PIL", "ray", "rich", "transformers", "typer")
+EXTRAS = ("accelerate", "av", "diffusers", "gradio", "matplotlib", "PIL", "ray", "rich", "transformers", "typer")
 
 
 def run(code: str, *words: str, hide: tuple[str, ...] = EXTRAS) -> subprocess.CompletedProcess[str]:
@@ -45,6 +45,7 @@ NEEDS = {
     "writing a gif": ("video.write_clip('out.gif', clip)", "video"),
     "writing a sheet": ("video.write_clip('out.png', clip)", "video"),
     "labels": ("video.side_by_side([clip], ['a'])", "video"),
+    "the web page": ("kvlock_sampling.app.web.serve()", "web"),
     "a figure": ("kvlock_sampling.trace.Trace().plot('run.png')", "plot"),
 }
 
@@ -57,7 +58,7 @@ def test_what_needs_an_extra_names_it(name: str, tmp_path, monkeypatch: pytest.M
     call, extra = NEEDS[name]
     done = run(
         f"""
-import torch, kvlock_sampling.tiny, kvlock_sampling.video.metrics
+import torch, kvlock_sampling.app.web, kvlock_sampling.tiny, kvlock_sampling.video.metrics
 from kvlock_sampling import KVLockError, video
 clip = torch.zeros(3, 2, 8, 8)
 try:

@@ -14,7 +14,7 @@ PACKAGE = Path(kv.__file__).parent
 ROOT = "kvlock_sampling"
 FILES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
 NAMES = {".".join(parts).removesuffix("__init__").rstrip("."): path for path, parts in FILES.items()}
-WINGS = (  # other hosts, and batches: a new wing may add
+WINGS = (  # other hosts, batches, and the web page: a new wing may add
     "attention.architectures.comfy",
     "attention.compat.comfy",
     "integrations.comfyui",
@@ -25,6 +25,7 @@ WINGS = (  # other hosts, and batches: a new wing may add
     "app.costs",
     "app.plan_command",
     "app.report",
+    "app.web",
     "search",
 )
 CORE = ("lock", "controller", "branches", "attention.hooks", "attention.context")

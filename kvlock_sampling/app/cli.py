@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..types import KVLockError
-from . import batch_command, plan_command  # noqa: F401 - they add their commands
+from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
 from . import options as opt
 from .command_line import app, decibels, err, out, progress, readable, say, sides_of
 
@@ -66,6 +66,7 @@ def edit(
     policy: opt.Policy = "default",
     cfg_scale: opt.CFGScale = None,
     strength: opt.Strength = 1.0,
+    transition: opt.Transition = None,
     seed: opt.Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Try so many from --seed on; the weaker ones stop half way.")] = 1,
     scale: opt.Scale = None,
@@ -119,7 +120,7 @@ def edit(
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
-            options["candidates"] = seeds
+            options |= {"candidates": seeds, "transition": transition}
             options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)

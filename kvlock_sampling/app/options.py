@@ -13,6 +13,7 @@ Offload = Annotated[str, typer.Option(help="none; model: one network on the devi
 Policy = Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")]
 CFGScale = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")]
 Strength = Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")]
+Transition = Annotated[tuple[float, float] | None, typer.Option(help="Tokens this near take this part of the lock.")]
 Scale = Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")]

@@ -102,3 +102,10 @@ def test_sizes():
     assert sum(lines[name] for name in CORE) < 1000
     assert len([parts for parts in FILES.values() if len(parts) == 1]) <= 18
     assert len(kv.__all__) <= 26
+
+
+def test_weights_and_pictures_stay_small():
+    root = PACKAGE.parent
+    folders = [root / name for name in ("kvlock_sampling", "benchmarks", "comfyui", "docs")]
+    binaries = [p for folder in folders for p in folder.rglob("*.*") if p.suffix in (".png", ".jpg", ".safetensors")]
+    assert sum(path.stat().st_size for path in binaries) < 16_000_000

@@ -195,11 +195,10 @@ class CacheEntry:
 
     def _store(self, sigma: float, level: PackedLevel, place: torch.device, ready: Any) -> bool:
         """Keep a level where it belongs; `ready` is when its device has it. Returns whether it is kept anywhere."""
-        host = level
-        if ready is not None:
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
-                torch.cuda.current_stream(self._device).wait_event(ready)
-                host = on_host(level)
+        with torch.cuda.stream(None if ready is None else torch.cuda.Stream(self._device)):
+            if ready is not None:
+                ready.wait()
+            host = on_host(level)
         kept = self._cache.memory.put(self.name, sigma, level if place == self._device else host)
         if self._folder is not None:
             disk.write(self._folder, self.name, sigma, host)

@@ -123,7 +123,7 @@ def main() -> None:
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
         "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
         "## Several seeds of one edit\n\n`python benchmarks/seeds.py --edits 150 --bfloat16`. " + seeds(load("seeds")),
-        "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 50 --bfloat16`. "
+        "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 20 --bfloat16`. "
         + step_cache(),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "
         + (RESULTS / "harm.md").read_text(),

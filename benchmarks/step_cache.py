@@ -1,4 +1,4 @@
-"""Can edited tokens skip evaluations?  python benchmarks/step_cache.py [--edits 100]
+"""Can edited tokens skip evaluations?  python benchmarks/step_cache.py [--edits 20]
 
 A step cache inside the edited region keeps the last prediction of a token that hardly changes. Here every evaluation is
 computed whole and the predictions of skipped tokens are then replaced, so that attention always sees fresh keys and
@@ -185,7 +185,7 @@ def summary(row: dict[str, Any], base: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--edits", type=int, default=100)
+    parser.add_argument("--edits", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")

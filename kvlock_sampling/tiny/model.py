@@ -103,7 +103,7 @@ class TinyVideo:
         self.denoiser = FlowDenoiser(self.network, prediction="x0")
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.network.emb.weight.device, copy=True)
+        return pixels.to(next(self.network.parameters()).device, copy=True)
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents.clamp(-1, 1)
@@ -112,7 +112,7 @@ class TinyVideo:
         return tokenize(texts)
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength)).to(self.network.emb.weight.device)
+        return flow_sigmas(steps, shift=3.0, t_max=min(0.98, strength)).to(next(self.network.parameters()).device)
 
 
 def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = "cpu") -> TinyVideo:

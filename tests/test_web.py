@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -123,7 +126,7 @@ def test_the_command_line_and_the_program_make_the_same_bits(
 ) -> None:
     if policy == "half":
         session.draw(2, [layer(disc(30, 30, 9, 64))])  # a mask that holds still: an image
-    run(session, video, options, {policy: to_toml(load_preset(policy))}, lambda *_: None)
+    run(session, video, options, {policy: to_toml(load_preset(policy))}, lambda *_: None, Event())
     assert session.results is not None
     name, folder = session.results.mask.name, session.results.folder
     assert name == ("mask.mkv" if policy == "default" else "mask.png")
@@ -176,7 +179,7 @@ def test_a_run_shows_what_it_measured_and_a_cancelled_one_changes_nothing(
     session: Session, video: tiny.TinyVideo
 ) -> None:
     shown = Settings(PROMPT, steps=2, transition=(1.0, 0.5))
-    run(session, video, shown, {"static": to_toml(load_preset("static"))}, lambda *_: None)
+    run(session, video, shown, {"static": to_toml(load_preset("static"))}, lambda *_: None, Event())
     table = numbers_view(session, video)
     for text in ("static", "in the transition band", "true result", "model passes"):
         assert text in table
@@ -185,16 +188,16 @@ def test_a_run_shows_what_it_measured_and_a_cancelled_one_changes_nothing(
     def worn() -> list[type]:  # A hooked module has a subclass of its class.
         return [type(module) for module in video.network.modules()]
 
-    during: list[int] = []
+    during, cancel = list[int](), Event()
 
     def step(name: str, index: int) -> None:
         during.append(index)
         if index == 1:
-            session.cancel.set()
+            cancel.set()
 
     before, results, files = worn(), session.results, sorted(session.folder.rglob("*"))
     with pytest.raises(CancelledError):
-        run(session, video, Settings(PROMPT, steps=20), {"full": to_toml(load_preset("full"))}, step)
+        run(session, video, Settings(PROMPT, steps=20), {"full": to_toml(load_preset("full"))}, step, cancel)
     assert during == [-1, 0, 1]
     assert worn() == before
     assert not any(m._forward_hooks or "forward" in vars(m) for m in video.network.modules())
@@ -214,7 +217,7 @@ def test_a_wrong_mask_gets_the_message_of_the_library(
     clip, given_mask = session.clip_file(), session.mask()
     with pytest.raises(KVLockError, match=message) as told:  # noqa: PT012 - either call may refuse it
         session.load_mask(path, video)
-        run(session, video, SETTINGS, {"off": to_toml(load_preset("off"))}, lambda *_: None)
+        run(session, video, SETTINGS, {"off": to_toml(load_preset("off"))}, lambda *_: None, Event())
     assert isinstance(told.value, MaskError) or white == 60
     assert session.clip_file() == clip
     assert (session.mask() == (given_mask if white == 60 else white == 255)).all()
@@ -241,7 +244,27 @@ def test_an_uploaded_clip_and_mask_are_read_as_the_command_reads_them(
         assert torch.equal(again.pixels, clip.pixels)
         assert torch.equal(region, mask)
         assert again.fps == pytest.approx(clip.fps, rel=1e-3)
-        assert list((tmp_path / "upload").iterdir()) == []  # moved, not copied
+        assert len(list((tmp_path / "upload").iterdir())) == 2  # copied: another tab may have been given the same files
+        for file in (name, "m.png"):
+            (tmp_path / "upload" / file).unlink()
+
+
+@pytest.mark.parametrize("name", ["white.png", "clip.mkv", "mask.png"])
+def test_the_name_of_an_upload_does_not_matter(
+    session: Session, video: tiny.TinyVideo, tmp_path: Path, name: str
+) -> None:
+    page = np.zeros((80, 160, 3), np.uint8)
+    page[30:50, 40:70] = 200
+    if name.endswith("png"):
+        Image.fromarray(page).save(tmp_path / name)
+    else:
+        write_lossless(tmp_path / name, page[None].repeat(8, 0), 8.0)
+    session.load_clip(tmp_path / name, video)
+    session.load_mask(tmp_path / name, video)
+    assert session.frames.mean() < 100
+    assert session.mask().any()
+    assert session.original is not None
+    assert session.original.read_bytes() == (tmp_path / name).read_bytes()
 
 
 def test_a_pipeline_edits_an_upload(tmp_path: Path) -> None:
@@ -255,13 +278,14 @@ def test_a_pipeline_edits_an_upload(tmp_path: Path) -> None:
     session = Session(tmp_path / "session")
     session.load_clip(tmp_path / "upload" / "c.webm", model)
     session.load_mask(tmp_path / "upload" / "m.png", model)
-    assert "locked of 108 tokens" in tokens_view(session, model, 8, None)
+    assert "locked of the clip's 108 tokens" in tokens_view(session, model, 8, None)
     run(
         session,
         model,
         Settings("a dog", steps=1, sampler="euler"),
         {"half": to_toml(load_preset("half"))},
         lambda *_: None,
+        Event(),
     )
     assert "half" in numbers_view(session, model)
     assert "let go" in frame_view(session, model, "half", 8)
@@ -274,9 +298,11 @@ def test_sessions_are_apart_and_leave_nothing(tmp_path: Path, video: tiny.TinyVi
     one.load_example(BALL, video)
     with pytest.raises(SourceError, match="there is no clip yet"):
         other.clip_file()
-    for key in range(40):
-        sessions.of(str(key))
-    assert len(list(tmp_path.iterdir())) == 32  # the least used made way
+    with other.running():
+        for key in range(40):
+            sessions.of(str(key))
+    assert len(list(tmp_path.iterdir())) == 33  # the least used made way, but for the one that runs
+    assert sessions.of("b") is other
     sessions.close_all()
     assert list(tmp_path.iterdir()) == []
     assert one.cancel.is_set()
@@ -317,6 +343,27 @@ def test_the_server_reads_uploads_alone(tab: Tab) -> None:
         with pytest.raises((RuntimeError, AssertionError)):
             tab.call("upload", data, 0)
     assert tab.http.get("/").status_code == 200
+    assert tab.http.get("/config", headers={"host": "evil.example"}).status_code == 400  # a name of another site
+
+
+def test_a_canvas_without_its_frame_gets_it_back(tab: Tab) -> None:
+    tab.call("pick", next(iter(EXAMPLES)), 0)
+    picture = io.BytesIO()
+    Image.new("RGBA", (64, 64), (9, 99, 9, 255)).save(picture, format="png")
+    for background in (None, tab.upload("b.png", picture.getvalue())):
+        grid, editor = tab.call("draw", {"background": background, "layers": [], "composite": None}, 0, 0)
+        assert "tokens" in grid
+        assert (background is None) == bool(editor.get("background"))
+
+
+def test_a_port_in_use_is_told_before_the_model_loads() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        result = CliRunner().invoke(app, ["web", "--model", "no such folder", "--port", str(port)])
+    assert result.exit_code == 2
+    assert f"kvlock web --port {port + 1}" in " ".join(result.output.split())
 
 
 def test_a_page_edits_over_http_and_tabs_do_not_mix(tab: Tab, address: str) -> None:

@@ -272,7 +272,7 @@ def test_a_broken_upload_is_one_message_and_the_page_lives_on(
     assert page.get_by_text(wanted).count() == 1
     page.get_by_label("Example").click()
     page.get_by_role("option", name=NAMES[4]).click()
-    page.wait_for_function("document.querySelector('#tokens').innerText.includes('locked of 256')")
+    page.wait_for_function("document.querySelector('#tokens').innerText.includes('locked of the clip')")
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -306,3 +306,6 @@ def test_it_fits_a_phone_and_a_desk_by_keyboard_and_without_other_hosts(
     page.keyboard.press("ArrowRight")
     assert wipe.input_value() == "51"
     assert "--at" in page.locator("#view .kv-wipe").get_attribute("style")
+    box = page.locator("#view .kv-wipe").bounding_box()
+    page.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.5 * box["height"])
+    assert abs(int(wipe.input_value()) - 30) <= 3

@@ -28,5 +28,5 @@ model = open_model({", ".join([repr(model.get("model", "tiny")), *given])})
 clip, mask = read_pair(model, "clip.mkv", {mask!r})
 edit = edit_video(clip.pixels, mask[None], {settings.prompt!r}, {", ".join(options)})
 write_clip({policy + ".mp4"!r}, edit.pixels[0], clip.fps, scale={scale})
-edit.trace.plot("trace.png")
+edit.trace.plot({policy + "-trace.png"!r})
 """

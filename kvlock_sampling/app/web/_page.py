@@ -23,20 +23,10 @@ from ._commands import command_line, python_lines
 from ._run import CancelledError, Settings, run
 from ._session import EXAMPLES, Session, Sessions, to_clips
 from ._views import EDITED, files_view, frame_view, numbers_view, tokens_view
+from ._words import CANCELLED, HINT, LEAD, RESULT, TOKENS, TRACE
 
 CANVAS = 512  # least width in pixels of the frame to draw on; smaller ones are enlarged by a whole factor
 OPACITY = 0.6  # of the brush
-CANCELLED = "Cancelled. Nothing of this run was kept."
-HINT = (
-    "Draw on what is to change, or upload a mask, which is white there. One drawing holds for every frame; drawings on "
-    "several frames are joined over time."
-)
-TOKENS = (
-    "Attention sees tokens, not pixels. While the edit is sampled, locked tokens read the clip's own keys and values, "
-    "edited ones only the edit's. Those in the transition band take half of the lock."
-)
-RESULT = "An edit is shown here beside the clip, with the trace of what was measured and of what the policy did."
-LEAD = "Draw what is to change, say what it should show, and see what the lock on the rest did."
 
 
 def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any:
@@ -48,7 +38,6 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         model: The options of `open_model` that made `video`, for the command lines.
     """
     gr = require("gradio", "web")
-    one = threading.Lock()
     tiny = video.frames is not None
 
     def plain(text: str) -> str:
@@ -58,7 +47,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     @contextmanager
     def busy() -> Iterator[None]:
         """One call of the model at a time, also while a cancelled one ends. Shows its warnings."""
-        with one, warnings.catch_warnings(record=True) as found:
+        with sessions.model, warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always", UserWarning)
             yield
             for text in dict.fromkeys(str(warning.message) for warning in found):
@@ -81,10 +70,10 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         return shown
 
     def opened(session: Session) -> list[Any]:
-        """The page after a clip was loaded: note, frame, canvas, tokens, and no results."""
+        """The page after a clip was loaded: note, frame, canvas, no results and nothing to say of them."""
         last = len(session.frames) - 1
         slider = gr.update(maximum=max(last, 1), value=0, interactive=last > 0)
-        return [escape(session.note), slider, canvas(session, 0), 0, gr.update(visible=False)]
+        return [escape(session.note), slider, canvas(session, 0), 0, gr.update(visible=False), said()]
 
     def canvas(session: Session, frame: int) -> dict[str, Any]:
         picture = session.frames[frame]
@@ -108,16 +97,15 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     @told
     def pick(name: str, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
         session = sessions.of(request.session_hash)
-        with busy():
-            prompts = session.load_example(name, video)
-            return [*opened(session), tokens(session, 0, width), *prompts]
+        prompts = session.load_example(name, video)  # the embedded model has no codec, so this needs no turn
+        return [*opened(session), tokens(session, 0, width), *prompts]
 
     @told
     def upload(path: str, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
         session = sessions.of(request.session_hash)
         with busy():
             session.load_clip(path, video)
-            return [*opened(session), tokens(session, 0, width)]
+            return [*opened(session), tokens(session, 0, width), None, "", ""]
 
     @told
     def upload_mask(path: str, frame: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
@@ -133,10 +121,12 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         return [canvas(session, int(frame)), frame, tokens(session, frame, width)]
 
     @told
-    def draw(drawn: Any, before: int, width: float, request: gr.Request) -> str:  # type: ignore[name-defined]
+    def draw(drawn: Any, before: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
         session = sessions.of(request.session_hash)
         keep(session, drawn, before)
-        return tokens(session, before, width)
+        # Undoing more than was drawn, and clearing the canvas, take away the frame that one draws on.
+        whole = drawn is not None and drawn["background"] is not None and drawn["background"][..., -1].any()
+        return [tokens(session, before, width), gr.skip() if whole else canvas(session, int(before))]
 
     def keep(session: Session, drawn: Any, frame: int) -> None:
         if drawn is not None and 0 <= int(frame) < len(session.frames):
@@ -190,13 +180,16 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
             text = f"{name}: step {step + 1} of {settings.steps}"
             progress((min(done, len(order) * settings.steps), len(order) * settings.steps), desc=text)
 
-        with busy():
-            session.cancel.clear()
+        cancel = session.cancel = threading.Event()  # of this press: an earlier run may still be in its last step
+        with busy(), session.running():
             keep(session, drawn, before)
             try:
-                run(session, video, settings, policies, advance)
+                run(session, video, settings, policies, advance, cancel)
             except CancelledError:
                 return [said(CANCELLED), *[gr.skip()] * (len(shown) - 1)]
+            except KVLockError as error:
+                session.trouble = plain(str(error))
+                raise
         assert session.results is not None
         mask, folder = session.results.mask, session.results.folder
         scale = fitting_scale(None, video, to_clips(session.frames)[0])
@@ -206,6 +199,8 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         sheets = {f"Seeds tried by {name}": folder / f"{name}-candidates.png" for name in order}
         pictures = {**(sheets if settings.candidates > 1 else {}), **pictures}
         files = [folder / f"{name}.{kind}" for name in order for kind in ("mp4", "toml")]
+        last = len(session.frames) - 1
+        at_frame = min(max(int(before), 0), last)
         seconds = sum(edit.seconds for edit in session.results.edits.values())
         return [
             said(f"Done in {seconds:.1f} s of sampling."),
@@ -213,10 +208,10 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
             str(folder / "together.mp4"),
             numbers_view(session, video),
             gr.update(choices=order, value=policy),
-            gr.update(maximum=max(len(session.frames) - 1, 1), value=before),
-            frame_view(session, video, policy, int(before)),
+            gr.update(maximum=max(last, 1), value=at_frame, interactive=last > 0),
+            frame_view(session, video, policy, at_frame),
             files_view(pictures),
-            [str(path) for path in (*files, session.clip_file(), mask)],
+            [str(path) for path in (*files, *pictures.values(), session.clip_file(), mask)],
             "\n\n".join(lines),
             "\n".join(programs),
         ]
@@ -225,7 +220,14 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     def look(name: str, frame: int, request: gr.Request) -> str:  # type: ignore[name-defined]
         session = sessions.of(request.session_hash)
         known = session.results is not None and name in session.results.edits
-        return frame_view(session, video, name, int(frame)) if known else ""
+        return frame_view(session, video, name, min(int(frame), len(session.frames) - 1)) if known else ""
+
+    def begin(request: gr.Request) -> str:  # type: ignore[name-defined]
+        sessions.of(request.session_hash).trouble = ""
+        return said()
+
+    def failed(request: gr.Request) -> str:  # type: ignore[name-defined]
+        return said(sessions.of(request.session_hash).trouble)
 
     def cancel(request: gr.Request) -> str:  # type: ignore[name-defined]
         sessions.of(request.session_hash).cancel.set()
@@ -296,31 +298,34 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
                     chosen = gr.Radio([], label="Policy")
                     at = gr.Slider(0, 7, value=0, step=1, label="Frame")
                     view = gr.HTML(elem_id="view")
-                    gr.Markdown("### What the lock did")
+                    gr.Markdown(f"### What the lock did\n{TRACE}")
                     figures = gr.HTML(elem_id="figures")
                     gr.Markdown("### Take it with you")
                     files = gr.File(label="Files", file_count="multiple", interactive=False)
                     shell = gr.Textbox(label="In a shell", elem_classes="kv-text", buttons=["copy"], elem_id="shell")
                     program = gr.Textbox(label="In Python", elem_classes="kv-text", buttons=["copy"], elem_id="program")
 
-        opening = [note, frame, editor, before, results, grid]
+        opening = [note, frame, editor, before, results, status, grid]
         shown = [status, results, together, numbers, chosen, at, view, figures, files, shell, program]
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         slow: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "model"}
         if tiny:
-            for event in (blocks.load, example.input):
-                event(pick, [example, width], [*opening, prompt, source_prompt], show_progress_on=note, **slow)
-        clip_file.upload(upload, [clip_file, width], opening, show_progress_on=note, **slow)
+            blocks.load(pick, [example, width], [*opening, prompt, source_prompt], **quick)  # nothing runs in a new tab
+            example.input(pick, [example, width], [*opening, prompt, source_prompt], show_progress_on=note, **slow)
+        loaded = [*opening, example, prompt, source_prompt]
+        clip_file.upload(upload, [clip_file, width], loaded, show_progress_on=note, **slow)
         mask_file.upload(upload_mask, [mask_file, frame, width], [editor, grid], show_progress_on=grid, **slow)
         moved = [editor, before, grid]
         frame.input(move, [frame, editor, before, width], moved, trigger_mode="always_last", **quick)
-        editor.input(draw, [editor, before, width], grid, trigger_mode="always_last", **quick)
-        width.input(draw, [editor, before, width], grid, trigger_mode="always_last", **quick)
+        editor.input(draw, [editor, before, width], [grid, editor], trigger_mode="always_last", **quick)
+        width.input(draw, [editor, before, width], [grid, editor], trigger_mode="always_last", **quick)
         clear.click(forget, [frame, width], [editor, grid], **quick)
         policy.input(lambda name: to_toml(load_preset(name)), policy, parameters, **quick)
         options = [prompt, source_prompt, sampler, steps, cfg_scale, strength, seed, candidates]
         inputs = [editor, before, width, policy, parameters, others, *options]
+        start.click(begin, None, status, **quick)
         running = start.click(edit, inputs, shown, show_progress_on=status, **slow)
+        running.failure(failed, None, status, **quick)
         stop.click(cancel, None, status, cancels=[running], queue=False, api_visibility="private")
         for look_event in (chosen.input, at.input):
             look_event(look, [chosen, at], view, trigger_mode="always_last", **quick)

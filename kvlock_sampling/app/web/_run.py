@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,6 +46,7 @@ def run(
     settings: Settings,
     policies: dict[str, str],
     on_step: Callable[[str, int], None],
+    cancel: threading.Event,
 ) -> None:
     """Edit the session's clip with each policy, from the files that are offered for download.
 
@@ -54,17 +56,18 @@ def run(
         settings: The options that the policies share.
         policies: TOML of presets by name.
         on_step: Called after each step with the name of the policy and the index of the step.
+        cancel: Set to end the run after its present step.
 
     Raises:
         KVLockError: As `edit_video`, or no clip is loaded.
-        CancelledError: `session.cancel` was set. The results of the run before are kept.
+        CancelledError: `cancel` was set. The results of the run before are kept.
     """
     session.clip_file()
     # A folder of its own, because browsers keep what they have read under a name.
     folder = Path(tempfile.mkdtemp(dir=session.folder))
     try:
-        results = _made(session, video, settings, policies, on_step, folder)
-        if session.cancel.is_set():
+        results = _made(session, video, settings, policies, on_step, folder, cancel)
+        if cancel.is_set():
             raise CancelledError
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,6 +84,7 @@ def _made(
     policies: dict[str, str],
     on_step: Callable[[str, int], None],
     folder: Path,
+    cancel: threading.Event,
 ) -> Results:
     mask, found = session.write_mask(folder), {}
     source, region = read_pair(video, session.clip_file(), mask)
@@ -91,7 +95,7 @@ def _made(
 
     def step(name: str) -> Callable[[int], None]:
         def advance(index: int) -> None:
-            if session.cancel.is_set():
+            if cancel.is_set():
                 raise CancelledError
             on_step(name, index)
 

@@ -5,6 +5,8 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,13 +72,23 @@ class Session:
         origin: Which of the two it is.
         truth: The true result of an example, (1, 3, T, H, W) in [-1, 1]; None for other clips.
         results: What the last run made; None before.
-        cancel: Set to end the run.
+        cancel: Set to end the last run that was started.
+        trouble: What went wrong with the last run that failed.
+        runs: How many runs are going on.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cancel = threading.Event()
+        self.cancel, self.trouble, self.runs = threading.Event(), "", 0
         self.clear()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
 
     def clear(self) -> None:
         """Forget the clip and everything that belongs to it."""
@@ -103,12 +115,12 @@ class Session:
         return after[0].prompt, before[0].prompt
 
     def load_clip(self, path: str | os.PathLike[str], video: VideoModel) -> None:
-        """Take an uploaded clip, and move it into the folder. Raises VideoError if it cannot be used."""
-        self._take(self._moved(path), video)
+        """Take a copy of an uploaded clip. Raises VideoError if it cannot be used."""
+        self._take(self._copied(path), video)
 
     def load_mask(self, path: str | os.PathLike[str], video: VideoModel) -> None:
         """Take an uploaded mask, which is matched to the uploaded clip. Raises VideoError if it cannot be used."""
-        kept = self._moved(path)
+        kept = self._copied(path)
         try:
             check_upload(kept)
             region = read_pair(video, self._loaded(self.original), kept)[1]
@@ -169,25 +181,27 @@ class Session:
         try:
             check_upload(path)
             # The library reads a clip together with a mask, here an image that is white everywhere.
-            size, white = displayed(path, shown(path)), path.parent / "white.png"
+            made = Path(tempfile.mkdtemp(dir=path.parent))  # whatever the name of the upload is
+            size, white = displayed(path, shown(path)), made / "white.png"
             require("PIL.Image", "video").new("L", size[::-1], 255).save(white)
             found, _ = read_pair(video, path, white)
-            frames, clip = to_bytes(found.pixels), path.parent / "clip.mkv"
+            frames, clip = to_bytes(found.pixels), made / "clip.mkv"
             write_lossless(clip, frames, found.fps)
             with torch.no_grad():
                 latents = video.encode(to_clips(frames))
         except BaseException:
             shutil.rmtree(path.parent)
             raise
-        if self.clip is not None:
-            shutil.rmtree(self.clip.parent)
+        if self.original is not None:
+            shutil.rmtree(self.original.parent)
         self.clear()
         self.original, self.clip = path, clip
         self.frames, self.fps, self.note = frames, found.fps, found.note
         self._latents, self._patch = latents, find_layers(video.denoiser).patch
 
-    def _moved(self, path: str | os.PathLike[str]) -> Path:
-        return Path(shutil.move(path, Path(tempfile.mkdtemp(dir=self.folder)) / Path(path).name))
+    def _copied(self, path: str | os.PathLike[str]) -> Path:
+        # Tabs that upload the same bytes are given the same file.
+        return Path(shutil.copyfile(path, Path(tempfile.mkdtemp(dir=self.folder)) / Path(path).name))
 
     def _loaded(self, path: Path | None) -> Path:
         if path is None:
@@ -196,10 +210,13 @@ class Session:
 
 
 class Sessions:
-    """The sessions of a server by the hash of their tab, in folders below `root`. The least used make way."""
+    """The sessions of a server by the hash of their tab, in folders below `root`. The least used make way.
+
+    `model` is held by whoever calls the model.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root, self._lock = root, threading.Lock()
+        self.root, self.model, self._lock = root, threading.Lock(), threading.Lock()
         self._open: OrderedDict[str, Session] = OrderedDict()
 
     def of(self, key: str | None) -> Session:
@@ -208,7 +225,7 @@ class Sessions:
             session = self._open.get(str(key)) or Session(Path(tempfile.mkdtemp(dir=self.root)))
             self._open[str(key)] = session
             self._open.move_to_end(str(key))
-            idle = list(self._open)[:-MOST]
+            idle = [name for name in list(self._open)[:-MOST] if not self._open[name].runs]
         for other in idle:
             self.close(other)
         return session

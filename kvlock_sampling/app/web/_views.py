@@ -26,10 +26,11 @@ CSS = """
 .kv-figures img { width: 100%; display: block; image-rendering: pixelated }
 .kv-figures figcaption, .kv-note { font-size: .9rem; margin-top: .3rem }
 .kv-wipe { position: relative }
+.kv-wipe input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize }
+.kv-wipe:focus-within { outline: 2px solid }
 .kv-wipe img + img { position: absolute; inset: 0; clip-path: inset(0 0 0 var(--at, 50%)) }
 .kv-wipe::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at, 50%); border-left: 2px solid #fff;
   box-shadow: 0 0 2px #000 }
-.kv-figures input[type=range] { width: 100%; min-height: 2rem }
 .kv-scroll { overflow-x: auto }
 .kv-scroll table { border-collapse: collapse; border: 0; width: 100% }
 .kv-scroll th, .kv-scroll td { padding: .3rem .5rem; text-align: right; border: 0;
@@ -60,7 +61,7 @@ def tokens_view(session: Session, video: VideoModel, frame: int, transition: tup
     drawn = ", ".join(map(str, sorted(session.drawn)))
     where = f"drawn on frame {drawn}" if drawn else session.origin
     alt = f"Frame {frame} with its tokens tinted"
-    return _figures([(picture, alt, f"{key} of {weight.shape[1]} tokens. The mask is {where}.")])
+    return _figures([(picture, alt, f"{key} of the clip's {weight.shape[1]} tokens. The mask is {where}.")])
 
 
 def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> str:
@@ -69,20 +70,21 @@ def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> st
     edit, edited = session.results.edits[name], session.results.weight == 0
     before, after = session.frames[frame], to_bytes(edit.pixels[0, :, frame : frame + 1])[0]
     pair = "".join(f'<img src="{_uri(_enlarged(p))}" alt="{alt}">' for p, alt in ((before, "source"), (after, "edit")))
-    move = "this.previousElementSibling.style.setProperty('--at', this.value + '%')"
+    move = "this.parentElement.style.setProperty('--at', this.value + '%')"
     label = f"Wipe of frame {frame}: source to the left, {name} to the right"
     wipe = (
-        f'<figure><div class="kv-wipe">{pair}</div><input type="range" min="0" max="100" value="50" '
-        f'aria-label="{escape(label)}" oninput="{move}"><figcaption>Left of the line the source, right of it the '
-        "edit. Move it with the mouse, a finger or the arrow keys.</figcaption></figure>"
+        f'<figure><div class="kv-wipe">{pair}<input type="range" min="0" max="100" value="50" '
+        f'aria-label="{escape(label)}" oninput="{move}"></div><figcaption>Left of the line the source, right of it the '
+        "edit. Drag it with the mouse or a finger, or press the arrow keys.</figcaption></figure>"
     )
     gap = np.abs(after.astype(np.int16) - before).max(-1, keepdims=True)
     difference = np.repeat((gap * 4).clip(0, 255).astype(np.uint8), 3, axis=-1)
     let_go = torch.stack([(step.composite < 1).cpu().expand_as(edited) & ~edited for step in edit.trace])
     tints = [(edited, EDITED), (let_go.float().mean(0), RELEASED)]
     told = (
-        f"{_key(RELEASED)}{int(let_go.any(0).sum())} of {edited.shape[1]} tokens let go at some step, the more the "
-        f"greener; {int(let_go[-1].sum())} at the last one. {_key(EDITED)}Edited. The rest keeps the source's pixels."
+        f"{_key(RELEASED)}{int(let_go.any(0).sum())} of the clip's {edited.shape[1]} tokens let go at some step, the "
+        f"more the greener; {int(let_go[-1].sum())} at the last one. {_key(EDITED)}Edited. The rest keeps the source's "
+        "pixels."
     )
     views = [
         (_enlarged(difference), f"Difference of frame {frame}", "Difference from the source, four times as bright."),

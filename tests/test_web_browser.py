@@ -206,14 +206,14 @@ def test_a_tab_that_is_closed_ends_its_run_and_takes_its_files(
     visit: Callable[..., Any], address: str, video: tiny.TinyVideo
 ) -> None:
     root = Path(os.environ["GRADIO_TEMP_DIR"])
-    others = set(root.glob("*/*/clip.mkv"))
+    others = set(root.glob("*/*/*/clip.mkv"))
     page = visit(address)
-    (mine,) = set(root.glob("*/*/clip.mkv")) - others
+    (mine,) = set(root.glob("*/*/*/clip.mkv")) - others
     full_lock(page, Steps=100)
     page.click("#edit")
     page.get_by_text(re.compile(r"step [3-9] of 100")).first.wait_for()
     page.close()
-    assert soon(lambda: not mine.parent.parent.exists())
+    assert soon(lambda: not mine.parents[2].exists())
     assert idle(video)
 
 

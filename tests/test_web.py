@@ -383,6 +383,9 @@ def test_a_page_edits_over_http_and_tabs_do_not_mix(tab: Tab, address: str) -> N
         second.call("look", "half", 3)
     with pytest.raises(RuntimeError, match=r"policy\.lok is not a setting of Constant; did you mean"):
         first.call("edit", canvas, 0, 0, "half", toml.replace("lock", "lok"), *rest[2:])
+    assert "policy.lok is not a setting" in first.call("failed")[0]
+    assert "&amp;" not in first.call("failed")[0]
+    assert "policy.lok" not in first.call("begin")[0] + first.call("failed")[0]
     with pytest.raises(RuntimeError, match=r"default\.toml|not valid TOML"):
         first.call("edit", canvas, 0, 0, "half", "/etc/passwd.toml", *rest[2:])  # text, and no path
     with pytest.raises(RuntimeError, match=r"cannot read .*kite"):

@@ -227,7 +227,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         return said()
 
     def failed(request: gr.Request) -> str:  # type: ignore[name-defined]
-        return said(sessions.of(request.session_hash).trouble)
+        return announced(sessions.of(request.session_hash).trouble)
 
     def cancel(request: gr.Request) -> str:  # type: ignore[name-defined]
         sessions.of(request.session_hash).cancel.set()
@@ -334,5 +334,9 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
 
 
 def said(text: str = "") -> str:
-    """Text that screen readers announce."""
-    return f'<div role="status">{escape(text)}</div>'
+    return announced(escape(text))
+
+
+def announced(html: str) -> str:
+    """What screen readers announce."""
+    return f'<div role="status">{html}</div>'

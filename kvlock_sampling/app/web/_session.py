@@ -73,7 +73,7 @@ class Session:
         truth: The true result of an example, (1, 3, T, H, W) in [-1, 1]; None for other clips.
         results: What the last run made; None before.
         cancel: Set to end the last run that was started.
-        trouble: What went wrong with the last run that failed.
+        trouble: What went wrong with the last run, as HTML.
         runs: How many runs are going on.
     """
 

@@ -7,7 +7,7 @@ Whole frames are scored against the true render, and mask, effect region and res
 
 Each row is written to benchmarks/results/release.json when it is done, and is not measured again. The table is
 benchmarks/results/release.md. `--search` measures the grid of static schedules on other scenes, from which the static
-row was chosen; "static, below 2" is the best of it on 60 scenes.
+row was chosen; "static, below 2" is, within its error, the best of it on 60 scenes.
 """
 
 from __future__ import annotations

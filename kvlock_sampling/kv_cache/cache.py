@@ -183,7 +183,7 @@ class CacheEntry:
     def settle(self) -> None:
         """Wait until what was put is where it is kept."""
         while self._copied:
-            sigma, (level, copied) = next(iter(self._copied.items()))
+            sigma, (level, copied) = self._copied.popitem()
             try:
                 kept = copied.result()
             except OSError as error:
@@ -191,7 +191,6 @@ class CacheEntry:
                 kept = sigma in self._cache.memory.sigmas(self.name)
             if not kept:
                 self._warn_too_large(level_bytes(level))
-            del self._copied[sigma]
 
     def _store(self, sigma: float, level: PackedLevel, place: torch.device, ready: Any) -> bool:
         """Keep a level where it belongs; `ready` is when its device has it. Returns whether it is kept anywhere."""

@@ -67,14 +67,14 @@ def on_host(level: PackedLevel) -> PackedLevel:
     parts = [part for pair in level.values() for _, parts in pair for part in parts.values()]
     if not parts or parts[0].device.type != "cuda":
         return _copied(level, lambda part: part.to("cpu"))
-    size, block, used = min(_BLOCK, sum(-(-part.nbytes // 64) * 64 for part in parts)), torch.empty(0), 0
+    size, block, used = min(_BLOCK, level_bytes(level) + 64 * len(parts)), torch.empty(0), 0
 
     def copy(part: Tensor) -> Tensor:
         nonlocal block, used
         if used + part.nbytes > block.numel():
             block, used = torch.empty(max(size, part.nbytes), dtype=torch.uint8, pin_memory=True), 0
         place = block[used : used + part.nbytes].view(part.dtype).view(part.shape)
-        used += -(-part.nbytes // 64) * 64
+        used += -(-part.nbytes // 64) * 64  # views of other dtypes must begin at whole numbers of them
         return place.copy_(part, non_blocking=True)
 
     copied = _copied(level, copy)

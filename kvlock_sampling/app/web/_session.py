@@ -212,7 +212,7 @@ class Session:
 class Sessions:
     """The sessions of a server by the hash of their tab, in folders below `root`. The least used make way.
 
-    `model` is held by whoever calls the model.
+    `model` is a lock, because one edit runs at a time.
     """
 
     def __init__(self, root: Path) -> None:

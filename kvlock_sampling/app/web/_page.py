@@ -53,13 +53,13 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
             for text in dict.fromkeys(str(warning.message) for warning in found):
                 gr.Warning(plain(text), duration=None)
 
-    def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-        """Show an error as one message."""
+    def in_tab(handler: Callable[..., Any]) -> Callable[..., Any]:
+        """A handler of the session of the tab that the event comes from. An error is shown as one message."""
 
         @functools.wraps(handler)
-        def shown(*args: Any) -> Any:
+        def shown(request: Any, *args: Any) -> Any:
             try:
-                return handler(*args)
+                return handler(sessions.of(request.session_hash), *args)
             except gr.Error:
                 raise
             except Exception as error:
@@ -67,6 +67,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
                     traceback.print_exc()
                 raise gr.Error(plain(message(error)), duration=None, print_exception=False) from None
 
+        shown.__annotations__ = {"session": gr.Request}  # gradio passes the request where it finds this type
         return shown
 
     def opened(session: Session) -> list[Any]:
@@ -94,35 +95,30 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     def band(width: float) -> tuple[float, float] | None:
         return (float(width), 0.5) if width > 0 else None
 
-    @told
-    def pick(name: str, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def pick(session: Session, name: str, width: float) -> list[Any]:
         prompts = session.load_example(name, video)  # the embedded model has no codec, so this needs no turn
         return [*opened(session), tokens(session, 0, width), *prompts]
 
-    @told
-    def upload(path: str, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def upload(session: Session, path: str, width: float) -> list[Any]:
         with busy():
             session.load_clip(path, video)
             return [*opened(session), tokens(session, 0, width), None, "", ""]
 
-    @told
-    def upload_mask(path: str, frame: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def upload_mask(session: Session, path: str, frame: int, width: float) -> list[Any]:
         with busy():
             session.load_mask(path, video)
             return [canvas(session, int(frame)), tokens(session, frame, width)]
 
-    @told
-    def move(frame: int, drawn: Any, before: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def move(session: Session, frame: int, drawn: Any, before: int, width: float) -> list[Any]:
         keep(session, drawn, before)
         return [canvas(session, int(frame)), frame, tokens(session, frame, width)]
 
-    @told
-    def draw(drawn: Any, before: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def draw(session: Session, drawn: Any, before: int, width: float) -> list[Any]:
         keep(session, drawn, before)
         # Undoing more than was drawn, and clearing the canvas, take away the frame that one draws on.
         whole = drawn is not None and drawn["background"] is not None and drawn["background"][..., -1].any()
@@ -132,15 +128,15 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         if drawn is not None and 0 <= int(frame) < len(session.frames):
             session.draw(int(frame), drawn["layers"])
 
-    @told
-    def forget(frame: int, width: float, request: gr.Request) -> list[Any]:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def forget(session: Session, frame: int, width: float) -> list[Any]:
         session.drawn.clear()
         session.given = None
         return [canvas(session, int(frame)), tokens(session, frame, width)]
 
-    @told
+    @in_tab
     def edit(
+        session: Session,
         drawn: Any,
         before: int,
         width: float,
@@ -155,10 +151,8 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         strength: float,
         seed: int,
         candidates: int,
-        request: gr.Request,  # type: ignore[name-defined]
         progress: Any = gr.Progress(),  # noqa: B008 - gradio finds it by its default
     ) -> list[Any]:
-        session = sessions.of(request.session_hash)
         settings = Settings(
             prompt,
             source_prompt or None,
@@ -216,21 +210,23 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
             "\n".join(programs),
         ]
 
-    @told
-    def look(name: str, frame: int, request: gr.Request) -> str:  # type: ignore[name-defined]
-        session = sessions.of(request.session_hash)
+    @in_tab
+    def look(session: Session, name: str, frame: int) -> str:
         known = session.results is not None and name in session.results.edits
         return frame_view(session, video, name, min(int(frame), len(session.frames) - 1)) if known else ""
 
-    def begin(request: gr.Request) -> str:  # type: ignore[name-defined]
-        sessions.of(request.session_hash).trouble = ""
+    @in_tab
+    def begin(session: Session) -> str:
+        session.trouble = ""
         return said()
 
-    def failed(request: gr.Request) -> str:  # type: ignore[name-defined]
-        return announced(sessions.of(request.session_hash).trouble)
+    @in_tab
+    def failed(session: Session) -> str:
+        return announced(session.trouble)
 
-    def cancel(request: gr.Request) -> str:  # type: ignore[name-defined]
-        sessions.of(request.session_hash).cancel.set()
+    @in_tab
+    def cancel(session: Session) -> str:
+        session.cancel.set()
         return said(CANCELLED)
 
     def close(request: gr.Request) -> None:  # type: ignore[name-defined]

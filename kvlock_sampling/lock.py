@@ -47,10 +47,10 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        return branches.composited(branches.guided(cond, step.requested), step.composite)
+        return branches.composited(branches.guided(cond, step.requested), branches.kept(step.composite))
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
-    weight = settings.composite if state.composite is None else state.composite
+    weight = branches.kept(settings.composite if state.composite is None else state.composite)
     if branches.narrow and step.reads.range(weight)[0] < 1:
         # The background is released, and has no prediction: every token is computed, and the decision kept.
         nfe, branches = branches.nfe, kind(replace(settings, foreground=False), run, step)
@@ -91,6 +91,8 @@ class KVLock(DenoiserProxy):
         noise: The source's fixed noise, like `source`, copied; "fixed" draws it from seed 0. Default: the run's own.
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.
+        reach: How far from the mask anything may be released, in widths of the mask (the square root of its tokens in a
+            frame): beyond it the background is the source's, whatever the policy. Default: the preset's, or math.inf.
         rescale: `s*`-rescaled guidance (`CFG-Zero*`) instead of plain. Default: the preset's, or plain.
         cfg_floor: Lower bound, >= 0, of a scheduled cfg_scale. Default: the preset's, or 1.
         layers: The attention layers to lock: `find_layers(model)`, `sdpa_layers(...)`, or indices or a slice of the
@@ -131,6 +133,7 @@ class KVLock(DenoiserProxy):
         erase: bool | None = None,
         noise: Tensor | Literal["fixed"] | None = None,
         composite: float | None = None,
+        reach: float | None = None,
         rescale: bool | None = None,
         cfg_floor: float | None = None,
         layers: AttentionLayers | Iterable[int] | slice | None = None,

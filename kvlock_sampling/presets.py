@@ -51,6 +51,7 @@ class Preset:
         cfg_floor: Lower bound >= 0 of a scheduled guidance scale. Defaults to None, the lock's default.
         rescale: Whether guidance is s*-rescaled. Defaults to None, the lock's default.
         erase: Whether keys and values come from a source without the old object. Defaults to None, the lock's default.
+        reach: How far from the mask anything may be released, > 0. Defaults to None, the lock's default.
         kv_cache: Settings of a `KVCache` by name. Defaults to None, no cache.
 
     Raises:
@@ -63,6 +64,7 @@ class Preset:
     cfg_floor: float | None = None
     rescale: bool | None = None
     erase: bool | None = None
+    reach: float | None = None
     kv_cache: Mapping[str, Any] | None = None
 
     _error = PolicyError
@@ -72,6 +74,7 @@ class Preset:
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
+        number(self, "reach", above=0.0, optional=True)
         flag(self, "rescale", "erase", optional=True)
         if self.kv_cache is not None and not isinstance(self.kv_cache, Mapping):
             raise PolicyError(f"kv_cache={self.kv_cache!r}; expected a table of settings, e.g. kv_cache={{'every': 3}}")

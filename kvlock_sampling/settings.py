@@ -54,6 +54,7 @@ class LockSettings:
     source_args: Mapping[str, Any]
     erase: bool
     composite: float
+    reach: float
     layers: AttentionLayers | None
     no_token_left: bool
     transition: tuple[float, float] | None
@@ -128,16 +129,23 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         _check_needs_source(policy, given)
     locks = clip is not None and policy.may_lock
     composite = _composite(given["composite"], locks, clip)
+    reach = _first(given["reach"], preset.reach, math.inf)
+    if reach != math.inf:
+        check_number("reach", reach, KVLockError, " In widths of the mask; math.inf is anywhere.", above=0.0)
     transition = as_transition(given["transition"])
     chosen, no_token_left = None, False
     if clip is not None and fitted is not None and policy.may_lock:
         chosen = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         no_token_left = _no_token_left(chosen, clip, fitted, transition)
+        if reach < math.inf:
+            fitted.beyond(clip.latents, chosen.patch, (reach,))
         measure = measure.on_tokens(chosen.patch)
         chosen = None if no_token_left else chosen
     elif clip is not None:
         describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
-        if asked := _named({n: given[n] for n in ("layers", "transition", "foreground", "kv_cache")[describes:]}):
+        about = ("layers", "transition", "foreground", "kv_cache")[describes:]
+        about += () if measure.patch else ("reach",)  # tokens of an estimator can be released without a lock too
+        if asked := _named({name: given[name] for name in about}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
     if branch is not None and scale_arg is None:
         raise SourceError(
@@ -157,6 +165,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         source_args=_source_args(given["source_args"], scale_arg),
         erase=erase,
         composite=composite,
+        reach=reach,
         layers=chosen,
         no_token_left=no_token_left,
         transition=transition,
@@ -208,7 +217,7 @@ def _source(model: Any, source: Any, mask: Any, noise: Any, *, erase: bool) -> t
 
 def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
     """Refuse options about a source without one, and a policy that is certain to lock."""
-    about = ("source_args", "erase", "noise", "layers", "transition", "branch", "foreground", "kv_cache")
+    about = ("source_args", "erase", "noise", "reach", "layers", "transition", "branch", "foreground", "kv_cache")
     if names := _named({name: given[name] for name in about}):
         raise SourceError(
             f"{names} without source=: there is no clip to lock to, so it would have no effect.\n"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kvlock_sampling as kv
 from kvlock_sampling import masks
 from kvlock_sampling.guidance import composite
+from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.masks.morphology import dilate
 from kvlock_sampling.masks.resolution import on_pixels
 from kvlock_sampling.masks.tokens import on_latents
@@ -143,6 +144,20 @@ def test_clips_have_their_own_weights(pair):
     for weight, clip in ((0.0, 0), (1.0, 1)):
         for a, b in zip(mixed, outputs(pair, always(0.5, weight))[0], strict=True):
             assert torch.equal(a[clip], b[clip])
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, torch.tensor([0.25]), torch.linspace(0, 1, TOKENS)[None]])
+def test_beyond_the_reach_the_background_is_the_sources(setup, weight):
+    """And within it everything is as without a reach, at the first evaluation, in which nothing else differs."""
+    policy, far = always(0.5, weight), FittedMask(setup.mask).beyond(setup.source, (1, 2, 2), (0.3,)) == 1
+    assert 0 < far.float().mean() < 1
+    (free, *_), _ = outputs(setup, policy)
+    (held, *_), trace = outputs(setup, policy, reach=0.3)
+    beyond = on_latents(far.float(), setup.source.shape, (1, 2, 2)).expand_as(held) == 1
+    assert torch.equal(held[beyond], setup.source[beyond])
+    assert torch.equal(held[~beyond], free[~beyond])
+    wanted = torch.as_tensor(weight).expand(1, TOKENS) if torch.as_tensor(weight).ndim < 2 else weight
+    assert torch.equal(trace.steps[0].composite, torch.where(far, 1.0, wanted))
 
 
 def test_composited_then_free_is_narrow_above_and_full_below(setup):

@@ -87,6 +87,38 @@ def test_a_transition_band_may_be_a_list():
     assert torch.equal(mask.selection(like, (1, 2, 2), [1, 0.5])[1], mask.selection(like, (1, 2, 2), (1, 0.5))[1])
 
 
+def test_reach_is_in_widths_of_the_edited_tokens():
+    """Four tokens are two wide: half of that is one token, and the corners are further away. No edit, no reach."""
+    like, mask = torch.zeros(1, 4, 2, 12, 12), torch.zeros(1, 1, 2, 12, 12)
+    mask[..., 0, 4:8, 4:8] = 1
+    near = 1 - FittedMask(mask).beyond(like, (1, 2, 2), (0.5,)).view(2, 6, 6)
+    wanted = torch.zeros(6, 6)
+    wanted[1:5, 2:4] = wanted[2:4, 1:5] = 1
+    assert torch.equal(near, torch.stack([wanted, torch.zeros(6, 6)]))
+
+
+@given(st.integers(0, 2**31), st.floats(0.1, 2), st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_reach_grows_with_its_number_and_is_each_clips_own(seed, reach, batch):
+    mask = torch.rand(batch, 1, 2, 8, 8, generator=torch.Generator().manual_seed(seed)).gt(0.9)
+    mask[:, :, 0, 0, 0] = True
+    like = torch.zeros(batch, 4, 2, 8, 8)
+    far, further = (FittedMask(mask).beyond(like, (1, 2, 2), (r,)) for r in (reach, 1.5 * reach))
+    assert (further <= far).all()
+    edited = FittedMask(mask).tokens(like, (1, 2, 2))
+    assert not far[edited].any()
+    alone = [FittedMask(clip[None]).beyond(like[:1], (1, 2, 2), (reach,)) for clip in mask]
+    assert torch.equal(far, torch.cat(alone))
+
+
+def test_packed_latents_have_no_grid_to_be_near_on():
+    like, mask = torch.zeros(1, 16, 4), FittedMask(torch.eye(16)[:1, :, None])
+    with pytest.raises(MaskError, match=r"transition=\(1, 0.5\) needs the tokens' grid.*packed: pass no transition"):
+        mask.background(like, (1, 2, 2), (1, 0.5))
+    with pytest.raises(MaskError, match=r"reach=0.5 needs the tokens' grid.*packed: pass reach=math.inf"):
+        mask.beyond(like, (1, 2, 2), (0.5,))
+
+
 def test_as_mask_holds_a_still_mask_over_the_frames():
     still = torch.rand(4, 4)
     assert torch.equal(masks.as_mask(still, frames=3)[0, 0, 2], still)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 
 import kvlock_sampling as kv
 from kvlock_sampling import settings as options
-from kvlock_sampling.types import EstimatorError, MaskError, PolicyError, RunError, SourceError
+from kvlock_sampling.types import EstimatorError, KVLockError, MaskError, PolicyError, RunError, SourceError
 
 OFF, HALF = kv.Constant(0.0), kv.Constant(0.5)
 
@@ -88,11 +89,15 @@ def test_prompts_are_read_at_every_evaluation(setup):
 # without a source
 
 
-@pytest.mark.parametrize("name", ["source_args", "noise", "layers", "transition", "branch", "foreground", "kv_cache"])
+ABOUT_A_SOURCE = ["source_args", "noise", "reach", "layers", "transition", "branch", "foreground", "kv_cache"]
+
+
+@pytest.mark.parametrize("name", ABOUT_A_SOURCE)
 def test_what_is_about_a_source_needs_one(setup, name):
     value = {
         "source_args": {"cond": setup.cond},
         "noise": "fixed",
+        "reach": 0.5,
         "layers": [0],
         "transition": (1, 0.5),
         "branch": setup.model,
@@ -275,6 +280,26 @@ def test_a_floor_is_a_guidance_scale(setup, floor):
 def test_a_transition_band_is_checked_when_the_lock_is_made(setup, policy):
     with pytest.raises(MaskError, match=r"transition=\(-1, 0.5\); expected"):
         setup.lock(policy=policy, transition=(-1, 0.5))
+
+
+@pytest.mark.parametrize("reach", [0, -1, float("nan"), "near", True])
+def test_reach_is_a_number_above_0(setup, reach):
+    with pytest.raises(KVLockError, match=r"reach=.*number > 0.*widths of the mask"):
+        setup.lock(reach=reach)
+
+
+def test_reach_comes_from_the_preset_unless_it_is_given(setup, recwarn):
+    text = 'reach = 0.5\n[policy]\ntype = "ReleaseBelow"\n'
+    assert setup.lock(policy=text).settings.reach == kv.presets.load_preset(text).reach == 0.5
+    assert setup.lock(policy=text, reach=2).settings.reach == 2
+    assert (
+        setup.lock(policy="full").settings.reach == setup.lock(policy=text, reach=math.inf).settings.reach == math.inf
+    )
+    with pytest.raises(PolicyError, match="reach"):
+        kv.presets.load_preset(text.replace("0.5", "-1"))
+    assert warned(recwarn) == []
+    setup.lock(policy="off", reach=0.5)
+    assert [t.split(":")[0] for t in warned(recwarn)] == ["reach= without effect"]
 
 
 @pytest.mark.parametrize(

@@ -86,13 +86,28 @@ class FittedMask:
         weight = (~edited).to(torch.float32)
         if transition is None:
             return weight
-        if like.ndim == 3:
-            raise MaskError(
-                f"transition={tuple(transition)} needs the tokens' grid, but these latents are packed: leave it away."
-            )
         width, fraction = transition
-        cells = edited.view(len(edited), 1, *token_grid(like.shape, patch)).float()
-        return weight * torch.where(grow(cells, width).flatten(1).to(weight) > 0, fraction, 1.0)
+        near = grow(self._cells(like, patch, f"transition={tuple(transition)}", "no transition"), width)
+        return weight * torch.where(near.flatten(1).to(weight) > 0, fraction, 1.0)
+
+    @_remembered
+    def beyond(self, like: Tensor, patch: Grid, reach: Sequence[float]) -> Tensor:
+        """1 on tokens further from the edited ones of their frame than `reach` times these are wide, else 0, float.
+
+        The width of a clip's edited tokens is the square root of their number, in the mean of the frames with any.
+        """
+        cells = self._cells(like, patch, f"reach={reach[0]:g}", "reach=math.inf, which releases anywhere")
+        counts = cells.flatten(3).sum(-1)
+        widths = (counts.sum(-1) / (counts > 0).sum(-1).clamp_min(1)).sqrt().flatten().tolist()
+        near = [grow(clip[None], reach[0] * width) for clip, width in zip(cells, widths, strict=True)]
+        return 1 - torch.cat(near).flatten(1)
+
+    def _cells(self, like: Tensor, patch: Grid, option: str, without: str) -> Tensor:
+        """Which tokens are edited, 1 or 0 on their grid, (batch or 1, 1, time, height, width)."""
+        if like.ndim == 3:
+            raise MaskError(f"{option} needs the tokens' grid, and these latents are packed: pass {without}.")
+        edited = self.tokens(like, patch)
+        return edited.view(len(edited), 1, *token_grid(like.shape, patch)).float()
 
     @_remembered
     def selection(

@@ -110,12 +110,11 @@ class Hooks:
             return call(*args, **kwargs)
 
     def _fuse_layer(self, layer: AttentionLayer) -> Callable[..., Fused]:
-        patch, rows = self.layers.patch, itertools.count()
-        t, h, w = (a // b for a, b in zip(layer.patch or patch, patch, strict=True))
+        rows = itertools.count()
 
         def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
             context, length = current(), key.shape[-2]
-            ratio, text = local_piece(self.layers, layer, context, context.ratio_at((t, h, w)), length)
+            ratio, text = local_piece(self.layers, layer, context, length)
             tokens = ratio.shape[1] if context.narrowed is None else context.tokens
             start = layer.video_start(length, tokens, text, self.layers.extra)
             if self.layers.rows_apart:

@@ -59,13 +59,11 @@ class AttentionLayer:
         name: The module's name in the network.
         module: The module.
         text: Where text tokens stand in the layer's sequence: "none", "first" or "last".
-        patch: Latents per token (time, height, width), if tokens are larger than the model's, as in a pyramid.
     """
 
     name: str
     module: nn.Module = field(repr=False)
     text: str = "none"
-    patch: Grid | None = None
 
     def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
         """The position of the first video token; raises AttentionError if the parts do not add up to `length`.
@@ -122,9 +120,8 @@ class AttentionLayers:
 
     @property
     def narrows(self) -> bool:
-        """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
-        alike = all(layer.patch is None for layer in self.layers)
-        return self.flow is not None and self.complete and alike and not self.rows_apart and self.extra == (0, 0)
+        """Whether fully locked tokens can be left out of the network: every layer must be locked."""
+        return self.flow is not None and self.complete and not self.rows_apart and self.extra == (0, 0)
 
     @property
     def interleaves(self) -> bool:
@@ -177,9 +174,7 @@ class AttentionLayers:
         return replace(self, extra=(before, after))
 
     def grid(self, latent_shape: Sequence[int]) -> Grid:
-        """Tokens along (time, height, width) for latents of a shape, which must fit the patches of all layers."""
-        for patch in {layer.patch for layer in self.layers if layer.patch is not None}:
-            token_grid(latent_shape, patch)
+        """Tokens along (time, height, width) for latents of a shape, which must fit the patch."""
         return token_grid(latent_shape, self.patch)
 
     def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:

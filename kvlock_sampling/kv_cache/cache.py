@@ -297,6 +297,6 @@ def uncacheable(layers: AttentionLayers) -> str | None:
             "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n"
             "  layers=kv.attention.Architecture('mine', ('package.module:Class',), layers=..., patch=...).find(net)"
         )
-    if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
+    if layers.rows_apart:
         return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
     return None

@@ -40,11 +40,11 @@ def is_cut(networks: Iterable[nn.Module]) -> bool:
 
 
 def local_piece(
-    layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, ratio: Tensor, length: int
+    layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, length: int
 ) -> tuple[Tensor, int | None]:
     """The part of the ratio, (batch, tokens), and the number of text tokens that this process holds at one layer."""
     processor = getattr(layer.module, "processor", None)
-    shard, text = shard_of(processor), context.text
+    shard, ratio, text = shard_of(processor), context.ratio, context.text
     if shard is None:
         if is_cut(layers.networks):
             raise AttentionError(

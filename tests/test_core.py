@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
-from kvlock_sampling.batching import NotBatchable, join_calls
+from kvlock_sampling.batching import join_calls
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.run import Timeline, steps_left
@@ -56,7 +56,8 @@ def test_steps_left_counts_the_step_a_noise_level_belongs_to():
 
 def test_rows_join_what_can_share_a_call():
     def join(values, batch):
-        return join_calls([{"cond": value, "scale": 1.0} for value in values], batch)["cond"]
+        joined = join_calls([{"cond": value, "scale": 1.0} for value in values], batch)
+        return None if joined is None else joined["cond"]
 
     a, b = torch.zeros(2, 3), torch.ones(2, 3)
     assert torch.equal(join([a, b], 2), torch.cat([a, b]))
@@ -68,8 +69,9 @@ def test_rows_join_what_can_share_a_call():
     table = torch.zeros(7, 3)
     assert join([table, table], 2) is table
     for bad in ([a, b[:, :2]], [a, None], [1, 2], [["x"], ["y"]], [torch.zeros(7, 3), table]):
-        with pytest.raises(NotBatchable):
-            join(bad, 2)
+        assert join(bad, 2) is None
+    assert join_calls([{"cond": None}, {"cond": None}], 2) == {"cond": None}
+    assert join_calls([{"cond": a}, {"cond": a, "mask": b}], 2) is None
 
 
 def test_guidance_per_sample_and_in_eps():

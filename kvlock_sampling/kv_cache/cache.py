@@ -76,10 +76,6 @@ class KVCache:
         """The bytes held in memory now."""
         return self.memory.used
 
-    def to_host(self) -> None:
-        """Move the levels that a device holds to the host."""
-        self.memory.to_host()
-
     def warn_once(self, reason: str, text: str) -> None:
         """Warn, the first time for this reason."""
         if reason not in self._warned:

@@ -95,12 +95,14 @@ def test_the_source_finds_the_runs_own_noise_for_any_affine_rule():
     for rule in (None, lambda x0, n, s: (1 - s) * x0 + s * n):
         source = Source(latents, add_noise=rule)
         x = source.at(torch.zeros(2, 2, 3), 0.6, noise)
-        torch.testing.assert_close(source.implied_noise(x, 0.6), noise)
+        torch.testing.assert_close(source.noise_of_run(x, 0.6), noise)
 
 
 def test_a_source_of_the_wrong_kind_is_refused():
     with pytest.raises(SourceError, match="source is a list"):
         Source([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"source is torch.uint8; expected .* a floating tensor"):
+        Source(torch.zeros(1, 2, 3, dtype=torch.uint8))
     with pytest.raises(SourceError, match="1 non-finite"):
         Source(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(SourceError, match=r"shape \(1, 2, 3\), the sampler's x has \(1, 2, 4\)"):

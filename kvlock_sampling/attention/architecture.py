@@ -12,7 +12,8 @@ from torch import nn
 
 from ..masks.tokens import Grid
 from ..types import AttentionError
-from .layers import AttentionLayer, AttentionLayers, TokenFlow, as_patch
+from ..utils.fields import as_patch
+from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
 
@@ -20,7 +21,8 @@ Text = Literal["none", "first", "last"]
 def config_patch(network: Any) -> Grid:
     """The patch by the config of a diffusers network: `patch_size`, three sizes or one, and `patch_size_t`."""
     size = network.config.patch_size
-    return as_patch((network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size)
+    size = (network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+    return as_patch(size, AttentionError)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Architecture:
             if text not in ("none", "first", "last"):
                 raise AttentionError(f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last".')
         if not callable(self.patch):
-            as_patch(self.patch)
+            as_patch(self.patch, AttentionError)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
@@ -102,7 +104,7 @@ class Architecture:
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
             flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
-            patch=as_patch(self.patch(module) if callable(self.patch) else self.patch),
+            patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),
             layers=tuple(layers),
             architecture=self.name,
             networks=(module,),

@@ -6,13 +6,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..masks.tokens import Grid, token_grid
 from ..types import AttentionError
+from ..utils.fields import as_patch
 
 
 class Table(NamedTuple):
@@ -201,14 +201,6 @@ class AttentionLayers:
         )
 
 
-def as_patch(patch: Any) -> Grid:
-    """Check latents per token along (time, height, width). Raises AttentionError for anything but three sizes >= 1."""
-    sizes = tuple(patch) if isinstance(patch, Iterable) else ()
-    if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
-        raise AttentionError(f"patch={patch!r}; expected latents per token along t, h, w, e.g. patch=(1, 2, 2).")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
-
-
 def _indices(chosen: Any) -> list[int]:
     indices = list(chosen) if isinstance(chosen, Iterable) else [chosen]
     if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
@@ -239,4 +231,4 @@ def sdpa_layers(
     if start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
     chosen = None if calls is None else frozenset(calls)
-    return AttentionLayers(patch=as_patch(patch), watch=module, start=start, trailing=trailing, calls=chosen)
+    return AttentionLayers(as_patch(patch, AttentionError), watch=module, start=start, trailing=trailing, calls=chosen)

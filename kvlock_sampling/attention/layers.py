@@ -140,14 +140,12 @@ class AttentionLayers:
             chosen: Indices (negative ones count from the end) or a slice. None keeps all.
 
         Raises:
-            AttentionError: An index is out of range, or no layer is left.
+            AttentionError: An index is out of range, no layer is left, or these are the calls of a watched module.
         """
         if chosen is None:
             return self
         if self.watch is not None:
-            if isinstance(chosen, slice):
-                raise AttentionError("layers of a watched module are its calls; give indices: layers=[0, 1, 2].")
-            return replace(self, calls=frozenset(_indices(chosen)))
+            raise AttentionError("layers of a watched module are its calls; choose by kv.sdpa_layers(..., calls=[0]).")
         count = self.per_network
         indices = range(count)[chosen] if isinstance(chosen, slice) else _indices(chosen)
         wrong = [i for i in indices if not -count <= i < count]

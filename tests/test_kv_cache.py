@@ -209,10 +209,6 @@ def test_mistakes_are_named():
     one = entry(KVCache(format=None))
     with pytest.raises(KVCacheError, match=r"no K/V of blocks\.2\.attn1; it had blocks\.0\.attn1, blocks"):
         one.put(1.0, source_pass(1.0, layers=LAYERS[:2]))
-    for sigma in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(KVCacheError, match="expected a finite number > 0"):
-            one.lookup(sigma)
-    assert one.lookup(torch.tensor(1.0)) is None  # an entry of a schedule will do
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
-from ..utils.fields import check_number
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
@@ -124,10 +123,8 @@ class CacheEntry:
     def lookup(self, sigma: float) -> Level | None:
         """Return the K/V by layer that serve a noise level, by the rule of `refresh`.
 
-        None means that the source pass must run and its K/V be stored with `put`. Raises KVCacheError unless the noise
-        level is finite and > 0.
+        None means that the source pass must run and its K/V be stored with `put`. A run has checked the noise level.
         """
-        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         add_request(self._requested, sigma)
         while True:
             chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
@@ -148,7 +145,6 @@ class CacheEntry:
         Raises:
             KVCacheError: A layer is missing, or K/V are not floating tensors.
         """
-        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
             raise KVCacheError(

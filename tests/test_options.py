@@ -143,7 +143,7 @@ def test_a_constant_lock_without_a_source_is_refused_before_the_run(setup, polic
     assert torch.equal(euler(lock, setup), euler(kv.KVLock(setup.model, policy=OFF), setup))
 
 
-@pytest.mark.parametrize("policy", ["paper", "static", "release", kv.Windowed(HALF, last=2)])
+@pytest.mark.parametrize("policy", ["paper", "static", kv.Windowed(HALF, last=2)])
 def test_a_lock_that_only_the_run_can_show_raises_there(setup, policy):
     lock = kv.KVLock(setup.model, policy=policy)
     with pytest.raises(SourceError, match="but there is nothing to lock to"):

@@ -33,8 +33,8 @@ class Estimator(ABC):
     Attributes:
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
-        needs_source: Whether it raises EstimatorError without the source's x0-hat. It is then evaluated also where the
-            route does not, for one function evaluation more. Defaults to False.
+        needs_source: Whether it needs the source's x0-hat: a lock without a source raises EstimatorError. The source is
+            then evaluated also where the route does not, for one function evaluation more. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 

@@ -63,7 +63,6 @@ class Promises:
         extra_args: dict[str, Any],
         level: float,
         expected: int | None,
-        tolerance: float | None,
     ) -> None:
         self.model, self.layers, self.extra_args, self.level, self.expected = model, layers, extra_args, level, expected
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -74,7 +73,7 @@ class Promises:
         noised = Source(self.source, add_noise=method_of(model, "add_noise")).at
         self.x, self.z = noised(other, level, noise), noised(self.source, level, self.noise)
         self.mask = _two_masks(x, layers)
-        self.tolerance = tolerance or _ROUNDING.get(x.dtype, 1e-3)
+        self.tolerance = _ROUNDING.get(x.dtype, 1e-3)
         self.fired: set[str] = set()
         self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
         self.guidable = "cond" in extra_args and not self.guides and "uncond" not in parameters_of(model)

@@ -115,8 +115,6 @@ def edit(
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
             _, _, height, width = source.pixels.shape
             video.image = read_clip(image, size=(height, width)).pixels[:, 0]
-        if seeds > 1 and output.suffix == ".png":
-            raise KVLockError(f"-o {output} with --seeds: expected a clip, because the candidates are written as .png.")
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}

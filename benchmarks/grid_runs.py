@@ -42,7 +42,7 @@ PROBES: dict[str, Probe] = {
         for passes, at in ((1, 0.05), (1, 0.1), (1, 0.2), (2, 0.06), (2, 0.1), (4, 0.1), (32, 0.1))
     },
     **{
-        f"posterior x{probes} at {at}": Probe(PosteriorVariance(passes=probes, method="finite"), at)
+        f"posterior x{probes} at {at}": Probe(PosteriorVariance(passes=probes), at)
         for probes, at in ((1, 0.04), (1, 0.06), (1, 0.1), (2, 0.06), (1, 0.2))
     },
     "solver disagreement, last": Probe(SolverDisagreement()),

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 from scipy import stats
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from kvlock_sampling import FlowDenoiser
 from kvlock_sampling.testing import MixtureDenoiser
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import PosteriorVariance
+from kvlock_sampling.variance._noise import copies, draw
 from kvlock_sampling.variance.posterior import STEP
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,7 +64,16 @@ def in_bfloat16(exact: nn.Module, prediction: str) -> nn.Module:
     return FlowDenoiser(network, prediction, model_dtype=torch.bfloat16)  # type: ignore[arg-type]
 
 
-def errors(index: int, precision: str, method: str, probes: int, step: float | None = None) -> Tensor:
+def exactly(probe: Any, x: Tensor, sigma: float, probes: int, seed: int) -> Tensor:
+    """The same estimate along the same directions with exact derivatives, by forward-mode differentiation."""
+    v = draw("signs", probes, x, seed, 0)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(probe(forward_ad.make_dual(copies(x, probes), v), sigma)).tangent
+    products = (v * tangent).unflatten(0, (probes, len(x))).mean(0)  # type: ignore[operator]
+    return (sigma**2 * products.flatten(1).mean(1)).clamp_min(0.0)
+
+
+def errors(index: int, precision: str, method: str, probes: int, step: float = STEP) -> Tensor:
     """Estimate minus exact value over the mean exact value, (CLIPS,), float64."""
     exact, x, sigma = mixture(index)
     x = x.bfloat16() if precision in ("latents", "rounded") else x
@@ -76,8 +87,11 @@ def errors(index: int, precision: str, method: str, probes: int, step: float | N
 
     measured, predictions = [], probe(x, sigma)
     for clip in range(CLIPS):  # directions of its own for each, so that their errors are independent
-        estimator = PosteriorVariance(probes, seed=clip, method=method, step_size=step)  # type: ignore[arg-type]
         rows = slice(clip, clip + 1)
+        if method == "forward":
+            measured.append(exactly(probe, x[rows], sigma, probes, clip))
+            continue
+        estimator = PosteriorVariance(probes, seed=clip, step_size=step)
         evaluation = Evaluation(sigma, x[rows], predictions[rows], None, probe)
         measured.append(estimator.step(estimator.init(), evaluation)[1])
     found = torch.cat(measured)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def watchers(network: torch.nn.Module, at: tuple[float, ...]) -> dict[str, Estim
         "divergence in the mask": Divergence(),
         "guidance gap": GuidanceGap(),
         "renoise x1": Sparse(RenoiseVariance(passes=1), sigmas=at),
-        "posterior x1": Sparse(PosteriorVariance(method="finite"), sigmas=at),
+        "posterior x1": Sparse(PosteriorVariance(), sigmas=at),
         "dropout x4": Sparse(DropoutVariance(model=network), sigmas=at),
     }
 

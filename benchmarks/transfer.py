@@ -36,7 +36,7 @@ LEVEL = 0.95
 ESTIMATORS: dict[str, Estimator] = {
     "default": DEFAULT_ESTIMATOR,
     "window 10": kv.TrajectoryVariance(window=10),
-    "posterior x1": PosteriorVariance(method="finite"),
+    "posterior x1": PosteriorVariance(),
     "renoise x1": RenoiseVariance(passes=1),
 }
 CALIBRATED = ("dpmpp_2m", 30)

@@ -9,37 +9,25 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .types import RunError
 
+_APART: Any = object()
+"""A leaf of several branches that rows cannot express."""
 
-class NotBatchable(Exception):  # noqa: N818 - a signal that never reaches the user
-    """The arguments of several branches cannot share one call, for example texts of different lengths."""
 
-
-def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """The keyword arguments of several branches as those of one call.
+def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | None:
+    """The keyword arguments of several branches as those of one call; None if they cannot share one.
 
     Tensors whose first axis is the batch (or 1) are concatenated, and a list with one prompt per clip is chained.
-    Dicts, tuples and lists of equal structure are joined leaf by leaf. Anything else must be equal everywhere.
-
-    Raises:
-        NotBatchable: The branches differ in a way that rows cannot express.
+    Dicts, tuples and lists of equal structure are joined leaf by leaf. Anything else must be equal everywhere, so texts
+    of different lengths cannot share a call.
     """
     if len(calls) == 1:
         return calls[0]
     flat = [tree_flatten(dict(sorted(call.items())), is_leaf=_is_prompts) for call in calls]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
-        raise NotBatchable
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return tree_unflatten([_join_leaf(parts, batch) for parts in columns], spec)
-
-
-def joinable(calls: Sequence[dict[str, Any]], batch: int) -> bool:
-    """Whether `join_calls` can join these calls."""
-    try:
-        join_calls(calls, batch)
-    except NotBatchable:
-        return False
-    return True
+        return None
+    joined = [_join_leaf(parts, batch) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
+    return None if any(leaf is _APART for leaf in joined) else tree_unflatten(joined, spec)
 
 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
@@ -49,13 +37,13 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     if isinstance(first, Tensor):
         alike = all(isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] for part in parts)
         if not alike or not all(_is_rows(part, batch) for part in parts):
-            raise NotBatchable
+            return _APART
         return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts])
     if all(_is_prompts(part) and len(part) == batch for part in parts):
         return type(first)(prompt for part in parts for prompt in part)
     if all(type(part) is type(first) and part == first for part in parts):
         return first
-    raise NotBatchable
+    return _APART
 
 
 def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:

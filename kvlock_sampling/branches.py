@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .attention import CallRecord, FusionContext
 from .attention.record import KeyValue
-from .batching import join_calls, joinable, split_rows
+from .batching import join_calls, split_rows
 from .guidance import composite, guide, guide_rescaled
 from .masks.tokens import on_latents
 from .route import Locked, Route, choose_route, lock_step
@@ -223,7 +223,7 @@ class OwnBranches(Branches):
     def _one_call(self, *, erased: bool) -> bool:
         _, source = self._source_call(erased=erased)
         calls = [self._cond_args, source, *([] if self._uncond_args is None else [self._uncond_args])]
-        return self.settings.batched and not self._caches.active and joinable(calls, len(self.x))
+        return self.settings.batched and not self._caches.active and join_calls(calls, len(self.x)) is not None
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
@@ -236,7 +236,7 @@ class OwnBranches(Branches):
             return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
         context = None if locked is None else self._injecting(locked, *self._source_call(erased=True), sigma)
         groups = [(branches, kind)]
-        if not (self.settings.batched and joinable([arguments for _, arguments in branches], len(self.x))):
+        if not self.settings.batched or join_calls([arguments for _, arguments in branches], len(self.x)) is None:
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
         found: list[Tensor] = []
         for group, name in groups:
@@ -259,6 +259,7 @@ class OwnBranches(Branches):
         """Branches as the rows of one call."""
         batch, model = len(self.x), self.settings.model
         arguments = join_calls([arguments for _, arguments in branches], batch)
+        assert arguments is not None
         x, levels = branches[0][0], sigma
         if len(branches) > 1:
             x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))

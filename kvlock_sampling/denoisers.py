@@ -14,14 +14,16 @@ Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), secti
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from .batching import per_row
+from .batching import join_calls, per_row
+from .guidance import guide
 from .types import KVLockError
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
@@ -210,7 +212,7 @@ class VDenoiser(EpsDenoiser):
 class CFGDenoiser(DenoiserWrapper):
     """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond].
 
-    Raises DenoiserError if branches differ in shape.
+    Raises DenoiserError if the branches cannot share a call.
     """
 
     def forward(
@@ -221,33 +223,27 @@ class CFGDenoiser(DenoiserWrapper):
         Args:
             x: Noisy latents.
             sigma: Noise level, () or (batch,).
-            uncond: Unconditional prompt, a tensor (batch, ...) or a mapping of tensors like cond.
-            cond: The prompt, shaped like uncond.
+            uncond: Unconditional prompt, like cond.
+            cond: The prompt: a tensor (batch, ...) or (1, ...), one text per clip in a list, or a mapping of these.
             cond_scale: Guidance scale, a float or (batch,).
 
         Raises:
             DenoiserError: cond and uncond differ in shape or keys.
         """
+        joined = join_calls([{"cond": uncond}, {"cond": cond}], len(x))
+        if joined is None:
+            given = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, (uncond, cond))
+            raise DenoiserError(
+                f"uncond is {given[0]}, cond {given[1]} in shape; expected the same keys, and the same shapes but for "
+                f"one row or one for each of {len(x)} clip(s): pad the shorter prompt."
+            )
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
-        both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=_doubled(uncond, cond))
+        both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined)
         d_uncond, d_cond = both.chunk(2)
-        if isinstance(cond_scale, Tensor):
-            cond_scale = per_row(cond_scale.to(x), x)
-        return d_uncond + (d_cond - d_uncond) * cond_scale
+        return guide(d_uncond, d_cond, cond_scale.to(x.device) if isinstance(cond_scale, Tensor) else cond_scale)
 
 
 def _parameter_dtype(model: Any) -> torch.dtype | None:
     """Dtype of the first floating parameter, without one-byte (quantised) weights: they compute in another dtype."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     return next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)
-
-
-def _doubled(uncond: Any, cond: Any) -> Any:
-    if isinstance(cond, Mapping):
-        if not isinstance(uncond, Mapping) or uncond.keys() != cond.keys():
-            raise DenoiserError(f"cond has the keys {sorted(cond)}; expected a mapping with the same keys as uncond")
-        return {key: _doubled(uncond[key], cond[key]) for key in cond}
-    if uncond.shape != cond.shape:
-        shapes = f"uncond has shape {tuple(uncond.shape)}, cond {tuple(cond.shape)}"
-        raise DenoiserError(f"{shapes}; expected the same: pad the shorter prompt, or pass uncond.expand_as(cond)")
-    return torch.cat([uncond, cond])

@@ -11,33 +11,25 @@ type = "Linear"
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
 from . import policy as policies
 from . import variance
 from .kv_cache import KVCache
-from .policy import Policy, PolicyWrapper, Stateless, as_policy
+from .policy import Policy, as_policy
 from .types import KVLockError, PolicyError
 from .utils.fields import flag, number
 from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import Estimator
 from .variance.thresholds import ThresholdCurve
 
-
-def _kinds(module: Any, base: type) -> dict[str, type]:
-    """The concrete subclasses of `base` that a module exports, by name."""
-    found = [getattr(module, name) for name in module.__all__]
-    return {
-        kind.__name__: kind
-        for kind in found
-        if isinstance(kind, type) and issubclass(kind, base) and not isabstract(kind)
-    }
-
-
-POLICIES = {name: kind for name, kind in _kinds(policies, Policy).items() if kind not in (PolicyWrapper, Stateless)}
-ESTIMATORS = _kinds(variance, Estimator)
+_POLICIES = (
+    getattr(policies, name) for name in policies.__all__ if name not in ("Policy", "PolicyWrapper", "Stateless")
+)
+_ESTIMATORS = (getattr(variance, name) for name in variance.__all__ if name != "Estimator")
+POLICIES = {kind.__name__: kind for kind in _POLICIES if isinstance(kind, type) and issubclass(kind, Policy)}
+ESTIMATORS = {kind.__name__: kind for kind in _ESTIMATORS if isinstance(kind, type) and issubclass(kind, Estimator)}
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,6 @@ def _load(stem: str) -> ModuleType:
         found = None
     if found is None or found.submodule_search_locations is None:
         raise SamplerError(_ABSENT)
-    before = set(sys.modules)
     if _PARENT not in sys.modules:
         parent, utils = ModuleType(_PARENT), ModuleType(f"{_PARENT}.utils")
         # k-diffusion's utils.py imports torchvision; samplers and denoisers need only this function of it.
@@ -232,12 +231,8 @@ def _load(stem: str) -> ModuleType:
         sys.modules.update({_PARENT: parent, f"{_PARENT}.utils": utils})
     try:
         return importlib.import_module(f"{_PARENT}.{stem}")
-    except BaseException as error:
-        for name in [name for name in sys.modules if name.startswith(_PARENT) and name not in before]:
-            del sys.modules[name]
-        if isinstance(error, ModuleNotFoundError):
-            raise SamplerError(f"k-diffusion's {stem}.py needs {error.name}: pip install {error.name}") from error
-        raise
+    except ModuleNotFoundError as error:
+        raise SamplerError(f"k-diffusion's {stem}.py needs {error.name}: pip install {error.name}") from error
 
 
 def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:

@@ -6,6 +6,7 @@ filled KV cache and a quarter of the tokens edited, an evaluation costs about a 
 seeds of which three stop half way cost 0.63 of one unlocked edit. Measured in benchmarks/seeds.py.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -136,9 +137,8 @@ class _Rows(DenoiserProxy):
     """The denoiser of a search: every row under its own block of the lock, and those that go on."""
 
     def __init__(self, lock: KVLock, starts: int, judge: Judge, plan: Mapping[float, int], blocks: ExitStack) -> None:
-        one = torch.zeros(1, dtype=torch.long)
         self.model, self.judge = lock.model, judge
-        self.locks = [blocks.enter_context(lock.subset(one, 1)) for _ in range(starts)]
+        self.locks = [blocks.enter_context(copy.copy(lock)) for _ in range(starts)]
         self.going = list(range(starts))
         self.scores: dict[float, Tensor] = {}
         self._plan = dict(sorted(plan.items(), reverse=True))

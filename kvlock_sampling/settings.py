@@ -74,7 +74,7 @@ class LockSettings:
     @property
     def needs_source(self) -> bool:
         """Whether the estimator needs the source's x0-hat at every evaluation."""
-        return self.measures and self.estimator.needs_source and self.source is not None
+        return self.measures and self.estimator.needs_source
 
     @property
     def patch(self) -> Grid | None:
@@ -126,7 +126,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     erase = bool(_first(given["erase"], preset.erase, False))
     clip, fitted = _source(model, source, given["mask"], given["noise"], erase=erase)
     if clip is None:
-        _check_needs_source(policy, given)
+        _check_needs_source(policy, measure, given)
     locks = clip is not None and policy.may_lock
     composite = _composite(given["composite"], locks, clip)
     reach = _first(given["reach"], preset.reach, math.inf)
@@ -215,8 +215,8 @@ def _source(model: Any, source: Any, mask: Any, noise: Any, *, erase: bool) -> t
     return clip, fitted
 
 
-def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
-    """Refuse options about a source without one, and a policy that is certain to lock."""
+def _check_needs_source(policy: Policy, measure: Estimator, given: Mapping[str, Any]) -> None:
+    """Refuse options about a source without one, a policy that is certain to lock, and an estimator that compares."""
     about = ("source_args", "erase", "noise", "reach", "layers", "transition", "branch", "foreground", "kv_cache")
     if names := _named({name: given[name] for name in about}):
         raise SourceError(
@@ -229,6 +229,11 @@ def _check_needs_source(policy: Policy, given: Mapping[str, Any]) -> None:
         raise SourceError(
             f"mask= without source=: {policy!r} may lock, and there is no clip to lock to.\n  Pass source=latents too. "
             "Or measure in the mask, and schedule guidance alone: policy=Clamped(policy, lock=(0.0, 0.0))."
+        )
+    if policy.uses_risk and measure.needs_source:
+        raise EstimatorError(
+            f"{measure!r} compares with the source, and there is none.\n"
+            "  Pass the clip that is edited: KVLock(model, source=latents, mask=mask, estimator=Divergence())."
         )
 
 

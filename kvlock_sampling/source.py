@@ -49,14 +49,11 @@ class Source:
         noise: Tensor | Literal["fixed"] | None = None,
         add_noise: AddNoise | None = None,
     ) -> None:
-        if not isinstance(latents, Tensor):
+        if not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            given = latents.dtype if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
             raise SourceError(
-                f"source is a {type(latents).__name__}; expected the clean latents of the clip, a tensor of the shape "
-                "the sampler works on, e.g. (batch, channels, time, height, width)."
-            )
-        if not latents.is_floating_point():
-            raise SourceError(
-                f"source is of {latents.dtype}; expected floating latents, e.g. pixels.float() / 127.5 - 1."
+                f"source is {given}; expected the clean latents of the clip, a floating tensor of the shape the "
+                "sampler works on, e.g. (batch, channels, time, height, width)."
             )
         if noise is not None and not isinstance(noise, Tensor):
             check_noise(noise)
@@ -113,6 +110,8 @@ class Source:
     def noise_of_run(self, x: Tensor, sigma: float) -> Tensor:
         """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma.
 
+        The latter is found for any affine noising rule.
+
         Raises:
             SourceError: The noise is of other clips.
         """
@@ -122,7 +121,10 @@ class Source:
                     f"noise has {len(self.noise)} rows for {len(x)} clips; expected one, or one per clip."
                 )
             return self.noise.to(x)
-        noise = self.implied_noise(x, sigma)
+        one = torch.ones((), dtype=torch.float64)
+        signal = float(self.add_noise(one, one * 0, one * sigma))
+        spread = float(self.add_noise(one * 0, one, one * sigma))
+        noise = (x - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.
         if (size := float(noise.float().square().mean().sqrt())) < 0.25:
             warnings.warn(
@@ -131,13 +133,6 @@ class Source:
                 stacklevel=2,
             )
         return noise
-
-    def implied_noise(self, x: Tensor, sigma: float) -> Tensor:
-        """The noise that leads from the source to x at sigma, for any affine noising rule."""
-        one = torch.ones((), dtype=torch.float64)
-        signal = float(self.add_noise(one, one * 0, one * sigma))
-        spread = float(self.add_noise(one * 0, one, one * sigma))
-        return (x - signal * self.matching(x)) / spread
 
     def at(self, x: Tensor, sigma: float, noise: Tensor, *, erased: bool = True) -> Tensor:
         """The clip as it gives keys and values, or as it is, noised to sigma, like x."""

@@ -1,8 +1,7 @@
-"""What happened in a run, per evaluation: rows, JSON, CSV, and a figure over sigma."""
+"""What happened in a run, per evaluation: rows, CSV, and a figure over sigma."""
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -100,14 +99,6 @@ class Trace:
                 row |= {name: float(getattr(step, name)[clip].mean()) for name in _PER_CLIP}  # tokens by their mean
                 rows.append(row | {name: getattr(step, name) for name in _PER_STEP})
         return rows
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The rows as JSON (NaN as null), also written to `path` if given."""
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.rows()]
-        text = json.dumps({"nfe": self.nfe, "routes": self.routes, "rows": rows}, indent=1)
-        if path is not None:
-            write_atomically(path, text)
-        return text
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """The rows as CSV with a header line, also written to `path` if given."""

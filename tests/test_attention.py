@@ -136,7 +136,10 @@ def test_sdpa_layers_lock_any_module_that_calls_sdpa():
         locked = lock(x * 3, sigma, cond=cond)
         assert not torch.equal(locked, model(x * 3, sigma, cond))
         assert lock.trace.steps[0].fused_layers == 2
-    with kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), layers=layers.select([1])) as lock:
+    with pytest.raises(AttentionError, match=r"its calls; choose by kv.sdpa_layers\(..., calls="):
+        layers.select([1])
+    layers = kv.sdpa_layers(model, patch=(1, 1, 1), start=2, calls=[1])
+    with kv.KVLock(model, source=source, mask=mask, policy=kv.Constant(1.0), layers=layers) as lock:
         lock(x, sigma, cond=cond)
         assert lock.trace.steps[0].fused_layers == 1
     assert torch.equal(model(x, sigma, cond), free)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 import subprocess
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
-from kvlock_sampling.batching import NotBatchable, join_calls
+from kvlock_sampling.batching import join_calls
 from kvlock_sampling.guidance import guide, guide_rescaled, projection_scale
 from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.run import Timeline, steps_left
@@ -56,7 +55,8 @@ def test_steps_left_counts_the_step_a_noise_level_belongs_to():
 
 def test_rows_join_what_can_share_a_call():
     def join(values, batch):
-        return join_calls([{"cond": value, "scale": 1.0} for value in values], batch)["cond"]
+        joined = join_calls([{"cond": value, "scale": 1.0} for value in values], batch)
+        return None if joined is None else joined["cond"]
 
     a, b = torch.zeros(2, 3), torch.ones(2, 3)
     assert torch.equal(join([a, b], 2), torch.cat([a, b]))
@@ -68,8 +68,9 @@ def test_rows_join_what_can_share_a_call():
     table = torch.zeros(7, 3)
     assert join([table, table], 2) is table
     for bad in ([a, b[:, :2]], [a, None], [1, 2], [["x"], ["y"]], [torch.zeros(7, 3), table]):
-        with pytest.raises(NotBatchable):
-            join(bad, 2)
+        assert join(bad, 2) is None
+    assert join_calls([{"cond": None}, {"cond": None}], 2) == {"cond": None}
+    assert join_calls([{"cond": a}, {"cond": a, "mask": b}], 2) is None
 
 
 def test_guidance_per_sample_and_in_eps():
@@ -94,12 +95,14 @@ def test_the_source_finds_the_runs_own_noise_for_any_affine_rule():
     for rule in (None, lambda x0, n, s: (1 - s) * x0 + s * n):
         source = Source(latents, add_noise=rule)
         x = source.at(torch.zeros(2, 2, 3), 0.6, noise)
-        torch.testing.assert_close(source.implied_noise(x, 0.6), noise)
+        torch.testing.assert_close(source.noise_of_run(x, 0.6), noise)
 
 
 def test_a_source_of_the_wrong_kind_is_refused():
     with pytest.raises(SourceError, match="source is a list"):
         Source([1, 2])  # type: ignore[arg-type]
+    with pytest.raises(SourceError, match=r"source is torch.uint8; expected .* a floating tensor"):
+        Source(torch.zeros(1, 2, 3, dtype=torch.uint8))
     with pytest.raises(SourceError, match="1 non-finite"):
         Source(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(SourceError, match=r"shape \(1, 2, 3\), the sampler's x has \(1, 2, 4\)"):
@@ -143,16 +146,14 @@ def a_trace() -> Trace:
     return trace
 
 
-def test_a_trace_reads_as_rows_json_csv_and_figure(tmp_path):
+def test_a_trace_reads_as_rows_csv_and_figure(tmp_path):
     trace = a_trace()
     rows = trace.rows()
     assert len(rows) == 8
     assert trace.nfe == 12
     assert rows[3]["clip"] == 1
     assert rows[3]["variance"] == pytest.approx(0.8)
-    data = json.loads(trace.to_json(tmp_path / "t.json"))
-    assert data["rows"][0]["risk"] is None
-    assert json.loads((tmp_path / "t.json").read_text()) == data
+    assert math.isnan(rows[0]["risk"])
     lines = trace.to_csv(tmp_path / "t.csv").splitlines()
     assert lines[0].startswith("call,clip,sigma,variance,risk,effect,lock")
     assert len(lines) == 9

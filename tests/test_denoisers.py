@@ -224,6 +224,8 @@ def test_cfg_is_the_reference_formula_in_one_call():
     assert calls[0][2].tolist() == [0, 1, 3, 5]
     expected = x + column((uncond + (cond - uncond) * 7.5) * sigma, x)
     assert torch.allclose(out, expected, atol=1e-12)
+    empty, full = model(x, sigma, uncond), model(x, sigma, cond)
+    assert torch.equal(out, empty + (full - empty) * 7.5)
     mixed = CFGDenoiser(model)(x, sigma, uncond, cond, torch.tensor([1.0, 7.5]))
     assert torch.equal(mixed[1], out[1])
     assert torch.allclose(mixed[0], model(x, sigma, cond)[0], atol=1e-12)
@@ -236,10 +238,20 @@ def test_cfg_conditions_may_be_mappings_and_must_match():
     x, ones = draw(2, 3), torch.ones(2)
     tree = {"text": {"a": ones}}
     assert torch.equal(CFGDenoiser(model)(x, torch.tensor(1.0), tree, tree, 3.0), x)
-    with pytest.raises(DenoiserError, match=r"shape \(1, 4\), cond \(2, 4\).*uncond\.expand_as\(cond\)"):
-        CFGDenoiser(model)(x, ones, torch.ones(1, 4), torch.ones(2, 4), 3.0)
-    with pytest.raises(DenoiserError, match=r"keys \['text'\]"):
+    with pytest.raises(DenoiserError, match=r"uncond is \(2, 3\), cond \(2, 4\).*the same shapes.*pad the shorter"):
+        CFGDenoiser(model)(x, ones, torch.ones(2, 3), torch.ones(2, 4), 3.0)
+    with pytest.raises(DenoiserError, match=r"uncond is {}, cond {'text': {'a': \(2,\)}}.*the same keys"):
         CFGDenoiser(model)(x, ones, {}, tree, 3.0)
+
+
+def test_cfg_takes_one_row_for_all_clips_and_one_text_per_clip():
+    def model(x, sigma, cond):
+        return x * column(torch.tensor([float(text) for text in cond]), x)
+
+    x, ones = draw(2, 3), torch.ones(2)
+    texts = CFGDenoiser(model)(x, ones, ["1", "1"], ["2", "3"], 2.0)
+    assert torch.equal(CFGDenoiser(model)(x, ones, ones[:1], torch.tensor([2.0, 3.0]), 2.0), texts)
+    assert torch.allclose(texts, x * torch.tensor([[3.0], [5.0]]))
 
 
 # samplers at their order

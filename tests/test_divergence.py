@@ -184,12 +184,10 @@ def test_sums_are_float32(dtype):
     assert torch.equal(Divergence().effect(state), torch.ones(2))  # of a flat clip only the edit counts
 
 
-def test_settings_and_a_missing_source():
+def test_settings():
     for memory in (0.0, -1.0, math.nan):
         with pytest.raises(EstimatorError, match="expected a fall in log sigma > 0"):
             Divergence(memory=memory)
-    with pytest.raises(EstimatorError, match=r"none was evaluated.*\n.*source=latents"):
-        play(Divergence(), [evaluation(1.0, torch.zeros(SHAPE), None)])
     assert kv.presets.load_preset(
         '[policy]\ntype = "Sigmoid"\n[estimator]\ntype = "Divergence"\nmemory = 2.0\n'
     ).estimator == (Divergence(memory=2.0))
@@ -337,10 +335,14 @@ def test_policies_see_effect_over_the_threshold(setup):
     assert trace.rows()[-1]["effect"] == pytest.approx(float(seen[-1].effect))
 
 
-def test_without_a_source_the_run_says_what_to_pass(setup):
-    lock = kv.KVLock(setup.model, policy=Hold(0.0), estimator=Divergence())
-    with lock, pytest.raises(EstimatorError, match=r"source=latents"):
-        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+def test_without_a_source_the_lock_says_what_to_pass(setup):
+    for estimator in (Divergence(), Sparse(Divergence(), below=9.0)):
+        with pytest.raises(EstimatorError, match=r"there is none.*\n.*source=latents"):
+            kv.KVLock(setup.model, policy=Hold(0.0), estimator=estimator)
+    with pytest.raises(EstimatorError, match=r"there is none.*\n.*source=latents"):
+        kv.KVLock(setup.model, policy="release")
+    with pytest.warns(UserWarning, match="estimator= without effect"):
+        kv.KVLock(setup.model, policy="off", estimator=Divergence())
 
 
 def test_a_policy_that_measures_nothing_pays_nothing(setup):

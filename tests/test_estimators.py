@@ -46,7 +46,7 @@ BUILT_IN: list[Estimator] = [
     RenoiseVariance(passes=3, patch=PATCH),
     RenoiseVariance(passes=1),
     PosteriorVariance(),
-    PosteriorVariance(passes=3, method="finite"),
+    PosteriorVariance(passes=3),
     DropoutVariance(),
     DropoutVariance(passes=2, rate=0.5, patch=PATCH),
     Sparse(RenoiseVariance(), sigmas=(2.0, 0.3)),

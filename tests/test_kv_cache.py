@@ -209,10 +209,6 @@ def test_mistakes_are_named():
     one = entry(KVCache(format=None))
     with pytest.raises(KVCacheError, match=r"no K/V of blocks\.2\.attn1; it had blocks\.0\.attn1, blocks"):
         one.put(1.0, source_pass(1.0, layers=LAYERS[:2]))
-    for sigma in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(KVCacheError, match="expected a finite number > 0"):
-            one.lookup(sigma)
-    assert one.lookup(torch.tensor(1.0)) is None  # an entry of a schedule will do
 
 
 @pytest.mark.parametrize(
@@ -427,16 +423,10 @@ def test_a_level_is_read_once_from_its_device(monkeypatch):
     known = module.extremes
     monkeypatch.setattr(module, "extremes", lambda tensors: asked.append(len(tensors)) or known(tensors))
     monkeypatch.setattr("kvlock_sampling.kv_cache.quantize.extremes", None)  # nothing asks again
-    kv_cache = KVCache(format="int8")
-    one, keys = entry(kv_cache), source_pass(1.0)
+    one, keys = entry(KVCache(format="int8")), source_pass(1.0)
     bad = {name: (key, value.clone()) for name, (key, value) in keys.items()}
     name = next(iter(bad))
     bad[name][1][..., 0, 0] = float("nan")
     one.put(1.0, bad)
     assert asked == [2 * len(keys)]
     assert torch.equal(one.lookup(1.0)[name][1].isnan(), bad[name][1].isnan())
-    before = {layer: one.lookup(1.0)[layer] for layer in keys}
-    kv_cache.to_host()
-    for layer, pair in before.items():
-        for mine, theirs in zip(pair, one.lookup(1.0)[layer], strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

@@ -27,7 +27,7 @@ from kvlock_sampling.types import AttentionError, KVLockError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 
-FUSED = {"wan-vace": 3, "sd3.5": 3, "k-diffusion-v2": 3}
+FUSED = {"wan-vace": 3, "sd3.5": 3}
 """AttentionLayers of one evaluation; two everywhere else."""
 
 ODD = (3, 3, 5)
@@ -36,19 +36,10 @@ AGAIN = ("-2.2", "-ti2v", "-df", "-2b", "-1.5", "-image", "-guided", "-kontext",
 """Endings of the second and third form of a class: half precision is tried once for each class."""
 
 
-def network(name: str, **options):
-    try:
-        return random_network(name, **options)
-    except KVLockError as error:
-        if name != "k-diffusion-v2":
-            raise
-        pytest.skip(str(error).splitlines()[0])
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_architecture_keeps_every_promise(name):
     """At odd sizes, two clips, with texts of two lengths, in single and half precision."""
-    made = network(name, grid=ODD)
+    made = random_network(name, grid=ODD)
     sigma = (2.0, 0.5) if name == "wan-2.2" else 0.7
     # Kandinsky embeds time in float32 under CUDA's autocast: its class has no half precision elsewhere.
     again = name.endswith(AGAIN) and name not in ("hunyuan-image", "hunyuan-video-1.5", "qwen-image", "z-image")
@@ -65,11 +56,11 @@ def test_every_architecture_keeps_every_promise(name):
 
 
 def test_every_architecture_is_tried():
-    made = [random_network(name) for name in FAMILIES if name != "k-diffusion-v2"]
+    made = [random_network(name) for name in FAMILIES]
     tried = {type(part).__name__ for one in made for part in one.denoiser.modules() if known_to(part)}
     entries = {entry for family in BUILT_IN for entry in family.classes}
     known = {entry.partition(":")[2] for entry in entries if not entry.startswith("comfy.")}  # tried in test_comfy.py
-    assert known - tried == {"ImageTransformerDenoiserModelV2"}  # where k-diffusion has it, it is tried too
+    assert known <= tried
 
 
 def known_to(module):
@@ -463,12 +454,12 @@ def test_patterns_say_more_than_a_name():
         ]
 
     assert layers("blocks.*.attn") == [("blocks.0.attn", "last"), ("blocks.1.attn", "last")]
-    assert layers(LayerPattern("blocks.*.attn", kind="Linear", text="none")) == [("blocks.0.attn", "none")]
+    assert layers(LayerPattern("blocks.1.*", text="none")) == [("blocks.1.attn", "none")]
     assert layers("blocks.1.attn", LayerPattern("more.*.attn", optional=True)) == [("blocks.1.attn", "last")]
     with pytest.raises(AttentionError, match=r"(?s)is named 'more.\*.attn'.*last name: blocks.0.attn \(Linear\)"):
         layers("more.*.attn")
-    with pytest.raises(AttentionError, match=r"is named 'blocks.\*.attn' and is a Conv2d"):
-        layers(LayerPattern("blocks.*.attn", kind="Conv2d", optional=True))
+    with pytest.raises(AttentionError, match=r"is named 'more.\*.attn'"):
+        layers(LayerPattern("more.*.attn", optional=True))
 
 
 def test_a_class_is_known_by_where_it_was_defined():
@@ -488,13 +479,4 @@ def test_kandinsky_in_blocks_is_refused():
     made = random_network("kandinsky5")
     made.denoiser.inner_model.network.register_to_config(attention_type="nabla")
     with pytest.raises(AttentionError, match="attention_type='nabla', which puts tokens in the order of 8 x 8 blocks"):
-        find_layers(made.denoiser)
-
-
-def test_a_pyramid_of_windows_alone_is_refused():
-    made = network("k-diffusion-v2")
-    for level in (made.denoiser.inner_model.network.down_levels, made.denoiser.inner_model.network.up_levels):
-        del level[1][0]
-    del made.denoiser.inner_model.network.mid_level[0]
-    with pytest.raises(AttentionError, match=r"(?s)is a SelfAttentionBlock.*ShiftedWindowSelfAttentionBlock"):
         find_layers(made.denoiser)

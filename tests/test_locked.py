@@ -51,7 +51,7 @@ def test_a_locked_pipeline_gives_what_the_sampler_gives(pipe: Any, policy: Any, 
 
 
 def test_estimators_that_ask_again_get_the_same_answers(pipe: Any) -> None:
-    options = {"estimator": kv.variance.PosteriorVariance(method="finite"), "policy": kv.Linear(), "threshold": 0.01}
+    options = {"estimator": kv.variance.PosteriorVariance(), "policy": kv.Linear(), "threshold": 0.01}
     _, trace = by_sampler(pipe, **options)
     with locked(pipe, **EDIT, **options) as session:
         run(pipe)

@@ -36,7 +36,7 @@ def evaluation(x: torch.Tensor, sigma: float) -> Evaluation:
 
 
 def posterior(x: torch.Tensor, sigma: float) -> float:
-    estimator = PosteriorVariance(method="forward")
+    estimator = PosteriorVariance(step_size=1e-3)
     _, variance = estimator.step(estimator.init(), evaluation(x, sigma))
     return float(variance.mean())
 

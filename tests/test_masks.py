@@ -224,7 +224,7 @@ def test_pooling_errors_name_what_would_fit():
         masks.token_mask(torch.ones(3, 5, 4))
     with pytest.raises(MaskError, match="whole number >= 1"):
         masks.latent_mask(torch.ones(1, 8, 8), spatial=0)
-    with pytest.raises(MaskError, match="three whole numbers"):
+    with pytest.raises(MaskError, match="expected latents per token"):
         masks.token_mask(torch.ones(1, 8, 8), patch=(1, 0, 2))
 
 

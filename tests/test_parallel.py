@@ -13,8 +13,6 @@ import parallel_worker
 import pytest
 import torch
 
-from kvlock_sampling.attention.compat.context_parallel import piece
-
 WORKER = Path(parallel_worker.__file__)
 SECONDS = 240
 """Enough for a loaded machine; two processes that wait for each other for good are ended."""
@@ -92,14 +90,3 @@ REFUSED = {
 def test_where_it_cannot_work_it_raises(case: str, results: list[dict[str, Any]]) -> None:
     for result in results:
         assert re.search(REFUSED[case], result["refusals"][case], flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("length", [2, 7, 24, 25, 100])
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_pieces_are_those_of_diffusers(length: int, count: int) -> None:
-    """tensor_split where pieces may differ in size; chunk, which agrees with it, where they are equal."""
-    whole = torch.arange(length)
-    pieces = [whole[piece((rank, count), length)] for rank in range(count)]
-    assert all(torch.equal(a, b) for a, b in zip(pieces, whole.tensor_split(count), strict=True))
-    if length % count == 0:
-        assert all(torch.equal(a, b) for a, b in zip(pieces, whole.chunk(count), strict=True))

@@ -263,7 +263,7 @@ def test_a_first_frame_from_a_file(folder, tmp_path):
     video = kv.diffusers.load_pipeline(tmp_path / "image")
     picture = read_clip(tmp_path / "red.png", size=(48, 64)).pixels[:, 0]
     clip = read_pair(video, folder / "clip.mp4", folder / "mask.png")[0].pixels
-    frame = video.starting_from(picture).given(clip).prompt("x")["frame"]
+    frame = kv.from_pipeline(video.pipe, image=picture).given(clip).prompt("x")["frame"]
     assert torch.equal(frame, video.encode(picture[None, :, None]))
     assert not torch.equal(frame, video.given(clip).prompt("x")["frame"])
 

@@ -1,6 +1,7 @@
 """Samplers: all of k-diffusion's are found, are bit-equal to it, and finding them leaves no trace."""
 
 import functools
+import importlib
 import inspect
 import math
 import pickle
@@ -305,14 +306,18 @@ def test_without_k_diffusion_the_error_names_both_ways_out(monkeypatch):
     assert euler_step.shape == (1, 2)
 
 
-def test_a_missing_dependency_is_named(monkeypatch):
+def test_a_missing_dependency_is_named_and_may_be_installed_then(monkeypatch):
     monkeypatch.setattr(samplers, "_MODULES", {})
+    monkeypatch.setattr(samplers, "_SAMPLERS", {})
     for name in [name for name in sys.modules if name.startswith(samplers._PARENT)]:
         monkeypatch.delitem(sys.modules, name)
+    installed = importlib.import_module("torchsde")
     monkeypatch.setitem(sys.modules, "torchsde", None)
     with pytest.raises(SamplerError, match=r"sampling\.py needs torchsde: pip install torchsde"):
         samplers.names()
-    assert not any(name.startswith(samplers._PARENT) for name in sys.modules)
+    monkeypatch.setitem(sys.modules, "torchsde", installed)
+    assert "dpmpp_2m_sde" in samplers.names()
+    assert samplers.external().CompVisDenoiser
 
 
 def test_threads_get_the_same_function(monkeypatch):

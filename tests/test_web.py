@@ -268,7 +268,7 @@ def test_the_name_of_an_upload_does_not_matter(
 
 
 def test_a_pipeline_edits_an_upload(tmp_path: Path) -> None:
-    model = kv.from_pipeline(tiny_pipeline("wan"))
+    model = kv.from_pipeline(tiny_pipeline())
     page = np.zeros((96, 96), np.uint8)
     page[20:60, 20:60] = 255
     for folder in ("session", "upload"):

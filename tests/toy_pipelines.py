@@ -20,7 +20,7 @@ VOCABULARY = len(WORDS)
 def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """A small pipeline with random weights; the names are `BUILDERS`' and "wan"."""
     if name == "wan":
-        return pipelines.tiny_pipeline(name, seed)
+        return pipelines.tiny_pipeline(seed)
     with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return finished(BUILDERS[name]())
@@ -36,7 +36,7 @@ def wan_parts() -> dict[str, Any]:
 def wan_transformer(kind: str = "WanTransformer3DModel", **more: Any) -> Any:
     import diffusers
 
-    return getattr(diffusers, kind).from_config({**pipelines.tiny_pipeline("wan").transformer.config, **more})
+    return getattr(diffusers, kind).from_config({**pipelines.tiny_pipeline().transformer.config, **more})
 
 
 def wan(**more: Any) -> Any:

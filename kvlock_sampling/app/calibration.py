@@ -13,7 +13,6 @@ from ..policy import Policy, stateless
 from ..presets import Preset, load_preset
 from ..types import Control, EstimatorError, Observation, PolicyError, SourceError
 from ..utils.fields import check_number, check_seed
-from ..variance import Estimator
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
 from ..video.media import FILMS, decoding
 from .edit import edit_video
@@ -48,7 +47,6 @@ def calibrate(
     examples: Sequence[Example],
     *,
     policy: str | Policy | Preset = "sigmoid",
-    estimator: Estimator | None = None,
     quantile: float = 0.95,
     bands: int = 12,
     steps: int = 30,
@@ -62,8 +60,7 @@ def calibrate(
     Args:
         model: The model to calibrate for.
         examples: A few dozen clips with masks and their own prompts.
-        policy: The policy that the thresholds are for: a name, a file, a Policy or a Preset.
-        estimator: How to measure. Default: the preset's estimator, or the lock's default.
+        policy: The policy that the thresholds are for: a name, a file, a Policy, or a Preset, whose estimator measures.
         quantile: Share of another clip's calm measurements below risk 1, in (0, 1), on average over calibrations; one
             calibration misses it by what `variance.thresholds.alarm_range` says.
         bands: Number of bands of noise levels.
@@ -84,7 +81,7 @@ def calibrate(
     preset = preset if isinstance(preset, Preset) else Preset(preset)
     if not preset.policy.uses_risk:
         raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="sigmoid".')
-    meter = estimator or preset.estimator or DEFAULT_ESTIMATOR
+    meter = preset.estimator or DEFAULT_ESTIMATOR
     if meter.needs_source:
         raise PolicyError(
             f"policy={policy!r} measures {meter!r}, which is relative to edit and clip and needs no calibration.\n"

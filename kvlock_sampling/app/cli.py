@@ -111,12 +111,10 @@ def edit(
         say("read:", source.note)
         scale = fitting_scale(scale, video, source.pixels)
         if image is not None:
-            if not hasattr(video, "starting_from"):
+            if not hasattr(video, "image"):
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
             _, _, height, width = source.pixels.shape
-            video = video.starting_from(read_clip(image, size=(height, width)).pixels[:, 0])
-        if seeds > 1 and output.suffix == ".png":
-            raise KVLockError(f"-o {output} with --seeds: expected a clip, because the candidates are written as .png.")
+            video.image = read_clip(image, size=(height, width)).pixels[:, 0]
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
             options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}

@@ -12,7 +12,8 @@ from torch import nn
 
 from ..masks.tokens import Grid
 from ..types import AttentionError
-from .layers import AttentionLayer, AttentionLayers, TokenFlow, as_patch
+from ..utils.fields import as_patch
+from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
 
@@ -20,7 +21,8 @@ Text = Literal["none", "first", "last"]
 def config_patch(network: Any) -> Grid:
     """The patch by the config of a diffusers network: `patch_size`, three sizes or one, and `patch_size_t`."""
     size = network.config.patch_size
-    return as_patch((network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size)
+    size = (network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+    return as_patch(size, AttentionError)
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,11 @@ class LayerPattern:
     Attributes:
         pattern: As in `Architecture.layers`.
         text: Where text stands in these layers; None: as in the architecture.
-        kind: Only modules of this class name; None: all.
         optional: Some members of the family have no such layers.
     """
 
     pattern: str
     text: Text | None = None
-    kind: str | None = None
     optional: bool = False
 
 
@@ -54,7 +54,6 @@ class Architecture:
         text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
         text_arguments: Arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
             everything that is not video counts as text.
-        layer_patch: A function (network, layer's name) -> the patch of layers with larger tokens, None for `patch`.
         rows_apart: Attention is called for each row of the batch separately.
         flow: How locked tokens can be left out of the network; None if they cannot.
 
@@ -68,7 +67,6 @@ class Architecture:
     patch: Grid | Callable[[Any], Sequence[int]] = config_patch
     text: Text = "none"
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
-    layer_patch: Callable[[Any, str], Sequence[int] | None] | None = None
     rows_apart: bool = False
     flow: TokenFlow | None = None
 
@@ -80,7 +78,7 @@ class Architecture:
             if text not in ("none", "first", "last"):
                 raise AttentionError(f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last".')
         if not callable(self.patch):
-            as_patch(self.patch)
+            as_patch(self.patch, AttentionError)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is a network of this family."""
@@ -93,13 +91,10 @@ class Architecture:
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
-            found = [name for name, part in names.items() if _fits(name, part, pattern)]
+            found = [name for name in names if _fits(name, pattern.pattern)]
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
-            for name in found:
-                larger = self.layer_patch(module, name) if self.layer_patch else None
-                patch = as_patch(larger) if larger else None
-                layers.append(AttentionLayer(name, names[name], pattern.text or self.text, patch))
+            layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
@@ -109,7 +104,7 @@ class Architecture:
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
             flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
-            patch=as_patch(self.patch(module) if callable(self.patch) else self.patch),
+            patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),
             layers=tuple(layers),
             architecture=self.name,
             networks=(module,),
@@ -122,15 +117,13 @@ class Architecture:
     def _nothing(self, module: nn.Module, layers: LayerPattern, names: Mapping[str, nn.Module]) -> str:
         last = layers.pattern.rpartition(".")[2]
         near = [f"{n} ({type(names[n]).__name__})" for n in names if n.rpartition(".")[2] == last]
-        kind = "" if layers.kind is None else f" and is a {layers.kind}"
         return (
-            f"architecture {self.name!r}: no module of {type(module).__name__} is named {layers.pattern!r}{kind}.\n"
+            f"architecture {self.name!r}: no module of {type(module).__name__} is named {layers.pattern!r}.\n"
             f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
             "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
         )
 
 
-def _fits(name: str, module: nn.Module, pattern: LayerPattern) -> bool:
-    parts, wanted = name.split("."), pattern.pattern.split(".")
-    named = len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
-    return named and pattern.kind in (None, type(module).__name__)
+def _fits(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..masks.tokens import Grid, Selection, coarser
+from ..masks.tokens import Grid, Selection
 from ..types import AttentionError
 from ..utils.threads import setting
 from .fuse import fuse_positions, fuse_rows, join_kept
@@ -67,13 +67,6 @@ class FusionContext:
     def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> "FusionContext":
         """The same context for another call, in this mode, with its own record."""
         return replace(self, mode=mode, source=source or {}, record=CallRecord())
-
-    def ratio_at(self, factor: Grid) -> Tensor:
-        """The ratio on tokens that are `factor` (time, height, width) times as large."""
-        if factor == (1, 1, 1):
-            return self.ratio
-        assert self.grid is not None
-        return coarser(self.ratio, self.grid, factor)
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
         """Handle one attention call: returns the key and value that attention uses instead.

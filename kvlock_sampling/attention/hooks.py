@@ -110,12 +110,11 @@ class Hooks:
             return call(*args, **kwargs)
 
     def _fuse_layer(self, layer: AttentionLayer) -> Callable[..., Fused]:
-        patch, rows = self.layers.patch, itertools.count()
-        t, h, w = (a // b for a, b in zip(layer.patch or patch, patch, strict=True))
+        rows = itertools.count()
 
         def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
             context, length = current(), key.shape[-2]
-            ratio, text = local_piece(self.layers, layer, context, context.ratio_at((t, h, w)), length)
+            ratio, text = local_piece(self.layers, layer, context, length)
             tokens = ratio.shape[1] if context.narrowed is None else context.tokens
             start = layer.video_start(length, tokens, text, self.layers.extra)
             if self.layers.rows_apart:
@@ -132,12 +131,9 @@ class Hooks:
         def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
             context, length = current(), key.shape[-2]
             rest = length - layers.start - context.ratio.shape[1]
-            fits = rest == layers.trailing or (layers.trailing is None and rest >= 0)
-            if query.shape[-2] != length or not fits:
-                context.record.passed_over.append((query.shape[-2], length))
-                return key, value, mask
-            number = next(numbers)
-            if layers.calls is not None and number not in layers.calls:
+            fits = query.shape[-2] == length and (rest >= 0 if layers.trailing is None else rest == layers.trailing)
+            number = next(numbers) if fits else None
+            if number is None or (layers.calls is not None and number not in layers.calls):
                 context.record.passed_over.append((query.shape[-2], length))
                 return key, value, mask
             return *context.process(f"call.{number}", key, value, layers.start, context.ratio), mask

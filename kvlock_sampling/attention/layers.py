@@ -6,13 +6,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..masks.tokens import Grid, token_grid
 from ..types import AttentionError
+from ..utils.fields import as_patch
 
 
 class Table(NamedTuple):
@@ -59,13 +59,11 @@ class AttentionLayer:
         name: The module's name in the network.
         module: The module.
         text: Where text tokens stand in the layer's sequence: "none", "first" or "last".
-        patch: Latents per token (time, height, width), if tokens are larger than the model's, as in a pyramid.
     """
 
     name: str
     module: nn.Module = field(repr=False)
     text: str = "none"
-    patch: Grid | None = None
 
     def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
         """The position of the first video token; raises AttentionError if the parts do not add up to `length`.
@@ -122,9 +120,8 @@ class AttentionLayers:
 
     @property
     def narrows(self) -> bool:
-        """Whether fully locked tokens can be left out of the network: every layer must be locked, and alike."""
-        alike = all(layer.patch is None for layer in self.layers)
-        return self.flow is not None and self.complete and alike and not self.rows_apart and self.extra == (0, 0)
+        """Whether fully locked tokens can be left out of the network: every layer must be locked."""
+        return self.flow is not None and self.complete and not self.rows_apart and self.extra == (0, 0)
 
     @property
     def interleaves(self) -> bool:
@@ -143,14 +140,12 @@ class AttentionLayers:
             chosen: Indices (negative ones count from the end) or a slice. None keeps all.
 
         Raises:
-            AttentionError: An index is out of range, or no layer is left.
+            AttentionError: An index is out of range, no layer is left, or these are the calls of a watched module.
         """
         if chosen is None:
             return self
         if self.watch is not None:
-            if isinstance(chosen, slice):
-                raise AttentionError("layers of a watched module are its calls; give indices: layers=[0, 1, 2].")
-            return replace(self, calls=frozenset(_indices(chosen)))
+            raise AttentionError("layers of a watched module are its calls; choose by kv.sdpa_layers(..., calls=[0]).")
         count = self.per_network
         indices = range(count)[chosen] if isinstance(chosen, slice) else _indices(chosen)
         wrong = [i for i in indices if not -count <= i < count]
@@ -177,9 +172,7 @@ class AttentionLayers:
         return replace(self, extra=(before, after))
 
     def grid(self, latent_shape: Sequence[int]) -> Grid:
-        """Tokens along (time, height, width) for latents of a shape, which must fit the patches of all layers."""
-        for patch in {layer.patch for layer in self.layers if layer.patch is not None}:
-            token_grid(latent_shape, patch)
+        """Tokens along (time, height, width) for latents of a shape, which must fit the patch."""
         return token_grid(latent_shape, self.patch)
 
     def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:
@@ -204,14 +197,6 @@ class AttentionLayers:
             f"after them{chosen}; other calls (query x key): {seen}.\n"
             "  Set start=, trailing= (the numbers of tokens before and after the video's) or patch= of sdpa_layers."
         )
-
-
-def as_patch(patch: Any) -> Grid:
-    """Check latents per token along (time, height, width). Raises AttentionError for anything but three sizes >= 1."""
-    sizes = tuple(patch) if isinstance(patch, Iterable) else ()
-    if len(sizes) != 3 or not all(isinstance(size, Integral) and int(size) >= 1 for size in sizes):
-        raise AttentionError(f"patch={patch!r}; expected latents per token along t, h, w, e.g. patch=(1, 2, 2).")
-    return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
 def _indices(chosen: Any) -> list[int]:
@@ -244,4 +229,4 @@ def sdpa_layers(
     if start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
     chosen = None if calls is None else frozenset(calls)
-    return AttentionLayers(patch=as_patch(patch), watch=module, start=start, trailing=trailing, calls=chosen)
+    return AttentionLayers(as_patch(patch, AttentionError), watch=module, start=start, trailing=trailing, calls=chosen)

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
-from ..utils.fields import check_number
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
@@ -76,10 +75,6 @@ class KVCache:
         """The bytes held in memory now."""
         return self.memory.used
 
-    def to_host(self) -> None:
-        """Move the levels that a device holds to the host."""
-        self.memory.to_host()
-
     def warn_once(self, reason: str, text: str) -> None:
         """Warn, the first time for this reason."""
         if reason not in self._warned:
@@ -128,10 +123,8 @@ class CacheEntry:
     def lookup(self, sigma: float) -> Level | None:
         """Return the K/V by layer that serve a noise level, by the rule of `refresh`.
 
-        None means that the source pass must run and its K/V be stored with `put`. Raises KVCacheError unless the noise
-        level is finite and > 0.
+        None means that the source pass must run and its K/V be stored with `put`. A run has checked the noise level.
         """
-        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         add_request(self._requested, sigma)
         while True:
             chosen = self._cache.refresh.choose(self.sigmas, sigma, self._requested, self._fresh)
@@ -152,7 +145,6 @@ class CacheEntry:
         Raises:
             KVCacheError: A layer is missing, or K/V are not floating tensors.
         """
-        sigma = check_number("sigma", float(sigma), KVCacheError, above=0.0)
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
             raise KVCacheError(
@@ -297,6 +289,6 @@ def uncacheable(layers: AttentionLayers) -> str | None:
             "a KV cache keeps K/V under the names of layers, and a watched model has none; declare it:\n"
             "  layers=kv.attention.Architecture('mine', ('package.module:Class',), layers=..., patch=...).find(net)"
         )
-    if layers.rows_apart or any(layer.patch is not None for layer in layers.layers):
+    if layers.rows_apart:
         return f"K/V of architecture {layers.architecture!r} cannot be kept in a KV cache; leave kv_cache= away."
     return None

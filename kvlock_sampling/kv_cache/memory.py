@@ -9,7 +9,7 @@ import torch
 
 from ..types import KVCacheError
 from ..utils.fields import within
-from .quantize import PackedLevel, level_bytes, on_host
+from .quantize import PackedLevel, level_bytes
 
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -56,12 +56,6 @@ class MemoryTier:
             self._levels[entry, sigma] = level
             self.used += level_bytes(level)
             return True
-
-    def to_host(self) -> None:
-        """Move every level to the host."""
-        with self._lock:
-            for key, level in self._levels.items():
-                self._levels[key] = on_host(level)
 
 
 def room_on(device: torch.device, size: int) -> bool:

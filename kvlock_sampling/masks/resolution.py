@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
 
 from ..types import MaskError
-from ..utils.fields import check_number, within
+from ..utils.fields import as_patch, check_number
 from .form import Mask, MaskLike, as_mask
 
 
@@ -52,7 +52,8 @@ def token_mask(latent_mask: MaskLike, patch: tuple[int, int, int] = (1, 2, 2)) -
     Raises:
         MaskError: The patch does not divide the mask.
     """
-    return rearrange(_pool(as_mask(latent_mask), patch, "patch") > 0, "b 1 t h w -> b (t h w)")
+    cells = _pool(as_mask(latent_mask), as_patch(patch, MaskError), "patch")
+    return rearrange(cells > 0, "b 1 t h w -> b (t h w)")
 
 
 def resize(mask: MaskLike, frames: int, height: int, width: int) -> Mask:
@@ -81,9 +82,6 @@ def on_pixels(values: Tensor, frames: int, height: int, width: int) -> Tensor:
 
 def _pool(values: Tensor, size: tuple[int, int, int], name: str) -> Tensor:
     shape = tuple(values.shape[2:])
-    sizes = size if isinstance(size, tuple | list) else ()
-    if len(sizes) != 3 or any(within(s, at_least=1, whole=True) is None for s in sizes):
-        raise MaskError(f"{name}={size!r}; expected three whole numbers >= 1 (time, height, width), e.g. (1, 2, 2)")
     if any(n % s for n, s in zip(shape, size, strict=True)):
         down = tuple(max(n // s, 1) * s for n, s in zip(shape, size, strict=True))
         up = tuple(-(-n // s) * s for n, s in zip(shape, size, strict=True))

@@ -43,12 +43,6 @@ def on_latents(values: Tensor, latent_shape: Sequence[int], patch: Grid | None) 
     return cells[:, :, 0] if len(latent_shape) == 4 else cells
 
 
-def coarser(ratio: Tensor, grid: Grid, factor: Grid) -> Tensor:
-    """A map over tokens, (batch, tokens), on tokens that are `factor` times as large: the minimum of each group."""
-    cells = ratio.view(len(ratio), 1, *grid)
-    return -torch.nn.functional.max_pool3d(-cells, factor).flatten(1)
-
-
 @dataclass(frozen=True)
 class Selection:
     """Which tokens of a video can come from the source: those that every clip of the batch locks in full."""

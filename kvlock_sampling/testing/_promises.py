@@ -15,7 +15,7 @@ from ..attention.context import KeyValue
 from ..batching import take
 from ..lock import KVLock
 from ..masks.fitted import FittedMask
-from ..masks.tokens import on_latents, token_grid
+from ..masks.tokens import on_latents
 from ..policy import Constant, Policy, stateless
 from ..source import Source
 from ..types import AttentionError, Control, Denoiser
@@ -63,7 +63,6 @@ class Promises:
         extra_args: dict[str, Any],
         level: float,
         expected: int | None,
-        tolerance: float | None,
     ) -> None:
         self.model, self.layers, self.extra_args, self.level, self.expected = model, layers, extra_args, level, expected
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -74,7 +73,7 @@ class Promises:
         noised = Source(self.source, add_noise=method_of(model, "add_noise")).at
         self.x, self.z = noised(other, level, noise), noised(self.source, level, self.noise)
         self.mask = _two_masks(x, layers)
-        self.tolerance = tolerance or _ROUNDING.get(x.dtype, 1e-3)
+        self.tolerance = _ROUNDING.get(x.dtype, 1e-3)
         self.fired: set[str] = set()
         self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
         self.guidable = "cond" in extra_args and not self.guides and "uncond" not in parameters_of(model)
@@ -118,11 +117,9 @@ class Promises:
             for before, after in zip(own, changed, strict=True):
                 squares = [(b.float() - a.float()).square().sum(-1) for a, b in zip(before.own, after.own, strict=True)]
                 change = torch.stack([s.reshape(len(s), -1, s.shape[-1]).sum(1) for s in squares]).sum(0)
-                larger = next((s.patch for s in self.layers.layers if s.name == before.layer and s.patch), None)
-                factor = [a // b for a, b in zip(larger or self.layers.patch, self.layers.patch, strict=True)]
                 for clip, moved in zip(before.clips, change, strict=True):
-                    i, j, k = (index // f for index, f in zip(places[clip], factor, strict=True))
-                    wanted = before.start + (i * (grid[1] // factor[1]) + j) * (grid[2] // factor[2]) + k
+                    i, j, k = places[clip]
+                    wanted = before.start + (i * grid[1] + j) * grid[2] + k
                     where = int(moved.argmax()) if moved.any() else None
                     hits.setdefault(before.layer, (before, []))[1].append((places[clip], wanted, where))
         for seen, found in hits.values():
@@ -303,19 +300,16 @@ def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 
 
 def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
-    """Masks that edit some of the largest tokens of every clip, others in the next clip."""
-    patches = [layers.patch, *(layer.patch for layer in layers.layers if layer.patch is not None)]
-    t, h, w = (max(sizes) for sizes in zip(*patches, strict=True))
-    count = math.prod(token_grid(x.shape, (t, h, w)))
+    """Masks that edit some tokens of every clip, others in the next clip."""
+    count = math.prod(layers.grid(x.shape))
     if count < 2:
         raise AttentionError(
-            f"x of shape {tuple(x.shape)} has {count} token of {(t, h, w)} latents, the largest a layer has; expected "
-            "two or more."
+            f"x of shape {tuple(x.shape)} has {count} token of {layers.patch} latents; expected two or more."
         )
     edited = torch.zeros(len(x), count).to(x)
     edited[0::2, : count // 2] = 1
     edited[1::2, -max(1, count // 4) :] = 1
-    return on_latents(edited, x.shape, (t, h, w))
+    return on_latents(edited, x.shape, layers.patch)
 
 
 def _module_state(model: Any) -> dict[str, Any]:

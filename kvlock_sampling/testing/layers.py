@@ -23,7 +23,6 @@ def check_layers(
     expected: int | None = None,
     sigma: float | Sequence[float] = 0.7,
     half: torch.dtype | None = torch.bfloat16,
-    tolerance: float | None = None,
 ) -> None:
     """Test that a network can be locked: its layers are where the declaration says, and a lock keeps its promises.
 
@@ -47,7 +46,6 @@ def check_layers(
         expected: How many layers one evaluation should fuse. Defaults to as many as run for the source.
         sigma: Noise levels > 0 to test at, for a model with several experts one for each. Defaults to 0.7.
         half: A torch module is also tested in this precision, unless it is None. Defaults to bfloat16.
-        tolerance: What counts as rounding, in standard deviations of the output. Defaults to 0.001 in float32.
 
     Raises:
         AttentionError: Names the broken promise, what was seen, and what to change.
@@ -77,7 +75,7 @@ def check_layers(
         for index, (model, its_layers, latents, arguments) in enumerate(precisions):
             fired: set[str] = set()
             for level in levels:
-                promises = Promises(model, its_layers, latents, arguments, level, expected, tolerance)
+                promises = Promises(model, its_layers, latents, arguments, level, expected)
                 fired |= promises.keep(all_of_them=index == 0)
             silent = [layer.name for layer in its_layers.layers if layer.name not in fired]
             if silent:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from ..types import KVLockError
 from ..utils.extras import require
 from ..utils.torchvision import broken_torchvision_hidden
 
@@ -12,21 +11,18 @@ TEXT = 32  # width of the text encoder
 WORDS = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]
 
 
-def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
+def tiny_pipeline(seed: int = 0) -> Any:
     """Return a small text-to-video pipeline of diffusers with random weights.
 
-    >>> type(tiny_pipeline("wan")).__name__
+    >>> type(tiny_pipeline()).__name__
     'WanPipeline'
 
     Args:
-        name: "wan", the only one.
         seed: Seed of the weights. Torch's global generator is left alone.
 
     Raises:
-        KVLockError: Another name, or diffusers or transformers is not installed.
+        KVLockError: diffusers or transformers is not installed.
     """
-    if name != "wan":
-        raise KVLockError(f"no tiny pipeline is called {name!r}; there is 'wan'.")
     with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         d = require("diffusers", "diffusers")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Iterable
 from math import inf, isfinite
 from typing import Any
 
@@ -78,6 +79,16 @@ def levels(owner: Any, name: str) -> None:
     if None in given:
         reject(owner, name, "finite numbers > 0", (1.0, 0.3))
     object.__setattr__(owner, name, given)
+
+
+def as_patch(patch: Any, error: type[KVLockError]) -> tuple[int, int, int]:
+    """Return latents per token along (time, height, width), three whole numbers >= 1, or raise this error."""
+    sizes: list[Any] = []
+    if isinstance(patch, Iterable):
+        sizes = [within(size, at_least=1, whole=True) for size in patch]
+    if len(sizes) != 3 or None in sizes:
+        raise error(f"patch={patch!r}; expected latents per token along (time, height, width), e.g. patch=(1, 2, 2).")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def flag(owner: Any, *names: str, optional: bool = False) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
+from ..utils.fields import as_patch
 from ..utils.host import HostReads, check_prediction
 from ..utils.precision import working
 
@@ -32,8 +33,8 @@ class Estimator(ABC):
     Attributes:
         cost: Extra evaluations of the model per clip and measurement. Defaults to 0.
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
-        needs_source: Whether it raises EstimatorError without the source's x0-hat. It is then evaluated also where the
-            route does not, for one function evaluation more. Defaults to False.
+        needs_source: Whether it needs the source's x0-hat: a lock without a source raises EstimatorError. The source is
+            then evaluated also where the route does not, for one function evaluation more. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
@@ -164,9 +165,5 @@ def on_grid(values: Tensor, patch: Patch) -> tuple[Tensor, tuple[int, int, int]]
 
 
 def check_patch(estimator: Any) -> None:
-    if (patch := estimator.patch) is None or patch == "model":
-        return
-    sizes = tuple(patch) if isinstance(patch, (list, tuple)) else ()
-    if len(sizes) != 3 or not all(isinstance(p, int) and p >= 1 for p in sizes):
-        raise EstimatorError(f"patch={patch!r}; expected latents per token, e.g. (1, 2, 2), or 'model'.")
-    object.__setattr__(estimator, "patch", sizes)
+    if estimator.patch is not None and estimator.patch != "model":
+        object.__setattr__(estimator, "patch", as_patch(estimator.patch, EstimatorError))

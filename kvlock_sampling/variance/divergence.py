@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
-from ..types import SAME_SIGMA, EstimatorError, Evaluation
+from ..types import SAME_SIGMA, Evaluation
 from ..utils.fields import reject
 from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, masked_mean, on_grid
@@ -40,7 +40,7 @@ class Divergence(Estimator):
         patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
 
     Raises:
-        EstimatorError: A setting out of range; in a run, no source.
+        EstimatorError: A setting out of range.
     """
 
     memory: float = 1.0
@@ -58,11 +58,7 @@ class Divergence(Estimator):
         return ()  # then, for this noise level and the one before: sigma, W, W2, m, the pooled squares, the effect
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
-        if evaluation.source is None:
-            raise EstimatorError(
-                f"{self!r} compares with the source, and none was evaluated.\n"
-                "  Pass the clip that is edited: KVLock(model, source=latents, mask=mask, estimator=Divergence())."
-            )
+        assert evaluation.source is not None  # a lock without a source is refused
         sigma, mask = evaluation.sigma, evaluation.mask
         source = working(evaluation.source.detach())
         delta = working(evaluation.denoised.detach()) - source

@@ -1,4 +1,4 @@
-"""k-diffusion's own image transformers. PyPI's package (0.1.1) has version 1; version 2 is in its repository."""
+"""k-diffusion's own image transformer, version 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kvlock_sampling import samplers
-from kvlock_sampling.types import KVLockError
 
 from .base import Cond, Family, Grid
 
@@ -47,27 +46,6 @@ def _v1() -> nn.Module:
     )
 
 
-def _v2() -> nn.Module:
-    """Three levels: shifted windows, then global attention twice."""
-    try:
-        with _not_compiled():
-            module = samplers._module("models.image_transformer_v2")
-    except (samplers.SamplerError, ImportError) as error:
-        raise KVLockError(
-            "this k-diffusion has no image_transformer_v2; the one on PyPI has not either.\n"
-            "  pip install git+https://github.com/crowsonkb/k-diffusion"
-        ) from error
-    window, whole = module.ShiftedWindowAttentionSpec(8, 2), module.GlobalAttentionSpec(8)
-    return module.ImageTransformerDenoiserModelV2(
-        [module.LevelSpec(1, 16, 32, attention, 0.0) for attention in (window, whole, whole)],
-        module.MappingSpec(1, 16, 32, 0.0),
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        patch_size=(2, 2),
-        num_classes=CLASSES,
-    )
-
-
 def _call(network: Any, z: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
     sigma = (time / (1 - time)).to(z.dtype)
     with _not_compiled():
@@ -80,6 +58,4 @@ def _cond(generator: torch.Generator, clips: int, grid: Grid) -> Cond:
 
 FAMILIES = {
     "k-diffusion-v1": Family(_v1, _call, lambda grid: (CHANNELS, 2 * grid[1], 2 * grid[2]), _cond),
-    # Every level is half as large, so the tokens of the finest must come in fours.
-    "k-diffusion-v2": Family(_v2, _call, lambda grid: (CHANNELS, 8 * grid[1], 8 * grid[2]), _cond),
 }

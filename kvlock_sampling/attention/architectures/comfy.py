@@ -38,7 +38,7 @@ class PaddedArchitecture(Architecture):
     def find(self, module: nn.Module) -> AttentionLayers:
         """As in `Architecture`."""
         found, padded_to = super().find(module), getattr(module, "pad_tokens_multiple", None) or 1
-        layers = tuple(PaddedLayer(s.name, s.module, s.text, s.patch, padded_to) for s in found.layers)
+        layers = tuple(PaddedLayer(s.name, s.module, s.text, padded_to) for s in found.layers)
         return replace(found, layers=layers)
 
 

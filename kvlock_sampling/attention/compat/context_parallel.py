@@ -18,14 +18,6 @@ from ..layers import AttentionLayer, AttentionLayers
 Shard = tuple[int, int]  # the piece of every sequence that this process holds: (its number, count of pieces)
 
 
-def piece(shard: Shard, length: int) -> slice:
-    """The positions that this process holds of a sequence of `length`, as in `torch.tensor_split`."""
-    rank, count = shard
-    size, longer = divmod(length, count)
-    start = rank * size + min(rank, longer)
-    return slice(start, start + size + (rank < longer))
-
-
 def shard_of(module: Any) -> Shard | None:
     """How a network, or an attention processor, of diffusers is cut; None if it is not."""
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
@@ -40,11 +32,11 @@ def is_cut(networks: Iterable[nn.Module]) -> bool:
 
 
 def local_piece(
-    layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, ratio: Tensor, length: int
+    layers: AttentionLayers, layer: AttentionLayer, context: FusionContext, length: int
 ) -> tuple[Tensor, int | None]:
     """The part of the ratio, (batch, tokens), and the number of text tokens that this process holds at one layer."""
     processor = getattr(layer.module, "processor", None)
-    shard, text = shard_of(processor), context.text
+    shard, ratio, text = shard_of(processor), context.ratio, context.text
     if shard is None:
         if is_cut(layers.networks):
             raise AttentionError(
@@ -65,9 +57,12 @@ def local_piece(
         )
     if layer.text == "none" and length == ratio.shape[1]:
         return ratio, text  # a layer before the cut
-    ratio = ratio[:, piece(shard, ratio.shape[1])]
+    rank, count = shard
+    ratio = ratio.tensor_split(count, dim=1)[rank]
     if layer.text != "none" and text is not None and length != ratio.shape[1] + text:
-        text = len(range(text)[piece(shard, text)])  # plans cut the text along with the video, or leave it whole
+        text = len(
+            torch.arange(text).tensor_split(count)[rank]
+        )  # plans cut the text along with the video, or leave it whole
     return ratio, text
 
 

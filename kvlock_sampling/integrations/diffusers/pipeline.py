@@ -95,16 +95,12 @@ def locked(
 
 def _networks(pipe: Any) -> list[Any]:
     names = [kind.__name__ for kind in type(pipe).__mro__]
-    if "ModularPipeline" in names:
-        raise PipelineError(
-            f"{type(pipe).__name__} is a modular pipeline: it takes a guider.\n"
-            "  pipe.update_components(guider=kv.diffusers.KVLockGuider(source=..., mask=..., scheduler=pipe.scheduler))"
-        )
     if not set(PIPELINES) & set(names):
         raise PipelineError(
             f"{type(pipe).__name__} cannot be locked from outside; {', '.join(PIPELINES)} can. LTX, CogVideoX and "
             "Mochi run both branches of guidance as one batch, HunyuanVideo and Flux guide by an embedded scale.\n"
-            "  With a guider, as HunyuanVideo 1.5: pipe.register_modules(guider=kv.diffusers.KVLockGuider(...)).\n"
+            "  A modular pipeline takes a guider, kv.diffusers.KVLockGuider(..., scheduler=pipe.scheduler), by "
+            "pipe.update_components(guider=...);\n  HunyuanVideo 1.5 by pipe.register_modules(guider=...).\n"
             "  With a k-diffusion sampler: kv.edit_video(clip, mask, prompt, model=kv.from_pipeline(pipe))."
         )
     if "WanImageToVideoPipeline" in names and pipe.config.get("expand_timesteps"):

@@ -52,7 +52,7 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
         PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
 
     >>> from kvlock_sampling.testing.pipelines import tiny_pipeline
-    >>> model = kv.from_pipeline(tiny_pipeline("wan"))
+    >>> model = kv.from_pipeline(tiny_pipeline())
     >>> model.sigmas(3).shape, model.prompt("a red square")["text"].shape
     (torch.Size([4]), torch.Size([1, 512, 32]))
     """

@@ -12,7 +12,6 @@
 Sources: diffusers `pipelines/wan/`, whose own functions fold VACE's control; Wan, arXiv 2503.20314; VACE, 2503.07598.
 """
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -81,12 +80,6 @@ class WanImageVideo(WanVideo):
 
     def _call_options(self) -> dict[str, Any]:
         return {**super()._call_options(), "steps": train_steps(self.pipe.scheduler)}
-
-    def starting_from(self, image: Tensor) -> "WanImageVideo":
-        """Return the same model with another frame to start from, (3, height, width) in [-1, 1]."""
-        other = copy.copy(self)
-        other.image, other._clips = image, {}
-        return other
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         first = clips[:, :, :1]

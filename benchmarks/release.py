@@ -144,6 +144,8 @@ def tokens(region: Tensor) -> Tensor:
 
 
 ADAPTIVE: Options = {"policy": "release", "erase": True}
+STATIC: Options = {"policy": ReleaseBelow(below=2.0, lock=0.25), "erase": True, "reach": 0.5}
+ANYWHERE: Options = {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True}
 
 
 def shuffled(batch: Batch) -> Options:
@@ -152,14 +154,23 @@ def shuffled(batch: Batch) -> Options:
     return {"policy": policy, "estimator": preset.estimator, "erase": True}
 
 
-def unseen(policy: str) -> Callable[[Batch], Options]:
-    """Keys and values from a source that does not read its masked tokens."""
+def unseen(**options: Any) -> Callable[[Batch], Options]:
+    """The same with keys and values from a source that does not read its masked tokens."""
 
-    def options(batch: Batch) -> Options:
+    def row(batch: Batch) -> Options:
         words = tokenize([scene.prompt for scene in batch.sources])
-        return {"policy": policy, "erase": False, "source_args": {"cond": words, "unseen": tokens(batch.mask)}}
+        return {"erase": False, "source_args": {"cond": words, "unseen": tokens(batch.mask)}, **options}
 
-    return options
+    return row
+
+
+def larger_mask(**options: Any) -> Callable[[Batch], Options]:
+    """The same with a mask that is a token larger on every side, as one may draw it to cover shadow and light."""
+    wider = PATCH[1]
+    return lambda batch: {
+        "mask": max_pool3d(batch.mask, (1, 2 * wider + 1, 2 * wider + 1), 1, (0, wider, wider)),
+        **options,
+    }
 
 
 ROWS: dict[str, Options | Callable[[Batch], Options]] = {
@@ -169,24 +180,31 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "composited, lock 1": {"policy": Constant(lock=1.0)},
     "composited, lock 0.5, erased": {"policy": Constant(lock=0.5), "erase": True},
     "lock 0.5, never composited": {"policy": Constant(lock=0.5, composite=0.0), "erase": True},
-    "static": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True},
-    "static, below 2": {"policy": ReleaseBelow(below=2.0, lock=0.5), "erase": True},
-    "static, lock 0.75": {"policy": ReleaseBelow(below=3.0, lock=0.75), "erase": True},
-    "static, lock 1": {"policy": ReleaseBelow(below=3.0, lock=1.0), "erase": True},
-    "static, 21 steps": {"policy": ReleaseBelow(below=3.0, lock=0.5), "erase": True, "steps": 21},
-    "static, not erased": {"policy": ReleaseBelow(below=3.0, lock=0.5)},
-    "static without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
+    "composited, larger mask": larger_mask(policy=Constant(lock=0.0), composite=1.0),
+    "composited, larger mask, lock 0.5, erased": larger_mask(policy=Constant(lock=0.5), erase=True),
+    "static": STATIC,
+    "static, 21 steps": STATIC | {"steps": 21},
+    "static, below 3, lock 0.5": STATIC | {"policy": ReleaseBelow(below=3.0, lock=0.5)},
+    "static without the lock": {"policy": ReleaseBelow(below=2.0, lock=0.0), "reach": 0.5},
+    "static, anywhere": ANYWHERE,
+    "static, anywhere, below 2": ANYWHERE | {"policy": ReleaseBelow(below=2.0, lock=0.5)},
+    "static, anywhere, lock 0.75": ANYWHERE | {"policy": ReleaseBelow(below=3.0, lock=0.75)},
+    "static, anywhere, lock 1": ANYWHERE | {"policy": ReleaseBelow(below=3.0, lock=1.0)},
+    "static, anywhere, 21 steps": ANYWHERE | {"steps": 21},
+    "static, anywhere, not erased": ANYWHERE | {"erase": False},
+    "static, anywhere, without the lock": {"policy": ReleaseBelow(below=3.0, lock=0.0)},
     "default": {"policy": "default"},
     "default, not erased": {"policy": "default", "erase": False},
     "release": ADAPTIVE,
     "release, not erased": {"policy": "release", "erase": False},
+    "release, reach 0.5": ADAPTIVE | {"reach": 0.5},
     "release, lock kept": {
         "policy": Release(firm=1e6),
         "estimator": Divergence(patch=PATCH),
         "erase": True,
     },
-    "static, old object unseen": unseen("static"),
-    "release, old object unseen": unseen("release"),
+    "static, anywhere, old object unseen": unseen(policy=ReleaseBelow(below=3.0, lock=0.5)),
+    "release, old object unseen": unseen(policy="release"),
     "release at random": shuffled,
     "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},
 }
@@ -198,6 +216,18 @@ SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
     for erase in (True, False)
     for below in (1.0, 2.0, 3.0, 5.0, 10.0)
     for lock in (0.25, 0.5, 0.75, 1.0)
+} | {
+    f"below {below:g}, lock {lock:g}, reach {reach:g}, erased": {
+        "policy": ReleaseBelow(below=below, lock=lock),
+        "erase": True,
+        "reach": reach,
+    }
+    for reach, below, lock in (
+        *((reach, 3.0, 0.5) for reach in (0.2, 0.35, 0.5, 0.75, 1.0)),
+        *((0.5, below, 0.5) for below in (1.0, 2.0, 5.0)),
+        *((0.5, 3.0, lock) for lock in (0.25, 0.75, 1.0)),
+        (0.5, 2.0, 0.25),
+    )
 }
 
 
@@ -209,7 +239,7 @@ def edit(
     device = next(network.parameters()).device
     options = {"source_args": {"cond": tokenize([scene.prompt for scene in batch.sources])}, **options}
     steps = options.pop("steps", steps)
-    source, mask, noise = (part.to(device) for part in (batch.source, batch.mask, batch.noise))
+    source, noise, mask = (part.to(device) for part in (batch.source, batch.noise, options.pop("mask", batch.mask)))
     lock = kv.KVLock(FlowDenoiser(network, prediction="x0"), source=source, mask=mask, **options)
     cond = tokenize([scene.prompt for scene in batch.targets])
     args = {"cond": cond, "uncond": torch.zeros_like(cond), "cond_scale": CFG_SCALE}
@@ -278,10 +308,11 @@ CONTROLS = (
     "composited",
     "composited, 32 steps",
     "static",
-    "static, below 2",
-    "static, lock 0.75",
-    "static, lock 1",
     "static, 21 steps",
+    "static, anywhere",
+    "static, anywhere, below 2",
+    "static, anywhere, lock 0.75",
+    "static, anywhere, lock 1",
     "default",
     "release, lock kept",
     "release at random",

@@ -1,10 +1,11 @@
 """Several seeds of one edit, the weak ones stopped: which score finds the best?  python benchmarks/seeds.py
 
-Every held-out edit of the stage is sampled from four seeds at full lock, where only the edited tokens are computed, and
-free scores are read at every noise level. Then, for each score and each noise level at which all but one seed stop: the
-quality of the seed that goes on, beside the first seed, one by chance, one seed in more steps at the same cost, and
-the best by the truth (the oracle). Costs are in token-passes of an unlocked edit, with a filled KV cache.
-Writes benchmarks/results/seeds.json.
+Every held-out edit of the stage is sampled from four seeds at full lock, where only the edited tokens are computed, or
+under `--policy release`, where effects can be right, and free scores are read at every noise level. Then, for each
+score and each noise level at which all but one seed stop: the quality of the seed that goes on, beside the first seed,
+one by chance, one seed in more steps at the same cost, and the best by the truth (the oracle). Costs are in
+token-passes of an unlocked edit, with a filled KV cache; under another policy in those of one edit under it.
+Writes benchmarks/results/seeds.json, or seeds_release.json.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from release import CFG_SCALE, STEPS, Bfloat16, batches, edit, psnr, tokens
+from torch.nn import functional as F
 from torch.nn.functional import max_pool3d
 from transfer import Panel
-from world.judge import judge_edits
+from world.judge import judge_edits, trained_judge
+from world.train_judge import classes
 
 import kvlock_sampling as kv
-from kvlock_sampling.tiny import load
+from kvlock_sampling.tiny import Scene, load
+from kvlock_sampling.tiny.model import PATCH
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Divergence, Estimator
 
@@ -31,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "policies" / "re
 
 from guidance_gap import GuidanceGap
 
-RESULT = Path(__file__).resolve().parent / "results/seeds.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 FIRST_SCENE = 820_000
 SEEDS = 4
 MORE_STEPS = 40  # of one seed, for the cost of four seeds of which three stop at half the steps
@@ -54,28 +60,52 @@ class Border(Estimator):
         return state, gap.flatten(1).sum(1) / ring.flatten(1).sum(1).clamp_min(1)
 
 
-def watchers() -> dict[str, Estimator]:
+@dataclass(frozen=True, eq=False)
+class Judged(Estimator):
+    """How unlikely the target's attributes are in the prediction, by the judge that also counts what is right."""
+
+    targets: Sequence[Scene]
+
+    def step(self, state, evaluation):
+        logits, asked = trained_judge()(evaluation.denoised.float().cpu()), [classes(scene) for scene in self.targets]
+        wanted = {name: torch.tensor([each[name] for each in asked]) for name in logits}
+        losses = [F.cross_entropy(logits[name], wanted[name], reduction="none") for name in logits]
+        return state, torch.stack(losses).sum(0).to(evaluation.denoised.device)
+
+
+def watchers(targets: Sequence[Scene] = ()) -> dict[str, Estimator]:
+    """The free scores, and for comparison the judge's, which reads what no sampler knows."""
     return {
         "variance": kv.variance.thresholds.DEFAULT_ESTIMATOR,
         "gap": GuidanceGap(),
         "divergence": Divergence(),
         "border": Border(),
+        "judge": Judged(targets),
     }
 
 
-def sampled(network: torch.nn.Module, first: int, count: int, sampler: str) -> dict[str, np.ndarray]:
+def under(policy: str) -> tuple[dict[str, Any], dict[str, Estimator]]:
+    """The options of an edit and what its policy reads, which is measured beside the watchers."""
+    if policy == "full":
+        return {"policy": kv.PID(kp=0.0, ki=0.0, bias=1.0)}, {}  # full lock, and measured all the same
+    preset = kv.presets.load_preset(policy)
+    assert preset.estimator is not None
+    return {"policy": preset.policy, "erase": preset.erase}, {policy: preset.estimator.on_tokens(PATCH)}
+
+
+def sampled(network: torch.nn.Module, first: int, count: int, sampler: str, policy: str) -> dict[str, np.ndarray]:
     """Quality (edits, seeds) and readings (edits, seeds, levels) of every run."""
     found: dict[str, list] = {"psnr": [], "mask": [], "right": [], "more": [], "more mask": [], "more right": []}
     readings: dict[str, list] = {name: [] for name in watchers()}
     computed = []
-    policy = kv.PID(kp=0.0, ki=0.0, bias=1.0)  # full lock, and measured all the same
+    options, read_by_policy = under(policy)
     for batch in batches(first, count):
         computed += tokens(batch.mask).mean(1).tolist()  # of a clip alone; a batch computes the union
         per_seed: dict[str, list] = {name: [] for name in ("psnr", "mask", "right")}
         seen_by: dict[str, list] = {name: [] for name in readings}
         for seed in range(SEEDS):
-            panel = Panel(watchers())
-            clips, _ = edit(network, batch, {"policy": policy, "estimator": panel}, sampler, seed)
+            panel = Panel(read_by_policy | watchers(batch.targets))
+            clips, _ = edit(network, batch, options | {"estimator": panel}, sampler, seed)
             add(per_seed, batch, clips)
             for name in readings:
                 rows = [read[name].cpu().numpy() for _, read in panel.seen if name in read]
@@ -86,13 +116,13 @@ def sampled(network: torch.nn.Module, first: int, count: int, sampler: str) -> d
         for name in readings:
             readings[name].append(np.stack(seen_by[name], 1))
         more: dict[str, list] = {name: [] for name in ("psnr", "mask", "right")}
-        clips, _ = edit(network, batch, {"policy": kv.Constant(lock=1.0), "steps": MORE_STEPS}, sampler, 0)
+        clips, _ = edit(network, batch, {"policy": policy, "steps": MORE_STEPS}, sampler, 0)
         add(more, batch, clips)
         for name, key in (("psnr", "more"), ("mask", "more mask"), ("right", "more right")):
             found[key].append(more[name][0])
         print(f"{len(np.concatenate(found['psnr']))} edits", flush=True)
     out = {name: np.concatenate(parts) for name, parts in (found | readings).items()}
-    return out | {"computed": np.array(computed)}
+    return out | {"computed": np.array(computed) if policy == "full" else np.ones(count)}
 
 
 def add(into: dict[str, list], batch, clips: torch.Tensor) -> None:
@@ -121,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--edits", type=int, default=100)
     parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--policy", default="full", help="full, or a preset with an estimator")
     parser.add_argument("--first", type=int, default=FIRST_SCENE)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
@@ -128,7 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     network: torch.nn.Module = load(device=given.device).network
     network = Bfloat16(network) if given.bfloat16 else network
-    found = sampled(network, given.first, given.edits, given.sampler)
+    found = sampled(network, given.first, given.edits, given.sampler, given.policy)
     part = float(found["computed"].mean())
     rows = []
     quality = {"psnr": found["psnr"], "mask": found["mask"], "right": found["right"]}
@@ -158,6 +189,7 @@ def main() -> None:
         "edits": given.edits,
         "first_scene": given.first,
         "sampler": given.sampler,
+        "policy": given.policy,
         "steps": STEPS,
         "guidance": CFG_SCALE,
         "seeds": SEEDS,
@@ -174,7 +206,8 @@ def main() -> None:
     }
     print(json.dumps(record, indent=1))
     if not given.dry:
-        write_atomically(RESULT, json.dumps(record, indent=1) + "\n")
+        name = "seeds" if given.policy == "full" else f"seeds_{given.policy}"
+        write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 `GuidedBranches` is for a model that does its own guidance: the source goes in a pass just before.
 """
 
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -96,15 +95,6 @@ class Branches:
         """What ran, for the trace."""
         computed = 1.0 if self.locked is None else self.locked.computed
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
-
-    def kept(self, weight: Scalar) -> Scalar:
-        """A composite weight that is 1 beyond the lock's reach."""
-        reach, mask, patch = self.settings.reach, self.settings.mask, self.settings.patch
-        if reach == math.inf or mask is None or patch is None or (not isinstance(weight, Tensor) and weight == 1):
-            return weight
-        far = mask.beyond(self.x, patch, (reach,))
-        wanted = torch.as_tensor(weight).to(far)
-        return torch.maximum(far, wanted.unsqueeze(-1) if wanted.ndim == 1 else wanted).expand(len(self.x), -1)
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
         """The prediction with the source, by this weight, (batch,) or (batch, tokens), in its background."""

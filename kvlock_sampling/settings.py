@@ -54,8 +54,8 @@ class LockSettings:
     source_args: Mapping[str, Any]
     erase: bool
     composite: float
-    reach: float
     layers: AttentionLayers | None
+    patch: Grid | None
     no_token_left: bool
     transition: tuple[float, float] | None
     foreground: bool
@@ -77,12 +77,6 @@ class LockSettings:
         return self.measures and self.estimator.needs_source
 
     @property
-    def patch(self) -> Grid | None:
-        """Latents per token (time, height, width): of the layers, else of a local estimator; None if both lack it."""
-        patch = self.estimator.patch if self.layers is None else self.layers.patch
-        return None if patch == "model" else patch
-
-    @property
     def tokens(self) -> int | None:
         """The number of video tokens per clip; None without a source or a patch."""
         if self.source is None or self.patch is None:
@@ -95,6 +89,10 @@ class LockSettings:
         if self.layers is None or self.source is None or self.mask is None:
             return None
         return self.mask.selection(self.source.latents, self.layers.patch, self.transition)[0]
+
+    def kept(self, weight: Scalar, like: Tensor) -> Scalar:
+        """A weight of the source in the background of latents like these, 1 beyond the mask's reach."""
+        return weight if self.mask is None or self.patch is None else self.mask.kept(weight, like, self.patch)
 
     def expert(self, model_sigma: float) -> Any:
         """Which network evaluates this noise level, for a denoiser of several; else None."""
@@ -124,28 +122,22 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     rescale = bool(_first(given["rescale"], preset.rescale, False))
     scale_arg = _scale_arg(model, given["scale_arg"])
     erase = bool(_first(given["erase"], preset.erase, False))
-    clip, fitted = _source(model, source, given["mask"], given["noise"], erase=erase)
+    reach = _first(given["reach"], preset.reach, math.inf)
+    clip, fitted = _source(model, given, reach, erase)
     if clip is None:
         _check_needs_source(policy, measure, given)
     locks = clip is not None and policy.may_lock
     composite = _composite(given["composite"], locks, clip)
-    reach = _first(given["reach"], preset.reach, math.inf)
-    if reach != math.inf:
-        check_number("reach", reach, KVLockError, " In widths of the mask; math.inf is anywhere.", above=0.0)
     transition = as_transition(given["transition"])
-    chosen, no_token_left = None, False
-    if clip is not None and fitted is not None and policy.may_lock:
-        chosen = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
-        no_token_left = _no_token_left(chosen, clip, fitted, transition)
-        if reach < math.inf:
-            fitted.beyond(clip.latents, chosen.patch, (reach,))
-        measure = measure.on_tokens(chosen.patch)
-        chosen = None if no_token_left else chosen
-    elif clip is not None:
+    chosen, no_token_left, patch = None, False, measure.patch
+    if clip is not None and fitted is not None and (locks or reach < math.inf):  # both are in the layers' tokens
+        found = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
+        measure, patch = measure.on_tokens(found.patch), found.patch
+        no_token_left = locks and _no_token_left(found, clip, fitted, transition)
+        chosen = found if locks and not no_token_left else None
+    if clip is not None and not locks:
         describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
-        about = ("layers", "transition", "foreground", "kv_cache")[describes:]
-        about += () if measure.patch else ("reach",)  # tokens of an estimator can be released without a lock too
-        if asked := _named({name: given[name] for name in about}):
+        if asked := _named({n: given[n] for n in ("layers", "transition", "foreground", "kv_cache")[describes:]}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
     if branch is not None and scale_arg is None:
         raise SourceError(
@@ -165,8 +157,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         source_args=_source_args(given["source_args"], scale_arg),
         erase=erase,
         composite=composite,
-        reach=reach,
         layers=chosen,
+        patch=None if patch == "model" else patch,
         no_token_left=no_token_left,
         transition=transition,
         foreground=_foreground(given["foreground"], chosen, measure if policy.uses_risk else None, composite, rescale),
@@ -202,12 +194,16 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     return measure, limit, floor
 
 
-def _source(model: Any, source: Any, mask: Any, noise: Any, *, erase: bool) -> tuple[Source | None, FittedMask | None]:
+def _source(model: Any, given: Mapping[str, Any], reach: Any, erase: Any) -> tuple[Source | None, FittedMask | None]:
+    source, mask = given["source"], given["mask"]
     if source is None:
         return None, None if mask is None else FittedMask(mask)
     if mask is None:
         raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
-    clip, fitted = Source(source, noise=noise, add_noise=method_of(model, "add_noise")), FittedMask(mask)
+    clip, fitted = (
+        Source(source, noise=given["noise"], add_noise=method_of(model, "add_noise")),
+        FittedMask(mask, reach),
+    )
     region = fitted.latent(clip.latents)
     if erase:
         with torch.inference_mode(False):

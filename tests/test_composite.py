@@ -28,6 +28,16 @@ def always(lock: float, weight: Any) -> kv.Policy:
     return kv.stateless(lambda obs: Control(lock, None, weight), uses_risk=False)
 
 
+def never_locking(lock: float, weight: Any) -> kv.Policy:
+    class Free(kv.Policy):
+        uses_risk, may_lock = False, False
+
+        def step(self, state, obs):
+            return state, Control(lock, None, weight)
+
+    return Free()
+
+
 def outputs(setup, policy, levels=None, **options):
     """What a lock returns at falling noise levels from fixed x, and its trace."""
     lock = setup.lock(policy=policy, **options)
@@ -147,11 +157,15 @@ def test_clips_have_their_own_weights(pair):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, torch.tensor([0.25]), torch.linspace(0, 1, TOKENS)[None]])
-def test_beyond_the_reach_the_background_is_the_sources(setup, weight):
+@pytest.mark.parametrize("lock", [0.0, 0.5])
+def test_beyond_the_reach_the_background_is_the_sources(setup, lock, weight):
     """And within it everything is as without a reach, at the first evaluation, in which nothing else differs."""
-    policy, far = always(0.5, weight), FittedMask(setup.mask).beyond(setup.source, (1, 2, 2), (0.3,)) == 1
+    policy, far = (
+        (always if lock else never_locking)(lock, weight),
+        FittedMask(setup.mask, 0.3).kept(0.0, setup.source, (1, 2, 2)) == 1,
+    )
     assert 0 < far.float().mean() < 1
-    (free, *_), _ = outputs(setup, policy)
+    (free, *_), _ = outputs(setup, policy, reach=100.0)
     (held, *_), trace = outputs(setup, policy, reach=0.3)
     beyond = on_latents(far.float(), setup.source.shape, (1, 2, 2)).expand_as(held) == 1
     assert torch.equal(held[beyond], setup.source[beyond])

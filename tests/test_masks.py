@@ -91,7 +91,7 @@ def test_reach_is_in_widths_of_the_edited_tokens():
     """Four tokens are two wide: half of that is one token, and the corners are further away. No edit, no reach."""
     like, mask = torch.zeros(1, 4, 2, 12, 12), torch.zeros(1, 1, 2, 12, 12)
     mask[..., 0, 4:8, 4:8] = 1
-    near = 1 - FittedMask(mask).beyond(like, (1, 2, 2), (0.5,)).view(2, 6, 6)
+    near = 1 - FittedMask(mask, 0.5).kept(0.0, like, (1, 2, 2)).view(2, 6, 6)
     wanted = torch.zeros(6, 6)
     wanted[1:5, 2:4] = wanted[2:4, 1:5] = 1
     assert torch.equal(near, torch.stack([wanted, torch.zeros(6, 6)]))
@@ -103,20 +103,20 @@ def test_reach_grows_with_its_number_and_is_each_clips_own(seed, reach, batch):
     mask = torch.rand(batch, 1, 2, 8, 8, generator=torch.Generator().manual_seed(seed)).gt(0.9)
     mask[:, :, 0, 0, 0] = True
     like = torch.zeros(batch, 4, 2, 8, 8)
-    far, further = (FittedMask(mask).beyond(like, (1, 2, 2), (r,)) for r in (reach, 1.5 * reach))
+    far, further = (FittedMask(mask, r).kept(0.0, like, (1, 2, 2)) for r in (reach, 1.5 * reach))
     assert (further <= far).all()
     edited = FittedMask(mask).tokens(like, (1, 2, 2))
     assert not far[edited].any()
-    alone = [FittedMask(clip[None]).beyond(like[:1], (1, 2, 2), (reach,)) for clip in mask]
+    alone = [FittedMask(clip[None], reach).kept(0.0, like[:1], (1, 2, 2)) for clip in mask]
     assert torch.equal(far, torch.cat(alone))
 
 
 def test_packed_latents_have_no_grid_to_be_near_on():
-    like, mask = torch.zeros(1, 16, 4), FittedMask(torch.eye(16)[:1, :, None])
+    like, mask = torch.zeros(1, 16, 4), FittedMask(torch.eye(16)[:1, :, None], 0.5)
     with pytest.raises(MaskError, match=r"transition=\(1, 0.5\) needs the tokens' grid.*packed: pass no transition"):
         mask.background(like, (1, 2, 2), (1, 0.5))
     with pytest.raises(MaskError, match=r"reach=0.5 needs the tokens' grid.*packed: pass reach=math.inf"):
-        mask.beyond(like, (1, 2, 2), (0.5,))
+        mask.kept(0.0, like, (1, 2, 2))
 
 
 def test_as_mask_holds_a_still_mask_over_the_frames():

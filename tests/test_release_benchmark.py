@@ -75,7 +75,7 @@ def test_differences_are_paired() -> None:
     better = {**scores, "all": [3.0, 2.0]}
     about = {"first_scene": 0, "edits": 2, "sampler": "euler", "steps": 16, "bfloat16": False, "seed": 0}
     rows = {name: {"passes": 32, "seconds": 1.0, **scores} for name in ("composited", "static")}
-    rows["static, lock 0.75"] = {"passes": 48, "seconds": 1.0, **scores, "all": [5.0, 2.0]}
+    rows["static, anywhere, lock 0.75"] = {"passes": 48, "seconds": 1.0, **scores, "all": [5.0, 2.0]}
     rows["release"] = {"passes": 64, "seconds": 1.0, **better}
     text = release.report({"about": about, "rows": rows})
     assert "| release | 2.50 | +1.00 ± 1.00 |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full lock at sigma >= 1": {"policy": Windowed(Constant(lock=1.0), above=1.0)},
     "paper": {"policy": "paper"},
     "static": {"policy": "static"},
+    "static, anywhere": {"policy": "static", "reach": math.inf},
     "release": {"policy": "release"},
     "default": {"policy": "default"},
 }

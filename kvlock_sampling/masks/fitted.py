@@ -1,5 +1,6 @@
 """A mask at every resolution that a run needs: latents for compositing and measuring, tokens for locking."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from numbers import Real
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..batching import take
-from ..types import MaskError
+from ..types import MaskError, Scalar
+from ..utils.fields import check_number
 from . import as_mask, check_mask, grow, latent_mask, token_mask
 from .form import as_tensor
 from .tokens import Grid, Selection, on_latents, token_grid
@@ -42,16 +44,23 @@ def _remembered(make: F) -> F:
 
 
 class FittedMask:
-    """A mask as in `as_mask`, in pixels or in latents, fitted to latents on demand. It is copied."""
+    """A mask as in `as_mask`, in pixels or in latents, fitted to latents on demand. It is copied.
 
-    def __init__(self, mask: Any) -> None:
+    `reach` is how far from the mask the background may be released, in widths of the edited tokens: the square root of
+    their number in a frame, in the mean of a clip's frames with any.
+    """
+
+    def __init__(self, mask: Any, reach: Any = math.inf) -> None:
+        if reach != math.inf:
+            check_number("reach", reach, MaskError, " In widths of the mask; math.inf is anywhere.", above=0.0)
+        self.reach = reach
         with torch.inference_mode(False):
             self.given = as_tensor(mask).detach().clone()
         self._known: dict[Any, Any] = {}
 
     def subset(self, index: Tensor, batch: int, *, videos: bool) -> "FittedMask":
         """The same mask for the clips `index` of a batch of `batch`. With `videos` its first axis is that of clips."""
-        return FittedMask(take(as_mask(self.given) if videos else self.given, index, batch))
+        return FittedMask(take(as_mask(self.given) if videos else self.given, index, batch), self.reach)
 
     @_remembered
     def latent(self, like: Tensor) -> Tensor:
@@ -90,17 +99,22 @@ class FittedMask:
         near = grow(self._cells(like, patch, f"transition={tuple(transition)}", "no transition"), width)
         return weight * torch.where(near.flatten(1).to(weight) > 0, fraction, 1.0)
 
-    @_remembered
-    def beyond(self, like: Tensor, patch: Grid, reach: Sequence[float]) -> Tensor:
-        """1 on tokens further from the edited ones of their frame than `reach` times these are wide, else 0, float.
+    def kept(self, weight: Scalar, like: Tensor, patch: Grid) -> Scalar:
+        """A weight of the source in the background, which is 1 beyond the reach: (batch, tokens), or as given."""
+        if self.reach == math.inf or (not isinstance(weight, Tensor) and weight == 1):
+            return weight
+        far = self._beyond(like, patch)
+        wanted = torch.as_tensor(weight).to(far)
+        return torch.maximum(far, wanted.unsqueeze(-1) if wanted.ndim == 1 else wanted).expand(len(like), -1)
 
-        The width of a clip's edited tokens is the square root of their number, in the mean of the frames with any.
-        """
-        cells = self._cells(like, patch, f"reach={reach[0]:g}", "reach=math.inf, which releases anywhere")
+    @_remembered
+    def _beyond(self, like: Tensor, patch: Grid) -> Tensor:
+        """1 on tokens beyond the reach of the edited ones of their frame, else 0, float."""
+        cells = self._cells(like, patch, f"reach={self.reach:g}", "reach=math.inf, which releases anywhere")
         counts = cells.flatten(3).sum(-1)
         widths = (counts.sum(-1) / (counts > 0).sum(-1).clamp_min(1)).sqrt().flatten().tolist()
-        near = [grow(clip[None], reach[0] * width) for clip, width in zip(cells, widths, strict=True)]
-        return 1 - torch.cat(near).flatten(1)
+        near = [grow(clip[None], self.reach * width) for clip, width in zip(cells, widths, strict=True)]
+        return 1 - torch.cat(near).flatten(1).to(like.device)
 
     def _cells(self, like: Tensor, patch: Grid, option: str, without: str) -> Tensor:
         """Which tokens are edited, 1 or 0 on their grid, (batch or 1, 1, time, height, width)."""

@@ -44,14 +44,16 @@ class Tab:
         body = {"data": data, "fn_index": self.functions[function], "session_hash": self.name}
         joined = self.http.post(f"{PARTS}/queue/join", json=body)
         assert joined.status_code == 200, joined.text
+        done: dict[str, Any] | None = None
         with self.http.stream("GET", f"{PARTS}/queue/data", params={"session_hash": self.name}) as events:
-            for line in events.iter_lines():
+            for line in events.iter_lines():  # to its end: the server drops the events of a tab that leaves before it
                 event = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
-                if event.get("msg") == "process_completed":
-                    if not event["success"]:
-                        raise RuntimeError(event["output"]["error"])
-                    return event["output"]["data"]
-        raise AssertionError("the server ended the stream")
+                done = event if event.get("msg") == "process_completed" else done
+        if done is None:
+            raise AssertionError("the server ended the stream")
+        if not done["success"]:
+            raise RuntimeError(done["output"]["error"])
+        return done["output"]["data"]
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:

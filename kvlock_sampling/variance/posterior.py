@@ -5,7 +5,7 @@
 the mean posterior variance of a masked element, unbiased by Hutchinson's identity E[v' J v] = trace J.
 Range >= 0, latent units squared. Sources: Manor & Michaeli, arXiv 2309.13598; Hutchinson 1990.
 
-The derivative is a one-sided difference, (D(x + h v) - D(x)) / h, because D(x) is known. Their first-order error
+The derivative is a one-sided difference, (D(x + h v) - D(x)) / h, because D(x) is known. Its first-order error
 v' D''[v, v] h / 2 is odd in v, so random signs average it away.
 """
 

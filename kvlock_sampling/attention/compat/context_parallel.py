@@ -60,9 +60,8 @@ def local_piece(
     rank, count = shard
     ratio = ratio.tensor_split(count, dim=1)[rank]
     if layer.text != "none" and text is not None and length != ratio.shape[1] + text:
-        text = len(
-            torch.arange(text).tensor_split(count)[rank]
-        )  # plans cut the text along with the video, or leave it whole
+        # Plans cut the text along with the video, or leave it whole.
+        text = len(torch.arange(text).tensor_split(count)[rank])
     return ratio, text
 
 

@@ -2,12 +2,12 @@
 
 Held-out edits of five kinds on the stage, whose true results are known, and every way of compositing, locking and
 releasing from the same scenes and noise: constants, static schedules with and without the lock, `Release` by the
-divergence, and controls: a random gate that releases as much, more steps, the same release where the effects truly are.
+divergence, and controls: a random gate that releases as much, more steps, a larger mask, the same release where the
+effects truly are.
 Whole frames are scored against the true render, and mask, effect region and rest apart.
 
 Each row is written to benchmarks/results/release.json when it is done, and is not measured again. The table is
-benchmarks/results/release.md. `--search` measures the grid of static schedules on other scenes, from which the static
-row was chosen; "static, below 2" is, within its error, the best of it on 60 scenes.
+benchmarks/results/release.md. `--search` measures static schedules on other scenes, of which the best is "static".
 """
 
 from __future__ import annotations

@@ -309,6 +309,7 @@ CONTROLS = (
     "composited, 32 steps",
     "static",
     "static, 21 steps",
+    "static, below 3, lock 0.5",
     "static, anywhere",
     "static, anywhere, below 2",
     "static, anywhere, lock 0.75",

@@ -127,9 +127,6 @@ def main() -> None:
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
         "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
         "## Several seeds of one edit\n\n`python benchmarks/seeds.py --edits 150 --bfloat16`. " + seeds(load("seeds")),
-        "Where effects pass, `python benchmarks/seeds.py --edits 150 --bfloat16 --policy release`. *Judge* reads the "
-        "target's attributes in the prediction with the judge that also counts what is right, which is more than a "
-        "sampler knows. " + seeds(load("seeds_release")),
         "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 20 --bfloat16`. "
         + step_cache(),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "

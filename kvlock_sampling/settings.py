@@ -133,6 +133,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     if clip is not None and fitted is not None and (locks or reach < math.inf):  # both are in the layers' tokens
         found = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         measure, patch = measure.on_tokens(found.patch), found.patch
+        fitted.kept(0.0, clip.latents, patch)  # a reach needs a grid of tokens
         no_token_left = locks and _no_token_left(found, clip, fitted, transition)
         chosen = found if locks and not no_token_left else None
     if clip is not None and not locks:
@@ -200,10 +201,8 @@ def _source(model: Any, given: Mapping[str, Any], reach: Any, erase: Any) -> tup
         return None, None if mask is None else FittedMask(mask)
     if mask is None:
         raise SourceError("source was given without mask; pass mask=..., 1 = edit, at the clip's or latents' size.")
-    clip, fitted = (
-        Source(source, noise=given["noise"], add_noise=method_of(model, "add_noise")),
-        FittedMask(mask, reach),
-    )
+    clip = Source(source, noise=given["noise"], add_noise=method_of(model, "add_noise"))
+    fitted = FittedMask(mask, reach)
     region = fitted.latent(clip.latents)
     if erase:
         with torch.inference_mode(False):

@@ -52,8 +52,8 @@ KEYS = ("type", "policy", "lock", "__class__", "threshold", "kv_cache", "directo
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    """A preset with one or two accidents."""
-    for _ in range(rng.randint(1, 2)):
+    """A preset with one accident or, in one of three, with two."""
+    for _ in range(rng.choice((1, 1, 2))):
         lines = text.splitlines() or [""]
         at = rng.randrange(len(lines))
         key, equals, value = lines[at].partition("=")
@@ -101,7 +101,7 @@ def test_two_thousand_mutated_presets():
                     kv.KVLock(lambda x, sigma: x, policy=preset)
                 except KVLockError:
                     continue
-    assert 300 < right < 1600  # else the mutations are too coarse, or too fine
+    assert 400 < right < 1600  # else the mutations are too coarse, or too fine
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nowhere", "link to itself", "bytes", "empty"])

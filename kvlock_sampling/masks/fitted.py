@@ -103,9 +103,10 @@ class FittedMask:
         """A weight of the source in the background, which is 1 beyond the reach: (batch, tokens), or as given."""
         if self.reach == math.inf or (not isinstance(weight, Tensor) and weight == 1):
             return weight
-        far = self._beyond(like, patch)
-        wanted = torch.as_tensor(weight).to(far)
-        return torch.maximum(far, wanted.unsqueeze(-1) if wanted.ndim == 1 else wanted).expand(len(like), -1)
+        far = self._beyond(like, patch).expand(len(like), -1)
+        if not isinstance(weight, Tensor):
+            return far.clamp(min=weight)
+        return torch.maximum(far, (weight.unsqueeze(-1) if weight.ndim == 1 else weight).to(far))
 
     @_remembered
     def _beyond(self, like: Tensor, patch: Grid) -> Tensor:
@@ -114,7 +115,7 @@ class FittedMask:
         counts = cells.flatten(3).sum(-1)
         widths = (counts.sum(-1) / (counts > 0).sum(-1).clamp_min(1)).sqrt().flatten().tolist()
         near = [grow(clip[None], self.reach * width) for clip, width in zip(cells, widths, strict=True)]
-        return 1 - torch.cat(near).flatten(1).to(like.device)
+        return 1 - torch.cat(near).flatten(1)
 
     def _cells(self, like: Tensor, patch: Grid, option: str, without: str) -> Tensor:
         """Which tokens are edited, 1 or 0 on their grid, (batch or 1, 1, time, height, width)."""

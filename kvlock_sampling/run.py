@@ -122,7 +122,7 @@ class Run:
         self.trace = Trace()
         self.noise: Tensor | None = None
         self._top, self._called, self.open = 0.0, False, True
-        self._measured = False
+        self._evaluations, self._measured, self._unmeasured = 0, False, 0
         self._unread: tuple[float, Tensor, Tensor | None] | None = None
 
     def tools(self, settings: LockSettings) -> Tools:
@@ -183,7 +183,13 @@ class Run:
         if HostReads.free(denoised):
             self._check_unread(settings, HostReads())
         self.timeline.append(sigma, state)
+        self._evaluations += 1
         self._measured |= state.measured
+
+    @property
+    def unmeasured(self) -> int:
+        """Evaluations of the longest run in this block in which nothing was measured; 0 without such a run."""
+        return max(self._unmeasured, 0 if self._measured else self._evaluations)
 
     def _check_unread(self, settings: LockSettings, reads: HostReads) -> None:
         """Check the last evaluation's prediction and variance."""
@@ -195,22 +201,22 @@ class Run:
                 check_variance(settings.estimator, reads, variance)
 
     def settle(self, settings: LockSettings) -> None:
-        """Check what a block left: any call at all, finite numbers, and measurements in more than two evaluations."""
+        """Check what a block left: any call at all, finite numbers, and measurements in a run of more than two."""
         if not self._called:
             warnings.warn("the lock was not called in its block: pass it to the sampler, as the model.", stacklevel=3)
         self._check_unread(settings, HostReads())
-        if settings.measures and not self._measured and len(self.trace) > 2:
+        if settings.measures and self.unmeasured > 2:
             warnings.warn(
-                f"nothing was measured in {len(self.trace)} evaluations, so {settings.policy!r} never took a step: "
-                f"{settings.estimator!r} did not report. Noise levels must fall: an inversion is not measured. "
-                "A guidance gap needs uncond and a scale other than 1; Sparse needs levels of the schedule.",
+                f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
+                f"step in it: {settings.estimator!r} did not report. Noise levels must fall: an inversion is not "
+                "measured. A guidance gap needs uncond and a scale other than 1; Sparse needs levels of the schedule.",
                 stacklevel=3,
             )
 
     def restart(self, schedule: Sequence[float]) -> None:
         """A sampler told its schedule: what came before in this block was another run."""
         self.schedule, self._top = schedule, 0.0
-        self.close()
+        self._anew()
 
     def close(self) -> None:
         """Free what the run holds."""
@@ -225,8 +231,16 @@ class Run:
         """
         other = self.noise is not None and (self.noise.shape[1:] != x.shape[1:] or len(self.noise) not in (1, len(x)))
         if sigma >= self._top * (1 - SAME_SIGMA) or other:
-            self.close()
+            # A level above the run's first: an inversion rises step by step, and is one run for the warning.
+            rising = sigma > self._top * (1 + SAME_SIGMA) and not other and not self._measured
+            count = self._evaluations if rising else 0
+            self._anew()
+            self._evaluations = count
         self._top = max(self._top, sigma)
+
+    def _anew(self) -> None:
+        self._unmeasured, self._evaluations, self._measured = self.unmeasured, 0, False
+        self.close()
 
     def _observation(self, x: Tensor, sigma: float, requested: Scalar) -> Observation:
         scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)

@@ -186,7 +186,7 @@ def test_the_measuring_constant_of_the_message_measures_and_holds(setup, recwarn
 
 def test_a_run_in_which_nothing_could_be_measured_warns(setup):
     gap = setup.lock(policy="sigmoid", estimator=Silent())
-    with pytest.warns(UserWarning, match=r"nothing was measured in 6 evaluations, so Sigmoid.*Silent"):
+    with pytest.warns(UserWarning, match=r"nothing was measured in a run of 6 evaluations, so Sigmoid.*Silent"):
         gap.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -204,15 +204,16 @@ def runs(lock, setup, *lengths, told_schedule):
 
 
 @pytest.mark.parametrize("told_schedule", [True, False])
-def test_one_measured_run_of_a_block_is_enough(setup, told_schedule):
+def test_runs_of_one_block_are_looked_at_one_by_one(setup, told_schedule):
     lock = setup.lock(policy="sigmoid")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        runs(lock, setup, 6, 1, 1, told_schedule=told_schedule)  # the others are too short to measure in
+        runs(lock, setup, 6, 1, told_schedule=told_schedule)  # the second is too short to measure in, the first is not
         assert any(torch.isfinite(step.variance).all() for step in lock.trace)
-        runs(lock, setup, 1, 1, told_schedule=told_schedule)
+        runs(lock, setup, 1, 1, 1, told_schedule=told_schedule)
+        assert len(lock.trace) == 3
     gap = setup.lock(policy="sigmoid", estimator=Silent())
-    with pytest.warns(UserWarning, match="nothing was measured in 9 evaluations"):
+    with pytest.warns(UserWarning, match="nothing was measured in a run of 5 evaluations"):
         runs(gap, setup, 3, 5, 1, told_schedule=told_schedule)
 
 

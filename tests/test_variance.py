@@ -113,7 +113,7 @@ def test_the_trajectory_follows_sigma_not_calls(case):
             torch.manual_seed(0)
             lock.sample("euler", x, sigmas, s_churn=4.0)
         elif case == "backwards":
-            with pytest.warns(UserWarning, match="nothing was measured in 7 evaluations.*inversion"), lock:
+            with pytest.warns(UserWarning, match="nothing was measured in a run of 7 evaluations.*inversion"), lock:
                 samplers.euler.__wrapped__(lock, x / 100, sigmas[:-1].flip(0), disable=True)
         elif case == "dpm_adaptive":
             lock.sample(case, x, sigmas, rtol=1e-3, atol=1e-4, h_init=2.0)  # a first step far too long is rejected

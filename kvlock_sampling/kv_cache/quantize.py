@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..types import KVCacheError
-from ..utils.precision import working
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
@@ -129,8 +128,8 @@ def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:
     loudness = (size @ usual.reciprocal().transpose(-1, -2)).div_(x.shape[-1]).clamp_min_(_TINY)
     channel = size.div_(loudness).amax(-2, keepdim=True).float().clamp_min_(_TINY)
     del size
-    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).div_(channel)
-    token = torch.linalg.vector_norm(wide, float("inf"), -1, keepdim=True)
+    wide = x / channel
+    token = torch.maximum(wide.amax(-1, keepdim=True), -wide.amin(-1, keepdim=True))
     # The token scale is rounded up, so that no token exceeds it.
     parts["token"].copy_(token.mul_(1 + 2**-8).clamp_min_(_TINY))
     parts["values"].copy_(wide.mul_(_MAX / parts["token"].to(wide.dtype)).round_())
@@ -157,8 +156,7 @@ class Level(Mapping[str, tuple[Tensor, Tensor]]):
     def __getitem__(self, layer: str) -> tuple[Tensor, Tensor]:
         sides = [[unpack(packed, self._device) for packed in stored[layer]] for stored, _ in self._parts]
         if len(sides) == 2:
-            weight = self._parts[1][1]
-            sides = [[torch.lerp(working(a), working(b), weight).to(a.dtype) for a, b in zip(*sides, strict=True)]]
+            sides = [[torch.lerp(a, b, self._parts[1][1]) for a, b in zip(*sides, strict=True)]]
         return sides[0][0], sides[0][1]
 
     def __contains__(self, layer: object) -> bool:

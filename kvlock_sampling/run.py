@@ -290,7 +290,7 @@ def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
     """Check the lock and the composite weight that the policy decided before; return the weight in force."""
     policy, weight = settings.policy, settings.composite if state.composite is None else state.composite
     reads.together(state.lock, weight)
-    unlockable = settings.layers is None and not settings.no_token_left
+    unlockable = settings.source is None or not policy.may_lock
     for name, value, barred in (("lock", state.lock, unlockable), ("composite", weight, settings.source is None)):
         low, high = reads.range(value)
         check_ratio(policy, name, low, high)

@@ -56,7 +56,6 @@ class LockSettings:
     composite: float
     layers: AttentionLayers | None
     patch: Grid | None
-    no_token_left: bool
     transition: tuple[float, float] | None
     foreground: bool
     schedule: tuple[float, ...] | None
@@ -129,13 +128,12 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     locks = clip is not None and policy.may_lock
     composite = _composite(given["composite"], locks, clip)
     transition = as_transition(given["transition"])
-    chosen, no_token_left, patch = None, False, measure.patch
+    chosen, patch = None, measure.patch
     if clip is not None and fitted is not None and (locks or reach < math.inf):  # both are in the layers' tokens
         found = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         measure, patch = measure.on_tokens(found.patch), found.patch
         fitted.kept(0.0, clip.latents, patch)  # a reach needs a grid of tokens
-        no_token_left = locks and _no_token_left(found, clip, fitted, transition)
-        chosen = found if locks and not no_token_left else None
+        chosen = found if locks and _leaves_tokens(found, clip, fitted, transition) else None
     if clip is not None and not locks:
         describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
         if asked := _named({n: given[n] for n in ("layers", "transition", "foreground", "kv_cache")[describes:]}):
@@ -160,7 +158,6 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         composite=composite,
         layers=chosen,
         patch=None if patch == "model" else patch,
-        no_token_left=no_token_left,
         transition=transition,
         foreground=_foreground(given["foreground"], chosen, measure if policy.uses_risk else None, composite, rescale),
         schedule=None if given["sigmas"] is None else on_clock(model, given["sigmas"]),
@@ -243,18 +240,17 @@ def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
     return float(composite)
 
 
-def _no_token_left(layers: AttentionLayers, clip: Source, fitted: FittedMask, transition: Any) -> bool:
+def _leaves_tokens(layers: AttentionLayers, clip: Source, fitted: FittedMask, transition: Any) -> bool:
     """Check that mask, clip and layers fit, and warn if every token is edited."""
     layers.grid(clip.latents.shape)
     fitted.background(clip.latents, layers.patch, transition)
-    edited = fitted.tokens(clip.latents, layers.patch)
-    if not bool(edited.all()):
-        return False
+    if not fitted.tokens(clip.latents, layers.patch).all():
+        return True
     _warn(
         f"no token is left to lock: with tokens of {layers.patch} latents the mask reaches into every token. "
         "Nothing will be locked; a smaller mask, or a larger clip, leaves some."
     )
-    return True
+    return False
 
 
 def _foreground(

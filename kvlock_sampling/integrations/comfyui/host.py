@@ -191,7 +191,7 @@ class ComfyLock:
             sigmas=sigmas,
             **options,
         )
-        if lock.settings.no_token_left:
+        if lock.settings.policy.may_lock and lock.settings.layers is None:
             raise MaskError(
                 "the mask reaches into every token of the model, so nothing can be locked; expected some left. Draw a "
                 "smaller mask, see KV Lock Mask, or take a larger clip."

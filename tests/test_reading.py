@@ -261,6 +261,12 @@ MASKS = {
         "5 frames, 0.625 s.*last frame is held",
     ),
     "as many at another rate": (lambda p: film(p / "m.mp4", bars(8), 24), list(range(8)), "matched one by one"),
+    "as many at half the rate": (lambda p: film(p / "m.mp4", bars(8), 4), list(range(8)), "matched one by one"),
+    "as many that begin late": (
+        lambda p: film(p / "m.mp4", bars(8), times=[0.25 + i / 8 for i in range(8)]),
+        list(range(8)),
+        None,
+    ),
 }
 
 
@@ -284,8 +290,9 @@ def test_images_have_no_times_and_are_matched_one_by_one(tmp_path: Path, recwarn
         Image.fromarray(page).save(tmp_path / "masks" / f"{index}.png")
     clip = film(tmp_path / "clip.mp4", grey(8), 30)
     assert places(read_pair(ANY, clip, tmp_path / "masks")[1]) == list(range(8))
-    mask = film(tmp_path / "mask.mp4", bars(8), 30)
-    assert places(read_pair(ANY, tmp_path / "masks", mask)[1]) == list(range(8))
+    for rate in (30, 3):
+        mask = film(tmp_path / "mask.mp4", bars(8), rate)
+        assert places(read_pair(ANY, tmp_path / "masks", mask)[1]) == list(range(8))
     assert not recwarn.list
     dropped = [0, 1, 2, 4, 5, 6, 7, 8]
     late = film(tmp_path / "late.mp4", grey(8), times=[t / 10 for t in dropped])
@@ -300,6 +307,13 @@ def test_images_have_no_times_and_are_matched_one_by_one(tmp_path: Path, recwarn
         6,
         7,
     ]  # each stays with its frame
+
+
+def test_frames_that_are_picked_get_their_own_masks(tmp_path: Path) -> None:
+    clip, mask = film(tmp_path / "clip.mp4", bars(9), 16), film(tmp_path / "mask.mp4", bars(9), 8)
+    with pytest.warns(UserWarning, match="matched one by one"):
+        source, region = read_pair(ANY, clip, mask, frames=5)
+    assert places((source.pixels[:1] > 0).float()) == places(region) == [0, 2, 4, 6, 8]
 
 
 def test_a_mask_of_a_fraction_of_the_clip_is_refused(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def read_pair(
         raise SourceError(f"frames={frames}, size={size}: this model edits e.g. frames={count}, size={sides}.")
     at, rate = pick(at, rate, count, pad, clip) if even else (at[:count], rate)
     pixels = clip_at(clip, times, at, sides)
-    region = mask_at(mask, match(mask, clip, times, at, own), at, sides, own)
+    region = mask_at(mask, *match(mask, clip, times, at, own), sides, own)
     how = "the last one repeated" if count > have else "picked evenly" if even else "the first ones"
     note = f"{have} frames of {own[0]} x {own[1]} read; {count} edited, {how}; {max(0, have - count)} left out"
     return Clip(pixels, rate, f"{note}. The result is {sides[0]} x {sides[1]} at {rate:.4g} fps"), region

@@ -157,11 +157,13 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     return torch.from_numpy(pages >= WHITE).float().unsqueeze(0)
 
 
-def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size) -> Times:
-    """When each frame of a mask holds on the clock of a clip, whose `times` and displayed `frame` these are."""
+def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size) -> tuple[Times, Seconds]:
+    """The times of a mask, and when on its own clock its frames belong to the moments `at` of a clip, whose `times`
+    and displayed `frame` these are.
+    """
     (theirs, rate), (ours, own), (height, width) = shown(mask), times, frame
     (h, w), count, told = displayed(mask, (theirs, rate)), len(theirs) - 1, []
-    lasts, length = theirs[-1] - theirs[0], ours[-1] - ours[0]
+    lasts, length, moments = theirs[-1] - theirs[0], ours[-1] - ours[0], at
     pair = f"the mask {str(mask)!r} is {h} x {w}, and the clip {str(clip)!r} is displayed as {height} x {width}"
     if min(abs(w - width * h / height), abs(h - height * w / width)) > 2:  # Tools round sides to even numbers.
         across = min(w / h, height / width) > 1.05 or min(h / w, width / height) > 1.05
@@ -169,8 +171,9 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
     if count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
-        theirs = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
-        lasts = theirs[-1] - theirs[0]
+        clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
+        lasts, middles = clock[-1] - clock[0], (theirs[1:] + theirs[:-1]) / 2 - theirs[0]
+        moments = middles[_on_screen(clock, at)]
     if count > 1 and abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1)):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
         if (at < lasts).mean() < 0.5:
@@ -178,12 +181,12 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
         told.append(f"{pair}: matched by time, {'its last frame is held' if lasts < length else 'its end is left'}")
     if told:
         warnings.warn("; ".join(told) + ".", stacklevel=3)
-    return theirs, rate
+    return (theirs, rate), moments
 
 
 def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any]) -> list[Any]:
     """What `make` makes of the pictures on screen at these seconds from the first; others are not kept."""
-    wanted = np.searchsorted(times[0][1:-1] - times[0][0], at, side="right").tolist()
+    wanted = _on_screen(times[0], at).tolist()
     made = dict.fromkeys(wanted)
     with decoding(path):
         for index, picture in pictures(path, times[0]):
@@ -194,6 +197,11 @@ def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any
     if lost := [index for index, frame in made.items() if frame is None]:
         raise VideoError(f"{len(lost)} frames of {str(path)!r} cannot be decoded, first {lost[0]}. Is it complete?")
     return [made[index] for index in wanted]
+
+
+def _on_screen(begins: Seconds, at: Seconds) -> Any:
+    """The index of the frame that is on screen at each of these seconds from the first."""
+    return np.searchsorted(begins[1:-1] - begins[0], at, side="right")
 
 
 def _pooled(page: Array, low: float, high: float, count: int) -> Array:

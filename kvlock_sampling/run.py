@@ -22,7 +22,7 @@ from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .source import Source
 from .trace import Trace, rows_of
-from .types import SAME_SIGMA, Observation, RunError, Scalar
+from .types import SAME_SIGMA, Denoiser, Observation, RunError, Scalar
 from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
@@ -148,7 +148,7 @@ class Run:
         reads.together(sigma_arg, requested, *decided, *(self._unread or ())[1:])
         self._check_unread(settings, reads)
         model_sigma = _one_level(reads.range(sigma_arg))
-        sigma = to_sigma(settings.model, model_sigma)
+        sigma = _unrounded(self.schedule, settings.model, model_sigma, sigma_arg.dtype)
         observation = self._observation(x, sigma, requested)
         if sigma == 0:  # x is clean already: nothing is measured, decided or locked
             state = State(None, None, False, 0.0, None, None if last is None else last.composite)
@@ -264,6 +264,15 @@ def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
     levels = [s for s in schedule if s > 0]
     begun = sum(s >= sigma * (1 - SAME_SIGMA) for s in levels)
     return len(levels) - max(begun, 1) + 1
+
+
+def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, dtype: torch.dtype) -> float:
+    """A noise level on the clock: the schedule's own where a sampler of half precision rounded it."""
+    sigma = to_sigma(model, level)
+    if schedule is None or not dtype.is_floating_point or dtype.itemsize > 2:
+        return sigma
+    low, high = (to_sigma(model, level * (1 + off * torch.finfo(dtype).eps)) for off in (-1, 1))
+    return min((s for s in schedule if low < s < high), key=lambda s: abs(s - sigma), default=sigma)
 
 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:

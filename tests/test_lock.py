@@ -325,6 +325,22 @@ def test_steps_are_counted_where_the_schedule_is_known(setup):
         told(setup.x, setup.sigmas[:1], **setup.cfg)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", range(3, 16))
+def test_a_schedule_rounded_by_half_precision_is_the_schedule(setup, dtype, steps):
+    seen = []
+
+    @kv.stateless(uses_risk=False)
+    def watching(obs):
+        seen.append((obs.sigma, obs.steps_left))
+        return kv.Control(lock=0.5)
+
+    sigmas = torch.linspace(9.7, 0.13, steps).square()
+    lock = kv.KVLock(setup.model, source=setup.source.to(dtype), mask=setup.mask, policy=watching)
+    lock.sample("euler", (setup.x * 9).to(dtype), torch.cat([sigmas, torch.zeros(1)]), extra_args=setup.cfg)
+    assert seen[1:] == list(zip(sigmas.tolist(), range(steps, 0, -1), strict=True))
+
+
 def test_half_precision_keeps_its_dtype(setup):
     model = setup.model.to(torch.bfloat16)
     x, cond = setup.x.to(torch.bfloat16), setup.cond.to(torch.bfloat16)

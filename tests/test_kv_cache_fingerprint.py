@@ -186,6 +186,32 @@ class Wrapped(torch.Tensor):
         return self.inside.numpy()
 
 
+class Packed(torch.Tensor):
+    """A quantised weight that keeps its packed bytes itself, as GGUF's does; detaching it leaves its class."""
+
+    def detach(self):
+        return super().detach().as_subclass(Packed)
+
+
+def test_all_bytes_of_a_packed_weight_are_read():
+    model, values = nn.Module(), torch.arange(3000).remainder(100).to(torch.uint8).view(50, 60)
+    model.register_buffer("weight", values.as_subclass(Packed))
+    own = model_fingerprint(model)
+    assert model_fingerprint(model) == own
+    values[0, 1] += 1  # not among those that are sampled
+    assert model_fingerprint(model) != own
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint16, torch.uint32, torch.complex32])
+def test_weights_of_every_dtype_have_a_fingerprint(dtype):
+    def model(seed):
+        made, draw = nn.Module(), torch.Generator().manual_seed(seed)
+        made.register_buffer("weight", torch.randint(0, 255, (64, 16), generator=draw, dtype=torch.uint8).view(dtype))
+        return made
+
+    assert model_fingerprint(model(0)) == model_fingerprint(model(0)) != model_fingerprint(model(1))
+
+
 def test_content_of_any_kind_is_read_in_inference_mode():
     text = torch.arange(6.0).view(2, 3)
     prompt = Wrapped(text)

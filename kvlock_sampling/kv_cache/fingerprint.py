@@ -111,9 +111,10 @@ def block_sums(weight: Tensor) -> Tensor:
     weight = weight.detach()
     if weight.is_meta or not weight.numel():
         return torch.empty(0, dtype=torch.int64)
-    if type(weight) not in (Tensor, nn.Parameter):  # a quantized weight and its scales
-        names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
-        return torch.cat([torch.empty(0, dtype=torch.int64), *(block_sums(getattr(weight, name)) for name in names)])
+    if hasattr(weight, "__tensor_flatten__"):  # a quantized weight and its scales
+        return torch.cat([block_sums(getattr(weight, name)) for name in weight.__tensor_flatten__()[0]])
+    if type(weight).__torch_dispatch__ is Tensor.__torch_dispatch__:  # else it computes in a way of its own
+        weight = weight.as_subclass(Tensor)
     if weight.is_complex():
         weight = torch.view_as_real(weight.resolve_conj())
     data = weight.resolve_neg().reshape(-1).view(torch.uint8)
@@ -133,7 +134,7 @@ def _sample(weight: Tensor) -> Tensor:
         weight = weight.dequantize()  # single elements of a quantized weight cannot be read
     count = weight.numel()
     index = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
-    return torch.take(weight, index.to(weight.device)) if weight.is_contiguous() else weight.reshape(-1)[index]
+    return weight.reshape(-1)[index.to(weight.device)]
 
 
 def _add_tensor(digest: Any, x: Tensor) -> None:

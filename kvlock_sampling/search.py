@@ -166,6 +166,8 @@ class _Rows(DenoiserProxy):
         found = torch.full((len(self.locks),), float("nan"))
         for row in self.going:
             found[row] = float(self.judge(self._denoised[row : row + 1], self.locks[row].trace))
+            if not found[row].isfinite():
+                raise RunError(f"the judge gave start {row} {found[row]:g}; expected a finite number, more for better.")
         self.scores[level] = found
         self.going = sorted(self.going, key=lambda row: (-float(found[row]), row))[:count]
         return self._denoised

@@ -13,7 +13,7 @@ from world.compare import Task, make_task
 import kvlock_sampling as kv
 from kvlock_sampling import samplers
 from kvlock_sampling.app.edit import start_noise
-from kvlock_sampling.tiny import load, sample_edit
+from kvlock_sampling.tiny import TinyVideo, load, sample_edit
 from kvlock_sampling.types import KVLockError, MaskError, PolicyError, SamplerError, SourceError
 
 STEPS = 3
@@ -208,6 +208,23 @@ def test_bad_input_is_refused_with_the_fix(edit, name):
     change, error, message = BAD[name]
     with pytest.raises(error, match=f"(?s){message}"):
         edit(**change)
+
+
+@pytest.mark.parametrize("spoilt", [1, 2])
+def test_a_decoder_that_overflows_is_named_before_the_run_where_it_can_be(edit, monkeypatch, spoilt):
+    real, calls, steps = TinyVideo.decode, [], []
+
+    def decode(self, latents):
+        calls.append(len(latents))
+        pixels = real(self, latents).clone()
+        if len(calls) == spoilt:
+            pixels[..., 3:5, :] = float("inf")
+        return pixels
+
+    monkeypatch.setattr(TinyVideo, "decode", decode)
+    with pytest.raises(KVLockError, match=r"decoded \d+ of \d+ values as NaN or inf.*\n.*float32"):
+        edit(on_step=steps.append)
+    assert bool(steps) == (spoilt == 2)
 
 
 @pytest.mark.parametrize("name", ["source", "source_args"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
 from kvlock_sampling.policy import Clamped
 from kvlock_sampling.types import RunError, SourceError
+from kvlock_sampling.utils.host import HostReads
 
 
 @pytest.fixture(scope="module")
@@ -452,3 +454,27 @@ def test_a_compiled_transformer_is_locked_and_is_compiled_again_afterwards(pipe:
         assert far_apart(run(compiled), wanted) < 1e-5
     assert all(step.fused_layers == 2 for step in session.trace)
     assert torch.equal(run(compiled), plain)
+
+
+@pytest.mark.parametrize("loop", ["classic", "modular"])
+def test_the_last_prediction_is_checked_where_reading_it_waits_for_a_device(loop: str, monkeypatch) -> None:
+    monkeypatch.setattr(HostReads, "free", staticmethod(lambda value: False))  # as on a GPU
+    pipe, left = classic(), [10**6]
+    forward = pipe.transformer.forward
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        return tuple(out if left[0] else out * float("nan") for out in forward(*args, **kwargs))
+
+    pipe.transformer.forward = spoilt
+    sample = modular(pipe, guider=KVLockGuider(4.0, **EDIT, policy="half"))
+
+    def sampled() -> None:
+        with locked(pipe, **EDIT, policy="half") if loop == "classic" else nullcontext():
+            run(pipe) if loop == "classic" else sample()
+
+    sampled()
+    left[0] = 10**6 - left[0]  # the last call of the next run
+    with pytest.raises(Exception, match=r"prediction at sigma=.* holds NaN"):
+        sampled()
+    assert left == [0]

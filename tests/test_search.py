@@ -70,6 +70,12 @@ def test_the_judge_decides(setup):
     assert calm.chosen == [min(range(4), key=lambda row: float(last[row].variance))]
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_no_number_is_refused(setup, score):
+    with pytest.raises(RunError, match=f"gave start 0 {score:g}; expected a finite number"):
+        kv.search(measured(setup), "euler", starts(setup), setup.sigmas, judge=lambda x, t: score, extra_args=setup.cfg)
+
+
 def test_one_pass_of_the_source_serves_every_start(setup):
     lock = measured(setup, noise="fixed", kv_cache=kv.KVCache(every=1, ratio=1.0, format=None))
     found = kv.search(lock, "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)

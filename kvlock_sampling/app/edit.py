@@ -148,9 +148,9 @@ def edit_video(
     if on_plan is not None and lock.settings.kv_cache is not None:
         on_plan(lock.plan(sigmas, sampler))
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
-    started = time.perf_counter()
     # Offloading would leave weights that it moves under inference mode as inference tensors, which cannot be trained.
     with torch.no_grad() if getattr(video, "offloaded", False) else torch.inference_mode():
+        ceiling, started = _decoded(video, source), time.perf_counter()
         run: dict[str, Any] = {"extra_args": extra_args, "seed": seeds, "callback": callback}
         if tried > 1:
             found = search(lock, sampler, x, sigmas, judge=judge, **run)
@@ -160,8 +160,8 @@ def edit_video(
             latents, best, rows = lock.sample(sampler, x, sigmas, **run), 0, ()
             trace, nfe = lock.trace, lock.trace.nfe
         seconds = time.perf_counter() - started
-        pixels, ceiling = video.decode(latents), video.decode(source)
-        others = torch.cat([video.decode(row) for row in rows]).to(clips) if rows else None
+        pixels = _decoded(video, latents)
+        others = torch.cat([_decoded(video, row) for row in rows]).to(clips) if rows else None
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
@@ -169,6 +169,16 @@ def edit_video(
     keep = 1 - pixel_mask
     background, most = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
     return Edit(pixels, trace, seconds, nfe, background, most, seeds[best], others)
+
+
+def _decoded(video: VideoModel, latents: Tensor) -> Tensor:
+    pixels = video.decode(latents)
+    if bad := int((~pixels.isfinite()).sum()):
+        raise KVLockError(
+            f"the model decoded {bad} of {pixels.numel()} values as NaN or inf; expected finite pixels.\n"
+            "  In float16 many decoders overflow: dtype='bfloat16', or that part alone in float32: pipe.vae.float()."
+        )
+    return pixels
 
 
 def _released(trace: Trace, lock: KVLock, video: VideoModel, source: Tensor, clips: Tensor, feather: float) -> Tensor:

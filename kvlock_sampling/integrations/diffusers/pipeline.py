@@ -83,7 +83,9 @@ def locked(
                 for network in networks:
                     stack.enter_context(intercepted(network, answer))
                 stack.callback(session.end)
-                return kind.__call__(pipe, *args, **kwargs)
+                made = kind.__call__(pipe, *args, **kwargs)
+                session.settle()
+                return made
 
         return plain_copies(kind, {"__call__": call})
 

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from kvlock_sampling.app import read_pair
 from kvlock_sampling.types import KVLockError
@@ -361,6 +361,63 @@ def test_objects_in_grey_are_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"areas of grey 80 of 255, kept like black.*\(index > 0\) \* 255"):
         mask = read_mask(tmp_path / "mask.png", frames=1, size=(16, 128))
     assert mask.sum() == 16 * 16
+
+
+INDEX = np.zeros((64, 64), np.uint8)
+INDEX[16:40, 16:40] = 1
+PALETTE = Image.fromarray(INDEX, "P")
+PALETTE.putpalette([0, 0, 0, 1, 1, 1] + [0] * 762)
+UNSEEN = {
+    "8 bits": (Image.fromarray(INDEX), "index.png"),
+    "a palette": (PALETTE, "index.png"),
+    "16 bits with 255": (Image.fromarray(INDEX.astype(np.uint16) * 255), "index.png"),
+    "16 bits with 4095": (Image.fromarray(INDEX.astype(np.uint16) * 4095), "index.png"),
+    "32 bits": (Image.fromarray(INDEX.astype(np.int32)), "index.tif"),
+}
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_a_mask_too_dark_to_be_seen_is_not_read_as_empty(tmp_path: Path, kind: str) -> None:
+    image, name = UNSEEN[kind]
+    image.save(tmp_path / name)
+    with pytest.raises(VideoError, match=r"nothing is white; the brightest value is (1|16) of 255.*\(index > 0\)"):
+        read_mask(tmp_path / name, frames=1, size=(64, 64))
+
+
+def test_indices_beside_a_white_border_are_named(tmp_path: Path) -> None:
+    border = INDEX.copy()
+    border[15, 16:40] = border[40, 16:40] = 255  # "no object", as in VOC and ADE
+    Image.fromarray(border).save(tmp_path / "mask.png")
+    with pytest.warns(UserWarning, match="areas of grey 1 of 255, kept like black"):
+        read_mask(tmp_path / "mask.png", frames=1, size=(64, 64))
+
+
+@pytest.mark.parametrize("side", [8, 12, 20])
+def test_a_small_object_in_grey_is_named(tmp_path: Path, side: int) -> None:
+    painted = np.zeros((96, 96), np.uint8)
+    painted[:30, :30], painted[60 : 60 + side, 60 : 60 + side] = 255, 100
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    with pytest.warns(UserWarning, match="areas of grey 100 of 255"):
+        read_mask(tmp_path / "mask.png", frames=1, size=(96, 96))
+
+
+@pytest.mark.parametrize("name", ["soft.png", "soft.jpg", "soft.webp", "soft.mp4"])
+@pytest.mark.parametrize("radius", [0, 1, 2, 4, 8, 16, 32])
+def test_a_soft_mask_is_no_mask_of_objects(tmp_path: Path, recwarn, radius: int, name: str) -> None:
+    hard = np.zeros((256, 256), np.uint8)
+    hard[64:160, 96:200] = 255
+    soft = Image.fromarray(hard).filter(ImageFilter.GaussianBlur(radius)).convert("RGB")
+    film(tmp_path / name, [np.asarray(soft)] * 2) if name.endswith("mp4") else soft.save(tmp_path / name)
+    assert read_mask(tmp_path / name, frames=2, size=(256, 256)).sum() > 0
+    assert not recwarn.list
+
+
+def test_16_bits_of_either_scale_are_the_8_bits(tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    for scale in (256, 257):
+        Image.fromarray(grey * scale).save(tmp_path / "grey.png")
+        pixels = read_clip(tmp_path / "grey.png").pixels[0, 0]
+        assert torch.equal(((pixels + 1) * 127.5).round(), torch.from_numpy(grey.astype(np.float32)))
 
 
 # what a file says beyond its pixels

@@ -113,8 +113,8 @@ def _upright(image: Any) -> Any:
     image = require("PIL.ImageOps", "video").exif_transpose(image)
     if image.mode == "F":
         raise VideoError("its pixels are floats, of which no range is known. Save it with 8 or 16 bits.")
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey instead of scaling it.
-        image = pil.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit grey. Rounded up, so that no number becomes black.
+        image = pil.fromarray((-(-np.asarray(image).astype(np.int64) // 257)).clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

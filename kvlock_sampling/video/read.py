@@ -60,7 +60,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
         pad: As for the clip; see `read_clip`.
 
     Raises:
-        VideoError: As in `read_clip`, or the brightest value is a dark grey, as in masks of object indices.
+        VideoError: As in `read_clip`, or something is not black, but nothing white, as in masks of object indices.
         KVLockError: The extra `video` is not installed.
     """
     times = shown(path)
@@ -139,18 +139,29 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None) -> Ten
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
     left, top, right, bottom = _box(frame, size)
-    dark: list[int] = []
+    dark, brightest = list[int](), 0
 
     def shrink(image: Any) -> Array:
+        nonlocal brightest
         page = np.maximum.reduce([np.asarray(band) for band in image.split()])
-        counts = np.bincount(page.ravel(), minlength=256)[NOISE:WHITE]
-        dark.extend([NOISE + int(counts.argmax())] if counts.max() > 0.02 * page.size else [])
+        levels = np.bincount(page.ravel(), minlength=256)
+        brightest = max(brightest, int(page.max()))
+        level, greys = NOISE + int(levels[NOISE:WHITE].argmax()), levels[NOISE:WHITE].sum()
+        near = (page >= level - 4) & (page <= level + 4)
+        inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
+        if (
+            inner.sum() > 0.003 * page.size and near.sum() > 0.35 * greys
+        ):  # an area of one grey, not the rim of a soft mask
+            dark.append(level)
+        few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
+        if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
+            dark.append(1 + int(levels[1:NOISE].argmax()))
         y, x = image.height / frame[0], image.width / frame[1]
         return _pooled(_pooled(page, top * y, bottom * y, size[0]).T, left * x, right * x, size[1]).T
 
     pages = np.stack(_sample(path, times, at, shrink))
     advice = "Expected white = edit; save a mask of object indices as (index > 0) * 255."
-    if NOISE <= (brightest := int(pages.max())) < WHITE:
+    if 0 < brightest < WHITE:
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {brightest} of 255. {advice}")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)

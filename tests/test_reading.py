@@ -446,20 +446,36 @@ def test_alpha_of_a_film_lies_on_black(tmp_path: Path) -> None:
 # sound
 
 
-def spoken(path: Path, *, codec: str = "aac", rate: int = 44100, frames: int = 24) -> Path:
-    """A film of 30 frames per second with a tone."""
+def spoken(
+    path: Path,
+    *,
+    codec: str | None = "aac",
+    rate: int = 44100,
+    pictures: list[np.ndarray] | None = None,
+    video: str = "libx264",
+    tracks: int = 1,
+) -> Path:
+    """A film of 30 frames per second with a tone, between its pictures."""
+    pictures, sent = ramp(24, 48, 64) if pictures is None else pictures, 0
     with av.open(str(path), "w") as container:
-        stream, sound = container.add_stream("libx264", rate=30), container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt, sound.layout = 48, 64, "yuv420p", "mono"
-        for image in ramp(frames, 48, 64):
+        stream = container.add_stream(video, rate=30)
+        stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
+        sounds = [container.add_stream(codec, rate=rate) for _ in range(tracks if codec else 0)]
+        for sound in sounds:
+            sound.layout = "mono"
+        for number, image in enumerate(pictures, 1):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-        for k in range(frames * rate // 30 // 1024):
-            wave = np.sin(np.arange(1024 * k, 1024 * k + 1024, dtype=np.float32) / 20)[None] / 3
-            chunk = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            chunk.rate, chunk.pts = rate, 1024 * k
-            container.mux(sound.encode(chunk))
-        container.mux(sound.encode())
+            while sounds and 1024 * (sent + 1) <= number * rate // 30:
+                wave = np.sin(np.arange(1024 * sent, 1024 * sent + 1024, dtype=np.float32) / 20)[None] / 3
+                for sound in sounds:
+                    kind = sound.format.name.removesuffix("p")
+                    samples = (wave * 32000).astype(np.int16) if kind == "s16" else wave
+                    chunk = av.AudioFrame.from_ndarray(samples, format=sound.format.name, layout="mono")
+                    chunk.rate, chunk.pts = rate, 1024 * sent
+                    container.mux(sound.encode(chunk))
+                sent += 1
+        for each in (stream, *sounds):
+            container.mux(each.encode())
     return path
 
 
@@ -477,6 +493,22 @@ def test_sound_is_copied_and_cut_with_the_frames(tmp_path: Path, codec: str, rat
     assert 0.4 < len(after) / len(before) < 0.6  # 12 of 24 frames
     assert any(after == before[start : start + len(after)] for start in (0, 1, 2))  # without what primes the decoder
     assert read_clip(tmp_path / f"out{suffix}").pixels.shape[1] == 12
+
+
+def test_every_sound_track_is_copied(tmp_path: Path) -> None:
+    source = spoken(tmp_path / "clip.mkv", tracks=3)
+    assert write_clip(tmp_path / "out.mp4", torch.zeros(3, 24, 48, 64), fps=30, sound=source) == "sound copied"
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert len(container.streams.audio) == 3
+        sizes = [sum(p.size for p in container.demux(track)) for track in container.streams.audio[:1]]
+    assert sizes[0] > 1000
+
+
+def test_a_muxer_that_refuses_the_sound_is_not_blamed_on_the_clip(tmp_path: Path) -> None:
+    source = spoken(tmp_path / "clip.mkv", codec="flac", rate=48000)
+    with pytest.warns(UserWarning, match="without sound: this container does not hold flac"):
+        assert write_clip(tmp_path / "out.mov", torch.zeros(3, 4, 48, 64), fps=30, sound=source) == ""
+    assert read_clip(tmp_path / "out.mov").pixels.shape[1] == 4
 
 
 def test_sound_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
@@ -525,6 +557,34 @@ def test_a_film_cut_off_is_no_shorter_film(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(VideoError, match=r"ends after|cannot read"):
             read_clip(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "sound"), [("a.mkv", "aac"), ("a.webm", "libopus"), ("a.avi", "pcm_s16le"), ("a.avi", None)]
+)
+def test_a_film_with_sound_cut_off_is_no_shorter_film(tmp_path: Path, name: str, sound: str | None) -> None:
+    video = {"a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4"}[name]
+    noise = np.random.default_rng(0).integers(0, 255, (48, 48, 64, 3)).astype(np.uint8)
+    path = spoken(tmp_path / name, pictures=list(noise), codec=sound, rate=48000, video=video)
+    assert read_clip(path).pixels.shape[1] == 48
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(VideoError, match=r"ends after .* of (1\.6|2).* Is it complete"):
+        read_clip(path)
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "take-1:2.gif", "a:b/1.png", "c:/x.webm"])
+def test_a_colon_in_a_relative_name_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_clip(name, torch.zeros(3, 2, 16, 16))
+    assert read_clip(name).pixels.shape[0] == 3
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "there" / "clip.mp4")
+    write_clip(tmp_path / "link.mp4", torch.zeros(3, 2, 16, 16))
+    assert (tmp_path / "link.mp4").is_symlink()
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["clip.mp4"]
 
 
 def small_files(folder: Path) -> dict[str, bytes]:

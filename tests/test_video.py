@@ -112,19 +112,25 @@ def test_varying_frame_rate_becomes_constant(tmp_path: Path) -> None:
     assert indices(clip.pixels) == [0, 1, 1, 1, 1, 2, 3]
 
 
-def test_rotation_tag_is_obeyed(tmp_path: Path) -> None:
-    path = tmp_path / "phone.mp4"
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("flips", [(1, 1), (-1, 1), (1, -1), (-1, -1)])
+def test_turned_and_mirrored_films_are_upright(tmp_path: Path, swapped: bool, flips: tuple[int, int]) -> None:
+    """All eight positions of a picture: (x, y) is shown at (a x + c y, b x + d y), plus what keeps it in the frame."""
     pixels = -torch.ones(3, 2, 32, 64)
     pixels[:, :, :16, :16] = 1  # a white corner, top left
-    write_clip(path, pixels)
-    data = bytearray(path.read_bytes())
+    pixels[0, :, :16, 48:] = 1  # a red one, top right
+    write_clip(tmp_path / "phone.mp4", pixels)
+    x, y = (f * 65536 for f in flips)
+    matrix = (0, y, 0, x, 0, 0, 0, 0, 1 << 30) if swapped else (x, 0, 0, 0, y, 0, 0, 0, 1 << 30)
+    data = bytearray((tmp_path / "phone.mp4").read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # the track's 3x3 display matrix
-    data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 * 65536, 0, 1 << 30)  # a quarter clockwise
-    path.write_bytes(data)
-    turned = read_clip(path).pixels
-    assert turned.shape == (3, 2, 64, 32)
-    assert turned[:, :, :12, 20:].mean() > 0.9  # clockwise: now top right
-    assert turned[:, :, 20:].mean() < -0.9
+    data[at : at + 36] = struct.pack(">9i", *matrix)
+    (tmp_path / "phone.mp4").write_bytes(data)
+    shown = read_clip(tmp_path / "phone.mp4").pixels
+    expected = pixels.transpose(2, 3) if swapped else pixels
+    expected = expected.flip([axis for axis, f in zip((3, 2), flips, strict=True) if f < 0])
+    assert shown.shape == expected.shape
+    assert (shown - expected).abs().mean() < 0.05
 
 
 def test_folder_is_read_in_natural_order(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def film(path: PathLike) -> Iterator[tuple[Any, Any]]:
     """Open a film: its container and its video stream."""
     av = require("av", "video")
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # later always so
-    with decoding(path), av.open(str(path), **lenient) as container:
+    with decoding(path), av.open(os.path.abspath(path), **lenient) as container:
         if not container.streams.video:
             raise VideoError(f"{str(path)!r} has no video stream; expected a film.")
         yield container, container.streams.best("video")
@@ -77,8 +77,7 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
         for frame in container.decode(stream):
             if index < 0:
                 _name_what_is_lost(path, stream, frame)
-            # A decoder may leave frames out. An avi has no times, and what ffmpeg makes up for them is out of order.
-            counted = frame.time is None or container.format.name == "avi"
+            counted = frame.time is None or _is_avi(container)  # else a decoder may leave frames out
             index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
             yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
 
@@ -122,21 +121,33 @@ def _upright(image: Any) -> Any:
 
 
 def _film_times(path: PathLike) -> tuple[Seconds, float]:
+    stamps, spans = list[tuple[int, int]](), list[tuple[float, float]]()
     with film(path) as (container, stream):
-        packets = [p for p in container.demux(stream) if p.pts is not None]
-        stamps = sorted((p.pts, p.duration or 0) for p in packets if not p.is_discard)
-        rate, base = float(stream.average_rate or IMAGE_FPS), float(stream.time_base or 0)
+        rate, base, avi = float(stream.average_rate or IMAGE_FPS), float(stream.time_base or 0), _is_avi(container)
+        # Else the file's own length, which ends with the last of all its streams. ffmpeg shortens that of an avi.
+        stated = stream.frames / rate if avi else float(stream.duration or 0) * base
+        for p in container.demux(*([stream] if stated else [])):
+            if (at := p.dts if avi else p.pts) is not None and p.time_base is not None:
+                spans.append((float(at * p.time_base), float((at + (p.duration or 0)) * p.time_base)))
+            if p.pts is not None and p.stream.index == stream.index and not p.is_discard:
+                stamps.append((p.pts, p.duration or 0))
         if not stamps or not rate > 0:
             raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
-        if container.format.name == "avi":
-            return np.arange(len(stamps) + 1) / rate, rate
-        stated = float(stream.duration or 0) * base or (len(container.streams) == 1) * (container.duration or 0) / 1e6
+        stated = stated or (container.duration or 0) / 1e6
+    have = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    if have < 0.95 * stated - 2 / rate:
+        raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
+    if avi:
+        return np.arange(len(stamps) + 1) / rate, rate
     begins = np.unique([pts * base for pts, _ in stamps])
     begins = begins[np.diff(begins, prepend=-np.inf) > 0.002]  # VP8 has frames that are never shown, 1 ms apart.
-    end = begins[-1] + (stamps[-1][1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate))
-    if (have := end - min(p.pts for p in packets) * base) < 0.95 * stated - 2 / rate:
-        raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
-    return np.append(begins, end), rate
+    last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)
+    return np.append(begins, begins[-1] + last), rate
+
+
+def _is_avi(container: Any) -> bool:
+    """An avi has no times, and what ffmpeg makes up for them is out of order."""
+    return bool(container.format.name == "avi")
 
 
 def _film_picture(frame: Any, ratio: float) -> Any:
@@ -144,10 +155,20 @@ def _film_picture(frame: Any, ratio: float) -> Any:
     image = require("PIL.Image", "video").fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
     if ratio != 1 and 0.25 < ratio < 4:
         image = image.resize((round(image.width * ratio), image.height))
-    # The rotation tag counts counter-clockwise, and so does Pillow.
-    if 0 < abs(frame.rotation) <= 360:  # beyond, the tag is no rotation
-        image = image.rotate(round(frame.rotation / 90) * 90, expand=True)
+    image = _turned(image, frame.side_data.get("DISPLAYMATRIX"))
     return _upright(image) if alpha else image
+
+
+def _turned(image: Any, matrix: Any) -> Any:
+    """A picture turned and mirrored as its film says: a point (x, y) is shown at (a x + c y, b x + d y)."""
+    if matrix is None:
+        return image
+    how = require("PIL.Image", "video").Transpose
+    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        image, a, d = image.transpose(how.TRANSPOSE), c, b
+    image = image.transpose(how.FLIP_LEFT_RIGHT) if a < 0 else image
+    return image.transpose(how.FLIP_TOP_BOTTOM) if d < 0 else image
 
 
 def _name_what_is_lost(path: PathLike, stream: Any, frame: Any) -> None:

@@ -157,18 +157,25 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
 
 def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
     with film(path) as (container, pictures):
-        if (heard := container.streams.best("audio")) is None:
-            return ""
         # The names of decoders are those of codecs, save "mp3float" and "libopus".
-        if (name := heard.codec_context.name.removeprefix("lib").removesuffix("float")) not in written.supported_codecs:
-            return f"sound left out, as this container does not hold {name}"
-        start, stream = (pictures.start_time or 0) * float(pictures.time_base), written.add_stream_from_template(heard)
-        for packet in container.demux(heard):
+        tracks = {t: t.codec_context.name.removeprefix("lib").removesuffix("float") for t in container.streams.audio}
+        kept = {
+            t: written.add_stream_from_template(t) for t, name in tracks.items() if name in written.supported_codecs
+        }
+        if not kept:
+            names = " and ".join(dict.fromkeys(tracks.values()))
+            return f"sound left out, as this container does not hold {names}" if names else ""
+        try:
+            written.start_encoding()
+        except Exception as error:  # some muxers refuse what they list
+            raise VideoError(f"this container does not hold {' and '.join(tracks.values())}") from error
+        start = (pictures.start_time or 0) * float(pictures.time_base)
+        for packet in container.demux(*kept):
             if packet.pts is not None and 0 <= packet.pts * float(packet.time_base) - start < seconds:
                 packet.pts = packet.dts = packet.pts - round(start / float(packet.time_base))
-                packet.stream = stream
+                packet.stream = kept[packet.stream]
                 written.mux(packet)
-    return "sound copied"
+    return "sound copied" if len(kept) == len(tracks) else f"sound copied, {len(kept)} of {len(tracks)} tracks"
 
 
 def _write_gif(path: Path, images: Array, fps: float) -> None:

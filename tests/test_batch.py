@@ -192,6 +192,10 @@ TABLES = {
     "no rows": (b"clip,mask,prompt\n,,\n\n", "has no rows"),
     "empty": (b"", "has no column 'clip'"),
     "one output": (b"clip,mask,prompt,name\nclip0.gif,mask.png,a,k\nclip0.gif,mask.png,b,K.mp4\n", "rows 1 and 2 both"),
+    "an output joins a folder that is read": (
+        b"clip,mask,prompt,name\nclip0.gif,mask.png,a,x.png\n../out,m,b,\n",
+        "row 2 reads",
+    ),
     "an output is read": (b"clip,mask,prompt,name\nclip0.gif,mask.png,a,\n../out/001-clip0.mp4,m,b,\n", "row 2 reads"),
 }
 
@@ -224,6 +228,15 @@ def test_an_option_that_no_row_can_use_is_an_error(kvlock: Kvlock, more: list[ob
     assert ended.exit_code == 2, ended.output
     assert message in plain(ended.output)
     assert not list(Path().glob("out/*"))
+
+
+def test_the_results_never_replace_the_table(kvlock: Kvlock, edits: list[str]) -> None:
+    table = write([row()], "data/results.csv")
+    before = Path(table).read_bytes()
+    ended = kvlock("batch", table, "--out", "data")
+    assert (ended.exit_code, edits) == (2, [])
+    assert "is an input and would be overwritten" in plain(ended.output)
+    assert Path(table).read_bytes() == before
 
 
 def test_a_spreadsheets_table_is_read(folder: Path) -> None:

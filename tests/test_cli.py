@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -257,12 +258,40 @@ def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: di
     assert ("--kv-cache DIR" in first) == (not where)
 
 
-def test_an_edit_never_replaces_its_own_clip(kvlock: Kvlock, folder: Path) -> None:
-    before = (folder / "clip.mp4").read_bytes()
-    result = kvlock(*edit_words(output="clip.mp4"))
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"output": "clip.mp4"}, "clip.mp4 is an input and would be overwritten"),
+        ({"output": "link.mp4"}, "link.mp4 is an input and would be overwritten"),
+        ({"output": "mask.png"}, "mask.png is an input and would be overwritten"),
+        ({"trace": "mask.png"}, "mask.png is an input and would be overwritten"),
+        ({"output": "first.png", "image": "first.png"}, "first.png is an input and would be overwritten"),
+        ({"output": "o.png", "trace": "./o.png"}, "o.png would be written twice"),
+        ({"output": "o.mp4", "trace": "o-candidates.png", "seeds": 2}, "o-candidates.png would be written twice"),
+        ({"output": "mask-o.mp4", "mask": "mask-o-candidates.png", "seeds": 2}, "is an input and would be overwritten"),
+        ({"clip": "frames", "output": "frames/o.png"}, "would become one of the images in frames, which is read"),
+    ],
+)
+def test_an_edit_never_replaces_what_it_reads_or_writes(
+    kvlock: Kvlock, folder: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", lambda *_, **__: pytest.fail("it sampled"))
+    (folder / "link.mp4").symlink_to(folder / "clip.mp4")
+    (folder / "frames").mkdir()
+    for name in ("first.png", "mask-o-candidates.png", "frames/1.png"):
+        shutil.copy(folder / "mask.png", folder / name)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    result = kvlock(*edit_words(**change))
     assert result.exit_code == 2
-    assert "would be overwritten" in result.output
-    assert (folder / "clip.mp4").read_bytes() == before
+    assert words in plain(result.output)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_a_film_may_be_written_beside_the_images_that_are_read(kvlock: Kvlock, folder: Path) -> None:
+    (folder / "frames").mkdir()
+    for i in range(8):
+        shutil.copy(folder / "mask.png", folder / "frames" / f"{i}.png")
+    assert kvlock(*edit_words(clip="frames", output="frames/o.mp4")).exit_code == 0
 
 
 def test_version_and_short_help():

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from ..types import KVLockError
 from ..utils.fields import check_seed
 from . import options as opt
-from .command_line import app, decibels, out, progress, readable, say, sides_of
+from .command_line import app, check_outputs, decibels, out, progress, readable, say, sides_of
 
 
 @app.command()
@@ -54,6 +54,7 @@ def batch(
         options |= {"size": sides_of(size), "source_prompt": None, "kv_cache": cache and str(cache.absolute())}
         loaded: dict[str, Any] = {"model": model, "dtype": dtype, "offload": offload, "shift": shift}
         loaded |= {"tile_vae": tile_vae or None, "negative_prompt": negative_prompt}
+        check_outputs([out_dir / "results.csv", out_dir / "report.html"], [jobs])
         rows = read_jobs(jobs, out_dir.absolute(), options, loaded)
         check_writable(out_dir / "report.html")
         try:

@@ -10,7 +10,7 @@ from rich.table import Table
 from ..types import KVLockError
 from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
 from . import options as opt
-from .command_line import app, decibels, err, out, progress, readable, say, sides_of
+from .command_line import app, check_outputs, decibels, err, out, progress, readable, say, sides_of
 
 
 def _version(asked: bool) -> None:
@@ -93,12 +93,13 @@ def edit(
         from .models import open_model, read_pair
 
         check_suffix(output)
-        if any(output.exists() and p.exists() and output.samefile(p) for p in (clip, mask)):
-            raise KVLockError(f"-o {output} is an input of this edit and would be overwritten. Name another file.")
-        check_writable(output)
+        sheet = output.with_name(f"{output.stem}-candidates.png")
+        written = [output, *([] if trace is None else [trace]), *([sheet] if seeds > 1 else [])]
+        check_outputs(written, [path for path in (clip, mask, image) if path is not None])
         if trace is not None:
             figure_format(trace)
-            check_writable(trace)
+        for path in written:
+            check_writable(path)
         get(sampler)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
         sides = sides_of(size)
@@ -125,7 +126,6 @@ def edit(
         if trace is not None:
             result.trace.plot(trace)
         if result.candidates is not None:
-            sheet = output.with_name(f"{output.stem}-candidates.png")
             names = [f"seed {seed + i}{' (chosen)' * (seed + i == result.seed)}" for i in range(seeds)]
             middle = result.candidates[:, :, result.candidates.shape[2] // 2].unsqueeze(2)
             write_clip(sheet, side_by_side(list(middle), names, scale=max(1, scale)))

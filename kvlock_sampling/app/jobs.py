@@ -17,6 +17,7 @@ from ..presets import load_preset, to_toml
 from ..samplers import get
 from ..types import KVLockError
 from ..utils.tables import nearest
+from ..video.media import STILLS
 from ..video.pixels import VideoError
 from ..video.write import check_suffix
 
@@ -171,9 +172,14 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
         if first is not job:
             raise KVLockError(f"rows {first.row} and {job.row} both write {job.output.name!r}; give each its own name.")
     for job in jobs:
+        if job.output.suffix.lower() in STILLS:  # a folder of images would grow by it
+            writes[_same(job.output.parent)] = job
+    for job in jobs:
         for read in (job.options.get("clip", ""), job.options.get("mask", "")):
             if os.path.isabs(read) and (writer := writes.get(_same(read))) is not None:
-                raise KVLockError(f"row {job.row} reads {read!r}, which row {writer.row} writes. Give another --out.")
+                raise KVLockError(
+                    f"row {job.row} reads {read!r}, which row {writer.row} writes to. Give another --out."
+                )
 
 
 def _same(path: str | Path) -> str:

@@ -177,17 +177,17 @@ def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):
 
 def test_calibrating_on_a_folder(tmp_path):
     video, example = load(), scenes(1)[0]
-    write_clip(tmp_path / "a.mp4", example.clip, scale=4)
-    write_clip(tmp_path / "a.mask.mp4", (example.mask * 2 - 1).expand(3, -1, -1, -1), scale=4)
-    with pytest.raises(kv.KVLockError, match=r"a.mp4 needs a.mask.png .* and a.txt"):
+    write_clip(tmp_path / "a[1].mp4", example.clip, scale=4)
+    write_clip(tmp_path / "a[1].mask.mp4", (example.mask * 2 - 1).expand(3, -1, -1, -1), scale=4)
+    with pytest.raises(kv.KVLockError, match=r"a\[1\].mp4 needs a\[1\].mask.png .* and a\[1\].txt"):
         folder(tmp_path, video)
-    (tmp_path / "a.txt").write_text(example.prompt)
+    (tmp_path / "a[1].txt").write_text(example.prompt)
     found = folder(tmp_path, video)
     assert len(found) == 1
     assert found[0].prompt == example.prompt
-    (tmp_path / "a.mp4").rename(tmp_path / "a.MKV")  # still a film, whatever its name promises
+    (tmp_path / "a[1].mp4").rename(tmp_path / "a.MKV")  # still a film, whatever its name promises
     assert [e.prompt for e in folder(tmp_path, video)] == [example.prompt]
-    (tmp_path / "a.txt").write_bytes(b"a caf\xe9 in Latin-1")
+    (tmp_path / "a[1].txt").write_bytes(b"a caf\xe9 in Latin-1")
     with pytest.raises(kv.KVLockError, match=r"cannot read '.*a.txt' as text: UnicodeDecodeError"):
         folder(tmp_path, video)
     assert (found[0].mask - example.mask).abs().mean() < 0.02

@@ -170,6 +170,11 @@ def test_off_is_the_model_alone(edit, video, task):
 BAD = {
     "mask of another size": ({"mask": torch.eye(20)}, MaskError, "20 x 20.*masks.resize"),
     "mask of other frames": ({"mask": torch.ones(5, 64, 64)}, MaskError, "mask has 5 frames; expected 8"),
+    "mask of colours": (
+        {"mask": torch.eye(64).unsqueeze(-1).expand(-1, -1, 3).numpy()},
+        MaskError,
+        r"shape is \(64, 64, 3\).*from_diffusers\(mask\)",
+    ),
     "nothing to edit": ({"mask": torch.zeros(64, 64)}, MaskError, "0 everywhere: nothing to edit"),
     "nothing to keep": ({"mask": torch.ones(64, 64)}, MaskError, "1 everywhere.*polarity"),
     "clip with NaN": ({"clip": torch.full((3, 8, 64, 64), float("nan"))}, SourceError, "NaN or inf"),

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
     for clip in sorted(p for p in path.glob("*") if p.suffix.lower() in (".gif", *FILMS)):
         if ".mask" in clip.suffixes:
             continue
-        masks = sorted(path.glob(f"{clip.stem}.mask.*"))
+        masks = sorted(path.glob(f"{escape(clip.stem)}.mask.*"))
         text = clip.with_suffix(".txt")
         if not masks or not text.is_file():
             raise SourceError(f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt, its prompt.")

@@ -40,7 +40,6 @@ def variants() -> dict[str, dict[str, Any]]:
         "full lock": {"policy": FULL},
         "int8": kv_cache(format="int8"),
         "every 2": kv_cache(every=2),
-        "every 3, the nearest level": kv_cache(every=3, interpolate=False),
         "every 3": kv_cache(every=3),
         "every 3, within a ratio of 1.5": kv_cache(every=3, ratio=1.5),
         "every 5": kv_cache(every=5),

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.utils.files import write_atomically
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
-with broken_torchvision_hidden():
-    from diffusers import WanTransformer3DModel
+hide_broken_torchvision()
+from diffusers import WanTransformer3DModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "freq_dim": 256}

@@ -39,7 +39,7 @@ def grams(sigmas: list[float], first: int, count: int) -> np.ndarray:
         source, target = sample_edit(first + i, EDITS[i % len(EDITS)])
         clip, mask = render([source]), edit_mask([source], [target])
         # A cache that stores every level unchanged: what it holds is what the lock would use.
-        cache = kv.KVCache(budget=None, format=None, every=1, ratio=1.0, interpolate=False)
+        cache = kv.KVCache(budget=None, format=None, every=1, ratio=1.0)
         lock = kv.KVLock(
             video.denoiser, source=clip, mask=mask, policy=kv.Constant(lock=1.0), noise="fixed", kv_cache=cache
         )

@@ -32,7 +32,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.batching import join_calls
 from kvlock_sampling.utils.files import write_atomically
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -72,8 +72,9 @@ class Wan(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        with broken_torchvision_hidden():
-            from diffusers import WanTransformer3DModel
+        hide_broken_torchvision()
+        from diffusers import WanTransformer3DModel
+
         self.transformer = WanTransformer3DModel(
             num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers, text_dim=4096
         )

@@ -86,7 +86,7 @@ class Preset:
 
         A preset may come from elsewhere, so it names no folder.
         """
-        known = ("every", "ratio", "format", "interpolate", "budget")
+        known = ("every", "ratio", "format", "budget")
         for key in self.kv_cache or {}:
             if key not in known:
                 raise PolicyError(f"kv_cache: {key} is not a setting that a preset may give; {nearest(key, known)}")

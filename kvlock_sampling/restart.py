@@ -2,8 +2,7 @@
 
     x = x0 + sigma_back * fresh noise   for clips whose last risk exceeds a limit, then the sampler runs from sigma_back
 Stochasticity frees a sample that deterministic sampling has left between two modes (arXiv 2605.06831), and only the
-clips at risk pay for it: their fraction * the fraction of steps below sigma_back. Measured in
-benchmarks/hallucination.py.
+clips at risk pay for it: their fraction * the fraction of steps below sigma_back.
 """
 
 from collections.abc import Mapping
@@ -17,15 +16,15 @@ from .lock import KVLock
 from .samplers import gaussian_noise
 from .trace import Trace
 from .types import RunError
-from .utils.fields import check_seed
+from .utils.fields import check_number, check_seed
 
 
 class Restarted(NamedTuple):
-    """All clips, those at risk made anew; which of them were sent back, (batch,); the traces of the extra rounds."""
+    """All clips, those at risk made anew; which of them were sent back, (batch,); the trace of their run, or None."""
 
     x: Tensor
     sent_back: Tensor
-    traces: list[Trace]
+    trace: Trace | None
 
 
 def last_risk(trace: Trace) -> Tensor:
@@ -51,7 +50,6 @@ def restart(
     *,
     back_to: float,
     limit: float = 1.0,
-    rounds: int = 1,
     extra_args: Mapping[str, Any] | None = None,
     seed: int = 0,
     **arguments: Any,
@@ -65,16 +63,14 @@ def restart(
         sigmas: The schedule. Its part at or below `back_to` runs again.
         back_to: The noise level to return to: high enough to leave a wrong place, low enough to keep the rest.
         limit: A clip whose risk exceeds this, dimensionless, is sent back; 1 = at the threshold.
-        rounds: How often a clip may be sent back, >= 1. Every round measures again.
         extra_args: As for the first run.
         seed: Of the fresh noise, each clip's own, and of a stochastic sampler.
         arguments: Other arguments of `samplers.run`, as for the first run.
 
     Raises:
-        RunError: Nothing was measured, or `back_to`, `limit` or `rounds` leaves nothing to do.
+        RunError: Nothing was measured, `back_to` leaves no step, or `limit` or `seed` is no number.
     """
-    if rounds < 1 or limit != limit:
-        raise RunError(f"rounds={rounds}, limit={limit}; expected rounds >= 1 and a risk, e.g. rounds=1, limit=1.0.")
+    check_number("limit", limit, RunError, " Clips of a larger risk are sent back.")
     levels = sigmas[sigmas <= back_to]
     if len(levels) < 2:
         raise RunError(
@@ -85,20 +81,14 @@ def restart(
     risk = last_risk(lock.trace)
     if len(risk) != batch:
         raise RunError(f"x has {batch} clips, the lock's last run had {len(risk)}; pass the clips of that run.")
-    sent, traces = torch.zeros(batch, dtype=torch.bool, device=x.device), []
-    for round_ in range(rounds):
-        index = torch.nonzero(risk > limit).flatten()
-        if not len(index):
-            break
-        part = lock.subset(index, batch)
-        clips = out[index]
-        # A clip's seed does not depend on which other clips are sent back.
-        seeds = [check_seed(seed, RunError, plus=i + 7919 * (round_ + 1)) for i in index.tolist()]
-        noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
-        cut = take(dict(extra_args or {}), index, batch)
-        out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)
-        traces.append(part.trace)
-        sent[index] = True
-        if round_ + 1 < rounds:
-            risk = torch.full_like(risk, -1.0).index_copy(0, index, last_risk(part.trace).to(risk))
-    return Restarted(out, sent, traces)
+    at_risk = risk > limit
+    index = torch.nonzero(at_risk).flatten()
+    if not len(index):
+        return Restarted(out, at_risk, None)
+    part, clips = lock.subset(index, batch), out[index]
+    # A clip's seed does not depend on which other clips are sent back.
+    seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
+    noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
+    cut = take(dict(extra_args or {}), index, batch)
+    out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)
+    return Restarted(out, at_risk, part.trace)

@@ -12,9 +12,10 @@ SHAPED = ("guidance", "attention.fuse", "variance.base", "masks")
 install_import_hook([f"kvlock_sampling.{room}" for room in SHAPED], "shapes.check")
 
 import kvlock_sampling as kv  # noqa: E402 - after the hook, so that shapes are checked
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden  # noqa: E402
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision  # noqa: E402
 
 torch.set_num_threads(1)
+hide_broken_torchvision()  # before any test imports diffusers
 
 
 class PromptedWan(nn.Module):
@@ -22,8 +23,8 @@ class PromptedWan(nn.Module):
 
     def __init__(self, layers: int = 2) -> None:
         super().__init__()
-        with broken_torchvision_hidden():
-            from diffusers import WanTransformer3DModel
+        from diffusers import WanTransformer3DModel
+
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,

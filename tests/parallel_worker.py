@@ -23,7 +23,9 @@ from torch import Tensor
 from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision
+
+hide_broken_torchvision()
 
 CASES: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
     "wan, ulysses": ("wan", (2, 2, 4), {"ulysses_degree": 2}),
@@ -104,15 +106,14 @@ def pipeline() -> dict[str, Any]:
 def cut(network: Any, how: dict[str, Any], **options: Any) -> None:
     """Enable context parallelism, if there is more than one process."""
     if torch.distributed.is_initialized():
-        with broken_torchvision_hidden():
-            from diffusers import ContextParallelConfig
+        from diffusers import ContextParallelConfig
+
         network.enable_parallelism(config=ContextParallelConfig(**how), **options)
 
 
 def refusals() -> dict[str, str]:
     """What is said where a lock cannot take part."""
-    with broken_torchvision_hidden():
-        from diffusers.models._modeling_parallel import ContextParallelOutput
+    from diffusers.models._modeling_parallel import ContextParallelOutput
 
     said = {}
 
@@ -146,8 +147,7 @@ def refusals() -> dict[str, str]:
 @contextmanager
 def ring_on_the_cpu() -> Iterator[None]:
     """diffusers' native backend with torch's CPU kernel, which returns the log-sum-exp that rings need."""
-    with broken_torchvision_hidden():
-        import diffusers.models.attention_dispatch as dispatch
+    import diffusers.models.attention_dispatch as dispatch
 
     plain = dispatch._native_attention_forward_op
 
@@ -166,8 +166,7 @@ def ring_on_the_cpu() -> Iterator[None]:
 @contextmanager
 def gathering_pieces_of_any_size() -> Iterator[None]:
     """diffusers' gathering of unequal pieces, by way of equal ones."""
-    with broken_torchvision_hidden():
-        import diffusers.hooks.context_parallel as hooks
+    import diffusers.hooks.context_parallel as hooks
 
     def gather(piece: Tensor, dim: int, group: Any) -> Tensor:
         sizes = [torch.empty(1, dtype=torch.int64) for _ in range(2)]

@@ -235,7 +235,7 @@ def test_the_results_never_replace_the_table(kvlock: Kvlock, edits: list[str]) -
     before = Path(table).read_bytes()
     ended = kvlock("batch", table, "--out", "data")
     assert (ended.exit_code, edits) == (2, [])
-    assert "is an input and would be overwritten" in plain(ended.output)
+    assert "is an input or would be written twice" in plain(ended.output)
     assert Path(table).read_bytes() == before
 
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import PromptedWan, Setup
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import apply_group_offloading
 from test_backends import outputs
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention.compat.step_caches import StepCaches
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.variance import RenoiseVariance
-
-with broken_torchvision_hidden():
-    from diffusers import (
-        FasterCacheConfig,
-        FirstBlockCacheConfig,
-        MagCacheConfig,
-        PyramidAttentionBroadcastConfig,
-        TaylorSeerCacheConfig,
-    )
-    from diffusers.hooks import apply_group_offloading
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid")
 SIGMAS = (20.0, 12.0, 8.0, 5.0, 3.0, 1.5)

@@ -261,14 +261,20 @@ def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: di
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"output": "clip.mp4"}, "clip.mp4 is an input and would be overwritten"),
-        ({"output": "link.mp4"}, "link.mp4 is an input and would be overwritten"),
-        ({"output": "mask.png"}, "mask.png is an input and would be overwritten"),
-        ({"trace": "mask.png"}, "mask.png is an input and would be overwritten"),
-        ({"output": "first.png", "image": "first.png"}, "first.png is an input and would be overwritten"),
-        ({"output": "o.png", "trace": "./o.png"}, "o.png would be written twice"),
-        ({"output": "o.mp4", "trace": "o-candidates.png", "seeds": 2}, "o-candidates.png would be written twice"),
-        ({"output": "mask-o.mp4", "mask": "mask-o-candidates.png", "seeds": 2}, "is an input and would be overwritten"),
+        ({"output": "clip.mp4"}, "clip.mp4 is an input or would be written twice"),
+        ({"output": "link.mp4"}, "link.mp4 is an input or would be written twice"),
+        ({"output": "mask.png"}, "mask.png is an input or would be written twice"),
+        ({"trace": "mask.png"}, "mask.png is an input or would be written twice"),
+        ({"output": "first.png", "image": "first.png"}, "first.png is an input or would be written twice"),
+        ({"output": "o.png", "trace": "./o.png"}, "o.png is an input or would be written twice"),
+        (
+            {"output": "o.mp4", "trace": "o-candidates.png", "seeds": 2},
+            "o-candidates.png is an input or would be written twice",
+        ),
+        (
+            {"output": "mask-o.mp4", "mask": "mask-o-candidates.png", "seeds": 2},
+            "is an input or would be written twice",
+        ),
         ({"clip": "frames", "output": "frames/o.png"}, "would become one of the images in frames, which is read"),
     ],
 )

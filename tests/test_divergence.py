@@ -198,7 +198,7 @@ def test_wrappers_forward_the_effect():
     run = [evaluation(*e) for e in zip((5.0, 2.0, 1.0), edits, sources, strict=True)]
     bare = Divergence()
     wanted = bare.effect(play(bare, run)[0])
-    wrapper = Sparse(bare, below=9.0)
+    wrapper = Sparse(bare, every=1)
     assert wrapper.needs_source
     torch.testing.assert_close(wrapper.effect(play(wrapper, run)[0]), wanted)
     assert TrajectoryVariance().effect(()) is None
@@ -336,7 +336,7 @@ def test_policies_see_effect_over_the_threshold(setup):
 
 
 def test_without_a_source_the_lock_says_what_to_pass(setup):
-    for estimator in (Divergence(), Sparse(Divergence(), below=9.0)):
+    for estimator in (Divergence(), Sparse(Divergence(), every=1)):
         with pytest.raises(EstimatorError, match=r"there is none.*\n.*source=latents"):
             kv.KVLock(setup.model, policy=Hold(0.0), estimator=estimator)
     with pytest.raises(EstimatorError, match=r"there is none.*\n.*source=latents"):

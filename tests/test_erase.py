@@ -144,7 +144,7 @@ def test_a_local_estimator_takes_the_models_patch(setup):
     for estimator in (
         Divergence(patch="model"),
         TrajectoryVariance(patch="model"),
-        Sparse(Sparse(TrajectoryVariance(patch="model"), every=2), below=5.0),
+        Sparse(Sparse(TrajectoryVariance(patch="model"), every=2), every=1),
         Sparse(Divergence(patch="model"), every=2),
     ):
         lock = setup.lock(policy=kv.PID(), estimator=estimator)

@@ -50,12 +50,12 @@ BUILT_IN: list[Estimator] = [
     DropoutVariance(),
     DropoutVariance(passes=2, rate=0.5, patch=PATCH),
     Sparse(RenoiseVariance(), sigmas=(2.0, 0.3)),
-    Sparse(PosteriorVariance(), every=3, below=4.0),
-    Sparse(TrajectoryVariance(), below=2.0, above=0.1),
+    Sparse(PosteriorVariance(), every=3),
+    Sparse(TrajectoryVariance(), sigmas=(2.0, 0.5, 0.1)),
     Sparse(DropoutVariance(), every=4, hold=True),
-    Sparse(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), below=6.0),
+    Sparse(Sparse(RenoiseVariance(passes=1, patch=PATCH), every=3, hold=True), every=1),
     Sparse(TrajectoryVariance(patch=PATCH), every=2, hold=True),
-    Sparse(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True), above=0.1),
+    Sparse(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True), every=1),
 ]
 
 
@@ -321,9 +321,6 @@ FALL = [8.0, 4.0, 2.0, 1.0, 0.5, 0.25]
         ({"sigmas": 1.0}, [1.0]),
         ({"every": 1}, FALL),
         ({"every": 2}, [8.0, 2.0, 0.5]),
-        ({"every": 2, "below": 4.0}, [4.0, 1.0, 0.25]),
-        ({"below": 2.0, "above": 0.5}, [2.0, 1.0, 0.5]),
-        ({"sigmas": (3.0, 0.5), "below": 1.0}, [0.5]),
     ],
 )
 def test_sparse_measures_at_the_chosen_noise_levels(settings, measured):
@@ -343,11 +340,10 @@ def test_a_level_repeated_is_not_new():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Sparse(Level()), "no noise levels chosen"),
-        (lambda: Sparse(Level(), sigmas=(1.0,), every=2), "not both"),
+        (lambda: Sparse(Level()), "expected one of them"),
+        (lambda: Sparse(Level(), sigmas=(1.0,), every=2), "expected one of them"),
         (lambda: Sparse(Level(), sigmas=(-1.0,)), r"finite numbers > 0.*Sparse\(estimator, sigmas=\(1.0, 0.3\)\)"),
         (lambda: Sparse(Level(), every=0), "whole number"),
-        (lambda: Sparse(Level(), below=0.1, above=1.0), "empty window"),
         (lambda: Sparse("RenoiseVariance", every=2), r"Sparse\(RenoiseVariance\(\), every=5\)"),
         (lambda: DropoutVariance(passes=1), "passes=4"),
         (lambda: DropoutVariance(rate=1.0), "rate=0.1"),
@@ -480,11 +476,11 @@ def test_nested_estimators_come_from_tables():
     moves = {"type": "TrajectoryVariance", "window": "none", "span": 8.0, "patch": [1, 2, 2]}
     table = {
         "type": "Sparse",
-        "below": 0.9,
+        "every": 3,
         "estimator": {"type": "Sparse", "sigmas": [1.0, 0.3], "hold": True, "estimator": moves},
     }
     inner = Sparse(TrajectoryVariance(window=None, span=8.0, patch=PATCH), sigmas=(1.0, 0.3), hold=True)
-    expected = Sparse(inner, below=0.9)
+    expected = Sparse(inner, every=3)
     assert from_table(table, ESTIMATORS, "estimator") == expected
     hash(expected)
 
@@ -498,7 +494,7 @@ def test_a_preset_names_a_nested_estimator():
     text = """
 [estimator]
 type = "Sparse"
-below = 8.0
+every = 1
 [estimator.estimator]
 type = "Sparse"
 every = 5
@@ -508,7 +504,7 @@ estimator = { type = "TrajectoryVariance", patch = [1, 2, 2] }
 type = "Linear"
 """
     preset = load_preset(text)
-    expected = Sparse(Sparse(TrajectoryVariance(patch=PATCH), every=5, hold=True), below=8.0)
+    expected = Sparse(Sparse(TrajectoryVariance(patch=PATCH), every=5, hold=True), every=1)
     assert preset.estimator == expected
     assert load_preset(kv.to_toml(preset)) == preset
     assert kv.KVLock(GaussianDenoiser(), policy=preset).settings.estimator == expected
@@ -520,7 +516,7 @@ type = "Linear"
         ({"type": "Sparse", "estimator": {"type": "Renoise"}}, r"estimator\.estimator\.type.*RenoiseVariance"),
         ({"type": "Sparse"}, "Sparse needs estimator"),
         ({"type": "Sparse", "estimator": {"type": "Sparse", "evry": 2}}, r"estimator\.estimator\.evry.*'every'"),
-        ({"type": "Sparse", "estimator": {"type": "RenoiseVariance"}}, "no noise levels"),
+        ({"type": "Sparse", "estimator": {"type": "RenoiseVariance"}}, "expected one of them"),
         ({"type": "DropoutVariance", "model": "x"}, "model is not a setting"),
         ({"type": "Sparse", "estimator": "RenoiseVariance"}, "expected a table"),
         (3, "expected a table"),

@@ -168,7 +168,7 @@ def damage(folder: Path, rng: random.Random) -> None:
 
 def test_two_hundred_mutated_cache_folders(tmp_path):
     """Whatever lies in the folder, every noise level serves what it would without one: K/V are stored as they come."""
-    settings = {"format": None, "ratio": 1.01, "every": 1, "interpolate": False}
+    settings = {"format": None, "ratio": 1.01, "every": 1}
     fill(entry(KVCache(tmp_path / "whole", **settings)), SIGMAS)
     warned = 0
     with no_longer_than(120):

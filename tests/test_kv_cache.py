@@ -59,7 +59,7 @@ def test_a_level_that_heun_requests_twice_does_not_age():
 
 
 def test_churn_goes_up_a_little_and_is_served_from_below():
-    one = entry(KVCache(format=None, every=2, ratio=1.2, interpolate=False))
+    one = entry(KVCache(format=None, every=2, ratio=1.2))
     run(one, [8.0])
     assert served(one, 8.4) == (8.0,)
     run(one, [6.0])
@@ -67,34 +67,33 @@ def test_churn_goes_up_a_little_and_is_served_from_below():
 
 
 def test_a_rejected_step_finds_its_levels_as_they_were():
-    one = entry(KVCache(format=None, every=3, ratio=1.5, interpolate=False))
+    one = entry(KVCache(format=None, every=3, ratio=1.5))
     assert run(one, [8.0, 7.0, 6.0, 5.0, 4.0]) == [8.0, 5.0]
     assert run(one, [8.0, 7.0, 6.0, 5.0, 4.0]) == []  # far more than `every` calls later
-    assert served(one, 7.0) == (8.0,)
-    assert served(one, 10.0) == (8.0,)
+    assert served(one, 7.0) == (5.0, 8.0)
+    assert served(one, 10.0) == (5.0, 8.0)
     assert one.lookup(12.5) is None
 
 
-def test_the_nearest_level_in_log_sigma_serves():
-    one = entry(KVCache(format=None, every=None, ratio=4.0, interpolate=False))
+def test_the_level_within_the_ratio_serves():
+    one = entry(KVCache(format=None, every=None, ratio=1.9))
     one.put(8.0, source_pass(8.0))
     one.put(2.0, source_pass(2.0))
-    assert served(one, 4.1) == (8.0,)
-    assert served(one, 3.9) == (2.0,)
-    assert served(one, 4.0) == (8.0,)  # at one distance from both: the noisier one
+    assert served(one, 4.3) == (8.0,)
+    assert served(one, 3.7) == (2.0,)
+    assert served(one, 4.0) == ()  # at one distance from both, and too far from each
 
 
 @given(
     st.lists(st.floats(0.01, 80), min_size=1, max_size=20),
     st.one_of(st.none(), st.integers(1, 5)),
     st.one_of(st.none(), st.floats(1, 3)),
-    st.booleans(),
 )
 @settings(max_examples=80, deadline=None)
-def test_a_repeated_run_needs_no_source_pass_and_the_plan_counts_the_first(sigmas, every, ratio, interpolate):
+def test_a_repeated_run_needs_no_source_pass_and_the_plan_counts_the_first(sigmas, every, ratio):
     if every is None and ratio is None:
         every = 1
-    kv_cache = KVCache(format=None, every=every, ratio=ratio, budget=None, interpolate=interpolate)
+    kv_cache = KVCache(format=None, every=every, ratio=ratio, budget=None)
     small = {"shape": (1, 1, 1, 1), "layers": ("layer",)}
     first = run(entry(kv_cache, layers=("layer",)), sigmas, **small)
     assert kv_cache.refresh.expected_levels(sigmas) == len(first)
@@ -228,8 +227,6 @@ def test_mistakes_are_named():
         ({"budget": -1}, "-1"),
         ({"budget": 0}, "budget=0 leaves no room; pass a directory"),
         ({"budget": True}, "budget=True; expected bytes"),
-        ({"interpolate": 3}, "interpolate=3; expected True or False, e.g. interpolate=True"),
-        ({"interpolate": None}, "interpolate=None"),
         ({"directory": ""}, r"directory='' names no folder; .*KVCache\('kv-cache'\)[^$]*KVCache\('\.'\)"),
         ({"directory": " "}, "directory=' ' names no folder"),
         ({"directory": 3}, "directory=3 names no folder"),
@@ -246,7 +243,7 @@ def test_settings_outside_their_range(arguments, message, tmp_path, monkeypatch)
 
 
 def test_settings_are_pickled_and_shown(tmp_path):
-    settings = {"budget": "2GB", "format": None, "every": 2, "ratio": None, "interpolate": False}
+    settings = {"budget": "2GB", "format": None, "every": 2, "ratio": None}
     kv_cache = KVCache(tmp_path, **settings)
     assert repr(kv_cache) == f"KVCache('{tmp_path}', format=None, 0 bytes of 2 GB used)"
     other = pickle.loads(pickle.dumps(kv_cache))
@@ -254,7 +251,7 @@ def test_settings_are_pickled_and_shown(tmp_path):
         tmp_path,
         2 * 10**9,
         None,
-        Refresh(2, None, False),
+        Refresh(2, None),
     )
 
 

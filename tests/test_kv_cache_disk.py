@@ -46,9 +46,8 @@ def no_unexpected_warnings():
 
 @pytest.mark.parametrize("format", [None, "int8"])
 @pytest.mark.parametrize("budget", [None, 2 * LEVEL_BYTES, LEVEL_BYTES // 5, 0])
-@pytest.mark.parametrize("interpolate", [False, True])
-def test_disk_equals_memory_bit_for_bit(tmp_path, format, budget, interpolate):
-    settings = {"format": format, "interpolate": interpolate}
+def test_disk_equals_memory_bit_for_bit(tmp_path, format, budget):
+    settings = {"format": format}
     memory, disk = KVCache(budget=None, **settings), KVCache(tmp_path, budget=budget, **settings)
     for again in range(3):
         if again == 2:

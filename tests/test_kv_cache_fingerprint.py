@@ -357,7 +357,7 @@ def test_everything_that_keys_and_values_depend_on_is_another_entry():
         {},
         {"model": network()},
         {"clip": parts.clip.clone(), "arguments": {"scale": 2.0, "cond": parts.clip.clone()}},
-        {"cache": {"every": 5, "ratio": 1.2, "budget": "1GB", "interpolate": False}},
+        {"cache": {"every": 5, "ratio": 1.2, "budget": "1GB"}},
         {"expert": 1},  # there is one network
     ]
     assert {parts.entry(**change).name for change in same} == {own}

@@ -282,7 +282,7 @@ def test_pipelines_where_it_cannot_work_are_refused() -> None:
 def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvlock_sampling.kv_cache import cache as module
 
-    pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1, interpolate=False)
+    pipe, kv_cache = classic(name), kv.KVCache(format=None, every=1)
     made, keys = module.content_fingerprint, []
     monkeypatch.setattr(module, "content_fingerprint", lambda content: keys.append(made(content)) or keys[-1])
     options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}

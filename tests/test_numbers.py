@@ -124,8 +124,6 @@ FUNCTIONS = {
     "samplers.run": (bare, {"seed": FROM_0}),
     "gaussian_noise": (partial(samplers.gaussian_noise, torch.ones(1, 2)), {"seed": FROM_0}),
     "grow": (partial(unwrap(masks.grow), DISC), {"radius": NOT_NEGATIVE}),
-    "shrink": (partial(unwrap(masks.shrink), DISC), {"radius": NOT_NEGATIVE}),
-    "feather": (partial(unwrap(masks.feather), DISC), {"radius": NOT_NEGATIVE}),
     "latent_mask": (partial(unwrap(masks.latent_mask), DISC), {"temporal": COUNT, "spatial": COUNT}),
     "token_mask": (partial(unwrap(masks.token_mask), DISC), {"patch": PAIR}),
     "resize": (

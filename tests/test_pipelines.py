@@ -6,6 +6,7 @@ of a flow scheduler, and DDIM, are the same step in other variables, so the resu
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from toy_pipelines import tiny_pipeline
@@ -13,10 +14,6 @@ from toy_pipelines import tiny_pipeline
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers import latents as codec
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
-
-with broken_torchvision_hidden():
-    import diffusers
 
 WANS = ["wan", "wan-2.2", "wan-ti2v", "wan-image", "wan-image-ti2v", "wan-vace"]
 NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "hunyuan-1.5", "mochi"]

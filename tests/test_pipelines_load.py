@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from toy_pipelines import tiny_pipeline
@@ -20,11 +21,7 @@ from kvlock_sampling.app.models import read_pair
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers.models import load
 from kvlock_sampling.presets import load_preset
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 from kvlock_sampling.video import read_clip, write_clip
-
-with broken_torchvision_hidden():
-    import diffusers
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from contextlib import suppress
 
+import diffusers
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,10 +21,6 @@ from kvlock_sampling.integrations.diffusers.schedule import (
     schedule_sigmas,
     sigmas_of,
 )
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
-
-with broken_torchvision_hidden():
-    import diffusers
 
 SCHEDULERS = {
     "euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),

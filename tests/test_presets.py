@@ -55,7 +55,7 @@ PRESETS = [
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
     Preset(Linear(), estimator=MOVES),
     Preset(Linear(), estimator=Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True), rescale=True),
-    Preset(Linear(), estimator=Sparse(Sparse(MOVES, every=2, hold=True), below=9.0)),
+    Preset(Linear(), estimator=Sparse(Sparse(MOVES, every=2, hold=True), every=1)),
 ]
 
 
@@ -200,7 +200,7 @@ def test_settings_of_any_wrong_type_are_an_error_and_not_a_crash(kind):
     registry = {**presets.POLICIES, **presets.ESTIMATORS}
     inner = {"policy": {"type": "PID"}, "estimator": {"type": "TrajectoryVariance", "patch": [1, 2, 2]}}
     inner["estimators"] = [inner["estimator"]]
-    base = {"type": kind.__name__, "above": 1.0, "half_life": 1.0, **inner}
+    base = {"type": kind.__name__, "above": 1.0, "half_life": 1.0, "every": 2, **inner}
     base = {key: value for key, value in base.items() if key == "type" or key in kind.__dataclass_fields__}
     made = from_table(base, registry, "x")
     assert from_table(to_table(made, registry), registry, "x") == made

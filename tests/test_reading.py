@@ -579,14 +579,6 @@ def test_a_colon_in_a_relative_name_is_no_protocol(tmp_path: Path, monkeypatch: 
     assert read_clip(name).pixels.shape[0] == 3
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link.mp4").symlink_to(tmp_path / "there" / "clip.mp4")
-    write_clip(tmp_path / "link.mp4", torch.zeros(3, 2, 16, 16))
-    assert (tmp_path / "link.mp4").is_symlink()
-    assert [p.name for p in (tmp_path / "there").iterdir()] == ["clip.mp4"]
-
-
 def small_files(folder: Path) -> dict[str, bytes]:
     """A small clip in every kind of file."""
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ def test_only_flagged_clips_change(pair):
     assert not torch.equal(result.x[sent], x[sent])
     background = (pair.mask[sent] == 0).expand_as(x[sent])
     torch.testing.assert_close(result.x[sent][background], pair.source[sent][background], rtol=0, atol=1e-3)
-    assert len(result.traces[0]) == int(((pair.sigmas <= 3.0) & (pair.sigmas > 0)).sum())
+    assert len(result.trace) == int(((pair.sigmas <= 3.0) & (pair.sigmas > 0)).sum())
     assert lock.trace is first
     again = restart(lock, "euler", x, pair.sigmas, limit=limit, **arguments)
     assert torch.equal(again.x, result.x)
@@ -41,15 +41,7 @@ def test_nothing_at_risk_costs_nothing(pair):
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
     result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=1e9, extra_args=pair.cfg)
     assert torch.equal(result.x, x)
-    assert not result.traces
-
-
-def test_rounds_are_bounded(pair):
-    lock = measured_lock(pair)
-    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
-    result = restart(lock, "euler", x, pair.sigmas, back_to=3.0, limit=0.0, rounds=3, extra_args=pair.cfg)
-    assert len(result.traces) == 3
-    assert result.sent_back.all()
+    assert result.trace is None
 
 
 def test_a_subset_of_a_lock_is_the_lock_of_the_subset(pair):
@@ -88,12 +80,12 @@ def test_a_mask_of_as_many_frames_as_clips_is_cut_by_clips(pair):
     assert 0 < result.sent_back.sum() < 3
 
 
-@pytest.mark.parametrize("slip", [{"rounds": 0}, {"limit": float("nan")}])
-def test_resampling_that_could_do_nothing_is_refused(pair, slip):
+@pytest.mark.parametrize("slip", [{"seed": -1}, {"limit": float("nan")}])
+def test_a_restart_by_no_number_is_refused(pair, slip):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
-    with pytest.raises(RunError, match="expected rounds >= 1 and a risk"):
-        restart(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **slip)
+    with pytest.raises(RunError, match=r"=(nan|-1); expected a (finite|whole) number"):
+        restart(lock, "euler", x, pair.sigmas, back_to=2.0, extra_args=pair.cfg, **{"limit": 0.0} | slip)
 
 
 def test_one_step_is_enough_for_one_round(pair):

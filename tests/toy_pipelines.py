@@ -12,7 +12,6 @@ import torch
 
 from kvlock_sampling.testing import pipelines
 from kvlock_sampling.testing.pipelines import TEXT, WORDS, finished, t5, tokenizer
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 VOCABULARY = len(WORDS)
 
@@ -21,7 +20,7 @@ def tiny_pipeline(name: str = "wan", seed: int = 0) -> Any:
     """A small pipeline with random weights; the names are `BUILDERS`' and "wan"."""
     if name == "wan":
         return pipelines.tiny_pipeline(seed)
-    with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return finished(BUILDERS[name]())
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils.extras import require
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
 
@@ -51,8 +51,8 @@ class FirstWan(nn.Module):
 
     def __init__(self, dim: int = 128, layers: int = 6, heads: int = 4, text_dim: int = 64) -> None:
         super().__init__()
-        with broken_torchvision_hidden():
-            wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
+        hide_broken_torchvision()
+        wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
         self.words = nn.Embedding(len(VOCABULARY) + 1, text_dim)
         self.transformer = wan.WanTransformer3DModel(
             patch_size=PATCH,

@@ -146,7 +146,7 @@ class Editor:
     def _cache_in(self, folder: Path) -> KVCache:
         """A cache whose levels serve their own noise levels alone, so that no job depends on the jobs before it."""
         if self._cache is None or self._cache[0] != folder:
-            self._cache = folder, KVCache(folder, every=None, ratio=1.0, interpolate=False)
+            self._cache = folder, KVCache(folder, every=None, ratio=1.0)
         return self._cache[1]
 
 

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from ..types import KVLockError
 from ..utils.fields import check_seed
 from . import options as opt
-from .command_line import app, check_outputs, decibels, out, progress, readable, say, sides_of
+from .command_line import app, decibels, out, progress, readable, say, sides_of
 
 
 @app.command()
@@ -43,7 +43,7 @@ def batch(
         from ..samplers import get
         from ..utils.files import check_writable
         from .batch import run_batch
-        from .jobs import policy_file, read_jobs
+        from .jobs import check_outputs, policy_file, read_jobs
         from .report import write_report
 
         get(sampler), load_preset(policy), check_seed(seed, KVLockError)

@@ -10,7 +10,7 @@ from rich.table import Table
 from ..types import KVLockError
 from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
 from . import options as opt
-from .command_line import app, check_outputs, decibels, err, out, progress, readable, say, sides_of
+from .command_line import app, decibels, err, out, progress, readable, say, sides_of
 
 
 def _version(asked: bool) -> None:
@@ -90,6 +90,7 @@ def edit(
         from ..video import check_suffix, read_clip, side_by_side, write_clip
         from .batch import fitting_scale
         from .edit import edit_video
+        from .jobs import check_outputs
         from .models import open_model, read_pair
 
         check_suffix(output)

@@ -1,11 +1,9 @@
 """What the commands share: the command line itself, its consoles, errors and progress."""
 
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..types import KVLockError
-from ..video.media import STILLS
 
 app = typer.Typer(
     help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
@@ -51,22 +48,6 @@ def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda *_: bar.advance(task)
-
-
-def check_outputs(writes: Sequence[Path], reads: Sequence[Path]) -> None:
-    """Raise KVLockError if a file to write is also read, lies among images that are read, or is named twice."""
-    for i, path in enumerate(writes):
-        for read in reads:
-            if _same(path, read):
-                raise KVLockError(f"{path} is an input and would be overwritten. Name another file.")
-            if read.is_dir() and _same(path.parent, read) and path.suffix.lower() in STILLS:
-                raise KVLockError(f"{path} would become one of the images in {read}, which is read. Name another file.")
-        if any(_same(path, other) for other in writes[:i]):
-            raise KVLockError(f"{path} would be written twice. Name another file.")
-
-
-def _same(a: Path, b: Path) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b) or (a.exists() and b.exists() and a.samefile(b))
 
 
 def sides_of(size: str | None) -> tuple[int, int] | None:

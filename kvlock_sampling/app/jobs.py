@@ -182,9 +182,20 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
                 )
 
 
+def check_outputs(writes: Sequence[Path], reads: Sequence[Path]) -> None:
+    """Raise KVLockError if a file to write is also read, lies among images that are read, or is named twice."""
+    known = {_same(path) for path in reads}
+    for path in writes:
+        if _same(path) in known:
+            raise KVLockError(f"{path} is an input or would be written twice. Name another file.")
+        if _same(path.parent) in known and path.suffix.lower() in STILLS:
+            raise KVLockError(f"{path} would become one of the images in {path.parent}, which is read. Name another.")
+        known.add(_same(path))
+
+
 def _same(path: str | Path) -> str:
     """A text that two paths of one file share; some file systems ignore case."""
-    return os.path.abspath(path).casefold()
+    return os.path.realpath(path).casefold()
 
 
 def _weights(path: Path) -> list[Any]:

@@ -41,9 +41,8 @@ class KVCache:
             beside it, else it goes to the host. Files are read through a memory map and do not count.
         format: "int8" stores one byte per number (0.4% off, see `quantize`); None stores K/V unchanged.
         every: Evaluations per source pass, >= 1, in the run that fills the cache; None is no limit. See `refresh`.
-        ratio: A level serves noise levels within this ratio, >= 1; None is no limit.
-        interpolate: Serve points of the line in log sigma through two levels instead of the nearest level. The cache
-            then changes an edit half as much or less. Needs room for two levels.
+        ratio: A level serves noise levels within this ratio, >= 1; None is no limit. Where two levels are held, points
+            of the line in log sigma through them serve.
 
     Raises:
         KVCacheError: A setting is outside its range, or the directory cannot be used.
@@ -57,9 +56,8 @@ class KVCache:
         format: str | None = "int8",
         every: int | None = 3,
         ratio: float | None = 1.5,
-        interpolate: bool = True,
     ) -> None:
-        self.refresh = Refresh(every, ratio, interpolate)
+        self.refresh = Refresh(every, ratio)
         if format not in ("int8", None):
             raise KVCacheError(f'format={format!r}; expected "int8", or None to keep K/V unchanged.')
         self.format = format

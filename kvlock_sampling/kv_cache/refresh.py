@@ -29,7 +29,6 @@ class Refresh:
 
     every: int | None = 3
     ratio: float | None = 1.5
-    interpolate: bool = True
 
     def __post_init__(self) -> None:
         for name, usual in (("every", 3), ("ratio", 1.5)):
@@ -38,8 +37,6 @@ class Refresh:
                 check_number(name, limit, KVCacheError, hint, at_least=1, whole=isinstance(usual, int))
         if self.every is None and self.ratio is None:
             raise KVCacheError("every=None and ratio=None serve one level to all; set at least one, e.g. ratio=1.5.")
-        if not isinstance(self.interpolate, bool):
-            raise KVCacheError(f"interpolate={self.interpolate!r}; expected True or False, e.g. interpolate=True.")
 
     def choose(
         self, levels: Iterable[float], sigma: float, requested: Sequence[float], fresh: Container[float]
@@ -49,23 +46,20 @@ class Refresh:
         `requested` are the distinct noise levels that this run requested, `sigma` among them; `fresh` are the levels
         that this run stored.
         """
-        levels = sorted(levels, key=lambda s: (_distance(s, sigma), -s))  # of two at one distance the noisier first
+        levels = sorted(levels, key=lambda s: _distance(s, sigma))
         nearest = next((s for s in levels if self._serves(s, sigma, requested if s in fresh else ())), None)
         if nearest is not None and same(nearest, sigma):
             return ((nearest, 1.0),)
-        if self.interpolate:
-            low = next((s for s in levels if s <= sigma), None)
-            high = next((s for s in levels if s > sigma), None)
-            if low is not None and high is not None and all(_within(self.ratio, s, sigma) for s in (low, high)):
-                weight = math.log(sigma / low) / math.log(high / low)
-                return (low, 1 - weight), (high, weight)
+        low = next((s for s in levels if s <= sigma), None)
+        high = next((s for s in levels if s > sigma), None)
+        if low is not None and high is not None and all(_within(self.ratio, s, sigma) for s in (low, high)):
+            weight = math.log(sigma / low) / math.log(high / low)
+            return (low, 1 - weight), (high, weight)
         if nearest is None:
             return ()
-        behind = None
-        if self.interpolate:
-            reach = 4.0 if self.ratio is None else self.ratio**2
-            beyond = [s for s in levels if (s - nearest) * (nearest - sigma) > 0 and _within(reach, s, sigma)]
-            behind = min(beyond, key=lambda s: _distance(s, nearest), default=None)
+        reach = 4.0 if self.ratio is None else self.ratio**2
+        beyond = [s for s in levels if (s - nearest) * (nearest - sigma) > 0 and _within(reach, s, sigma)]
+        behind = min(beyond, key=lambda s: _distance(s, nearest), default=None)
         if behind is None:
             return ((nearest, 1.0),)
         # At most as far beyond the last level as the two are apart: two close levels say little about a far one.

@@ -15,7 +15,7 @@ maximum, so that a small region is never lost: a cell that holds any edited pixe
 
 from .conventions import from_comfy, from_diffusers, from_keep_mask
 from .form import Mask, MaskLike, as_mask, check_mask
-from .morphology import feather, grow, shrink
+from .morphology import feather, grow
 from .resolution import latent_mask, resize, token_mask
 
 __all__ = [
@@ -30,6 +30,5 @@ __all__ = [
     "grow",
     "latent_mask",
     "resize",
-    "shrink",
     "token_mask",
 ]

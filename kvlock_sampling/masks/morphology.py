@@ -1,4 +1,4 @@
-"""A larger, smaller or softer region, by each cell's distance to the nearest edited cell (value above 0) of its frame.
+"""A larger or softer region, by each cell's distance to the nearest edited cell (value above 0) of its frame.
 
 Runs in scipy on the CPU and returns to the mask's device. Every function takes
 - mask: as in `as_mask`;
@@ -19,13 +19,8 @@ from .form import Mask, MaskLike, as_mask
 
 
 def grow(mask: MaskLike, radius: float) -> Mask:
-    """1 on cells within `radius` of an edited cell, else 0."""
+    """1 on cells within `radius` of an edited cell, else 0. A smaller region is 1 - grow(1 - mask, radius)."""
     return _per_frame(mask, radius, lambda distance: distance <= radius)
-
-
-def shrink(mask: MaskLike, radius: float) -> Mask:
-    """1 on cells further than `radius` from every kept cell, else 0: 1 - grow(1 - mask, radius)."""
-    return 1 - grow(1 - as_mask(mask), radius)
 
 
 def feather(mask: MaskLike, radius: float) -> Mask:
@@ -50,7 +45,7 @@ def _per_frame(mask: MaskLike, radius: float, weight: Callable[[np.ndarray], np.
 
 
 def _frames(mask: MaskLike, radius: float, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    check_number("radius", radius, MaskError, " Use masks.shrink to go inwards.", at_least=0.0)
+    check_number("radius", radius, MaskError, " Inwards: 1 - masks.grow(1 - mask, radius).", at_least=0.0)
     values = as_mask(mask)
     pages = rearrange(values, "b 1 t h w -> (b t) h w").float().cpu().numpy()
     out = np.zeros(pages.shape, np.float32)

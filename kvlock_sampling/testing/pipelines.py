@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..utils.extras import require
-from ..utils.torchvision import broken_torchvision_hidden
+from ..utils.torchvision import hide_broken_torchvision
 
 TEXT = 32  # width of the text encoder
 WORDS = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]
@@ -23,7 +23,8 @@ def tiny_pipeline(seed: int = 0) -> Any:
     Raises:
         KVLockError: diffusers or transformers is not installed.
     """
-    with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+    hide_broken_torchvision()
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         d = require("diffusers", "diffusers")
         parts = wan_parts(d)

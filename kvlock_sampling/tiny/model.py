@@ -19,7 +19,7 @@ from ..denoisers import FlowDenoiser
 from ..samplers import flow_sigmas
 from ..types import KVLockError
 from ..utils.extras import require
-from ..utils.torchvision import broken_torchvision_hidden
+from ..utils.torchvision import hide_broken_torchvision
 from .world import COLOURS, EMPTY_PROMPT, FRAMES, MOTIONS, SHAPES, SIZE
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
@@ -73,8 +73,8 @@ class TinyWan(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        with broken_torchvision_hidden():
-            wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
+        hide_broken_torchvision()
+        wan = require("diffusers.models.transformers.transformer_wan", "diffusers")
         self.emb = nn.Embedding(len(WORDS), 64)
         sizes = {"num_attention_heads": 6, "attention_head_dim": 32, "ffn_dim": 768, "num_layers": 8}
         text = {"text_dim": 64, "freq_dim": 64, "cross_attn_norm": True, "rope_max_seq_len": 64}

@@ -15,12 +15,12 @@ from ..types import KVLockError
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed to `path` if the block succeeds and removed otherwise.
 
-    Missing folders are created, and a link stays one. The temporary path keeps the suffix, because some writers read
-    it, and is absolute, because ffmpeg takes what is before a colon for a protocol.
+    Missing folders are created. The temporary path keeps the suffix, because some writers read it, and is absolute,
+    because ffmpeg takes what is before a colon for a protocol.
     """
-    suffix, path = Path(path).suffix, Path(os.path.realpath(path))
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

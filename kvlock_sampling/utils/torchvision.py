@@ -7,23 +7,13 @@ import of its models fails as well. Python treats a module as absent while its e
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 
-@contextmanager
-def broken_torchvision_hidden() -> Iterator[None]:
-    """Hide a broken torchvision from the imports inside the block. A working one stays visible."""
-    hide = "torchvision" not in sys.modules and find_spec("torchvision") is not None
-    if hide:
+def hide_broken_torchvision() -> None:
+    """Let all later imports take a broken torchvision for absent. A working one stays visible."""
+    if "torchvision" not in sys.modules and find_spec("torchvision") is not None:
         try:
             importlib.import_module("torchvision")
-            hide = False
         except Exception:  # A mismatched binary raises RuntimeError, OSError, ImportError or AttributeError.
             sys.modules["torchvision"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if hide:
-            sys.modules.pop("torchvision", None)

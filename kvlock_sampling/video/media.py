@@ -77,7 +77,8 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
         for frame in container.decode(stream):
             if index < 0:
                 _name_what_is_lost(path, stream, frame)
-            counted = frame.time is None or _is_avi(container)  # else a decoder may leave frames out
+            # A decoder may leave frames out. An avi has no times, and what ffmpeg makes up for them is out of order.
+            counted = frame.time is None or container.format.name == "avi"
             index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
             yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
 
@@ -123,7 +124,8 @@ def _upright(image: Any) -> Any:
 def _film_times(path: PathLike) -> tuple[Seconds, float]:
     stamps, spans = list[tuple[int, int]](), list[tuple[float, float]]()
     with film(path) as (container, stream):
-        rate, base, avi = float(stream.average_rate or IMAGE_FPS), float(stream.time_base or 0), _is_avi(container)
+        rate, base = float(stream.average_rate or IMAGE_FPS), float(stream.time_base or 0)
+        avi = container.format.name == "avi"
         # Else the file's own length, which ends with the last of all its streams. ffmpeg shortens that of an avi.
         stated = stream.frames / rate if avi else float(stream.duration or 0) * base
         for p in container.demux(*([stream] if stated else [])):
@@ -143,11 +145,6 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
     begins = begins[np.diff(begins, prepend=-np.inf) > 0.002]  # VP8 has frames that are never shown, 1 ms apart.
     last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)
     return np.append(begins, begins[-1] + last), rate
-
-
-def _is_avi(container: Any) -> bool:
-    """An avi has no times, and what ffmpeg makes up for them is out of order."""
-    return bool(container.format.name == "avi")
 
 
 def _film_picture(frame: Any, ratio: float) -> Any:

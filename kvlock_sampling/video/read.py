@@ -184,7 +184,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
         lasts, middles = clock[-1] - clock[0], (theirs[1:] + theirs[:-1]) / 2 - theirs[0]
-        moments = middles[_on_screen(clock, at)]
+        moments = middles[np.searchsorted(clock[1:-1] - clock[0], at, side="right")]
     if count > 1 and abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1)):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
         if (at < lasts).mean() < 0.5:
@@ -197,7 +197,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
 
 def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any]) -> list[Any]:
     """What `make` makes of the pictures on screen at these seconds from the first; others are not kept."""
-    wanted = _on_screen(times[0], at).tolist()
+    wanted = np.searchsorted(times[0][1:-1] - times[0][0], at, side="right").tolist()
     made = dict.fromkeys(wanted)
     with decoding(path):
         for index, picture in pictures(path, times[0]):
@@ -208,11 +208,6 @@ def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any
     if lost := [index for index, frame in made.items() if frame is None]:
         raise VideoError(f"{len(lost)} frames of {str(path)!r} cannot be decoded, first {lost[0]}. Is it complete?")
     return [made[index] for index in wanted]
-
-
-def _on_screen(begins: Seconds, at: Seconds) -> Any:
-    """The index of the frame that is on screen at each of these seconds from the first."""
-    return np.searchsorted(begins[1:-1] - begins[0], at, side="right")
 
 
 def _pooled(page: Array, low: float, high: float, count: int) -> Array:

@@ -13,7 +13,6 @@ from torch import Tensor
 from kvlock_sampling.attention import AttentionLayers, find_layers
 from kvlock_sampling.denoisers import FlowDenoiser
 from kvlock_sampling.types import KVLockError
-from kvlock_sampling.utils.torchvision import broken_torchvision_hidden
 
 from . import hunyuan, image, k_diffusion, video, wan
 from .base import Called, enliven
@@ -60,7 +59,7 @@ def random_network(
         raise KVLockError(f"no random network is called {name!r}; there are {', '.join(FAMILIES)}.")
     family = FAMILIES[name]
     generator = torch.Generator().manual_seed(seed)
-    with broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             network = enliven(family.build(), seed)

@@ -8,11 +8,12 @@
 Policies, presets, estimators and traces are those of `KVLock`. `locked` and `KVLockGuider` do not need k-diffusion.
 """
 
+# ruff: noqa: E402 - what follows imports diffusers
 from ...utils.extras import require
-from ...utils.torchvision import broken_torchvision_hidden
+from ...utils.torchvision import hide_broken_torchvision
 
-with broken_torchvision_hidden():
-    require("diffusers", "diffusers")
+hide_broken_torchvision()
+require("diffusers", "diffusers")
 
 from ...types import PipelineError
 from .guider import KVLockGuider

@@ -9,6 +9,9 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
 from ...attention import AttentionLayers
@@ -18,15 +21,9 @@ from ...presets import load_policy, to_toml
 from ...source import Source, check_noise
 from ...trace import Trace
 from ...types import PipelineError, PolicyError, RunError
-from ...utils.torchvision import broken_torchvision_hidden
 from .calls import Call, intercepted
 from .schedule import time_of
 from .session import Session
-
-with broken_torchvision_hidden():
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.guiders import ClassifierFreeGuidance
-    from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 
 _NOT_SAVED = ("source", "mask", "noise", "source_embeds", "scheduler", "estimator", "threshold", "kv_cache")
 _EDITED = (*_NOT_SAVED, "layers")

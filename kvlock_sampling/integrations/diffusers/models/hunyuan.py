@@ -30,22 +30,14 @@ class HunyuanVideo(PipelineVideo):
     Args:
         pipe: The pipeline.
         embedded_guidance: The scale that the transformer reads; default: the pipeline's.
-        prompt_template: The language model's instructions around the prompt; default: the pipeline's.
         options: As in `PipelineVideo`.
     """
 
     family = "HunyuanVideo"
     scale_name = "true_cfg_scale"
 
-    def __init__(
-        self,
-        pipe: Any,
-        *,
-        embedded_guidance: float | None = None,
-        prompt_template: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self.embedded_guidance, self.prompt_template = embedded_guidance, prompt_template
+    def __init__(self, pipe: Any, *, embedded_guidance: float | None = None, **options: Any) -> None:
+        self.embedded_guidance = embedded_guidance
         super().__init__(pipe, **options)
 
     @staticmethod
@@ -60,7 +52,6 @@ class HunyuanVideo(PipelineVideo):
 
     def _encode_text(self, text: str) -> Conditioning:
         given: dict[str, Any] = {"max_sequence_length": self.max_sequence_length, "device": self.device}
-        given |= {} if self.prompt_template is None else {"prompt_template": self.prompt_template}
         return dict(zip(("text", "pooled", "mask"), self.pipe.encode_prompt([text], **given), strict=True))
 
     def _times(self, steps: int) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from ....types import PipelineError
 from ....utils.extras import require
 from ....utils.tables import nearest
-from ....utils.torchvision import broken_torchvision_hidden
 from .base import PipelineVideo
 from .cogvideox import CogVideoXVideo
 from .hunyuan import Hunyuan15Video, HunyuanVideo
@@ -46,7 +45,7 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
         pipe: A loaded pipeline of a known family: Wan, LTX, CogVideoX, HunyuanVideo or Mochi.
         options: Of `PipelineVideo`, and of one family: `image` (Wan image to video), `reactive` and
             `conditioning_scale` (VACE), `frame_rate`, `decode_timestep` and `decode_noise_scale` (LTX),
-            `embedded_guidance` and `prompt_template` (HunyuanVideo).
+            `embedded_guidance` (HunyuanVideo).
 
     Raises:
         PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
@@ -110,7 +109,7 @@ def load_pipeline(
     default = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     place = torch.device(default if device is None else device)
     weights = _dtype(dtype, place)
-    with broken_torchvision_hidden(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # Newer versions say dtype=; this name works in all accepted versions.
         warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
         diffusers, _ = require("diffusers", "diffusers"), require("transformers", "diffusers")

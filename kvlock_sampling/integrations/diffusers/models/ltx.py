@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ....types import PipelineError
 from ....utils.fields import check_number
-from ....utils.torchvision import broken_torchvision_hidden
 from ..schedule import flow_times
 from .base import Conditioning, PipelineVideo, ask
 
@@ -88,8 +87,7 @@ class LTXVideo(PipelineVideo):
                 "LTX-Video's schedule depends on the size of the clip, which is not known yet.\n"
                 "  kv.from_pipeline(pipe).given(clip).sigmas(30), or a static shift: kv.from_pipeline(pipe, shift=3.0)."
             )
-        with broken_torchvision_hidden():
-            from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
+        from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
         (t, s), (frames, height, width) = self.compression, self._shape[2:]
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}

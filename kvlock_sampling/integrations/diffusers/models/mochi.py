@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ....utils.torchvision import broken_torchvision_hidden
 from ..schedule import flow_times, train_steps
 from .base import Conditioning, PipelineVideo, ask
 
@@ -36,8 +35,7 @@ class MochiVideo(PipelineVideo):
         return {"steps": train_steps(self.pipe.scheduler)}
 
     def _times(self, steps: int) -> Tensor:
-        with broken_torchvision_hidden():
-            from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
         # One step has no linear half, and diffusers' function divides by its length.
         times = linear_quadratic_schedule(steps, THRESHOLD) if steps > 1 else [1.0]

@@ -78,14 +78,14 @@ def seeds(record: dict[str, Any]) -> str:
     """Which score finds the better seed, when all but one stop at half of the steps."""
     first, chance, oracle = record["first seed"], record["chance"], record["oracle"]
     policy = record.get("policy", "full")
-    where, unit = f"under `{policy}`", "edits of one seed"
+    more, where, unit = f" --policy {policy}", f"under `{policy}`", "edits of one seed"
     if policy == "full":
-        where, unit = "at full lock", "token-passes of an unlocked edit, with a filled KV cache"
+        more, where, unit = "", "at full lock", "token-passes of an unlocked edit, with a filled KV cache"
     lines = [
-        f"{record['edits']} further edits {where}, {record['sampler']}, {record['steps']} steps; {record['seeds']} "
-        f"seeds, all but one stop after half of the steps. Cost in {unit}. First seed {first['psnr']:.2f} dB, by "
-        f"chance {chance['psnr']:.2f}, the best by the truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by "
-        f"chance, at most {oracle['right']:.1%}.\n",
+        f"`python benchmarks/seeds.py --edits {record['edits']} --bfloat16{more}`. {record['edits']} further "
+        f"edits {where}, {record['sampler']}, {record['steps']} steps; {record['seeds']} seeds, all but one stop after "
+        f"half of the steps. Cost in {unit}. First seed {first['psnr']:.2f} dB, by chance {chance['psnr']:.2f}, "
+        f"the best by the truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
         "| score | cost | dB to the first seed | to chance | to one seed in 40 steps | right, to chance |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
@@ -126,7 +126,8 @@ def main() -> None:
         + release.report(load("release")),
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
         "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
-        "## Several seeds of one edit\n\n`python benchmarks/seeds.py --edits 150 --bfloat16`. " + seeds(load("seeds")),
+        "## Several seeds of one edit\n\n" + seeds(load("seeds")),
+        seeds(load("seeds_release")),
         "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 20 --bfloat16`. "
         + step_cache(),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "

@@ -85,7 +85,8 @@ def seeds(record: dict[str, Any]) -> str:
         f"`python benchmarks/seeds.py --edits {record['edits']} --bfloat16{more}`. {record['edits']} further "
         f"edits {where}, {record['sampler']}, {record['steps']} steps; {record['seeds']} seeds, all but one stop after "
         f"half of the steps. Cost in {unit}. First seed {first['psnr']:.2f} dB, by chance {chance['psnr']:.2f}, "
-        f"the best by the truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most {oracle['right']:.1%}.\n",
+        f"the best by the truth {oracle['psnr']:.2f}; right {chance['right']:.1%} by chance, at most "
+        f"{oracle['right']:.1%}.\n",
         "| score | cost | dB to the first seed | to chance | to one seed in 40 steps | right, to chance |",
         "| --- | --- | --- | --- | --- | --- |",
     ]

@@ -384,6 +384,13 @@ def test_a_mask_too_dark_to_be_seen_is_not_read_as_empty(tmp_path: Path, kind: s
         read_mask(tmp_path / name, frames=1, size=(64, 64))
 
 
+def test_a_film_that_is_black_but_for_its_noise_is_black(tmp_path: Path, recwarn) -> None:
+    noise = np.random.default_rng(0).integers(0, 12, (4, 32, 32, 1)).repeat(3, -1).astype(np.uint8)
+    path = film(tmp_path / "mask.mkv", list(noise), codec="ffv1", pix_fmt="bgr0")
+    assert read_mask(path, frames=4, size=(32, 32)).sum() == 0
+    assert not recwarn.list
+
+
 def test_indices_beside_a_white_border_are_named(tmp_path: Path) -> None:
     border = INDEX.copy()
     border[15, 16:40] = border[40, 16:40] = 255  # "no object", as in VOC and ADE

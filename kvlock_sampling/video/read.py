@@ -161,7 +161,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
 
     pages = np.stack(_sample(path, times, at, shrink))
     advice = "Expected white = edit; save a mask of object indices as (index > 0) * 255."
-    if 0 < brightest < WHITE:
+    if (NOISE if is_film(path) else 1) <= brightest < WHITE:
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {brightest} of 255. {advice}")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)

@@ -149,9 +149,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
         level, greys = NOISE + int(levels[NOISE:WHITE].argmax()), levels[NOISE:WHITE].sum()
         near = (page >= level - 4) & (page <= level + 4)
         inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
-        if (
-            inner.sum() > 0.003 * page.size and near.sum() > 0.35 * greys
-        ):  # an area of one grey, not the rim of a soft mask
+        if inner.sum() > 0.003 * page.size and near.sum() > 0.35 * greys:  # no rim of a soft mask
             dark.append(level)
         few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is

@@ -64,6 +64,8 @@ def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start:
     """
     kept, end = len(selection.kept), start + len(selection.computed)
     out = own.new_empty(*own.shape[:-2], own.shape[-2] + kept, own.shape[-1])
+    if own.ndim == 4 and own.stride(1) < own.stride(2):  # the heads of a token lie together: so diffusers wants it back
+        out = out.new_empty(out.transpose(1, 2).shape).transpose(1, 2)
     out[..., :end, :] = own[..., :end, :]
     out[..., end + kept :, :] = own[..., end:, :]
     out[..., end : end + kept, :].unflatten(0, (-1, len(ratio))).copy_(source[..., :kept, :])

@@ -47,10 +47,12 @@ def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Argumen
 
 
 def _leave(args: Any, kwargs: Any) -> Arguments:
-    context = current()
-    if args[0].shape[1] == context.ratio.shape[1]:
+    context, tokens = current(), args[0]
+    if tokens.shape[1] == context.ratio.shape[1]:
         return args, kwargs
-    return (_scattered(args[0], _selection(context).computed, context.ratio.shape[1]), *args[1:]), kwargs
+    # The gaps hold copies of the first token, because a norm makes the gradients of zeros NaN.
+    whole = tokens[:, :1].detach().repeat(1, context.ratio.shape[1], *[1] * (tokens.ndim - 2))
+    return (whole.index_copy_(1, _selection(context).computed, tokens), *args[1:]), kwargs
 
 
 def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -84,9 +86,11 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     def join(of_edit: Any, of_source: Any) -> Any:
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
-        if of_edit.shape[1] != of_source.shape[1]:
-            of_edit = _scattered(of_edit, _positions(of_source.shape[1], context), of_source.shape[1])
-        return torch.cat([of_edit, of_source])
+        if of_edit.shape[1] == of_source.shape[1]:
+            return torch.cat([of_edit, of_source])
+        whole = of_source.repeat(rows // len(of_source), *[1] * (of_source.ndim - 1))  # gaps hold the source's tokens
+        whole[:edit].index_copy_(1, _positions(of_source.shape[1], context), of_edit)
+        return whole
 
     return tree_map(join, changed, source)
 
@@ -117,14 +121,6 @@ def _cut_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> 
 def _selection(context: FusionContext) -> Any:
     assert context.selection is not None
     return context.selection
-
-
-def _scattered(tokens: Tensor, where: Tensor | None, length: int) -> Tensor:
-    assert where is not None
-    # The gaps hold copies of the first token, because a norm makes the gradients of zeros NaN.
-    whole = tokens[:, :1].detach().expand(-1, length, *tokens.shape[2:]).clone()
-    whole.index_copy_(1, where, tokens)
-    return whole
 
 
 def _narrow_tokens(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils.extras import require
+from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
 EXTRAS = ("accelerate", "av", "diffusers", "gradio", "matplotlib", "PIL", "ray", "rich", "transformers", "typer")
 
@@ -96,3 +98,18 @@ def test_a_broken_package_is_not_called_missing(tmp_path, monkeypatch: pytest.Mo
     with pytest.raises(KVLockError, match=r"this needs nowhere, which is not installed"):
         require("nowhere.at.all", "video")
     assert require("json.decoder", "video").JSONDecoder
+
+
+@pytest.mark.parametrize(
+    ("content", "seen"), [("", True), ("raise RuntimeError('no operator torchvision::nms')", False)]
+)
+def test_only_a_broken_torchvision_looks_absent(tmp_path, monkeypatch, content, seen):
+    (tmp_path / "torchvision.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    try:
+        hide_broken_torchvision()
+        hide_broken_torchvision()  # once hidden, it stays so
+        assert (find_spec("torchvision") is not None) == seen
+    finally:
+        sys.modules.pop("torchvision", None)

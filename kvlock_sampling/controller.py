@@ -72,7 +72,10 @@ def decide(
             return state._replace(estimator=inner, variance=None), observation
         policy_state, answer, method = state.policy, policy.start(observation), "start"
     else:
-        result, method = policy.step(state.policy, observation), "step"
+        seen = observation
+        if seen.lock.ndim < seen.risk.ndim:  # so that a policy can combine them elementwise
+            seen = seen._replace(lock=seen.lock.unsqueeze(1).expand_as(seen.risk))
+        result, method = policy.step(state.policy, seen), "step"
         if not (isinstance(result, tuple) and len(result) == 2) or isinstance(result, Control):
             raise PolicyError(
                 f"{type(policy).__name__}.step returned {type(result).__name__}; expected (state, Control).\n"

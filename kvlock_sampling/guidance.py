@@ -17,9 +17,7 @@ from .utils.precision import working
 
 
 def guide(
-    uncond: Float[Tensor, "batch *axes"],
-    cond: Float[Tensor, "batch *axes"],
-    scale: float | Float[Tensor, "batch"],
+    uncond: Float[Tensor, "batch *axes"], cond: Float[Tensor, "batch *axes"], scale: float | Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch *axes"]:
     """Plain guidance on clean predictions: uncond + (cond - uncond) * scale, the expression of k-diffusion scripts.
 
@@ -57,10 +55,7 @@ def guide_rescaled(
 
 
 def composite(
-    denoised: Float[Tensor, "batch *axes"],
-    source: Float[Tensor, "batch *axes"],
-    mask: Tensor,
-    weight: float | Tensor,
+    denoised: Float[Tensor, "batch *axes"], source: Float[Tensor, "batch *axes"], mask: Tensor, weight: float | Tensor
 ) -> Float[Tensor, "batch *axes"]:
     """Put the source into the background of a prediction, by a weight. Weight 1 takes the source's bits where the mask
     is 0, weight 0 the prediction's everywhere. Mask, 1 = edit, and weight are broadcastable to both.

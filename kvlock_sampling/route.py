@@ -32,15 +32,7 @@ class Route(Enum):
     CACHED = "cached"
 
 
-def choose_route(
-    *,
-    locked: bool,
-    narrow: bool,
-    cached: bool,
-    one_call: bool,
-    interleaves: bool,
-    probes: bool,
-) -> Route:
+def choose_route(*, locked: bool, narrow: bool, cached: bool, one_call: bool, interleaves: bool, probes: bool) -> Route:
     """The route of one evaluation, from this evaluation alone.
 
     Args:

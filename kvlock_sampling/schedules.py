@@ -30,11 +30,7 @@ def check_sigmas(sigmas: Any) -> Tensor:
 
 
 def flow_sigmas(
-    n: int,
-    *,
-    shift: float = 1.0,
-    t_max: float = 0.999,
-    dtype: torch.dtype = torch.float32,
+    n: int, *, shift: float = 1.0, t_max: float = 0.999, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " levels"]:
     """Make a rectified-flow schedule in variance-exploding form.
 

@@ -43,11 +43,7 @@ class Source:
     """
 
     def __init__(
-        self,
-        latents: Tensor,
-        *,
-        noise: Tensor | Literal["fixed"] | None = None,
-        add_noise: AddNoise | None = None,
+        self, latents: Tensor, *, noise: Tensor | Literal["fixed"] | None = None, add_noise: AddNoise | None = None
     ) -> None:
         if not (isinstance(latents, Tensor) and latents.is_floating_point()):
             given = latents.dtype if isinstance(latents, Tensor) else f"a {type(latents).__name__}"

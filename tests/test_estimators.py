@@ -270,10 +270,12 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
     mask = torch.zeros(1, 1, video.frames, *video.size)
     mask[..., :8, :8] = 1
 
-    def sample(policy, patch):
+    def sample(policy, patch, clips=1):
         estimator = TrajectoryVariance(window=None, normalise=True, patch=patch)
         lock = kv.KVLock(video.denoiser, source=clip, mask=mask, policy=policy, estimator=estimator)
-        lock.sample("euler", clip + 1.0, video.sigmas(3), extra_args={"cond": video.prompt("")})
+        lock.sample(
+            "euler", clip.repeat(clips, 1, 1, 1, 1) + 1.0, video.sigmas(3), extra_args={"cond": video.prompt("")}
+        )
         return lock.trace.steps[-1].lock.shape
 
     per_token = kv.stateless(lambda obs: kv.Control(lock=obs.risk.clamp(0, 1)))
@@ -282,6 +284,10 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
     assert sample(per_token, video.patch) == (1, 256)
     pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1)))
     assert sample(pooled, (4, 8, 8)) == (1,)  # any patch will do for a policy that wants one number
+    ratchet = kv.stateless(lambda obs: kv.Control(lock=torch.maximum(obs.lock, obs.risk.clamp(0, 1))))
+    check_policy(ratchet, tokens=16)
+    assert sample(ratchet, video.patch) == (1, 256)
+    assert sample(ratchet, video.patch, clips=2) == (2, 256)
     wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7)))
     with pytest.raises(kv.KVLockError, match=r"returned lock of shape \(1, 7\)"):
         sample(wrong, (4, 8, 8))

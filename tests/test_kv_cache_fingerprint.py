@@ -283,11 +283,83 @@ def test_arguments_are_told_apart_by_content():
         content_fingerprint({"cond": {"callback": lambda: 0}})
 
 
+def calling(function):
+    """A network behind a function, as `call=` of a denoiser."""
+    model = network()
+    model.call = function
+    return model
+
+
+def chosen(name):
+    return name in {"red", "green", "blue"}
+
+
+GAIN, STEPS, helper = 1.0, torch.arange(5.0), chosen
+
+
+def closing_over(gain):
+    return lambda m, z: m(z * gain)
+
+
+class Attributed(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.inner, self.gain = network(), gain
+
+
+def replaced(name, value):
+    """A model whose function reads a global that is replaced before its fingerprint is taken."""
+
+    def make(monkeypatch):
+        monkeypatch.setitem(globals(), name, value)
+        return calling(lambda m, z: helper(m(z * GAIN) + STEPS))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda _: calling(lambda m, z: m(z * 1.0)), lambda _: calling(lambda m, z: m(z * 9.0))),
+        (lambda _: calling(lambda m, z: m(z * 2.0)), lambda _: calling(lambda m, z: m(z + 2.0))),
+        (lambda _: calling(closing_over(torch.ones(5))), lambda _: calling(closing_over(torch.full((5,), 2.0)))),
+        (lambda _: Attributed(torch.ones(3)), lambda _: Attributed(torch.full((3,), 2.0))),
+        (replaced("GAIN", 1.0), replaced("GAIN", 2.0)),
+        (replaced("STEPS", torch.zeros(5)), replaced("STEPS", torch.ones(5))),
+        (replaced("helper", lambda x: x + 1), replaced("helper", lambda x: x + 2)),
+    ],
+)
+def test_what_a_function_around_the_network_does_counts(monkeypatch, one, other):
+    own = model_fingerprint(one(monkeypatch))
+    assert own == model_fingerprint(one(monkeypatch))
+    assert own != model_fingerprint(other(monkeypatch))
+
+
+def test_networks_that_nothing_leads_to_count():
+    def made(seed):
+        return CacheSession(KVCache(), network(), layers(networks=(network(seed),)))
+
+    clip = torch.zeros(1, 4, 2, 4, 4)
+    given_ = clip, clip + 1, Selection(torch.ones(1, 8)), None, {}
+    assert made(1).entry(*given_).name == made(1).entry(*given_).name != made(2).entry(*given_).name
+
+
+def test_functions_that_call_each_other_end():
+    def even(n):
+        return n == 0 or odd(n - 1)
+
+    def odd(n):
+        return n != 0 and even(n - 1)
+
+    assert model_fingerprint(calling(even)) == model_fingerprint(calling(even))
+
+
 def test_fingerprints_are_the_same_in_another_process():
     code = (
         "import sys; sys.path.insert(0, 'tests'); from test_kv_cache_fingerprint import *\n"
         "x = torch.arange(12.0).view(3, 4)\n"
-        "print(model_fingerprint(network()), content_fingerprint({'b': {3, 1}, 'a': x.bfloat16()}))"
+        "print(model_fingerprint(network()), model_fingerprint(calling(chosen)), "
+        "content_fingerprint({'b': {3, 1}, 'a': x.bfloat16()}))"
     )
     there = subprocess.run(
         [sys.executable, "-c", code],
@@ -297,7 +369,11 @@ def test_fingerprints_are_the_same_in_another_process():
         check=True,
     )
     x = torch.arange(12.0).view(3, 4)
-    here = [model_fingerprint(network()), content_fingerprint({"a": x.bfloat16(), "b": {1, 3}})]
+    here = [
+        model_fingerprint(network()),
+        model_fingerprint(calling(chosen)),
+        content_fingerprint({"a": x.bfloat16(), "b": {1, 3}}),
+    ]
     assert there.stdout.split() == here
 
 

@@ -256,7 +256,7 @@ class CacheSession:
             if known == marks:
                 return entry  # the same objects, unchanged: their content need not be read again
         if self._model is None:
-            self._model = model_fingerprint(self.model)
+            self._model = model_fingerprint(self.model, self.layers.networks)
         layers = self._layers_of(expert)
         version = 1  # of the stored form
         content = (version, self.kv_cache.format, self._model, clip, noise, selection.weight, layers, precision)

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -38,16 +38,18 @@ def content_fingerprint(content: Mapping[str, Any]) -> str:
 
 
 @torch.inference_mode(False)
-def model_fingerprint(model: Any) -> str:
-    """Take the fingerprint of a denoiser: class, configuration, settings, adapters, and every weight and saved buffer.
+def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
+    """Take the fingerprint of a denoiser: class, configuration, settings, adapters, and every weight and saved buffer;
+    of functions also their code, what they close over, and the globals of their module that they read.
 
     A weight counts with its name, shape, dtype, a sample of its numbers and sums over all bytes, which takes as long as
-    reading it once. Weights offloaded to the meta device have no numbers.
+    reading it once. Weights offloaded to the meta device have no numbers. `networks` are those that no attribute of the
+    denoiser leads to.
 
     Raises:
         KVCacheError: No torch module is found in the model.
     """
-    modules = list(dict.fromkeys(reachable_modules(model)))
+    modules = list(dict.fromkeys([*reachable_modules(model), *(m for network in networks for m in network.modules())]))
     if not modules:
         raise KVCacheError(
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
@@ -71,27 +73,39 @@ def model_fingerprint(model: Any) -> str:
         derived = module._non_persistent_buffers_set
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
         for name, weight in (*module.named_parameters(recurse=False), *buffers):
-            _add(digest, [name, list(weight.shape), str(weight.dtype)], "")
-            _add_tensor(digest, block_sums(weight))
-            _add_tensor(digest, _sample(weight))
+            _add(digest, [name, *_numbers(weight)], "")
     return digest.hexdigest()
 
 
-def _settings(attributes: Mapping[str, Any]) -> list[str]:
-    """Plain values among attributes, and those that functions close over: a guidance, a frame rate, a scale."""
-    found = []
+def _settings(attributes: Mapping[str, Any], seen: tuple[Any, ...] = ()) -> list[Any]:
+    """Plain values and tensors among attributes, and in functions: a guidance, a frame rate, a scale."""
+    found: list[Any] = []
     for name, value in sorted(attributes.items()):
-        if name.startswith("_") or name == "training":
+        if name.startswith("_") or name == "training" or any(value is known for known in seen):
             continue
         if _is_plain(value):
             found.append(f"{name}={value!r}")
+        elif isinstance(value, Tensor):
+            found += [name, *_numbers(value)]
         elif isinstance(value, functools.partial):
-            found += _settings({f"{name}.func": value.func, f"{name}.args": value.args, f"{name}.kw": value.keywords})
+            inside = {f"{name}.func": value.func, f"{name}.args": value.args, f"{name}.kw": value.keywords}
+            found += _settings(inside, (*seen, value))
         elif isinstance(value, types.FunctionType):
-            cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-            inside = {f"{name}.{n}": cell.cell_contents for n, cell in cells.items() if n != name}
-            found += _settings(inside | {f"{name}.defaults": value.__defaults__})
+            code, scope = value.__code__, value.__globals__
+            cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+            inside = {f"{name}.{n}": cell.cell_contents for n, cell in cells} | {f"{name}.defaults": value.__defaults__}
+            for n in code.co_names:  # functions of other modules are libraries'
+                if not isinstance(known := scope.get(n), types.FunctionType) or known.__module__ == value.__module__:
+                    inside[f"{name}.{n}"] = known
+            found += [name, _code(code), *_settings(inside, (*seen, value))]
     return found
+
+
+def _code(code: types.CodeType) -> list[Any]:
+    """What a function does, as this version of Python compiles it."""
+    constants = [_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    texts = [repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in constants]
+    return [code.co_code, texts, code.co_names]
 
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
@@ -135,6 +149,10 @@ def _sample(weight: Tensor) -> Tensor:
     count = weight.numel()
     index = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
     return weight.reshape(-1)[index.to(weight.device)]
+
+
+def _numbers(weight: Tensor) -> list[Any]:
+    return [list(weight.shape), str(weight.dtype), block_sums(weight), _sample(weight)]
 
 
 def _add_tensor(digest: Any, x: Tensor) -> None:

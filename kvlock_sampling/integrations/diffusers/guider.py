@@ -40,24 +40,16 @@ class KVLockGuider(ClassifierFreeGuidance):
     Args:
         guidance_scale: The requested scale; the policy may schedule it.
         policy: A Policy, or the name or path of a preset, or TOML text.
-        composite: As in `KVLock`.
-        rescale: As in `KVLock`.
-        cfg_floor: As in `KVLock`.
-        layers: As in `KVLock`; only indices are saved.
-        transition: As in `KVLock`.
+        composite: As in `KVLock`; so are rescale, cfg_floor, transition, foreground, noise, estimator, threshold,
+            kv_cache and layers, of which only indices are saved.
         batched: As in `locked`.
-        foreground: As in `KVLock`.
         start: Fraction of the steps at which guidance begins. The lock acts in all steps.
         stop: Fraction of the steps at which guidance ends.
         enabled: False turns off guidance and lock, as `disable()` does.
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
-        noise: As in `KVLock`.
         source_embeds: As in `locked`; a guider cannot encode a `source_prompt`, and raises PipelineError for one.
         scheduler: The pipeline's. Required if timesteps are integers (UniPC): those do not give the exact noise level.
-        estimator: As in `KVLock`.
-        threshold: As in `KVLock`.
-        kv_cache: As in `KVLock`.
 
     Raises:
         PolicyError: The policy does not exist, or (on saving) it is code.

@@ -285,7 +285,7 @@ def test_a_patch_that_is_not_the_models_is_the_estimators_fault():
     pooled = kv.stateless(lambda obs: kv.Control(lock=obs.risk.mean(-1).clamp(0, 1)))
     assert sample(pooled, (4, 8, 8)) == (1,)  # any patch will do for a policy that wants one number
     ratchet = kv.stateless(lambda obs: kv.Control(lock=torch.maximum(obs.lock, obs.risk.clamp(0, 1))))
-    check_policy(ratchet, tokens=16)
+    kv.testing.check_policy(ratchet, tokens=16)
     assert sample(ratchet, video.patch) == (1, 256)
     assert sample(ratchet, video.patch, clips=2) == (2, 256)
     wrong = kv.stateless(lambda obs: kv.Control(lock=torch.zeros(1, 7)))

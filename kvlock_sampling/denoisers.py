@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from .batching import join_calls, per_row
 from .guidance import guide
 from .types import KVLockError
+from .utils.proxy import DenoiserProxy
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
 Call: TypeAlias = Callable[..., Tensor]
@@ -212,8 +213,16 @@ class VDenoiser(EpsDenoiser):
 class CFGDenoiser(DenoiserWrapper):
     """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond].
 
-    Raises DenoiserError if the branches cannot share a call.
+    Raises DenoiserError if the branches cannot share a call, or around a lock, which guides by itself.
     """
+
+    def __init__(self, inner_model: Callable[..., Any]) -> None:
+        super().__init__(inner_model)
+        if isinstance(inner_model, DenoiserProxy):
+            raise DenoiserError(
+                "CFGDenoiser was given a KVLock; expected a denoiser, because a lock does the guidance itself.\n"
+                "  Pass the lock to the sampler, with extra_args={'cond': ..., 'uncond': ..., 'cond_scale': ...}."
+            )
 
     def forward(
         self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor

@@ -47,10 +47,10 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        return branches.composited(branches.guided(cond, step.requested), settings.kept(step.composite, x))
+        return branches.composited(branches.guided(cond, step.requested), settings.kept(step.state.composite, x))
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
-    weight = settings.kept(settings.composite if state.composite is None else state.composite, x)
+    weight = settings.kept(state.composite, x)
     if branches.narrow and step.reads.range(weight)[0] < 1:
         # The background is released, and has no prediction: every token is computed, and the decision kept.
         nfe, branches = branches.nfe, kind(replace(settings, foreground=False), run, step)

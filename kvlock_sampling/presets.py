@@ -190,6 +190,8 @@ def _from_text(text: str, where: str) -> Preset:
     table["policy"] = from_table(table["policy"], POLICIES, f"{where}: policy")
     if "estimator" in table:
         table["estimator"] = from_table(table["estimator"], ESTIMATORS, f"{where}: estimator")
+    if isinstance(kv_cache := table.get("kv_cache"), Mapping):
+        table["kv_cache"] = {name: None if value == "none" else value for name, value in kv_cache.items()}
     try:
         if isinstance(table.get("threshold"), Mapping):
             table["threshold"] = _curve(table["threshold"])

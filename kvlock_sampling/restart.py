@@ -77,8 +77,7 @@ def restart(
             f"back_to={back_to} leaves no step of the schedule, which runs from {float(sigmas[0]):.3g} to "
             f"{float(sigmas[sigmas > 0].min()):.3g}; give a level in between."
         )
-    batch, out = len(x), x.clone()
-    risk = last_risk(lock.trace)
+    batch, out, risk = len(x), x.clone(), last_risk(lock.trace)
     if len(risk) != batch:
         raise RunError(f"x has {batch} clips, the lock's last run had {len(risk)}; pass the clips of that run.")
     at_risk = risk > limit

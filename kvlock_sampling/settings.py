@@ -89,9 +89,10 @@ class LockSettings:
             return None
         return self.mask.selection(self.source.latents, self.layers.patch, self.transition)[0]
 
-    def kept(self, weight: Scalar, like: Tensor) -> Scalar:
-        """A weight of the source in the background of latents like these, 1 beyond the mask's reach."""
-        return weight if self.mask is None or self.patch is None else self.mask.kept(weight, like, self.patch)
+    def kept(self, weight: Scalar | None, like: Tensor) -> Scalar:
+        """The source's weight in the background of latents like these, 1 beyond the reach of what a policy decides."""
+        none, weight = weight is None and not self.composite, self.composite if weight is None else weight
+        return weight if none or self.mask is None or self.patch is None else self.mask.kept(weight, like, self.patch)
 
     def expert(self, model_sigma: float) -> Any:
         """Which network evaluates this noise level, for a denoiser of several; else None."""
@@ -136,7 +137,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         chosen = found if locks and _leaves_tokens(found, clip, fitted, transition) else None
     if clip is not None and not locks:
         describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
-        if asked := _named({n: given[n] for n in ("layers", "transition", "foreground", "kv_cache")[describes:]}):
+        asking = ("layers", "erase", "transition", "foreground", "kv_cache")[describes:]
+        if asked := _named({name: given[name] for name in asking}):
             _warn(f"{asked} without effect: the policy {policy!r} never locks.")
     if branch is not None and scale_arg is None:
         raise SourceError(

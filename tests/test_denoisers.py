@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import kvlock_sampling as kv
 from kvlock_sampling import denoisers, samplers
 from kvlock_sampling.denoisers import CFGDenoiser, DenoiserError, EpsDenoiser, FlowDenoiser, VDenoiser
 
@@ -229,6 +230,11 @@ def test_cfg_is_the_reference_formula_in_one_call():
     mixed = CFGDenoiser(model)(x, sigma, uncond, cond, torch.tensor([1.0, 7.5]))
     assert torch.equal(mixed[1], out[1])
     assert torch.allclose(mixed[0], model(x, sigma, cond)[0], atol=1e-12)
+
+
+def test_guidance_around_a_lock_is_refused(setup):
+    with pytest.raises(DenoiserError, match=r"given a KVLock.*\n.*Pass the lock to the sampler"):
+        CFGDenoiser(kv.KVLock(setup.model, policy="off"))
 
 
 def test_cfg_conditions_may_be_mappings_and_must_match():

@@ -134,6 +134,12 @@ def squares(e):
 BROKEN = [
     ("not frozen", Melting(), r"Melting can be changed(.|\n)*frozen=True"),
     ("no pair", Broken(lambda s, st, e: squares(e)), r"returned Tensor; expected \(state, variance\)"),
+    ("a source unasked", Broken(lambda s, st, e: (st, squares(e) - e.source.mean())), r"AttributeError(.|\n)*was given"),
+    (
+        "guided always",
+        Broken(lambda s, st, e: (st, squares(e) + e.uncond.mean() ** 2)),
+        r"AttributeError(.|\n)*was given",
+    ),
     ("a float", Broken(lambda s, st, e: (st, 0.5)), r"variance that is 0\.5; expected a floating tensor.*, or None"),
     ("a scalar", Broken(lambda s, st, e: (st, squares(e).mean())), r"shape \(\); expected .*\(batch,\) = \(3,\)"),
     ("negative", Broken(lambda s, st, e: (st, -squares(e))), r"at sigma=.* from -.*expected finite numbers >= 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -512,3 +513,39 @@ def test_the_sources_noise_leads_to_the_runs_first_x_also_where_locking_begins_l
     assert seen
     for noise in seen:
         torch.testing.assert_close(noise, (setup.x - setup.source) / setup.sigmas[0])
+
+
+@kv.stateless
+def fading(obs):
+    return kv.Control(lock=obs.risk.clamp(0, 1))
+
+
+def test_policies_under_the_decorator_are_pickled_by_name():
+    assert pickle.loads(pickle.dumps(fading)) is fading
+    plain = kv.stateless(tracked, uses_risk=False)
+    assert pickle.loads(pickle.dumps(plain)) == plain
+
+
+def tracked(obs):
+    return kv.Control(lock=0.5)
+
+
+def test_a_lock_that_ran_in_inference_mode_gives_gradients(setup):
+    def gradient(lock):
+        x = setup.x.clone().requires_grad_(True)
+        with lock:
+            lock(x, setup.sigmas[:1], **setup.cfg).sum().backward()
+        return x.grad
+
+    used, fresh = (setup.lock(policy="full", transition=(1, 0.5)) for _ in range(2))
+    with torch.inference_mode():
+        used.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert torch.equal(gradient(used), gradient(fresh))
+
+
+def test_off_is_off_within_any_reach(setup):
+    wanted = kv.samplers.euler(kv.CFGDenoiser(setup.model), setup.x, setup.sigmas, extra_args=setup.cfg)
+    lock = setup.lock(policy="off", reach=0.5)
+    assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), wanted)
+    with pytest.warns(UserWarning, match="erase= without effect"):
+        setup.lock(policy="off", erase=True)

@@ -43,8 +43,8 @@ def test_a_lock_around_a_lock_is_refused_however_it_is_wrapped(setup):
     inner = setup.lock(policy=HALF)
     with pytest.raises(RunError, match=r"^model is a KVLock; expected the denoiser itself.*\n.*KVLock\(lock.model"):
         kv.KVLock(inner, source=setup.source, mask=setup.mask)
-    with pytest.raises(RunError, match=r"^model is a CFGDenoiser around a KVLock"):
-        kv.KVLock(kv.CFGDenoiser(inner))
+    with pytest.raises(RunError, match=r"^model is a FlowDenoiser around a KVLock"):
+        kv.KVLock(kv.FlowDenoiser(inner))
     with pytest.raises(RunError, match="is a KVLock"):
         kv.KVLock(kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, branch=inner)
     again = kv.KVLock(inner.model, source=setup.source, mask=setup.mask, policy=HALF)  # what the message says works

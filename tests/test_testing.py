@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvlock_sampling.policy import Policy, stateless
+from kvlock_sampling.policy import Policy, Smoothed, stateless
 from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_policy
 from kvlock_sampling.types import Control, Denoiser, PolicyError
 
@@ -114,6 +114,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ),
     ("not a control", stateless(lambda o: (0.0, 1.0)), r"expected a Control"),
     ("out of range", lock_by(lambda o: o.risk), r"lock in \[.*expected \[0, 1\](.|\n)*Clamped\(policy(.|\n)*at sigma="),
+    ("ever more", lock_by(lambda o: o.lock + 0.05), r"lock in \[.*1\.04\d*\]; expected \[0, 1\]"),
     ("negative", lock_by(lambda o: -0.1), r"lock in \[-0\.1, -0\.1\](.|\n)*at sigma=14\.6"),
     ("not a number", lock_by(lambda o: o.risk / o.risk * 0.5), r"expected finite numbers"),
     (
@@ -164,6 +165,9 @@ def test_good_policies_pass():
     check_policy(stateless(lambda obs: Control()))  # leaves every actuator as it is
     check_policy(guide_by(lambda obs: -obs.requested_cfg_scale))  # negative guidance may be meant
     check_policy(lock_by(lambda obs: (obs.risk > 1).float()))  # float32 is always welcome
+    one = lock_by(lambda obs: torch.tensor(0.5))  # a number for all
+    check_policy(one)
+    check_policy(Smoothed(one, half_life=0.3), tokens=4)
 
 
 def test_tokens_are_asked_for_only_where_wanted():

@@ -43,8 +43,7 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     of functions also their code, what they close over, and the globals of their module that they read.
 
     A weight counts with its name, shape, dtype, a sample of its numbers and sums over all bytes, which takes as long as
-    reading it once. Weights offloaded to the meta device have no numbers. `networks` are those that no attribute of the
-    denoiser leads to.
+    reading it once. Those offloaded to the meta device have no numbers. `networks` need not be found in the denoiser.
 
     Raises:
         KVCacheError: No torch module is found in the model.
@@ -58,7 +57,8 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     digest = hashlib.sha256()
     _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
     if not isinstance(model, nn.Module):
-        _add(digest, _settings({"model": model, **getattr(model, "__dict__", {})}), "")
+        call = vars(type(model)).get("__call__")
+        _add(digest, _settings({"model": model, "call": call, **getattr(model, "__dict__", {})}), "")
     for module in modules:
         config = getattr(module, "config", None)
         about = [type(module).__qualname__, module.extra_repr()]

@@ -131,7 +131,9 @@ class FittedMask:
         """The tokens that must be computed at full lock, and where the latents of the others are, bool, like `like`."""
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         left_out = (background >= 1).all(0, keepdim=True)
-        return Selection(background), on_latents(left_out, like.shape, patch)
+        chosen = Selection(background)
+        _ = chosen.stored  # found now, outside of inference mode, because a later run may take gradients
+        return chosen, on_latents(left_out, like.shape, patch)
 
     def _video(self, like: Tensor) -> Tensor:
         mask = check_mask(self.given)

@@ -45,8 +45,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
     if frames is None or time == check_number("frames", frames, MaskError, at_least=1, whole=True):
         return values
     if time != 1:
-        channels = "Its last axis is of channels? masks.from_diffusers(mask)"
-        hint = channels if shape[-1] in (1, 3, 4) else "Change it by masks.resize"
+        hint = "Channels last: masks.from_diffusers(mask)" if shape[-1] in (1, 3, 4) else "Change it by masks.resize"
         raise MaskError(f"mask has {time} frames; expected {frames}, or 1 (a still); its shape is {shape}. {hint}")
     return values.expand(-1, -1, frames, -1, -1)
 

@@ -7,6 +7,7 @@ as in a batch. The smallest policy is a function under `@stateless`.
 import functools
 import inspect
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ class Stateless(Policy):
 
     def __call__(self, obs: Observation) -> Control:
         return self.function(obs)
+
+    def __reduce__(self) -> Any:
+        name = getattr(self, "__name__", "")  # under the decorator, the policy's own: by it the policy is pickled
+        named = getattr(sys.modules.get(self.__module__), name, None)
+        return name if named is self else (Stateless, (self.function, self.uses_risk))
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         return state, self.function(obs)
@@ -181,7 +187,7 @@ def check_ratio(policy: Any, field: str, low: float, high: float) -> None:
     """Check the smallest and the largest entry of a lock or a composite weight."""
     if low >= 0 and high <= 1:
         return
-    found = f"[{low:.4g}, {high:.4g}]"
+    found = f"[{low:.9g}, {high:.9g}]"
     if math.isnan(low + high):
         found = "NaN (is x0-hat finite? what is not measured is NaN: an effect needs Divergence)"
     raise PolicyError(

@@ -177,7 +177,7 @@ def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Ten
 def _spread(value: Scalar, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full_like(working(like), value)
-    return working(value if value.ndim == like.ndim else value[:, None].expand_as(like))
+    return working(value if value.ndim == like.ndim else value.reshape(-1, *[1] * (like.ndim - 1)).expand_as(like))
 
 
 def _clamp(value: Scalar, limits: Range) -> Scalar:

@@ -68,7 +68,7 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
         for masked in (True, False):
             rows: Counter[float] = Counter()
             with torch.no_grad():
-                run = _evaluations(contract.name, model, rows, batch, masked=masked)
+                run = _evaluations(contract.checked, model, rows, batch, masked)
                 states, variances = contract.play(bound.init(), run)
                 effects = _effects(contract, run, states, variances)
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
@@ -80,28 +80,29 @@ def _contract(estimator: Estimator) -> Contract:
     return Contract(estimator, EstimatorError, "evaluation", "variance", lambda v, e: _check_variance(estimator, v, e))
 
 
-def _evaluations(name: str, model: nn.Module, rows: Counter[float], batch: int, *, masked: bool) -> list[Evaluation]:
+def _evaluations(estimator: Estimator, model: nn.Module, rows: Counter[float], batch: int, masked: bool) -> list[Any]:
     """A falling run of the model; `rows` counts the rows that are probed at each noise level."""
     generator, like = torch.Generator().manual_seed(0), next(model.parameters())
     x0, noise = torch.randn(2, batch, *SHAPE, generator=generator)
     mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator) > 0.4).to(like)
     # Every clip has an edited part and, in patches of up to 2, background.
     mask[..., 0, 0], mask[..., -2:, -2:] = 1, 0
-    run = []
+    run = list[Evaluation]()
     for sigma in torch.linspace(math.log(8.0), math.log(0.05), STEPS).exp().tolist():
 
         def probe(at: Tensor, level: float, at_step: float = sigma) -> Tensor:
             if at.shape[1:] != SHAPE or len(at) % batch:
                 raise EstimatorError(
-                    f"{name}.step probed {tuple(at.shape)} for latents of shape {(batch, *SHAPE)}; expected rows in a "
-                    "multiple of the batch: x.repeat(k, 1, 1, 1, 1)."
+                    f"{type(estimator).__name__}.step probed {tuple(at.shape)} for latents of shape {(batch, *SHAPE)}; "
+                    "expected rows in a multiple of the batch: x.repeat(k, 1, 1, 1, 1)."
                 )
             rows[at_step] += len(at)
             return model(at, level)
 
         denoised = model(x := (x0 + sigma * noise).to(like), sigma)
-        others = 0.9 * denoised + 0.05, 0.8 * denoised
-        run.append(Evaluation(sigma, x, denoised, mask.clone() if masked else None, probe, *others))
+        uncond = 0.9 * denoised + 0.05 if len(run) % 4 < 3 else None  # at a guidance of 1 it is not evaluated
+        source = 0.8 * denoised if estimator.needs_source else None
+        run.append(Evaluation(sigma, x, denoised, mask.clone() if masked else None, probe, uncond, source))
     return run
 
 

@@ -131,8 +131,6 @@ def _observations(
     sigmas = torch.linspace(math.log(14.6), math.log(0.03), STEPS).exp().tolist()
     cfg_scale = torch.linspace(3.0, 7.0, shape[0]).to(device, dtype)
     return [
-        Observation(
-            sigma, 0.01 * risk, risk.clone(), torch.zeros_like(risk), cfg_scale.clone(), STEPS - i, risk.flip(0)
-        )
-        for i, (sigma, risk) in enumerate(zip(sigmas, risks, strict=True))
+        Observation(sigma, 0.01 * risk, risk.clone(), locks.clone(), cfg_scale.clone(), STEPS - i, risk.flip(0))
+        for i, (sigma, risk, locks) in enumerate(zip(sigmas, risks, (risks / (1 + risks)).nan_to_num(1.0), strict=True))
     ]

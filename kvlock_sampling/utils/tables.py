@@ -104,6 +104,7 @@ def _text(value: Any) -> str:
         return "[" + ", ".join(map(_text, value)) + "]"
     if isinstance(value, float):
         return repr(float(value))  # numpy's floats have a repr of their own
+    value = "none" if value is None else value
     if isinstance(value, str | int):  # JSON writes text, whole numbers, true and false as TOML does, except for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     raise PolicyError(f"{value!r} cannot be written as TOML; expected a number, text, True or False, or lists of them")

@@ -205,8 +205,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         requested = 1.0 if uncond is None else float(self.guidance_scale)
         answers = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
         if self._step == self._num_inference_steps - 1:
-            session.settle()
-            session.end()
+            session.end(complete=True)
         return super().forward(*answers)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:

@@ -84,7 +84,7 @@ def locked(
                     stack.enter_context(intercepted(network, answer))
                 stack.callback(session.end)
                 made = kind.__call__(pipe, *args, **kwargs)
-                session.settle()
+                session.end(complete=True)
                 return made
 
         return plain_copies(kind, {"__call__": call})

@@ -67,14 +67,11 @@ class Session:
         self.run = Run(None if times is None else tuple(sigmas_of(times).tolist()))
         self.trace = self.run.trace
 
-    def settle(self) -> None:
-        """Check what the last evaluation left: on a device its numbers are not read before the next one."""
+    def end(self, *, complete: bool = False) -> None:
+        """End the run, and release what it held open. Its trace stays. A complete run is checked to its last number."""
         if self.run is not None:
-            self.run.settle(next(reversed(self._experts.values()))[1])
-
-    def end(self) -> None:
-        """End the run, and release what it held open. Its trace stays."""
-        if self.run is not None:
+            if complete:
+                self.run.settle(next(reversed(self._experts.values()))[1])
             self.run.close()
         self.run = None
 

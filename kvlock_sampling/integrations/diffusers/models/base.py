@@ -297,6 +297,3 @@ class PipelineVideo:
     def _default(self, name: str, otherwise: Any) -> Any:
         found = inspect.signature(type(self.pipe).__call__).parameters.get(name)
         return otherwise if found is None or found.default in (None, inspect.Parameter.empty) else found.default
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({type(self.pipe).__name__}, {self.device})"

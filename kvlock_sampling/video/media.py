@@ -136,7 +136,7 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
         if not stamps or not rate > 0:
             raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
         stated = stated or (container.duration or 0) / 1e6
-    have = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    have = max((end for _, end in spans), default=stated) - min((begin for begin, _ in spans), default=0.0)
     if have < 0.95 * stated - 2 / rate:
         raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
     if avi:

@@ -134,7 +134,11 @@ def squares(e):
 BROKEN = [
     ("not frozen", Melting(), r"Melting can be changed(.|\n)*frozen=True"),
     ("no pair", Broken(lambda s, st, e: squares(e)), r"returned Tensor; expected \(state, variance\)"),
-    ("a source unasked", Broken(lambda s, st, e: (st, squares(e) - e.source.mean())), r"AttributeError(.|\n)*was given"),
+    (
+        "a source unasked",
+        Broken(lambda s, st, e: (st, squares(e) - e.source.mean())),
+        r"AttributeError(.|\n)*was given",
+    ),
     (
         "guided always",
         Broken(lambda s, st, e: (st, squares(e) + e.uncond.mean() ** 2)),

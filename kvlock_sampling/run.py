@@ -269,7 +269,7 @@ def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
 def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, dtype: torch.dtype) -> float:
     """A noise level on the clock: the schedule's own where a sampler of half precision rounded it."""
     sigma = to_sigma(model, level)
-    if schedule is None or not dtype.is_floating_point or dtype.itemsize > 2:
+    if schedule is None or dtype not in (torch.float16, torch.bfloat16):
         return sigma
     low, high = (to_sigma(model, level * (1 + off * torch.finfo(dtype).eps)) for off in (-1, 1))
     return min((s for s in schedule if low < s < high), key=lambda s: abs(s - sigma), default=sigma)

@@ -150,7 +150,7 @@ def edit_video(
     callback = None if on_step is None else lambda info: on_step(int(info.get("i", 0)))
     # Offloading would leave weights that it moves under inference mode as inference tensors, which cannot be trained.
     with torch.no_grad() if getattr(video, "offloaded", False) else torch.inference_mode():
-        ceiling, started = _decoded(video, source), time.perf_counter()
+        ceiling, started = _decoded(video, source).to(clips), time.perf_counter()  # not held beside the model
         run: dict[str, Any] = {"extra_args": extra_args, "seed": seeds, "callback": callback}
         if tried > 1:
             found = search(lock, sampler, x, sigmas, judge=judge, **run)
@@ -162,7 +162,7 @@ def edit_video(
         seconds = time.perf_counter() - started
         pixels = _decoded(video, latents)
         others = torch.cat([_decoded(video, row) for row in rows]).to(clips) if rows else None
-    pixels, ceiling = pixels.clone().to(clips), ceiling.clone().to(clips)  # ordinary tensors on the clip's device
+    pixels, ceiling = pixels.clone().to(clips), ceiling.clone()  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
         pixels = torch.lerp(clips, pixels, soft + (1 - soft) * _released(trace, lock, video, source, clips, feather))

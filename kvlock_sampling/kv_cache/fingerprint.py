@@ -77,11 +77,11 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     return digest.hexdigest()
 
 
-def _settings(attributes: Mapping[str, Any], seen: tuple[Any, ...] = ()) -> list[Any]:
-    """Plain values and tensors among attributes, and in functions: a guidance, a frame rate, a scale."""
-    found: list[Any] = []
+def _settings(attributes: Mapping[str, Any], seen: set[int] | None = None) -> list[Any]:
+    """Plain values and tensors among attributes, and in functions, each once: a guidance, a frame rate, a scale."""
+    found, seen = list[Any](), set() if seen is None else seen
     for name, value in sorted(attributes.items()):
-        if name.startswith("_") or name == "training" or any(value is known for known in seen):
+        if name.startswith("_") or name == "training":
             continue
         if _is_plain(value):
             found.append(f"{name}={value!r}")
@@ -89,15 +89,16 @@ def _settings(attributes: Mapping[str, Any], seen: tuple[Any, ...] = ()) -> list
             found += [name, *_numbers(value)]
         elif isinstance(value, functools.partial):
             inside = {f"{name}.func": value.func, f"{name}.args": value.args, f"{name}.kw": value.keywords}
-            found += _settings(inside, (*seen, value))
-        elif isinstance(value, types.FunctionType):
+            found += _settings(inside, seen)
+        elif isinstance(value, types.FunctionType) and id(value) not in seen:
+            seen.add(id(value))
             code, scope = value.__code__, value.__globals__
             cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
             inside = {f"{name}.{n}": cell.cell_contents for n, cell in cells} | {f"{name}.defaults": value.__defaults__}
             for n in code.co_names:  # functions of other modules are libraries'
                 if not isinstance(known := scope.get(n), types.FunctionType) or known.__module__ == value.__module__:
                     inside[f"{name}.{n}"] = known
-            found += [name, _code(code), *_settings(inside, (*seen, value))]
+            found += [name, _code(code), *_settings(inside, seen)]
     return found
 
 

@@ -139,18 +139,17 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None) -> Ten
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
     left, top, right, bottom = _box(frame, size)
-    dark, brightest = list[int](), 0
+    dark, brightest = list[int](), list[int]()
 
     def shrink(image: Any) -> Array:
-        nonlocal brightest
         page = np.maximum.reduce([np.asarray(band) for band in image.split()])
         levels = np.bincount(page.ravel(), minlength=256)
-        brightest = max(brightest, int(page.max()))
-        level, greys = NOISE + int(levels[NOISE:WHITE].argmax()), levels[NOISE:WHITE].sum()
-        near = (page >= level - 4) & (page <= level + 4)
-        inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
-        if inner.sum() > 0.003 * page.size and near.sum() > 0.35 * greys:  # no rim of a soft mask
-            dark.append(level)
+        brightest.append(int(page.max()))
+        level, least = NOISE + int(levels[NOISE:WHITE].argmax()), 0.003 * page.size
+        if levels[level - 4 : level + 5].sum() > max(least, 0.35 * levels[NOISE:WHITE].sum()):
+            near = (page >= level - 4) & (page <= level + 4)
+            inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
+            dark.extend([level] if inner.sum() > least else [])  # else it is the rim of a soft mask
         few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
@@ -159,8 +158,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
 
     pages = np.stack(_sample(path, times, at, shrink))
     advice = "Expected white = edit; save a mask of object indices as (index > 0) * 255."
-    if (NOISE if is_film(path) else 1) <= brightest < WHITE:
-        raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {brightest} of 255. {advice}")
+    if (NOISE if is_film(path) else 1) <= max(brightest) < WHITE:
+        raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {max(brightest)} of 255. {advice}")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
     return torch.from_numpy(pages >= WHITE).float().unsqueeze(0)

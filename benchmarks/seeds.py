@@ -6,6 +6,7 @@ score and each noise level at which all but one seed stop: the quality of the se
 one by chance, one seed in more steps at the same cost, and the best by the truth (the oracle). Costs are in
 token-passes of an unlocked edit, with a filled KV cache; under another policy in those of one edit under it.
 Writes benchmarks/results/seeds.json, or seeds_release.json.
+Runs over other scenes, `--first 820450 --dry > part.json`, become one with `--join part.json ...`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,36 @@ def against(values: np.ndarray, base: np.ndarray) -> list[float]:
     return [round(float(gaps.mean()), 4), round(float(gaps.std(ddof=1) / len(gaps) ** 0.5), 4)]
 
 
+def pooled(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The record of all edits of several runs that share everything but their scenes."""
+    counts = np.array([record["edits"] for record in records])
+
+    def pool(parts: Sequence[Any], key: str = "") -> Any:
+        first = parts[0]
+        if isinstance(first, dict):
+            return {name: pool([part[name] for part in parts], name) for name in first}
+        if key == "rows":
+            return [pool(rows) for rows in zip(*parts, strict=True)]
+        if isinstance(first, list):  # mean and standard error of a difference
+            mean, error = np.array(parts).T
+            squares = error**2 * counts * (counts - 1) + counts * (mean - np.average(mean, weights=counts)) ** 2
+            total = counts.sum()
+            spread = float((squares.sum() / (total - 1) / total) ** 0.5)
+            return [round(float(np.average(mean, weights=counts)), 4), round(spread, 4)]
+        if isinstance(first, float) and key != "guidance":
+            return round(float(np.average(parts, weights=counts)), 4)
+        if len(set(parts)) > 1:
+            raise SystemExit(f"the runs differ in {key!r}: {sorted(set(parts))}")
+        return first
+
+    scenes = sorted((record["first_scene"], record["edits"]) for record in records)
+    if any(start + count != after for (start, count), (after, _) in pairwise(scenes)):
+        raise SystemExit(f"the runs are not of scenes that follow one another: (first, edits) {scenes}")
+    own = ("edits", "first_scene")
+    same = [{name: value for name, value in record.items() if name not in own} for record in records]
+    return {"edits": int(counts.sum()), "first_scene": scenes[0][0], **pool(same)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--edits", type=int, default=100)
@@ -156,7 +188,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bfloat16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--dry", action="store_true", help="print only; write nothing")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="JSON", help="make one record of those of other scenes")
     given = parser.parse_args()
+    if given.join:
+        keep(pooled([json.loads(text[text.index("{") :]) for text in map(Path.read_text, given.join)]), given.dry)
+        return
     network: torch.nn.Module = load(device=given.device).network
     network = Bfloat16(network) if given.bfloat16 else network
     found = sampled(network, given.first, given.edits, given.sampler, given.policy)
@@ -204,9 +240,13 @@ def main() -> None:
         "oracle": {"psnr": round(float(oracle.mean()), 4), "right": round(float(found["right"].max(1).mean()), 4)},
         "rows": rows,
     }
+    keep(record, given.dry)
+
+
+def keep(record: dict[str, Any], dry: bool) -> None:
     print(json.dumps(record, indent=1))
-    if not given.dry:
-        name = "seeds" if given.policy == "full" else f"seeds_{given.policy}"
+    if not dry:
+        name = "seeds" if record["policy"] == "full" else f"seeds_{record['policy']}"
         write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 

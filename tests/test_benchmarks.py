@@ -1,5 +1,6 @@
 """What the benchmarks compute, against answers that are known: the grid, its samplers, its scores and their reports."""
 
+import numpy as np
 import pytest
 import torch
 from grid import SHARP, STEPS, EpsNet, Grid, GridDenoiser, label
@@ -7,6 +8,7 @@ from grid_control import moved, skew, spread
 from grid_paper import KEPT, ddpm
 from grid_runs import detection
 from report_grid import holds
+from seeds import against, pooled
 from torch import nn
 from transfer import Meter, alarms, row
 
@@ -111,3 +113,23 @@ def test_alarms_are_counted_by_clip_and_ratios_are_paired():
     low, high = twice["rate interval"]
     assert twice["rate"] == pytest.approx(0.2)
     assert low < 0.2 < high
+
+
+def test_runs_over_parts_of_the_scenes_pool_to_the_run_over_all():
+    draw = np.random.default_rng(0)
+    ours, base = draw.normal(0.3, size=90), draw.normal(size=90)
+
+    def record(first, count):
+        part = slice(first, first + count)
+        row = {"score": "border", "cost": 2.5, "psnr": float(ours[part].mean()), "gap": against(ours[part], base[part])}
+        return {"edits": count, "first_scene": first, "policy": "release", "guidance": 3.0, "rows": [row]}
+
+    whole = record(0, 90)
+    parts = pooled([record(30, 60), record(0, 30)])
+    assert {**parts, "rows": None} == {**whole, "rows": None}
+    assert parts["rows"][0]["gap"] == pytest.approx(whole["rows"][0]["gap"], abs=2e-4)
+    assert parts["rows"][0]["psnr"] == pytest.approx(whole["rows"][0]["psnr"], abs=1e-4)
+    with pytest.raises(SystemExit, match="differ in 'policy'"):
+        pooled([record(0, 60), {**record(60, 30), "policy": "full"}])
+    with pytest.raises(SystemExit, match="follow one another"):
+        pooled([record(0, 30), record(40, 30)])

@@ -26,8 +26,8 @@ from measuring import keep_freed_memory
 from torch import Tensor, nn
 
 import kvlock_sampling as kv
+from kvlock_sampling.utils.extras import hide_broken_torchvision
 from kvlock_sampling.utils.files import write_atomically
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
 hide_broken_torchvision()
 from diffusers import WanTransformer3DModel  # noqa: E402

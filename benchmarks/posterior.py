@@ -26,7 +26,7 @@ from kvlock_sampling.testing import MixtureDenoiser
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import PosteriorVariance
-from kvlock_sampling.variance._noise import copies, draw
+from kvlock_sampling.variance.base import copies, draw
 from kvlock_sampling.variance.posterior import STEP
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.batching import join_calls
+from kvlock_sampling.utils.extras import hide_broken_torchvision
 from kvlock_sampling.utils.files import write_atomically
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

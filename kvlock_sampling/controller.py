@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .policy.base import check_control, check_finite
+from .policy.base import check_control
 from .settings import LockSettings
 from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
 from .variance.base import measure
@@ -108,6 +108,4 @@ def _checked(settings: LockSettings, answer: Any, observation: Observation, meth
             "where the policy decides token by token.\n"
             "  Give the estimator the model's own patch (time, height, width), e.g. patch=(1, 2, 2)."
         )
-    control = check_control(settings.policy, answer, len(observation.requested_cfg_scale), tokens, method)
-    check_finite(settings.policy, control, method)
-    return control
+    return check_control(settings.policy, answer, len(observation.requested_cfg_scale), tokens, method)

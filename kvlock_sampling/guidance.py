@@ -7,7 +7,7 @@ Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The 
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .utils.precision import working
 
+Latents: TypeAlias = Float[Tensor, "batch *axes"]
 
-def guide(
-    uncond: Float[Tensor, "batch *axes"], cond: Float[Tensor, "batch *axes"], scale: float | Float[Tensor, "batch"]
-) -> Float[Tensor, "batch *axes"]:
+
+def guide(uncond: Latents, cond: Latents, scale: float | Float[Tensor, "batch"]) -> Latents:
     """Plain guidance on clean predictions: uncond + (cond - uncond) * scale, the expression of k-diffusion scripts.
 
     With s = 1 it is the same in eps and in D. A float scale gives the very bits those scripts give.
@@ -29,34 +29,20 @@ def guide(
     return uncond + (cond - uncond) * scale
 
 
-def projection_scale(
-    uncond: Float[Tensor, "batch *axes"], cond: Float[Tensor, "batch *axes"], x: Float[Tensor, "batch *axes"]
-) -> Float[Tensor, "batch"]:
-    """s* = <eps_c, eps_u> / |eps_u|^2 per sample. The 1 / sigma of both eps cancels."""
-    eps_c, eps_u = (working(x) - working(cond)).flatten(1), (working(x) - working(uncond)).flatten(1)
-    return (eps_c * eps_u).sum(1) / (eps_u.square().sum(1) + 1e-8)
+def guide_rescaled(uncond: Latents, cond: Latents, scale: float | Float[Tensor, "batch"], x: Latents) -> Latents:
+    """s*-rescaled guidance: the unconditional eps is first scaled onto the conditional one, by one s* per clip.
 
-
-def guide_rescaled(
-    uncond: Float[Tensor, "batch *axes"],
-    cond: Float[Tensor, "batch *axes"],
-    scale: float | Float[Tensor, "batch"],
-    x: Float[Tensor, "batch *axes"],
-) -> Float[Tensor, "batch *axes"]:
-    """s*-rescaled guidance: the unconditional eps is first scaled onto the conditional one.
-
-    In clean predictions, with e = x - D:  D = x - ((1 - w) s* e_u + w e_c).  scale = 1 gives `cond`.
+    In clean predictions, with e = x - D:  D = x - ((1 - w) s* e_u + w e_c).  scale = 1 gives `cond`. The 1 / sigma of
+    both eps cancels in s*.
     """
-    axes = [1] * (cond.ndim - 1)
-    star = projection_scale(uncond, cond, x).view(-1, *axes)
+    axes, wide = [1] * (cond.ndim - 1), working(x)
+    eps_c, eps_u = wide - working(cond), wide - working(uncond)
+    star = (eps_c * eps_u).flatten(1).sum(1) / (eps_u.square().flatten(1).sum(1) + 1e-8)
     weight = working(scale).view(-1, *axes) if isinstance(scale, Tensor) else scale
-    wide = working(x)
-    return (wide - ((1 - weight) * star * (wide - working(uncond)) + weight * (wide - working(cond)))).to(cond.dtype)
+    return (wide - ((1 - weight) * star.view(-1, *axes) * eps_u + weight * eps_c)).to(cond.dtype)
 
 
-def composite(
-    denoised: Float[Tensor, "batch *axes"], source: Float[Tensor, "batch *axes"], mask: Tensor, weight: float | Tensor
-) -> Float[Tensor, "batch *axes"]:
+def composite(denoised: Latents, source: Latents, mask: Tensor, weight: float | Tensor) -> Latents:
     """Put the source into the background of a prediction, by a weight. Weight 1 takes the source's bits where the mask
     is 0, weight 0 the prediction's everywhere. Mask, 1 = edit, and weight are broadcastable to both.
     """

@@ -1,12 +1,4 @@
-"""Presets: a policy and the settings that belong to it, in TOML files such as those of `policies/`. Data only.
-
-threshold = 0.01                # and the other settings of a Preset
-[estimator]                     # how to measure
-type = "TrajectoryVariance"
-window = 10
-[policy]                        # what to do, the only table that is required
-type = "Linear"
-"""
+"""Presets: a policy and the settings that belong to it, in TOML files such as those of `policies/`. Data only."""
 
 import os
 from collections.abc import Mapping
@@ -24,12 +16,10 @@ from .utils.tables import from_table, nearest, read_toml, to_table, write_toml
 from .variance import Estimator
 from .variance.thresholds import ThresholdCurve
 
-_POLICIES = (
-    getattr(policies, name) for name in policies.__all__ if name not in ("Policy", "PolicyWrapper", "Stateless")
-)
-_ESTIMATORS = (getattr(variance, name) for name in variance.__all__ if name != "Estimator")
-POLICIES = {kind.__name__: kind for kind in _POLICIES if isinstance(kind, type) and issubclass(kind, Policy)}
-ESTIMATORS = {kind.__name__: kind for kind in _ESTIMATORS if isinstance(kind, type) and issubclass(kind, Estimator)}
+_KINDS = [getattr(room, name) for room in (policies, variance) for name in room.__all__]
+_BASES = (Policy, policies.PolicyWrapper, policies.Stateless, Estimator)
+POLICIES = {k.__name__: k for k in _KINDS if isinstance(k, type) and issubclass(k, Policy) and k not in _BASES}
+ESTIMATORS = {k.__name__: k for k in _KINDS if isinstance(k, type) and issubclass(k, Estimator) and k not in _BASES}
 
 
 @dataclass(frozen=True)

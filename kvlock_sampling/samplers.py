@@ -38,11 +38,6 @@ _LOCK = threading.RLock()
 _MODULES: dict[str, ModuleType] = {}
 _SAMPLERS: dict[str, Sampler] = {}
 
-_ABSENT = (
-    "k-diffusion is not installed: pip install k-diffusion (Python < 3.13), or pass any callable with the signature "
-    "sampler(model, x, sigmas, extra_args=None, callback=None, disable=None) to samplers.run"
-)
-
 
 def names() -> tuple[str, ...]:
     """Return the sorted names of all samplers, without `sample_`. Raises SamplerError if k-diffusion is missing."""
@@ -222,7 +217,10 @@ def _load(stem: str) -> ModuleType:
     except ValueError:  # sys.modules has a module without a spec
         found = None
     if found is None or found.submodule_search_locations is None:
-        raise SamplerError(_ABSENT)
+        raise SamplerError(
+            "k-diffusion is not installed: pip install k-diffusion (Python < 3.13), or pass any callable with the "
+            "signature sampler(model, x, sigmas, extra_args=None, callback=None, disable=None) to samplers.run"
+        )
     if _PARENT not in sys.modules:
         parent, utils = ModuleType(_PARENT), ModuleType(f"{_PARENT}.utils")
         # k-diffusion's utils.py imports torchvision; samplers and denoisers need only this function of it.

@@ -33,7 +33,7 @@ from .utils.modules import reachable_modules
 from .utils.proxy import check_no_lock_inside
 from .utils.signature import default_of, method_of, on_clock, parameters_of
 from .variance import Estimator
-from .variance.thresholds import DEFAULT_ESTIMATOR, default_threshold
+from .variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         hint = f"{name}()" if isinstance(estimator, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
-    limit = _first(given["threshold"], preset.threshold, default_threshold(measure))
+    usual = DEFAULT_THRESHOLD if measure == DEFAULT_ESTIMATOR else measure.default_threshold
+    limit = _first(given["threshold"], preset.threshold, usual)
     if not callable(limit):
         limit = check_number("threshold", limit, EstimatorError, " Or a function of sigma.", above=0.0)
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)

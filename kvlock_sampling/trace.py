@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ class Trace:
     @property
     def routes(self) -> dict[str, int]:
         """How many evaluations took each route, in the order in which the routes first occurred."""
-        names = [step.route for step in self.steps]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(step.route for step in self.steps))
 
     def record(
         self, observation: Observation, next_lock: Scalar, cfg_scale: Scalar, composite: Scalar, **counts: Any

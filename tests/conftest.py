@@ -12,7 +12,7 @@ SHAPED = ("guidance", "attention.fuse", "variance.base", "masks")
 install_import_hook([f"kvlock_sampling.{room}" for room in SHAPED], "shapes.check")
 
 import kvlock_sampling as kv  # noqa: E402 - after the hook, so that shapes are checked
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision  # noqa: E402
+from kvlock_sampling.utils.extras import hide_broken_torchvision  # noqa: E402
 
 torch.set_num_threads(1)
 hide_broken_torchvision()  # before any test imports diffusers

@@ -23,7 +23,7 @@ from torch import Tensor
 from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision
+from kvlock_sampling.utils.extras import hide_broken_torchvision
 
 hide_broken_torchvision()
 

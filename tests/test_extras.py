@@ -9,8 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from kvlock_sampling.types import KVLockError
-from kvlock_sampling.utils.extras import require
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision
+from kvlock_sampling.utils.extras import hide_broken_torchvision, require
 
 EXTRAS = ("accelerate", "av", "diffusers", "gradio", "matplotlib", "PIL", "ray", "rich", "transformers", "typer")
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlock_sampling.types import KVLockError
-from kvlock_sampling.utils.extras import require
-from kvlock_sampling.utils.torchvision import hide_broken_torchvision
+from kvlock_sampling.utils.extras import hide_broken_torchvision, require
 
 from .world import COLOURS, EMPTY_PROMPT, MOTIONS, SHAPES
 

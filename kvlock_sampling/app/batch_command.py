@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from ..types import KVLockError
 from ..utils.fields import check_seed
-from . import options as opt
+from . import command_line as opt
 from .command_line import app, decibels, out, progress, readable, say, sides_of
 
 

@@ -54,7 +54,7 @@ def calibrate(
     sampler: Any = "dpmpp_2m",
     seed: int = 0,
     batch: int = 8,
-    on_clip: Callable[[], None] | None = None,
+    on_clip: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Remake examples unlocked and composited, and set risk 1 to a quantile of their variance at each noise level.
 
@@ -104,9 +104,8 @@ def calibrate(
         options |= {"policy": resting, "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         points += [(first + int(r["clip"]), float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
-        if on_clip is not None:
-            for _ in part:
-                on_clip()
+        for _ in part:
+            on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
     rounded = [b._replace(sigma=float(f"{b.sigma:.4g}"), quantile=float(f"{b.quantile:.4g}")) for b in found]
     return Calibration(replace(preset, threshold=threshold_curve(rounded), estimator=meter), found)
@@ -119,9 +118,7 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
     if count < 1:
         raise SourceError(_NONE)
     drawn = [sample_scene(first + i, empty=0.0) for i in range(count)]
-    return [
-        Example(*row) for row in zip(render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn], strict=True)
-    ]
+    return list(map(Example, render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn]))
 
 
 def folder(path: Path, model: VideoModel) -> list[Example]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..types import KVLockError
 from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
-from . import options as opt
+from . import command_line as opt
 from .command_line import app, decibels, err, out, progress, readable, say, sides_of
 
 

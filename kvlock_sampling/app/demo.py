@@ -23,13 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "let go": {"policy": ReleaseBelow(lock=0.0)},
     "release": {"policy": "release"},
 }
-CAPTIONS = {
-    "source": "the clip",
-    "composited": "background pasted",
-    "let go": "let go, not locked",
-    "release": "locked, effects let go",
-    "truth": "what is right",
-}
+CAPTIONS = ("the clip", "background pasted", "let go, not locked", "locked, effects let go", "what is right")
 STILL = 4  # the frame of the still picture
 
 
@@ -39,7 +33,7 @@ def run_demo(
     seed: int = 0,
     steps: int = 20,
     sampler: str = "dpmpp_2m",
-    on_variant: Callable[[str], None] | None = None,
+    on_variant: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, float]]:
     """Write `FILES` into the folder `out`; return the mean PSNRs (dB), nfe and seconds of each variant."""
     get(sampler)  # Errors come before the folder is created.
@@ -64,12 +58,11 @@ def run_demo(
         edits[name] = edit
         metrics[name] = {key: float(value.mean()) for key, value in psnr.items()}
         metrics[name] |= {"nfe": edit.nfe, "seconds": edit.seconds}
-        if on_variant is not None:
-            on_variant(name)
+        on_variant(name)
 
-    columns = {"source": source, **{name: edit.pixels for name, edit in edits.items()}, "truth": truth}
-    tiles = [clips[i] for i in range(len(pairs)) for clips in columns.values()]
-    sheet = side_by_side(tiles, [CAPTIONS[name] for name in columns] * len(pairs), scale=3, columns=len(columns))
+    columns = (source, *(edit.pixels for edit in edits.values()), truth)
+    tiles = [clips[i] for i in range(len(pairs)) for clips in columns]
+    sheet = side_by_side(tiles, CAPTIONS * len(pairs), scale=3, columns=len(columns))
     files = [out / name for name in FILES]
     write_clip(files[0], sheet[:, STILL : STILL + 1])
     for path in files[1:3]:

@@ -22,7 +22,7 @@ from ..trace import Trace
 from ..types import KVLockError, SamplerError, SourceError
 from ..utils.fields import check_number, check_seed
 from ..video.metrics import masked_psnr
-from ..video.pixels import as_clips, check_pixels
+from ..video.read import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
 
 FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask

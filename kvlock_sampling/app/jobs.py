@@ -17,8 +17,7 @@ from ..presets import load_preset, to_toml
 from ..samplers import get
 from ..types import KVLockError
 from ..utils.tables import nearest
-from ..video.media import STILLS
-from ..video.pixels import VideoError
+from ..video.media import STILLS, VideoError
 from ..video.write import check_suffix
 
 NEEDED = ("clip", "mask", "prompt")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from . import options as opt
+from . import command_line as opt
 from .command_line import app, out, progress, readable, say, sides_of
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from . import options as opt
+from . import command_line as opt
 from .command_line import app, out, readable
 
 

@@ -11,12 +11,15 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeAlias, overload
 
+import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, SourceError
 from ..utils.host import HostReads
+
+Range: TypeAlias = tuple[float, float]
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
@@ -160,7 +163,9 @@ def policy_name(policy: Any) -> str:
 
 
 def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
-    """Check types and shapes of what `method` returned. `tokens` is None if nothing can be per token."""
+    """Check types and shapes of what `method` returned, and values that are on the host already: all are finite, and a
+    composite weight is in [0, 1]. `tokens` is None if nothing can be per token.
+    """
     name = f"{policy_name(policy)}.{method}"
     if not isinstance(control, Control):
         steps = method == "step" and not isinstance(policy, Stateless)
@@ -180,6 +185,18 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
                 )
         elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
+        if value is None or (isinstance(value, Tensor) and not HostReads.free(value)):
+            continue
+        low, high = HostReads().range(value)
+        if field == "composite":
+            check_ratio(policy, field, low, high)
+        if not math.isfinite(low + high):
+            raise PolicyError(
+                f"{name} returned {field} with NaN or inf; expected finite numbers.\n"
+                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start.\n"
+                "  effect is NaN unless it is measured: estimator=kv.variance.Divergence(patch='model'). To read risk "
+                "alone: policy='sigmoid'."
+            )
     return control
 
 
@@ -204,18 +221,26 @@ def nothing_to_lock_to(policy: Any, field: str, value: float) -> SourceError:
     )
 
 
-def check_finite(policy: Any, control: Control, method: str) -> None:
-    """Check values that are on the host already: all are finite, and a composite weight is in [0, 1]."""
-    for field, value in control._asdict().items():
-        if value is None or (isinstance(value, Tensor) and not HostReads.free(value)):
-            continue
-        low, high = HostReads().range(value)
-        if field == "composite":
-            check_ratio(policy, field, low, high)
-        if not math.isfinite(low + high):
-            raise PolicyError(
-                f"{policy_name(policy)}.{method} returned {field} with NaN or inf; expected finite numbers.\n"
-                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start.\n"
-                "  effect is NaN unless it is measured: estimator=kv.variance.Divergence(patch='model'). To read risk "
-                "alone: policy='sigmoid'."
-            )
+def elapsed(previous: float | None, sigma: float) -> float:
+    """Time since `previous` on the clock -log(sigma) of every policy, >= 0; 0 at the first step."""
+    return 0.0 if previous is None else max(0.0, math.log(previous / sigma))
+
+
+def worst(value: Tensor) -> Tensor:
+    """The largest value of each clip, (batch, tokens) -> (batch,), because guidance has one scale per clip."""
+    return value.amax(dim=tuple(range(1, value.ndim))) if value.ndim > 1 else value
+
+
+def between(limits: Range, fraction: Tensor) -> Tensor:
+    """limits[0] at fraction 0, limits[1] at fraction 1, never outside; `limits` may fall. Keeps shape and dtype."""
+    low, high = limits
+    return (low + (high - low) * fraction).clamp(min(limits), max(limits))
+
+
+def scaled_cfg(obs: Observation, limits: Range, fraction: Tensor | float) -> Tensor | None:
+    """The requested guidance scale times `between(limits, fraction)`, (batch,); None for limits (1, 1)."""
+    if limits == (1.0, 1.0):
+        return None
+    requested = obs.requested_cfg_scale
+    fraction = torch.as_tensor(fraction, device=requested.device)
+    return requested * between(limits, worst(fraction)).to(requested.dtype)

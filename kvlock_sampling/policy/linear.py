@@ -9,8 +9,7 @@ from typing import Any
 
 from ..types import Control, Observation
 from ..utils.fields import number
-from ._shared import worst
-from .base import Policy
+from .base import Policy, worst
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ import torch
 from ..types import Control, Observation, PolicyError
 from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, elapsed, scaled_cfg
-from .base import Policy
+from .base import Policy, Range, elapsed, scaled_cfg
 
 RISK_RANGE: Range = (1e-3, 1e3)
 

@@ -5,16 +5,11 @@
                      lock = lock * min(1, firm / effect), or 0 if not early and nothing of the clip is released
 `effect` is the squared mean of the edit's change over the trajectory, and `risk` its variance (`Divergence`), in units
 of the threshold. So a hallucination, which comes and goes, is composited and locked, and an effect, which stays, is let
-go, token by token. A model that knows its world less well varies more, and less is let go.
+go, token by token.
 What is let go keeps the lock, its hold on the background's context, and loses it only as the edit insists. Range: lock
 and composite in [0, 1].
 
-A composited background needs no lock: its pixels are the source's anyway. A lock at high noise helps a model to fit the
-edit to its surroundings, or ties it to the old object, and only a measurement of many edits tells which. Not `early`
-is therefore the cautious way: where an edit has no effect outside its mask, the result is the composited one.
-
-`ReleaseBelow` is the static schedule beside it: composited above a noise level, free under the lock below.
-Source: KV-Lock (arXiv 2603.09657) for locking by variance.
+`ReleaseBelow` is the static schedule beside it. Source: KV-Lock (arXiv 2603.09657) for locking by variance.
 """
 
 from dataclasses import dataclass

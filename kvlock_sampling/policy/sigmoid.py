@@ -11,8 +11,7 @@ from typing import Any
 from ..types import Control, Observation
 from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, between, scaled_cfg
-from .base import Policy
+from .base import Policy, Range, between, scaled_cfg
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..types import Control, Observation, PolicyError
 from ..utils.fields import number
-from ._shared import scaled_cfg
-from .base import Policy
+from .base import Policy, scaled_cfg
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..types import Control, Observation, PolicyError, Scalar
 from ..utils.fields import number, pair
 from ..utils.precision import working
-from ._shared import Range, elapsed
-from .base import Policy, as_policy
+from .base import Policy, Range, as_policy, elapsed
 
 
 @dataclass(frozen=True)

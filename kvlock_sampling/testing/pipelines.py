@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from ..utils.extras import require
-from ..utils.torchvision import hide_broken_torchvision
+from ..utils.extras import hide_broken_torchvision, require
 
 TEXT = 32  # width of the text encoder
 WORDS = ["<pad>", "</s>", "<unk>", *(chr(code) for code in range(32, 127))]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..policy import Policy, as_policy
-from ..policy.base import check_control, check_finite, check_ratio, policy_name
+from ..policy.base import check_control, check_ratio, policy_name
 from ..types import Control, Observation, PolicyError
 from ..utils.host import HostReads
 from ._contract import Contract, one_clip, same
@@ -99,7 +99,8 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
     who = f"{policy_name(policy)}.{method}"
     seen = f"at sigma={obs.sigma:.3g} with risk={[f'{r:.3g}' for r in obs.risk.flatten()[:4].tolist()]}"
     tokens = obs.risk.shape[1] if obs.risk.ndim > 1 else None
-    check_control(policy, control, len(obs.requested_cfg_scale), tokens, method)
+    clips, told = len(obs.requested_cfg_scale), f"This was {who} {seen}."
+    _explained(told, lambda: check_control(policy, control, clips, tokens, method))
     for field, value in control._asdict().items():
         like = obs.requested_cfg_scale if field == "cfg_scale" else obs.risk
         kinds = (like.dtype, torch.float32)
@@ -109,9 +110,9 @@ def _check_values(policy: Policy, control: Any, obs: Observation, method: str) -
                 f"{like.device}; expected the same, or float32.\n  Write {field}.to(obs.risk), or use torch.full_like."
             )
     on_host = Control(*(v.cpu() if isinstance(v, Tensor) else v for v in control))
-    _explained(f"This was {who} {seen}.", lambda: check_finite(policy, on_host, method))
+    _explained(told, lambda: check_control(policy, on_host, clips, tokens, method))
     low, high = HostReads().range(0.0 if on_host.lock is None else on_host.lock)
-    _explained(f"This was {who} {seen}.", lambda: check_ratio(policy, "lock", low, high))
+    _explained(told, lambda: check_ratio(policy, "lock", low, high))
     if high > 0 and not policy.may_lock:
         raise PolicyError(
             f"{who} returned lock={on_host.lock} {seen}, but may_lock is False; expected lock 0.\n"

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..denoisers import FlowDenoiser
 from ..samplers import flow_sigmas
 from ..types import KVLockError
-from ..utils.extras import require
-from ..utils.torchvision import hide_broken_torchvision
+from ..utils.extras import hide_broken_torchvision, require
 from .world import COLOURS, EMPTY_PROMPT, FRAMES, MOTIONS, SHAPES, SIZE
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")

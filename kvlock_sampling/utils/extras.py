@@ -1,6 +1,8 @@
-"""Import optional packages, and name the extra to install when one is missing."""
+"""Import optional packages: name the extra to install when one is missing, and hide a torchvision that is broken."""
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from ..types import KVLockError
@@ -21,3 +23,17 @@ def require(module: str, extra: str) -> ModuleType:
         raise KVLockError(
             f"this needs {package}, which is not installed.\n  pip install 'kvlock-sampling[{extra}]'"
         ) from error
+
+
+def hide_broken_torchvision() -> None:
+    """Let all later imports take a broken torchvision for absent. A working one stays visible.
+
+    k-diffusion depends on torchvision, and the package index serves a CUDA build of it. Beside a CPU build of torch its
+    import fails ("operator torchvision::nms does not exist"). diffusers only checks that torchvision is installed, so
+    the import of its models fails as well. Python treats a module as absent while its entry in `sys.modules` is None.
+    """
+    if "torchvision" not in sys.modules and find_spec("torchvision") is not None:
+        try:
+            import_module("torchvision")
+        except Exception:  # A mismatched binary raises RuntimeError, OSError, ImportError or AttributeError.
+            sys.modules["torchvision"] = None  # type: ignore[assignment]

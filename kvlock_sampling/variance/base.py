@@ -8,6 +8,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..types import EstimatorError, Evaluation
-from ..utils.fields import as_patch
+from ..utils.fields import as_patch, check_seed, number
 from ..utils.host import HostReads, check_prediction
 from ..utils.precision import working
 
@@ -167,3 +168,42 @@ def on_grid(values: Tensor, patch: Patch) -> tuple[Tensor, tuple[int, int, int]]
 def check_patch(estimator: Any) -> None:
     if estimator.patch is not None and estimator.patch != "model":
         object.__setattr__(estimator, "patch", as_patch(estimator.patch, EstimatorError))
+
+
+@dataclass(frozen=True)
+class ProbingEstimator(Estimator):
+    """Base of the estimators that evaluate the model again. The state counts measurements and seeds the next draw, so a
+    rewound run repeats itself.
+    """
+
+    passes: int = 1
+    seed: int = 0
+
+    default_threshold = 0.01
+    """What calm clips of the embedded model stay below from sigma 1.5 down, in latent units squared."""
+
+    cost = property(lambda self: float(self.passes))
+
+    def __post_init__(self) -> None:
+        number(self, "passes", at_least=1, whole=True)
+        check_seed(self.seed, EstimatorError)
+        check_patch(self)
+
+    def init(self) -> Any:
+        return 0
+
+
+def generator(seed: int, count: int, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + count) % 2**63)
+
+
+def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int, count: int) -> Tensor:
+    """Draw unit noise or +1 and -1 for `passes` copies of `like`, the same for every clip, (passes * batch, ...)."""
+    shape = (passes, 1, *like.shape[1:])
+    values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)
+    values = values if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
+    return values.expand(passes, *like.shape).reshape(passes * len(like), *like.shape[1:])
+
+
+def copies(values: Tensor, passes: int) -> Tensor:
+    return values.repeat(passes, *[1] * (values.ndim - 1))

@@ -31,9 +31,8 @@ class Divergence(Estimator):
     """Mean and variance, along the trajectory, of the edit's x0-hat minus the source's, relative to edit and clip.
 
     The variance is reported from the second noise level on; `obs.effect` is the squared mean. Where the lock evaluates
-    the source, it costs nothing. Without a lock, and with a KV cache, the source is one more function evaluation: the
-    cache then saves memory traffic and no pass. Under a model that does its own guidance, the edit's x0-hat is guided,
-    and the source's is a pass under its own prompt.
+    the source, it costs nothing, else one function evaluation. Of a model that does its own guidance, the edit's x0-hat
+    is guided, and the source's is a pass under its own prompt.
 
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor, nn
 from ..types import EstimatorError, Evaluation
 from ..utils.fields import number, reject
 from ..utils.precision import working
-from ._noise import ProbingEstimator, generator
-from .base import Estimator, Patch, pooled
+from .base import Estimator, Patch, ProbingEstimator, generator, pooled
 
 RESIDUAL = (
     r"\.\d+\.(.*\.)?("
@@ -55,9 +55,8 @@ class DropoutVariance(ProbingEstimator):
     patch: Patch | None = None
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
-    least_passes = 2
-
     def __post_init__(self) -> None:
+        number(self, "passes", at_least=2, whole=True)
         super().__post_init__()
         number(self, "rate", above=0.0, below=1.0)
         try:
@@ -111,14 +110,11 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
     """Thin `model` within the block, in this thread only; the same seed gives the same network."""
     owner = threading.get_ident()
 
-    def thinned(keep: Tensor) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            return output * keep.to(output) if threading.get_ident() == owner else None
-
-        return hook
+    def thin(keep: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        return output * keep.to(output) if threading.get_ident() == owner else None
 
     with ExitStack() as stack:
         for index, module in enumerate(droppable(model, select).values()):
             keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
-            stack.callback(module.register_forward_hook(thinned(keep / (1 - rate))).remove)
+            stack.callback(module.register_forward_hook(partial(thin, keep / (1 - rate))).remove)
         yield

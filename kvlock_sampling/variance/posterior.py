@@ -17,7 +17,7 @@ from torch import Tensor
 from ..types import Evaluation
 from ..utils.fields import number
 from ..utils.precision import working
-from ._noise import ProbingEstimator, copies, draw
+from .base import ProbingEstimator, copies, draw
 
 STEP = 2.0**-3
 """Default step of finite differences in units of sigma, between eps^(1/2) and eps^(1/3) of bfloat16."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..types import Evaluation
 from ..utils.precision import working
-from ._noise import ProbingEstimator, copies, draw
-from .base import Patch, pooled
+from .base import Patch, ProbingEstimator, copies, draw, pooled
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Sparse: an estimator around another one, which chooses when to measure.
-
-It measures at the first evaluation at or below each of `sigmas`, or at every n-th new noise level, the first included.
-"""
+"""Sparse: an estimator around another one, which chooses when to measure."""
 
 import dataclasses
 import math
@@ -27,7 +24,7 @@ class Sparse(Estimator):
     Args:
         estimator: The inner estimator.
         sigmas: Noise levels > 0; each is measured once, at the first evaluation at or below it.
-        every: Measure at every n-th new noise level, >= 1. Not together with sigmas.
+        every: Measure at every n-th new noise level, the first included, >= 1. Not together with sigmas.
         hold: Whether to return the last variance in between, instead of None: the policy then steps. Defaults to False.
     """
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..types import EstimatorError
 from ..utils.fields import check_number, levels
-from .base import Estimator
 from .trajectory import TrajectoryVariance
 
 
@@ -59,11 +58,6 @@ DEFAULT_THRESHOLD = ThresholdCurve(
 """What 95% of calm measurements of the embedded model stay below, by `kvlock calibrate --clips 128`."""
 
 
-def default_threshold(estimator: Estimator) -> float | ThresholdCurve:
-    """Return the threshold of an estimator for which neither the user nor a preset gives one."""
-    return DEFAULT_THRESHOLD if estimator == DEFAULT_ESTIMATOR else estimator.default_threshold
-
-
 def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> float:
     """Return the threshold at a noise level. Raises EstimatorError if a function returns none."""
     if not callable(threshold):
@@ -99,10 +93,7 @@ def reference_bands(
     as much weight at infinity, another clip's measurement stays below with a probability of at least `quantile`, over
     draws of all n + 1. Source: Lee, Barber and Willett 2023, Distribution-free inference with hierarchical data.
 
-    Args:
-        measurements: (clip, sigma, variance) of calm runs. Non-finite ones are dropped.
-        quantile: In (0, 1). Defaults to 0.95.
-        bands: Number of bands. Defaults to 12.
+    `measurements` are (clip, sigma, variance) of calm runs; non-finite ones are dropped. `quantile` is in (0, 1).
 
     Raises:
         EstimatorError: Fewer than 20 usable measurements, or a setting out of range.

@@ -1,6 +1,6 @@
 """Clips and masks: read, write and compare them. Files need the extra `video`."""
 
-from .pixels import VideoError
+from .media import VideoError
 from .read import Clip, read_clip, read_mask
 from .write import check_suffix, side_by_side, write_clip
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from ..types import KVLockError
 from ..utils.extras import require
-from .pixels import VideoError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -24,6 +23,10 @@ FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGES = (".gif", ".apng", *STILLS)
 IMAGE_FPS = 8.0  # images' files do not store a rate
+
+
+class VideoError(KVLockError, ValueError):
+    """A file that cannot be read or written as a clip, or pixels that cannot be written."""
 
 
 def is_film(path: PathLike) -> bool:

@@ -1,7 +1,4 @@
-"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE and PSNR, (batch,) each.
-
-The region is where `mask`, (batch or 1, 1, T, H, W) in [0, 1], is 1; None is everywhere, 1 - mask an edit's background.
-"""
+"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE and PSNR, (batch,) each."""
 
 import torch
 from torch import Tensor
@@ -18,7 +15,8 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         a: Clips (batch, 3, T, H, W) in [-1, 1].
         b: Clips of the same shape.
-        mask: The region, (batch or 1, 1, T, H, W) in [0, 1]; fractions weight a pixel. None: everywhere.
+        mask: The region, (batch or 1, 1, T, H, W) in [0, 1]; fractions weight a pixel. None: everywhere. The background
+            of an edit is 1 - mask.
 
     Raises:
         MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
@@ -26,7 +24,24 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_mse(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.5))
     tensor([0.2500])
     """
-    weight = check_region(a, b, mask)
+    if a.ndim != 5 or a.shape != b.shape:
+        raise MaskError(
+            f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
+            "for single clips a[None], b[None]."
+        )
+    if mask is None:
+        mask = torch.ones(1, 1, *a.shape[2:], device=a.device)
+    if mask.ndim != 5 or mask.shape[0] not in (1, a.shape[0]) or mask.shape[1] != 1 or mask.shape[2:] != a.shape[2:]:
+        raise MaskError(
+            f"got a mask of shape {tuple(mask.shape)} for clips {tuple(a.shape)}; expected "
+            f"{(a.shape[0], 1, *a.shape[2:])}. One mask for all clips: mask[None], of batch 1."
+        )
+    mask = mask.to(a.device, torch.float32)
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise MaskError(f"got a mask from {float(mask.min())} to {float(mask.max())}; expected values in [0, 1].")
+    if not bool(mask.flatten(1).any(1).all()):
+        raise MaskError("got a mask that is 0 everywhere for some clip; expected a region. Everywhere is mask=None.")
+    weight = mask.expand(a.shape[0], 1, *a.shape[2:])
     return ((a - b).float().square() * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * a.shape[1])
 
 
@@ -40,25 +55,3 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     mse = masked_mse(a, b, mask)
     return (10 * torch.log10(PEAK**2 / mse.clamp(min=1e-30))).clamp(max=MAX_PSNR)
-
-
-def check_region(a: Tensor, b: Tensor, mask: Tensor | None) -> Tensor:
-    """Check shapes and values, and return the mask as float (batch, 1, T, H, W)."""
-    if a.ndim != 5 or a.shape != b.shape:
-        raise MaskError(
-            f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
-            "for single clips a[None], b[None]."
-        )
-    if mask is None:
-        return torch.ones(a.shape[0], 1, *a.shape[2:], device=a.device)
-    if mask.ndim != 5 or mask.shape[0] not in (1, a.shape[0]) or mask.shape[1] != 1 or mask.shape[2:] != a.shape[2:]:
-        raise MaskError(
-            f"got a mask of shape {tuple(mask.shape)} for clips {tuple(a.shape)}; expected "
-            f"{(a.shape[0], 1, *a.shape[2:])}. One mask for all clips: mask[None], of batch 1."
-        )
-    mask = mask.to(a.device, torch.float32)
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
-        raise MaskError(f"got a mask from {float(mask.min())} to {float(mask.max())}; expected values in [0, 1].")
-    if not bool(mask.flatten(1).any(1).all()):
-        raise MaskError("got a mask that is 0 everywhere for some clip; expected a region. Everywhere is mask=None.")
-    return mask.expand(a.shape[0], 1, *a.shape[2:])

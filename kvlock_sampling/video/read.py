@@ -1,5 +1,6 @@
 """Read clips and masks with the memory of the result; `app.read_pair` reads both, at the clip's times and size."""
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -8,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..types import SourceError
 from ..utils.extras import require
 from ..utils.fields import check_number, within
-from .media import IMAGE_FPS, PathLike, Seconds, Times, decoding, is_film, pictures, shown
-from .pixels import VideoError
+from .media import IMAGE_FPS, PathLike, Seconds, Times, VideoError, decoding, is_film, pictures, shown
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Size: TypeAlias = tuple[int, int]
 
+_EXPECTED = "expected pixels in [-1, 1], (3, frames, height, width) or (batch, 3, frames, height, width)"
 NOISE, WHITE = 26, 128  # of 255: below the first, black with compression noise; from the second on, edited
 
 
@@ -222,3 +224,41 @@ def _box(frame: Size, size: Size) -> tuple[float, float, float, float]:
     shrink = min(h / height, w / width)
     left, top = max((w - width * shrink) / 2, 0.0), max((h - height * shrink) / 2, 0.0)
     return left, top, w - left, h - top
+
+
+def as_clips(clip: Any) -> Tensor:
+    """Floats, a tensor or array, as clips (batch, channels, frames, height, width); other numbers of axes stay."""
+    if isinstance(clip, str | os.PathLike):
+        name = os.fspath(clip)
+        raise SourceError(
+            f"clip is the path {name!r}; {_EXPECTED}. Read it first:\n"
+            f"  from kvlock_sampling.video import read_clip\n  clip = read_clip({name!r}).pixels"
+        )
+    if isinstance(clip, np.ndarray) and clip.dtype.kind in "fiub":
+        # Torch does not accept read-only arrays or negative strides; `require` copies those.
+        clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
+        clip = clip.float() if clip.dtype == torch.float64 else clip
+    if not isinstance(clip, Tensor):
+        hint = "\n  clip = read_clip(path).pixels" if hasattr(clip, "pixels") else ""
+        raise SourceError(f"clip is a {type(clip).__name__}; {_EXPECTED}, as a tensor or an array.{hint}")
+    if not clip.is_floating_point():
+        raise SourceError(f"clip is of {clip.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
+    return clip.unsqueeze(0) if clip.ndim == 4 else clip
+
+
+def check_pixels(clips: Tensor) -> None:
+    """Raise SourceError for pixels that are not finite or outside [-1, 1]; 1% more is accepted as rounding.
+
+    Warns of a clip without a pixel darker than mid-grey, which is most often one in [0, 1].
+    """
+    if not torch.isfinite(clips).all():
+        raise SourceError("clip holds NaN or inf; expected pixels in [-1, 1].")
+    if clips.abs().max() > 1.01:
+        raise SourceError(
+            f"clip runs from {float(clips.min()):.3g} to {float(clips.max()):.3g}; expected pixels in [-1, 1]: "
+            "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
+        )
+    if clips.min() >= 0 and clips.max() > 0.5:
+        warnings.warn(
+            "no pixel of the clip is darker than mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4
+        )

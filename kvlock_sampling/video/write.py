@@ -13,8 +13,7 @@ from torch import Tensor
 from ..utils.extras import require
 from ..utils.fields import check_number
 from ..utils.files import atomic
-from .media import PathLike, film, is_film
-from .pixels import VideoError
+from .media import PathLike, VideoError, film, is_film
 from .read import Array
 
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))

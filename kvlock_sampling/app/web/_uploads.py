@@ -8,8 +8,7 @@ import numpy as np
 
 from ...utils.extras import require
 from ...utils.files import atomic
-from ...video.media import IMAGES, decoding, film, is_film, shown
-from ...video.pixels import VideoError
+from ...video.media import IMAGES, VideoError, decoding, film, is_film, shown
 from ...video.read import Array
 
 LARGEST_FILE = "256mb"

@@ -9,8 +9,7 @@ Policies, presets, estimators and traces are those of `KVLock`. `locked` and `KV
 """
 
 # ruff: noqa: E402 - what follows imports diffusers
-from ...utils.extras import require
-from ...utils.torchvision import hide_broken_torchvision
+from ...utils.extras import hide_broken_torchvision, require
 
 hide_broken_torchvision()
 require("diffusers", "diffusers")

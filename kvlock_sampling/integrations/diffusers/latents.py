@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...types import PipelineError, SourceError
-from ...video.pixels import as_clips, check_pixels
+from ...video.read import as_clips, check_pixels
 
 
 def encode_clip(vae: Any, pixels: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
 """Branches (uncond, cond, source) of a batch of clips as the rows of one model call, and clips taken out of a batch."""
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -18,11 +21,11 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | 
 
     Tensors whose first axis is the batch (or 1) are concatenated, and a list with one prompt per clip is chained.
     Dicts, tuples and lists of equal structure are joined leaf by leaf. Anything else must be equal everywhere, so texts
-    of different lengths cannot share a call.
+    of different lengths cannot share a call, and neither can lists of one text tensor (length, dim) per clip.
     """
     if len(calls) == 1:
         return calls[0]
-    flat = [tree_flatten(dict(sorted(call.items())), is_leaf=_is_prompts) for call in calls]
+    flat = [tree_flatten(dict(sorted(call.items())), is_leaf=partial(_is_list, batch=batch)) for call in calls]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
         return None
@@ -32,7 +35,7 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | 
 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     first = parts[0]
-    if all(part is first for part in parts) and not _is_rows(first, batch):
+    if all(part is first for part in parts) and not (_is_rows(first, batch) or _is_list(first, batch)):
         return first
     if isinstance(first, Tensor):
         alike = all(isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] for part in parts)
@@ -41,9 +44,9 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
         return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts])
     if all(_is_prompts(part) and len(part) == batch for part in parts):
         return type(first)(prompt for part in parts for prompt in part)
-    if all(type(part) is type(first) and part == first for part in parts):
-        return first
-    return _APART
+    # Others may compare element by element, as arrays and dataclasses of tensors do.
+    plain = isinstance(first, (int, float, complex, str, bytes, Enum, torch.dtype, torch.device, np.generic))
+    return first if plain and all(type(part) is type(first) and part == first for part in parts) else _APART
 
 
 def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
@@ -86,6 +89,12 @@ def _is_prompts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, str) for each in value)
 
 
+def _is_list(value: Any, batch: int) -> bool:
+    """Whether a list holds prompts, or may hold one tensor per clip, none of which has an axis of rows."""
+    tensors = isinstance(value, list) and len(value) == batch and all(isinstance(each, Tensor) for each in value)
+    return _is_prompts(value) or (tensors and not any(_is_rows(each, batch) for each in value))
+
+
 def per_row(value: Tensor, x: Tensor) -> Tensor:
     """One number, or one for each clip, broadcastable to x."""
     return value.reshape(value.shape + (1,) * (x.ndim - value.ndim))
@@ -97,8 +106,8 @@ def take(value: Any, index: Tensor, batch: int) -> Any:
     def rows(leaf: Any) -> Any:
         if batch > 1 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
             return leaf[index.to(leaf.device)]
-        if batch > 1 and _is_prompts(leaf) and len(leaf) == batch:
+        if batch > 1 and _is_list(leaf, batch) and len(leaf) == batch:
             return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
-    return tree_map(rows, value, is_leaf=_is_prompts)
+    return tree_map(rows, value, is_leaf=partial(_is_list, batch=batch))

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -134,21 +135,22 @@ class Branches:
     def _captured(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> CallRecord:
         """The record of the source in a pass of its own."""
         context = locked.context.fresh("capture")
-        out = self._call(context, lambda: model(locked.x, sigma, **arguments), None)
+        rows = None if self.settings.scale_arg else len(locked.x)
+        out = self._call(context, lambda: model(locked.x, sigma, **arguments), None, rows)
         self.nfe += self._passes(arguments)
         if sigma is self.step.sigma_arg and not self.settings.erase:
             self.source = split_rows(out, locked.x, 1)[0]
         return context.record
 
-    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind) -> T:
-        """Make one call of the model. Step caches keep calls of each kind apart, and are bypassed by kind None."""
+    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind, rows: int | None = None) -> T:
+        """Make one call of the model, of `rows`. Step caches keep kinds of calls apart; None passes by them."""
         layout: Hashable = kind
         if self._caches.active and context is not None and context.narrowed is not None:
             layout = kind, tuple(context.narrowed.computed.tolist())  # other tokens need another memory
         with self._caches.passed_by() if kind is None else self._caches.apart(layout, kind):
             if context is None or self.locked is None:
                 return call()
-            out = self.locked.hooks.run(context, call, may_skip=self._caches.active)
+            out = self.locked.hooks.run(replace(context, rows=rows), call, may_skip=self._caches.active)
         if context.mode != "capture":
             self.fused_layers = max(self.fused_layers, len(context.record.fired))
         return out
@@ -253,7 +255,7 @@ class OwnBranches(Branches):
         x, levels = branches[0][0], sigma
         if len(branches) > 1:
             x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
-        out = self._call(context, lambda: model(x, levels, **arguments), kind)
+        out = self._call(context, lambda: model(x, levels, **arguments), kind, len(x))
         self.nfe += len(branches)
         return split_rows(out, x[:batch], len(branches))
 

@@ -159,6 +159,8 @@ class KVLock(DenoiserProxy):
         return self
 
     def __exit__(self, *error: Any) -> None:
+        if error[0] is not None and not self._runs():
+            return  # closed by another thread or task than entered it, whose own error says why
         run = self._run()
         run.close()
         run.open = False

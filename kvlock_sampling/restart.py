@@ -14,9 +14,11 @@ from torch import Tensor
 from .batching import take
 from .lock import KVLock
 from .samplers import gaussian_noise
+from .schedules import check_sigmas
 from .trace import Trace
 from .types import RunError
 from .utils.fields import check_number, check_seed
+from .utils.signature import parameters_of
 
 
 class Restarted(NamedTuple):
@@ -68,10 +70,12 @@ def restart(
         arguments: Other arguments of `samplers.run`, as for the first run.
 
     Raises:
-        RunError: Nothing was measured, `back_to` leaves no step, or `limit` or `seed` is no number.
+        RunError: Nothing was measured, `back_to` leaves no step, or `back_to`, `limit` or `seed` is no number.
+        SamplerError: The schedule is none.
     """
     check_number("limit", limit, RunError, " Clips of a larger risk are sent back.")
-    levels = sigmas[sigmas <= back_to]
+    sigmas = check_sigmas(sigmas)
+    levels = sigmas[sigmas <= check_number("back_to", back_to, RunError, above=0.0)]
     if len(levels) < 2:
         raise RunError(
             f"back_to={back_to} leaves no step of the schedule, which runs from {float(sigmas[0]):.3g} to "
@@ -89,5 +93,7 @@ def restart(
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)
-    out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, seed=seeds, **arguments)
+    if isinstance(sampler, str) or "noise_sampler" in parameters_of(sampler):  # another draws no noise that has a seed
+        arguments["seed"] = seeds
+    out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, **arguments)
     return Restarted(out, at_risk, part.trace)

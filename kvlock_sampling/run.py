@@ -278,7 +278,7 @@ def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
     """Raise RunError for a noise level beyond those of the schedule. Churn raises a level by up to sqrt(2)."""
     levels = [level for level in schedule or () if level > 0]
-    if levels and not levels[-1] * (1 - SAME_SIGMA) <= sigma <= 1.5 * levels[0]:
+    if levels and not min(levels) * (1 - SAME_SIGMA) <= sigma <= 1.5 * max(levels):  # a pipeline's may rise
         raise RunError(
             f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {levels[0]:.4g} to "
             f"{levels[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "

@@ -120,7 +120,7 @@ class Source:
         one = torch.ones((), dtype=torch.float64)
         signal = float(self.add_noise(one, one * 0, one * sigma))
         spread = float(self.add_noise(one * 0, one, one * sigma))
-        noise = (x - signal * self.matching(x)) / spread
+        noise = (x.detach() - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.
         if (size := float(noise.float().square().mean().sqrt())) < 0.25:
             warnings.warn(

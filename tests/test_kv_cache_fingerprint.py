@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from enum import Enum
+from types import MethodType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -306,6 +309,9 @@ class Attributed(nn.Module):
         super().__init__()
         self.inner, self.gain = network(), gain
 
+    def _prepared(self, z):
+        return z * self.gain
+
 
 def replaced(name, value):
     """A model whose function reads a global that is replaced before its fingerprint is taken."""
@@ -315,6 +321,37 @@ def replaced(name, value):
         return calling(lambda m, z: helper(m(z * GAIN) + STEPS))
 
     return make
+
+
+class Reduction(Enum):
+    MEAN, SUM = 1, 2
+
+
+class Processor:
+    """Such as an attention processor."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, z):
+        return z * self.scale
+
+
+class Shifted(Processor):
+    def __call__(self, z):
+        return z + self.scale
+
+
+def hooked_by(hook):
+    model = network()
+    model[0].register_forward_hook(hook)
+    return model
+
+
+def rewritten(monkeypatch):
+    """The same weights in a class whose author has changed a method that its forward calls."""
+    monkeypatch.setattr(Attributed, "_prepared", lambda self, z: 3 * z)
+    return Attributed(1.0)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +364,22 @@ def replaced(name, value):
         (replaced("GAIN", 1.0), replaced("GAIN", 2.0)),
         (replaced("STEPS", torch.zeros(5)), replaced("STEPS", torch.ones(5))),
         (replaced("helper", lambda x: x + 1), replaced("helper", lambda x: x + 2)),
+        (replaced("helper", SimpleNamespace(gain=1.0)), replaced("helper", SimpleNamespace(gain=2.0))),
+        *(
+            (lambda _, value=value: Attributed(value), lambda _, other=other: Attributed(other))
+            for value, other in (
+                ([torch.ones(2)], [torch.zeros(2)]),
+                ({"a": {"b": np.ones(2)}}, {"a": {"b": np.zeros(2)}}),
+                ({1, 2}, {1, 3}),
+                (Reduction.MEAN, Reduction.SUM),
+                (SimpleNamespace(scale=1.0), SimpleNamespace(scale=2.0)),
+                (Processor(1.0), Processor(2.0)),
+                (Processor(1.0), Shifted(1.0)),
+                (MethodType(lambda _, z: z, 0), MethodType(lambda _, z: 2 * z, 0)),
+            )
+        ),
+        (lambda _: hooked_by(lambda m, i, out: out), lambda _: hooked_by(lambda m, i, out: 2 * out)),
+        (lambda _: Attributed(1.0), rewritten),
     ],
 )
 def test_what_a_function_around_the_network_does_counts(monkeypatch, one, other):

@@ -36,6 +36,7 @@ class FusionContext:
         source: The K/V to inject, by layer name.
         text: Number of text tokens in this call; None if unknown.
         text_first: Text tokens stand before the video's.
+        rows: Rows of this call, those of each branch together; None if unknown.
         record: What happened.
     """
 
@@ -47,6 +48,7 @@ class FusionContext:
     source: Mapping[str, KeyValue] = field(default_factory=dict)
     text: int | None = None
     text_first: bool = False
+    rows: int | None = None
     record: CallRecord = field(default_factory=CallRecord)
 
     @property
@@ -66,7 +68,7 @@ class FusionContext:
 
     def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> "FusionContext":
         """The same context for another call, in this mode, with its own record."""
-        return replace(self, mode=mode, source=source or {}, record=CallRecord())
+        return replace(self, mode=mode, source=source or {}, rows=None, record=CallRecord())
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
         """Handle one attention call: returns the key and value that attention uses instead.
@@ -79,11 +81,12 @@ class FusionContext:
             ratio: The fusion ratio of the video tokens in this sequence, (batch, tokens).
         """
         batch, rows = len(ratio), len(key)
-        if rows % batch:
+        if rows % batch or rows != (self.rows or rows):
+            wanted = f"{self.rows} for" if self.rows else "a multiple of"
             raise AttentionError(
-                f"layer {layer!r} was called with {rows} rows; expected a multiple of the batch of {batch} clips.\n"
-                "  A lock needs chunks of whole batches, e.g. torch.cat([x, x]) for guidance. "
-                "Run clips one by one if the model mixes its rows."
+                f"layer {layer!r} was called with {rows} rows; expected {wanted} the batch of {batch} clip(s), in "
+                "chunks of whole batches, e.g. torch.cat([x, x]) for guidance.\n  Give heads an axis of their own, "
+                "(rows, heads, length, dim). If the model runs its rows one by one: one clip, and batched=False."
             )
         turn = self.record.turn(layer)
         video = slice(start, start + ratio.shape[1])
@@ -115,7 +118,7 @@ class FusionContext:
         """Handle an attention call for one row alone: row `index` of the batch."""
         clip = index % self.batch
         ratio = self.ratio[clip : clip + 1]
-        fused = self.process(f"{layer}[{clip}]", key, value, start, ratio)
+        fused = replace(self, rows=None).process(f"{layer}[{clip}]", key, value, start, ratio)
         if f"{layer}[{clip}]" in self.record.fired:
             self.record.fired.discard(f"{layer}[{clip}]")
             self.record.fired.add(layer)

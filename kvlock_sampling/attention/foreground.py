@@ -170,6 +170,9 @@ _signature = cache(inspect.signature)
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward, because offloading may replace the instance's forward."""
-    # The class below those of hooks. Not by inspect.unwrap, which from Python 3.12.3 on leaves classes as they are.
-    kind: Any = next(kind for kind in type(module).__mro__ if "__wrapped__" not in vars(kind))
+    kind: Any = type(module)
+    while "__wrapped__" in vars(
+        kind
+    ):  # made for hooks; inspect.unwrap leaves classes as they are from Python 3.12.3 on
+        kind = kind.__wrapped__
     return _signature(kind.forward)

@@ -4,6 +4,7 @@ While a layer runs, its attention call is intercepted (`interception.py`), so K 
 embedding, whatever kernel computes attention. Calls of the model that do not come from a lock run untouched.
 """
 
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ class Hooks:
     def __init__(self, layers: AttentionLayers) -> None:
         self.layers = layers
         self._most = 0  # layers that fired in one call
-        self._leave_compiler_out = False
+        self._leave_compiler_out = self._gradients = False
 
     @cached_property
     def plain(self) -> bool:
@@ -48,11 +49,7 @@ class Hooks:
 
         Raises AttentionError if no layer has fired in the run, or one is missing that no step cache `may_skip`.
         """
-        if torch.is_grad_enabled() and any(getattr(n, "gradient_checkpointing", False) for n in self.layers.networks):
-            raise AttentionError(
-                "gradient checkpointing runs layers again in backward, where no lock acts: gradients would be wrong.\n"
-                "  transformer.disable_gradient_checkpointing(), or sample under torch.no_grad()."
-            )
+        self._gradients = torch.is_grad_enabled()
 
         def fused() -> T:
             context.record.clear()
@@ -80,7 +77,7 @@ class Hooks:
         layers = self.layers
         if layers.watch is not None:
             refuse_cut(layers.watch)
-            yield ForwardHook(layers.watch, around=_intercepting(self._fuse_matching))
+            yield ForwardHook(layers.watch, around=partial(self._intercept, self._fuse_matching))
         for network, blocks in self._blocks:
             # Also without text to count: a network's forward is a loop over its blocks, and the compiler gives up for
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
@@ -90,7 +87,7 @@ class Hooks:
             if layers.flow is not None and context.narrow and context.mode == "lockstep":
                 yield from interleaving(blocks, layers.flow)
         for layer in layers.layers:
-            yield ForwardHook(layer.module, around=_intercepting(partial(self._fuse_layer, layer)))
+            yield ForwardHook(layer.module, around=partial(self._intercept, partial(self._fuse_layer, layer)))
 
     @cached_property
     def _blocks(self) -> list[tuple[nn.Module, list[nn.Module]]]:
@@ -108,6 +105,24 @@ class Hooks:
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor))
         with using(replace(current(), text=text)):
             return call(*args, **kwargs)
+
+    def _intercept(
+        self, make: Callable[[], Callable[..., Fused]], call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if torch.jit.is_tracing():
+            return call(*args, **kwargs)
+        fuse = make()
+
+        def checked(*given: Any) -> Fused:
+            if self._gradients and _checkpointed():
+                raise AttentionError(
+                    "gradient checkpointing runs layers again in backward, where no lock acts: wrong gradients.\n"
+                    "  transformer.disable_gradient_checkpointing(), or sample under torch.no_grad()."
+                )
+            return fuse(*given)
+
+        with intercepted(checked):
+            return call(*args, **overridden(kwargs))
 
     def _fuse_layer(self, layer: AttentionLayer) -> Callable[..., Fused]:
         rows = itertools.count()
@@ -158,14 +173,11 @@ class Hooks:
         warnings.warn(f"{text} The others are not locked.", stacklevel=2)
 
 
-def _intercepting(make: Callable[[], Callable[..., Fused]]) -> Any:
-    def around(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if torch.jit.is_tracing():
-            return call(*args, **kwargs)
-        with intercepted(make()):
-            return call(*args, **overridden(kwargs))
-
-    return around
+def _checkpointed() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _has_hooks(module: nn.Module) -> bool:

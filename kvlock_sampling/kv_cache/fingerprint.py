@@ -5,6 +5,7 @@ import enum
 import functools
 import hashlib
 import json
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -40,7 +41,8 @@ def content_fingerprint(content: Mapping[str, Any]) -> str:
 @torch.inference_mode(False)
 def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     """Take the fingerprint of a denoiser: class, configuration, settings, adapters, and every weight and saved buffer;
-    of functions also their code, what they close over, and the globals of their module that they read.
+    of hooks, functions, and classes that are no library's also their code, what they close over, and the globals of
+    their module that they read. Attributes whose names begin with an underscore do not count.
 
     A weight counts with its name, shape, dtype, a sample of its numbers and sums over all bytes, which takes as long as
     reading it once. Those offloaded to the meta device have no numbers. `networks` need not be found in the denoiser.
@@ -54,11 +56,8 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
-    digest = hashlib.sha256()
-    _add(digest, f"{type(model).__module__}.{type(model).__qualname__}", "")
-    if not isinstance(model, nn.Module):
-        call = vars(type(model)).get("__call__")
-        _add(digest, _settings({"model": model, "call": call, **getattr(model, "__dict__", {})}), "")
+    digest, seen = hashlib.sha256(), set[int]()
+    _add(digest, [f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)], "")
     for module in modules:
         config = getattr(module, "config", None)
         about = [type(module).__qualname__, module.extra_repr()]
@@ -68,7 +67,9 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
         adapter = ("scaling", "merged_adapters", "active_adapters", "disable_adapters")
         found = {name: getattr(module, name, None) for name in adapter}
         about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
-        _add(digest, [*about, *_settings(vars(module))], "")
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        code = [_class(type(module), seen), *(_described(hook, seen) for hook in hooks)]
+        _add(digest, [*about, *code, *_settings(vars(module), seen)], "")
         # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
         derived = module._non_persistent_buffers_set
         buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
@@ -77,29 +78,66 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     return digest.hexdigest()
 
 
-def _settings(attributes: Mapping[str, Any], seen: set[int] | None = None) -> list[Any]:
-    """Plain values and tensors among attributes, and in functions, each once: a guidance, a frame rate, a scale."""
-    found, seen = list[Any](), set() if seen is None else seen
-    for name, value in sorted(attributes.items()):
-        if name.startswith("_") or name == "training":
-            continue
-        if _is_plain(value):
-            found.append(f"{name}={value!r}")
-        elif isinstance(value, Tensor):
-            found += [name, *_numbers(value)]
-        elif isinstance(value, functools.partial):
-            inside = {f"{name}.func": value.func, f"{name}.args": value.args, f"{name}.kw": value.keywords}
-            found += _settings(inside, seen)
-        elif isinstance(value, types.FunctionType) and id(value) not in seen:
-            seen.add(id(value))
-            code, scope = value.__code__, value.__globals__
-            cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
-            inside = {f"{name}.{n}": cell.cell_contents for n, cell in cells} | {f"{name}.defaults": value.__defaults__}
-            for n in code.co_names:  # functions of other modules are libraries'
-                if not isinstance(known := scope.get(n), types.FunctionType) or known.__module__ == value.__module__:
-                    inside[f"{name}.{n}"] = known
-            found += [name, _code(code), *_settings(inside, seen)]
+def _settings(attributes: Mapping[str, Any], seen: set[int]) -> list[Any]:
+    """Plain values, tensors and code in public attributes, each object once: a guidance, a scale, a processor."""
+    public = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
+    return [[name, *_described(value, seen)] for name, value in sorted(public.items())]
+
+
+def _described(value: Any, seen: set[int], *, held: bool = True) -> list[Any]:
+    """What an object says about how a model computes. Of a library's object it is the class alone, unless a module or
+    an object of the user's holds it: a function may name a whole pipeline.
+    """
+    if isinstance(value, Tensor):
+        return _numbers(value)
+    if value is None or isinstance(value, _PLAIN) or (isinstance(value, np.ndarray) and value.dtype != object):
+        return [] if isinstance(value, torch.device) else [value]
+    if id(value) in seen or isinstance(value, (nn.Module, types.ModuleType, types.BuiltinFunctionType)):
+        return []  # modules are visited on their own
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        return [[str(key), *_described(each, seen, held=held)] for key, each in sorted(value.items(), key=repr)]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        ordered = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+        return [_described(each, seen, held=held) for each in ordered]
+    if isinstance(value, functools.partial):
+        return [_described(each, seen, held=held) for each in (value.func, value.args, value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [_described(each, seen, held=held) for each in (value.__func__, value.__self__)]
+    if isinstance(value, types.FunctionType):
+        code, scope = value.__code__, value.__globals__
+        cells = dict(zip(code.co_freevars, value.__closure__ or (), strict=True))
+        inside = {name: cell.cell_contents for name, cell in cells.items()} | {"defaults": value.__defaults__}
+        for name in code.co_names:  # functions of other modules are libraries'
+            known = scope.get(name)
+            if not isinstance(known, types.FunctionType) or known.__module__ == value.__module__:
+                inside[name] = known
+        return [_code(code), *([name, *_described(each, seen, held=False)] for name, each in sorted(inside.items()))]
+    if isinstance(value, type):
+        return _class(value, seen)
+    if not held and _of_library(type(value)):
+        return [type(value).__qualname__]
+    return [type(value).__qualname__, *_class(type(value), seen), *_settings(getattr(value, "__dict__", {}), seen)]
+
+
+def _class(kind: Any, seen: set[int]) -> list[Any]:
+    """The code of a class that is no library's, such as a network that its author is still writing."""
+    while "__wrapped__" in vars(kind):  # made for hooks
+        kind = kind.__wrapped__
+    found = list[Any]()
+    for each in kind.__mro__:
+        if id(each) not in seen and not _of_library(each):
+            seen.add(id(each))
+            methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}
+            code = {n: v for n, v in methods.items() if isinstance(v, types.FunctionType)}
+            found += [[n, *_described(v, seen, held=False)] for n, v in sorted(code.items())]
+            found += _settings({n: v for n, v in methods.items() if n not in code}, seen)
     return found
+
+
+def _of_library(kind: type) -> bool:
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return "-packages" in file or kind.__module__.startswith(__name__.partition(".")[0])
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -107,14 +145,6 @@ def _code(code: types.CodeType) -> list[Any]:
     constants = [_code(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
     texts = [repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c) for c in constants]
     return [code.co_code, texts, code.co_names]
-
-
-def _is_plain(value: Any, depth: int = 3) -> bool:
-    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype)):
-        return True
-    if depth and isinstance(value, (list, tuple)):
-        return all(_is_plain(item, depth - 1) for item in value)
-    return bool(depth) and type(value) is dict and all(_is_plain(item, depth - 1) for item in value.values())
 
 
 def block_sums(weight: Tensor) -> Tensor:

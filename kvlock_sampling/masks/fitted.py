@@ -149,10 +149,10 @@ class FittedMask:
             mask = mask.expand(-1, -1, t, -1, -1)
         elif frames != t:
             temporal = (frames - 1) // (t - 1) if t > 1 and (frames - 1) % (t - 1) == 0 else 0
-        if not temporal or height % h or width % w:
+        if not temporal or height % h or width % w or height // h != width // w:
             raise MaskError(
                 f"mask has frames x height x width {frames} x {height} x {width}, "
-                f"the latents have {t} x {h} x {w}; no whole compression factor leads from one to the other.\n"
+                f"the latents have {t} x {h} x {w}; no whole compression factor leads to it, one for both sides.\n"
                 f"  Pass the mask at the latents' size, or at the clip's, e.g. masks.resize(mask, {1 + 4 * (t - 1)}, "
                 f"{8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
             )

@@ -65,6 +65,13 @@ def wearing(thing: Any, change: Callable[[Any], Any], worn: bool = True) -> Iter
         dress(not worn)
 
 
+class _Unnoticed:
+    """Keeps a subclass from the registry that its base keeps of its subclasses."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
+
+
 def plain_copies(kind: Any, methods: Mapping[str, Any]) -> Any:
     """A subclass with these methods, whose instances are copied and pickled as those of `kind`."""
 
@@ -73,5 +80,5 @@ def plain_copies(kind: Any, methods: Mapping[str, Any]) -> Any:
         make, *given = (kind if isinstance(p, type) and issubclass(p, made) else p for p in (make, *given))
         return make, tuple(given), *state
 
-    made = type(kind)(kind.__name__, (kind,), {"__reduce_ex__": reduced, **methods})
+    made = type(kind)(kind.__name__, (_Unnoticed, kind), {"__reduce_ex__": reduced, **methods})
     return functools.update_wrapper(made, kind, updated=())

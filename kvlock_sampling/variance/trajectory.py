@@ -62,7 +62,8 @@ class TrajectoryVariance(Estimator):
         return ()  # then, for each kept noise level: sigma, x0-hat (None once only its move is needed), normalised move
 
     def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
-        sigma, denoised = evaluation.sigma, evaluation.denoised.detach()
+        # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
+        sigma, denoised = evaluation.sigma, evaluation.denoised.detach().clone()
         # The prediction replaces an entry at nearly the same sigma, and those below.
         kept = [entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA)]
         move = None

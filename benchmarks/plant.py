@@ -140,7 +140,7 @@ def _path(rows: Rows) -> list[tuple[float, float, float]]:
         risk = math.nan if row["risk"] is None else float(row["risk"])  # JSON has no NaN
         if risk > 0 and math.isfinite(risk):
             timeline.rewind(row["sigma"])
-            del path[len(timeline.sigmas) :]
+            del path[len(timeline._entries) :]
             timeline.append(row["sigma"], None)
             path.append((row["sigma"], math.log(risk), row["lock"]))
     return path

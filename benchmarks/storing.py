@@ -64,7 +64,8 @@ def main() -> None:
     lock = kv.KVLock(
         subject.model, source=subject.source, mask=subject.mask(0.25), policy=FULL, kv_cache=KVCache(budget=None)
     )
-    selection, layers = lock.settings.selection, lock.settings.layers
+    settings, layers = lock.settings, lock.settings.layers
+    selection, _ = settings.mask.selection(subject.source, layers.patch)
     heads, width = 12, 128
     shape = 1, heads, len(selection.stored), width
     g = torch.Generator(device).manual_seed(0)

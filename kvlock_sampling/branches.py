@@ -39,6 +39,13 @@ class Branches:
         fused_layers: The largest number of layers that were fused in a call.
     """
 
+    probe: Callable[[Tensor, float], Tensor]
+    """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
+    _source_call: Callable[..., tuple[Denoiser, dict[str, Any]]]
+    """The denoiser of a pass of the source, as it is or `erased`, as it gives keys and values, and its arguments."""
+    _one_call: Callable[..., bool]
+    """Whether edit and source, as it is or `erased`, can be rows of one call."""
+
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
         self.settings, self.step, self.x = settings, step, step.x
         self.uncond: Tensor | None = None
@@ -48,33 +55,20 @@ class Branches:
         self._source_kv: Mapping[str, KeyValue] | None = None
         self.locked = locked = lock_step(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
-        if settings.needs_source and settings.source is not None and step.sigma > 0:
-            noise = run.source_noise(settings.source, step.x, step.model_sigma)
-            self._source_x = settings.source.at(step.x, step.model_sigma, noise, erased=False)
+        if settings.needs_source and settings.source is not None and run.noise is not None and step.sigma > 0:
+            self._source_x = settings.source.at(step.x, step.model_sigma, run.noise, erased=False)
         self.route = choose_route(
             locked=locked is not None,
             narrow=self.narrow,
             cached=locked is not None and locked.entry is not None,
-            one_call=locked is not None and not locked.layers.rows_apart and self._one_call(erased=True),
-            interleaves=locked is not None and locked.layers.interleaves and locked.hooks.plain,
+            one_call=locked is not None and not locked.hooks.layers.rows_apart and self._one_call(erased=True),
+            interleaves=locked is not None and locked.hooks.layers.interleaves and locked.hooks.plain,
             probes=settings.measures and settings.estimator.cost > 0,
         )
-
-    def _one_call(self, *, erased: bool) -> bool:
-        """Whether edit and source, as it is or as it gives keys and values, can be rows of one call."""
-        return False
-
-    def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
-        """The denoiser of a pass of the source, as it is or as it gives keys and values, and its arguments."""
-        raise NotImplementedError
 
     def _passes(self, arguments: Mapping[str, Any]) -> int:
         """How many function evaluations per clip a call with these arguments is: one for each prompt and the source."""
         return 1 + ("uncond" in arguments) + ("beside" in arguments)
-
-    def probe(self, x: Tensor, sigma: float) -> Tensor:
-        """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
-        raise NotImplementedError
 
     def evaluation(self, cond: Tensor) -> Evaluation:
         """What an estimator sees, with a pass of the source if it needs one and nothing else made one."""
@@ -94,7 +88,8 @@ class Branches:
     @property
     def counts(self) -> dict[str, Any]:
         """What ran, for the trace."""
-        computed = 1.0 if self.locked is None else self.locked.computed
+        chosen = self.locked.context.selection if self.locked is not None and self.locked.context.narrow else None
+        computed = 1.0 if chosen is None else chosen.fraction
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
 
     def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
@@ -106,25 +101,24 @@ class Branches:
             weight = on_latents(weight.to(denoised), denoised.shape, patch)
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
-    def _injecting(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> FusionContext:
+    def _injecting(self, locked: Locked, sigma: Tensor) -> FusionContext:
         """A context that injects the source's K/V at this noise level."""
         if sigma is not self.step.sigma_arg:  # a probe at a noise level that is none of the schedule's
-            return locked.context.fresh("inject", self._captured(locked, model, arguments, sigma).captured)
+            return locked.context.fresh("inject", self._captured(locked, sigma).captured)
         if self._source_kv is None:
-            self._source_kv = self._kv_of_level(locked, model, arguments, sigma)
+            self._source_kv = self._kv_of_level(locked)
         return locked.context.fresh("inject", self._source_kv)
 
-    def _kv_of_level(
-        self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor
-    ) -> Mapping[str, KeyValue]:
+    def _kv_of_level(self, locked: Locked) -> Mapping[str, KeyValue]:
+        sigma, scale_arg = self.step.sigma_arg, self.settings.scale_arg
         if locked.entry is None:
-            return self._captured(locked, model, arguments, sigma).captured
-        scale_arg = self.settings.scale_arg
+            return self._captured(locked, sigma).captured
+        _, arguments = self._source_call(erased=True)
         entry = locked.entry({name: value for name, value in arguments.items() if name != scale_arg})
         found = entry.lookup(self.step.sigma)
         if found is not None:
             return found
-        record = self._captured(locked, model, arguments, sigma)
+        record = self._captured(locked, sigma)
         if record.repeated is not None and scale_arg is None:
             raise AttentionError(
                 f"layer {record.repeated!r} acts several times in one evaluation; expected once: a KV cache keeps one "
@@ -132,9 +126,9 @@ class Branches:
             )
         return entry.put(self.step.sigma, record.latest())
 
-    def _captured(self, locked: Locked, model: Denoiser, arguments: dict[str, Any], sigma: Tensor) -> CallRecord:
+    def _captured(self, locked: Locked, sigma: Tensor) -> CallRecord:
         """The record of the source in a pass of its own."""
-        context = locked.context.fresh("capture")
+        context, (model, arguments) = locked.context.fresh("capture"), self._source_call(erased=True)
         rows = None if self.settings.scale_arg else len(locked.x)
         out = self._call(context, lambda: model(locked.x, sigma, **arguments), None, rows)
         self.nfe += self._passes(arguments)
@@ -147,7 +141,7 @@ class Branches:
         layout: Hashable = kind
         if self._caches.active and context is not None and context.narrowed is not None:
             layout = kind, tuple(context.narrowed.computed.tolist())  # other tokens need another memory
-        with self._caches.passed_by() if kind is None else self._caches.apart(layout, kind):
+        with self._caches.apart(layout, kind):
             if context is None or self.locked is None:
                 return call()
             out = self.locked.hooks.run(replace(context, rows=rows), call, may_skip=self._caches.active)
@@ -226,7 +220,7 @@ class OwnBranches(Branches):
             )
         if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
             return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
-        context = None if locked is None else self._injecting(locked, *self._source_call(erased=True), sigma)
+        context = None if locked is None else self._injecting(locked, sigma)
         groups = [(branches, kind)]
         if not self.settings.batched or join_calls([arguments for _, arguments in branches], len(self.x)) is None:
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
@@ -303,7 +297,7 @@ class GuidedBranches(Branches):
             context = locked.context.fresh("lockstep")
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
         elif locked is not None:
-            context = self._injecting(locked, *self._source_call(erased=True), sigma)
+            context = self._injecting(locked, sigma)
         out = self._call(context, lambda: self.settings.model(x, sigma, **arguments), kind)
         self.nfe += self._passes(arguments)
         guided = self._filled(split_rows(out, x, 1)[0])

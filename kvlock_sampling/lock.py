@@ -192,10 +192,11 @@ class KVLock(DenoiserProxy):
         Raises:
             RunError: This lock has no cache.
         """
-        kv_cache, layers, selection = self.settings.kv_cache, self.settings.layers, self.settings.selection
-        if kv_cache is None or layers is None or selection is None:
+        given = self.settings
+        if given.kv_cache is None or given.layers is None or given.source is None or given.mask is None:
             raise RunError("this lock keeps nothing, so there is nothing to plan; pass kv_cache=kv.KVCache(...).")
-        return plan(kv_cache, layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
+        selection, _ = given.mask.selection(given.source.latents, given.layers.patch, given.transition)
+        return plan(given.kv_cache, given.layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
 
     def subset(self, index: Tensor, batch: int) -> "KVLock":
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""

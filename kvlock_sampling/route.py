@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import AttentionLayers, FusionContext, Hooks, fusion_ratio
+from .attention import FusionContext, Hooks, fusion_ratio
 from .kv_cache import CacheEntry
 from .run import Run, Step
 from .settings import LockSettings
@@ -59,8 +59,7 @@ class Locked:
     """What one evaluation takes of the source.
 
     Attributes:
-        layers: The attention layers.
-        hooks: They make the locked calls.
+        hooks: They make the locked calls; `hooks.layers` are the attention layers.
         context: What the layers fuse; each call has its own copy.
         x: The source at this noise level.
         clean: The clean source.
@@ -68,19 +67,12 @@ class Locked:
         entry: Opens the K/V cache's entry for the arguments of the source's pass; None without a cache.
     """
 
-    layers: AttentionLayers
     hooks: Hooks
     context: FusionContext
     x: Tensor
     clean: Tensor
     left_out: Tensor | None
     entry: Callable[[Mapping[str, Any]], CacheEntry] | None
-
-    @property
-    def computed(self) -> float:
-        """The fraction of the tokens that the edit runs on."""
-        selection = self.context.selection
-        return selection.fraction if self.context.narrow and selection is not None else 1.0
 
 
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
@@ -89,9 +81,10 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     low, high = step.reads.range(step.state.lock)
     if high == 0 or source is None or mask is None or layers is None or tools.hooks is None:
         return None
+    noise = run.noise
+    assert noise is not None  # since the run's first evaluation with layers
     # What is left out of the computation has no prediction of its own, so its background must be the source's.
     full = settings.foreground and low == 1 and step.reads.range(step.composite)[0] == 1
-    noise = run.source_noise(source, step.x, step.model_sigma)
     selection = left_out = entry = None
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
@@ -108,4 +101,4 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         text_first=bool(layers.layers) and layers.layers[0].text == "first",
     )
     at_sigma, clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)
-    return Locked(layers, tools.hooks, context, at_sigma, clean, left_out if narrow else None, entry)
+    return Locked(tools.hooks, context, at_sigma, clean, left_out if narrow else None, entry)

@@ -20,7 +20,6 @@ from .controller import State, start
 from .kv_cache import CacheSession
 from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
-from .source import Source
 from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Denoiser, Observation, RunError, Scalar
 from .utils.fields import check_number
@@ -58,11 +57,6 @@ class Timeline(Generic[T]):
         """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
         self._entries.append((sigma, state))
         del self._entries[: -self.depth]
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The kept noise levels, falling."""
-        return tuple(sigma for sigma, _ in self._entries)
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,10 @@ class Run:
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         sigma_arg = torch.as_tensor(sigma, device=x.device)
-        requested = _requested_scale(extra_args, settings.scale_arg or "cond_scale", settings.default_scale)
+        name = settings.scale_arg or "cond_scale"
+        requested = extra_args.get(name, settings.default_scale)
+        if not isinstance(requested, Tensor):
+            requested = check_number(name, requested, RunError)
         reads, last = HostReads(), self.timeline.last
         decided = () if last is None else (last.lock, last.cfg_scale, last.composite)
         reads.together(sigma_arg, requested, *decided, *(self._unread or ())[1:])
@@ -167,15 +164,9 @@ class Run:
             state = found
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
-        if settings.source is not None and (settings.layers is not None or settings.needs_source):
-            self.source_noise(settings.source, x, model_sigma)  # the first x leads to the noise, locked or not
+        if self.noise is None and settings.source is not None and (settings.layers or settings.needs_source):
+            self.noise = settings.source.noise_of_run(x, model_sigma)  # the first x leads to it, locked or not
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
-
-    def source_noise(self, source: Source, x: Tensor, model_sigma: float) -> Tensor:
-        """The noise of the source in this run: its own, or the one that leads from it to the run's first x."""
-        if self.noise is None:
-            self.noise = source.noise_of_run(x, model_sigma)
-        return self.noise
 
     def leave(self, settings: LockSettings, sigma: float, state: State, denoised: Tensor) -> None:
         """Keep what an evaluation at `sigma` left. What lies on a device is checked with the next transfer."""
@@ -306,8 +297,3 @@ def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
         if high > 0 and barred:
             raise nothing_to_lock_to(policy, name, high)
     return weight
-
-
-def _requested_scale(extra_args: Mapping[str, Any], name: str, default: Any) -> Scalar:
-    requested = extra_args.get(name, default)
-    return requested if isinstance(requested, Tensor) else check_number(name, requested, RunError)

@@ -22,7 +22,7 @@ from .batching import take
 from .kv_cache import KVCache, uncacheable
 from .masks.fill import fill
 from .masks.fitted import FittedMask, as_transition
-from .masks.tokens import Grid, Selection, token_grid
+from .masks.tokens import Grid, token_grid
 from .policy import Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
@@ -81,13 +81,6 @@ class LockSettings:
         if self.source is None or self.patch is None:
             return None
         return math.prod(token_grid(self.source.latents.shape, self.patch))
-
-    @property
-    def selection(self) -> Selection | None:
-        """Which tokens can come from the source; None if nothing can be locked."""
-        if self.layers is None or self.source is None or self.mask is None:
-            return None
-        return self.mask.selection(self.source.latents, self.layers.patch, self.transition)[0]
 
     def kept(self, weight: Scalar | None, like: Tensor) -> Scalar:
         """The source's weight in the background of latents like these, 1 beyond the reach of what a policy decides."""

@@ -195,7 +195,7 @@ JOINT = PaddedArchitecture(
 def test_a_layer_may_be_a_block_of_text_and_video_with_padding(padded_to, interleaves):
     network = Joint(padded_to).requires_grad_(False)
     layers = replace(JOINT, flow=replace(JOINT.flow, interleaves=interleaves)).find(network)
-    assert layers.blocks == tuple(network.blocks)
+    assert layers.blocks == (tuple(network.blocks),)
     assert layers.narrows == (padded_to == 1)
     denoiser, cond = kv.FlowDenoiser(network), torch.randn(2, 3, 8)
     check_layers(denoiser, torch.randn(2, 4, 2, 4, 4), {"cond": cond}, layers=layers, half=None)

@@ -388,7 +388,7 @@ def test_a_lockstep_that_takes_the_wrong_rows(monkeypatch):
 
     def wrong(self, layer, key, value, start, ratio):
         if self.mode == "lockstep":
-            order = torch.arange(len(key)).view(-1, self.batch).flip(1).flatten()
+            order = torch.arange(len(key)).view(-1, len(self.ratio)).flip(1).flatten()
             process(self, layer, key, value, start, ratio)
             swapped = process(self, layer, key[order], value[order], start, ratio)
             return swapped[0][order], swapped[1][order]

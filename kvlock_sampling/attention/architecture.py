@@ -110,7 +110,7 @@ class Architecture:
             networks=(module,),
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
-            blocks=tuple(dict.fromkeys(m if isinstance(holder, nn.ModuleList) else holder for m, holder in holders)),
+            blocks=(tuple(dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)),),
             flow=flow,
         )
 

@@ -52,19 +52,9 @@ class FusionContext:
     record: CallRecord = field(default_factory=CallRecord)
 
     @property
-    def batch(self) -> int:
-        """The number of clips."""
-        return len(self.ratio)
-
-    @property
     def narrowed(self) -> Selection | None:
         """The selection whose computed tokens are the only ones in this call; None if all tokens are in it."""
         return self.selection if self.narrow and self.mode == "inject" else None
-
-    @property
-    def tokens(self) -> int:
-        """The number of video tokens in the sequences of this call."""
-        return self.ratio.shape[1] if self.narrowed is None else len(self.narrowed.computed)
 
     def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> "FusionContext":
         """The same context for another call, in this mode, with its own record."""
@@ -74,7 +64,7 @@ class FusionContext:
         """Handle one attention call: returns the key and value that attention uses instead.
 
         Args:
-            layer: The layer's name.
+            layer: The layer's name; "name[clip]" of one that handles rows one by one.
             key: (rows, ..., length, dim), after norm and rotary embedding.
             value: Likewise.
             start: Position of the first video token.
@@ -91,7 +81,7 @@ class FusionContext:
         turn = self.record.turn(layer)
         video = slice(start, start + ratio.shape[1])
         if self.mode == "capture":
-            self.record.fired.add(layer)
+            self.record.fired.add(layer.partition("[")[0])
             # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
             kept = self._stored(key[-batch:, ..., video, :]), self._stored(value[-batch:, ..., video, :])
             self.record.captured[f"{layer}#{turn}" if turn else layer] = kept
@@ -101,7 +91,7 @@ class FusionContext:
             source = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if source is None:
             return key, value  # the source's pass skipped this layer, e.g. through a step cache
-        self.record.fired.add(layer)
+        self.record.fired.add(layer.partition("[")[0])
         edit_rows = rows - batch if self.mode == "lockstep" else rows
 
         def fused(own: Tensor, kept: Tensor) -> Tensor:
@@ -113,16 +103,6 @@ class FusionContext:
             return fuse_rows(own, kept, ratio, video, edit_rows)
 
         return fused(key, source[0]), fused(value, source[1])
-
-    def process_row(self, layer: str, index: int, key: Tensor, value: Tensor, start: int) -> KeyValue:
-        """Handle an attention call for one row alone: row `index` of the batch."""
-        clip = index % self.batch
-        ratio = self.ratio[clip : clip + 1]
-        fused = replace(self, rows=None).process(f"{layer}[{clip}]", key, value, start, ratio)
-        if f"{layer}[{clip}]" in self.record.fired:
-            self.record.fired.discard(f"{layer}[{clip}]")
-            self.record.fired.add(layer)
-        return fused
 
     def _stored(self, source: Tensor) -> Tensor:
         return source if self.selection is None else source.index_select(-2, self.selection.stored)

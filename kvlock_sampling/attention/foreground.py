@@ -59,7 +59,7 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     context = current()
     bound = signature_of(block).bind_partial(block, *args, **kwargs)
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
-    edit = rows - context.batch
+    edit = rows - len(context.ratio)
     # A table whose first axis is that of the tokens has no rows, even if it happens to be as long.
     shared = {table.name for table in flow.tables if table.axis == 0}
 

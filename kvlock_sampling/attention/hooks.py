@@ -78,7 +78,7 @@ class Hooks:
         if layers.watch is not None:
             refuse_cut(layers.watch)
             yield ForwardHook(layers.watch, around=partial(self._intercept, self._fuse_matching))
-        for network, blocks in self._blocks:
+        for network, blocks in zip(layers.networks, layers.blocks, strict=True):
             # Also without text to count: a network's forward is a loop over its blocks, and the compiler gives up for
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
             yield ForwardHook(network, around=partial(self._count_text, network))
@@ -88,12 +88,6 @@ class Hooks:
                 yield from interleaving(blocks, layers.flow)
         for layer in layers.layers:
             yield ForwardHook(layer.module, around=partial(self._intercept, partial(self._fuse_layer, layer)))
-
-    @cached_property
-    def _blocks(self) -> list[tuple[nn.Module, list[nn.Module]]]:
-        """Every network with its blocks."""
-        owned = [(network, set(network.modules())) for network in self.layers.networks]
-        return [(network, [block for block in self.layers.blocks if block in own]) for network, own in owned]
 
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many text tokens this call of the network has beside the video's."""
@@ -130,10 +124,11 @@ class Hooks:
         def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
             context, length = current(), key.shape[-2]
             ratio, text = local_piece(self.layers, layer, context, length)
-            tokens = ratio.shape[1] if context.narrowed is None else context.tokens
+            tokens = ratio.shape[1] if context.narrowed is None else len(context.narrowed.computed)
             start = layer.video_start(length, tokens, text, self.layers.extra)
             if self.layers.rows_apart:
-                return *context.process_row(layer.name, next(rows), key, value, start), mask
+                clip, alone = next(rows) % len(ratio), replace(context, rows=None)
+                return *alone.process(f"{layer.name}[{clip}]", key, value, start, ratio[clip : clip + 1]), mask
             if mask is not None and context.narrowed is not None:
                 mask = narrow_mask(mask, context, start, length)
             return *context.process(layer.name, key, value, start, ratio), mask

@@ -100,7 +100,7 @@ class AttentionLayers:
         networks: The modules whose calls are one evaluation each: two if experts share a run.
         extra: Numbers of tokens before and after the video's that are neither text nor video, e.g. reference images.
         complete: Every layer of the model is in `layers`.
-        blocks: The modules that hold the layers, or are the layers themselves; also of layers that are not locked.
+        blocks: By network, the modules that hold the layers, or are them; also of layers that are not locked.
     """
 
     patch: Grid
@@ -116,7 +116,7 @@ class AttentionLayers:
     extra: tuple[int, int] = (0, 0)
     flow: TokenFlow | None = None
     complete: bool = True
-    blocks: tuple[nn.Module, ...] = field(default=(), repr=False)
+    blocks: tuple[tuple[nn.Module, ...], ...] = field(default=(), repr=False)
 
     @property
     def narrows(self) -> bool:

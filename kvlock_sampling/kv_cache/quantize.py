@@ -11,11 +11,12 @@ the first world's model: K 0.42%, V 0.49%; one scale per head has 0.94% and 1.09
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..types import KVCacheError
 
@@ -54,7 +55,7 @@ def packed_bytes(shape: Sequence[int], dtype: torch.dtype, format: str | None) -
 
 
 def level_bytes(level: PackedLevel) -> int:
-    return sum(part.nbytes for pair in level.values() for _, parts in pair for part in parts.values())
+    return sum(part.nbytes for part in tree_leaves(level) if isinstance(part, Tensor))
 
 
 @torch.inference_mode(False)
@@ -63,9 +64,9 @@ def on_host(level: PackedLevel) -> PackedLevel:
 
     Locking pages is slow, so that they come in blocks of one size, which torch keeps and uses again.
     """
-    parts = [part for pair in level.values() for _, parts in pair for part in parts.values()]
+    parts = [part for part in tree_leaves(level) if isinstance(part, Tensor)]
     if not parts or parts[0].device.type != "cuda":
-        return _copied(level, lambda part: part.to("cpu"))
+        return tree_map_only(Tensor, lambda part: part.to("cpu"), level)
     size, block, used = min(_BLOCK, level_bytes(level) + 64 * len(parts)), torch.empty(0), 0
 
     def copy(part: Tensor) -> Tensor:
@@ -76,16 +77,9 @@ def on_host(level: PackedLevel) -> PackedLevel:
         used += -(-part.nbytes // 64) * 64  # views of other dtypes must begin at whole numbers of them
         return place.copy_(part, non_blocking=True)
 
-    copied = _copied(level, copy)
+    copied = tree_map_only(Tensor, copy, level)
     torch.cuda.current_stream(parts[0].device).synchronize()
     return copied
-
-
-def _copied(level: PackedLevel, copy: Callable[[Tensor], Tensor]) -> PackedLevel:
-    def both(packed: Packed) -> Packed:
-        return packed[0], {name: copy(part) for name, part in packed[1].items()}
-
-    return {layer: (both(key), both(value)) for layer, (key, value) in level.items()}
 
 
 @torch.inference_mode(False)

@@ -46,8 +46,8 @@ class _Spy(FusionContext):
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
         used = super().process(layer, key, value, start, ratio)
-        # `process_row` calls this with one clip, and names the layer "layer[clip]".
-        clips = list(range(self.batch)) if len(ratio) == self.batch else [int(layer[:-1].rsplit("[", 1)[1])]
+        # A layer that handles rows one by one passes one clip, and is named "layer[clip]".
+        clips = list(range(len(ratio))) if len(ratio) == len(self.ratio) else [int(layer[:-1].rsplit("[", 1)[1])]
         chunks, turn = len(key) // len(clips), sum(seen.layer == layer for seen in self.seen)
         own = key.clone(), value.clone()
         self.seen.append(Seen(layer, turn, clips * chunks, start, ratio.repeat(chunks, 1), own, used))

@@ -29,16 +29,19 @@ class StepCaches:
         return next(self._hooks(), None) is not None
 
     @contextmanager
-    def apart(self, kind: Hashable, branches: tuple[str, ...] = ("guided",)) -> Iterator[None]:
-        """Give calls in this block the memory of their kind; `branches` are their rows, ("guided",) if unknown."""
+    def apart(self, kind: Hashable, branches: tuple[str, ...] | None) -> Iterator[None]:
+        """Give calls in this block the memory of their kind; `branches` are their rows, ("guided",) if unknown. With
+        None they are computed in full, and nothing is stored.
+        """
         # FasterCache derives one branch from the other, so it is bypassed unless both are there in this order.
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
             owners: dict[Any, tuple[str, Callable[[], Any]]] = {}  # the blocks of a network share one manager of states
             for hook in self._hooks():
-                if not pair and getattr(hook, "is_guidance_distilled", True) is False:
+                if branches is None or (not pair and getattr(hook, "is_guidance_distilled", True) is False):
                     _pass_by(stack, hook)
-                owners |= {owner: (name, fresh) for owner, name, fresh in _memories(hook)}
+                if branches is not None:
+                    owners |= {owner: (name, fresh) for owner, name, fresh in _memories(hook)}
             for owner, (name, fresh) in owners.items():
                 if name == "_state_cache":
                     _give_context(stack, owner)
@@ -54,14 +57,6 @@ class StepCaches:
         finally:
             self._memories[key] = getattr(owner, name)
             setattr(owner, name, found)
-
-    @contextmanager
-    def passed_by(self) -> Iterator[None]:
-        """Compute calls inside this block in full, and store nothing in the caches."""
-        with ExitStack() as stack:
-            for hook in self._hooks():
-                _pass_by(stack, hook)
-            yield
 
     def _hooks(self) -> Iterator[Any]:
         if "diffusers.hooks.hooks" not in sys.modules:

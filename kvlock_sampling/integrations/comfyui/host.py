@@ -259,9 +259,9 @@ class ComfyLock:
         if source is not None and source.latents.ndim == 5 and _acts_on_background(lock):
             left = 1 - self.trace.steps[-1].composite
             self.released = on_latents(left, source.latents.shape, lock.settings.patch) if left.any() else None
-        if run.noise is not None and (state := run.timeline.last) is not None:
+        if run.noise is not None and self.trace.steps and (state := run.timeline.last) is not None:
             left = tree_map(_to_host, state._replace(estimator=None))
-            self.stages.append(Stage(_to_host(run.noise), run.timeline.sigmas[-1], left))
+            self.stages.append(Stage(_to_host(run.noise), self.trace.steps[-1].sigma, left))
 
 
 def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

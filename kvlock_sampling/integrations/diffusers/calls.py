@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ...attention.foreground import signature_of
+from ...batching import per_row
 from ...types import RunError
 from ...utils.modules import plain_copies, wearing
 from ...utils.threads import here
+from .schedule import sigmas_of
+
+_OWN = ("hidden_states", "timestep", "return_dict")  # every call sets them anew
+_NOT_PER_CLIP = ("control_hidden_states_scale", "attention_kwargs")  # VACE has one scale per layer
 
 
 class Call(NamedTuple):
@@ -42,6 +47,81 @@ class Call(NamedTuple):
     def blank(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the prediction, to be filled in later."""
         return torch.zeros_like(self.hidden[:, : self.channels], dtype=dtype)
+
+
+class FlowCalls:
+    """`calls(x, sigma, cond=...) -> x0-hat` for one transformer, the expert `index`, at the step that `at` sets.
+
+        D(x, sigma) = z - t * v(z, t),   z = (1 - t) x0 + t noise,   x = z / (1 - t),   sigma = t / (1 - t)
+    At the pipeline's own noise level the transformer gets the very latents and timestep that the pipeline gave, so that
+    an evaluation without a lock has the pipeline's own bits.
+    """
+
+    def __init__(self, network: nn.Module, index: int = 0) -> None:
+        self.transformer, self.index = network, index
+        self._branches: list[dict[str, Tensor]] = []
+        self.raw: dict[int, Tensor] = {}
+
+    def expert(self, sigma: Tensor) -> int:
+        """The index of the expert: a lock starts to measure anew where it changes."""
+        return self.index
+
+    def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Go to the step of this conditional call, and return its x and sigma in variance-exploding form."""
+        z = call.hidden[:, : call.channels] if latents is None else latents
+        self.z = z.to(torch.promote_types(z.dtype, torch.float32))
+        self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
+        self._dtype, self._timestep = call.hidden.dtype, call.timestep
+        self._shared = {k: v for k, v in call.arguments.items() if k not in self._rows(call) and k not in _OWN}
+        self.raw = {}
+        self.x = self.z * (1 + self.level)
+        self.sigma = torch.full((len(z),), self.level, device=z.device, dtype=self.z.dtype)
+        return self.x, self.sigma
+
+    def branch(self, call: Call) -> dict[str, Tensor]:
+        """The arguments of a branch beside latents and time, one row per clip."""
+        rows = self._rows(call)
+        appended = call.hidden[:, call.channels :]
+        return self.known(rows | ({"appended": appended} if appended.shape[1] else {}))
+
+    def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An earlier branch of the same tensors if there is one: a KV cache recognises its arguments by identity."""
+        for other in self._branches:
+            if other.keys() == branch.keys() and all(other[name] is branch[name] for name in branch):
+                return other
+        self._branches = [branch, *self._branches[:3]]
+        return branch
+
+    def _rows(self, call: Call) -> dict[str, Tensor]:
+        skip = (*_OWN, *_NOT_PER_CLIP)
+        given = {k: v for k, v in call.arguments.items() if k not in skip and isinstance(v, Tensor) and v.ndim}
+        return {k: v for k, v in given.items() if len(v) == len(call.hidden)}
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        """Return x0-hat, like x. `cond` is what `branch` returned, or several of those as rows of one."""
+        cond = dict(extra_args["cond"])
+        own = x is self.x
+        z = self.z if own else x / per_row(1 + sigma, x)
+        if sigma is self.sigma:
+            time, timestep = torch.full_like(sigma, self.time), self._timestep
+        else:
+            here = (sigma - self.level).abs() <= 1e-5 * self.level
+            time = torch.where(here, self.time, sigma / (1 + sigma))
+            given = self._timestep.reshape(len(self.x), -1)[:1, 0].to(sigma)
+            timestep = torch.where(here, given, time * 1000.0)
+            if self._timestep.ndim == 2:
+                timestep = timestep.unsqueeze(1)
+        hidden, appended = z.to(self._dtype), cond.pop("appended", None)
+        velocity = self.transformer(
+            hidden_states=hidden if appended is None else torch.cat([hidden, appended.to(hidden)], dim=1),
+            timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
+            **self._shared,
+            **cond,
+            return_dict=False,
+        )[0]
+        if own:
+            self.raw[id(extra_args["cond"])] = velocity
+        return z - per_row(time, x) * velocity.to(z.dtype)
 
 
 _taken: dict[int, object] = {}

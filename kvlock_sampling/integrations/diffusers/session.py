@@ -11,8 +11,7 @@ from ...run import Run
 from ...settings import LockSettings
 from ...trace import Trace
 from ...types import PipelineError, RunError, SourceError
-from .calls import Call
-from .flow import FlowCalls
+from .calls import Call, FlowCalls
 from .schedule import sigmas_of
 
 _PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
@@ -120,7 +119,7 @@ class Session:
                 return c, c
             if free and u is not None and bool((used == torch.full_like(used, requested)).all()):
                 return c, u
-        guided = calls.velocity(denoised)
+        guided = (calls.z - denoised) / calls.time  # the velocity from the pipeline's latents to `denoised`
         return guided, guided
 
     def _source_args(self, calls: FlowCalls, cond: dict[str, Tensor]) -> dict[str, Any]:

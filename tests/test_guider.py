@@ -73,11 +73,11 @@ def test_a_guider_leaves_nothing_in_the_transformer() -> None:
     sample = modular(parts, guider=guider)
     sample()
     assert parts.transformer.__dict__.keys() == before.keys()
-    guider.edit(source=SOURCE[..., :4])
+    guider.edit(source=SOURCE[..., :4], mask=MASK[..., :4])
     with pytest.raises(Exception, match="source latents have shape"):
         sample()
     assert parts.transformer.__dict__.keys() == before.keys()
-    guider.edit(source=SOURCE)
+    guider.edit(source=SOURCE, mask=MASK)
     first, again = sample(), sample()
     assert torch.equal(first, again)
     assert len(guider.trace) == 5

@@ -12,7 +12,7 @@ stochastic sampler moves grow as sqrt(h), and the plain sum does not depend on n
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ from ..types import SAME_SIGMA, EstimatorError, Evaluation
 from ..utils.fields import flag, number
 from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, pooled
+
+
+class Entry(NamedTuple):
+    """A noise level, the prediction (None once only its move is needed), and the normalised move to it."""
+
+    sigma: float
+    denoised: Tensor | None
+    move: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,30 +66,31 @@ class TrajectoryVariance(Estimator):
     def default_threshold(self) -> float:  # type: ignore[override]
         return 0.02 if self.normalise else 0.01  # calm clips of the embedded model; the paper's
 
-    def init(self) -> tuple[Any, ...]:
-        return ()  # then, for each kept noise level: sigma, x0-hat (None once only its move is needed), normalised move
+    def init(self) -> tuple[Entry, ...]:
+        return ()
 
-    def step(self, state: tuple[Any, ...], evaluation: Evaluation) -> tuple[tuple[Any, ...], Tensor | None]:
+    def step(self, state: tuple[Entry, ...], evaluation: Evaluation) -> tuple[tuple[Entry, ...], Tensor | None]:
         # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
         sigma, denoised = evaluation.sigma, evaluation.denoised.detach().clone()
         # The prediction replaces an entry at nearly the same sigma, and those below.
-        kept = [entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA)]
+        kept = [e for e in state if e.sigma > sigma * (1 + SAME_SIGMA)]
         move = None
         if kept and self.normalise:
-            above, before, _ = kept[-1]
+            above, before = kept[-1].sigma, kept[-1].denoised
+            assert before is not None
             scale = sigma * above * math.log(above / sigma) if self.integral else sigma**2
             move = pooled((working(denoised) - working(before)).square(), evaluation.mask, self.patch) / scale
             # Of older predictions only the moves are needed, so a long window costs no memory.
-            kept[:-1] = [(level, None, moved) for level, _, moved in kept[:-1]]
-        kept.append((sigma, denoised, move))
+            kept[:-1] = [e._replace(denoised=None) for e in kept[:-1]]
+        kept.append(Entry(sigma, denoised, move))
         if self.span is not None:
-            inside = [entry for entry in kept if entry[0] <= sigma * self.span * (1 + SAME_SIGMA)]
+            inside = [e for e in kept if e.sigma <= sigma * self.span * (1 + SAME_SIGMA)]
             kept = inside if len(inside) > 1 else kept[-2:]  # on a coarse schedule one step may span more
         if self.window is not None:
             kept = kept[-self.window :]
         if len(kept) < 2:
             return tuple(kept), None
         if self.normalise:
-            return tuple(kept), torch.stack([moved for _, _, moved in kept[1:]]).sum(0)
-        predictions = torch.stack([working(prediction) for _, prediction, _ in kept])
+            return tuple(kept), torch.stack([e.move for e in kept[1:] if e.move is not None]).sum(0)
+        predictions = torch.stack([working(e.denoised) for e in kept if e.denoised is not None])
         return tuple(kept), pooled(predictions.var(dim=0, correction=1), evaluation.mask, self.patch)

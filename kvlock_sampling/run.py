@@ -139,6 +139,8 @@ class Run:
         check_rows(settings.source_args, len(x), "source_args")
         sigma_arg = torch.as_tensor(sigma, device=x.device)
         name = settings.scale_arg or "cond_scale"
+        if sigma_arg.ndim > 1 or sigma_arg.numel() not in (1, len(x)):
+            raise RunError(f"sigma has shape {tuple(sigma_arg.shape)}; expected () or (batch,): sigma.flatten().")
         requested = extra_args.get(name, settings.default_scale)
         if not isinstance(requested, Tensor):
             requested = check_number(name, requested, RunError)

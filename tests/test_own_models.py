@@ -229,3 +229,10 @@ def test_a_clip_with_its_frames_first_is_told_to_turn_its_axes():
 def test_a_mask_alone_under_the_default_policy_is_not_called_a_lock_of_nothing():
     with pytest.raises(SourceError, match="the default policy may lock"):
         kv.KVLock(kv.FlowDenoiser(Homemade()), mask=MASK)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3,)])
+def test_a_noise_level_of_another_shape_is_told(shape):
+    lock = lock_of(Homemade())
+    with lock, pytest.raises(RunError, match=r"sigma has shape .*; expected \(\) or \(batch,\)"):
+        lock(X, torch.full(shape, 5.0))

@@ -141,6 +141,11 @@ BROKEN: list[tuple[str, Any, str]] = [
         r"start returned lock with(.|\n)*are NaN",
     ),
     (
+        "no measurement, and no number of it",  # NaN is not above 1
+        lock_by(lambda o: torch.where(o.risk > 1, 0.2, 0.8), uses_risk=False),
+        r"reads risk, variance or effect(.|\n)*uses_risk be True",
+    ),
+    (
         "schedule unknown",
         lock_by(lambda o: 1.0 if o.steps_left > 3 else 0.0),
         r"TypeError(.|\n)*steps_left was None(.|\n)*obs\.sigma",

@@ -44,6 +44,8 @@ def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, devi
             _check_start(contract, run[0])
             states, controls = contract.play(policy.init(), run)
             contract.check_rewind(run, states, controls)
+            if not policy.uses_risk:
+                _check_reads_no_risk(contract, run, _observations(shape, dtype, device, measured=True), controls)
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
             _explained(
@@ -56,6 +58,18 @@ def _check_start(contract: Contract, obs: Observation) -> None:
     unknown = torch.full_like(obs.risk, math.nan)
     obs = obs._replace(risk=unknown, variance=unknown, effect=unknown)
     _check_values(contract.checked, contract.attempt("start", obs), obs, "start")
+
+
+def _check_reads_no_risk(
+    contract: Contract, run: list[Observation], measured: list[Observation], controls: list[Control]
+) -> None:
+    pairs = zip(run, measured, strict=True)
+    told = [obs._replace(risk=m.risk, variance=m.variance, effect=m.effect) for obs, m in pairs]
+    if not same(contract.play(contract.checked.init(), told)[1], controls):
+        raise PolicyError(
+            f"{contract.name} reads risk, variance or effect, which are NaN as uses_risk is False; expected one of "
+            "sigma and steps alone.\n  Let uses_risk be True, as it is by default: then the estimator measures."
+        )
 
 
 def _check_clips(contract: Contract, run: list[Observation], controls: list[Control]) -> None:

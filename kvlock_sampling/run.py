@@ -133,8 +133,6 @@ class Run:
             raise RunError(
                 f"x is {given}; expected floating latents (batch, ...), e.g. torch.randn_like(source) * sigma."
             )
-        if settings.source is not None:
-            settings.source.matching(x)  # a clip of another size is no fault of its mask
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         sigma_arg = torch.as_tensor(sigma, device=x.device)

@@ -118,6 +118,19 @@ def test_an_avi_has_no_time_stamps_and_its_frames_stay_in_order(tmp_path: Path) 
     assert (indices(clip.pixels), clip.fps) == (list(range(12)), 10)
 
 
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_a_thousand_frames_per_second_are_no_doubles(tmp_path: Path, name: str) -> None:
+    path = film(tmp_path / name, ramp(20), 1000, times=[i / 1000 for i in range(20)])
+    assert indices(read_clip(path).pixels) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["clip.mkv", "clip.webm"])
+def test_a_film_that_begins_late_is_whole(tmp_path: Path, name: str) -> None:
+    codec = {"clip.mkv": "libx264", "clip.webm": "libvpx-vp9"}[name]
+    path = film(tmp_path / name, ramp(12), times=[10 + i / 10 for i in range(12)], codec=codec)
+    assert indices(read_clip(path).pixels) == list(range(12))
+
+
 def test_time_stamps_far_apart_make_no_endless_clip(tmp_path: Path) -> None:
     path = film(tmp_path / "clip.mp4", ramp(3), times=[0, 0.02, 2000])
     with pytest.raises(VideoError, match=r"has 3 frames at times that make .* give fps=1"):
@@ -309,6 +322,63 @@ def test_images_have_no_times_and_are_matched_one_by_one(tmp_path: Path, recwarn
     ]  # each stays with its frame
 
 
+def folder(path: Path, names: Sequence[str | int], pages: Sequence[np.ndarray]) -> Path:
+    """Images in a folder; a number as a name has four digits."""
+    path.mkdir()
+    for name, page in zip(names, pages, strict=True):
+        Image.fromarray(page).save(path / (name if isinstance(name, str) else f"{name:04}.png"))
+    return path
+
+
+NUMBERS = {
+    "a mask is missing": (range(1, 9), [1, 2, *range(4, 9)], r"lacks 1 masks for .*, of the numbers \[3\]"),
+    "the first is missing": (range(1, 9), range(2, 9), r"of the numbers \[1\]; expected"),
+    "both have the gap": ([1, 2, 4, 5, 6], [1, 2, 4, 5, 6], [0, 1, 3, 4, 5]),
+    "more masks": (range(2, 9, 2), range(1, 9), [1, 3, 5, 7]),
+    "counted from 0": (range(1, 6), range(5), [0, 1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_folders_of_numbered_images_are_matched_by_their_numbers(tmp_path: Path, name: str) -> None:
+    clip, mask, wanted = NUMBERS[name]
+    clips = folder(tmp_path / "clip", clip, grey(len(clip)))
+    masks = folder(tmp_path / "mask", mask, [bars(9)[n - (mask[0] == 1) - (mask[0] > 1)] for n in mask])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        if isinstance(wanted, str):
+            with pytest.raises(VideoError, match=wanted):
+                read_pair(ANY, clips, masks)
+        else:
+            assert places(read_pair(ANY, clips, masks)[1]) == wanted
+    said = " ".join(str(warning.message) for warning in told)
+    assert ("begins with number 0, the clip with 1" in said) == (name == "counted from 0")
+    assert said.count("frames are missing after the numbers [2]") == {
+        "a mask is missing": 1,
+        "both have the gap": 2,
+    }.get(name, 0)
+
+
+def test_what_a_folder_leaves_out_or_reads_besides_is_named(tmp_path: Path, recwarn) -> None:
+    path = folder(tmp_path / "a", [1, 2, 3], grey(3))
+    for name in (".hidden.tga", "Thumbs.db", "desktop.ini"):
+        (path / name).touch()
+    read_clip(path)
+    assert not recwarn.list
+    (path / "0004.tga").touch()
+    Image.fromarray(grey(1)[0]).save(path / "mask.png")
+    with pytest.warns(UserWarning, match=r"1 files are no images.*\['0004.tga'\]; 1 images .* \['mask.png'\]\.$"):
+        assert read_clip(path).pixels.shape[1] == 4
+
+
+def test_frames_of_several_sizes_are_no_clip_and_no_mask(tmp_path: Path) -> None:
+    mixed = folder(tmp_path / "mixed", [1, 2], [grey(1, 64, 64)[0], grey(1, 128, 32)[0]])
+    even = folder(tmp_path / "even", [1, 2], [bars(1)[0][:, :64]] * 2)
+    for pair in ((mixed, even), (even, mixed)):
+        with pytest.raises(VideoError, match=r"different sizes, \[\(64, 64\), \(128, 32\)\].*size=\(height, width\)"):
+            read_pair(SimpleNamespace(frames=2, size=(16, 16)), *pair)
+
+
 def test_frames_that_are_picked_get_their_own_masks(tmp_path: Path) -> None:
     clip, mask = film(tmp_path / "clip.mp4", bars(9), 16), film(tmp_path / "mask.mp4", bars(9), 8)
     with pytest.warns(UserWarning, match="matched one by one"):
@@ -417,6 +487,31 @@ def test_a_soft_mask_is_no_mask_of_objects(tmp_path: Path, recwarn, radius: int,
     film(tmp_path / name, [np.asarray(soft)] * 2) if name.endswith("mp4") else soft.save(tmp_path / name)
     assert read_mask(tmp_path / name, frames=2, size=(256, 256)).sum() > 0
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(("strength", "told"), [(0.3, True), (0.4, True), (0.49, True), (0.6, False)])
+def test_a_region_of_a_faint_soft_brush_is_named(tmp_path: Path, recwarn, strength: float, told: bool) -> None:
+    y, x = np.mgrid[:256, :256]
+    brush = 255 * strength * (1 - np.hypot(y - 170, x - 170) / 70).clip(0)
+    painted = np.where(np.hypot(y - 60, x - 60) < 30, 255, brush).astype(np.uint8)
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", frames=1, size=(256, 256)).sum() == (painted >= 128).sum()
+    said = [str(w.message) for w in recwarn.list]
+    assert [f"areas of grey {int(255 * strength)} of 255" in text for text in said] == [True] * told
+
+
+@pytest.mark.parametrize("name", ["mask.jpg", "mask.webp", "mask.mp4", "folder"])
+def test_128_is_white_whatever_loss_made_of_it(tmp_path: Path, name: str) -> None:
+    painted = np.zeros((256, 256, 3), np.uint8)
+    painted[64:160, 64:160, 0] = 128
+    path = tmp_path / name
+    if name == "mask.mp4":
+        film(path, [painted] * 2, options={"crf": "23"})
+    else:
+        Image.fromarray(painted).save(path if name != "folder" else folder(path, [], []) / "1.jpg", quality=50)
+    mask = read_mask(path, frames=1, size=(256, 256))[0, 0]
+    assert mask[66:158, 66:158].all()
+    assert mask.sum() <= 100 * 100
 
 
 def test_16_bits_of_either_scale_are_the_8_bits(tmp_path: Path) -> None:
@@ -555,6 +650,14 @@ def test_images_of_floats_and_of_too_many_pixels_are_refused(tmp_path: Path, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(VideoError, match=r"bomb.png' as an image: .*DecompressionBombError"):
         read_clip(tmp_path / "bomb.png")
+
+
+def test_a_film_that_lacks_a_second_of_thirty_is_not_whole(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (300, 32, 32, 3)).astype(np.uint8)
+    path = film(tmp_path / "clip.mkv", list(noise))
+    path.write_bytes(path.read_bytes()[: round(path.stat().st_size * 0.965)])
+    with pytest.raises(VideoError, match=r"ends after 2\d(\.\d)? of 30 seconds"):
+        read_clip(path)
 
 
 def test_a_film_cut_off_is_no_shorter_film(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def read_pair(
     For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
     frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels. The mask is
     stretched to the clip's displayed frame and cut like it. Its frames are matched by time, or one to one where both
-    have as many or one is a folder of images; a short mask holds its last frame. `Clip.note` says what was taken.
+    have as many or one is a folder of images, by number where both are folders of numbered images; else a short mask
+    holds its last frame. `Clip.note` says what was taken.
 
     Args:
         model: The model that will edit the clip.
@@ -118,7 +119,8 @@ def read_pair(
 
     Raises:
         SourceError: The model cannot edit this number of frames or this size.
-        VideoError: A file cannot be read, or the mask lies across the clip or ends before half of it.
+        VideoError: A file cannot be read, frames differ in size, or masks are missing for more than half of the clip or
+            for a number.
     """
     times = shown(clip)
     own, (at, rate) = displayed(clip, times), ticks(clip, times)

@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +23,17 @@ Times: TypeAlias = tuple[Seconds, float | None]
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGES = (".gif", ".apng", *STILLS)
+LOSSY = (*FILMS, ".jpg", ".jpeg", ".webp")
 IMAGE_FPS = 8.0  # images' files do not store a rate
 
 
 class VideoError(KVLockError, ValueError):
     """A file that cannot be read or written as a clip, or pixels that cannot be written."""
+
+
+def is_lossy(path: PathLike) -> bool:
+    """Whether compression may have changed pixels by some levels."""
+    return any(file.suffix.lower() in LOSSY for file in _files(Path(path)) or [Path(path)])
 
 
 def is_film(path: PathLike) -> bool:
@@ -61,6 +68,8 @@ def shown(path: PathLike) -> Times:
     """When each frame begins and the last one ends, in seconds, and the mean rate: None where a file has no times."""
     if (files := _files(Path(path))) is None:
         return _film_times(path)
+    if os.path.isdir(path):
+        _name_what_is_odd(Path(path), files)
     durations = [None] * len(files) if os.path.isdir(path) else [page.info.get("duration") for page in _pages(files[0])]
     if not any(durations):
         return np.arange(len(durations) + 1) / IMAGE_FPS, None
@@ -84,6 +93,29 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
             counted = frame.time is None or container.format.name == "avi"
             index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
             yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
+
+
+def numbers(path: PathLike) -> list[int]:
+    """The numbers of a folder's images in order, if their names differ in that one number alone; else none."""
+    names = [re.split(r"(\d+)", f.stem.lower()) for f in _files(Path(path)) or [] if os.path.isdir(path)]
+    changing = [column for column in zip(*names, strict=False) if len(set(column)) > 1]
+    alike = len({len(parts) for parts in names}) == len(changing) == 1 and changing[0][0].isdecimal()
+    return [int(number) for number in changing[0]] if alike else []
+
+
+def _name_what_is_odd(path: Path, files: list[Path]) -> None:
+    others = (f.name for f in path.iterdir() if not (f.suffix.lower() in STILLS or f.is_dir() or f.name[0] == "."))
+    left = sorted(name for name in others if name.lower() not in ("thumbs.db", "desktop.ini"))  # of file managers
+    kinds = {f.name: re.sub(r"\d+", "#", f.stem.lower()) for f in files}
+    [(usual, count)] = Counter(kinds.values()).most_common(1)
+    strays = [name for name, kind in kinds.items() if "#" in usual and kind != usual and 2 * count > len(files)]
+    found = numbers(path)
+    gaps = [n for n, step in zip(found, np.diff(found), strict=False) if step > 1.5 * np.median(np.diff(found))]
+    told = [f"{len(left)} files are no images and left out: {left[:5]}"] * bool(left)
+    told += [f"{len(strays)} images are named unlike the others, but read as frames: {strays[:5]}"] * bool(strays)
+    told += [f"frames are missing after the numbers {gaps[:5]}; those around them follow one another"] * bool(gaps)
+    if told:
+        warnings.warn(f"the folder {str(path)!r}: {'; '.join(told)}.", stacklevel=4)
 
 
 def _files(path: Path) -> list[Path] | None:
@@ -138,14 +170,17 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
                 stamps.append((p.pts, p.duration or 0))
         if not stamps or not rate > 0:
             raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
-        stated = stated or (container.duration or 0) / 1e6
+        # Matroska counts it from 0, where its first frame need not be.
+        before = max(container.start_time or 0, 0) if container.format.name.startswith("matroska") else 0
+        stated = stated or ((container.duration or 0) - before) / 1e6
     have = max((end for _, end in spans), default=stated) - min((begin for begin, _ in spans), default=0.0)
-    if have < 0.95 * stated - 2 / rate:
+    if have < stated - max(2 / rate, min(0.05 * stated, 0.5)):
         raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
     if avi:
         return np.arange(len(stamps) + 1) / rate, rate
     begins = np.unique([pts * base for pts, _ in stamps])
-    begins = begins[np.diff(begins, prepend=-np.inf) > 0.002]  # VP8 has frames that are never shown, 1 ms apart.
+    # VP8 has frames that are never shown, 1 ms apart.
+    begins = begins[np.diff(begins, prepend=-np.inf) > min(0.002, 0.5 / rate)]
     last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)
     return np.append(begins, begins[-1] + last), rate
 

@@ -7,18 +7,21 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ..types import SourceError
 from ..utils.extras import require
 from ..utils.fields import check_number, within
+from . import media
 from .media import IMAGE_FPS, PathLike, Seconds, Times, VideoError, decoding, is_film, pictures, shown
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Size: TypeAlias = tuple[int, int]
 
 _EXPECTED = "expected pixels in [-1, 1], (3, frames, height, width) or (batch, 3, frames, height, width)"
-NOISE, WHITE = 26, 128  # of 255: below the first, black with compression noise; from the second on, edited
+# Of 255: below the first, black with compression noise; from the second on, edited, less the third where compressed.
+NOISE, WHITE, LOSS = 26, 128, 8
 
 
 class Clip(NamedTuple):
@@ -49,7 +52,7 @@ def read_clip(
         check_number("fps", fps, VideoError, above=0.0)
     times = shown(path)
     at, rate = pick(*ticks(path, times, fps), frames, pad, path)
-    return Clip(clip_at(path, times, at, size), rate)
+    return Clip(clip_at(path, times, at, size, mixed=size is not None), rate)
 
 
 def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> Tensor:
@@ -123,8 +126,8 @@ def pick(at: Seconds, rate: float, frames: int | None, pad: bool, path: PathLike
     return at[chosen], rate * max(frames - 1, 1) / (have - 1)
 
 
-def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None) -> Tensor:
-    """The frames on screen at these seconds as pixels."""
+def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mixed: bool = False) -> Tensor:
+    """The frames on screen at these seconds as pixels; `mixed` allows for several sizes of frames."""
 
     def shrink(image: Any) -> Array:
         if size is None or (image.height, image.width) == size:
@@ -132,26 +135,29 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None) -> Ten
         lanczos = require("PIL.Image", "video").Resampling.LANCZOS
         return np.asarray(image.resize(size[::-1], lanczos, box=_box((image.height, image.width), size)))
 
-    chosen = _sample(path, times, at, shrink)
-    if len({frame.shape for frame in chosen}) > 1:
-        raise VideoError(f"{str(path)!r} has frames of different sizes; give one: size=(height, width).")
+    chosen = _sample(path, times, at, shrink, mixed)
     return torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
     left, top, right, bottom = _box(frame, size)
-    dark, brightest = list[int](), list[int]()
+    dark, brightest, white = list[int](), list[int](), WHITE - LOSS * media.is_lossy(path)
 
     def shrink(image: Any) -> Array:
         page = np.maximum.reduce([np.asarray(band) for band in image.split()])
         levels = np.bincount(page.ravel(), minlength=256)
         brightest.append(int(page.max()))
-        level, least = NOISE + int(levels[NOISE:WHITE].argmax()), 0.003 * page.size
-        if levels[level - 4 : level + 5].sum() > max(least, 0.35 * levels[NOISE:WHITE].sum()):
+        level, least = NOISE + int(levels[NOISE:white].argmax()), 0.003 * page.size
+        if levels[level - 4 : level + 5].sum() > max(least, 0.35 * levels[NOISE:white].sum()):
             near = (page >= level - 4) & (page <= level + 4)
             inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
             dark.extend([level] if inner.sum() > least else [])  # else it is the rim of a soft mask
+        if not dark and levels[NOISE:white].sum() > least:  # a soft region without any white is no rim
+            regions, _ = ndimage.label(page >= NOISE)
+            sizes = np.bincount(regions.ravel())
+            sizes[0] = sizes[regions[page >= white]] = 0
+            dark.extend([int(page[regions == sizes.argmax()].max())] if sizes.max() > least else [])
         few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
@@ -160,11 +166,11 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
 
     pages = np.stack(_sample(path, times, at, shrink))
     advice = "Expected white = edit; save a mask of object indices as (index > 0) * 255."
-    if (NOISE if is_film(path) else 1) <= max(brightest) < WHITE:
+    if (NOISE if is_film(path) else 1) <= max(brightest) < white:
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {max(brightest)} of 255. {advice}")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
-    return torch.from_numpy(pages >= WHITE).float().unsqueeze(0)
+    return torch.from_numpy(pages >= white).float().unsqueeze(0)
 
 
 def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size) -> tuple[Times, Seconds]:
@@ -178,11 +184,20 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
     if min(abs(w - width * h / height), abs(h - height * w / width)) > 2:  # Tools round sides to even numbers.
         across = min(w / h, height / width) > 1.05 or min(h / w, width / height) > 1.05
         told.append(f"{pair}: it is stretched" + ", though one is upright: turn it as the clip is shown" * across)
-    if count > 1 and (count == len(ours) - 1 or own is None or rate is None):
+    middles, mine, found = (theirs[1:] + theirs[:-1]) / 2 - theirs[0], media.numbers(clip), media.numbers(mask)
+    if mine and found:
+        if shift := mine[0] - found[0] if np.array_equal(np.diff(mine), np.diff(found)) else 0:
+            told.append(f"{str(mask)!r} begins with number {found[0]}, the clip with {mine[0]}: matched one by one")
+        wanted = [mine[i] - shift for i in np.searchsorted(ours[1:-1] - ours[0], at, side="right")]
+        if lost := sorted(set(wanted) - set(found)):
+            pair = f"{str(mask)!r} lacks {len(lost)} masks for {str(clip)!r}, of the numbers {lost[:9]}"
+            raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")
+        lasts, moments = length, middles[np.searchsorted(found, wanted)]
+    elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
-        lasts, middles = clock[-1] - clock[0], (theirs[1:] + theirs[:-1]) / 2 - theirs[0]
+        lasts = clock[-1] - clock[0]
         moments = middles[np.searchsorted(clock[1:-1] - clock[0], at, side="right")]
     if count > 1 and abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1)):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
@@ -194,18 +209,22 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
     return (theirs, rate), moments
 
 
-def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any]) -> list[Any]:
+def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any], mixed: bool = False) -> list[Any]:
     """What `make` makes of the pictures on screen at these seconds from the first; others are not kept."""
     wanted = np.searchsorted(times[0][1:-1] - times[0][0], at, side="right").tolist()
-    made = dict.fromkeys(wanted)
+    made, sizes = dict.fromkeys(wanted), set[Size]()
     with decoding(path):
         for index, picture in pictures(path, times[0]):
             if index in made:
-                made[index] = make(picture())
+                made[index] = make(image := picture())
+                sizes.add((image.height, image.width))
             if index >= wanted[-1]:
                 break
     if lost := [index for index, frame in made.items() if frame is None]:
         raise VideoError(f"{len(lost)} frames of {str(path)!r} cannot be decoded, first {lost[0]}. Is it complete?")
+    if len(sizes) > 1 and not mixed:
+        pair = f"{str(path)!r} has frames of different sizes, {sorted(sizes)[:2]}; expected one"
+        raise VideoError(f"{pair}. Cut all to one: read_clip(path, size=(height, width)).")
     return [made[index] for index in wanted]
 
 

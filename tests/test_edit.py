@@ -169,6 +169,7 @@ def test_off_is_the_model_alone(edit, video, task):
 
 BAD = {
     "mask of another size": ({"mask": torch.eye(20)}, MaskError, "20 x 20.*masks.resize"),
+    "mask of half the size": ({"mask": torch.eye(32)}, MaskError, r"32 x 32, the clip 64 x 64: .*\(8, 64, 64\)"),
     "mask of other frames": ({"mask": torch.ones(5, 64, 64)}, MaskError, "mask has 5 frames; expected 8"),
     "mask of colours": (
         {"mask": torch.eye(64).unsqueeze(-1).expand(-1, -1, 3).numpy()},
@@ -181,11 +182,13 @@ BAD = {
     "clip of another size": ({"clip": torch.zeros(3, 8, 48, 32)}, SourceError, r"read_clip\(path, frames=8"),
     "clip of other frames": ({"clip": torch.zeros(3, 5, 64, 64)}, SourceError, "this model edits"),
     "clip without frames": ({"clip": torch.zeros(3, 64, 64)}, SourceError, "this model edits"),
+    "no clip": ({"clip": torch.zeros(0, 3, 8, 64, 64)}, SourceError, r"shape \(0, 3, 8, 64, 64\); this model edits"),
     "unknown word": ({"prompt": "a red ball, a squirrel"}, KVLockError, "cannot read 'squirrel'"),
     "too many prompts": ({"prompt": ["a red ball"] * 2}, SourceError, "prompt has 2 entries for 1 clips"),
     "too many seeds": ({"seed": [1, 2]}, SourceError, "2 entries for 1 clips"),
     "missing sampler": ({"sampler": "dpmpp_2n"}, SamplerError, "did you mean 'dpmpp_2m'"),
     "no steps": ({"steps": 0}, SamplerError, "steps=0; expected a whole number >= 1"),
+    "endless steps": ({"steps": 10**8}, SamplerError, "steps=100000000; expected .* <= 10000"),
     "unknown policy": ({"policy": "steddy"}, PolicyError, "steady"),
     "policy of another shape": (
         {"policy": kv.stateless(lambda obs: kv.Control(lock=torch.zeros(2, 9)))},

@@ -15,6 +15,7 @@ import torch
 from first_world.world import render, sample_scene
 from PIL import Image
 
+from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils import files
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
 from kvlock_sampling.video.metrics import masked_psnr
@@ -269,6 +270,60 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         write_clip(tmp_path / "zero.mp4", CLIP, fps=0)
     with pytest.raises(VideoError, match=r"size=\(480, 832\)"):
         read_clip(tmp_path / "whole.mp4", size=(0, 8))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (((CLIP + 1) * 127.5).byte(), r"of torch.uint8; expected floats in \[-1, 1\]: clip.float\(\) / 127.5 - 1"),
+        (((CLIP + 1) * 127.5).byte().numpy(), r"of torch.uint8; expected floats"),
+        ((CLIP + 1) * 127.5, r"up to 250; expected \[-1, 1\]: pixels / 127.5 - 1 for \[0, 255\]"),
+        ("clip.mp4", r"path 'clip.mp4'.*read_clip\('clip.mp4'\)"),
+    ],
+)
+def test_pixels_of_another_range_are_not_written(tmp_path: Path, pixels: Any, words: str) -> None:
+    with pytest.raises(KVLockError, match=f"(?s){words}"):
+        write_clip(tmp_path / "a.png", pixels)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_and_what_a_decoder_overshoots_are_written(tmp_path: Path, recwarn) -> None:
+    for name, pixels in (("a.png", CLIP), ("b.png", CLIP.numpy()), ("c.png", torch.where(CLIP == 1, 1.5, CLIP))):
+        write_clip(tmp_path / name, pixels)
+        assert (tmp_path / name).read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "gif"])
+@pytest.mark.parametrize(("fps", "held"), [(0.001, 1 / 655), (1e-9, 1 / 655), (1e12, None)])
+def test_a_rate_that_no_file_holds_loses_no_clip(tmp_path: Path, kind: str, fps: float, held: float | None) -> None:
+    held = held or {"gif": 50, "webm": 1000, "mp4": 10_000}[kind]
+    with pytest.warns(
+        UserWarning, match=rf"a .{kind} holds 1/655 to at most .*: fps={fps:g} is {held:g}".replace("+", ".")
+    ):
+        write_clip(tmp_path / f"a.{kind}", CLIP, fps=fps)
+    clip = read_clip(tmp_path / f"a.{kind}")
+    assert (clip.pixels.shape[1], clip.fps) == (8, pytest.approx(held, rel=2e-3))
+
+
+@pytest.mark.parametrize(("name", "width"), [("a.mp4", 20_000), ("a.gif", 70_000), ("file/a.png", 2)])
+def test_what_an_encoder_or_the_disk_refuses_is_our_error(tmp_path: Path, name: str, width: int) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(VideoError, match=rf"cannot write '.*{name}'"):
+        write_clip(tmp_path / name, torch.zeros(3, 1, 2, width))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name, path in (("a.png", tmp_path / "there" / "b.png"), ("c.png", tmp_path / "new" / "d.png")):
+        (tmp_path / name).symlink_to(path)
+        files.check_writable(tmp_path / name)
+        write_clip(tmp_path / name, CLIP)
+        assert (tmp_path / name).is_symlink()
+        assert not path.is_symlink()
+        assert read_clip(path).pixels.shape[1] == 1
+    assert len(list(tmp_path.rglob("*.png"))) == 4
 
 
 def test_a_film_without_pictures(tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from ..masks.resolution import on_pixels
 from ..masks.tokens import on_latents
 from ..search import Judge, search
 from ..trace import Trace
-from ..types import KVLockError, SamplerError, SourceError
+from ..types import KVLockError, MaskError, SamplerError, SourceError
 from ..utils.fields import check_number, check_seed
 from ..video.metrics import masked_psnr
 from ..video.read import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
 
+LEAST_STRENGTH, MOST_STEPS = 0.05, 10_000  # of the command line, and of every way to edit
 FEATHER = 2.0  # default width in pixels of the blend between the edit and the source's pixels around the mask
 
 
@@ -90,7 +91,7 @@ def edit_video(
         source_prompt: What the clip shows now, read by the source's branch. Default: `prompt`; with a KV cache, "".
         model: "tiny", a folder of its weights or of a diffusers pipeline, or a `VideoModel`: `kv.from_pipeline(pipe)`.
         sampler: A name from `samplers.names()`, or a callable with k-diffusion's signature.
-        steps: Sampling steps, >= 1; dpm_adaptive chooses its own.
+        steps: Sampling steps, 1 to 10,000; dpm_adaptive chooses its own.
         policy: A Policy, the name of a preset, or a TOML file.
         cfg_scale: Requested guidance scale. Default: the model's.
         seed: Seed of the start noise and of stochastic samplers: one int (clip i uses seed + i), or one per clip.
@@ -127,6 +128,9 @@ def edit_video(
         raise SourceError(f"candidates={tried} for {len(clips)} clips; expected one clip: edit_video(clip[:1], ...).")
     seeds = _seeds(seed, max(len(clips), tried))
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
+    if (sides := tuple(clips.shape[2:])) != tuple(pixel_mask.shape[2:]):
+        own = " x ".join(map(str, pixel_mask.shape[3:]))
+        raise MaskError(f"the mask is {own}, the clip {sides[1]} x {sides[2]}: mask = masks.resize(mask, *{sides}).")
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
 
     extra_args = {
@@ -140,7 +144,9 @@ def edit_video(
     if source_prompt is not None:
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
     source = video.encode(clips)
-    sigmas = video.sigmas(check_number("steps", steps, SamplerError, at_least=1, whole=True), strength)
+    sigmas = video.sigmas(
+        check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True), strength
+    )
     like = source.expand(len(seeds), *source.shape[1:])
     x = start_noise(like, seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
@@ -212,7 +218,7 @@ def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:
     frames, size = editable(video, *clips.shape[2:]) if clips.ndim == 5 else (video.frames, video.size)
-    if clips.ndim != 5 or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
+    if clips.ndim != 5 or not len(clips) or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         hint = f"clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
         if clips.ndim == 5 and clips.shape[2] == 3:  # frames before channels, as torchvision reads

@@ -18,7 +18,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing folders are created. The temporary path keeps the suffix, because some writers read it, and is absolute,
     because ffmpeg takes what is before a colon for a protocol.
     """
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
@@ -33,8 +33,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=Path(path).parent):
+        (parent := Path(os.path.realpath(path)).parent).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=parent):
             pass
     except OSError as error:
         raise KVLockError(

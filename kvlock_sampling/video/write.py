@@ -14,7 +14,7 @@ from ..utils.extras import require
 from ..utils.fields import check_number
 from ..utils.files import atomic
 from .media import PathLike, VideoError, film, is_film
-from .read import Array
+from .read import Array, as_clips
 
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
@@ -24,13 +24,15 @@ _TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"
 DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
-def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1, sound: PathLike | None = None) -> str:
+def write_clip(
+    path: PathLike, pixels: Tensor | np.ndarray, fps: float = 8, scale: int = 1, sound: PathLike | None = None
+) -> str:
     """Write a clip in the format of the suffix: .mp4 or .mov (H.264), .webm (VP9), .gif, .png (a contact sheet).
 
     Args:
         path: The file to write.
-        pixels: (3, T, H, W); values are clamped to [-1, 1].
-        fps: Frames per second, > 0; a gif holds at most 50, and an image none.
+        pixels: (3, T, H, W), floats; values are clamped to [-1, 1].
+        fps: Frames per second, > 0; films hold 1/655 or more, a gif up to 50, and an image none.
         scale: Whole factor of enlargement, nearest neighbour.
         sound: A film whose sound to keep, cut to the length of the clip.
 
@@ -38,7 +40,9 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1, s
         What became of the sound, e.g. "sound copied"; "" if there is none.
 
     Raises:
-        VideoError: The suffix is unknown, the shape is wrong, or pixels are not finite.
+        SourceError: The pixels are no floats.
+        VideoError: The suffix is unknown, the shape is wrong, pixels are not finite or far outside [-1, 1], or the
+            encoder or the disk refuses.
         KVLockError: The extra `video` is not installed.
     """
     path, kind = Path(path), check_suffix(path)
@@ -46,18 +50,27 @@ def write_clip(path: PathLike, pixels: Tensor, fps: float = 8, scale: int = 1, s
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
     sound = sound if sound is not None and is_film(sound) else None
-    with atomic(path) as temporary:
-        if kind in ENCODERS:
-            try:
-                return _write_film(temporary, images, fps, kind, sound)
-            except VideoError as error:  # of reading the sound, after a model has worked on the pictures
-                warnings.warn(f"without sound: {error}", stacklevel=2)
-                return _write_film(temporary, images, fps, kind, None)
-        if kind == ".png":
-            sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)
-            require("PIL.Image", "video").fromarray(sheet).save(temporary, format="PNG")
-        else:
-            _write_gif(temporary, images, fps)
+    least, most = 1 / 655, {".gif": 50, ".webm": 1000}.get(kind, 10_000)  # frames per second
+    if kind != ".png" and not least <= fps <= most:
+        given, fps = fps, min(max(fps, least), most)
+        warnings.warn(
+            f"a {kind} holds 1/655 to at most {most} frames per second: fps={given:g} is {fps:g}", stacklevel=2
+        )
+    try:
+        with atomic(path) as temporary:
+            if kind in ENCODERS:
+                try:
+                    return _write_film(temporary, images, fps, kind, sound)
+                except VideoError as error:  # of reading the sound, after a model has worked on the pictures
+                    warnings.warn(f"without sound: {error}", stacklevel=2)
+                    return _write_film(temporary, images, fps, kind, None)
+            if kind == ".png":
+                sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)
+                require("PIL.Image", "video").fromarray(sheet).save(temporary, format="PNG")
+            else:
+                _write_gif(temporary, images, fps)
+    except (OSError, require("av.error", "video").FFmpegError) as error:
+        raise VideoError(f"cannot write {str(path)!r}: {error}. Is the disk full, or the size unusual?") from error
     return "" if sound is None else f"a {kind} holds no sound"
 
 
@@ -71,7 +84,7 @@ def check_suffix(path: PathLike) -> str:
 
 
 def side_by_side(
-    clips: Sequence[Tensor], labels: Sequence[str], *, scale: int = 6, columns: int | None = None
+    clips: Sequence[Tensor | np.ndarray], labels: Sequence[str], *, scale: int = 6, columns: int | None = None
 ) -> Tensor:
     """Put clips side by side as labelled tiles of one clip, float32 (3, T, height, width) in [-1, 1].
 
@@ -101,14 +114,17 @@ def side_by_side(
     return torch.from_numpy(np.stack(sheets)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def _to_bytes(pixels: Tensor, caller: str, what: str) -> Array:
-    if pixels.ndim != 4 or pixels.shape[0] != 3 or 0 in pixels.shape:
-        hint = " For a batch of clips pass clips[0]." if pixels.ndim == 5 else ""
-        raise VideoError(f"{caller} got {what} of shape {tuple(pixels.shape)}; expected (3, T, H, W).{hint}")
-    pixels = pixels.detach().float().cpu()
-    if bad := int((~torch.isfinite(pixels)).sum()):
+def _to_bytes(pixels: Any, caller: str, what: str) -> Array:
+    clip = as_clips(pixels)[0] if getattr(pixels, "ndim", 4) == 4 else as_clips(pixels)
+    if clip.ndim != 4 or clip.shape[0] != 3 or 0 in clip.shape:
+        hint = " For a batch of clips pass clips[0]." if clip.ndim == 5 else ""
+        raise VideoError(f"{caller} got {what} of shape {tuple(clip.shape)}; expected (3, T, H, W).{hint}")
+    clip = clip.detach().float().cpu()
+    if bad := int((~torch.isfinite(clip)).sum()):
         raise VideoError(f"{caller} got {what} with {bad} nan or inf values; expected numbers in [-1, 1].")
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
+    if (most := float(clip.abs().max())) > 8:  # A decoder overshoots by less.
+        raise VideoError(f"{caller} got {what} up to {most:.3g}; expected [-1, 1]: pixels / 127.5 - 1 for [0, 255].")
+    return ((clip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
 
 
 def _grid(tiles: Array, columns: int, *, gap: int) -> Array:
@@ -192,9 +208,7 @@ def _write_gif(path: Path, images: Array, fps: float) -> None:
         indices = cKDTree(palette.astype(float)).query(colours.astype(float))[1][indices.reshape(-1)]
     table = np.full((256, 4), 255, np.uint8)
     table[: len(palette), 1:] = palette
-    if fps > 50:
-        warnings.warn(f"a gif holds at most 50 frames per second, so fps={fps:g} is slowed down to 50.", stacklevel=3)
-    edges = [round(i * 100 / min(fps, 50)) for i in range(len(images) + 1)]  # The format has steps of 10 ms.
+    edges = [round(i * 100 / fps) for i in range(len(images) + 1)]  # The format has steps of 10 ms.
     # Pillow would merge repeated frames into one that lasts longer.
     with av.open(str(path), "w", format="gif", options={"final_delay": str(edges[-1] - edges[-2])}) as container:
         stream = container.add_stream("gif", rate=100)

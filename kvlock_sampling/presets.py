@@ -155,8 +155,11 @@ def describe() -> list[tuple[str, str, str]]:
     """Return (name, classes such as "Windowed(Linear)", first comment line) of every preset on the shelf."""
     rows = []
     for name, path in sorted(_shelf().items()):
-        comments = (line[1:].strip() for line in _text_of(path).splitlines() if line.startswith("#"))
-        rows.append((name, _classes(load_policy(path)), next(comments, "")))
+        try:
+            comments = (line[1:].strip() for line in _text_of(path).splitlines() if line.startswith("#"))
+            rows.append((name, _classes(load_policy(path)), next(comments, "")))
+        except PolicyError as error:  # The others are of use.
+            rows.append((name, "error", str(error)))
     return rows
 
 
@@ -164,7 +167,7 @@ def _text_of(path: Path) -> str:
     try:
         if path.exists() and not path.is_file():  # a pipe would wait for ever
             raise OSError("it is not a regular file")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a zero byte in the path
         raise PolicyError(f"cannot read the policy file {str(path)!r}: {error}") from error
 

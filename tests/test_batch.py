@@ -147,6 +147,7 @@ def test_bad_rows_are_reported_and_the_others_go_on(kvlock: Kvlock, edits: list[
         "prompt is empty; expected clip, mask, prompt": row(prompt=" "),
         "did you mean 'dpmpp_2m'": row(sampler="dpmpp_2n"),
         "steps=0; expected a whole number >= 1": row(steps=0),
+        "steps=100000; expected a whole number >= 1 and <= 10000": row(steps=100_000),
         "name='../a.mp4'; expected the name of a file, without folders": row(name="../a.mp4"),
         "'a.xyz' has the suffix '.xyz'; expected one of .mp4": row(name="a.xyz"),
         "cannot read the policy file": row(policy="nowhere.toml"),
@@ -162,6 +163,34 @@ def test_bad_rows_are_reported_and_the_others_go_on(kvlock: Kvlock, edits: list[
         assert text.replace("'", "&#x27;").replace(">", "&gt;") in page
     assert f"2 done, 0 kept, {len(bad)} failed" in said
     assert not list(Path().glob("**/a.*"))
+
+
+def test_a_file_that_no_batch_made_is_kept(kvlock: Kvlock, edits: list[str]) -> None:
+    Path("out").mkdir()
+    Path("out/own.mp4").write_bytes(b"a film of the user's")
+    table = write([row(name="own.mp4"), row(name="[red]b[/].gif")])
+    for _ in range(2):  # the report of the first run names the file too, but as a failure
+        ended = kvlock(*words(table))
+        assert ended.exit_code == 1
+        assert "own.mp4' exists, and no record says that a batch made it. Move it" in plain(ended.output)
+        assert "[red]b[/].gif" in ended.output
+    assert len(edits) == 1
+    assert Path("out/own.mp4").read_bytes() == b"a film of the user's"
+
+
+def test_an_output_is_its_batchs_before_its_record_is_written(kvlock: Kvlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: Any, **options: Any) -> Any:
+        if Path("out/001-clip0.mp4").exists():
+            raise KeyboardInterrupt
+        return write_atomically(*args, **options)
+
+    write_atomically = batch.write_atomically
+    monkeypatch.setattr(batch, "write_atomically", killed)
+    assert kvlock(*words(write([row()]))).exit_code == 130
+    monkeypatch.setattr(batch, "write_atomically", write_atomically)
+    ended = kvlock(*words())
+    assert "1 done, 0 kept, 0 failed" in plain(ended.output)
+    assert not list(Path("out").glob(".*"))
 
 
 def test_warnings_stand_beside_their_row(kvlock: Kvlock) -> None:

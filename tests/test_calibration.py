@@ -192,3 +192,37 @@ def test_calibrating_on_a_folder(tmp_path):
         folder(tmp_path, video)
     assert (found[0].mask - example.mask).abs().mean() < 0.02
     assert (found[0].clip - example.clip).abs().mean() < 0.05
+
+
+FOLDERS = {
+    "two masks": (
+        {"a.mask.old.png": b"x"},
+        r"a.mp4 needs a.mask.png .*; found 2 masks \['a.mask.mp4', 'a.mask.old.png'\]",
+    ),
+    "no prompt": ({"a.txt": b"\n"}, r"a.mp4 needs .*; found 1 masks .* and the prompt ''"),
+    "a file of macOS": ({"._a.mp4": b"x", "._a.mask.png": b"x"}, None),
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_clear_about_every_clip(tmp_path, name):
+    example = scenes(1)[0]
+    write_clip(tmp_path / "a.mp4", example.clip)
+    write_clip(tmp_path / "a.mask.mp4", (example.mask * 2 - 1).expand(3, -1, -1, -1))
+    (tmp_path / "a.txt").write_text(example.prompt)
+    files, words = FOLDERS[name]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
+    if words is None:
+        assert [e.prompt for e in folder(tmp_path, load())] == [example.prompt]
+    else:
+        with pytest.raises(kv.KVLockError, match=words):
+            folder(tmp_path, load())
+
+
+def test_a_folder_whose_name_is_a_number_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "3").mkdir()
+    ended = CliRunner().invoke(app, ["calibrate", "-o", "a.toml", "--clips", "3"])
+    assert ended.exit_code == 2
+    assert "no clips in the folder '3'; expected NAME with one of .gif, .mp4" in " ".join(ended.output.split())

@@ -6,6 +6,9 @@ import csv
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,56 @@ BAD = {
     "no steps": ({"steps": 0}, "Invalid value for '--steps'"),
     "strength out of range": ({"strength": 1.5}, "Invalid value for '--strength'"),
 }
+
+
+EARLY = {
+    "policy": ({"policy": "stedy"}, "did you mean 'steady'"),
+    "seed": ({"seed": -1}, "seed=-1; expected a whole number in [0, 2**64)"),
+    "guidance": ({"cfg_scale": "nan"}, "cfg_scale=nan; expected a finite number"),
+    "strength": ({"strength": "nan"}, "strength=nan; expected a finite number >= 0.05 and <= 1"),
+    "prompt": ({"prompt": " "}, "--prompt is empty; expected what the masked region should show"),
+    "steps": ({"steps": 10**8}, "Invalid value for '--steps'"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_needs_no_model_is_refused_before_one_is_opened(kvlock: Kvlock, monkeypatch, name: str) -> None:
+    monkeypatch.setattr("kvlock_sampling.app.models.open_model", lambda *_, **__: pytest.fail("it opened the model"))
+    change, message = EARLY[name]
+    result = kvlock(*edit_words(**change))
+    assert result.exit_code == 2
+    assert message in plain(result.output)
+
+
+def test_a_transition_is_refused_before_a_model_is_opened(kvlock: Kvlock, monkeypatch) -> None:
+    monkeypatch.setattr("kvlock_sampling.app.models.open_model", lambda *_, **__: pytest.fail("it opened the model"))
+    result = kvlock(*edit_words(), "--transition", "1", "nan")
+    assert result.exit_code == 2
+    assert "transition=(1.0, nan); expected (width in tokens > 0" in plain(result.output)
+
+
+def test_names_of_files_are_no_markup(kvlock: Kvlock) -> None:
+    result = kvlock(*edit_words("[red]a[/] :smile:.png", policy="off", steps=1, seeds=2))
+    assert result.exit_code == 0, result.output
+    assert "[red]a[/] :smile:.png: " in result.output
+    assert "[red]a[/] :smile:-candidates.png: " in result.output
+
+
+def test_sigterm_leaves_no_half_written_file(folder: Path) -> None:
+    """A run that is ended within a write, after its imports and its handler."""
+    code = (
+        "import os, signal\n"
+        "from kvlock_sampling.app import __main__, cli\n"
+        "from kvlock_sampling.utils.files import atomic\n"
+        "def write():\n"
+        "    with atomic('a.png') as path:\n"
+        "        path.touch(); os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
+        "cli.app = write\n"
+        "__main__.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=folder, timeout=120, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert not [path.name for path in folder.iterdir() if "a" in path.stem.split(".") or ".tmp" in path.name]
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -286,6 +286,20 @@ def test_a_broken_file_is_named_with_its_folder(tmp_path, monkeypatch):
         assert problem in str(caught.value)
 
 
+def test_a_broken_file_hides_no_other_in_the_list(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("[policy\n")
+    monkeypatch.setenv("KVLOCK_POLICIES", str(tmp_path))
+    rows = {name: (classes, about) for name, classes, about in presets.describe()}
+    assert rows["mine"][0] == "error"
+    assert "mine.toml is not valid TOML" in rows["mine"][1]
+    assert rows["half"][0] == "Constant"
+
+
+def test_a_file_with_a_mark_of_its_byte_order_is_read(tmp_path):
+    (tmp_path / "mine.toml").write_text(to_toml(Constant(lock=0.5)), encoding="utf-8-sig")
+    assert load_policy(tmp_path / "mine.toml") == Constant(lock=0.5)
+
+
 @pytest.mark.slow
 def test_presets_reach_people_who_use_pip(tmp_path):
     python, target = sys.executable, tmp_path / "layer"

@@ -297,9 +297,9 @@ def test_arrays_and_what_a_decoder_overshoots_are_written(tmp_path: Path, recwar
 @pytest.mark.parametrize("kind", ["mp4", "webm", "gif"])
 @pytest.mark.parametrize(("fps", "held"), [(0.001, 1 / 655), (1e-9, 1 / 655), (1e12, None)])
 def test_a_rate_that_no_file_holds_loses_no_clip(tmp_path: Path, kind: str, fps: float, held: float | None) -> None:
-    held = held or {"gif": 50, "webm": 1000, "mp4": 10_000}[kind]
+    held = held or (50 if kind == "gif" else 1000)
     with pytest.warns(
-        UserWarning, match=rf"a .{kind} holds 1/655 to at most .*: fps={fps:g} is {held:g}".replace("+", ".")
+        UserWarning, match=rf"a .{kind} holds 1/655 to at most .*, not {fps:g}: {held:g}".replace("+", ".")
     ):
         write_clip(tmp_path / f"a.{kind}", CLIP, fps=fps)
     clip = read_clip(tmp_path / f"a.{kind}")

@@ -5,6 +5,7 @@ its fingerprint, and its output has the digest that the record names; else it is
 """
 
 import base64
+import csv
 import glob
 import io
 import json
@@ -59,9 +60,14 @@ def run_batch(
         elif (record := done(job)) is not None:
             records[job.row] = {"status": "kept"} | record
         else:
-            groups.setdefault(job.options["clip"], []).append(job)
-            for path in (job.output, job.record):  # of a run that was killed
-                for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}.tmp{path.suffix}"):
+            names = (f".{glob.escape(p.stem)}.{'[0-9a-f]' * 8}.tmp{p.suffix}" for p in (job.output, job.record))
+            leftovers = [p for name in names for p in job.output.parent.glob(name)]  # of a run that was killed
+            if job.output.exists() and not (leftovers or job.record.exists() or _reported(job)):
+                text = f"{str(job.output)!r} exists, and no record says that a batch made it"
+                records[job.row] = {"status": "failed", "error": f"{text}. Move it, or give the row another name."}
+            else:
+                groups.setdefault(job.options["clip"], []).append(job)
+                for leftover in leftovers:
                     leftover.unlink(missing_ok=True)
         if job.row in records:
             on_job()
@@ -69,6 +75,17 @@ def run_batch(
         records[job.row] = {"status": "failed" if "error" in record else "done"} | record
         on_job()
     return [records[job.row] for job in jobs]
+
+
+def _reported(job: Job) -> bool:
+    """Whether the last report of its folder says that a batch made the output, whose record is gone."""
+    try:
+        with open(job.output.with_name("results.csv"), encoding="utf-8-sig", newline="") as file:
+            return any(
+                r.get("output") == job.output.name and r.get("status") in ("done", "kept") for r in csv.DictReader(file)
+            )
+    except (OSError, ValueError, csv.Error):
+        return False
 
 
 def _run(
@@ -119,6 +136,7 @@ class Editor:
                     record = self._edit(job)
                 record["warnings"] = [str(warning.message) for warning in told]
                 write_atomically(job.record, json.dumps(record, indent=1))
+                job.claim.unlink(missing_ok=True)
             return record
         except Exception as error:
             return {"error": message(error)}
@@ -132,6 +150,7 @@ class Editor:
         if (folder := options.pop("kv_cache")) is not None:
             options["kv_cache"] = self._cache_in(Path(folder, *(str(options[n]) for n in ("sampler", "steps"))))
         edit = edit_video(source.pixels, region.unsqueeze(0), options.pop("prompt"), model=video, **options)
+        write_atomically(job.claim, "")
         write_clip(job.output, edit.pixels[0], source.fps, scale, sound=clip)
         return {
             "fingerprint": job.fingerprint,

@@ -4,11 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Column, Table
 
-from ..types import KVLockError
-from ..utils.fields import check_seed
 from . import command_line as opt
 from .command_line import app, decibels, out, progress, readable, say, sides_of
 
@@ -39,14 +36,12 @@ def batch(
     """Do the edits of a table, each once; the same command goes on after a stop, and does what has changed."""
     with readable():
         from ..kv_cache import KVCache
-        from ..presets import load_preset
-        from ..samplers import get
         from ..utils.files import check_writable
         from .batch import run_batch
-        from .jobs import check_outputs, policy_file, read_jobs
+        from .jobs import check_outputs, check_run, policy_file, read_jobs
         from .report import write_report
 
-        get(sampler), load_preset(policy), check_seed(seed, KVLockError)
+        check_run(sampler, policy, seed, cfg_scale=cfg_scale, strength=strength)
         model = model if model == "tiny" or not Path(model).exists() else str(Path(model).absolute())
         options: dict[str, Any] = {"sampler": sampler, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
         options |= {"policy": policy_file(policy, Path()), "strength": strength, "scale": scale, "frames": frames}
@@ -70,13 +65,13 @@ def batch(
             figures = []
             if record["status"] != "failed":
                 figures = [str(record["nfe"]), f"{record['seconds']:.1f} s", decibels(record["background_psnr"])]
-            table.add_row(str(job.row), escape(job.output.name), record["status"], *figures)
+            table.add_row(str(job.row), job.output.name, record["status"], *figures)
         out.print(table)
         for job, record in zip(rows, records, strict=True):
             for text in [record["error"]] if "error" in record else record["warnings"]:
                 say(f"[bold]row {job.row}:[/]", text)
         kinds = [record["status"] for record in records]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("done", "kept", "failed"))
-        out.print(f"{out_dir / 'report.html'}: {counts}", highlight=False, soft_wrap=True)
+        out.print(f"{out_dir / 'report.html'}: {counts}", soft_wrap=True)
         if "failed" in kinds:
             raise typer.Exit(1)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from ..presets import Preset, load_preset
 from ..types import Control, EstimatorError, Observation, PolicyError, SourceError
 from ..utils.fields import check_number, check_seed
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
-from ..video.media import FILMS, decoding
+from ..video.media import FILMS, IMAGES, decoding
 from .edit import edit_video
 from .models import VideoModel, read_pair
 
@@ -124,21 +123,23 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
 def folder(path: Path, model: VideoModel) -> list[Example]:
     """Read examples from a folder: NAME.mp4, another film or gif; NAME.mask.png or a film; and NAME.txt, the prompt.
 
-    The model decides the clips' length and size. Raises SourceError if a clip lacks its mask or prompt.
+    The model decides the clips' length and size. Raises SourceError if a clip has not one mask and a prompt.
     """
     if not path.is_dir():
         raise SourceError(
             f"no folder {str(path)!r}; expected one with NAME.mp4, NAME.mask.png and NAME.txt, or a number."
         )
-    examples = []
-    for clip in sorted(p for p in path.glob("*") if p.suffix.lower() in (".gif", *FILMS)):
-        if ".mask" in clip.suffixes:
-            continue
-        masks = sorted(path.glob(f"{escape(clip.stem)}.mask.*"))
-        text = clip.with_suffix(".txt")
-        if not masks or not text.is_file():
-            raise SourceError(f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt, its prompt.")
+    examples, kinds = [], (".gif", *FILMS)
+    named = sorted(p for p in path.iterdir() if p.suffix.lower() in (*FILMS, *IMAGES) and p.name[0] != ".")
+    for clip in (p for p in named if p.suffix.lower() in kinds and ".mask" not in p.suffixes):
+        masks = [p for p in named if p.name.startswith(f"{clip.stem}.mask.")]
+        with decoding(text := clip.with_suffix(".txt")):
+            prompt = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
+        if len(masks) != 1 or not prompt:
+            need = f"{clip.name} needs {clip.stem}.mask.png (white = edit) and {clip.stem}.txt, its prompt"
+            raise SourceError(f"{need}; found {len(masks)} masks {[p.name for p in masks]} and the prompt {prompt!r}.")
         source, mask = read_pair(model, clip, masks[0], pad=False)
-        with decoding(text):
-            examples.append(Example(source.pixels, mask, text.read_text(encoding="utf-8-sig").strip()))
+        examples.append(Example(source.pixels, mask, prompt))
+    if not examples:
+        raise SourceError(f"no clips in the folder {str(path)!r}; expected NAME with one of {', '.join(kinds)}.")
     return examples

@@ -15,7 +15,7 @@ from .command_line import app, decibels, err, out, progress, readable, say, side
 
 def _version(asked: bool) -> None:
     if asked:
-        out.print(f"kvlock {version('kvlock-sampling')}", highlight=False)
+        out.print(f"kvlock {version('kvlock-sampling')}")
         raise typer.Exit
 
 
@@ -50,7 +50,7 @@ def demo(
             "source. nfe: function evaluations (model passes) per clip."
         )
         for name in FILES:
-            out.print(f"  {out_dir / name}", highlight=False, soft_wrap=True)
+            out.print(f"  {out_dir / name}", soft_wrap=True)
 
 
 @app.command()
@@ -84,13 +84,12 @@ def edit(
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
         from ..kv_cache import KVCache
-        from ..samplers import get
         from ..trace import figure_format
         from ..utils.files import check_writable
         from ..video import check_suffix, read_clip, side_by_side, write_clip
         from .batch import fitting_scale
         from .edit import edit_video
-        from .jobs import check_outputs
+        from .jobs import check_outputs, check_run
         from .models import open_model, read_pair
 
         check_suffix(output)
@@ -101,7 +100,8 @@ def edit(
             figure_format(trace)
         for path in written:
             check_writable(path)
-        get(sampler)
+        known: dict[str, Any] = {"cfg_scale": cfg_scale, "strength": strength, "transition": transition}
+        check_run(sampler, policy, seed, prompt=prompt, **known)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
         sides = sides_of(size)
         video = open_model(
@@ -119,9 +119,8 @@ def edit(
             video.image = read_clip(image, size=(height, width)).pixels[:, 0]
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
-            options |= {"cfg_scale": cfg_scale, "strength": strength, "seed": seed, "on_step": advance}
-            options |= {"candidates": seeds, "transition": transition}
-            options["on_plan"] = lambda plan: err.print(str(plan), highlight=False)
+            options |= {**known, "seed": seed, "candidates": seeds, "on_step": advance}
+            options["on_plan"] = lambda plan: err.print(str(plan), markup=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)
         if trace is not None:
@@ -130,12 +129,12 @@ def edit(
             names = [f"seed {seed + i}{' (chosen)' * (seed + i == result.seed)}" for i in range(seeds)]
             middle = result.candidates[:, :, result.candidates.shape[2] // 2].unsqueeze(2)
             write_clip(sheet, side_by_side(list(middle), names, scale=max(1, scale)))
-            out.print(f"{sheet}: seed {result.seed} of {seed} to {seed + seeds - 1} was finished", highlight=False)
+            out.print(f"{sheet}: seed {result.seed} of {seed} to {seed + seeds - 1} was finished", soft_wrap=True)
         out.print(
             f"{output}: {result.nfe} model passes in {result.seconds:.1f} s; background PSNR: "
             f"{decibels(result.background_psnr[0])} (ceiling of the codec: {decibels(result.ceiling_psnr[0])})"
             f"{sound and '; '}{sound}",
-            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -147,7 +146,7 @@ def calibrate(
     policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "sigmoid",
     quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Fraction of calm runs below risk 1.")] = 0.95,
     sampler: opt.Sampler = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=4, help="Sampling steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=4, max=opt.MOST_STEPS, help="Sampling steps.")] = 30,
     seed: opt.Seed = 0,
     dtype: opt.Dtype = None,
     offload: opt.Offload = "none",
@@ -155,21 +154,22 @@ def calibrate(
     """Measure the variance of calm runs at every noise level, and write a preset whose risk is relative to it."""
     with readable():
         from ..presets import to_toml
-        from ..samplers import get
         from ..utils.files import check_writable, write_atomically
         from ..variance.thresholds import alarm_range
         from .calibration import calibrate as measure
         from .calibration import folder, scenes
+        from .jobs import check_run
         from .models import open_model
 
-        get(sampler)
+        check_run(sampler, policy, seed)
         if output.suffix != ".toml":
             raise KVLockError(f"-o {output} is to be a preset; expected a name that ends in .toml, e.g. -o mine.toml.")
         check_writable(output)
+        count = clips.isdecimal() and not Path(clips).is_dir()
         video = open_model(model, dtype=dtype, offload=offload)
-        if video.frames is None and clips.isdecimal():
+        if video.frames is None and count:
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
-        examples = scenes(int(clips)) if clips.isdecimal() else folder(Path(clips), video)
+        examples = scenes(int(clips)) if count else folder(Path(clips), video)
         batch = 1 if video.frames is None else 8
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
@@ -206,4 +206,4 @@ def samplers() -> None:
         from ..samplers import names
 
         for name in names():
-            out.print(name, highlight=False)
+            out.print(name)

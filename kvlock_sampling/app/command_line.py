@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..types import KVLockError
+from .edit import LEAST_STRENGTH, MOST_STEPS
 
 app = typer.Typer(
     help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
@@ -20,17 +21,18 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(), Console(stderr=True)
+# Names of files are no markup; `err` has it for labels alone.
+out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
-Steps = Annotated[int, typer.Option(min=1, help="Sampling steps; dpm_adaptive chooses its own.")]
+Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps; dpm_adaptive chooses its own.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
 Offload = Annotated[str, typer.Option(help="none; model: one network on the device at a time; group: one layer.")]
 Policy = Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")]
 CFGScale = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")]
-Strength = Annotated[float, typer.Option(min=0.05, max=1.0, help="1 = from noise; less keeps the clip.")]
+Strength = Annotated[float, typer.Option(min=LEAST_STRENGTH, max=1.0, help="1 = from noise; less keeps the clip.")]
 Transition = Annotated[tuple[float, float] | None, typer.Option(help="Tokens this near take this part of the lock.")]
 Scale = Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")]
 Frames = Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")]
@@ -57,7 +59,7 @@ def readable() -> Iterator[None]:
 
 def say(label: str, message: object) -> None:
     err.print(label, end=" ")
-    err.print(str(message), markup=False, highlight=False, soft_wrap=True)
+    err.print(str(message), markup=False, soft_wrap=True)
 
 
 @contextmanager

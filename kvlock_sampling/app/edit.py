@@ -129,8 +129,8 @@ def edit_video(
     seeds = _seeds(seed, max(len(clips), tried))
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     if (sides := tuple(clips.shape[2:])) != tuple(pixel_mask.shape[2:]):
-        own = " x ".join(map(str, pixel_mask.shape[3:]))
-        raise MaskError(f"the mask is {own}, the clip {sides[1]} x {sides[2]}: mask = masks.resize(mask, *{sides}).")
+        (h, w), (height, width) = pixel_mask.shape[3:], sides[1:]
+        raise MaskError(f"the mask is {h} x {w}, the clip {height} x {width}: mask = masks.resize(mask, *{sides}).")
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
 
     extra_args = {
@@ -144,9 +144,8 @@ def edit_video(
     if source_prompt is not None:
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
     source = video.encode(clips)
-    sigmas = video.sigmas(
-        check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True), strength
-    )
+    steps = check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True)
+    sigmas = video.sigmas(steps, strength)
     like = source.expand(len(seeds), *source.shape[1:])
     x = start_noise(like, seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask

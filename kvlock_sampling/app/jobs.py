@@ -13,15 +13,22 @@ from typing import Any
 
 import torch
 
+from ..masks.fitted import as_transition
 from ..presets import load_preset, to_toml
 from ..samplers import get
 from ..types import KVLockError
+from ..utils.fields import check_number, check_seed
 from ..utils.tables import nearest
 from ..video.media import STILLS, VideoError
 from ..video.write import check_suffix
+from .edit import LEAST_STRENGTH, MOST_STEPS
 
 NEEDED = ("clip", "mask", "prompt")
 NUMBERS: dict[str, type[int] | type[float]] = {"seed": int, "steps": int, "cfg_scale": float, "strength": float}
+LIMITS: dict[str, dict[str, Any]] = {
+    "steps": {"at_least": 1, "at_most": MOST_STEPS, "whole": True},
+    "strength": {"at_least": LEAST_STRENGTH, "at_most": 1.0},
+}
 COLUMNS = (*NEEDED, "source_prompt", "policy", *NUMBERS, "sampler", "name")
 EXAMPLE = "  clip,mask,prompt\n  clip.mp4,mask.png,a red kite"
 LONGEST = 200  # bytes of an output's name: temporary names are longer, and file systems take 255
@@ -49,6 +56,11 @@ class Job:
     def record(self) -> Path:
         """The file that says how the output was made."""
         return self.output.with_name(f"{self.output.name}.json")
+
+    @property
+    def claim(self) -> Path:
+        """A hidden file from before the output is written until its record is: the output is of this batch."""
+        return self.output.with_name(f".{self.output.stem}.00000000.tmp{self.output.suffix}")
 
 
 def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping[str, Any]) -> list[Job]:
@@ -160,6 +172,7 @@ def _options(given: Mapping[str, str], folder: Path) -> dict[str, Any]:
         except ValueError:
             whole = "a whole number" if NUMBERS[name] is int else "a number"
             raise KVLockError(f"{name}={given[name]!r}; expected {whole}, e.g. {NUMBERS[name](1)}.") from None
+        check_number(name, options[name], KVLockError, **LIMITS.get(name, {}))
     paths = {name: str(folder / Path(given[name]).expanduser()) for name in ("clip", "mask")}
     return options | paths | ({"policy": policy_file(given["policy"], folder)} if "policy" in given else {})
 
@@ -190,6 +203,24 @@ def check_outputs(writes: Sequence[Path], reads: Sequence[Path]) -> None:
         if _same(path.parent) in known and path.suffix.lower() in STILLS:
             raise KVLockError(f"{path} would become one of the images in {path.parent}, which is read. Name another.")
         known.add(_same(path))
+
+
+def check_run(
+    sampler: str,
+    policy: str,
+    seed: int,
+    *,
+    prompt: str = "all",
+    cfg_scale: float | None = None,
+    strength: float = 1.0,
+    transition: Any = None,
+) -> None:
+    """Raise KVLockError for what needs neither a model nor a clip to be known as wrong."""
+    get(sampler), load_preset(policy), check_seed(seed, KVLockError), as_transition(transition)
+    check_number("cfg_scale", 1.0 if cfg_scale is None else cfg_scale, KVLockError)
+    check_number("strength", strength, KVLockError, **LIMITS["strength"])
+    if not prompt.strip():
+        raise KVLockError("--prompt is empty; expected what the masked region should show, e.g. 'a red ball'.")
 
 
 def _same(path: str | Path) -> str:

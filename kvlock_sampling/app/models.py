@@ -119,8 +119,7 @@ def read_pair(
 
     Raises:
         SourceError: The model cannot edit this number of frames or this size.
-        VideoError: A file cannot be read, frames differ in size, or masks are missing for more than half of the clip or
-            for a number.
+        VideoError: A file cannot be read, frames differ in size, or masks lack a number or more than half of the clip.
     """
     times = shown(clip)
     own, (at, rate) = displayed(clip, times), ticks(clip, times)

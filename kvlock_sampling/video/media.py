@@ -23,7 +23,6 @@ Times: TypeAlias = tuple[Seconds, float | None]
 FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGES = (".gif", ".apng", *STILLS)
-LOSSY = (*FILMS, ".jpg", ".jpeg", ".webp")
 IMAGE_FPS = 8.0  # images' files do not store a rate
 
 
@@ -33,7 +32,7 @@ class VideoError(KVLockError, ValueError):
 
 def is_lossy(path: PathLike) -> bool:
     """Whether compression may have changed pixels by some levels."""
-    return any(file.suffix.lower() in LOSSY for file in _files(Path(path)) or [Path(path)])
+    return any(f.suffix.lower() in (*FILMS, ".jpg", ".jpeg", ".webp") for f in _files(Path(path)) or [Path(path)])
 
 
 def is_film(path: PathLike) -> bool:
@@ -170,8 +169,7 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
                 stamps.append((p.pts, p.duration or 0))
         if not stamps or not rate > 0:
             raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
-        # Matroska counts it from 0, where its first frame need not be.
-        before = max(container.start_time or 0, 0) if container.format.name.startswith("matroska") else 0
+        before = max(container.start_time or 0, 0) * ("matroska" in container.format.name)  # which counts from 0
         stated = stated or ((container.duration or 0) - before) / 1e6
     have = max((end for _, end in spans), default=stated) - min((begin for begin, _ in spans), default=0.0)
     if have < stated - max(2 / rate, min(0.05 * stated, 0.5)):
@@ -179,8 +177,7 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
     if avi:
         return np.arange(len(stamps) + 1) / rate, rate
     begins = np.unique([pts * base for pts, _ in stamps])
-    # VP8 has frames that are never shown, 1 ms apart.
-    begins = begins[np.diff(begins, prepend=-np.inf) > min(0.002, 0.5 / rate)]
+    begins = begins[np.diff(begins, prepend=-np.inf) > min(0.002, 0.5 / rate)]  # VP8 has frames never shown, 1 ms off.
     last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)
     return np.append(begins, begins[-1] + last), rate
 

@@ -20,8 +20,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Size: TypeAlias = tuple[int, int]
 
 _EXPECTED = "expected pixels in [-1, 1], (3, frames, height, width) or (batch, 3, frames, height, width)"
-# Of 255: below the first, black with compression noise; from the second on, edited, less the third where compressed.
-NOISE, WHITE, LOSS = 26, 128, 8
+NOISE, WHITE, LOSS = 26, 128, 8  # of 255: less is black with noise; from here on edited; what compression may take
 
 
 class Clip(NamedTuple):
@@ -167,7 +166,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     pages = np.stack(_sample(path, times, at, shrink))
     advice = "Expected white = edit; save a mask of object indices as (index > 0) * 255."
     if (NOISE if is_film(path) else 1) <= max(brightest) < white:
-        raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {max(brightest)} of 255. {advice}")
+        said = f"{max(brightest)} of 255, or with 16 bits {257 * max(brightest)} of 65535"
+        raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {said}. {advice}")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
     return torch.from_numpy(pages >= white).float().unsqueeze(0)

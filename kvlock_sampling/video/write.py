@@ -24,15 +24,13 @@ _TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709"
 DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
-def write_clip(
-    path: PathLike, pixels: Tensor | np.ndarray, fps: float = 8, scale: int = 1, sound: PathLike | None = None
-) -> str:
+def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, sound: PathLike | None = None) -> str:
     """Write a clip in the format of the suffix: .mp4 or .mov (H.264), .webm (VP9), .gif, .png (a contact sheet).
 
     Args:
         path: The file to write.
-        pixels: (3, T, H, W), floats; values are clamped to [-1, 1].
-        fps: Frames per second, > 0; films hold 1/655 or more, a gif up to 50, and an image none.
+        pixels: (3, T, H, W), floats, a tensor or array; values are clamped to [-1, 1].
+        fps: Frames per second, > 0; films hold 1/655 to 1000, a gif up to 50, and an image none.
         scale: Whole factor of enlargement, nearest neighbour.
         sound: A film whose sound to keep, cut to the length of the clip.
 
@@ -41,8 +39,7 @@ def write_clip(
 
     Raises:
         SourceError: The pixels are no floats.
-        VideoError: The suffix is unknown, the shape is wrong, pixels are not finite or far outside [-1, 1], or the
-            encoder or the disk refuses.
+        VideoError: Wrong suffix, shape or range, pixels that are not finite, or the encoder or the disk refuses.
         KVLockError: The extra `video` is not installed.
     """
     path, kind = Path(path), check_suffix(path)
@@ -50,12 +47,10 @@ def write_clip(
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
     sound = sound if sound is not None and is_film(sound) else None
-    least, most = 1 / 655, {".gif": 50, ".webm": 1000}.get(kind, 10_000)  # frames per second
-    if kind != ".png" and not least <= fps <= most:
-        given, fps = fps, min(max(fps, least), most)
-        warnings.warn(
-            f"a {kind} holds 1/655 to at most {most} frames per second: fps={given:g} is {fps:g}", stacklevel=2
-        )
+    most = 50 if kind == ".gif" else 1000  # Shorter frames would be lost, and longer ones than 655 s.
+    if kind != ".png" and (held := min(max(fps, 1 / 655), most)) != fps:
+        warnings.warn(f"a {kind} holds 1/655 to at most {most} frames per second, not {fps:g}: {held:g}", stacklevel=2)
+        fps = held
     try:
         with atomic(path) as temporary:
             if kind in ENCODERS:

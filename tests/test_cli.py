@@ -183,7 +183,6 @@ EARLY = {
     "policy": ({"policy": "stedy"}, "did you mean 'steady'"),
     "seed": ({"seed": -1}, "seed=-1; expected a whole number in [0, 2**64)"),
     "guidance": ({"cfg_scale": "nan"}, "cfg_scale=nan; expected a finite number"),
-    "strength": ({"strength": "nan"}, "strength=nan; expected a finite number >= 0.05 and <= 1"),
     "prompt": ({"prompt": " "}, "--prompt is empty; expected what the masked region should show"),
     "steps": ({"steps": 10**8}, "Invalid value for '--steps'"),
 }

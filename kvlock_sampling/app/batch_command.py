@@ -41,7 +41,7 @@ def batch(
         from .jobs import check_outputs, check_run, policy_file, read_jobs
         from .report import write_report
 
-        check_run(sampler, policy, seed, cfg_scale=cfg_scale, strength=strength)
+        check_run(sampler, policy, seed, cfg_scale=cfg_scale)
         model = model if model == "tiny" or not Path(model).exists() else str(Path(model).absolute())
         options: dict[str, Any] = {"sampler": sampler, "steps": steps, "cfg_scale": cfg_scale, "seed": seed}
         options |= {"policy": policy_file(policy, Path()), "strength": strength, "scale": scale, "frames": frames}

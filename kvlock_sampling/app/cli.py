@@ -100,7 +100,7 @@ def edit(
             figure_format(trace)
         for path in written:
             check_writable(path)
-        known: dict[str, Any] = {"cfg_scale": cfg_scale, "strength": strength, "transition": transition}
+        known: dict[str, Any] = {"cfg_scale": cfg_scale, "transition": transition}
         check_run(sampler, policy, seed, prompt=prompt, **known)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
         sides = sides_of(size)
@@ -119,7 +119,7 @@ def edit(
             video.image = read_clip(image, size=(height, width)).pixels[:, 0]
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
-            options |= {**known, "seed": seed, "candidates": seeds, "on_step": advance}
+            options |= {**known, "strength": strength, "seed": seed, "candidates": seeds, "on_step": advance}
             options["on_plan"] = lambda plan: err.print(str(plan), markup=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)

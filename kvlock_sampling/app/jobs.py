@@ -212,13 +212,11 @@ def check_run(
     *,
     prompt: str = "all",
     cfg_scale: float | None = None,
-    strength: float = 1.0,
     transition: Any = None,
 ) -> None:
     """Raise KVLockError for what needs neither a model nor a clip to be known as wrong."""
     get(sampler), load_preset(policy), check_seed(seed, KVLockError), as_transition(transition)
     check_number("cfg_scale", 1.0 if cfg_scale is None else cfg_scale, KVLockError)
-    check_number("strength", strength, KVLockError, **LIMITS["strength"])
     if not prompt.strip():
         raise KVLockError("--prompt is empty; expected what the masked region should show, e.g. 'a red ball'.")
 

@@ -21,7 +21,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# Names of files are no markup; `err` has it for labels alone.
 out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
 
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
@@ -57,7 +56,7 @@ def readable() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def say(label: str, message: object) -> None:
+def say(label: str, message: object) -> None:  # Labels alone are markup, names of files are not.
     err.print(label, end=" ")
     err.print(str(message), markup=False, soft_wrap=True)
 

@@ -105,9 +105,9 @@ def read_pair(
 
     For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
     frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels. The mask is
-    stretched to the clip's displayed frame and cut like it. Its frames are matched by time, or one to one where both
-    have as many or one is a folder of images, by number where both are folders of numbered images; else a short mask
-    holds its last frame. `Clip.note` says what was taken.
+    stretched to the clip's displayed frame and cut like it. Its frames are matched by time, one to one where both have
+    as many or one is a folder of images, or by the numbers of two such folders; a short mask of another kind holds its
+    last frame. `Clip.note` says what was taken.
 
     Args:
         model: The model that will edit the clip.

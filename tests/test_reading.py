@@ -454,6 +454,12 @@ def test_a_mask_too_dark_to_be_seen_is_not_read_as_empty(tmp_path: Path, kind: s
         read_mask(tmp_path / name, frames=1, size=(64, 64))
 
 
+def test_bytes_in_16_bits_are_told_with_their_depth(tmp_path: Path) -> None:
+    Image.fromarray(INDEX.astype(np.uint16) * 255).save(tmp_path / "mask.png")
+    with pytest.raises(VideoError, match="1 of 255, or with 16 bits 257 of 65535"):
+        read_mask(tmp_path / "mask.png", frames=1, size=(64, 64))
+
+
 def test_a_film_that_is_black_but_for_its_noise_is_black(tmp_path: Path, recwarn) -> None:
     noise = np.random.default_rng(0).integers(0, 12, (4, 32, 32, 1)).repeat(3, -1).astype(np.uint8)
     path = film(tmp_path / "mask.mkv", list(noise), codec="ffv1", pix_fmt="bgr0")

@@ -73,7 +73,7 @@ class KVLockPolicyWindow(io.ComfyNode):
                     1e4,
                     "Active at sigma <= below. 0: no limit. Sigma 1 is half noise, flow time 0.5.",
                 ),
-                number("above", 0.0, 0.0, 1e4, "Active at sigma > above. 0: no limit."),
+                number("above", 0.0, 0.0, 1e4, "Active at sigma >= above. 0: no limit."),
             ],
             outputs=[Policy.Output(display_name="policy")],
         )

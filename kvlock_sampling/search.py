@@ -2,8 +2,8 @@
 
 Starts are the rows of one run of the sampler, and each is evaluated alone, under a block of its own: memory is that of
 one edit, and what finishes equals its run alone. A row that stopped keeps its last prediction and costs nothing. With a
-filled KV cache and a quarter of the tokens edited, an evaluation costs about a quarter of an unlocked one, so four
-seeds of which three stop half way cost 0.63 of one unlocked edit. Measured in benchmarks/seeds.py.
+filled KV cache and a fifth of the tokens edited, four seeds of which three stop half way cost 0.52 of one unlocked edit
+in token-passes. Measured in benchmarks/seeds.py.
 """
 
 import copy

@@ -59,7 +59,9 @@ def edit(
     mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
     prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
-    source_prompt: Annotated[str | None, typer.Option(help="What the clip shows now; default: --prompt.")] = None,
+    source_prompt: Annotated[
+        str | None, typer.Option(help="What the clip shows now; default: --prompt, or none with --kv-cache.")
+    ] = None,
     model: opt.Model = "tiny",
     sampler: opt.Sampler = "dpmpp_2m",
     steps: opt.Steps = 30,

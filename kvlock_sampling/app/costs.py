@@ -23,7 +23,7 @@ class Cost(NamedTuple):
 
     Attributes:
         way: The preset, and whether its KV cache is filled.
-        passes: Function evaluations, model passes per clip. A policy that releases may take one more per evaluation.
+        passes: Function evaluations, model passes per clip. The preset default may take one more per evaluation.
         seconds: Time of sampling, without encoding and decoding.
         computed: Fraction of the tokens that the edit's passes run on.
         peak: Bytes of device memory at the peak, weights included; None on a CPU.

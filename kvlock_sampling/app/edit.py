@@ -37,7 +37,7 @@ class Edit:
         pixels: Edited clips (batch, 3, frames, height, width) in [-1, 1].
         trace: What happened in each evaluation; of several candidates, of the best.
         seconds: Time of sampling alone.
-        nfe: Number of function evaluations, model passes per clip.
+        nfe: Function evaluations, model passes per clip; of several candidates, of all together.
         background_psnr: PSNR outside the mask against the source, (batch,), dB.
         ceiling_psnr: The same for the clip only encoded and decoded, which only pasted pixels can exceed.
         seed: The seed of the first clip; of several candidates, of the best.

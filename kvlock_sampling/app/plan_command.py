@@ -48,6 +48,6 @@ def plan(
             table.add_row(cost.way, str(cost.passes), *cells)
         out.print(table)
         out.print(
-            "Time of sampling alone, from two evaluations in the middle of the schedule. default and release take "
-            "up to one pass more where they let the background go. tokens: those the edit's passes run on."
+            "Time of sampling alone, from two evaluations in the middle of the schedule. default takes up to one "
+            "pass more where it lets the background go. tokens: those the edit's passes run on."
         )

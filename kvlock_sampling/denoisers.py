@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from .batching import join_calls, per_row
 from .guidance import guide
 from .types import KVLockError
-from .utils.proxy import DenoiserProxy
+from .utils.denoiser import DenoiserProxy
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
 Call: TypeAlias = Callable[..., Tensor]

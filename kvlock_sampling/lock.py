@@ -24,8 +24,7 @@ from .run import Run
 from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
-from .utils.proxy import DenoiserProxy
-from .utils.signature import on_clock
+from .utils.denoiser import DenoiserProxy, on_clock
 from .variance import Estimator
 
 

@@ -17,8 +17,8 @@ from .samplers import gaussian_noise
 from .schedules import check_sigmas
 from .trace import Trace
 from .types import RunError
+from .utils.denoiser import parameters_of
 from .utils.fields import check_number, check_seed
-from .utils.signature import parameters_of
 
 
 class Restarted(NamedTuple):

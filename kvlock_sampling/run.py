@@ -22,10 +22,10 @@ from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Denoiser, Observation, RunError, Scalar
+from .utils.denoiser import to_sigma
 from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
-from .utils.signature import to_sigma
 from .utils.threads import here
 from .variance.base import check_variance
 

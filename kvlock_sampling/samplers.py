@@ -23,8 +23,8 @@ from torch import Tensor
 from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
+from .utils.denoiser import parameters_of
 from .utils.fields import check_seed
-from .utils.signature import parameters_of
 from .utils.tables import nearest
 
 Sampler: TypeAlias = Callable[..., Tensor]

@@ -19,8 +19,8 @@ from . import samplers
 from .lock import KVLock
 from .trace import Trace
 from .types import SAME_SIGMA, RunError
+from .utils.denoiser import DenoiserProxy
 from .utils.fields import check_number
-from .utils.proxy import DenoiserProxy
 
 Judge = Callable[[Tensor, Trace], float]
 """(x0-hat (1, ...), the trace so far) -> a score, higher is better."""

@@ -28,10 +28,9 @@ from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
+from .utils.denoiser import check_no_lock_inside, method_of, on_clock, parameters_of
 from .utils.fields import check_number
 from .utils.modules import reachable_modules
-from .utils.proxy import check_no_lock_inside
-from .utils.signature import default_of, method_of, on_clock, parameters_of
 from .variance import Estimator
 from .variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 
@@ -113,7 +112,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     policy = preset.policy
     measure, limit, floor = _measuring(model, preset, given)
     rescale = bool(_first(given["rescale"], preset.rescale, False))
-    scale_arg = _scale_arg(model, given["scale_arg"])
+    scale_arg, default_scale = _scale(model, given["scale_arg"])
     erase = bool(_first(given["erase"], preset.erase, False))
     reach = _first(given["reach"], preset.reach, math.inf)
     clip, fitted = _source(model, given, reach, erase)
@@ -157,7 +156,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         foreground=_foreground(given["foreground"], chosen, measure if policy.uses_risk else None, composite, rescale),
         schedule=None if given["sigmas"] is None else on_clock(model, given["sigmas"]),
         scale_arg=scale_arg,
-        default_scale=default_of(model, scale_arg or "cond_scale"),
+        default_scale=default_scale,
         branch=branch,
         batched=given["batched"],
         kv_cache=_kv_cache(given["kv_cache"], preset, chosen),
@@ -287,17 +286,19 @@ def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> 
     return kv_cache
 
 
-def _scale_arg(model: Any, name: str | None) -> str | None:
+def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
+    """The name of the guidance scale of a model that guides, and the default of it, 1 without one."""
     parameters = parameters_of(model)
     if name is None:
-        return "cond_scale" if "cond_scale" in parameters else None
-    if parameters and name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        name = "cond_scale" if "cond_scale" in parameters else None
+    elif parameters and name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise RunError(
             f"scale_arg={name!r} is no argument of {type(model).__name__}, which takes {', '.join(parameters)}; "
             "expected the name of its guidance scale.\n"
             "  A model that does no guidance needs none: leave scale_arg away, and the lock does it."
         )
-    return name
+    found = parameters.get(name or "")
+    return name, 1.0 if found is None or found.default is found.empty else found.default
 
 
 def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -> dict[str, Any]:

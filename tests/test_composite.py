@@ -15,8 +15,7 @@ from kvlock_sampling import masks
 from kvlock_sampling.guidance import composite
 from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.masks.morphology import dilate
-from kvlock_sampling.masks.resolution import on_pixels
-from kvlock_sampling.masks.tokens import on_latents
+from kvlock_sampling.masks.tokens import on_latents, on_pixels
 from kvlock_sampling.policy import Clamped
 from kvlock_sampling.types import Control, EstimatorError, PolicyError, SourceError
 

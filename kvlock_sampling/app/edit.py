@@ -15,8 +15,7 @@ from .. import masks
 from ..kv_cache import Plan
 from ..lock import KVLock
 from ..masks.morphology import dilate
-from ..masks.resolution import on_pixels
-from ..masks.tokens import on_latents
+from ..masks.tokens import on_latents, on_pixels
 from ..search import Judge, search
 from ..trace import Trace
 from ..types import KVLockError, MaskError, SamplerError, SourceError

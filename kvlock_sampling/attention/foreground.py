@@ -171,8 +171,6 @@ _signature = cache(inspect.signature)
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward, because offloading may replace the instance's forward."""
     kind: Any = type(module)
-    while "__wrapped__" in vars(
-        kind
-    ):  # made for hooks; inspect.unwrap leaves classes as they are from Python 3.12.3 on
+    while "__wrapped__" in vars(kind):  # inspect.unwrap leaves classes as they are from Python 3.12.3 on
         kind = kind.__wrapped__
     return _signature(kind.forward)

@@ -13,10 +13,9 @@ maximum, so that a small region is never lost: a cell that holds any edited pixe
 (torch.Size([1, 1, 3, 8, 12]), tensor(6))
 """
 
-from .conventions import from_comfy, from_diffusers, from_keep_mask
-from .form import Mask, MaskLike, as_mask, check_mask
+from .form import Mask, MaskLike, as_mask, check_mask, from_comfy, from_diffusers, from_keep_mask
 from .morphology import feather, grow
-from .resolution import latent_mask, resize, token_mask
+from .tokens import latent_mask, resize, token_mask
 
 __all__ = [
     "Mask",

@@ -19,8 +19,8 @@ from ..masks.tokens import on_latents
 from ..policy import Constant, Policy, stateless
 from ..source import Source
 from ..types import AttentionError, Control, Denoiser
+from ..utils.denoiser import method_of, parameters_of
 from ..utils.modules import reachable_modules
-from ..utils.signature import method_of, parameters_of
 
 Place = tuple[int, int, int]
 

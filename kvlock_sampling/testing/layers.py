@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from ..attention import AttentionLayers, find_layers
 from ..types import AttentionError, Denoiser, KVLockError
-from ..utils.signature import parameters_of
+from ..utils.denoiser import parameters_of
 from ._promises import Promises, some
 
 

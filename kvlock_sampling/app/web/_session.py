@@ -18,8 +18,7 @@ from torch import Tensor
 from ... import masks
 from ...attention import find_layers
 from ...masks.fitted import FittedMask, as_transition
-from ...masks.resolution import on_pixels
-from ...masks.tokens import Grid, on_latents
+from ...masks.tokens import Grid, on_latents, on_pixels
 from ...tiny import edit_mask, render, sample_edit
 from ...types import SourceError
 from ...utils.extras import require

@@ -16,8 +16,7 @@ from ... import masks
 from ...attention import find_layers
 from ...masks.fitted import FittedMask
 from ...masks.morphology import dilate
-from ...masks.resolution import on_pixels
-from ...masks.tokens import on_latents
+from ...masks.tokens import on_latents, on_pixels
 from ...trace import Trace
 from ...types import KVLockError, MaskError, RunError
 from ...utils.extras import require

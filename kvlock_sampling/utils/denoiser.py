@@ -1,15 +1,47 @@
-"""Proxy unknown attributes to the wrapped model: samplers and scripts look for more than a call."""
+"""What a denoiser's methods and signature say about it, and a proxy: samplers and scripts look for more than a call."""
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from ..schedules import check_sigmas
 from ..types import Denoiser, RunError
 
 _RETURNS_SELF = frozenset(
     ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
 )
 """Methods of a module that return the module. On a proxy they return the proxy, so that a chain of calls keeps it."""
+
+
+def method_of(model: Any, name: str) -> Any:
+    """A method that a denoiser may define to replace a rule of the variance-exploding form; None without it."""
+    found = getattr(model, name, None)
+    return found if callable(found) else None
+
+
+def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the denoiser's signature; empty if it has none to read."""
+    try:
+        return inspect.signature(getattr(model, "forward", model)).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def to_sigma(model: Any, model_sigma: float) -> float:
+    """A noise level of the model on the policies' clock, in variance-exploding form."""
+    to_ve = method_of(model, "to_ve")
+    return model_sigma if to_ve is None else float(to_ve(model_sigma))
+
+
+def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
+    """A schedule of the model's noise levels on the policies' clock, as floats on the host.
+
+    Raises:
+        SamplerError: It is no schedule.
+    """
+    return tuple(to_sigma(model, level) for level in check_sigmas(sigmas).tolist())
 
 
 class DenoiserProxy:

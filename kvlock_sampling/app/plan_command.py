@@ -16,7 +16,7 @@ def plan(
     mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
     model: opt.Model = "tiny",
     sampler: opt.Sampler = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(min=2, help="Sampling steps.")] = 30,
+    steps: Annotated[int, typer.Option(min=2, max=opt.MOST_STEPS, help="Sampling steps.")] = 30,
     frames: opt.Frames = None,
     size: opt.Size = None,
     dtype: opt.Dtype = None,

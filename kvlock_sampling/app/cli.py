@@ -196,9 +196,14 @@ def policies() -> None:
         from ..presets import describe
 
         table = Table("preset", "policy", "about")
-        for row in describe():
-            table.add_row(*row)
+        rows, wrong = describe(), []
+        for name, kind, about in rows:
+            table.add_row(name, kind, "" if kind == "error" else about)
+            wrong += [about] * (kind == "error")
         out.print(table)
+        for text in wrong:
+            say("[bold red]error:[/]", text)
+        raise typer.Exit(2 if wrong else 0)
 
 
 @app.command()

@@ -86,7 +86,9 @@ def write(folder: Path, entry: str, sigma: float, level: PackedLevel) -> None:
             tensors |= {f"{layer}/{side}/{name}": part for name, part in parts.items()}
     try:
         # There is no fsync: after a crash of the machine the checksum shows whether all bytes arrived.
-        with atomic(folder / _name(sigma)) as temporary:
+        if (path := folder / _name(sigma)).is_symlink():
+            path.unlink()  # another cache may own what it leads to
+        with atomic(path) as temporary:
             temporary.touch()
             mode = temporary.stat().st_mode
             save_file(tensors, temporary, about)

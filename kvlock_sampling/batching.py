@@ -44,7 +44,7 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
         return torch.cat([part.expand(batch, *part.shape[1:]) for part in parts])
     if all(_is_prompts(part) and len(part) == batch for part in parts):
         return type(first)(prompt for part in parts for prompt in part)
-    # Others may compare element by element, as arrays and dataclasses of tensors do.
+    # Arrays and dataclasses of tensors compare element by element.
     plain = isinstance(first, (int, float, complex, str, bytes, Enum, torch.dtype, torch.device, np.generic))
     return first if plain and all(type(part) is type(first) and part == first for part in parts) else _APART
 
@@ -106,8 +106,8 @@ def take(value: Any, index: Tensor, batch: int) -> Any:
     def rows(leaf: Any) -> Any:
         if batch > 1 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
             return leaf[index.to(leaf.device)]
-        if batch > 1 and _is_list(leaf, batch) and len(leaf) == batch:
+        if batch > 1 and _is_prompts(leaf) and len(leaf) == batch:
             return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
-    return tree_map(rows, value, is_leaf=partial(_is_list, batch=batch))
+    return tree_map(rows, value, is_leaf=_is_prompts)

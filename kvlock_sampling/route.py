@@ -35,13 +35,8 @@ class Route(Enum):
 def choose_route(*, locked: bool, narrow: bool, cached: bool, one_call: bool, interleaves: bool, probes: bool) -> Route:
     """The route of one evaluation, from this evaluation alone.
 
-    Args:
-        locked: The lock is above 0 somewhere.
-        narrow: The edit runs on the edited tokens alone.
-        cached: The lock has a KV cache.
-        one_call: Source and edit can be rows of one call.
-        interleaves: Each block can be called for the source and then for the edit.
-        probes: The estimator evaluates the model again, and then needs the source's K/V again.
+    `one_call`: source and edit can be rows of one call; `interleaves`: each block can be called for the source and then
+    for the edit; `probes`: the estimator evaluates the model again, and then needs the source's K/V again.
     """
     if not locked:
         return Route.UNLOCKED

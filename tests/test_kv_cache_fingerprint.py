@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import subprocess
 import sys
 from enum import Enum
@@ -386,6 +387,19 @@ def test_what_a_function_around_the_network_does_counts(monkeypatch, one, other)
     own = model_fingerprint(one(monkeypatch))
     assert own == model_fingerprint(one(monkeypatch))
     assert own != model_fingerprint(other(monkeypatch))
+
+
+def test_which_object_is_shared_counts_and_what_others_do_does_not():
+    def made(third):
+        model, a, b = network(), Processor(1.0), Processor(2.0)
+        model[0].processors, model[2].processor = [a, b], (a, b)[third]
+        model.log, model.names = logging.getLogger("one"), np.array(["cat", "dog"])
+        model.many = {Processor(n) for n in range(5)}
+        return model_fingerprint(model)
+
+    own = made(0)
+    logging.getLogger(f"another {own}").setLevel(logging.ERROR)
+    assert made(0) == own != made(1)
 
 
 def test_networks_that_nothing_leads_to_count():

@@ -202,7 +202,7 @@ def test_lists_of_one_text_per_clip_are_never_shared_by_more_rows():
     assert join_calls([{"cond": texts}], 2) == {"cond": texts}
     shared = [torch.ones(5, 8)]  # of one clip out of two: not a row each
     assert join_calls([{"cond": shared}, {"cond": shared}], 2) == {"cond": shared}
-    assert take({"cond": texts}, torch.tensor([1]), 2)["cond"][0] is texts[1]
+    assert take({"rope": texts}, torch.tensor([1]), 2)["rope"] == texts  # which may as well be tables of all clips
 
 
 def test_clips_are_restarted_by_a_sampler_without_noise_of_its_own(pair):
@@ -236,3 +236,42 @@ def test_a_noise_level_of_another_shape_is_told(shape):
     lock = lock_of(Homemade())
     with lock, pytest.raises(RunError, match=r"sigma has shape .*; expected \(\) or \(batch,\)"):
         lock(X, torch.full(shape, 5.0))
+
+
+class Guided(Homemade):
+    """Doubles its rows itself, with a fixed guidance."""
+
+    def forward(self, z, t, **_):
+        one, two = super().forward(torch.cat([z, z * 0.9]), torch.cat([t, t])).chunk(2)
+        return one + 4 * (two - one)
+
+
+def test_a_network_that_doubles_its_rows_is_locked():
+    network = Guided()
+    free, locked = evaluated(lock_of(network, 0.0)), evaluated(lock_of(network))
+    assert (locked - free).norm() > 0.1
+
+
+def test_a_checkpoint_around_the_lock_has_right_gradients():
+    lock, grads = lock_of(Homemade()), []
+    for around in (lambda f, x: f(x), lambda f, x: torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False)):
+        x = (X * 5).requires_grad_()
+        with lock:
+            around(lambda x: lock(x, SIGMA), x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_layers_of_ones_own_need_no_blocks():
+    network = Homemade()
+    layers = kv.attention.AttentionLayers(PATCH, watch=network, networks=(network,))
+    locked = kv.KVLock(
+        kv.FlowDenoiser(network),
+        source=CLIP,
+        mask=MASK,
+        layers=layers,
+        policy=kv.Constant(lock=1.0),
+        composite=False,
+        noise="fixed",
+    )
+    torch.testing.assert_close(evaluated(locked), evaluated(lock_of(network)))

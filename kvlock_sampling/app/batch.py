@@ -59,6 +59,7 @@ def run_batch(
             records[job.row] = {"status": "failed", "error": job.error}
         elif (record := done(job)) is not None:
             records[job.row] = {"status": "kept"} | record
+            job.claim.unlink(missing_ok=True)
         else:
             names = (f".{glob.escape(p.stem)}.{'[0-9a-f]' * 8}.tmp{p.suffix}" for p in (job.output, job.record))
             leftovers = [p for name in names for p in job.output.parent.glob(name)]  # of a run that was killed
@@ -139,6 +140,8 @@ class Editor:
                 job.claim.unlink(missing_ok=True)
             return record
         except Exception as error:
+            if not job.output.exists():
+                job.claim.unlink(missing_ok=True)
             return {"error": message(error)}
 
     def _edit(self, job: Job) -> Record:

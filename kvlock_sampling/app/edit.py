@@ -219,7 +219,7 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
     if clips.ndim != 5 or not len(clips) or tuple(clips.shape[1:]) != (3, frames, *(size or ())):
         sides = ", ".join(map(str, (3, frames or "frames", *(size or ("height", "width")))))
         hint = f"clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
-        if clips.ndim == 5 and clips.shape[2] == 3:  # frames before channels, as torchvision reads
+        if clips.ndim == 5 and clips.shape[2] == 3 != clips.shape[1]:  # frames before channels, as torchvision reads
             hint = "clip = clip.transpose(-4, -3)"
         raise SourceError(
             f"clip has shape {tuple(clips.shape)}; this model edits clips such as (batch, {sides}).\n  {hint}"

@@ -214,7 +214,7 @@ def check_run(
     cfg_scale: float | None = None,
     transition: Any = None,
 ) -> None:
-    """Raise KVLockError for what needs neither a model nor a clip to be known as wrong."""
+    """Check what can be checked before a model or a clip is opened; raise KVLockError."""
     get(sampler), load_preset(policy), check_seed(seed, KVLockError), as_transition(transition)
     check_number("cfg_scale", 1.0 if cfg_scale is None else cfg_scale, KVLockError)
     if not prompt.strip():

@@ -78,7 +78,7 @@ class Hooks:
         if layers.watch is not None:
             refuse_cut(layers.watch)
             yield ForwardHook(layers.watch, around=partial(self._intercept, self._fuse_matching))
-        for network, blocks in zip(layers.networks, layers.blocks, strict=True):
+        for network, blocks in zip(layers.networks, layers.blocks or [()] * len(layers.networks), strict=True):
             # Also without text to count: a network's forward is a loop over its blocks, and the compiler gives up for
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
             yield ForwardHook(network, around=partial(self._count_text, network))
@@ -169,10 +169,13 @@ class Hooks:
 
 
 def _checkpointed() -> bool:
+    """Whether a checkpoint of the network's own, not one around the lock, runs this."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+    while frame is not None and frame.f_code is not Hooks.run.__code__:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -1,9 +1,6 @@
 """Levels on disk: one safetensors file each, which gets its name only when it is whole.
 
-    DIRECTORY/<entry>/sigma-1.2500000000000000e+00.safetensors
-
-Any number of clips, models, threads and processes share one directory. If two write the same level, the last rename
-wins, and both wrote the same K/V. A checksum shows that a file is damaged or belongs to another entry.
+DIRECTORY/<entry>/sigma-1.2500000000000000e+00.safetensors
 """
 
 import contextlib

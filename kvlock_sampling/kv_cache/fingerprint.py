@@ -5,6 +5,7 @@ import enum
 import functools
 import hashlib
 import json
+import logging
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -56,7 +57,7 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
-    digest, seen = hashlib.sha256(), set[int]()
+    digest, seen = hashlib.sha256(), dict[int, int]()
     _add(digest, [f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)], "")
     for module in modules:
         config = getattr(module, "config", None)
@@ -78,28 +79,34 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     return digest.hexdigest()
 
 
-def _settings(attributes: Mapping[str, Any], seen: set[int]) -> list[Any]:
+def _settings(attributes: Mapping[str, Any], seen: dict[int, int]) -> list[Any]:
     """Plain values, tensors and code in public attributes, each object once: a guidance, a scale, a processor."""
     public = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
     return [[name, *_described(value, seen)] for name, value in sorted(public.items())]
 
 
-def _described(value: Any, seen: set[int], *, held: bool = True) -> list[Any]:
+def _described(value: Any, seen: dict[int, int], *, held: bool = True) -> list[Any]:
     """What an object says about how a model computes. Of a library's object it is the class alone, unless a module or
     an object of the user's holds it: a function may name a whole pipeline.
     """
     if isinstance(value, Tensor):
         return _numbers(value)
-    if value is None or isinstance(value, _PLAIN) or (isinstance(value, np.ndarray) and value.dtype != object):
+    if value is None or isinstance(value, _PLAIN):
         return [] if isinstance(value, torch.device) else [value]
-    if id(value) in seen or isinstance(value, (nn.Module, types.ModuleType, types.BuiltinFunctionType)):
-        return []  # modules are visited on their own
-    seen.add(id(value))
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    # Modules are visited on their own. A logger leads to all others.
+    if isinstance(value, (nn.Module, types.ModuleType, types.BuiltinFunctionType, logging.Logger)):
+        return []
+    if id(value) in seen:
+        return [seen[id(value)]]
+    seen[id(value)] = len(seen)
     if isinstance(value, Mapping):
         return [[str(key), *_described(each, seen, held=held)] for key, each in sorted(value.items(), key=repr)]
-    if isinstance(value, (list, tuple, set, frozenset)):
-        ordered = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
-        return [_described(each, seen, held=held) for each in ordered]
+    if isinstance(value, (set, frozenset)):  # those of objects have no order that lasts
+        return sorted(repr(_described(each, dict(seen), held=held)) for each in value)
+    if isinstance(value, (list, tuple)):
+        return [_described(each, seen, held=held) for each in value]
     if isinstance(value, functools.partial):
         return [_described(each, seen, held=held) for each in (value.func, value.args, value.keywords)]
     if isinstance(value, types.MethodType):
@@ -120,14 +127,14 @@ def _described(value: Any, seen: set[int], *, held: bool = True) -> list[Any]:
     return [type(value).__qualname__, *_class(type(value), seen), *_settings(getattr(value, "__dict__", {}), seen)]
 
 
-def _class(kind: Any, seen: set[int]) -> list[Any]:
+def _class(kind: Any, seen: dict[int, int]) -> list[Any]:
     """The code of a class that is no library's, such as a network that its author is still writing."""
     while "__wrapped__" in vars(kind):  # made for hooks
         kind = kind.__wrapped__
     found = list[Any]()
     for each in kind.__mro__:
         if id(each) not in seen and not _of_library(each):
-            seen.add(id(each))
+            seen[id(each)] = len(seen)
             methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}
             code = {n: v for n, v in methods.items() if isinstance(v, types.FunctionType)}
             found += [[n, *_described(v, seen, held=False)] for n, v in sorted(code.items())]

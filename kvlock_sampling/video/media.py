@@ -99,7 +99,8 @@ def numbers(path: PathLike) -> list[int]:
     names = [re.split(r"(\d+)", f.stem.lower()) for f in _files(Path(path)) or [] if os.path.isdir(path)]
     changing = [column for column in zip(*names, strict=False) if len(set(column)) > 1]
     alike = len({len(parts) for parts in names}) == len(changing) == 1 and changing[0][0].isdecimal()
-    return [int(number) for number in changing[0]] if alike else []
+    found = [int(number) for number in changing[0]] if alike else []
+    return found if len(set(found)) == len(found) else []
 
 
 def _name_what_is_odd(path: Path, files: list[Path]) -> None:

@@ -152,9 +152,9 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
             near = (page >= level - 4) & (page <= level + 4)
             inner = near[1:-1, 1:-1] & near[2:, 1:-1] & near[:-2, 1:-1] & near[1:-1, 2:] & near[1:-1, :-2]
             dark.extend([level] if inner.sum() > least else [])  # else it is the rim of a soft mask
-        if not dark and levels[NOISE:white].sum() > least:  # a soft region without any white is no rim
+        if not (dark or is_film(path)) and levels[NOISE:white].sum() > least:  # a soft region without white is no rim
             regions, _ = ndimage.label(page >= NOISE)
-            sizes = np.bincount(regions.ravel())
+            sizes = np.bincount((regions * ndimage.binary_erosion(regions > 0, iterations=2)).ravel())  # no hair
             sizes[0] = sizes[regions[page >= white]] = 0
             dark.extend([int(page[regions == sizes.argmax()].max())] if sizes.max() > least else [])
         few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
@@ -186,9 +186,10 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
         told.append(f"{pair}: it is stretched" + ", though one is upright: turn it as the clip is shown" * across)
     middles, mine, found = (theirs[1:] + theirs[:-1]) / 2 - theirs[0], media.numbers(clip), media.numbers(mask)
     if mine and found:
-        if shift := mine[0] - found[0] if np.array_equal(np.diff(mine), np.diff(found)) else 0:
+        pairs = dict(zip(mine, found if len(mine) == len(found) else mine, strict=True))
+        if len(mine) == len(found) and mine != found:
             told.append(f"{str(mask)!r} begins with number {found[0]}, the clip with {mine[0]}: matched one by one")
-        wanted = [mine[i] - shift for i in np.searchsorted(ours[1:-1] - ours[0], at, side="right")]
+        wanted = [pairs[mine[i]] for i in np.searchsorted(ours[1:-1] - ours[0], at, side="right")]
         if lost := sorted(set(wanted) - set(found)):
             pair = f"{str(mask)!r} lacks {len(lost)} masks for {str(clip)!r}, of the numbers {lost[:9]}"
             raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")

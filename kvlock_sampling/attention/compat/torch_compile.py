@@ -38,7 +38,7 @@ def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, 
     except Exception as error:
         if not _refuses_to_break(error):
             raise
-        why = "the code around the lock is compiled, or the model as a graph that must not break (fullgraph=True)"
+        why = "the code around the lock is compiled, or the model so that it must not break (fullgraph=True)"
     with without_compiler():
         result = call()
     if not acted():

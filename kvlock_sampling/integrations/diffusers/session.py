@@ -110,9 +110,7 @@ class Session:
         denoised = evaluate(settings, run, x, sigma, branches)
         c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
         if c is not None and self.only_scales(cond.network):
-            used = (
-                self.trace.steps[-1].cfg_scale if self.trace.steps else torch.tensor(requested)
-            )  # at sigma 0 nothing acts
+            used = self.trace.steps[-1].cfg_scale if self.trace.steps else torch.tensor(requested)  # none at sigma 0
             weight = getattr(run.timeline.last, "composite", None)
             free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
             if free and uncond is None:

@@ -3,7 +3,6 @@
 - A DDPM model, not a flow: prediction_type "v_prediction" or "epsilon", steps 0 to 999 of a table that ends in pure
   noise (zero terminal SNR). At whole steps the map to sigma is exact, between them log-linear.
 - The transformer takes (batch, time, channels, height, width), and rotary tables that depend on the size.
-- Latents: VAE's * scaling_factor.
 - The VAE returns 8 k + 1 frames as they were, and other numbers as more. 1.5 has patches of two latent frames: the
   2 k + 1 of a clip get one more in front, a copy of the first, as in the pipelines, and decoding drops it.
 

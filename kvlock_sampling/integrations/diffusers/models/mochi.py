@@ -2,7 +2,6 @@
 
 - The transformer reads 1000 - time, and predicts x0 - noise, the opposite of the velocity.
 - The schedule is half linear, half quadratic, and the scheduler turns it around (`invert_sigmas`).
-- Latents: (VAE's - latents_mean) * scaling_factor / latents_std; time is compressed by 6.
 
 Source: diffusers `pipelines/mochi/pipeline_mochi.py`; genmo's Mochi 1.
 """

@@ -402,6 +402,20 @@ def test_which_object_is_shared_counts_and_what_others_do_does_not():
     assert made(0) == own != made(1)
 
 
+def test_an_object_counts_that_a_function_names_and_a_module_holds():
+    def made(mean):
+        prior = torch.distributions.Normal(mean, 1.0)  # a library's, so that the function alone says only its class
+        model = calling(lambda m, z: m(z) + prior.mean)
+        model[0].prior = prior
+        return model_fingerprint(denoiser_of(model))
+
+    assert made(0.0) == made(0.0) != made(1.0)
+
+
+def denoiser_of(model):
+    return lambda z, sigma: model.call(model, z)
+
+
 def test_networks_that_nothing_leads_to_count():
     def made(seed):
         return CacheSession(KVCache(), network(), layers(networks=(network(seed),)))

@@ -57,16 +57,15 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
-    digest, seen = hashlib.sha256(), dict[int, int]()
+    digest, seen = hashlib.sha256(), dict[tuple[int, bool], int]()
     _add(digest, [f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)], "")
     for module in modules:
         config = getattr(module, "config", None)
         about = [type(module).__qualname__, module.extra_repr()]
         if isinstance(config, Mapping):
             about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
-        # The scale of an adapter (peft), and which one is active, are attributes, not weights.
-        adapter = ("scaling", "merged_adapters", "active_adapters", "disable_adapters")
-        found = {name: getattr(module, name, None) for name in adapter}
+        # Which adapter (peft) is active is neither a weight nor a public attribute; its scale is one.
+        found = {name: getattr(module, name, None) for name in ("active_adapters", "disable_adapters")}
         about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         code = [_class(type(module), seen), *(_described(hook, seen) for hook in hooks)]
@@ -79,13 +78,13 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
     return digest.hexdigest()
 
 
-def _settings(attributes: Mapping[str, Any], seen: dict[int, int]) -> list[Any]:
+def _settings(attributes: Mapping[str, Any], seen: dict[tuple[int, bool], int]) -> list[Any]:
     """Plain values, tensors and code in public attributes, each object once: a guidance, a scale, a processor."""
     public = {name: value for name, value in attributes.items() if not name.startswith("_") and name != "training"}
     return [[name, *_described(value, seen)] for name, value in sorted(public.items())]
 
 
-def _described(value: Any, seen: dict[int, int], *, held: bool = True) -> list[Any]:
+def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = True) -> list[Any]:
     """What an object says about how a model computes. Of a library's object it is the class alone, unless a module or
     an object of the user's holds it: a function may name a whole pipeline.
     """
@@ -98,9 +97,9 @@ def _described(value: Any, seen: dict[int, int], *, held: bool = True) -> list[A
     # Modules are visited on their own. A logger leads to all others.
     if isinstance(value, (nn.Module, types.ModuleType, types.BuiltinFunctionType, logging.Logger)):
         return []
-    if id(value) in seen:
-        return [seen[id(value)]]
-    seen[id(value)] = len(seen)
+    if (id(value), held) in seen:  # as a function names it and as a module holds it are two things
+        return [seen[id(value), held]]
+    seen[id(value), held] = len(seen)
     if isinstance(value, Mapping):
         return [[str(key), *_described(each, seen, held=held)] for key, each in sorted(value.items(), key=repr)]
     if isinstance(value, (set, frozenset)):  # those of objects have no order that lasts
@@ -127,14 +126,14 @@ def _described(value: Any, seen: dict[int, int], *, held: bool = True) -> list[A
     return [type(value).__qualname__, *_class(type(value), seen), *_settings(getattr(value, "__dict__", {}), seen)]
 
 
-def _class(kind: Any, seen: dict[int, int]) -> list[Any]:
+def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
     """The code of a class that is no library's, such as a network that its author is still writing."""
     while "__wrapped__" in vars(kind):  # made for hooks
         kind = kind.__wrapped__
     found = list[Any]()
     for each in kind.__mro__:
-        if id(each) not in seen and not _of_library(each):
-            seen[id(each)] = len(seen)
+        if (id(each), True) not in seen and not _of_library(each):
+            seen[id(each), True] = len(seen)
             methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}
             code = {n: v for n, v in methods.items() if isinstance(v, types.FunctionType)}
             found += [[n, *_described(v, seen, held=False)] for n, v in sorted(code.items())]

@@ -36,7 +36,9 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     first = parts[0]
     if all(part is first for part in parts) and not (_is_rows(first, batch) or _is_list(first, batch)):
-        return first
+        # With as many rows as the joined call, the model would give each branch a row that is not its own.
+        as_rows = isinstance(first, Tensor) and first.ndim > 1 and len(first) == len(parts) * batch
+        return _APART if as_rows else first
     if isinstance(first, Tensor):
         alike = all(isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] for part in parts)
         if not alike or not all(_is_rows(part, batch) for part in parts):
@@ -106,8 +108,12 @@ def take(value: Any, index: Tensor, batch: int) -> Any:
     def rows(leaf: Any) -> Any:
         if batch > 1 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
             return leaf[index.to(leaf.device)]
-        if batch > 1 and _is_prompts(leaf) and len(leaf) == batch:
+        if batch > 1 and _is_list(leaf, batch) and len(leaf) == batch:
             return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
+    texts = partial(_is_list, batch=batch)  # of prompts; another list of tensors may be of tables of all clips
+    if isinstance(value, dict):
+        named = {name: texts if name in ("cond", "uncond") else _is_prompts for name in value}
+        return {name: tree_map(rows, given, is_leaf=named[name]) for name, given in value.items()}
     return tree_map(rows, value, is_leaf=_is_prompts)

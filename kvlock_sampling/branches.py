@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,9 @@ from .masks.tokens import on_latents
 from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
 from .settings import LockSettings
-from .types import AttentionError, Denoiser, Evaluation, RunError, Scalar
+from .source import share_of
+from .types import AttentionError, Denoiser, EstimatorError, Evaluation, RunError, Scalar
+from .utils.denoiser import method_of, taken_by
 
 Branch = tuple[Tensor, dict[str, Any]]
 Kind = tuple[str, ...] | None
@@ -39,8 +42,8 @@ class Branches:
         fused_layers: The largest number of layers that were fused in a call.
     """
 
-    probe: Callable[[Tensor, float], Tensor]
-    """The conditional x0-hat at other points, any multiple of the batch, under the same lock."""
+    _probed: Callable[[Sequence[Tensor], Tensor], Tensor]
+    """The conditional x0-hat at points in the model's own form, a batch each."""
     _source_call: Callable[..., tuple[Denoiser, dict[str, Any]]]
     """The denoiser of a pass of the source, as it is or `erased`, as it gives keys and values, and its arguments."""
     _one_call: Callable[..., bool]
@@ -78,7 +81,22 @@ class Branches:
             self.source = split_rows(out, source_x, 1)[0]
             self.nfe += self._passes(arguments)
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
-        return Evaluation(self.step.sigma, self.x, cond, mask, self.probe, self.uncond, self.source)
+        return Evaluation(self.step.sigma, self.x / self._signal, cond, mask, self.probe, self.uncond, self.source)
+
+    @cached_property
+    def _signal(self) -> float:
+        """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
+        rule, level = method_of(self.settings.model, "add_noise"), self.step.model_sigma
+        return 1.0 if rule is None or level == self.step.sigma else max(1e-4, share_of(level, rule)[0])
+
+    def probe(self, x: Tensor, sigma: float) -> Tensor:
+        """The conditional x0-hat at points in variance-exploding form, any multiple of the batch, under the lock."""
+        level = self.step.sigma_arg  # the very same tensor, so that the source's K/V serve again
+        if sigma != self.step.sigma:
+            if method_of(self.settings.model, "to_ve") is not None and self.step.model_sigma != self.step.sigma:
+                raise EstimatorError("this model has noise levels of its own; expected a probe at evaluation.sigma.")
+            level = torch.full_like(level, sigma)
+        return self._probed((x * self._signal).split(len(self.x)), level)
 
     @property
     def narrow(self) -> bool:
@@ -170,7 +188,7 @@ class OwnBranches(Branches):
         self._uncond_args = {**self._cond_args, "cond": given["uncond"]} if "uncond" in given else None
         self._source_args = {**self._cond_args, **settings.source_args}
         # No prompt describes a source without its object, so it is evaluated without one.
-        self._kv_args = (self._uncond_args or self._cond_args) if settings.erase else self._source_args
+        self._kv_args = (settings.erase and self._uncond_args) or self._source_args
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
@@ -197,11 +215,8 @@ class OwnBranches(Branches):
         """The guidance scale that acted."""
         return 1.0 if self._uncond_args is None else scale
 
-    def probe(self, x: Tensor, sigma: float) -> Tensor:
-        step, batch = self.step, len(self.x)
-        # At this evaluation's noise level the very same tensor, so that the source's K/V serve again.
-        level = step.sigma_arg if sigma == step.sigma else torch.full_like(step.sigma_arg, sigma)
-        return torch.cat(self._evaluate([(rows, self._cond_args) for rows in x.split(batch)], level, None))
+    def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:
+        return torch.cat(self._evaluate([(rows, self._cond_args) for rows in parts], level, None))
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
         return self.settings.model, self._kv_args if erased else self._source_args
@@ -215,9 +230,8 @@ class OwnBranches(Branches):
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
         locked, source_x = self.locked, self._source_x
         if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
-            return self._beside_source(
-                branches, (locked.x, self._kv_args), locked.context.fresh("lockstep"), sigma, kind
-            )
+            lockstep = locked.context.fresh("lockstep")
+            return self._beside_source(branches, (locked.x, self._kv_args), lockstep, sigma, kind)
         if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
             return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
         context = None if locked is None else self._injecting(locked, sigma)
@@ -282,9 +296,8 @@ class GuidedBranches(Branches):
         """The guidance scale that acted: the last scheduled one."""
         return self.step.expected_cfg_scale
 
-    def probe(self, x: Tensor, sigma: float) -> Tensor:
-        level = torch.full_like(self.step.sigma_arg, sigma)
-        return torch.cat([self._evaluate(rows, level, None)[1] for rows in x.split(len(self.x))])
+    def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:
+        return torch.cat([self._evaluate(rows, level, None)[1] for rows in parts])
 
     def _one_call(self, *, erased: bool) -> bool:
         host, (_, arguments) = self._host, self._source_call(erased=erased)
@@ -310,12 +323,13 @@ class GuidedBranches(Branches):
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
         settings, given = self.settings, dict(self._arguments)
-        if not (erased and settings.erase):
-            given |= settings.source_args
-        elif "uncond" in given:  # no prompt describes a source without its object
+        if erased and settings.erase and "uncond" in given:  # no prompt describes a source without its object
             given["cond"] = given["uncond"]
+        else:
+            given |= settings.source_args
         if settings.branch is not None:
-            return settings.branch, {k: v for k, v in given.items() if k not in ("uncond", settings.scale_arg)}
+            taken = taken_by(settings.branch, given)
+            return settings.branch, {k: taken[k] for k in taken if k not in ("uncond", settings.scale_arg)}
         if "cond" in given and "uncond" in given:
             given["uncond"] = given["cond"]  # whichever branch's K/V serve, they are the source's under its own prompt
         return settings.model, given

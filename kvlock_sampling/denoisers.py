@@ -50,14 +50,6 @@ class DenoiserWrapper(nn.Module):
                 raise  # The attribute is not set yet (copy, pickle), or it is a protocol of the inner model.
             return getattr(self.inner_model, name)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-        """Return x0 + sigma * noise in the dtype of x0, for sigma of shape () or (batch,)."""
-        return (x0 + per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
-
-    def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
-        """Return the noise level in variance-exploding form: sigma itself."""
-        return sigma
-
 
 class Preconditioned(DenoiserWrapper):
     """D(x, sigma) = c_skip * x + c_out * F(c_in * x, time); subclasses define the scalings and the time.
@@ -76,6 +68,14 @@ class Preconditioned(DenoiserWrapper):
         super().__init__(inner_model)
         self.call = call
         self.model_dtype = model_dtype
+
+    def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """Return x0 + sigma * noise in the dtype of x0, for sigma of shape () or (batch,)."""
+        return (x0 + per_row(torch.as_tensor(sigma, device=x0.device), x0) * noise).to(x0.dtype)
+
+    def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
+        """Return the noise level in variance-exploding form: sigma itself."""
+        return sigma
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (c_skip, c_out, c_in), each shaped like sigma."""
@@ -150,9 +150,7 @@ class FlowDenoiser(Preconditioned):
     ) -> None:
         super().__init__(inner_model, **options)
         if prediction not in ("velocity", "x0"):
-            raise DenoiserError(
-                f"prediction={prediction!r}; expected 'velocity' or 'x0'. For other models: EpsDenoiser, VDenoiser"
-            )
+            raise DenoiserError(f"prediction={prediction!r}; expected 'velocity' or 'x0'. Else EpsDenoiser, VDenoiser")
         self.prediction = prediction
         self.time_scale = time_scale
 

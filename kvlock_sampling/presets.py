@@ -103,7 +103,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     if "\n" in name:
         return _from_text(name, "text")
     if name.endswith(".toml") or os.sep in name or isinstance(name_or_path, os.PathLike):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
     else:
         shelf = _shelf()
         if name not in shelf:
@@ -206,7 +206,8 @@ def _shelf() -> dict[str, Path]:
     package = Path(__file__).resolve().parent
     installed = package / "_presets"  # in a wheel; an editable install has the folder beside the package instead
     folders = [installed if installed.is_dir() else package.parent / "policies"]
-    folders += [Path(f).expanduser() for f in reversed(os.environ.get("KVLOCK_POLICIES", "").split(os.pathsep)) if f]
+    named = os.environ.get("KVLOCK_POLICIES", "").split(os.pathsep)
+    folders += [Path(os.path.expanduser(folder)) for folder in reversed(named) if folder]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
 
 

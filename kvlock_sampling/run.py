@@ -130,9 +130,7 @@ class Run:
         self._called = True
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(x)
-            raise RunError(
-                f"x is {given}; expected floating latents (batch, ...), e.g. torch.randn_like(source) * sigma."
-            )
+            raise RunError(f"x is {given}; expected floats (batch, ...), e.g. torch.randn_like(source) * sigma.")
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         sigma_arg = torch.as_tensor(sigma, device=x.device)
@@ -238,9 +236,7 @@ class Run:
     def _observation(self, x: Tensor, sigma: float, requested: Scalar) -> Observation:
         scale = torch.as_tensor(requested, dtype=torch.float32, device=x.device).reshape(-1)
         if len(scale) not in (1, len(x)):
-            raise RunError(
-                f"the guidance scale, cond_scale, has {len(scale)} entries for {len(x)} clips; pass one, or one each."
-            )
+            raise RunError(f"cond_scale has {len(scale)} entries for {len(x)} clips; pass one, or one each.")
         scale = scale.expand(len(x))
         unknown = torch.full_like(scale, float("nan"))
         left = steps_left(self.schedule, sigma)
@@ -269,9 +265,11 @@ def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, 
 
 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
-    """Raise RunError for a noise level beyond those of the schedule. Churn raises a level by up to sqrt(2)."""
+    """Raise RunError for a noise level beyond those of the schedule. Churn raises one by up to sqrt(2), and eta > 1
+    lowers one.
+    """
     levels = [level for level in schedule or () if level > 0]
-    if levels and not min(levels) * (1 - SAME_SIGMA) <= sigma <= 1.5 * max(levels):  # a pipeline's may rise
+    if levels and not min(levels) / 1.5 <= sigma <= 1.5 * max(levels):  # a pipeline's may rise
         raise RunError(
             f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {levels[0]:.4g} to "
             f"{levels[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "

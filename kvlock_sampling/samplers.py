@@ -3,7 +3,7 @@
 `import k_diffusion` runs its training half (clip, cleanfid, wandb, torchvision), which fails on many machines, and
 samplers need none of it. So its submodules are loaded on first use below a private, bare parent package; a
 `k_diffusion.sampling` that is already imported is used. The samplers are k-diffusion's, with one addition: they first
-call `model.on_schedule(sigmas)` if the model has it, except dpm_fast and dpm_adaptive, which choose their own steps.
+call `model.on_schedule(sigmas)` if the model has it; for dpm_fast and dpm_adaptive, which take none, `run` does.
 """
 
 import functools
@@ -100,13 +100,9 @@ def run(
     """
     function = get(sampler) if isinstance(sampler, str) else sampler
     if not callable(function):
-        raise SamplerError(
-            f"sampler={sampler!r}; expected a name, e.g. 'dpmpp_2m', or a function of k-diffusion's arguments."
-        )
+        raise SamplerError(f"sampler={sampler!r}; expected a name, e.g. 'dpmpp_2m', or a function like k-diffusion's.")
     if not (isinstance(x, Tensor) and x.is_floating_point()):
-        raise SamplerError(
-            f"x is {getattr(x, 'dtype', repr(x))}; expected floating latents, e.g. torch.randn(shape) * sigmas[0]."
-        )
+        raise SamplerError(f"x is {getattr(x, 'dtype', repr(x))}; expected floats: torch.randn(shape) * sigmas[0].")
     sigmas = check_sigmas(sigmas)
     if seed is not None:
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
@@ -122,10 +118,13 @@ def run(
             raise SamplerError("seed= cannot reach this noise: no noise_sampler argument here. Use torch.manual_seed")
     if "disable" in parameters or anything:
         kwargs["disable"] = disable
-    if is_ranged(function):
-        levels = sigmas[sigmas > 0]
-        if len(levels) < 2:
-            raise SamplerError(f"{function} needs two non-zero noise levels; sigmas has {len(levels)}")
+    levels, ranged = sigmas[sigmas > 0], is_ranged(function)
+    title = str(getattr(named, "__name__", sampler)).removeprefix("sample_")
+    if len(levels) < 2 and (ranged or title in ("dpmpp_2m_sde", "dpmpp_3m_sde")):
+        raise SamplerError(f"{title} needs two non-zero noise levels; sigmas has {len(levels)}. One step: 'euler'.")
+    if ranged or not ours:
+        _announce(model, sigmas)
+    if ranged:
         if "n" in parameters:
             kwargs.setdefault("n", len(levels) - 1)
         found: Any = function(model, x, sigma_min=levels[-1].item(), sigma_max=levels[0].item(), **kwargs)
@@ -135,8 +134,6 @@ def run(
         with torch.no_grad():
             x = model(x, levels[-1].to(x).expand(len(x)), **(kwargs.get("extra_args") or {}))
         return (x, *info) if info else x  # type: ignore[return-value]
-    if not ours:
-        _announce(model, sigmas)
     return function(model, x, sigmas, **kwargs)
 
 

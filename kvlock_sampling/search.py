@@ -103,7 +103,7 @@ def search(
 
     Args:
         lock: A lock on one clip. A `KVCache` with noise="fixed" lets one source pass serve every start.
-        sampler: A sampler's name or function. Its steps must not depend on other rows, as those of dpm_adaptive do.
+        sampler: A sampler's name or function. Its steps must not depend on other rows.
         x: The starts, (starts, ...), two or more.
         sigmas: The schedule.
         judge: Scores a prediction; see `Judge`. Default: `seam`; `calm` without a source, or for packed latents.
@@ -113,9 +113,11 @@ def search(
         arguments: Other arguments of `samplers.run`, e.g. seed, one per start.
 
     Raises:
-        RunError: The numbers do not fit each other, or the lock is on several clips.
+        RunError: The numbers do not fit each other, the lock is on several clips, or the sampler is dpm_adaptive.
     """
     source, starts = lock.settings.source, len(x)
+    if str(getattr(sampler, "__name__", sampler)).endswith("dpm_adaptive"):
+        raise RunError("dpm_adaptive chooses its steps for all seeds together; expected another: kvlock samplers.")
     check_number("keep", keep, RunError, at_least=1, at_most=starts, whole=True)
     if starts < 2 or (source is not None and len(source.latents) != 1):
         clips = 0 if source is None else len(source.latents)

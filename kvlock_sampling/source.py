@@ -22,6 +22,12 @@ def variance_exploding(x0: Tensor, noise: Tensor, sigma: Any) -> Tensor:
     return x0 + sigma * noise
 
 
+def share_of(sigma: float, add_noise: AddNoise) -> tuple[float, float]:
+    """The factors of clip and noise in x at this noise level of an affine rule."""
+    one = torch.ones((), dtype=torch.float64)
+    return float(add_noise(one, one * 0, one * sigma)), float(add_noise(one * 0, one, one * sigma))
+
+
 def check_noise(word: Any) -> None:
     """Raise SourceError for a noise that is neither a tensor nor "fixed"."""
     if not (isinstance(word, str) and word == "fixed"):
@@ -72,26 +78,19 @@ class Source:
                     "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
                 )
         if noise is not None and not 0.25 < (size := float(noise.float().square().mean().sqrt())) < 4:
-            raise SourceError(
-                f"noise has a standard deviation of {size:.2g}; expected 1, not yet multiplied by a noise level."
-            )
+            raise SourceError(f"noise has a standard deviation of {size:.2g}; expected 1, not yet times a noise level.")
         self.latents, self.noise = latents, noise
         self.reference = latents  # what gives keys and values; another clip if the source is erased
         self._placed: dict[int, Tensor] = {}
         self.add_noise: AddNoise = add_noise or variance_exploding
 
     def matching(self, x: Tensor) -> Tensor:
-        """The clean latents on x's device and in its dtype, one row per clip.
-
-        Raises:
-            SourceError: The shapes do not fit.
-        """
+        """The clean latents on x's device and in its dtype, one row per clip. Raises SourceError for another shape."""
         same = self.latents.shape[1:] == x.shape[1:] and self.latents.shape[0] in (1, x.shape[0])
         if self.latents.ndim != x.ndim or not same:
             raise SourceError(
                 f"source latents have shape {tuple(self.latents.shape)}, the sampler's x has {tuple(x.shape)}; "
-                "expected the same shape, or a batch of 1.\n"
-                "  Start the sampler from torch.randn_like(source) * sigmas[0]."
+                "expected the same, or a batch of 1.\n  Start the sampler from torch.randn_like(source) * sigmas[0]."
             )
         return self._like(self.latents, x)
 
@@ -104,22 +103,14 @@ class Source:
         return placed.expand_as(x)
 
     def noise_of_run(self, x: Tensor, sigma: float) -> Tensor:
-        """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma.
-
-        The latter is found for any affine noising rule.
-
-        Raises:
-            SourceError: The noise is of other clips.
+        """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma, by any
+        affine noising rule. Raises SourceError for noise of other clips.
         """
         if self.noise is not None:
             if len(self.noise) not in (1, len(x)):
-                raise SourceError(
-                    f"noise has {len(self.noise)} rows for {len(x)} clips; expected one, or one per clip."
-                )
+                raise SourceError(f"noise has {len(self.noise)} rows for {len(x)} clips; expected 1, or 1 per clip.")
             return self.noise.to(x)
-        one = torch.ones((), dtype=torch.float64)
-        signal = float(self.add_noise(one, one * 0, one * sigma))
-        spread = float(self.add_noise(one * 0, one, one * sigma))
+        signal, spread = share_of(sigma, self.add_noise)
         noise = (x.detach() - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.
         if (size := float(noise.float().square().mean().sqrt())) < 0.25:

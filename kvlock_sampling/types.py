@@ -69,7 +69,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         sigma: Noise level, a float > 0.
-        x: The sampler's input, (batch, ...).
+        x: The sampler's input in variance-exploding form, (batch, ...).
         denoised: Conditional x0-hat before guidance and compositing, (batch, ...).
         mask: Latent mask broadcastable to `x`, 1 = edit; None means everywhere.
         probe: Evaluates the conditional model again, `probe(x, sigma) -> x0-hat`, on any multiple of batch rows, in the

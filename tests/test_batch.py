@@ -149,6 +149,22 @@ def test_what_is_done_is_kept_and_what_changed_is_done_again(kvlock: Kvlock, edi
     assert len(edits) == 9
 
 
+def test_names_that_people_give_their_files(kvlock: Kvlock, edits: list[str]) -> None:
+    Path("data/frames").mkdir()
+    for index in range(2):
+        Image.new("RGB", (64, 48), (90, 9, 90 * index)).save(f"data/frames/{index}.png")
+    for name in ("~clip.gif", "10.00\u202fAM.gif"):  # a name that no home has; that of a recording
+        Path("data", name).write_bytes(Path("data/clip0.gif").read_bytes())
+    table = write([row(clip="~clip.gif"), row(clip="10.00\u202fAM.gif", name=""), row(clip="frames")])
+    assert kvlock(*words(table)).exit_code == 0
+    assert [line["output"] for line in results()] == ["001-~clip.mp4", "002-10.00_AM.mp4", "003-frames.mp4"]
+    Path("data/frames/.DS_Store").write_bytes(b"of a file manager")
+    assert "3 kept" in plain(kvlock(*words(table)).output)
+    assert len(edits) == 3
+    ended = kvlock(*words(write([row(clip=f"{os.sep}a\0b"), row()])))
+    assert "1 done, 0 kept, 1 failed" in plain(ended.output) or "2 rows" in plain(ended.output), ended.output
+
+
 def test_bad_rows_are_reported_and_the_others_go_on(kvlock: Kvlock, edits: list[str]) -> None:
     bad = {
         "no such file or folder": row(clip="nowhere.gif"),

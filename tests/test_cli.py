@@ -81,7 +81,24 @@ def test_an_mp4_of_another_tool_is_edited(kvlock: Kvlock) -> None:
 
 def test_it_says_what_was_taken_and_what_was_left(kvlock: Kvlock) -> None:
     said = plain(kvlock(*edit_words("out.gif", policy="half")).output)
-    assert "20 frames of 48 x 64 read; 8 edited, picked evenly; 12 left out. The result is 64 x 64 at 5.526 fps" in said
+    cut = "20 frames of 48 x 64 read, cut to the middle 48 x 48; 8 edited, picked evenly; 12 left out."
+    assert f"{cut} Edited at 64 x 64, 5.526 fps" in said
+
+
+def test_a_region_that_is_cut_away_is_named(kvlock: Kvlock) -> None:
+    mask = np.zeros((48, 64), np.uint8)
+    mask[10:30, :6] = 255
+    Image.fromarray(mask).save("left.png")
+    result = kvlock(*edit_words("out.gif", mask="left.png"))
+    assert result.exit_code == 2
+    said = plain(result.output)
+    assert "'left.png' is white only beside the middle, to which the clip is cut: nothing to edit" in said
+
+
+def test_an_empty_name_is_no_folder(kvlock: Kvlock) -> None:
+    for change in ({"clip": ""}, {"mask": ""}):
+        result = kvlock(*edit_words("out.gif", **change))
+        assert (result.exit_code, "no such file or folder: '(no name)'" in result.output) == (2, True)
 
 
 def test_a_gif_is_edited_into_a_gif(kvlock: Kvlock) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from toy_pipelines import tiny_pipeline
 from typer.testing import CliRunner
 
+import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.app.costs import WAYS, costs
@@ -50,6 +52,20 @@ def test_the_command(pair, tmp_path):
     assert ended.exit_code == 0, ended.output
     assert all(way.split(",")[0] in ended.output for way in WAYS)
     assert CliRunner().invoke(app, [*arguments, "--sampler", "nosuch"]).exit_code == 2
+    ended = CliRunner().invoke(app, [*arguments, "--sampler", "dpm_adaptive"])
+    assert (ended.exit_code, "expected a sampler whose cost can be told" in ended.output) == (2, True)
+
+
+@pytest.mark.parametrize("family", ["wan", "wan-image", "wan-image-ti2v", "wan-vace", "ltx", "mochi"])
+def test_a_pipeline_that_reads_the_clip_or_keeps_no_cache(family):
+    video = kv.from_pipeline(tiny_pipeline(family))
+    frames, height, width = video.fit(9, 64, 64)
+    clip, mask = torch.zeros(1, 3, frames, height, width), torch.zeros(1, 1, 1, height, width)
+    mask[..., : height // 2, : width // 2] = 1
+    found = {
+        cost.way for cost in costs(video, clip, mask.expand(-1, -1, frames, -1, -1), steps=2, ways=["off", "fast"])
+    }
+    assert found == {"off", "fast"} | {"fast, filled"} - {"fast, filled" if family == "mochi" else ""}
 
 
 def test_nothing_is_left_in_the_models_state(pair):

@@ -308,9 +308,11 @@ def test_from_keep_mask_turns_the_polarity():
 def test_from_comfy_reads_images_as_frames_and_hardens_soft_borders():
     frames = torch.zeros(5, 1, 4, 4)
     frames[2, 0, 1, 1], frames[3, 0, 1, 1] = 1.0, 0.3
+    frames[:, 0, 2:] = 5 / 255  # what compression leaves on black
     video = masks.from_comfy(frames, frames=5)
     assert video.shape == (1, 1, 5, 4, 4)
     assert video[0, 0, :, 1, 1].tolist() == [0, 0, 1, 1, 0]
+    assert video.sum() == 2
     assert torch.equal(masks.from_comfy(frames[:, 0]), video)
     assert torch.equal(masks.from_comfy(frames.transpose(0, 1)[None]), video)
 

@@ -43,6 +43,11 @@ def test_an_edit_that_keeps_the_background_is_exact_outside_its_mask() -> None:
     assert F.mse_loss(outside * (1 - keep), clips[1:] * (1 - keep)) == 0
 
 
+def test_half_precision_is_measured_in_single() -> None:
+    near = A.clamp(-1, 1).bfloat16()
+    assert torch.equal(masked_mse(near, near + 0.004), masked_mse(near.float(), (near + 0.004).float()))
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -51,6 +56,8 @@ def test_an_edit_that_keeps_the_background_is_exact_outside_its_mask() -> None:
         (lambda: masked_mse(A, A, LEFT[:, :, :2]), r"expected \(2, 1, 4, 16, 16\)"),
         (lambda: masked_mse(A, A, LEFT * 255), r"0.0 to 255.0; expected values in \[0, 1\]"),
         (lambda: masked_mse(A, A, LEFT * 0), "0 everywhere"),
+        (lambda: masked_psnr(A, 127.5 * A + 127.5), r"clips up to \d+; expected \[-1, 1\]: clip / 127.5 - 1"),
+        (lambda: masked_psnr(A, (127.5 * A + 127.5).byte()), r"clips up to \d+; expected \[-1, 1\]"),
     ],
 )
 def test_errors(call: object, says: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.batching import join_calls, take
 from kvlock_sampling.restart import restart
-from kvlock_sampling.types import AttentionError, MaskError, RunError, SourceError
+from kvlock_sampling.types import AttentionError, EstimatorError, MaskError, RunError, SamplerError, SourceError
 
 PATCH = (1, 2, 2)
 
@@ -275,3 +276,195 @@ def test_layers_of_ones_own_need_no_blocks():
         noise="fixed",
     )
     torch.testing.assert_close(evaluated(locked), evaluated(lock_of(network)))
+
+
+class Guides(torch.nn.Module):
+    """A model that guides by itself."""
+
+    def __init__(self, inner) -> None:
+        super().__init__()
+        self.inner_model = inner
+
+    def forward(self, x, sigma, cond, uncond, cond_scale=7.5):
+        return kv.CFGDenoiser(self.inner_model)(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale)
+
+
+def passing_on(model):
+    class Wrapped:
+        def __init__(self) -> None:
+            self.model = model
+
+        def __call__(self, x, sigma, **extra_args):
+            return self.model(x, sigma, **extra_args)
+
+    return Wrapped()
+
+
+def test_a_model_that_guides_is_known_through_its_wrappers(setup):
+    compiled = torch.compile(Guides(setup.model), backend="eager")
+    assert kv.KVLock(compiled, source=setup.source, mask=setup.mask, policy="off").settings.scale_arg == "cond_scale"
+    model = passing_on(Guides(setup.model))
+    bare = kv.samplers.euler(model, setup.x, setup.sigmas, extra_args=setup.cfg, disable=True)
+    lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy="off")
+    assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), bare)
+
+
+def test_a_guidance_scale_of_none_is_one(setup):
+    class Own(Guides):
+        def forward(self, x, sigma, cond, uncond=None, cond_scale=None):
+            return self.inner_model(x, sigma, cond=cond)
+
+    lock = kv.KVLock(Own(setup.model), source=setup.source, mask=setup.mask, policy="off")
+    assert lock.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cfg["cond"]}).isfinite().all()
+
+
+class FlowTime(kv.denoisers.DenoiserWrapper):
+    """A model in flow time, x_t = (1 - t) x0 + t noise, around one in variance-exploding form."""
+
+    def forward(self, x, t, **extra_args):
+        tt = t.view(-1, *[1] * (x.ndim - 1))
+        return self.inner_model(x / (1 - tt), t / (1 - t), **extra_args)
+
+    def add_noise(self, x0, noise, t):
+        t = torch.as_tensor(t)
+        t = t.view(-1, *[1] * (x0.ndim - 1)) if t.ndim else t
+        return (1 - t) * x0 + t * noise
+
+    def to_ve(self, t):
+        return t / (1 - t)
+
+
+@pytest.mark.parametrize("estimator", [kv.variance.RenoiseVariance(), kv.variance.PosteriorVariance()])
+@pytest.mark.parametrize("guides", [False, True])
+def test_probes_do_not_depend_on_the_models_form(setup, estimator, guides):
+    given = setup.cfg if guides else {"cond": setup.cfg["cond"]}
+
+    def risks(model, form):
+        lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy="sigmoid", estimator=estimator)
+        with lock:
+            for sigma in setup.sigmas[:3]:
+                level, x = (sigma / (1 + sigma), setup.x / (1 + sigma)) if form else (sigma, setup.x)
+                lock(x, level.expand(len(x)), **given)
+        return torch.tensor([row["variance"] for row in lock.trace.rows()])
+
+    wrap = kv.CFGDenoiser if guides else (lambda model: model)
+    torch.testing.assert_close(
+        risks(wrap(FlowTime(setup.model)), True), risks(wrap(setup.model), False), rtol=2e-2, atol=1e-6
+    )
+
+
+def test_a_probe_at_another_level_of_a_model_with_its_own_levels_is_refused(setup):
+    @dataclass(frozen=True)
+    class Elsewhere(kv.variance.Estimator):
+        cost = 1
+
+        def step(self, state, evaluation):
+            evaluation.probe(evaluation.x, evaluation.sigma / 2)
+
+    lock = kv.KVLock(
+        FlowTime(setup.model),
+        source=setup.source,
+        mask=setup.mask,
+        policy="sigmoid",
+        estimator=Elsewhere(),
+        threshold=1.0,
+    )
+    with lock, pytest.raises(EstimatorError, match="expected a probe at"):
+        lock(setup.x / 9, torch.full((len(setup.x),), 8 / 9), cond=setup.cfg["cond"])
+
+
+def test_a_source_without_its_object_is_not_read_under_the_edits_prompt(setup):
+    prompts = []
+
+    class Seen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner_model = setup.model
+
+        def forward(self, x, sigma, cond):
+            prompts.append(cond.tolist())
+            return self.inner_model(x, sigma, cond=cond)
+
+    cond, own = setup.cfg["cond"][:1], setup.cfg["uncond"][:1]
+    lock = kv.KVLock(
+        Seen(), source=setup.source[:1], mask=setup.mask, policy="half", erase=True, source_args={"cond": own}
+    )
+    with lock:
+        lock(setup.x[:1], setup.sigmas[:1], cond=cond)
+    assert prompts == [[*cond.tolist(), *own.tolist()]]
+
+
+def test_a_prompt_of_more_rows_than_clips_is_never_split_among_branches():
+    two = torch.ones(2, 5, 8)
+    assert join_calls([{"cond": {"text": two}}, {"cond": {"text": two}}], 1) is None
+    size = torch.ones(2)  # no rows: (height, width)
+    assert join_calls([{"cond": {"size": size}}, {"cond": {"size": size}}], 1) == {"cond": {"size": size}}
+
+
+def test_one_text_per_clip_goes_with_its_clip():
+    texts = [torch.ones(5, 8), torch.zeros(7, 8)]
+    assert take({"cond": texts}, torch.tensor([1]), 2)["cond"][0] is texts[1]
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+def test_a_sampler_of_a_range_tells_the_schedule(setup, sampler):
+    lock = setup.lock(policy=kv.Windowed(kv.Constant(lock=1.0), last=2))
+    with lock:
+        inside = kv.samplers.run(sampler, lock, setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert torch.equal(inside, lock.sample(sampler, setup.x, setup.sigmas, extra_args=setup.cfg))
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2_ancestral", "dpmpp_2s_ancestral"])
+def test_more_noise_than_the_schedule_says_is_sampled(setup, sampler):
+    given = {"extra_args": setup.cfg, "eta": 1.05, "seed": 1}
+    assert setup.lock(policy="off").sample(sampler, setup.x, setup.sigmas, **given).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "dpmpp_3m_sde", "dpm_fast", "dpm_adaptive"])
+def test_samplers_that_need_two_steps_say_so(setup, sampler):
+    with pytest.raises(
+        SamplerError, match=f"{sampler} needs two non-zero noise levels; sigmas has 1. One step: 'euler'"
+    ):
+        kv.samplers.run(
+            sampler, setup.model, setup.x, torch.tensor([1.0, 0.0]), seed=0, extra_args={"cond": setup.cfg["cond"]}
+        )
+
+
+def test_states_of_deques_and_arrays_are_compared():
+    @dataclass(frozen=True)
+    class Remembers(kv.Policy):
+        def step(self, state, obs):
+            seen, count = state or (deque(maxlen=3), np.zeros(2))
+            seen = deque([*seen, obs.risk], maxlen=3)
+            return (seen, count + 1), kv.Control(lock=seen[-1].clamp(0, 1))
+
+    kv.testing.check_policy(Remembers())
+
+
+def test_a_smoothed_lock_per_token_needs_no_risk_per_token(setup):
+    tokens = setup.lock(policy="half").settings.tokens
+    ramp = torch.linspace(0, 1, tokens)[None]
+    given = kv.stateless(lambda obs: kv.Control(lock=ramp.expand(len(obs.risk), -1)), uses_risk=False)
+    plain, smooth = (
+        setup.lock(policy=p).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        for p in (given, kv.Smoothed(given, half_life=1e-6))
+    )
+    torch.testing.assert_close(smooth, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_branch_gets_the_arguments_that_it_takes(setup):
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner_model = setup.model
+
+        def forward(self, x, sigma, text, neg, guidance):
+            return kv.CFGDenoiser(self.inner_model)(x, sigma, cond=text, uncond=neg, cond_scale=guidance)
+
+    def branch(x, sigma, text):
+        return setup.model(x, sigma, cond=text)
+
+    given = {"text": setup.cfg["cond"], "neg": setup.cfg["uncond"], "guidance": 3.0}
+    options = {"scale_arg": "guidance", "branch": branch, "policy": "half", "layers": kv.find_layers(setup.model)}
+    lock = kv.KVLock(Own(), source=setup.source, mask=setup.mask, **options)
+    assert lock.sample("euler", setup.x, setup.sigmas, extra_args=given).isfinite().all()

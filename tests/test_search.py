@@ -109,6 +109,12 @@ def test_numbers_that_do_not_fit(setup, change, message):
         kv.search(measured(setup), "euler", starts(setup, options.pop("x")), setup.sigmas, **options)
 
 
+def test_a_sampler_whose_steps_depend_on_all_starts_is_refused(setup):
+    for sampler in ("dpm_adaptive", kv.samplers.get("dpm_adaptive")):
+        with pytest.raises(RunError, match="chooses its steps for all seeds together"):
+            kv.search(measured(setup), sampler, starts(setup, 4), setup.sigmas)
+
+
 def test_several_clips_and_a_lock_that_measures_nothing(setup, pair):
     with pytest.raises(RunError, match="for 2 clips"):
         kv.search(measured(pair), "euler", pair.x.repeat(2, 1, 1, 1, 1), pair.sigmas, extra_args=pair.cfg)

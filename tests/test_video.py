@@ -2,6 +2,7 @@
 
 import struct
 import sys
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,24 @@ def test_varying_frame_rate_becomes_constant(tmp_path: Path) -> None:
     clip = read_clip(path)
     assert clip.fps == pytest.approx(10)
     assert indices(clip.pixels) == [0, 1, 1, 1, 1, 2, 3]
+
+
+def test_a_fast_film_with_a_pause_shows_every_frame_in_its_place(tmp_path: Path) -> None:
+    path, ticks = tmp_path / "fast.mp4", [*range(30), *range(60, 90)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=120, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 120)
+        for picture, tick in zip(ramp(60), ticks, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = tick, Fraction(1, 120)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_clip(path)
+    assert clip.fps == pytest.approx(120)
+    assert torch.equal(clip.pixels[:, 30:60], clip.pixels[:, 29:30].expand(-1, 30, -1, -1))
+    assert clip.pixels.shape[1] == 90
+    assert not torch.equal(clip.pixels[:, 60], clip.pixels[:, 59])
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -324,6 +343,36 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
         assert not path.is_symlink()
         assert read_clip(path).pixels.shape[1] == 1
     assert len(list(tmp_path.rglob("*.png"))) == 4
+
+
+def _with_sound(path: Path, codec: str, fmt: str) -> None:
+    with av.open(str(path), "w") as container:
+        pictures, sound = container.add_stream("mpeg4", rate=8), container.add_stream(codec, rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt, sound.layout = 32, 24, "yuv420p", "stereo"
+        for index, picture in enumerate(ramp(8)):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 8)
+            container.mux(pictures.encode(frame))
+        for first in range(0, 8000, 1000):
+            heard = av.AudioFrame.from_ndarray(np.full((1, 2000), 9, np.int16), format=fmt, layout="stereo")
+            heard.sample_rate, heard.pts, heard.time_base = 8000, first, Fraction(1, 8000)
+            container.mux(sound.encode(heard))
+        for stream in (pictures, sound):
+            container.mux(stream.encode())
+
+
+def test_sound_that_a_container_refuses_costs_no_pictures(tmp_path: Path) -> None:
+    _with_sound(tmp_path / "own.mkv", "pcm_s16le", "s16")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        write_clip(tmp_path / "out.mp4", CLIP, sound=tmp_path / "own.mkv")
+    assert [str(warning.message)[:14] for warning in told] in (["without sound:"], [])  # newer muxers may take it
+    assert read_clip(tmp_path / "out.mp4").pixels.shape[1] == CLIP.shape[1]
+    assert write_clip(tmp_path / "out.gif", CLIP, sound=tmp_path / "own.mkv") == "a .gif holds no sound"
+    assert write_clip(tmp_path / "out.gif", CLIP, sound=tmp_path / "out.mp4") in (
+        "",
+        "a .gif holds no sound"[: 21 * (not told)],
+    )
 
 
 def test_a_film_without_pictures(tmp_path: Path) -> None:

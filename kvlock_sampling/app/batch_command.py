@@ -59,8 +59,8 @@ def batch(
             say("stopped:", "what is done is kept; the same command does the rest.")
             raise typer.Exit(130) from None
         write_report(out_dir, rows, records)
-        numbers = [Column(name, justify="right") for name in ("passes", "time", "background")]
-        table = Table("row", "output", "", *numbers)
+        numbers = [Column(name, justify="right", overflow="fold") for name in ("passes", "time", "background")]
+        table = Table("row", Column("output", overflow="fold"), "", *numbers)
         for job, record in zip(rows, records, strict=True):
             figures = []
             if record["status"] != "failed":

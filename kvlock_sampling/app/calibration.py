@@ -102,7 +102,10 @@ def calibrate(
         options["seed"] = check_seed(seed, SourceError, plus=first)
         options |= {"policy": resting, "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
-        points += [(first + int(r["clip"]), float(r["sigma"]), float(r["variance"])) for r in edit.trace.rows()]
+        for step in edit.trace:
+            for clip, row in enumerate(step.variance):  # a number, or one per token, of which some tell as much as all
+                some = row.flatten()[:: -(-row.numel() // 256)]
+                points += [(first + clip, step.sigma, variance) for variance in some.tolist()]
         for _ in part:
             on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
@@ -126,9 +129,7 @@ def folder(path: Path, model: VideoModel) -> list[Example]:
     The model decides the clips' length and size. Raises SourceError if a clip has not one mask and a prompt.
     """
     if not path.is_dir():
-        raise SourceError(
-            f"no folder {str(path)!r}; expected one with NAME.mp4, NAME.mask.png and NAME.txt, or a number."
-        )
+        raise SourceError(f"no folder {str(path)!r}; expected one of NAME.mp4, NAME.mask.png, NAME.txt; or a number.")
     examples, kinds = [], (".gif", *FILMS)
     named = sorted(p for p in path.iterdir() if p.suffix.lower() in (*FILMS, *IMAGES) and p.name[0] != ".")
     for clip in (p for p in named if p.suffix.lower() in kinds and ".mask" not in p.suffixes):

@@ -55,8 +55,8 @@ def demo(
 
 @app.command()
 def edit(
-    clip: Annotated[Path, typer.Argument(help="mp4, webm, gif, mov, an image, or a folder of images.")],
-    mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
+    clip: opt.Clip,
+    mask: opt.Mask,
     prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="mp4, webm, gif or png.")],
     source_prompt: Annotated[

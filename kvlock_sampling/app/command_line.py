@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +24,10 @@ app = typer.Typer(
 )
 out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
 
+
+_file: dict[str, Any] = {"parser": lambda path: Path(path or "(no name)")}  # The path of "" would be a folder.
+Clip = Annotated[Path, typer.Argument(**_file, metavar="CLIP", help="mp4, webm, gif, mov, image, folder of images.")]
+Mask = Annotated[Path, typer.Option(**_file, metavar="PATH", help="Image or clip; white = edit.")]
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps; dpm_adaptive chooses its own.")]

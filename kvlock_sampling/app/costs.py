@@ -12,6 +12,7 @@ from ..kv_cache import KVCache
 from ..lock import KVLock
 from ..presets import load_preset
 from ..samplers import evaluated_sigmas
+from ..types import KVLockError
 from .edit import start_noise
 from .models import VideoModel
 
@@ -60,6 +61,9 @@ def costs(
         steps: Its steps, >= 2.
         ways: Names of presets. One with a KV cache is also measured with the cache filled.
     """
+    if sampler == "dpm_adaptive":
+        raise KVLockError("dpm_adaptive chooses its steps as it goes; expected a sampler whose cost can be told.")
+    video = video.given(clip, mask) if hasattr(video, "given") else video
     source, sigmas = video.encode(clip), video.sigmas(steps)
     levels = evaluated_sigmas(sampler, sigmas)
     middle = min(steps // 2, len(sigmas) - 3)
@@ -81,8 +85,9 @@ def costs(
 
     probe("off", None)  # what happens once: kernels are chosen, memory is reserved
     for way in ways:
-        settings = load_preset(way).kv_cache
-        kv_cache = None if settings is None else KVCache(**{**settings, "budget": None})
+        settings, kv_cache = load_preset(way).kv_cache, None
+        if KVLock(video.denoiser, source=source, mask=region, policy=way).settings.kv_cache is not None:
+            kv_cache = KVCache(**{**(settings or {}), "budget": None})
         lock, (first, second), peak = probe(way, kv_cache)
         one, other = (step.nfe for step in lock.trace)
         stored, fresh = 0, 0

@@ -12,7 +12,7 @@ from ..samplers import get
 from ..tiny import load, render, sample_edit
 from ..tiny.world import EDITS, regions
 from ..utils.extras import require
-from ..utils.files import write_atomically
+from ..utils.files import check_writable, write_atomically
 from ..video.metrics import masked_psnr
 from ..video.write import side_by_side, write_clip
 from .edit import Edit, edit_video
@@ -40,7 +40,8 @@ def run_demo(
     for module, extra in (("av", "video"), ("matplotlib", "plot")):
         require(module, extra)
     model = load()
-    out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        check_writable(out / name)
     pairs = [sample_edit(1000 * seed + i, kind) for i, kind in enumerate(EDITS)]
     sources, targets = [s for s, _ in pairs], [t for _, t in pairs]
     source, truth, (mask, effect, _) = render(sources), render(targets), regions(sources, targets)

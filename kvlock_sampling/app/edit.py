@@ -221,7 +221,5 @@ def _check_clip(clips: Tensor, video: VideoModel) -> None:
         hint = f"clip = kvlock_sampling.video.read_clip(path, frames={frames}, size={size}).pixels"
         if clips.ndim == 5 and clips.shape[2] == 3 != clips.shape[1]:  # frames before channels, as torchvision reads
             hint = "clip = clip.transpose(-4, -3)"
-        raise SourceError(
-            f"clip has shape {tuple(clips.shape)}; this model edits clips such as (batch, {sides}).\n  {hint}"
-        )
+        raise SourceError(f"clip has shape {tuple(clips.shape)}; this model edits clips of (batch, {sides}).\n  {hint}")
     check_pixels(clips)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..samplers import get
 from ..types import KVLockError
 from ..utils.fields import check_number, check_seed
 from ..utils.tables import nearest
-from ..video.media import STILLS, VideoError
+from ..video.media import STILLS, files_of
 from ..video.write import check_suffix
 from .edit import LEAST_STRENGTH, MOST_STEPS
 
@@ -83,6 +84,7 @@ def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping
     for row, cells in enumerate(rows, 1):
         given = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
         stem = Path(given.get("clip", "")).stem[:40]
+        stem = "".join(letter if letter.isprintable() else "_" for letter in stem)
         job = Job(row, out / f"{row:03}-{stem}.mp4", given)
         try:
             job = replace(job, output=out / _checked_name(given.pop("name", job.output.name)))
@@ -102,11 +104,9 @@ def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping
 
 
 def digest(path: str | os.PathLike[str]) -> str:
-    """A digest of the contents of a file, or of the files in a folder. Raises VideoError if there is none."""
+    """A digest of the contents of a file, or of the images in a folder. Raises VideoError if there are none."""
     path, found = Path(path), hashlib.sha256()
-    if not path.is_file() and not path.is_dir():  # A pipe or a device may never end.
-        raise VideoError(f"no such file or folder: {str(path)!r}.")
-    for file in sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]:
+    for file in sorted(files_of(path) or [path]):
         with open(file, "rb") as opened:
             name = file.name if path.is_dir() else file.suffix
             found.update(f"{len(name)} {name}".encode() + hashlib.file_digest(opened, "sha256").digest())
@@ -124,7 +124,7 @@ def message(error: BaseException) -> str:
 def policy_file(policy: str, folder: Path) -> str:
     """The absolute path of a policy's file, given relative to a folder. The name of a preset stays as it is."""
     is_file = policy.endswith(".toml") or os.sep in policy
-    return str(folder.absolute() / Path(policy).expanduser()) if is_file else policy
+    return str(folder.absolute() / Path(os.path.expanduser(policy))) if is_file else policy
 
 
 def _table(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -154,7 +154,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def _checked_name(name: str) -> str:
     name = name if Path(name).suffix else f"{name}.mp4"
-    plain = Path(name).name == name and name.isprintable() and not name.startswith(".")
+    plain = Path(name).name == name and not re.search(r"[\x00-\x1f\x7f]", name) and not name.startswith(".")
     if not plain or len(name.encode()) > LONGEST:
         raise KVLockError(f"name={name!r}; expected the name of a file, without folders, e.g. kite.mp4.")
     check_suffix(name)
@@ -173,7 +173,7 @@ def _options(given: Mapping[str, str], folder: Path) -> dict[str, Any]:
             whole = "a whole number" if NUMBERS[name] is int else "a number"
             raise KVLockError(f"{name}={given[name]!r}; expected {whole}, e.g. {NUMBERS[name](1)}.") from None
         check_number(name, options[name], KVLockError, **LIMITS.get(name, {}))
-    paths = {name: str(folder / Path(given[name]).expanduser()) for name in ("clip", "mask")}
+    paths = {name: str(folder / Path(os.path.expanduser(given[name]))) for name in ("clip", "mask")}
     return options | paths | ({"policy": policy_file(given["policy"], folder)} if "policy" in given else {})
 
 
@@ -188,7 +188,7 @@ def _check_outputs(jobs: Sequence[Job]) -> None:
             writes[_same(job.output.parent)] = job
     for job in jobs:
         for read in (job.options.get("clip", ""), job.options.get("mask", "")):
-            if os.path.isabs(read) and (writer := writes.get(_same(read))) is not None:
+            if os.path.isabs(read) and "\0" not in read and (writer := writes.get(_same(read))) is not None:
                 raise KVLockError(
                     f"row {job.row} reads {read!r}, which row {writer.row} writes to. Give another --out."
                 )

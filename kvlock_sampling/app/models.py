@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Denoiser, KVLockError, SourceError
 from ..video.media import PathLike, shown
-from ..video.read import Clip, clip_at, displayed, mask_at, match, pick, ticks
+from ..video.read import Clip, box, clip_at, displayed, mask_at, match, pick, ticks
 
 
 class VideoModel(Protocol):
@@ -133,5 +133,8 @@ def read_pair(
     pixels = clip_at(clip, times, at, sides)
     region = mask_at(mask, *match(mask, clip, times, at, own), sides, own)
     how = "the last one repeated" if count > have else "picked evenly" if even else "the first ones"
-    note = f"{have} frames of {own[0]} x {own[1]} read; {count} edited, {how}; {max(0, have - count)} left out"
-    return Clip(pixels, rate, f"{note}. The result is {sides[0]} x {sides[1]} at {rate:.4g} fps"), region
+    left, top, right, bottom = map(round, box(own, sides))
+    cut = f", cut to the middle {bottom - top} x {right - left}" * ((bottom - top, right - left) != own)
+    note = f"{have} frames of {own[0]} x {own[1]} read{cut}; {count} edited, {how}; {max(0, have - count)} left out"
+    note += f". Edited at {sides[0]} x {sides[1]}, {rate:.4g} fps"
+    return Clip(pixels, rate, note), region

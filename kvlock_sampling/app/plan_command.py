@@ -1,6 +1,5 @@
 """`kvlock plan`: what an edit will cost before it runs."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +11,8 @@ from .command_line import app, out, progress, readable, say, sides_of
 
 @app.command()
 def plan(
-    clip: Annotated[Path, typer.Argument(help="mp4, webm, gif, mov, an image, or a folder of images.")],
-    mask: Annotated[Path, typer.Option(help="Image or clip; white = edit.")],
+    clip: opt.Clip,
+    mask: opt.Mask,
     model: opt.Model = "tiny",
     sampler: opt.Sampler = "dpmpp_2m",
     steps: Annotated[int, typer.Option(min=2, max=opt.MOST_STEPS, help="Sampling steps.")] = 30,
@@ -40,7 +39,7 @@ def plan(
                 advance()
         table = Table("policy")
         for name in ("passes", "time", "to off", "tokens", "peak memory", "KV cache"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", overflow="fold")
         for cost in found:
             peak = "" if cost.peak is None else size_of(cost.peak)
             ratio = f"{cost.seconds / found[0].seconds:.2f}"

@@ -91,7 +91,9 @@ class Architecture:
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
-            found = [name for name in names if _fits(name, pattern.pattern)]
+            wanted, parts = pattern.pattern.split("."), {name: name.split(".") for name in names}
+            fits = (n for n in names if len(parts[n]) == len(wanted) and all(map(fnmatchcase, parts[n], wanted)))
+            found = list(fits)
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
             layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]
@@ -122,8 +124,3 @@ class Architecture:
             f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
             "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
         )
-
-
-def _fits(name: str, pattern: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))

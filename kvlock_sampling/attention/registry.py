@@ -62,8 +62,7 @@ def find_layers(model: Any) -> AttentionLayers:
     looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise AttentionError(
-        f"no attention layers found in {looked[:400]}.\n"
-        f"  Known architectures: {families}.\n"
+        f"no attention layers found in {looked[:400]}.\n  Known architectures: {families}.\n"
         "  For another model that calls F.scaled_dot_product_attention, say where its tokens are:\n"
         "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
         "  or declare it: kv.attention.Architecture(...). For control of guidance alone: KVLock(model, policy=...)."

@@ -115,7 +115,7 @@ def checked(directory: Any) -> Path:
             f"directory={directory!r} names no folder; expected a path, e.g. KVCache('kv-cache') or KVCache('.'), or "
             "None to keep K/V in memory alone."
         )
-    path = Path(directory).expanduser()
+    path = Path(os.path.expanduser(directory))
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

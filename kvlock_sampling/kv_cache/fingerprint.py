@@ -29,10 +29,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.d
 def content_fingerprint(content: Mapping[str, Any]) -> str:
     """Take the fingerprint of tensors, arrays and plain values in nested mappings, sequences, sets and dataclasses.
 
-    Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not.
-
-    Raises:
-        KVCacheError: An object has no content that could be compared in another run, e.g. a function.
+    Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not. Raises KVCacheError
+    for an object without content that could be compared in another run, e.g. a function.
     """
     digest = hashlib.sha256()
     _add(digest, dict(content), "")
@@ -47,9 +45,7 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
 
     A weight counts with its name, shape, dtype, a sample of its numbers and sums over all bytes, which takes as long as
     reading it once. Those offloaded to the meta device have no numbers. `networks` need not be found in the denoiser.
-
-    Raises:
-        KVCacheError: No torch module is found in the model.
+    Raises KVCacheError if no torch module is found in the model.
     """
     modules = list(dict.fromkeys([*reachable_modules(model), *(m for network in networks for m in network.modules())]))
     if not modules:

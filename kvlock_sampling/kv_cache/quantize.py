@@ -91,9 +91,7 @@ def pack(x: Tensor, format: str | None, device: torch.device | str = "cpu", ends
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
     """
     if x.dtype not in _FLOATS or x.ndim < 3:
-        raise KVCacheError(
-            f"keys or values are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim)."
-        )
+        raise KVCacheError(f"K/V are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim).")
     if format is not None and x.numel() and ends is None:
         ends = extremes([x])[0]
     if format is None or not x.numel() or not (ends and ends[0] > -_LARGEST and ends[1] < _LARGEST):

@@ -38,8 +38,6 @@ def _push_pull(total: Tensor, weight: Tensor, otherwise: Tensor) -> Tensor:
     if max(total.shape[-2:]) == 1:
         coarse = otherwise[..., :1, :1]
     else:
-        halved = [
-            F.avg_pool2d(level, 2, ceil_mode=True, count_include_pad=False) for level in (total, weight, otherwise)
-        ]
+        halved = [F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False) for x in (total, weight, otherwise)]
         coarse = F.interpolate(_push_pull(*halved), size=total.shape[-2:], mode="bilinear", align_corners=False)
     return torch.where(weight > 0, total / weight.clamp_min(1e-6), coarse)

@@ -138,9 +138,7 @@ class FittedMask:
     def _video(self, like: Tensor) -> Tensor:
         mask = check_mask(self.given)
         if mask.shape[0] not in (1, like.shape[0]):
-            raise MaskError(
-                f"mask has a batch of {mask.shape[0]}, the latents have {like.shape[0]}; expected the same, or 1."
-            )
+            raise MaskError(f"mask has a batch of {len(mask)}, the latents have {len(like)}; expected the same, or 1.")
         if mask.shape[2:] == like.shape[2:]:
             return mask.to(like)
         (frames, height, width), (t, h, w) = mask.shape[2:], like.shape[2:]

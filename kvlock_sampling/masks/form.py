@@ -40,9 +40,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
         )
     if len(shape) not in (2, 3, 4, 5) or (len(shape) == 5 and shape[1] != 1):
         hint = "; take one channel: mask[:, :1]" if len(shape) == 5 else ""
-        raise MaskError(
-            f"mask has shape {shape}; expected (H, W), (T, H, W), (batch, T, H, W) or (batch, 1, T, H, W){hint}"
-        )
+        raise MaskError(f"mask has shape {shape}; expected (H, W), (T, H, W) or (batch[, 1], T, H, W){hint}")
     clips, time = shape[0] if len(shape) > 3 else 1, 1 if len(shape) == 2 else shape[-3]
     values = values.reshape(clips, 1, time, *shape[-2:])
     if frames is None or time == check_number("frames", frames, MaskError, at_least=1, whole=True):
@@ -80,7 +78,7 @@ def from_keep_mask(mask: MaskLike, frames: int | None = None) -> Mask:
 
 
 def from_comfy(noise_mask: Any, frames: int | None = None) -> Mask:
-    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate, to the normal form: 1 where it regenerates in part.
+    """From ComfyUI's `noise_mask` or MASK, 1 = regenerate, to the normal form: 1 where it regenerates a tenth or more.
 
     Args:
         noise_mask: (N, H, W) or (N, 1, H, W) with N *frames* of one clip; or (batch, 1, T, H, W).
@@ -93,7 +91,7 @@ def from_comfy(noise_mask: Any, frames: int | None = None) -> Mask:
     if values.ndim == 4 and values.shape[1] == 1:
         values = values[None, :, 0]
     values = as_mask(values, frames)
-    return (values > 0).to(values.dtype)
+    return (values >= 0.1).to(values.dtype)  # less is noise, such as that of a JPEG
 
 
 def from_diffusers(mask: Any, frames: int | None = None) -> Mask:

@@ -57,9 +57,7 @@ class PID(Policy):
         number(self, "bias", at_least=0.0, at_most=1.0)
         number(self, "slew", above=0.0, optional=True)
         if not self.limits[0] <= self.bias <= self.limits[1]:
-            raise PolicyError(
-                f"bias={self.bias:g}: bias must lie within lock_range. Try PID(bias={self.lock_range[0]:g}, ...)"
-            )
+            raise PolicyError(f"bias={self.bias:g}: bias must lie within lock_range. PID(bias={self.limits[0]:g}, ...)")
 
     @property
     def limits(self) -> Range:

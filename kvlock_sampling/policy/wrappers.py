@@ -169,14 +169,12 @@ class Smoothed(PolicyWrapper):
 def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Tensor, like: Tensor) -> Tensor | None:
     if before is None and now is None:
         return None
-    old, new = (_spread(unset if value is None else value, like) for value in (before, now))
+    dtype = working(like).dtype
+    given = [like, *(unset if value is None else value for value in (before, now))]
+    rows = [v if isinstance(v, Tensor) else torch.tensor([v], dtype=dtype, device=like.device) for v in given]
+    axes = max(row.ndim for row in rows)  # either may be per token
+    _, old, new = torch.broadcast_tensors(*(working(row.reshape(*row.shape, *[1] * (axes - row.ndim))) for row in rows))
     return old + weight * (new - old)  # exactly the same value if both are equal
-
-
-def _spread(value: Scalar, like: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        return torch.full_like(working(like), value)
-    return working(value if value.ndim == like.ndim else value.reshape(-1, *[1] * (like.ndim - 1)).expand_as(like))
 
 
 def _clamp(value: Scalar, limits: Range) -> Scalar:

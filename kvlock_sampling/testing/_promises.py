@@ -303,9 +303,7 @@ def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
     """Masks that edit some tokens of every clip, others in the next clip."""
     count = math.prod(layers.grid(x.shape))
     if count < 2:
-        raise AttentionError(
-            f"x of shape {tuple(x.shape)} has {count} token of {layers.patch} latents; expected two or more."
-        )
+        raise AttentionError(f"x, {tuple(x.shape)}, has {count} token of {layers.patch} latents; expected two or more.")
     edited = torch.zeros(len(x), count).to(x)
     edited[0::2, : count // 2] = 1
     edited[1::2, -max(1, count // 4) :] = 1

@@ -9,9 +9,7 @@ from torch import Tensor
 from ..schedules import check_sigmas
 from ..types import Denoiser, RunError
 
-_RETURNS_SELF = frozenset(
-    ("to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type")
-)
+_RETURNS_SELF = {"to", "eval", "train", "requires_grad_", "half", "bfloat16", "float", "double", "cpu", "cuda", "type"}
 """Methods of a module that return the module. On a proxy they return the proxy, so that a chain of calls keeps it."""
 
 
@@ -22,11 +20,22 @@ def method_of(model: Any, name: str) -> Any:
 
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the denoiser's signature; empty if it has none to read."""
+    """The parameters of the denoiser's signature, with those of what it wraps if it takes any; empty if unreadable."""
+    model = getattr(model, "_orig_mod", model)  # compiled: its own signature says nothing
     try:
-        return inspect.signature(getattr(model, "forward", model)).parameters
+        own = inspect.signature(getattr(model, "forward", model)).parameters
     except (TypeError, ValueError):
         return {}
+    inner = next((held for name in ("inner_model", "model") if callable(held := getattr(model, name, None))), None)
+    passes_on = inner is not None and any(p.kind is p.VAR_KEYWORD for p in own.values())
+    return {**parameters_of(inner), **own} if passes_on else own
+
+
+def taken_by(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of these arguments that the denoiser takes."""
+    known = parameters_of(model)
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    return {name: value for name, value in arguments.items() if anything or name in known}
 
 
 def to_sigma(model: Any, model_sigma: float) -> float:
@@ -36,11 +45,7 @@ def to_sigma(model: Any, model_sigma: float) -> float:
 
 
 def on_clock(model: Any, sigmas: Any) -> tuple[float, ...]:
-    """A schedule of the model's noise levels on the policies' clock, as floats on the host.
-
-    Raises:
-        SamplerError: It is no schedule.
-    """
+    """A schedule of the model's noise levels on the policies' clock, as floats; SamplerError if it is none."""
     return tuple(to_sigma(model, level) for level in check_sigmas(sigmas).tolist())
 
 

@@ -9,11 +9,7 @@ from ..types import KVLockError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module, e.g. "PIL.Image", that belongs to an extra of this library, e.g. "video".
-
-    Raises:
-        KVLockError: The package is not installed.
-    """
+    """Import a module, e.g. "PIL.Image", of an extra, e.g. "video". Raises KVLockError if it is not installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

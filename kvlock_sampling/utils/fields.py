@@ -110,10 +110,8 @@ def reject(owner: Any, name: str, wanted: str, example: Any) -> None:
 
 
 def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
-    """A seed, and `plus` more, modulo 2**64. One rule everywhere: -1, which stands for chance elsewhere, is refused.
-
-    Raises:
-        KVLockError: The given kind, if the seed is not a whole number in [0, 2**64).
+    """A seed, and `plus` more, modulo 2**64. One rule everywhere: what is not a whole number in [0, 2**64) raises this
+    error, also -1, which stands for chance elsewhere.
     """
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
     if not (whole and 0 <= int(seed) < SEEDS):

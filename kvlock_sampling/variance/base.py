@@ -78,11 +78,8 @@ class Estimator(ABC):
 
 
 def measure(estimator: Estimator, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None, Tensor | None]:
-    """Measure once: the next state, the variance, and the effect if there is one.
-
-    Raises:
-        EstimatorError: The estimator breaks its contract. On a device, values are left to the next transfer.
-        RunError: The model's prediction is not finite.
+    """Measure once: the next state, the variance, and the effect if there is one. Raises EstimatorError if it breaks
+    its contract, and RunError if the prediction is not finite; on a device, values are left to the next transfer.
     """
     with torch.no_grad():
         result = estimator.step(state, evaluation)

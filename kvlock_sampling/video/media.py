@@ -32,7 +32,7 @@ class VideoError(KVLockError, ValueError):
 
 def is_lossy(path: PathLike) -> bool:
     """Whether compression may have changed pixels by some levels."""
-    return any(f.suffix.lower() in (*FILMS, ".jpg", ".jpeg", ".webp") for f in _files(Path(path)) or [Path(path)])
+    return any(f.suffix.lower() in (*FILMS, ".jpg", ".jpeg", ".webp") for f in files_of(Path(path)) or [Path(path)])
 
 
 def is_film(path: PathLike) -> bool:
@@ -65,7 +65,7 @@ def film(path: PathLike) -> Iterator[tuple[Any, Any]]:
 
 def shown(path: PathLike) -> Times:
     """When each frame begins and the last one ends, in seconds, and the mean rate: None where a file has no times."""
-    if (files := _files(Path(path))) is None:
+    if (files := files_of(Path(path))) is None:
         return _film_times(path)
     if os.path.isdir(path):
         _name_what_is_odd(Path(path), files)
@@ -78,7 +78,7 @@ def shown(path: PathLike) -> Times:
 
 def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[], Any]]]:
     """The index of each frame in `times`, and a call that makes its picture: upright, of square pixels, on black."""
-    if (files := _files(Path(path))) is not None:
+    if (files := files_of(Path(path))) is not None:
         pages = (page for file in files for page in islice(_pages(file), 1 if os.path.isdir(path) else None))
         yield from ((index, partial(_upright, page)) for index, page in enumerate(pages))
         return
@@ -96,7 +96,7 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
 
 def numbers(path: PathLike) -> list[int]:
     """The numbers of a folder's images in order, if their names differ in that one number alone; else none."""
-    names = [re.split(r"(\d+)", f.stem.lower()) for f in _files(Path(path)) or [] if os.path.isdir(path)]
+    names = [re.split(r"(\d+)", f.stem.lower()) for f in files_of(Path(path)) or [] if os.path.isdir(path)]
     changing = [column for column in zip(*names, strict=False) if len(set(column)) > 1]
     alike = len({len(parts) for parts in names}) == len(changing) == 1 and changing[0][0].isdecimal()
     found = [int(number) for number in changing[0]] if alike else []
@@ -118,7 +118,7 @@ def _name_what_is_odd(path: Path, files: list[Path]) -> None:
         warnings.warn(f"the folder {str(path)!r}: {'; '.join(told)}.", stacklevel=4)
 
 
-def _files(path: Path) -> list[Path] | None:
+def files_of(path: Path) -> list[Path] | None:
     """The images of a folder in natural order, the image itself, or None for a film."""
     if path.is_dir():
         found = [f for f in path.iterdir() if f.suffix.lower() in STILLS and not f.name.startswith(".")]
@@ -147,7 +147,7 @@ def _upright(image: Any) -> Any:
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
     if image.mode == "F":
-        raise VideoError("its pixels are floats, of which no range is known. Save it with 8 or 16 bits.")
+        raise ValueError("its pixels are floats, of which no range is known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey. Rounded up, so that no number becomes black.
         image = pil.fromarray((-(-np.asarray(image).astype(np.int64) // 257)).clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:

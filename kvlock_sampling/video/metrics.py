@@ -19,7 +19,7 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
             of an edit is 1 - mask.
 
     Raises:
-        MaskError: The shapes do not fit, or a mask is empty or outside [0, 1].
+        MaskError: The shapes do not fit, clips are in another range, or a mask is empty or outside [0, 1].
 
     >>> masked_mse(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.5))
     tensor([0.2500])
@@ -29,6 +29,8 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
             f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
             "for single clips a[None], b[None]."
         )
+    if not (most := max(float(clip.abs().max()) for clip in (a, b))) <= 16:  # A prediction overshoots by less.
+        raise MaskError(f"got clips up to {most:.3g}; expected [-1, 1]: clip / 127.5 - 1 for bytes.")
     if mask is None:
         mask = torch.ones(1, 1, *a.shape[2:], device=a.device)
     if mask.ndim != 5 or mask.shape[0] not in (1, a.shape[0]) or mask.shape[1] != 1 or mask.shape[2:] != a.shape[2:]:
@@ -42,7 +44,7 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     if not bool(mask.flatten(1).any(1).all()):
         raise MaskError("got a mask that is 0 everywhere for some clip; expected a region. Everywhere is mask=None.")
     weight = mask.expand(a.shape[0], 1, *a.shape[2:])
-    return ((a - b).float().square() * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * a.shape[1])
+    return ((a.float() - b.float()).square() * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * a.shape[1])
 
 
 def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:

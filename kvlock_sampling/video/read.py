@@ -86,7 +86,7 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
     if is_film(path) and (have == 1 or (count == have and abs(count / total / times[1] - 1) < 0.02)):
         rate = times[1]
     else:  # The time stamps of a gif are rounded to 10 ms, so the usual rate that would give the same is meant.
-        whole = [r for r in range(1, 61) if abs(count / r - total) < 0.006]
+        whole = [r for r in range(1, 241) if abs(count / r - total) < 0.006]
         rate = float(min(whole, key=lambda r: (1200 % r > 0, abs(r * total - count)), default=count / total))
     if fps is not None and abs(fps - rate) > 1e-3 * rate:
         count, rate = max(1, round(total * fps)), fps
@@ -104,12 +104,13 @@ def _beats(starts: Seconds) -> int:
     if late.sum() <= (have // 4 if have > 4 else 0):
         return have
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
-    for count in range(have + 1, min(have + 5000, int(60 * total) + 1)):
+    usual = min(240.0, 1 / np.sort(np.diff(starts))[have // 10])
+    for count in (round(total * usual), *range(have + 1, min(have + 5000, int(60 * total) + 1))):
         places = some * (count / total)
         fit = np.abs(places - places.round()) <= np.clip(0.006 * count / total, 0.1, 0.3)
         if len(np.unique(places[fit].round())) >= len(some) * 0.9 - (have > 4):
             return count
-    return max(have, round(total * min(60.0, 1 / np.sort(np.diff(starts))[have // 10])))
+    return max(have, round(total * usual))
 
 
 def pick(at: Seconds, rate: float, frames: int | None, pad: bool, path: PathLike) -> tuple[Seconds, float]:
@@ -132,7 +133,7 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mix
         if size is None or (image.height, image.width) == size:
             return np.asarray(image)
         lanczos = require("PIL.Image", "video").Resampling.LANCZOS
-        return np.asarray(image.resize(size[::-1], lanczos, box=_box((image.height, image.width), size)))
+        return np.asarray(image.resize(size[::-1], lanczos, box=box((image.height, image.width), size)))
 
     chosen = _sample(path, times, at, shrink, mixed)
     return torch.from_numpy(np.stack(chosen)).permute(3, 0, 1, 2).contiguous().float().div_(127.5).sub_(1)
@@ -140,7 +141,7 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mix
 
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
-    left, top, right, bottom = _box(frame, size)
+    left, top, right, bottom = box(frame, size)
     dark, brightest, white = list[int](), list[int](), WHITE - LOSS * media.is_lossy(path)
 
     def shrink(image: Any) -> Array:
@@ -168,6 +169,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     if (NOISE if is_film(path) else 1) <= max(brightest) < white:
         said = f"{max(brightest)} of 255, or with 16 bits {257 * max(brightest)} of 65535"
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {said}. {advice}")
+    if max(brightest) >= white > pages.max():
+        raise VideoError(f"{str(path)!r} is white only beside the middle, to which the clip is cut: nothing to edit.")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
     return torch.from_numpy(pages >= white).float().unsqueeze(0)
@@ -225,7 +228,7 @@ def _sample(path: PathLike, times: Times, at: Seconds, make: Callable[[Any], Any
         raise VideoError(f"{len(lost)} frames of {str(path)!r} cannot be decoded, first {lost[0]}. Is it complete?")
     if len(sizes) > 1 and not mixed:
         pair = f"{str(path)!r} has frames of different sizes, {sorted(sizes)[:2]}; expected one"
-        raise VideoError(f"{pair}. Cut all to one: read_clip(path, size=(height, width)).")
+        raise VideoError(f"{pair}. Save all at one size; read_clip(path, size=(height, width)) cuts them to one.")
     return [made[index] for index in wanted]
 
 
@@ -236,7 +239,7 @@ def _pooled(page: Array, low: float, high: float, count: int) -> Array:
     return np.maximum(np.maximum.reduceat(page[: last[-1] + 1], first), page[last])
 
 
-def _box(frame: Size, size: Size) -> tuple[float, float, float, float]:
+def box(frame: Size, size: Size) -> tuple[float, float, float, float]:
     """The largest part (left, top, right, bottom) of this aspect ratio in the middle of a frame."""
     if len(size) != 2 or any(within(side, at_least=1, whole=True) is None for side in size):
         raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
@@ -279,6 +282,4 @@ def check_pixels(clips: Tensor) -> None:
             "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
         )
     if clips.min() >= 0 and clips.max() > 0.5:
-        warnings.warn(
-            "no pixel of the clip is darker than mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4
-        )
+        warnings.warn("no pixel of it is darker than mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
             if kind in ENCODERS:
                 try:
                     return _write_film(temporary, images, fps, kind, sound)
-                except VideoError as error:  # of reading the sound, after a model has worked on the pictures
+                except (VideoError, OSError, require("av.error", "video").FFmpegError) as error:
+                    if sound is None:
+                        raise
+                    # A model has worked on the pictures, so they are written without it.
                     warnings.warn(f"without sound: {error}", stacklevel=2)
                     return _write_film(temporary, images, fps, kind, None)
             if kind == ".png":
@@ -66,7 +70,10 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
                 _write_gif(temporary, images, fps)
     except (OSError, require("av.error", "video").FFmpegError) as error:
         raise VideoError(f"cannot write {str(path)!r}: {error}. Is the disk full, or the size unusual?") from error
-    return "" if sound is None else f"a {kind} holds no sound"
+    if sound is not None:
+        with suppress(VideoError), film(sound) as (container, _):
+            return f"a {kind} holds no sound" * bool(container.streams.audio)
+    return ""
 
 
 def check_suffix(path: PathLike) -> str:
@@ -169,9 +176,7 @@ def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
     with film(path) as (container, pictures):
         # The names of decoders are those of codecs, save "mp3float" and "libopus".
         tracks = {t: t.codec_context.name.removeprefix("lib").removesuffix("float") for t in container.streams.audio}
-        kept = {
-            t: written.add_stream_from_template(t) for t, name in tracks.items() if name in written.supported_codecs
-        }
+        kept = {t: written.add_stream_from_template(t) for t, n in tracks.items() if n in written.supported_codecs}
         if not kept:
             names = " and ".join(dict.fromkeys(tracks.values()))
             return f"sound left out, as this container does not hold {names}" if names else ""

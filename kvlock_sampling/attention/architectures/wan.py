@@ -21,9 +21,7 @@ WAN = Architecture(
         "norm_out",
         # Modulation per token is (rows, tokens, 6, dim), but (rows, 6, tokens, dim) in SkyReels' diffusion forcing.
         tables=(Table("rotary_emb", 1), Table("temb", 1, ndim=4), Table("temb", 2, ndim=4)),
-        supported=lambda network: (
-            not any(kind.__name__.startswith(("WanAnimate", "AnyFlow")) for kind in type(network).mro())
-        ),
+        supported=lambda net: not any(k.__name__.startswith(("WanAnimate", "AnyFlow")) for k in type(net).mro()),
     ),
 )
 

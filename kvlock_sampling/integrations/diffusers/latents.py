@@ -33,7 +33,9 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
 def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
     """Checked clips as the transformer sees them, float32."""
     with torch.no_grad():
-        return normalise(vae, vae.encode(clips.to(device, vae.dtype)).latent_dist.mode().float())
+        # One by one: some VAEs take no batch, and a clip then is what it is alone.
+        means = [vae.encode(clip.to(device, vae.dtype)).latent_dist.mode() for clip in clips.split(1)]
+        return normalise(vae, torch.cat(means).float())
 
 
 def normalise(vae: Any, latents: Tensor) -> Tensor:

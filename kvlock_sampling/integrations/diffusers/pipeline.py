@@ -45,7 +45,7 @@ def locked(
             share one lock and one state.
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
-        source_prompt: What the clip shows now, read by the source's own pass; default: the edit's prompt.
+        source_prompt: What the clip shows now, at the default `max_sequence_length`; default: the edit's prompt.
         source_embeds: The same, encoded: (1 or batch, tokens, dim), or several of the transformer's arguments by name.
         policy: As in `KVLock`.
         batched: True runs branches and source as rows of one call, False one after another; default: True if the

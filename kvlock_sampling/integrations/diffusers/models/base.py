@@ -115,7 +115,8 @@ class PipelineVideo:
         scale = self._default(self.scale_name, 5.0) if cfg_scale is None else cfg_scale
         self.cfg_scale = check_number("cfg_scale", scale, PipelineError)
         self.negative_prompt = negative_prompt or ""
-        self.shift, self.t_max = shift, t_max
+        self.shift = None if shift is None else check_number("shift", shift, PipelineError, above=0.0)
+        self.t_max = check_number("t_max", t_max, PipelineError, above=0.0, below=1.0)
         self.max_sequence_length = max_sequence_length or self._default("max_sequence_length", 512)
         self._texts: dict[str, Conditioning] = {}
         self._clips: Conditioning = {}
@@ -222,7 +223,7 @@ class PipelineVideo:
         """Decode latents to clips in [-1, 1], float32."""
         with torch.no_grad():
             raw = codec.denormalise(self.pipe.vae, self.unpadded(latents.to(self.device).float()))
-            return self._decode(raw.to(self.pipe.vae.dtype)).float().clamp(-1, 1)
+            return torch.cat([self._decode(clip.to(self.pipe.vae.dtype)) for clip in raw.split(1)]).float().clamp(-1, 1)
 
     def _padded(self, latents: Tensor) -> Tensor:
         """Latents with the frames that the transformer needs beside the clip's; `unpadded` is the inverse."""
@@ -273,6 +274,7 @@ class PipelineVideo:
             PipelineError: An argument is out of range, or the scheduler needs what it was not given.
         """
         if self.shift is not None:
+            check_number("strength", strength, PipelineError, above=0.0, at_most=1.0)
             return flow_sigmas(steps, shift=self.shift, t_max=min(self.t_max, strength))
         return schedule_sigmas(self._times, steps, strength, self.t_max)
 

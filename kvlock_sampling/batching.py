@@ -36,9 +36,7 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
     first = parts[0]
     if all(part is first for part in parts) and not (_is_rows(first, batch) or _is_list(first, batch)):
-        # With as many rows as the joined call, the model would give each branch a row that is not its own.
-        as_rows = isinstance(first, Tensor) and first.ndim > 1 and len(first) == len(parts) * batch
-        return _APART if as_rows else first
+        return first
     if isinstance(first, Tensor):
         alike = all(isinstance(part, Tensor) and part.shape[1:] == first.shape[1:] for part in parts)
         if not alike or not all(_is_rows(part, batch) for part in parts):
@@ -52,13 +50,16 @@ def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
 
 
 def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
-    """Raise RunError if a prompt, a tensor or a list of texts, has neither one row nor one for each clip.
+    """Raise RunError if a prompt, a tensor, a dict or a list of texts, has neither one row nor one for each clip.
 
     A model might broadcast it, or cut it to size, without a word.
     """
     for name in ("cond", "uncond"):
         value: Any = arguments.get(name)
         rows = len(value) if _is_prompts(value) or (isinstance(value, Tensor) and value.ndim) else 1
+        if isinstance(value, Mapping):  # of texts (rows, length, dim), perhaps beside tables of another size
+            sizes = {len(leaf) for leaf in value.values() if isinstance(leaf, Tensor) and leaf.ndim > 2}
+            rows = sizes.pop() if len(sizes) == 1 else 1
         if rows not in (1, batch):
             raise RunError(
                 f"{name} in {owner} has {rows} rows for {batch} clip(s) in x; expected one, or one for each clip: "
@@ -104,16 +105,19 @@ def per_row(value: Tensor, x: Tensor) -> Tensor:
 
 def take(value: Any, index: Tensor, batch: int) -> Any:
     """The rows `index` of every leaf with one row per clip of a batch of `batch`; other leaves stay as they are."""
+    # A prompt may be a list of one text (length, dim) per clip. Another list may be of tables of all clips.
+    prompts = [value[name] for name in ("cond", "uncond") if isinstance(value, Mapping) and name in value]
+    lists = [each for each in prompts if _is_list(each, batch) and not _is_prompts(each)]
+    texts = {id(each) for each in lists if len({text.shape[1:] for text in each}) == 1}
+
+    def is_list(leaf: Any) -> bool:
+        return _is_prompts(leaf) or id(leaf) in texts
 
     def rows(leaf: Any) -> Any:
         if batch > 1 and isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch:
             return leaf[index.to(leaf.device)]
-        if batch > 1 and _is_list(leaf, batch) and len(leaf) == batch:
+        if batch > 1 and is_list(leaf) and len(leaf) == batch:
             return type(leaf)(leaf[i] for i in index.tolist())
         return leaf
 
-    texts = partial(_is_list, batch=batch)  # of prompts; another list of tensors may be of tables of all clips
-    if isinstance(value, dict):
-        named = {name: texts if name in ("cond", "uncond") else _is_prompts for name in value}
-        return {name: tree_map(rows, given, is_leaf=named[name]) for name, given in value.items()}
-    return tree_map(rows, value, is_leaf=_is_prompts)
+    return tree_map(rows, value, is_leaf=is_list)

@@ -22,7 +22,7 @@ from .run import Run, Step
 from .settings import LockSettings
 from .source import share_of
 from .types import AttentionError, Denoiser, EstimatorError, Evaluation, RunError, Scalar
-from .utils.denoiser import method_of, taken_by
+from .utils.denoiser import accepts, method_of, to_sigma
 
 Branch = tuple[Tensor, dict[str, Any]]
 Kind = tuple[str, ...] | None
@@ -54,6 +54,7 @@ class Branches:
         self.uncond: Tensor | None = None
         self.source: Tensor | None = None
         self.nfe, self.fused_layers = 0, 0
+        self._own_levels = to_sigma(settings.model, step.model_sigma) != step.model_sigma
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
         self.locked = locked = lock_step(settings, run, step)
@@ -81,19 +82,20 @@ class Branches:
             self.source = split_rows(out, source_x, 1)[0]
             self.nfe += self._passes(arguments)
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
-        return Evaluation(self.step.sigma, self.x / self._signal, cond, mask, self.probe, self.uncond, self.source)
+        x = self.x / self._signal if self.settings.measures else self.x
+        return Evaluation(self.step.sigma, x, cond, mask, self.probe, self.uncond, self.source)
 
     @cached_property
     def _signal(self) -> float:
         """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
-        rule, level = method_of(self.settings.model, "add_noise"), self.step.model_sigma
-        return 1.0 if rule is None or level == self.step.sigma else max(1e-4, share_of(level, rule)[0])
+        rule = method_of(self.settings.model, "add_noise")
+        return max(1e-4, share_of(self.step.model_sigma, rule)[0]) if rule is not None and self._own_levels else 1.0
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at points in variance-exploding form, any multiple of the batch, under the lock."""
         level = self.step.sigma_arg  # the very same tensor, so that the source's K/V serve again
         if sigma != self.step.sigma:
-            if method_of(self.settings.model, "to_ve") is not None and self.step.model_sigma != self.step.sigma:
+            if self._own_levels:
                 raise EstimatorError("this model has noise levels of its own; expected a probe at evaluation.sigma.")
             level = torch.full_like(level, sigma)
         return self._probed((x * self._signal).split(len(self.x)), level)
@@ -328,8 +330,8 @@ class GuidedBranches(Branches):
         else:
             given |= settings.source_args
         if settings.branch is not None:
-            taken = taken_by(settings.branch, given)
-            return settings.branch, {k: taken[k] for k in taken if k not in ("uncond", settings.scale_arg)}
+            others = {k for k in given if k not in settings.source_args and not accepts(settings.branch, k)}
+            return settings.branch, {k: given[k] for k in given.keys() - others - {"uncond", settings.scale_arg}}
         if "cond" in given and "uncond" in given:
             given["uncond"] = given["cond"]  # whichever branch's K/V serve, they are the source's under its own prompt
         return settings.model, given

@@ -31,15 +31,8 @@ from .variance import Estimator
 def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]) -> Tensor:
     """One evaluation of the model under a lock: measured, locked by the last decision, guided by this one, composited.
 
-    Args:
-        settings: The lock's settings.
-        run: The sampling run that the evaluation belongs to.
-        x: The sampler's input, (batch, ...), x0 + sigma * noise.
-        sigma: The noise level >= 0, () or (batch,), one level for the batch.
-        extra_args: The sampler's extra_args.
-
-    Returns:
-        The denoised x0-hat, like x.
+    `x` is the sampler's input, (batch, ...), `sigma` the noise level >= 0, () or (batch,), one for the batch. Returns
+    the denoised x0-hat, like x.
     """
     step = run.enter(settings, x, sigma, extra_args)
     kind = GuidedBranches if settings.scale_arg else OwnBranches
@@ -85,8 +78,8 @@ class KVLock(DenoiserProxy):
         threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's or the estimator's.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
         erase: True takes keys and values from the source with its masked region filled from the surroundings, under
-            the unconditional prompt, so that they do not speak of what the edit replaces. An estimator that needs the
-            source's x0-hat then costs one function evaluation more. Default: the preset's, or False.
+            the unconditional prompt, so that they do not speak of what the edit replaces; without one, the source's. An
+            estimator that needs the source's x0-hat then costs one evaluation more. Default: the preset's, or False.
         noise: The source's fixed noise, like `source`, copied; "fixed" draws it from seed 0. Default: the run's own.
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.

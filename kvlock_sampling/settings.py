@@ -298,7 +298,7 @@ def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
             "  A model that does no guidance needs none: leave scale_arg away, and the lock does it."
         )
     found = parameters.get(name or "")
-    return name, 1.0 if found is None or found.default in (None, found.empty) else found.default
+    return name, 1.0 if found is None or found.default is None or found.default is found.empty else found.default
 
 
 def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
-from kvlock_sampling.batching import join_calls, take
+from kvlock_sampling.batching import check_rows, join_calls, take
 from kvlock_sampling.restart import restart
 from kvlock_sampling.types import AttentionError, EstimatorError, MaskError, RunError, SamplerError, SourceError
 
@@ -289,24 +289,13 @@ class Guides(torch.nn.Module):
         return kv.CFGDenoiser(self.inner_model)(x, sigma, cond=cond, uncond=uncond, cond_scale=cond_scale)
 
 
-def passing_on(model):
-    class Wrapped:
-        def __init__(self) -> None:
-            self.model = model
+def test_a_compiled_model_that_guides_is_known(setup):
+    def arg(model):
+        return kv.KVLock(model, source=setup.source, mask=setup.mask, policy="off").settings.scale_arg
 
-        def __call__(self, x, sigma, **extra_args):
-            return self.model(x, sigma, **extra_args)
-
-    return Wrapped()
-
-
-def test_a_model_that_guides_is_known_through_its_wrappers(setup):
     compiled = torch.compile(Guides(setup.model), backend="eager")
-    assert kv.KVLock(compiled, source=setup.source, mask=setup.mask, policy="off").settings.scale_arg == "cond_scale"
-    model = passing_on(Guides(setup.model))
-    bare = kv.samplers.euler(model, setup.x, setup.sigmas, extra_args=setup.cfg, disable=True)
-    lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy="off")
-    assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), bare)
+    assert arg(compiled) == arg(kv.CFGDenoiser(torch.compile(setup.model, backend="eager"))) == "cond_scale"
+    assert arg(torch.compile(setup.model, backend="eager")) is None
 
 
 def test_a_guidance_scale_of_none_is_one(setup):
@@ -359,8 +348,11 @@ def test_a_probe_at_another_level_of_a_model_with_its_own_levels_is_refused(setu
         cost = 1
 
         def step(self, state, evaluation):
-            evaluation.probe(evaluation.x, evaluation.sigma / 2)
+            moved = evaluation.probe(evaluation.x, evaluation.sigma / 2) - evaluation.denoised
+            return state, moved.float().square().flatten(1).mean(1)
 
+    half = setup.lock(policy="sigmoid", estimator=Elsewhere(), threshold=1.0)  # a rounded level is none of its own
+    half.sample("euler", setup.x.bfloat16(), setup.sigmas, extra_args=setup.cfg)
     lock = kv.KVLock(
         FlowTime(setup.model),
         source=setup.source,
@@ -395,15 +387,20 @@ def test_a_source_without_its_object_is_not_read_under_the_edits_prompt(setup):
 
 
 def test_a_prompt_of_more_rows_than_clips_is_never_split_among_branches():
-    two = torch.ones(2, 5, 8)
-    assert join_calls([{"cond": {"text": two}}, {"cond": {"text": two}}], 1) is None
-    size = torch.ones(2)  # no rows: (height, width)
-    assert join_calls([{"cond": {"size": size}}, {"cond": {"size": size}}], 1) == {"cond": {"size": size}}
+    two, table = torch.ones(2, 5, 8), torch.ones(3, 7)
+    with pytest.raises(RunError, match="cond in extra_args has 2 rows for 1 clip"):
+        check_rows({"cond": {"text": two, "table": table}}, 1, "extra_args")
+    check_rows({"cond": {"text": two[:1], "image": torch.ones(3, 8, 8)}}, 1, "extra_args")
+    assert join_calls([{"rope": table, "cond": two[:1]}] * 3, 1)["rope"] is table
 
 
 def test_one_text_per_clip_goes_with_its_clip():
     texts = [torch.ones(5, 8), torch.zeros(7, 8)]
     assert take({"cond": texts}, torch.tensor([1]), 2)["cond"][0] is texts[1]
+    for others in ([torch.ones(77, 8), torch.ones(16, 4)], {"text": torch.ones(2, 5, 8), "rope": texts}):
+        kept = take({"cond": others}, torch.tensor([1]), 2)["cond"]
+        assert len(kept) == 2  # two encoders of one prompt, and the cosines and sines of all clips
+        assert isinstance(others, list) or kept["rope"] == texts
 
 
 @pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
@@ -468,3 +465,6 @@ def test_a_branch_gets_the_arguments_that_it_takes(setup):
     options = {"scale_arg": "guidance", "branch": branch, "policy": "half", "layers": kv.find_layers(setup.model)}
     lock = kv.KVLock(Own(), source=setup.source, mask=setup.mask, **options)
     assert lock.sample("euler", setup.x, setup.sigmas, extra_args=given).isfinite().all()
+    wrong = kv.KVLock(Own(), source=setup.source, mask=setup.mask, source_args={"txet": given["text"]}, **options)
+    with pytest.raises(TypeError, match="txet"):
+        wrong.sample("euler", setup.x, setup.sigmas, extra_args=given)

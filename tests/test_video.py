@@ -20,6 +20,7 @@ from kvlock_sampling.types import KVLockError
 from kvlock_sampling.utils import files
 from kvlock_sampling.video import VideoError, read_clip, read_mask, side_by_side, write_clip
 from kvlock_sampling.video.metrics import masked_psnr
+from kvlock_sampling.video.read import ticks
 
 CLIP = render([sample_scene(3)])[0]
 
@@ -130,6 +131,21 @@ def test_a_fast_film_with_a_pause_shows_every_frame_in_its_place(tmp_path: Path)
     assert torch.equal(clip.pixels[:, 30:60], clip.pixels[:, 29:30].expand(-1, 30, -1, -1))
     assert clip.pixels.shape[1] == 90
     assert not torch.equal(clip.pixels[:, 60], clip.pixels[:, 59])
+
+
+@pytest.mark.parametrize(
+    ("lasts", "count", "rate"),
+    [
+        ([60_000] * 3 + [20] + [60_000] * 2, 10, None),
+        ([3000] * 3 + [50] + [3000] * 2, 10, None),
+        ([34, 33, 33, 4, 29] * 20, None, 60),
+    ],
+)
+def test_one_short_frame_makes_no_fast_film(lasts: list[int], count: int | None, rate: float | None) -> None:
+    starts = np.cumsum([0, *lasts]) / 1000
+    at, found = ticks("film.gif", (starts, 1000 * len(lasts) / sum(lasts)))
+    assert count is None or len(at) == count
+    assert rate is None or found < rate + 0.5  # the number of frames is whole
 
 
 @pytest.mark.parametrize("swapped", [False, True])

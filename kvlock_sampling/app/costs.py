@@ -61,7 +61,7 @@ def costs(
         steps: Its steps, >= 2.
         ways: Names of presets. One with a KV cache is also measured with the cache filled.
     """
-    if sampler == "dpm_adaptive":
+    if str(getattr(sampler, "__name__", sampler)).endswith("dpm_adaptive"):
         raise KVLockError("dpm_adaptive chooses its steps as it goes; expected a sampler whose cost can be told.")
     video = video.given(clip, mask) if hasattr(video, "given") else video
     source, sigmas = video.encode(clip), video.sigmas(steps)

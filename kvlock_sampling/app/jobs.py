@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +154,11 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def _checked_name(name: str) -> str:
     name = name if Path(name).suffix else f"{name}.mp4"
-    plain = Path(name).name == name and not re.search(r"[\x00-\x1f\x7f]", name) and not name.startswith(".")
+    plain = (
+        Path(name).name == name
+        and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name)
+        and not name.startswith(".")
+    )
     if not plain or len(name.encode()) > LONGEST:
         raise KVLockError(f"name={name!r}; expected the name of a file, without folders, e.g. kite.mp4.")
     check_suffix(name)

@@ -20,22 +20,18 @@ def method_of(model: Any, name: str) -> Any:
 
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the denoiser's signature, with those of what it wraps if it takes any; empty if unreadable."""
-    model = getattr(model, "_orig_mod", model)  # compiled: its own signature says nothing
+    """The parameters of the denoiser's signature; empty if it has none to read."""
+    model = getattr(model, "__dict__", {}).get("_modules", {}).get("_orig_mod", model)  # of a compiled module
     try:
-        own = inspect.signature(getattr(model, "forward", model)).parameters
+        return inspect.signature(getattr(model, "forward", model)).parameters
     except (TypeError, ValueError):
         return {}
-    inner = next((held for name in ("inner_model", "model") if callable(held := getattr(model, name, None))), None)
-    passes_on = inner is not None and any(p.kind is p.VAR_KEYWORD for p in own.values())
-    return {**parameters_of(inner), **own} if passes_on else own
 
 
-def taken_by(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of these arguments that the denoiser takes."""
+def accepts(model: Any, name: str) -> bool:
+    """Whether the denoiser takes an argument of this name, as far as its signature tells."""
     known = parameters_of(model)
-    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    return {name: value for name, value in arguments.items() if anything or name in known}
+    return not known or name in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 def to_sigma(model: Any, model_sigma: float) -> float:

@@ -29,7 +29,8 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
             f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
             "for single clips a[None], b[None]."
         )
-    if not (most := max(float(clip.abs().max()) for clip in (a, b))) <= 16:  # A prediction overshoots by less.
+    most = max((float(clip.detach().abs().max()) for clip in (a, b) if clip.numel()), default=0.0)
+    if most > 16:  # A prediction overshoots by less.
         raise MaskError(f"got clips up to {most:.3g}; expected [-1, 1]: clip / 127.5 - 1 for bytes.")
     if mask is None:
         mask = torch.ones(1, 1, *a.shape[2:], device=a.device)

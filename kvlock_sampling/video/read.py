@@ -86,7 +86,7 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
     if is_film(path) and (have == 1 or (count == have and abs(count / total / times[1] - 1) < 0.02)):
         rate = times[1]
     else:  # The time stamps of a gif are rounded to 10 ms, so the usual rate that would give the same is meant.
-        whole = [r for r in range(1, 241) if abs(count / r - total) < 0.006]
+        whole = [r for r in range(1, 61) if abs(count / r - total) < 0.006]
         rate = float(min(whole, key=lambda r: (1200 % r > 0, abs(r * total - count)), default=count / total))
     if fps is not None and abs(fps - rate) > 1e-3 * rate:
         count, rate = max(1, round(total * fps)), fps
@@ -104,13 +104,14 @@ def _beats(starts: Seconds) -> int:
     if late.sum() <= (have // 4 if have > 4 else 0):
         return have
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
-    usual = min(240.0, 1 / np.sort(np.diff(starts))[have // 10])
-    for count in (round(total * usual), *range(have + 1, min(have + 5000, int(60 * total) + 1))):
+    gaps = np.sort(np.diff(starts))
+    fast = [round(total / gaps[have // 2])] if gaps[have // 2] < 1 / 61 else []
+    for count in (*fast, *range(have + 1, min(have + 5000, int(60 * total) + 1))):
         places = some * (count / total)
         fit = np.abs(places - places.round()) <= np.clip(0.006 * count / total, 0.1, 0.3)
         if len(np.unique(places[fit].round())) >= len(some) * 0.9 - (have > 4):
             return count
-    return max(have, round(total * usual))
+    return max(have, round(total * min(60.0, 1 / gaps[have // 10])))
 
 
 def pick(at: Seconds, rate: float, frames: int | None, pad: bool, path: PathLike) -> tuple[Seconds, float]:
@@ -169,10 +170,12 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     if (NOISE if is_film(path) else 1) <= max(brightest) < white:
         said = f"{max(brightest)} of 255, or with 16 bits {257 * max(brightest)} of 65535"
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {said}. {advice}")
-    if max(brightest) >= white > pages.max():
-        raise VideoError(f"{str(path)!r} is white only beside the middle, to which the clip is cut: nothing to edit.")
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
+    if max(brightest) >= white > pages.max():
+        raise VideoError(
+            f"{str(path)!r} is white only beside the middle, to which it is cut as the clip is: nothing to edit."
+        )
     return torch.from_numpy(pages >= white).float().unsqueeze(0)
 
 

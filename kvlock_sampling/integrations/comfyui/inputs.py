@@ -25,7 +25,8 @@ def fitted(mask: Tensor, source: Tensor) -> Tensor:
     """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does."""
     height, width = source.shape[-2:]
     if source.ndim == 4:
-        return masks.resize(mask.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
+        edited = (mask >= 0.1).to(mask.dtype)  # as in `masks.from_comfy`
+        return masks.resize(edited.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
     found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
     if found.shape[-2] % height or found.shape[-1] % width:
         found = masks.resize(found, found.shape[2], height, width)

@@ -44,19 +44,9 @@ def start(settings: LockSettings, observation: Observation, expert: Any = None) 
 def decide(
     settings: LockSettings, state: State, evaluation: Evaluation, observation: Observation
 ) -> tuple[State, Observation]:
-    """Measure the conditional x0-hat, judge the risk, and ask the policy.
-
-    Args:
-        settings: The lock's settings.
-        state: What the evaluation before this one left.
-        evaluation: What the estimator sees.
-        observation: What is known before the measurement.
-
-    Returns:
-        The next state, which says what acts from now on, and the observation that the policy saw.
-
-    Raises:
-        EstimatorError, PolicyError: One of them breaks its contract.
+    """Measure the conditional x0-hat, judge the risk, and ask the policy, from what the evaluation before left and what
+    is known before the measurement. Returns the next state, which says what acts from now on, and the observation that
+    the policy saw. Raises EstimatorError or PolicyError if one breaks its contract.
     """
     policy, inner, variance, effect = settings.policy, state.estimator, None, None
     if settings.measures:

@@ -15,9 +15,10 @@ from .batching import take
 from .lock import KVLock
 from .samplers import gaussian_noise
 from .schedules import check_sigmas
+from .source import variance_exploding
 from .trace import Trace
 from .types import RunError
-from .utils.denoiser import parameters_of
+from .utils.denoiser import method_of, parameters_of
 from .utils.fields import check_number, check_seed
 
 
@@ -95,5 +96,6 @@ def restart(
     cut = take(dict(extra_args or {}), index, batch)
     if isinstance(sampler, str) or "noise_sampler" in parameters_of(sampler):  # another draws no noise that has a seed
         arguments["seed"] = seeds
-    out[index] = part.sample(sampler, clips + levels[0] * noise, levels, extra_args=cut, **arguments)
+    add_noise = method_of(lock.model, "add_noise") or variance_exploding
+    out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)
     return Restarted(out, at_risk, part.trace)

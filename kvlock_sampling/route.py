@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import FusionContext, Hooks, fusion_ratio
+from .attention import AttentionLayers, FusionContext, Hooks, fusion_ratio
 from .kv_cache import CacheEntry
 from .run import Run, Step
 from .settings import LockSettings
@@ -70,6 +70,13 @@ class Locked:
     entry: Callable[[Mapping[str, Any]], CacheEntry] | None
 
 
+def _watched(layers: AttentionLayers) -> bool:
+    """Whether hooks that are not torch's own, as FSDP's, see the blocks' tokens, of which some would be missing."""
+    parts = (module for blocks in layers.blocks for block in blocks for module in block.modules())
+    hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+
+
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     """What this evaluation takes of the source; None if it locks nothing."""
     tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
@@ -83,7 +90,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     selection = left_out = entry = None
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
-    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
+    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING and not _watched(layers)
     if tools.cached is not None and selection is not None:
         entry = partial(tools.cached.entry, source.reference, noise, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)

@@ -239,14 +239,13 @@ def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
 def _leaves_tokens(layers: AttentionLayers, clip: Source, fitted: FittedMask, transition: Any) -> bool:
     """Check that mask, clip and layers fit, and warn if every token is edited."""
     layers.grid(clip.latents.shape)
-    fitted.background(clip.latents, layers.patch, transition)
-    if not fitted.tokens(clip.latents, layers.patch).all():
-        return True
-    _warn(
-        f"no token is left to lock: with tokens of {layers.patch} latents the mask reaches into every token. "
-        "Nothing will be locked; a smaller mask, or a larger clip, leaves some."
-    )
-    return False
+    free = (fitted.background(clip.latents, layers.patch, transition) > 0).any(1)
+    if not free.all():
+        _warn(
+            f"no token is left to lock: with tokens of {layers.patch} latents the mask or the transition reaches into "
+            "every token of a clip. Nothing will be locked there; a smaller mask, or a larger clip, leaves some."
+        )
+    return bool(free.any())
 
 
 def _foreground(

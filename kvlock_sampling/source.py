@@ -60,7 +60,8 @@ class Source:
         if noise is not None and not isinstance(noise, Tensor):
             check_noise(noise)
             generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32).to(latents)
+            # The same for every clip, so that one in a batch gets what it gets alone.
+            noise = torch.randn(1, *latents.shape[1:], generator=generator, dtype=torch.float32).to(latents)
         if noise is not None and not (
             noise.is_floating_point() and noise.shape[1:] == latents.shape[1:] and len(noise)
         ):

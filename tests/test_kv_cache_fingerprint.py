@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 from enum import Enum
-from types import MethodType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -566,3 +566,34 @@ def test_why_the_keys_and_values_of_some_layers_cannot_be_kept():
     by_row = AttentionLayers((1, 2, 2), (AttentionLayer("a", nn.Identity()),), architecture="k1", rows_apart=True)
     for wrong, message in ((watched, "declare it"), (by_row, "architecture 'k1' cannot be kept")):
         assert message in (uncacheable(wrong) or "")
+
+
+def test_a_module_that_nothing_else_knows_counts():
+    class Mine:
+        def __init__(self, adapter):
+            self.model, self.tools = network(), {"adapter": adapter}
+
+    torch.manual_seed(0)
+    adapter = nn.Linear(3, 3)
+    mine = Mine(adapter)
+    own = model_fingerprint(mine)
+    assert model_fingerprint(mine) == own
+    with torch.no_grad():
+        adapter.weight.mul_(3)
+    assert model_fingerprint(mine) != own
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_code_of_a_users_other_file_counts(monkeypatch, direct):
+    helpers = ModuleType("helpers_of_a_user")
+    monkeypatch.setitem(sys.modules, helpers.__name__, helpers)
+
+    def written(code):
+        exec(code, helpers.__dict__)
+        scope = {"helpers": helpers, "shaped": helpers.shaped}
+        exec(f"def call(m, z): return m({'shaped' if direct else 'helpers.shaped'}(z))", scope)
+        model = calling(scope["call"])
+        return model_fingerprint(model)
+
+    first, again = written("def shaped(z): return z"), written("def shaped(z): return z")
+    assert first == again != written("def shaped(z): return 3 * z")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
 from kvlock_sampling.batching import check_rows, join_calls, take
+from kvlock_sampling.masks.fitted import FittedMask
 from kvlock_sampling.restart import restart
 from kvlock_sampling.types import AttentionError, EstimatorError, MaskError, RunError, SamplerError, SourceError
 
@@ -468,3 +469,65 @@ def test_a_branch_gets_the_arguments_that_it_takes(setup):
     wrong = kv.KVLock(Own(), source=setup.source, mask=setup.mask, source_args={"txet": given["text"]}, **options)
     with pytest.raises(TypeError, match="txet"):
         wrong.sample("euler", setup.x, setup.sigmas, extra_args=given)
+
+
+def test_a_fixed_noise_is_that_of_a_clip_alone(pair):
+    both = pair.lock(policy="full", noise="fixed").sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    cut = {"cond": pair.cond[1:], "uncond": pair.uncond[1:], "cond_scale": 3.0}
+    lock = pair.lock(source=pair.source[1:], mask=pair.mask[1:], policy="full", noise="fixed")
+    alone = lock.sample("euler", pair.x[1:], pair.sigmas, extra_args=cut)
+    torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_hooks_of_a_users_on_a_block_see_every_token(setup):
+    seen, steer = [], torch.randn(24)
+
+    def hook(module, args, out):
+        seen.append(out.shape[1])
+        out = out.clone()
+        out[:, 5] += steer
+        return out
+
+    handle = setup.model.inner_model.transformer.blocks[0].register_forward_hook(hook)
+    given = {"extra_args": setup.cfg}
+    default, dense = (
+        setup.lock(policy="full", foreground=f).sample("euler", setup.x, setup.sigmas, **given) for f in (None, False)
+    )
+    handle.remove()
+    assert set(seen) == {setup.lock(policy="full").settings.tokens}
+    torch.testing.assert_close(default, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_that_were_compiled_before_are_found(setup):
+    blocks = setup.model.inner_model.transformer.blocks
+    plain = [layer.name for layer in kv.find_layers(setup.model).layers]
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend="eager")
+    assert [layer.name for layer in kv.find_layers(setup.model).layers] == plain
+
+
+def test_a_restart_noises_as_the_model_does(setup):
+    ts, given = setup.sigmas / (1 + setup.sigmas), {"extra_args": setup.cfg}
+    options = {"source": setup.source, "mask": setup.mask, "policy": "sigmoid", "threshold": 1e-9}
+    plain, flow = kv.KVLock(setup.model, **options), kv.KVLock(FlowTime(setup.model), **options)
+    x = plain.sample("euler", setup.x, setup.sigmas, **given)
+    y = flow.sample("euler", setup.x * (1 - ts[0]), ts, **given)
+    back = float(setup.sigmas[2]) * 1.01
+    one = restart(plain, "euler", x, setup.sigmas, back_to=back, limit=0.0, **given)
+    other = restart(flow, "euler", y, ts, back_to=back / (1 + back), limit=0.0, **given)
+    torch.testing.assert_close(other.x, one.x, atol=2e-3, rtol=2e-3)
+
+
+def test_a_transition_that_reaches_every_token_is_told(setup):
+    with pytest.warns(UserWarning, match="no token is left to lock"):
+        lock = setup.lock(policy="half", transition=(16.0, 0.0))
+    assert lock.settings.layers is None
+    with pytest.raises(MaskError, match="transition="):
+        setup.lock(policy="half", transition=(float("inf"), 0.5))
+
+
+def test_a_mask_of_a_vae_that_is_not_causal_is_not_squeezed():
+    fitted = FittedMask(F.pad(torch.ones(3, 16, 16), (16, 32, 16, 32, 1, 12)))
+    with pytest.raises(MaskError, match="no whole compression factor"):
+        fitted.latent(torch.zeros(1, 4, 4, 8, 8))
+    assert FittedMask(torch.ones(1, 1, 1, 8, 12).tril()).latent(torch.zeros(1, 4, 8, 12)).shape == (1, 1, 8, 12)

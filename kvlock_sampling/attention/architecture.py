@@ -87,7 +87,7 @@ class Architecture:
 
     def find(self, module: nn.Module) -> AttentionLayers:
         """The layers of `module`, one network of this family. Raises AttentionError if a pattern names no module."""
-        names = dict(module.named_modules())
+        names = {n.replace("._orig_mod", ""): part for n, part in module.named_modules()}  # of compiled blocks
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given

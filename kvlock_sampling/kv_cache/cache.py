@@ -131,17 +131,10 @@ class CacheEntry:
                 return Level(parts, self._device) if parts else None
 
     def put(self, sigma: float, keys: KeyValues) -> KeyValues:
-        """Store the K/V of a source pass.
+        """Store the K/V of a source pass at this noise level, (clips, heads, kept tokens, dim) by layer.
 
-        Args:
-            sigma: Noise level of the pass, > 0.
-            keys: Key and value by layer, (clips, heads, kept tokens, dim) each. Other layers are ignored.
-
-        Returns:
-            K/V by layer as later lookups return them; `keys` itself if the budget is too small for the level.
-
-        Raises:
-            KVCacheError: A layer is missing, or K/V are not floating tensors.
+        Returns K/V by layer as later lookups do, or `keys` itself if the budget is too small for the level. Raises
+        KVCacheError if a layer is missing, or K/V are not floating tensors.
         """
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
@@ -234,18 +227,9 @@ class CacheSession:
     def entry(
         self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
     ) -> CacheEntry:
-        """Return the cache entry of a source.
-
-        Args:
-            clip: Clean latents of the source, (clips, ...).
-            noise: Its fixed noise, (clips, ...).
-            selection: The tokens whose K/V are kept.
-            expert: The network that runs, or its index; ignored if the model has one network.
-            arguments: The arguments of the source's pass, e.g. {"cond": prompt}.
-
-        Raises:
-            AttentionError: The model has several networks, and `expert` is none of them.
-            KVCacheError: The model or an argument has no fingerprint.
+        """The entry of a source: latents, fixed noise, the tokens whose K/V are kept, the network that runs or its
+        index, and the arguments of its pass. Raises AttentionError for a network that is none of several, and
+        KVCacheError if the model or an argument has no fingerprint.
         """
         leaves = tree_leaves([clip, noise, selection.weight, *(arguments[name] for name in sorted(arguments))])
         parts = (expert, *sorted(arguments), *leaves)

@@ -53,25 +53,27 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
-    digest, seen = hashlib.sha256(), dict[tuple[int, bool], int]()
+    digest, seen = hashlib.sha256(), {(id(module), True): i for i, module in enumerate(modules)}
     _add(digest, [f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)], "")
-    for module in modules:
-        config = getattr(module, "config", None)
-        about = [type(module).__qualname__, module.extra_repr()]
-        if isinstance(config, Mapping):
-            about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
-        # Which adapter (peft) is active is neither a weight nor a public attribute; its scale is one.
-        found = {name: getattr(module, name, None) for name in ("active_adapters", "disable_adapters")}
-        about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        code = [_class(type(module), seen), *(_described(hook, seen) for hook in hooks)]
-        _add(digest, [*about, *code, *_settings(vars(module), seen)], "")
-        # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
-        derived = module._non_persistent_buffers_set
-        buffers = [(n, b) for n, b in module.named_buffers(recurse=False) if n not in derived]
-        for name, weight in (*module.named_parameters(recurse=False), *buffers):
-            _add(digest, [name, *_numbers(weight)], "")
+    _add(digest, [_module(module, seen) for module in modules], "")
     return digest.hexdigest()
+
+
+def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
+    """Everything of a module but its submodules."""
+    config = getattr(module, "config", None)
+    about: list[Any] = [type(module).__qualname__, module.extra_repr()]
+    if isinstance(config, Mapping):
+        about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
+    # Which adapter (peft) is active is neither a weight nor a public attribute; its scale is one.
+    found = {name: getattr(module, name, None) for name in ("active_adapters", "disable_adapters")}
+    about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    about += [_class(type(module), seen), *(_described(hook, seen) for hook in hooks), *_settings(vars(module), seen)]
+    # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
+    derived = module._non_persistent_buffers_set
+    weights = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [*about, *([name, *_numbers(weight)] for name, weight in weights if name not in derived)]
 
 
 def _settings(attributes: Mapping[str, Any], seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -90,9 +92,13 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         return [] if isinstance(value, torch.device) else [value]
     if isinstance(value, np.ndarray) and value.dtype != object:
         return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-    # Modules are visited on their own. A logger leads to all others.
-    if isinstance(value, (nn.Module, types.ModuleType, types.BuiltinFunctionType, logging.Logger)):
+    # A logger leads to all others.
+    if isinstance(value, (types.ModuleType, types.BuiltinFunctionType, logging.Logger)):
         return []
+    if isinstance(value, nn.Module):  # most are visited on their own
+        new = [module for module in value.modules() if (id(module), True) not in seen]
+        seen |= {(id(module), True): len(seen) + i for i, module in enumerate(new)}
+        return [_module(module, seen) for module in new]
     if (id(value), held) in seen:  # as a function names it and as a module holds it are two things
         return [seen[id(value), held]]
     seen[id(value), held] = len(seen)
@@ -110,9 +116,11 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         code, scope = value.__code__, value.__globals__
         cells = dict(zip(code.co_freevars, value.__closure__ or (), strict=True))
         inside = {name: cell.cell_contents for name, cell in cells.items()} | {"defaults": value.__defaults__}
-        for name in code.co_names:  # functions of other modules are libraries'
+        for name in code.co_names:
             known = scope.get(name)
-            if not isinstance(known, types.FunctionType) or known.__module__ == value.__module__:
+            if isinstance(known, types.ModuleType) and not _of_library(known):  # what is read of a user's own file
+                inside |= {f"{name}.{n}": vars(known)[n] for n in code.co_names if n in vars(known)}
+            elif not isinstance(known, types.FunctionType) or not _of_library(known):
                 inside[name] = known
         return [_code(code), *([name, *_described(each, seen, held=False)] for name, each in sorted(inside.items()))]
     if isinstance(value, type):
@@ -137,9 +145,12 @@ def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
     return found
 
 
-def _of_library(kind: type) -> bool:
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
-    return "-packages" in file or kind.__module__.startswith(__name__.partition(".")[0])
+def _of_library(thing: Any) -> bool:
+    """Whether a class, function or module is of Python, of an installed package, or of this one."""
+    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__ or ""
+    file, first = getattr(sys.modules.get(name), "__file__", None) or "", name.partition(".")[0]
+    known = () if isinstance(thing, type) else sys.stdlib_module_names  # an object of Python's may hold the user's
+    return "-packages" in file or first in (*known, __name__.partition(".")[0])
 
 
 def _code(code: types.CodeType) -> list[Any]:

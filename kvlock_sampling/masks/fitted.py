@@ -24,7 +24,11 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
     if transition is None:
         return None
     pair = tuple(transition) if isinstance(transition, list | tuple) else ()
-    if len(pair) != 2 or not all(isinstance(n, Real) for n in pair) or not (pair[0] > 0 and 0 <= pair[1] <= 1):
+    if (
+        len(pair) != 2
+        or not all(isinstance(n, Real) for n in pair)
+        or not (0 < pair[0] < math.inf and 0 <= pair[1] <= 1)
+    ):
         raise MaskError(
             f"transition={transition!r}; expected (width in tokens > 0, fraction of the lock in [0, 1]), e.g. (1, 0.5)."
         )
@@ -74,8 +78,8 @@ class FittedMask:
         if like.ndim != 4 or (mask.ndim == 4 and mask.shape[1] != 1):
             return self._broadcastable(like)
         # A picture's mask is (height, width), (batch, height, width) or (batch, 1, height, width).
-        clips = mask[None, None, None] if mask.ndim == 2 else (mask[:, None] if mask.ndim == 3 else mask).unsqueeze(2)
-        return FittedMask(clips).latent(like.unsqueeze(2))[:, :, 0]
+        clips = mask[None, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+        return FittedMask(clips if clips.ndim == 5 else clips.unsqueeze(2)).latent(like.unsqueeze(2))[:, :, 0]
 
     @_remembered
     def tokens(self, like: Tensor, patch: Grid) -> Tensor:
@@ -147,6 +151,8 @@ class FittedMask:
             mask = mask.expand(-1, -1, t, -1, -1)
         elif frames != t:
             temporal = (frames - 1) // (t - 1) if t > 1 and (frames - 1) % (t - 1) == 0 else 0
+            if temporal not in (2, 4, 8) and frames in (2 * t, 4 * t, 8 * t):  # of a VAE that is not causal
+                temporal = 0
         if not temporal or height % h or width % w or height // h != width // w:
             raise MaskError(
                 f"mask has frames x height x width {frames} x {height} x {width}, "

@@ -101,6 +101,8 @@ def test_without_a_source_guidance_alone_is_searched(setup):
         ({"keep": 0}, "keep=0"),
         ({"keep": 5}, "keep=5"),
         ({"at": {1.0: 0}}, "at=0"),
+        ({"at": {1e-9: 1}}, "at=1e-09; expected a finite number >= 0"),
+        ({"at": {float("nan"): 1}}, "at=nan"),
     ],
 )
 def test_numbers_that_do_not_fit(setup, change, message):

@@ -25,12 +25,17 @@ def join_calls(calls: Sequence[dict[str, Any]], batch: int) -> dict[str, Any] | 
     """
     if len(calls) == 1:
         return calls[0]
-    flat = [tree_flatten(dict(sorted(call.items())), is_leaf=partial(_is_list, batch=batch)) for call in calls]
+    flat = [tree_flatten(_ordered(call), is_leaf=partial(_is_list, batch=batch)) for call in calls]
     spec = flat[0][1]
     if any(other != spec for _, other in flat):
         return None
     joined = [_join_leaf(parts, batch) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
     return None if any(leaf is _APART for leaf in joined) else tree_unflatten(joined, spec)
+
+
+def _ordered(value: Any) -> Any:
+    """Dicts in the order of their names, so that the order in which they were written says nothing."""
+    return {name: _ordered(value[name]) for name in sorted(value, key=str)} if type(value) is dict else value
 
 
 def _join_leaf(parts: Sequence[Any], batch: int) -> Any:
@@ -58,8 +63,9 @@ def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
         value: Any = arguments.get(name)
         rows = len(value) if _is_prompts(value) or (isinstance(value, Tensor) and value.ndim) else 1
         if isinstance(value, Mapping):  # of texts (rows, length, dim), perhaps beside tables of another size
-            sizes = {len(leaf) for leaf in value.values() if isinstance(leaf, Tensor) and leaf.ndim > 2}
-            rows = sizes.pop() if len(sizes) == 1 else 1
+            leaves = [leaf for leaf in value.values() if isinstance(leaf, Tensor) and leaf.ndim]
+            sizes = {len(leaf) for leaf in leaves if leaf.ndim > 2}
+            rows = sizes.pop() if len(sizes) == 1 and not any(len(leaf) in (1, batch) for leaf in leaves) else 1
         if rows not in (1, batch):
             raise RunError(
                 f"{name} in {owner} has {rows} rows for {batch} clip(s) in x; expected one, or one for each clip: "

@@ -330,8 +330,8 @@ class GuidedBranches(Branches):
         else:
             given |= settings.source_args
         if settings.branch is not None:
-            others = {k for k in given if k not in settings.source_args and not accepts(settings.branch, k)}
-            return settings.branch, {k: given[k] for k in given.keys() - others - {"uncond", settings.scale_arg}}
+            taken = {k: v for k, v in given.items() if k in settings.source_args or accepts(settings.branch, k)}
+            return settings.branch, {k: v for k, v in taken.items() if k not in ("uncond", settings.scale_arg)}
         if "cond" in given and "uncond" in given:
             given["uncond"] = given["cond"]  # whichever branch's K/V serve, they are the source's under its own prompt
         return settings.model, given

@@ -74,7 +74,7 @@ def _watched(layers: AttentionLayers) -> bool:
     """Whether hooks that are not torch's own, as FSDP's, see the blocks' tokens, of which some would be missing."""
     parts = (module for blocks in layers.blocks for block in blocks for module in block.modules())
     hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
-    return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+    return any(not str(getattr(hook, "__module__", "")).startswith(("torch.", __package__)) for hook in hooks)
 
 
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:

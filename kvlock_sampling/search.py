@@ -126,9 +126,8 @@ def search(
     plan = {levels[len(levels) // 2]: keep} if at is None else {float(level): count for level, count in at.items()}
     for level, count in plan.items():
         check_number("at", count, RunError, f" {level:g} is where so many go on.", at_least=keep, whole=True)
-        check_number(
-            "at", level, RunError, " A noise level of the schedule.", at_least=min(levels), at_most=max(levels)
-        )
+        low, high = min(levels) * (1 - SAME_SIGMA), max(levels) * (1 + SAME_SIGMA)
+        check_number("at", level, RunError, " A noise level of the schedule.", at_least=low, at_most=high)
     if judge is None:
         judge = calm if source is None or source.latents.ndim < 4 else seam(lock)
     with ExitStack() as blocks:

@@ -597,3 +597,18 @@ def test_the_code_of_a_users_other_file_counts(monkeypatch, direct):
 
     first, again = written("def shaped(z): return z"), written("def shaped(z): return z")
     assert first == again != written("def shaped(z): return 3 * z")
+
+
+def test_odd_modules_beside_a_network_have_a_fingerprint():
+    class Mine:
+        def __init__(self, other):
+            self.model, self.other = network(), other
+
+    class Unready(nn.Module):
+        def __init__(self):
+            pass
+
+    sparse = nn.Module()
+    sparse.register_buffer("eye", torch.eye(3).to_sparse())
+    for other in (sparse, nn.LazyLinear(3), Unready()):
+        assert model_fingerprint(Mine(other)) == model_fingerprint(Mine(other))

@@ -389,10 +389,17 @@ def test_a_source_without_its_object_is_not_read_under_the_edits_prompt(setup):
 
 def test_a_prompt_of_more_rows_than_clips_is_never_split_among_branches():
     two, table = torch.ones(2, 5, 8), torch.ones(3, 7)
+    check_rows({"cond": {"pooled": two[:1, 0], "freqs": torch.ones(77, 1, 64)}}, 1, "extra_args")
     with pytest.raises(RunError, match="cond in extra_args has 2 rows for 1 clip"):
         check_rows({"cond": {"text": two, "table": table}}, 1, "extra_args")
     check_rows({"cond": {"text": two[:1], "image": torch.ones(3, 8, 8)}}, 1, "extra_args")
     assert join_calls([{"rope": table, "cond": two[:1]}] * 3, 1)["rope"] is table
+
+
+def test_the_order_in_which_a_dict_was_written_says_nothing():
+    one, other = {"text": torch.ones(1, 5, 8), "mask": torch.ones(1, 5)}, {"mask": torch.zeros(1, 5)}
+    joined = join_calls([{"cond": one}, {"cond": {**other, "text": torch.zeros(1, 5, 8)}}], 1)
+    assert joined["cond"]["text"].flatten(1).mean(1).tolist() == joined["cond"]["mask"].mean(1).tolist() == [1, 0]
 
 
 def test_one_text_per_clip_goes_with_its_clip():

@@ -111,6 +111,15 @@ def test_numbers_that_do_not_fit(setup, change, message):
         kv.search(measured(setup), "euler", starts(setup, options.pop("x")), setup.sigmas, **options)
 
 
+def test_a_level_as_it_is_written_is_one_of_the_schedule(setup):
+    sigmas = torch.tensor([1.0, 0.7, 0.4, 0.1, 0.0])
+    for level in (1.0, 0.7, 0.1):
+        found = kv.search(measured(setup), "euler", starts(setup, 3), sigmas, at={level: 1}, extra_args=setup.cfg)
+        assert len(found.x) == 1
+    with pytest.raises(RunError, match=r"at=0\.05; expected"):
+        kv.search(measured(setup), "euler", starts(setup, 3), sigmas, at={0.05: 1}, extra_args=setup.cfg)
+
+
 def test_a_sampler_whose_steps_depend_on_all_starts_is_refused(setup):
     for sampler in ("dpm_adaptive", kv.samplers.get("dpm_adaptive")):
         with pytest.raises(RunError, match="chooses its steps for all seeds together"):

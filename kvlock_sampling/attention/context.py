@@ -61,14 +61,8 @@ class FusionContext:
         return replace(self, mode=mode, source=source or {}, rows=None, record=CallRecord())
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
-        """Handle one attention call: returns the key and value that attention uses instead.
-
-        Args:
-            layer: The layer's name; "name[clip]" of one that handles rows one by one.
-            key: (rows, ..., length, dim), after norm and rotary embedding.
-            value: Likewise.
-            start: Position of the first video token.
-            ratio: The fusion ratio of the video tokens in this sequence, (batch, tokens).
+        """Handle one attention call: the key and value to use instead of these, (rows, ..., length, dim), after norm
+        and rotary embedding, with the video's tokens from `start` on. A layer that runs row by row is "name[clip]".
         """
         batch, rows = len(ratio), len(key)
         # A model may double its rows itself, to guide. Only folded heads, which leave three axes, look the same.

@@ -95,14 +95,7 @@ class KVCache:
 
 
 class CacheEntry:
-    """The levels of one model, clip, noise, mask, prompt and network, as one run uses them.
-
-    Args:
-        kv_cache: The cache.
-        name: Fingerprint of everything that the K/V depend on.
-        layers: Names of the layers.
-        device: Where K/V are returned.
-    """
+    """The levels of one model, clip, noise, mask, prompt and network, whose fingerprint is `name`, for one run."""
 
     def __init__(self, kv_cache: KVCache, name: str, layers: Sequence[str], device: torch.device | str = "cpu") -> None:
         self.name, self.layers = name, tuple(layers)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..types import KVCacheError
 from ..utils.modules import reachable_modules
@@ -96,7 +97,8 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
     if isinstance(value, (types.ModuleType, types.BuiltinFunctionType, logging.Logger)):
         return []
     if isinstance(value, nn.Module):  # most are visited on their own
-        new = [module for module in value.modules() if (id(module), True) not in seen]
+        parts = value.modules() if "_modules" in vars(value) else ()
+        new = [module for module in parts if (id(module), True) not in seen]
         seen |= {(id(module), True): len(seen) + i for i, module in enumerate(new)}
         return [_module(module, seen) for module in new]
     if (id(value), held) in seen:  # as a function names it and as a module holds it are two things
@@ -147,7 +149,7 @@ def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
 
 def _of_library(thing: Any) -> bool:
     """Whether a class, function or module is of Python, of an installed package, or of this one."""
-    name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__ or ""
+    name = getattr(thing, "__name__" if isinstance(thing, types.ModuleType) else "__module__", "") or ""
     file, first = getattr(sys.modules.get(name), "__file__", None) or "", name.partition(".")[0]
     known = () if isinstance(thing, type) else sys.stdlib_module_names  # an object of Python's may hold the user's
     return "-packages" in file or first in (*known, __name__.partition(".")[0])
@@ -196,6 +198,9 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def _numbers(weight: Tensor) -> list[Any]:
+    if is_lazy(weight):
+        return [type(weight).__name__]
+    weight = weight if weight.layout == torch.strided else weight.to_dense()
     return [list(weight.shape), str(weight.dtype), block_sums(weight), _sample(weight)]
 
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..schedules import check_sigmas
 from ..types import Denoiser, RunError
@@ -21,7 +21,8 @@ def method_of(model: Any, name: str) -> Any:
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of the denoiser's signature; empty if it has none to read."""
-    model = getattr(model, "__dict__", {}).get("_modules", {}).get("_orig_mod", model)  # of a compiled module
+    if isinstance(model, nn.Module):  # compiled: its own signature says nothing
+        model = vars(model).get("_modules", {}).get("_orig_mod", model)
     try:
         return inspect.signature(getattr(model, "forward", model)).parameters
     except (TypeError, ValueError):

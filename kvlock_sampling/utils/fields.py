@@ -59,7 +59,7 @@ def expected(*, whole: bool = False, **limits: float) -> str:
 def _example(**limits: Any) -> float:
     """A number within the limits."""
     tried = (1, 2, 10) if limits.get("whole") else (1.0, 2.0, 0.5, 10.0)
-    return next(n for n in tried if within(n, **limits) is not None)
+    return next((n for n in tried if within(n, **limits) is not None), limits.get("at_least", limits.get("at_most", 1)))
 
 
 def pair(owner: Any, name: str, *, at_least: float = -inf, at_most: float = inf, rising: bool = True) -> None:

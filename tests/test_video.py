@@ -3,6 +3,7 @@
 import struct
 import sys
 import warnings
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,34 +100,28 @@ def test_written_by_imageio(tmp_path: Path, suffix: str) -> None:
     assert read_clip(path, fps=50).pixels.shape[1] == 40
 
 
-def test_varying_frame_rate_becomes_constant(tmp_path: Path) -> None:
-    path = tmp_path / "varying.mp4"
+def _film_at(path: Path, ticks: Sequence[int], rate: int) -> None:
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "5"})
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "5"})
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 10)
-        for picture, tick in zip(ramp(4), (0, 1, 5, 6), strict=True):
+        stream.codec_context.time_base = Fraction(1, rate)
+        for picture, tick in zip(ramp(len(ticks)), ticks, strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = tick, Fraction(1, 10)
+            frame.pts, frame.time_base = tick, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    clip = read_clip(path)
+
+
+def test_varying_frame_rate_becomes_constant(tmp_path: Path) -> None:
+    _film_at(tmp_path / "varying.mp4", (0, 1, 5, 6), rate=10)
+    clip = read_clip(tmp_path / "varying.mp4")
     assert clip.fps == pytest.approx(10)
     assert indices(clip.pixels) == [0, 1, 1, 1, 1, 2, 3]
 
 
 def test_a_fast_film_with_a_pause_shows_every_frame_in_its_place(tmp_path: Path) -> None:
-    path, ticks = tmp_path / "fast.mp4", [*range(30), *range(60, 90)]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=120, options={"crf": "5"})
-        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 120)
-        for picture, tick in zip(ramp(60), ticks, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = tick, Fraction(1, 120)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    clip = read_clip(path)
+    _film_at(tmp_path / "fast.mp4", [*range(30), *range(60, 90)], rate=120)
+    clip = read_clip(tmp_path / "fast.mp4")
     assert clip.fps == pytest.approx(120)
     assert torch.equal(clip.pixels[:, 30:60], clip.pixels[:, 29:30].expand(-1, 30, -1, -1))
     assert clip.pixels.shape[1] == 90

@@ -285,4 +285,4 @@ def check_pixels(clips: Tensor) -> None:
             "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
         )
     if clips.min() >= 0 and clips.max() > 0.5:
-        warnings.warn("no pixel of it is darker than mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4)
+        warnings.warn("the clip has no pixel below mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4)

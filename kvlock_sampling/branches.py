@@ -82,14 +82,14 @@ class Branches:
             self.source = split_rows(out, source_x, 1)[0]
             self.nfe += self._passes(arguments)
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
-        x = self.x / self._signal if self.settings.measures else self.x
+        x = self.x if self._signal == 1 else self.x / self._signal
         return Evaluation(self.step.sigma, x, cond, mask, self.probe, self.uncond, self.source)
 
     @cached_property
     def _signal(self) -> float:
         """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
-        rule = method_of(self.settings.model, "add_noise")
-        return max(1e-4, share_of(self.step.model_sigma, rule)[0]) if rule is not None and self._own_levels else 1.0
+        rule = method_of(self.settings.model, "add_noise") if self._own_levels and self.settings.measures else None
+        return 1.0 if rule is None else max(1e-4, share_of(self.step.model_sigma, rule)[0])
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at points in variance-exploding form, any multiple of the batch, under the lock."""
@@ -98,7 +98,7 @@ class Branches:
             if self._own_levels:
                 raise EstimatorError("this model has noise levels of its own; expected a probe at evaluation.sigma.")
             level = torch.full_like(level, sigma)
-        return self._probed((x * self._signal).split(len(self.x)), level)
+        return self._probed((x if self._signal == 1 else x * self._signal).split(len(self.x)), level)
 
     @property
     def narrow(self) -> bool:

@@ -90,7 +90,8 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     selection = left_out = entry = None
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
-    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING and not _watched(layers)
+    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
+    narrow = narrow and (tools.hooks.plain or not _watched(layers))
     if tools.cached is not None and selection is not None:
         entry = partial(tools.cached.entry, source.reference, noise, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)

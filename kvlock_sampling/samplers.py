@@ -71,6 +71,11 @@ def is_ranged(sampler: str | Sampler) -> bool:
     return "sigmas" not in parameters and {"sigma_min", "sigma_max"} <= parameters.keys()
 
 
+def is_adaptive(sampler: str | Sampler) -> bool:
+    """Whether a sampler chooses its steps as it goes, for all rows together, as dpm_adaptive does."""
+    return is_ranged(sampler) and "n" not in parameters_of(get(sampler) if isinstance(sampler, str) else sampler)
+
+
 def run(
     sampler: str | Sampler,
     model: Denoiser,

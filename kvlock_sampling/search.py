@@ -116,7 +116,7 @@ def search(
         RunError: The numbers do not fit each other, the lock is on several clips, or the sampler is dpm_adaptive.
     """
     source, starts = lock.settings.source, len(x)
-    if str(getattr(sampler, "__name__", sampler)).endswith("dpm_adaptive"):
+    if samplers.is_adaptive(sampler):
         raise RunError("dpm_adaptive chooses its steps for all seeds together; expected another: kvlock samplers.")
     check_number("keep", keep, RunError, at_least=1, at_most=starts, whole=True)
     if starts < 2 or (source is not None and len(source.latents) != 1):

@@ -28,7 +28,7 @@ from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
-from .utils.denoiser import check_no_lock_inside, method_of, on_clock, parameters_of
+from .utils.denoiser import accepts, check_no_lock_inside, method_of, on_clock, parameters_of
 from .utils.fields import check_number
 from .utils.modules import reachable_modules
 from .variance import Estimator
@@ -290,7 +290,7 @@ def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
     parameters = parameters_of(model)
     if name is None:
         name = "cond_scale" if "cond_scale" in parameters else None
-    elif parameters and name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    elif not accepts(model, name):
         raise RunError(
             f"scale_arg={name!r} is no argument of {type(model).__name__}, which takes {', '.join(parameters)}; "
             "expected the name of its guidance scale.\n"

@@ -162,7 +162,7 @@ def test_names_that_people_give_their_files(kvlock: Kvlock, edits: list[str]) ->
     assert "3 kept" in plain(kvlock(*words(table)).output)
     assert len(edits) == 3
     ended = kvlock(*words(write([row(clip=f"{os.sep}a\0b"), row()])))
-    assert "1 done, 0 kept, 1 failed" in plain(ended.output) or "2 rows" in plain(ended.output), ended.output
+    assert "1 done, 0 kept, 1 failed" in plain(ended.output), ended.output
 
 
 def test_bad_rows_are_reported_and_the_others_go_on(kvlock: Kvlock, edits: list[str]) -> None:

@@ -92,7 +92,7 @@ def test_a_region_that_is_cut_away_is_named(kvlock: Kvlock) -> None:
     result = kvlock(*edit_words("out.gif", mask="left.png"))
     assert result.exit_code == 2
     said = plain(result.output)
-    assert "'left.png' is white only beside the middle, to which it is cut as the clip is: nothing to edit" in said
+    assert "'left.png' is white only beside the middle, to which it is cut: nothing to edit" in said
 
 
 def test_an_empty_name_is_no_folder(kvlock: Kvlock) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ..kv_cache import KVCache
 from ..lock import KVLock
-from ..presets import load_preset
-from ..samplers import evaluated_sigmas
+from ..presets import Preset, load_preset
+from ..samplers import evaluated_sigmas, is_adaptive
 from ..types import KVLockError
 from .edit import start_noise
 from .models import VideoModel
@@ -61,7 +62,7 @@ def costs(
         steps: Its steps, >= 2.
         ways: Names of presets. One with a KV cache is also measured with the cache filled.
     """
-    if str(getattr(sampler, "__name__", sampler)).endswith("dpm_adaptive"):
+    if is_adaptive(sampler):
         raise KVLockError("dpm_adaptive chooses its steps as it goes; expected a sampler whose cost can be told.")
     video = video.given(clip, mask) if hasattr(video, "given") else video
     source, sigmas = video.encode(clip), video.sigmas(steps)
@@ -71,7 +72,7 @@ def costs(
     extra = {"cond": video.prompt([prompt]), "uncond": video.prompt([""]), "cond_scale": video.cfg_scale}
     region = video.lock_mask(mask) if hasattr(video, "lock_mask") else mask
 
-    def probe(way: str, kv_cache: KVCache | None) -> tuple[KVLock, list[float], int | None]:
+    def probe(way: str | Preset, kv_cache: KVCache | None = None) -> tuple[KVLock, list[float], int | None]:
         lock = KVLock(video.denoiser, source=source, mask=region, policy=way, kv_cache=kv_cache, noise="fixed")
         ends = [_now(source)]
         peak = source.device.type == "cuda"
@@ -83,22 +84,22 @@ def costs(
         spent = [b - a for a, b in pairwise(ends)]
         return lock, spent, torch.cuda.max_memory_allocated(source.device) if peak else None
 
-    probe("off", None)  # what happens once: kernels are chosen, memory is reserved
+    probe("off")  # what happens once: kernels are chosen, memory is reserved
     for way in ways:
-        settings, kv_cache = load_preset(way).kv_cache, None
-        if KVLock(video.denoiser, source=source, mask=region, policy=way).settings.kv_cache is not None:
-            kv_cache = KVCache(**{**(settings or {}), "budget": None})
-        lock, (first, second), peak = probe(way, kv_cache)
+        preset = load_preset(way)
+        if preset.kv_cache is not None:
+            preset = replace(preset, kv_cache={**preset.kv_cache, "budget": None})
+        lock, (first, second), peak = probe(preset)
         one, other = (step.nfe for step in lock.trace)
         stored, fresh = 0, 0
-        if kv_cache is not None and lock.settings.kv_cache is not None:
+        if lock.settings.kv_cache is not None:
             planned = lock.plan(sigmas, sampler)
             stored, fresh = planned.total, planned.levels
         rest = len(levels) - fresh
         passes, seconds = fresh * one + rest * other, fresh * first + rest * second
         yield Cost(way, passes, seconds, lock.trace.steps[-1].computed, peak, stored)
         if fresh:
-            lock, (_, second), peak = probe(way, kv_cache)
+            lock, (_, second), peak = probe(preset, lock.settings.kv_cache)
             nfe = len(levels) * lock.trace.steps[-1].nfe
             yield Cost(f"{way}, filled", nfe, len(levels) * second, lock.trace.steps[-1].computed, peak, stored)
 

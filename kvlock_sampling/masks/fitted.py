@@ -23,12 +23,9 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
     """Check a transition band: (width in tokens > 0, fraction of the lock in [0, 1]), or None."""
     if transition is None:
         return None
-    pair = tuple(transition) if isinstance(transition, list | tuple) else ()
-    if (
-        len(pair) != 2
-        or not all(isinstance(n, Real) for n in pair)
-        or not (0 < pair[0] < math.inf and 0 <= pair[1] <= 1)
-    ):
+    real = isinstance(transition, list | tuple) and all(isinstance(n, Real) for n in transition)
+    pair = tuple(transition) if real else ()
+    if len(pair) != 2 or not (0 < pair[0] < math.inf and 0 <= pair[1] <= 1):
         raise MaskError(
             f"transition={transition!r}; expected (width in tokens > 0, fraction of the lock in [0, 1]), e.g. (1, 0.5)."
         )

@@ -173,9 +173,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     if dark:
         warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
     if max(brightest) >= white > pages.max():
-        raise VideoError(
-            f"{str(path)!r} is white only beside the middle, to which it is cut as the clip is: nothing to edit."
-        )
+        raise VideoError(f"{str(path)!r} is white only beside the middle, to which it is cut: nothing to edit.")
     return torch.from_numpy(pages >= white).float().unsqueeze(0)
 
 

@@ -513,6 +513,29 @@ def test_blocks_that_were_compiled_before_are_found(setup):
     assert [layer.name for layer in kv.find_layers(setup.model).layers] == plain
 
 
+class Wrapped(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.inner = block
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@pytest.mark.parametrize("foreground", [None, False])
+def test_a_block_in_a_module_of_ones_own_is_locked(setup, foreground):
+    def edit():
+        lock = setup.lock(policy="full", foreground=foreground)
+        return lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), lock.trace.rows()
+
+    plain, rows = edit()
+    blocks = setup.model.inner_model.transformer.blocks
+    blocks[1] = Wrapped(blocks[1])
+    wrapped, wrapped_rows = edit()
+    assert torch.equal(plain, wrapped)
+    assert [r["route"] for r in rows] == [r["route"] for r in wrapped_rows]
+
+
 def test_a_restart_noises_as_the_model_does(setup):
     ts, given = setup.sigmas / (1 + setup.sigmas), {"extra_args": setup.cfg}
     options = {"source": setup.source, "mask": setup.mask, "policy": "sigmoid", "threshold": 1e-9}

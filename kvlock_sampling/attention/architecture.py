@@ -91,9 +91,12 @@ class Architecture:
         layers: list[AttentionLayer] = []
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
-            wanted, parts = pattern.pattern.split("."), {name: name.split(".") for name in names}
-            fits = (n for n in names if len(parts[n]) == len(wanted) and all(map(fnmatchcase, parts[n], wanted)))
-            found = list(fits)
+            wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
+            held = {n: (*path[: len(wanted) - 1],) for n, path in paths.items() if len(path) >= len(wanted)}
+            fits = [n for n, block in held.items() if all(map(fnmatchcase, (*block, paths[n][-1]), wanted))]
+            direct = {held[n] for n in fits if len(paths[n]) == len(wanted)}
+            # In a block that somebody put into a module of their own, the layer lies deeper.
+            found = [n for n in fits if len(paths[n]) == len(wanted) or (direct and held[n] not in direct)]
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
             layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]

@@ -19,13 +19,7 @@ _PIPELINES_OWN = {"sigmas", "scale_arg", "source_args", "branch"}
 
 class Session:
     """The lock of one pipeline, over one sampling run after another. Two experts share one state. `trace` is the latest
-    run's, and empty before the first.
-
-    Args:
-        options: As in `locked`.
-
-    Raises:
-        PipelineError: An option that the pipeline decides.
+    run's, and empty before the first. `options` as in `locked`; PipelineError for one that the pipeline decides.
     """
 
     def __init__(self, **options: Any) -> None:

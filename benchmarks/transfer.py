@@ -64,6 +64,8 @@ class Panel(Estimator):
     patch = property(lambda self: self.estimators[self.first].patch)
     default_threshold = property(lambda self: self.estimators[self.first].default_threshold)
     needs_source = property(lambda self: any(e.needs_source for e in self.estimators.values()))
+    needs_uncond = property(lambda self: any(e.needs_uncond for e in self.estimators.values()))
+    cost = property(lambda self: sum(e.cost for e in self.estimators.values()))
 
     def init(self) -> dict[str, Any]:
         return {name: e.init() for name, e in self.estimators.items()}

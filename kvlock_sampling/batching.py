@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .types import RunError
+from .types import EstimatorError, RunError
 
 _APART: Any = object()
 """A leaf of several branches that rows cannot express."""
@@ -71,6 +71,15 @@ def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
                 f"{name} in {owner} has {rows} rows for {batch} clip(s) in x; expected one, or one for each clip: "
                 f"{name}={name}[:{batch}], or as many rows of x."
             )
+
+
+def check_points(points: Tensor, x: Tensor) -> None:
+    """Raise EstimatorError unless an estimator's points to probe are whole batches of x."""
+    if points.shape[1:] != x.shape[1:] or len(points) % len(x) or not len(points):
+        raise EstimatorError(
+            f"an estimator probed {tuple(points.shape)} for latents of shape {tuple(x.shape)}; expected rows in a "
+            "multiple of the batch: x.repeat(k, 1, 1, 1, 1)."
+        )
 
 
 def split_rows(out: Any, like: Tensor, branches: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .attention import CallRecord, FusionContext
 from .attention.record import KeyValue
-from .batching import join_calls, split_rows
+from .batching import check_points, join_calls, split_rows
 from .guidance import composite, guide, guide_rescaled
 from .masks.tokens import on_latents
 from .route import Locked, Route, choose_route, lock_step
@@ -30,16 +30,9 @@ T = TypeVar("T")
 
 
 class Branches:
-    """What both kinds share.
-
-    Attributes:
-        x: The sampler's input.
-        uncond: Unconditional x0-hat; None before it was evaluated.
-        source: The source's x0-hat; None if it was not evaluated.
-        locked: What this evaluation takes of the source; None if it locks nothing.
-        route: How the source's K/V reach the edit.
-        nfe: Model passes per clip so far.
-        fused_layers: The largest number of layers that were fused in a call.
+    """What both kinds share: x, the x0-hats of uncond and source once they are evaluated, what this evaluation takes of
+    the source (None if it locks nothing) and by which route, the model passes per clip so far, and the largest number
+    of layers that were fused in a call.
     """
 
     _probed: Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -57,6 +50,7 @@ class Branches:
         self._own_levels = to_sigma(settings.model, step.model_sigma) != step.model_sigma
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
+        self._noise = run.noise
         self.locked = locked = lock_step(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
         if settings.needs_source and settings.source is not None and run.noise is not None and step.sigma > 0:
@@ -93,6 +87,7 @@ class Branches:
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
         """The conditional x0-hat at points in variance-exploding form, any multiple of the batch, under the lock."""
+        check_points(x, self.x)
         level = self.step.sigma_arg  # the very same tensor, so that the source's K/V serve again
         if sigma != self.step.sigma:
             if self._own_levels:
@@ -149,11 +144,13 @@ class Branches:
     def _captured(self, locked: Locked, sigma: Tensor) -> CallRecord:
         """The record of the source in a pass of its own."""
         context, (model, arguments) = locked.context.fresh("capture"), self._source_call(erased=True)
-        rows = None if self.settings.scale_arg else len(locked.x)
-        out = self._call(context, lambda: model(locked.x, sigma, **arguments), None, rows)
+        rows, x, here = None if self.settings.scale_arg else len(locked.x), locked.x, sigma is self.step.sigma_arg
+        if not here and self.settings.source is not None and self._noise is not None:
+            x = self.settings.source.at(self.x, float(sigma.max()), self._noise)
+        out = self._call(context, lambda: model(x, sigma, **arguments), None, rows)
         self.nfe += self._passes(arguments)
-        if sigma is self.step.sigma_arg and not self.settings.erase:
-            self.source = split_rows(out, locked.x, 1)[0]
+        if here and not self.settings.erase:
+            self.source = split_rows(out, x, 1)[0]
         return context.record
 
     def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind, rows: int | None = None) -> T:
@@ -195,7 +192,9 @@ class OwnBranches(Branches):
 
     def conditional(self) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        if self._uncond_args is not None and self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0):
+        wanted = self.settings.measures and self.settings.estimator.needs_uncond and self.step.sigma > 0
+        guided = self._uncond_args is not None and self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0)
+        if self._uncond_args is not None and (wanted or guided):
             branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
             self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
             return cond

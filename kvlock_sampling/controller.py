@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .policy.base import check_control
@@ -12,17 +13,9 @@ from .variance.thresholds import threshold_at
 
 
 class State(NamedTuple):
-    """What one evaluation leaves for the next.
-
-    Attributes:
-        estimator: The estimator's state.
-        policy: The policy's state.
-        measured: Whether anything was measured so far.
-        lock: The lock for the next evaluation, in [0, 1].
-        cfg_scale: The last scheduled guidance scale; None if the policy left guidance alone.
-        composite: The last scheduled weight of the source in the background; None if the policy left it alone.
-        expert: Which network evaluated, for a denoiser of several.
-        variance: What this evaluation measured; None if it did not.
+    """What one evaluation leaves for the next: the states of estimator and policy, and whether anything was measured so
+    far; the lock for the next evaluation, in [0, 1], and the last scheduled guidance scale and weight of the source in
+    the background, None where the policy left them alone; which of several networks evaluated; and what was measured.
     """
 
     estimator: Any
@@ -38,7 +31,8 @@ class State(NamedTuple):
 def start(settings: LockSettings, observation: Observation, expert: Any = None) -> State:
     """The state of a new run, before anything was measured."""
     control = _checked(settings, settings.policy.start(observation), observation, "start")
-    return State(settings.estimator.init(), settings.policy.init(), False, *_completed(settings, control, 0.0), expert)
+    decided = _completed(settings, control, 0.0, observation)
+    return State(settings.estimator.init(), settings.policy.init(), False, *decided, expert)
 
 
 def decide(
@@ -72,18 +66,19 @@ def decide(
                 "  Return state, Control(lock=...); without memory use @stateless."
             )
         policy_state, answer = result
-    control = _completed(settings, _checked(settings, answer, observation, method), state.lock)
+    control = _completed(settings, _checked(settings, answer, observation, method), state.lock, observation)
     measured = state.measured or variance is not None
     return State(inner, policy_state, measured, *control, state.expert, variance), observation
 
 
-def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[Scalar, Scalar | None, Scalar | None]:
+def _completed(settings: LockSettings, control: Control, lock: Scalar, seen: Observation) -> tuple[Scalar, Any, Any]:
     """Lock, cfg_scale and composite, with the lock in force where the policy left it alone, and a scheduled guidance
-    not below its floor: under 1 guidance turns towards the unconditional prediction.
+    not below its floor, unless less is requested: under 1 guidance turns towards the unconditional prediction.
     """
-    scale, floor = control.cfg_scale, settings.cfg_floor
-    if scale is not None:
-        scale = scale.clamp_min(floor) if isinstance(scale, Tensor) else max(float(scale), floor)
+    scale = control.cfg_scale
+    if isinstance(scale, Tensor) or (scale is not None and scale < settings.cfg_floor):
+        floor = seen.requested_cfg_scale.clamp(max=settings.cfg_floor)
+        scale = torch.maximum(scale.to(floor) if isinstance(scale, Tensor) else torch.full_like(floor, scale), floor)
     return (lock if control.lock is None else control.lock), scale, control.composite
 
 

@@ -107,7 +107,10 @@ class Preconditioned(DenoiserWrapper):
             raise DenoiserError(f"sigma has shape {tuple(sigma.shape)}; expected () or (batch,) = ({len(x)},)")
         sigma = sigma.expand(len(x))
         c_skip, c_out, c_in = (per_row(c, x) for c in self.scalings(sigma))
-        dtype = self.model_dtype or _parameter_dtype(self.inner_model) or x.dtype
+        parameters = self.inner_model.parameters() if isinstance(self.inner_model, nn.Module) else ()
+        # One-byte (quantised) weights compute in another dtype.
+        own = (p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1)
+        dtype = self.model_dtype or next(own, x.dtype)
         z, time = (x * c_in).to(dtype), self.time(sigma).to(torch.promote_types(dtype, torch.float32))
         model, call = self.inner_model, self.call
         prediction = model(z, time, **extra_args) if call is None else call(model, z, time, **extra_args)
@@ -248,9 +251,3 @@ class CFGDenoiser(DenoiserWrapper):
         both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined)
         d_uncond, d_cond = both.chunk(2)
         return guide(d_uncond, d_cond, cond_scale.to(x.device) if isinstance(cond_scale, Tensor) else cond_scale)
-
-
-def _parameter_dtype(model: Any) -> torch.dtype | None:
-    """Dtype of the first floating parameter, without one-byte (quantised) weights: they compute in another dtype."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1), None)

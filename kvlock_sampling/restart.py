@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .batching import take
 from .lock import KVLock
-from .samplers import gaussian_noise
+from .samplers import gaussian_noise, get
 from .schedules import check_sigmas
 from .source import variance_exploding
 from .trace import Trace
@@ -94,7 +94,9 @@ def restart(
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)
-    if isinstance(sampler, str) or "noise_sampler" in parameters_of(sampler):  # another draws no noise that has a seed
+    if "noise_sampler" in parameters_of(
+        get(sampler) if isinstance(sampler, str) else sampler
+    ):  # else no noise is drawn
         arguments["seed"] = seeds
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
     out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention import AttentionLayers, FusionContext, Hooks, fusion_ratio
+from .attention.hooks import patched
 from .kv_cache import CacheEntry
 from .run import Run, Step
 from .settings import LockSettings
@@ -42,24 +43,18 @@ def choose_route(*, locked: bool, narrow: bool, cached: bool, one_call: bool, in
         return Route.UNLOCKED
     if cached:
         return Route.CACHED
-    if not one_call:
+    if not one_call or probes:
         return Route.SOURCE_PASS
     if not narrow:
         return Route.LOCKSTEP
-    return Route.INTERLEAVED if interleaves and not probes else Route.SOURCE_PASS
+    return Route.INTERLEAVED if interleaves else Route.SOURCE_PASS
 
 
 @dataclass(frozen=True)
 class Locked:
-    """What one evaluation takes of the source.
-
-    Attributes:
-        hooks: They make the locked calls; `hooks.layers` are the attention layers.
-        context: What the layers fuse; each call has its own copy.
-        x: The source at this noise level.
-        clean: The clean source.
-        left_out: The latents that are not computed, bool; None if all are.
-        entry: Opens the K/V cache's entry for the arguments of the source's pass; None without a cache.
+    """What one evaluation takes of the source: the hooks that make locked calls; what the layers fuse, of which
+    each call has its own copy; the source at this noise level, and clean; the latents that are not computed (None if
+    all are); and what opens the KV cache's entry for the arguments of the source's pass (None without a cache).
     """
 
     hooks: Hooks
@@ -71,10 +66,12 @@ class Locked:
 
 
 def _watched(layers: AttentionLayers) -> bool:
-    """Whether hooks that are not torch's own, as FSDP's, see the blocks' tokens, of which some would be missing."""
-    parts = (module for blocks in layers.blocks for block in blocks for module in block.modules())
+    """Whether a user's hooks (not torch's own, as FSDP's), or functions in the place of a forward, see the tokens."""
+    parts = [module for blocks in layers.blocks for block in blocks for module in block.modules()]
     hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
-    return any(not str(getattr(hook, "__module__", "")).startswith(("torch.", __package__)) for hook in hooks)
+    return any(map(patched, parts)) or any(
+        not str(getattr(hook, "__module__", "")).startswith(("torch.", __package__)) for hook in hooks
+    )
 
 
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:

@@ -61,19 +61,10 @@ class Timeline(Generic[T]):
 
 @dataclass(frozen=True)
 class Step:
-    """What is known at the start of one evaluation.
-
-    Attributes:
-        x: The sampler's input, (batch, ...).
-        sigma_arg: The noise level as the sampler passed it, (batch,) or ().
-        model_sigma: The noise level in the model's own form.
-        sigma: The noise level on the clock, in variance-exploding form; 0 means that x is clean.
-        extra_args: The sampler's extra_args.
-        requested: The guidance scale that the caller requested.
-        state: What the evaluation before this one left.
-        composite: The weight of the source in the background until this evaluation decides.
-        observation: What a policy sees before the measurement, with the lock that acts now.
-        reads: Ranges of tensors on the host.
+    """What is known at the start of one evaluation: the sampler's input and extra_args; the noise level as the sampler
+    passed it, in the model's own form, and on the clock, where 0 means that x is clean; the guidance scale that the
+    caller requested; what the evaluation before left; the weight of the source in the background until this one
+    decides; what a policy sees before the measurement, with the lock that acts now; and ranges of tensors on the host.
     """
 
     x: Tensor

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -190,14 +191,23 @@ def _announcing(name: str, original: Sampler) -> Sampler:
     @functools.wraps(original)
     def sampler(*args: Any, **kwargs: Any) -> Tensor:
         try:
-            given = signature.bind_partial(*args, **kwargs).arguments
-        except TypeError:  # The original raises a better error for wrong arguments.
-            given = {}
-        _announce(given.get("model"), given.get("sigmas"))
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:  # The original raises a better error.
+            return original(*args, **kwargs)
+        bound.apply_defaults()
+        _announce(bound.arguments["model"], _begun(**bound.arguments))
         return original(*args, **kwargs)
 
     sampler.__module__, sampler.__qualname__ = __name__, name  # so that pickle finds it
     return sampler
+
+
+def _begun(*, sigmas: Any = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, **_: Any) -> Any:
+    """The levels at which the steps begin: churn adds noise first, as in k-diffusion's samplers."""
+    if not s_churn or not isinstance(sigmas, Tensor):
+        return sigmas
+    churned = sigmas * (1 + min(s_churn / (len(sigmas) - 1), 2**0.5 - 1))
+    return torch.where((sigmas >= s_tmin) & (sigmas <= s_tmax), churned, sigmas)
 
 
 def _announce(model: Any, sigmas: Tensor | None) -> None:

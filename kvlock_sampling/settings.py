@@ -122,7 +122,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     composite = _composite(given["composite"], locks, clip)
     transition = as_transition(given["transition"])
     chosen, patch = None, measure.patch
-    if clip is not None and fitted is not None and (locks or reach < math.inf):  # both are in the layers' tokens
+    # All of these are in the layers' tokens.
+    if clip is not None and fitted is not None and (locks or reach < math.inf or measure.patch == "model"):
         found = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         measure, patch = measure.on_tokens(found.patch), found.patch
         fitted.kept(0.0, clip.latents, patch)  # a reach needs a grid of tokens
@@ -166,9 +167,10 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
 def _preset(policy: Any, *, locks: bool) -> Preset:
     if not isinstance(policy, (str, os.PathLike)):
         return policy if isinstance(policy, Preset) else Preset(policy)
-    if policy == "default" and not locks:  # without a source the default measures, and changes nothing
-        return Preset(Sigmoid(lock_range=(0.0, 0.0)))
-    return load_preset(policy)
+    preset = load_preset(policy)
+    if policy == "default" and not locks and preset.estimator is not None and preset.estimator.needs_source:
+        return Preset(Sigmoid(lock_range=(0.0, 0.0)))  # without a source the default measures, and changes nothing
+    return preset
 
 
 def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Estimator, Any, float]:
@@ -179,7 +181,8 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
     usual = DEFAULT_THRESHOLD if measure == DEFAULT_ESTIMATOR else measure.default_threshold
-    limit = _first(given["threshold"], preset.threshold, usual)
+    kept = preset.threshold if estimator in (None, preset.estimator or DEFAULT_ESTIMATOR) else None
+    limit = _first(given["threshold"], kept, usual)  # a preset's threshold belongs to its own estimator
     if not callable(limit):
         limit = check_number("threshold", limit, EstimatorError, " Or a function of sigma.", above=0.0)
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
@@ -262,7 +265,8 @@ def _foreground(
     elif rescale:
         why = "rescaled guidance measures the whole prediction"
     elif not layers.narrows:
-        why = f"architecture {layers.architecture!r} declares no token flow, or not every layer is locked"
+        flow = f"architecture {layers.architecture!r} declares no token flow, or a block is wrapped"
+        why = "not every layer is locked" if layers.flow is not None else flow
     elif is_cut(layers.networks):
         why = "context parallelism leaves each process some of the tokens"
     if asked and why:

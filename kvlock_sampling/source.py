@@ -35,17 +35,10 @@ def check_noise(word: Any) -> None:
 
 
 class Source:
-    """Clean source latents, their fixed noise if there is one, and the rule that noises them.
+    """Clean source latents (batch or 1, ...), fixed noise for them ("fixed": of seed 0, None: left to the run), and
+    the rule `add_noise(x0, noise, sigma)`; default: variance exploding. Raises SourceError for a wrong kind or shape.
 
     Latents and noise are copied: cached K/V, and latents placed on another device, would not follow a change in place.
-
-    Args:
-        latents: (batch or 1, ...), floating and finite.
-        noise: Like the latents; "fixed" draws it from seed 0; None leaves it to the run.
-        add_noise: `add_noise(x0, noise, sigma)`; default: variance exploding.
-
-    Raises:
-        SourceError: Latents or noise of a wrong kind or shape.
     """
 
     def __init__(

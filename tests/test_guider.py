@@ -187,6 +187,44 @@ def test_hunyuan_video_15_takes_the_guider() -> None:
         sample(guider.edit(source_embeds={"text": other["encoder_hidden_states"]}))
 
 
+def test_a_network_that_casts_no_times_gets_the_pipelines_dtype() -> None:
+    pipe = tiny_pipeline("hunyuan-1.5")
+    pipe.transformer.to(torch.bfloat16)
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3, "output_type": "latent"}
+    shape = pipe(prompt="a", **size).frames.shape
+    source, mask = noise(1, tuple(shape)), torch.zeros(1, 1, *shape[2:])
+    mask[..., :2] = 1
+    pipe.register_modules(guider=KVLockGuider(4.0, policy="full", source=source, mask=mask, scheduler=pipe.scheduler))
+    got = pipe(prompt="a", **size).frames
+    assert far_apart(got * (1 - mask), source * (1 - mask)) < 0.05
+
+
+def test_packed_latents_are_the_pipelines_own() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXBlocks
+
+    parts, blocks = tiny_pipeline("ltx"), LTXBlocks()
+    blocks.sub_blocks.pop("decode")
+    pipe = blocks.init_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    names = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+    pipe.update_components(**{name: getattr(parts, name) for name in names})
+    size = {"height": 128, "width": 128, "num_frames": 17, "num_inference_steps": 4}
+
+    def sample(guider: Any) -> Tensor:
+        pipe.update_components(guider=guider)
+        texts = {"prompt": "a", "negative_prompt": "", "output": "latents"}
+        return pipe(**texts, **size, generator=torch.Generator().manual_seed(0))
+
+    free = sample(ClassifierFreeGuidance(3.0))
+    assert torch.equal(sample(KVLockGuider(3.0, policy=kv.Constant(lock=0.0), scheduler=pipe.scheduler)), free)
+    source, mask = noise(1, (1, 48, 8)), torch.zeros(1, 48, 1)
+    mask[:, :20] = 1
+    got = sample(KVLockGuider(3.0, policy="full", scheduler=pipe.scheduler, source=source, mask=mask))
+    assert free.shape == (1, 8, 3, 4, 4)
+    assert far_apart(got.flatten(2).mT[:, 20:], source[:, 20:]) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

@@ -32,7 +32,7 @@ from toy_pipelines import tiny_pipeline
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
 from kvlock_sampling.policy import Clamped
-from kvlock_sampling.types import RunError, SourceError
+from kvlock_sampling.types import MaskError, PipelineError, RunError, SourceError
 from kvlock_sampling.utils.host import HostReads
 
 
@@ -488,3 +488,63 @@ def test_the_last_prediction_is_checked_where_reading_it_waits_for_a_device(loop
     with pytest.raises(Exception, match=r"prediction at sigma=.* holds NaN"):
         sampled()
     assert left == [0]
+
+
+def test_a_transformer_that_is_replaced_in_the_block_is_locked() -> None:
+    pipe, edit = classic(), {**EDIT, "policy": "full"}
+    with locked(pipe, **edit):
+        wanted = run(pipe)
+    with locked(pipe, **edit) as session:
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+        assert far_apart(run(pipe), wanted) < 1e-5
+    assert len(session.trace) == 5
+
+
+def test_a_callback_does_not_change_the_guidance(pipe: Any) -> None:
+    def callback(pipe: Any, step: int, time: Any, given: Any) -> Any:
+        pipe._guidance_scale = 2.0
+        return given
+
+    with locked(pipe, **EDIT, policy="full") as session:
+        wanted = run(pipe)
+        assert torch.equal(run(pipe, callback_on_step_end=callback), wanted)
+    assert [float(step.cfg_scale) for step in session.trace] == [4.0] * 5
+
+
+def test_off_with_a_second_experts_scale_of_one_is_the_pipeline_to_the_last_rounding() -> None:
+    pipe = classic("wan-2.2")
+    plain = run(pipe, guidance_scale_2=1.0)
+    with locked(pipe, policy="off"):
+        assert far_apart(run(pipe, guidance_scale_2=1.0), plain) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["DEISMultistepScheduler", "SASolverScheduler"])
+def test_schedulers_that_miss_the_clip_are_refused(kind: str) -> None:
+    import diffusers
+
+    pipe = classic(times=None)
+    pipe.scheduler = getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with locked(pipe, **EDIT, policy="full"), pytest.raises(PipelineError, match="UniPCMultistepScheduler"):
+        run(pipe)
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        ({"mask": MASK.new_zeros(17, 64, 64)}, MaskError, "17 frames; expected 9"),
+        ({"mask": MASK.new_zeros(64, 64, 3)}, MaskError, "masks.from_diffusers"),
+        ({"source": SOURCE[0]}, SourceError, r"\(16, 3, 8, 8\); expected latents \(batch or 1,"),
+    ],
+    ids=["length", "picture", "axes"],
+)
+def test_shapes_that_do_not_fit_the_pipeline_are_told(pipe: Any, edit: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message), locked(pipe, **{**EDIT, **edit}, policy="full"):
+        pass
+
+
+def test_a_clip_is_encoded_by_an_offloaded_vae() -> None:
+    from accelerate.hooks import CpuOffload, add_hook_to_module
+
+    vae = classic().vae
+    add_hook_to_module(vae, CpuOffload(execution_device="meta"))  # in the place of a GPU
+    assert encode_clip(vae, torch.zeros(3, 9, 64, 64)).device.type == "meta"

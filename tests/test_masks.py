@@ -350,3 +350,11 @@ def test_a_mask_of_bytes_for_packed_latents_is_no_weight_of_255():
     like = torch.zeros(1, 4, 8)
     assert FittedMask(mask).latent(like).flatten().tolist() == [0, 0, 1, 0]
     assert FittedMask(mask).tokens(like, (1, 1, 1)).flatten().tolist() == [False, False, True, False]
+
+
+def test_a_palette_of_a_picture_is_its_brightness():
+    page = np.zeros((8, 8), np.uint8)
+    page[2:5, 3:6] = 255
+    picture = Image.fromarray(page).quantize(2)
+    assert picture.mode == "P"
+    assert torch.equal(masks.as_mask(picture), masks.as_mask(page))

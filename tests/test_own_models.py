@@ -522,18 +522,53 @@ class Wrapped(nn.Module):
         return self.inner(*args, **kwargs)
 
 
-@pytest.mark.parametrize("foreground", [None, False])
-def test_a_block_in_a_module_of_ones_own_is_locked(setup, foreground):
-    def edit():
-        lock = setup.lock(policy="full", foreground=foreground)
-        return lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), lock.trace.rows()
+@pytest.mark.parametrize("wrapped", [(1,), (0, 1)], ids=["one", "all"])
+def test_blocks_in_modules_of_ones_own_are_locked(setup, wrapped):
+    def edit(**options):
+        lock = setup.lock(policy="full", **options)
+        return lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), lock.trace
 
-    plain, rows = edit()
+    plain, trace = edit(foreground=False)
     blocks = setup.model.inner_model.transformer.blocks
-    blocks[1] = Wrapped(blocks[1])
-    wrapped, wrapped_rows = edit()
-    assert torch.equal(plain, wrapped)
-    assert [r["route"] for r in rows] == [r["route"] for r in wrapped_rows]
+    for index in wrapped:
+        blocks[index] = Wrapped(blocks[index])
+    out, its_trace = edit()
+    assert torch.equal(plain, out)
+    assert [step.fused_layers for step in trace] == [step.fused_layers for step in its_trace]
+
+
+class Rolling(Wrapped):
+    """Mixes tokens once more."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.inner(hidden_states, *args, **kwargs) + 0.3 * hidden_states.roll(1, 1)
+
+
+def rolling_forward(block):
+    inner = block.forward
+    block.forward = lambda hidden, *args, **kwargs: inner(hidden, *args, **kwargs) + 0.3 * hidden.roll(1, 1)
+
+
+def other_signature(block):
+    class Block(type(block)):
+        def forward(self, x, *rest, **named):
+            return super().forward(x, *rest, **named)
+
+    block.__class__ = Block
+
+
+@pytest.mark.parametrize("change", [Rolling, rolling_forward, other_signature])
+def test_a_block_that_may_mix_tokens_gets_all_of_them(setup, change):
+    blocks = setup.model.inner_model.transformer.blocks
+    changed = change(blocks[1])
+    if changed is not None:
+        blocks[1] = changed
+    default, dense, apart = (
+        setup.lock(policy="full", **options).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        for options in ({}, {"foreground": False}, {"batched": False})
+    )
+    torch.testing.assert_close(default, dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(apart, dense, atol=1e-5, rtol=1e-5)
 
 
 def test_a_restart_noises_as_the_model_does(setup):

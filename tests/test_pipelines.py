@@ -206,8 +206,9 @@ def test_another_image_is_another_condition():
     conditions = [m.prompt("x")["frame"] for m in (own, given, other)]
     assert torch.equal(conditions[0], conditions[1])
     assert not torch.equal(conditions[0], conditions[2])
-    with pytest.raises(PipelineError, match=r"expected \(3, height, width\)"):
-        model("wan-image", image=torch.zeros(3, 8, 8))
+    for wrong in (torch.zeros(3, 8, 8), "a picture"):
+        with pytest.raises(PipelineError, match=r"expected \(3, height, width\)"):
+            model("wan-image", image=wrong)
 
 
 def test_vace_sees_the_clip_outside_the_mask_and_grey_inside():

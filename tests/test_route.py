@@ -17,10 +17,10 @@ TABLE = [
     ((False, None, None, None, None, None), Route.UNLOCKED),
     ((True, None, True, None, None, None), Route.CACHED),
     ((True, None, False, False, None, None), Route.SOURCE_PASS),
-    ((True, False, False, True, None, None), Route.LOCKSTEP),
+    ((True, False, False, True, None, False), Route.LOCKSTEP),
     ((True, True, False, True, True, False), Route.INTERLEAVED),
-    ((True, True, False, True, False, None), Route.SOURCE_PASS),
-    ((True, True, False, True, True, True), Route.SOURCE_PASS),
+    ((True, True, False, True, False, False), Route.SOURCE_PASS),
+    ((True, None, False, True, None, True), Route.SOURCE_PASS),
 ]
 
 

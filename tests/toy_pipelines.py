@@ -35,7 +35,9 @@ def wan_parts() -> dict[str, Any]:
 def wan_transformer(kind: str = "WanTransformer3DModel", **more: Any) -> Any:
     import diffusers
 
-    return getattr(diffusers, kind).from_config({**pipelines.tiny_pipeline().transformer.config, **more})
+    config = dict(pipelines.tiny_pipeline().transformer.config)
+    del config["_use_default_values"]  # of which diffusers would take no others
+    return getattr(diffusers, kind).from_config({**config, **more})
 
 
 def wan(**more: Any) -> Any:
@@ -60,7 +62,7 @@ def wan_image() -> Any:
     size = {"height": 28, "width": 28}
     return WanImageToVideoPipeline(
         **wan_parts(),
-        transformer=wan_transformer(in_channels=36, image_dim=16),
+        transformer=wan_transformer(in_channels=36, image_dim=16, added_kv_proj_dim=24),
         image_encoder=CLIPVisionModel(vision),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
     )

@@ -1,5 +1,6 @@
 """Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ def calibrate(
     model: VideoModel,
     examples: Sequence[Example],
     *,
-    policy: str | Policy | Preset = "sigmoid",
+    policy: str | os.PathLike[str] | Policy | Preset = "sigmoid",
     quantile: float = 0.95,
     bands: int = 12,
     steps: int = 30,
@@ -77,7 +78,7 @@ def calibrate(
     """
     if not examples:
         raise SourceError(_NONE)
-    preset = load_preset(policy) if isinstance(policy, str) else policy
+    preset = load_preset(policy) if isinstance(policy, str | os.PathLike) else policy
     preset = preset if isinstance(preset, Preset) else Preset(preset)
     if not preset.policy.uses_risk:
         raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="sigmoid".')

@@ -3,6 +3,7 @@
 Pass `layers=architecture.find(network)`, or call `register(architecture)` once; `testing.check_layers` tests one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from torch import nn
 from ..masks.tokens import Grid
 from ..types import AttentionError
 from ..utils.fields import as_patch
+from .foreground import signature_of
 from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
@@ -38,6 +40,10 @@ class LayerPattern:
     pattern: str
     text: Text | None = None
     optional: bool = False
+
+
+DOUBLE_AND_SINGLE = ("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True))
+"""The layers of networks built like FLUX."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +95,29 @@ class Architecture:
         """The layers of `module`, one network of this family. Raises AttentionError if a pattern names no module."""
         names = {n.replace("._orig_mod", ""): part for n, part in module.named_modules()}  # of compiled blocks
         layers: list[AttentionLayer] = []
+        wrapped = False
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
             wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
             held = {n: (*path[: len(wanted) - 1],) for n, path in paths.items() if len(path) >= len(wanted)}
             fits = [n for n, block in held.items() if all(map(fnmatchcase, (*block, paths[n][-1]), wanted))]
-            direct = {held[n] for n in fits if len(paths[n]) == len(wanted)}
             # In a block that somebody put into a module of their own, the layer lies deeper.
-            found = [n for n in fits if len(paths[n]) == len(wanted) or (direct and held[n] not in direct)]
+            count = Counter(held[n] for n in fits)
+            found = [n for n in fits if len(paths[n]) == len(wanted) or count[held[n]] == 1]
+            wrapped |= any(len(paths[n]) > len(wanted) for n in found)
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
             layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]
         if not layers:
             raise AttentionError(self._nothing(module, pattern, names))
         holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
+        blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)
         joint = any(layer.text != "none" for layer in layers)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
-        if flow is not None:  # answered for this network, because functions of it cannot be pickled
+        # Code around a block, or in the place of one, may need all tokens.
+        if flow is None or wrapped or any(flow.tokens[0] not in signature_of(block).parameters for block in blocks):
+            flow = None
+        else:  # answered for this network, because functions of it cannot be pickled
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
             flow = replace(flow, supported=None, interleaves=interleaves)
         return AttentionLayers(
@@ -115,7 +127,7 @@ class Architecture:
             networks=(module,),
             text_arguments=self.text_arguments if joint else (),
             rows_apart=self.rows_apart,
-            blocks=(tuple(dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)),),
+            blocks=(tuple(blocks),),
             flow=flow,
         )
 

@@ -182,4 +182,14 @@ def _has_hooks(module: nn.Module) -> bool:
     own = vars(module)
     # The registry of diffusers stays when its hooks are removed.
     registered = getattr(own["_diffusers_hook"], "hooks", True) if "_diffusers_hook" in own else ()
-    return bool(module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered or patched(module)
+    )
+
+
+def patched(module: nn.Module) -> bool:
+    """Whether somebody's own function stands in the place of the module's forward."""
+    own = vars(module)
+    # Accelerate and diffusers put the class's forward back on the instance.
+    plain = "forward" not in own or getattr(own["forward"], "__func__", None) is type(module).forward
+    return not (plain or own.keys() & {"_hf_hook", "_diffusers_hook"})

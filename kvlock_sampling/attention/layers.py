@@ -134,20 +134,19 @@ class AttentionLayers:
         return len(self.layers) // max(1, len(self.networks))
 
     def select(self, chosen: Iterable[int] | slice | None) -> "AttentionLayers":
-        """Keep some layers only; of a model with several experts, the same layers of each.
-
-        Args:
-            chosen: Indices (negative ones count from the end) or a slice. None keeps all.
-
-        Raises:
-            AttentionError: An index is out of range, no layer is left, or these are the calls of a watched module.
+        """Keep layers by indices (negative: from the end) or a slice, the same of each expert; None keeps all.
+        Raises AttentionError for an index out of range, if no layer is left, or for a watched module.
         """
         if chosen is None:
             return self
         if self.watch is not None:
             raise AttentionError("layers of a watched module are its calls; choose by kv.sdpa_layers(..., calls=[0]).")
         count = self.per_network
-        indices = range(count)[chosen] if isinstance(chosen, slice) else _indices(chosen)
+        indices = list(
+            range(count)[chosen] if isinstance(chosen, slice) else chosen if isinstance(chosen, Iterable) else [chosen]
+        )
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
+            raise AttentionError(f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), or None.")
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
             raise AttentionError(
@@ -198,13 +197,6 @@ class AttentionLayers:
             f"after them{chosen}; other calls (query x key): {seen}.\n"
             "  Set start=, trailing= (the numbers of tokens before and after the video's) or patch= of sdpa_layers."
         )
-
-
-def _indices(chosen: Any) -> list[int]:
-    indices = list(chosen) if isinstance(chosen, Iterable) else [chosen]
-    if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
-        raise AttentionError(f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), or None.")
-    return indices
 
 
 def sdpa_layers(

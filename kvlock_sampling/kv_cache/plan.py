@@ -17,13 +17,8 @@ from .quantize import packed_bytes
 
 
 class Plan(NamedTuple):
-    """What one run will store in its KV cache. Print it.
-
-    Attributes:
-        levels: Noise levels that the run stores.
-        per_level: Bytes of one level.
-        budget: Bytes that may be held in memory; None is no limit.
-        directory: Whether levels are written to disk as well.
+    """What one run will store in its KV cache: how many noise levels, of how many bytes each; the bytes that may be
+    held in memory (None is no limit), and whether levels are written to disk as well. Print it.
     """
 
     levels: int

@@ -12,15 +12,9 @@ from ..utils.precision import working
 
 
 def fill(values: Tensor, mask: Tensor) -> Tensor:
-    """Replace the masked part of each frame by a smooth continuation of its surroundings.
-
-    Args:
-        values: Latents (batch, channels, time, height, width) or (batch, channels, height, width); packed latents
-            (batch, tokens, channels) have no neighbours and take the mean of their known tokens.
-        mask: In [0, 1], broadcastable to `values`, 1 = replace. A frame without known values takes the clip's mean.
-
-    Returns:
-        Like `values`, and equal to it bit for bit where the mask is 0.
+    """Replace the part of latents where a broadcastable mask is 1 by a smooth continuation of its frame's surroundings;
+    where it is 0 they stay bit for bit. A frame without known values takes the clip's mean, and packed latents (batch,
+    tokens, channels), which have no neighbours, that of their known tokens.
     """
     space = (1,) if values.ndim == 3 else tuple(range(2, values.ndim))
     known = torch.broadcast_to(1 - working(mask).to(values.device), values.shape)

@@ -136,6 +136,8 @@ def as_tensor(mask: Any) -> Tensor:
             f"mask is the path {name!r}; expected its values, 1 = edit. Read it:\n"
             f"  mask = kvlock_sampling.video.read_mask({name!r}, frames=..., size=(height, width))"
         )
+    if getattr(mask, "mode", None) == "P":  # a PIL image of indices, which say nothing about brightness
+        mask = mask.convert("L")
     try:
         # Torch takes no array that is read-only (from PIL) or has negative strides (flipped), so these are copied.
         return torch.from_numpy(np.require(mask, requirements=["C", "W"]))

@@ -153,7 +153,7 @@ def as_policy(value: Any) -> Policy:
         return Stateless(value)
     raise PolicyError(
         f"policy={value!r} is of type {type(value).__name__}; expected a Policy or a function of the observation, e.g. "
-        'PID(target=1.0), load_policy("paper"), preset.policy or a function under @stateless.'
+        'PID(target=1.0), Constant(lock=0.5), load_policy("paper"), preset.policy or a function under @stateless.'
     )
 
 
@@ -184,7 +184,9 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
                     "combine obs.risk elementwise."
                 )
         elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float.")
+            raise PolicyError(
+                f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float: float({field})."
+            )
         if value is None or (isinstance(value, Tensor) and not HostReads.free(value)):
             continue
         low, high = HostReads().range(value)

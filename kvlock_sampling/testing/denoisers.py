@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batching import per_row
+from ..types import KVLockError
+from ..utils.precision import working
 
 
 class GaussianDenoiser(nn.Module):
@@ -28,13 +30,16 @@ class GaussianDenoiser(nn.Module):
 
     def __init__(self, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.get_default_dtype()))
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.get_default_dtype()))
+        self.register_buffer("mean", torch.as_tensor(mean) * 1.0)
+        self.register_buffer("std", torch.as_tensor(std) * 1.0)
+        if not (self.std > 0).all():
+            raise KVLockError(f"GaussianDenoiser(std={std}); expected > 0.")
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
-        noise = per_row(torch.as_tensor(sigma).to(x), x).square()
-        signal = self.std.to(x).square()
-        return (signal * x + noise * self.mean.to(x)) / (signal + noise)
+        wide = working(x)
+        noise = per_row(torch.as_tensor(sigma).to(wide), x).square()
+        signal = self.std.to(wide).square()
+        return ((signal * wide + noise * self.mean.to(wide)) / (signal + noise)).to(x)
 
     def variance(self, sigma: Tensor | float) -> Tensor:
         """Return Var[x0 | x] = std^2 sigma^2 / (std^2 + sigma^2) of every element, the same for every x."""
@@ -57,15 +62,18 @@ class MixtureDenoiser(nn.Module):
 
     def __init__(self, means: Tensor, std: float = 0.1, weights: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
-        means = torch.as_tensor(means, dtype=torch.get_default_dtype())
+        means = torch.as_tensor(means) * 1.0
         weights = torch.ones(len(means)) if weights is None else torch.as_tensor(weights, dtype=means.dtype)
+        if not (std > 0 and weights.shape == (len(means),) and (weights > 0).all()):
+            given = f"std={std}, weights={weights.tolist()} for {len(means)} modes"
+            raise KVLockError(f"MixtureDenoiser: {given}; expected numbers > 0, a weight per mode.")
         self.register_buffer("means", means)
         self.register_buffer("std", torch.as_tensor(std, dtype=means.dtype))
         self.register_buffer("log_weights", (weights / weights.sum()).log())
 
     def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
         weights, centres, _ = self._posterior(x, sigma)
-        return torch.einsum("bk,bkd->bd", weights, centres).reshape(x.shape)
+        return torch.einsum("bk,bkd->bd", weights, centres).reshape(x.shape).to(x)
 
     def variance(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """Return Var[x0 | x] of every element, the diagonal of the posterior covariance, as a tensor like x."""
@@ -75,9 +83,10 @@ class MixtureDenoiser(nn.Module):
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of each mode (batch, modes), its posterior centre (batch, modes, d) and variance (batch, 1)."""
-        flat, means = x.flatten(1), self.means.to(x).flatten(1)
-        noise, signal = per_row(torch.as_tensor(sigma).to(flat), flat).square(), self.std.to(x).square()
+        flat = working(x).flatten(1)
+        means = self.means.to(flat).flatten(1)
+        noise, signal = per_row(torch.as_tensor(sigma).to(flat), flat).square(), self.std.to(flat).square()
         distances = (flat[:, None] - means).square().sum(2)
-        weights = (self.log_weights.to(x) - distances / (2 * (signal + noise))).softmax(1)
+        weights = (self.log_weights.to(flat) - distances / (2 * (signal + noise))).softmax(1)
         total = (signal + noise)[..., None]
         return weights, (signal * flat[:, None] + noise[..., None] * means) / total, signal * noise / (signal + noise)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batching import per_row
+from ..batching import check_points, per_row
 from ..types import EstimatorError, Evaluation
 from ..utils.host import HostReads
 from ..variance import Estimator
 from ..variance.base import check_shape, check_variance
-from ._contract import Contract, one_clip
+from ._contract import Contract, one_clip, same
 
 STEPS = 12
 SHAPE = (4, 2, 4, 4)  # channels, time, height, width: patches of 1 or 2 fit
@@ -73,6 +73,8 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
                 effects = _effects(contract, run, states, variances)
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
                 contract.check_rewind(run, states, variances)
+                _check_silence(contract, run, states, variances)
+                _check_copies(contract, run, variances)
                 _check_clips(contract, run, [*variances, *effects], model)
 
 
@@ -91,16 +93,13 @@ def _evaluations(estimator: Estimator, model: nn.Module, rows: Counter[float], b
     for sigma in torch.linspace(math.log(8.0), math.log(0.05), STEPS).exp().tolist():
 
         def probe(at: Tensor, level: float, at_step: float = sigma) -> Tensor:
-            if at.shape[1:] != SHAPE or len(at) % batch:
-                raise EstimatorError(
-                    f"{type(estimator).__name__}.step probed {tuple(at.shape)} for latents of shape {(batch, *SHAPE)}; "
-                    "expected rows in a multiple of the batch: x.repeat(k, 1, 1, 1, 1)."
-                )
+            check_points(at, x0)
             rows[at_step] += len(at)
             return model(at, level)
 
         denoised = model(x := (x0 + sigma * noise).to(like), sigma)
-        uncond = 0.9 * denoised + 0.05 if len(run) % 4 < 3 else None  # at a guidance of 1 it is not evaluated
+        # At a guidance of 1 it is not evaluated unless it is needed.
+        uncond = 0.9 * denoised + 0.05 if len(run) % 4 < 3 or estimator.needs_uncond else None
         source = 0.8 * denoised if estimator.needs_source else None
         run.append(Evaluation(sigma, x, denoised, mask.clone() if masked else None, probe, uncond, source))
     return run
@@ -125,6 +124,33 @@ def _check_cost(contract: Contract, variances: list[Tensor | None], counted: flo
         raise EstimatorError(
             f"{contract.name} evaluated the model {counted:g} times per clip in one measurement, but its cost is "
             f"{contract.checked.cost:g}; expected the most evaluations that a step makes."
+        )
+
+
+def _check_silence(contract: Contract, run: list[Any], states: list[Any], variances: list[Tensor | None]) -> None:
+    """An estimator that falls silent at a guidance of 1 never speaks again: the control that asked for it holds."""
+    spoken = [i for i, variance in enumerate(variances) if variance is not None and run[i].uncond is not None]
+    if contract.checked.needs_uncond or not spoken:
+        return
+    if contract.step(states[spoken[-1]], run[spoken[-1]]._replace(uncond=None))[1] is None:
+        raise EstimatorError(
+            f"{contract.name}.step returned None without evaluation.uncond, as it is at a guidance of 1; the last "
+            "control then holds for ever.\n  Write needs_uncond = True in the class."
+        )
+
+
+def _check_copies(contract: Contract, run: list[Any], variances: list[Tensor | None]) -> None:
+    """Some samplers clamp x0-hat in place."""
+    state, found = contract.checked.init(), []
+    for evaluation in run:
+        given = evaluation._make(v.clone() if isinstance(v, Tensor) else v for v in evaluation)
+        state, variance = contract.attempt("step", state, given)
+        found.append(variance)
+        given.denoised.zero_()
+    if not same(found, variances):
+        raise EstimatorError(
+            f"{contract.name}.step keeps evaluation.denoised, which a sampler may change in place; expected a copy in "
+            "the state: evaluation.denoised.clone()."
         )
 
 

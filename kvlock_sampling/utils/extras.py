@@ -22,11 +22,10 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def hide_broken_torchvision() -> None:
-    """Let all later imports take a broken torchvision for absent. A working one stays visible.
+    """Let all later imports take a broken torchvision for absent, as Python does where `sys.modules` holds None.
 
-    k-diffusion depends on torchvision, and the package index serves a CUDA build of it. Beside a CPU build of torch its
-    import fails ("operator torchvision::nms does not exist"). diffusers only checks that torchvision is installed, so
-    the import of its models fails as well. Python treats a module as absent while its entry in `sys.modules` is None.
+    k-diffusion depends on it, and the package index serves a CUDA build, whose import fails beside a CPU build of
+    torch; diffusers only checks that it is installed, so the import of its models fails as well.
     """
     if "torchvision" not in sys.modules and find_spec("torchvision") is not None:
         try:

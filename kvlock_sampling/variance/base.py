@@ -36,12 +36,14 @@ class Estimator(ABC):
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
         needs_source: Whether it needs the source's x0-hat: a lock without a source raises EstimatorError. The source is
             then evaluated also where the route does not, for one function evaluation more. Defaults to False.
+        needs_uncond: Whether it needs the unconditional x0-hat, at a guidance of 1 too. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
     cost: float = 0.0
     default_threshold: float = 1.0
     needs_source: bool = False
+    needs_uncond: bool = False
     patch: Patch | None = None
     _error = EstimatorError
 

@@ -36,6 +36,7 @@ class Sparse(Estimator):
     cost = property(attrgetter("estimator.cost"))
     default_threshold = property(attrgetter("estimator.default_threshold"))
     needs_source = property(attrgetter("estimator.needs_source"))
+    needs_uncond = property(attrgetter("estimator.needs_uncond"))
     patch = property(attrgetter("estimator.patch"))
 
     def __post_init__(self) -> None:

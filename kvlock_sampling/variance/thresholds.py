@@ -72,10 +72,7 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
 
 
 class Band(NamedTuple):
-    """A band of noise levels: their geometric mean, the threshold, and its 95% interval, counted in clips.
-
-    `high` is infinite if the clips are too few to say.
-    """
+    """Noise levels: their geometric mean, the threshold, its 95% interval (infinite for too few clips), and clips."""
 
     sigma: float
     quantile: float
@@ -94,15 +91,15 @@ def reference_bands(
     draws of all n + 1. Source: Lee, Barber and Willett 2023, Distribution-free inference with hierarchical data.
 
     `measurements` are (clip, sigma, variance) of calm runs; non-finite ones are dropped. `quantile` is in (0, 1).
-
-    Raises:
-        EstimatorError: Fewer than 20 usable measurements, or a setting out of range.
+    Raises EstimatorError for fewer than 20 usable measurements, or a setting out of range.
     """
     from scipy import stats  # slow to import, and only calibration needs it
 
     check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
     check_number("bands", bands, EstimatorError, at_least=1, whole=True)
-    points = np.array([(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v > 0], dtype=np.float64)
+    points = np.array(
+        [(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v >= 0], dtype=np.float64
+    )
     if len(points) < 20:
         raise EstimatorError(
             f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "

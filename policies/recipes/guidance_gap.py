@@ -10,9 +10,10 @@ class GuidanceGap(kv.variance.Estimator):
     """|c - u|^2 / |u|^2 over the mask, of the conditional and unconditional velocity v = (x - D) / sigma - D."""
 
     default_threshold = 0.06  # what calm clips of the embedded model reach
+    needs_uncond = True
 
     def step(self, state, evaluation):
-        if evaluation.uncond is None:  # guidance of exactly 1 skips the unconditional pass
+        if evaluation.uncond is None:  # no unconditional prompt
             return state, None
         x, sigma, mean = evaluation.x.float(), evaluation.sigma, kv.variance.masked_mean
         cond, uncond = evaluation.denoised.float(), evaluation.uncond.float()

@@ -4,25 +4,24 @@ The text refiner is not locked. HunyuanVideo 1.5 has two texts and an image behi
 FramePack packs past frames before the video: layers=kv.find_layers(model).with_extra(before=count).
 """
 
-from ..architecture import Architecture, LayerPattern
+from ..architecture import DOUBLE_AND_SINGLE, Architecture
 from ..layers import Table, TokenFlow
 
+_TEXTS = ("encoder_hidden_states", "encoder_hidden_states_2")
+
 HUNYUAN_IMAGE = Architecture(
-    name="hunyuan-image",
-    classes=("diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformer2DModel",),
-    layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
+    "hunyuan-image",
+    ("diffusers.*:HunyuanImageTransformer2DModel",),
+    DOUBLE_AND_SINGLE,
     patch=lambda network: (1, 1, *network.config.patch_size)[-3:],
     text="last",
-    text_arguments=("encoder_hidden_states", "encoder_hidden_states_2"),
+    text_arguments=_TEXTS,
 )
 
 HUNYUAN_VIDEO = Architecture(
-    name="hunyuan-video",
-    classes=(
-        "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformer3DModel",
-        "diffusers.models.transformers.transformer_hunyuan_video_framepack:HunyuanVideoFramepackTransformer3DModel",
-    ),
-    layers=("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True)),
+    "hunyuan-video",
+    ("diffusers.*:HunyuanVideoTransformer3DModel", "diffusers.*:HunyuanVideoFramepackTransformer3DModel"),
+    DOUBLE_AND_SINGLE,
     text="last",
     text_arguments=("encoder_hidden_states", "image_embeds"),
     flow=TokenFlow(
@@ -34,10 +33,10 @@ HUNYUAN_VIDEO = Architecture(
 )
 
 HUNYUAN_VIDEO_15 = Architecture(
-    name="hunyuan-video-1.5",
-    classes=("diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15Transformer3DModel",),
-    layers=("transformer_blocks.*.attn",),
+    "hunyuan-video-1.5",
+    ("diffusers.*:HunyuanVideo15Transformer3DModel",),
+    ("transformer_blocks.*.attn",),
     text="last",
-    text_arguments=("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+    text_arguments=(*_TEXTS, "image_embeds"),
     flow=TokenFlow("norm_out", tables=(Table("freqs_cis", 0),)),
 )

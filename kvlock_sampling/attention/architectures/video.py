@@ -10,6 +10,8 @@ from ...types import AttentionError
 from ..architecture import Architecture, config_patch
 from ..layers import Table, TokenFlow
 
+_ATTN1 = ("transformer_blocks.*.attn1",)
+
 
 def _regular_patch(network: Any) -> Grid:
     if network.config.attention_type != "regular":
@@ -20,20 +22,13 @@ def _regular_patch(network: Any) -> Grid:
     return config_patch(network)
 
 
-ALLEGRO = Architecture(
-    name="allegro",
-    classes=("diffusers.models.transformers.transformer_allegro:AllegroTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
-)
+ALLEGRO = Architecture("allegro", ("diffusers.*:AllegroTransformer3DModel",), _ATTN1)
 
 # Also ConsisID. Joint attention, text first; 1.5 has two frames per token.
 COGVIDEOX = Architecture(
-    name="cogvideox",
-    classes=(
-        "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXTransformer3DModel",
-        "diffusers.models.transformers.consisid_transformer_3d:ConsisIDTransformer3DModel",
-    ),
-    layers=("transformer_blocks.*.attn1",),
+    "cogvideox",
+    ("diffusers.*:CogVideoXTransformer3DModel", "diffusers.*:ConsisIDTransformer3DModel"),
+    _ATTN1,
     text="first",
     # ConsisID adds face features to all tokens between the blocks.
     flow=TokenFlow(
@@ -43,49 +38,35 @@ COGVIDEOX = Architecture(
     ),
 )
 
-COSMOS = Architecture(
-    name="cosmos",
-    classes=("diffusers.models.transformers.transformer_cosmos:CosmosTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
-)
+COSMOS = Architecture("cosmos", ("diffusers.*:CosmosTransformer3DModel",), _ATTN1)
 
 # Joint attention, text first.
 EASYANIMATE = Architecture(
-    name="easyanimate",
-    classes=("diffusers.models.transformers.transformer_easyanimate:EasyAnimateTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
+    "easyanimate",
+    ("diffusers.*:EasyAnimateTransformer3DModel",),
+    _ATTN1,
     text="first",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_t5"),
 )
 
 KANDINSKY5 = Architecture(
-    name="kandinsky5",
-    classes=("diffusers.models.transformers.transformer_kandinsky:Kandinsky5Transformer3DModel",),
-    layers=("visual_transformer_blocks.*.self_attention",),
+    "kandinsky5",
+    ("diffusers.*:Kandinsky5Transformer3DModel",),
+    ("visual_transformer_blocks.*.self_attention",),
     patch=_regular_patch,
 )
 
 # Latents packed or (batch, c, t, h, w). Tokens of appended conditions stand last:
 # layers=kv.find_layers(model).with_extra(after=count).
 LTX = Architecture(
-    name="ltx",
-    classes=("diffusers.models.transformers.transformer_ltx:LTXVideoTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
+    "ltx",
+    ("diffusers.*:LTXVideoTransformer3DModel",),
+    _ATTN1,
     flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 1), Table("temb", 1))),
 )
 
 # Layers for audio and text are not locked.
-LTX_2 = Architecture(
-    name="ltx-2",
-    classes=("diffusers.models.transformers.transformer_ltx2:LTX2VideoTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
-)
+LTX_2 = Architecture("ltx-2", ("diffusers.*:LTX2VideoTransformer3DModel",), _ATTN1)
 
 # Joint attention, video first, then the valid text tokens; one call per row of the batch.
-MOCHI = Architecture(
-    name="mochi",
-    classes=("diffusers.models.transformers.transformer_mochi:MochiTransformer3DModel",),
-    layers=("transformer_blocks.*.attn1",),
-    text="last",
-    rows_apart=True,
-)
+MOCHI = Architecture("mochi", ("diffusers.*:MochiTransformer3DModel",), _ATTN1, text="last", rows_apart=True)

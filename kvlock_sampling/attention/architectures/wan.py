@@ -8,15 +8,9 @@ from ..architecture import Architecture
 from ..layers import Table, TokenFlow
 
 WAN = Architecture(
-    name="wan",
-    classes=(
-        "diffusers.models.transformers.transformer_wan:WanTransformer3DModel",
-        "diffusers.models.transformers.transformer_skyreels_v2:SkyReelsV2Transformer3DModel",
-        "diffusers.models.transformers.transformer_chronoedit:ChronoEditTransformer3DModel",
-        "diffusers.models.transformers.transformer_wan_animate:WanAnimateTransformer3DModel",
-        "diffusers.models.transformers.transformer_anyflow:AnyFlowTransformer3DModel",
-    ),
-    layers=("blocks.*.attn1",),
+    "wan",
+    tuple(f"diffusers.*:{n}Transformer3DModel" for n in ("Wan", "SkyReelsV2", "ChronoEdit", "WanAnimate", "AnyFlow")),
+    ("blocks.*.attn1",),
     flow=TokenFlow(
         "norm_out",
         # Modulation per token is (rows, tokens, 6, dim), but (rows, 6, tokens, dim) in SkyReels' diffusion forcing.
@@ -26,8 +20,8 @@ WAN = Architecture(
 )
 
 WAN_VACE = Architecture(
-    name="wan-vace",
-    classes=("diffusers.models.transformers.transformer_wan_vace:WanVACETransformer3DModel",),
-    layers=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    "wan-vace",
+    ("diffusers.*:WanVACETransformer3DModel",),
+    ("vace_blocks.*.attn1", "blocks.*.attn1"),
     flow=TokenFlow("norm_out", tokens=("hidden_states", "control_hidden_states"), tables=(Table("rotary_emb", 1),)),
 )

@@ -30,8 +30,13 @@ class Call(NamedTuple):
 
     @property
     def hidden(self) -> Tensor:
-        """Noisy latents and appended channels, (batch, channels, time, height, width)."""
+        """Noisy latents and appended channels, (batch, channels, time, height, width) or (batch, tokens, channels)."""
         return self.arguments["hidden_states"]
+
+    @property
+    def latents(self) -> Tensor:
+        """The noisy latents alone."""
+        return self.hidden.tensor_split([self.channels], dim=1 + (self.hidden.ndim == 3))[0]
 
     @property
     def timestep(self) -> Tensor:
@@ -46,7 +51,7 @@ class Call(NamedTuple):
 
     def blank(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the prediction, to be filled in later."""
-        return torch.zeros_like(self.hidden[:, : self.channels], dtype=dtype)
+        return torch.zeros_like(self.latents, dtype=dtype)
 
 
 class FlowCalls:
@@ -68,7 +73,7 @@ class FlowCalls:
 
     def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Go to the step of this conditional call, and return its x and sigma in variance-exploding form."""
-        z = call.hidden[:, : call.channels] if latents is None else latents
+        z = call.latents if latents is None else latents
         self.z = z.to(torch.promote_types(z.dtype, torch.float32))
         self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
         self._dtype, self._timestep = call.hidden.dtype, call.timestep
@@ -81,8 +86,8 @@ class FlowCalls:
     def branch(self, call: Call) -> dict[str, Tensor]:
         """The arguments of a branch beside latents and time, one row per clip."""
         rows = self._rows(call)
-        appended = call.hidden[:, call.channels :]
-        return self.known(rows | ({"appended": appended} if appended.shape[1] else {}))
+        appended = call.hidden.tensor_split([call.channels], dim=1 + (call.hidden.ndim == 3))[1]
+        return self.known(rows | ({"appended": appended} if appended.numel() else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
         """An earlier branch of the same tensors if there is one: a KV cache recognises its arguments by identity."""
@@ -109,11 +114,15 @@ class FlowCalls:
             time = torch.where(here, self.time, sigma / (1 + sigma))
             given = self._timestep.reshape(len(self.x), -1)[:1, 0].to(sigma)
             timestep = torch.where(here, given, time * 1000.0)
+            if self._timestep.is_floating_point():
+                timestep = timestep.to(self._timestep.dtype)  # some networks take no other
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
         hidden, appended = z.to(self._dtype), cond.pop("appended", None)
         velocity = self.transformer(
-            hidden_states=hidden if appended is None else torch.cat([hidden, appended.to(hidden)], dim=1),
+            hidden_states=hidden
+            if appended is None
+            else torch.cat([hidden, appended.to(hidden)], dim=1 + (z.ndim == 3)),
             timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
             **self._shared,
             **cond,

@@ -200,12 +200,16 @@ class KVLockGuider(ClassifierFreeGuidance):
             )
         time = time_of(self._given["scheduler"], torch.as_tensor(self._timestep))
         if not len(run.trace):
-            session.begin(self._schedule())
+            known, scheduler = None if self._times is None else self._times / 1000.0, self._given["scheduler"]
+            begun = 0 if scheduler is None else getattr(scheduler, "begin_index", None) or 0
+            session.begin(known if scheduler is None else scheduler.sigmas[begun:])
         uncond = calls[1] if len(calls) == 2 else None
         requested = 1.0 if uncond is None else float(self.guidance_scale)
         answers = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
         if self._step == self._num_inference_steps - 1:
             session.end(complete=True)
+        if self._latents is None:  # the pipeline keeps its latents as it showed them, also in bfloat16
+            answers = answers[0].to(calls[0].hidden.dtype), answers[1].to(calls[0].hidden.dtype)
         return super().forward(*answers)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **options: Any) -> None:
@@ -220,9 +224,3 @@ class KVLockGuider(ClassifierFreeGuidance):
     def _record(self, call: Call) -> Tensor:
         self._calls.append(call)
         return call.blank(call.hidden.dtype)
-
-    def _schedule(self) -> Tensor | None:
-        scheduler = self._given["scheduler"]
-        if scheduler is not None:
-            return scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :]
-        return None if self._times is None else self._times / 1000.0

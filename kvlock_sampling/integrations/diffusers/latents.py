@@ -27,7 +27,9 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
     clips = as_clips(pixels)
     _check_shape(clips, vae)
     check_pixels(clips)
-    return encode(vae, clips, vae.device)
+    # An offloaded VAE lies on the host, or nowhere, until it runs; its hooks know where that will be.
+    found = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in vae.modules())
+    return encode(vae, clips, next((device for device in found if device is not None), vae.device))
 
 
 def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:

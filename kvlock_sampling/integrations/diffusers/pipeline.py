@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...types import PipelineError
+from ...masks import as_mask
+from ...types import PipelineError, SourceError
 from ...utils.modules import plain_copies, wearing
 from .calls import Call, intercepted, taken
+from .latents import compression
 from .schedule import check_flow, time_of
 from .session import Session
 
@@ -59,8 +61,13 @@ def locked(
         PipelineError: The lock cannot work in this pipeline; the message says what can.
         KVLockError: As `KVLock` raises.
     """
-    networks = _networks(pipe)
+    networks = _networks(pipe)  # an error comes before a text is encoded
     check_flow(pipe.scheduler, type(pipe).__name__)
+    if isinstance(source, Tensor) and source.ndim != 5:
+        wanted = "latents (batch or 1, channels, time, height, width): kv.diffusers.encode_clip(pipe.vae, clip)"
+        raise SourceError(f"source has shape {tuple(source.shape)}; expected {wanted}.")
+    if isinstance(source, Tensor) and mask is not None and as_mask(mask).shape[2] != source.shape[2]:
+        as_mask(mask, frames=1 + compression(pipe.vae)[0] * (source.shape[2] - 1))  # raises for another length
     if source_prompt is not None:
         if source_embeds is not None:
             raise PipelineError("source_prompt and source_embeds were both given; pass one of them.")
@@ -80,7 +87,7 @@ def locked(
             nonlocal called
             called, answer = True, _answer(pipe, session)
             with ExitStack() as stack:
-                for network in networks:
+                for network in _networks(pipe):  # one may have been replaced since, e.g. by its compiled form
                     stack.enter_context(intercepted(network, answer))
                 stack.callback(session.end)
                 made = kind.__call__(pipe, *args, **kwargs)
@@ -117,13 +124,13 @@ def _networks(pipe: Any) -> list[Any]:
 def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
     """A function that pairs the pipeline's calls of one step, and answers them; for one call of the pipeline."""
     waiting: list[tuple[Call, Tensor, float]] = []  # a conditional call, its blank answer, and its flow time
+    scales: list[float] = []  # of the experts; a callback that changes the pipeline's own does not change its guidance
 
     def answer(call: Call) -> Tensor:
         if waiting and waiting[0][0].hidden is call.hidden:
             cond, blank, time = waiting.pop()
             second = cond.network is getattr(pipe, "transformer_2", None)
-            requested = float(pipe._guidance_scale_2 if second else pipe._guidance_scale)
-            for_cond, for_uncond = session.evaluate(cond, call, time=time, requested=requested)
+            for_cond, for_uncond = session.evaluate(cond, call, time=time, requested=scales[second])
             blank.copy_(for_cond)
             return blank if for_uncond is for_cond else for_uncond
         waiting.clear()
@@ -131,6 +138,7 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
         time = time_of(scheduler, call.timestep)
         if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
+            scales[:] = (float(getattr(pipe, name, None) or 1.0) for name in ("_guidance_scale", "_guidance_scale_2"))
         if not pipe.do_classifier_free_guidance:
             return session.evaluate(call, None, time=time, requested=1.0)[0]
         blank = call.blank(call.hidden.dtype if session.only_scales(call.network) else torch.float32)

@@ -47,7 +47,7 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
     """Return the flow time of a pipeline's current step, from the timestep that its transformer gets.
 
     Many schedulers round the timestep, so without a scheduler (None) an integer raises RunError, as does the timestep
-    of another scheduler.
+    of another scheduler, and PipelineError for one that does not follow exact velocities.
     """
     step = timestep.flatten()[0]
     if scheduler is None:
@@ -58,6 +58,11 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
             )
         return float(step) / 1000.0
     check_flow(scheduler, "this pipeline's transformer")
+    if type(scheduler).__name__.startswith(("DEIS", "SASolver")):
+        raise PipelineError(
+            f"{type(scheduler).__name__} misses the clip even with exact velocities, so it can keep no background.\n"
+            "  pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
+        )
     indices = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
     index = next((index for index in indices if index is not None), None)
     try:
@@ -96,13 +101,8 @@ def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
 
 
 def schedule_sigmas(times_of: Callable[[int], Tensor], steps: int, strength: float, t_max: float) -> Tensor:
-    """Return `steps` falling noise levels and a final 0, float32, from flow times; see `PipelineVideo.sigmas`.
-
-    Args:
-        times_of: Maps a number of steps to falling flow times in (0, 1].
-        steps: Number of steps, >= 1.
-        strength: Flow time to start at, in (0, 1]; 1 starts where the schedule does.
-        t_max: No level lies above this flow time.
+    """Return `steps` falling noise levels and a final 0, float32; see `PipelineVideo.sigmas`. `times_of` maps a number
+    of steps to falling flow times in (0, 1]; no level lies above the flow time `t_max`.
     """
     if steps < 1 or not 0 < strength <= 1:
         raise PipelineError(f"sigmas(steps={steps}, strength={strength}): expected steps >= 1 and 0 < strength <= 1.")

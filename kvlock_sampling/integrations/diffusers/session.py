@@ -80,18 +80,11 @@ class Session:
     def evaluate(
         self, cond: Call, uncond: Call | None, *, time: float, requested: float, latents: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Evaluate the branches of one step under the lock.
+        """Evaluate the branches of one step under the lock: `time` is the flow time in (0, 1], `requested` the guidance
+        scale that the pipeline was called with, `latents` its state, if finer than what the transformer gets.
 
-        Args:
-            cond: The conditional branch.
-            uncond: The unconditional branch, if the pipeline guides.
-            time: Flow time in (0, 1].
-            requested: The guidance scale that the pipeline was called with.
-            latents: The pipeline's state, if it is finer than what the transformer gets.
-
-        Returns:
-            Answers for the two branches. Both are the guided, composited velocity v, so that u + w (c - u)  gives v for
-            every w; if the lock changed nothing, the two predictions, so that the pipeline gives its own bits.
+        Both answers are the guided, composited velocity v, so that u + w (c - u)  gives v for every w; if the lock
+        changed nothing, they are the two predictions, so that the pipeline gives its own bits.
         """
         run = self.mine()
         calls, settings = self.expert(cond.network)
@@ -107,10 +100,8 @@ class Session:
             used = self.trace.steps[-1].cfg_scale if self.trace.steps else torch.tensor(requested)  # none at sigma 0
             weight = getattr(run.timeline.last, "composite", None)
             free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
-            if free and uncond is None:
-                return c, c
-            if free and u is not None and bool((used == torch.full_like(used, requested)).all()):
-                return c, u
+            if free and (uncond is None or bool((used == torch.full_like(used, requested)).all())):
+                return c, c if u is None else u  # at a scale of 1 the unconditional branch was left out
         guided = (calls.z - denoised) / calls.time  # the velocity from the pipeline's latents to `denoised`
         return guided, guided
 
@@ -137,8 +128,7 @@ class Session:
                 "this pipeline gives its known first frame the timestep 0, so the source has no single noise level.\n"
                 "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."
             )
-        source = self.options.get("source")
-        latents = call.hidden[:, : call.channels]
+        source, latents = self.options.get("source"), call.latents
         if source is not None and source.shape[1:] != latents.shape[1:]:
             raise SourceError(
                 f"source latents have shape {tuple(source.shape)}, the pipeline's are {tuple(latents.shape)}.\n"

@@ -23,14 +23,9 @@ from .base import Conditioning, PipelineVideo, ask
 
 
 class HunyuanVideo(PipelineVideo):
-    """HunyuanVideo, text to video.
+    """HunyuanVideo, text to video; its transformer reads the scale `embedded_guidance`, by default the pipeline's.
 
     `cond` holds "text" (batch, tokens, dim); "mask" (batch, tokens), 1 for real tokens; "pooled" (batch, dim).
-
-    Args:
-        pipe: The pipeline.
-        embedded_guidance: The scale that the transformer reads; default: the pipeline's.
-        options: As in `PipelineVideo`.
     """
 
     family = "HunyuanVideo"

@@ -25,14 +25,9 @@ from .base import Conditioning, PipelineVideo, ask
 class LTXVideo(PipelineVideo):
     """LTX-Video, text to video.
 
-    `cond` holds "text" (batch, tokens, dim); "mask" (batch, tokens), True for real tokens.
-
-    Args:
-        pipe: The pipeline.
-        frame_rate: Frames per second of the clip; it sets the speed of motion.
-        decode_timestep: Flow time left to the VAE, of VAEs that denoise.
-        decode_noise_scale: Noise added for it; default: `decode_timestep`.
-        options: As in `PipelineVideo`.
+    `frame_rate` is the clip's, in frames per second, and sets the speed of motion. A VAE that denoises gets noise of
+    `decode_noise_scale`, and has the flow time `decode_timestep` (default of both) left. `cond` holds "text" (batch,
+    tokens, dim); "mask" (batch, tokens), True for real tokens.
     """
 
     family = "LTX-Video"

@@ -42,15 +42,10 @@ class WanVideo(PipelineVideo):
 
 
 class WanImageVideo(WanVideo):
-    """Wan, image to video.
+    """Wan, image to video from `image`, (3, height, width) in [-1, 1]; default: the clip's own first frame.
 
     `cond` holds "text"; "frame", latents of the first frame (batch, 16, 1, height, width) if times are per token,
     otherwise channels to append (batch, 20, time, height, width); "features" (batch, patches, dim), optional.
-
-    Args:
-        pipe: The pipeline.
-        image: The frame to start from, (3, height, width) in [-1, 1]; default: the clip's own first frame.
-        options: As in `PipelineVideo`.
     """
 
     def __init__(self, pipe: Any, *, image: Tensor | None = None, **options: Any) -> None:
@@ -84,9 +79,10 @@ class WanImageVideo(WanVideo):
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         first = clips[:, :, :1]
         if self.image is not None:
-            if self.image.shape != clips.shape[1:2] + clips.shape[3:]:
-                got, fits = tuple(self.image.shape), (3, *clips.shape[3:])
-                raise PipelineError(f"image has shape {got}; expected (3, height, width) = {fits}, in [-1, 1].")
+            given, fits = getattr(self.image, "shape", type(self.image).__name__), (3, *clips.shape[3:])
+            if given != fits:
+                hint = f"kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
+                raise PipelineError(f"image is {given}; expected (3, height, width) = {fits}, in [-1, 1]: {hint}.")
             first = self.image[None, :, None].to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {"features": self._features(first)} if self.transformer.config.image_dim is not None else {}
         if self.pipe.config.get("expand_timesteps"):
@@ -108,13 +104,9 @@ class WanImageVideo(WanVideo):
 class WanVaceVideo(WanVideo):
     """Wan-VACE: the transformer reads the clip and the mask of the edit through its control layers.
 
-    `cond` holds "text"; "control" (batch, 96, time, height, width); "strength" (batch, layers).
-
-    Args:
-        pipe: The pipeline.
-        reactive: What the model sees where the mask is 1: "grey" (VACE's inpainting), or "clip", the old content.
-        conditioning_scale: Strength of the control.
-        options: As in `PipelineVideo`.
+    Where the mask is 1 it sees `reactive`: "grey" (VACE's inpainting), or "clip", the old content; the control has the
+    strength `conditioning_scale`. `cond` holds "text"; "control" (batch, 96, time, height, width); "strength" (batch,
+    layers).
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Panel(Estimator):
     default_threshold = property(lambda self: self.estimators[self.first].default_threshold)
     needs_source = property(lambda self: any(e.needs_source for e in self.estimators.values()))
     needs_uncond = property(lambda self: any(e.needs_uncond for e in self.estimators.values()))
-    cost = property(lambda self: sum(e.cost for e in self.estimators.values()))
+    cost = property(lambda self: sum(e.cost for e in self.estimators.values()))  # in the evaluation where all measure
 
     def init(self) -> dict[str, Any]:
         return {name: e.init() for name, e in self.estimators.items()}

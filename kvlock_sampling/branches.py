@@ -53,7 +53,9 @@ class Branches:
         self._noise = run.noise
         self.locked = locked = lock_step(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
-        if settings.needs_source and settings.source is not None and run.noise is not None and step.sigma > 0:
+        due = settings.measures and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
+        self._wants_uncond = due and settings.estimator.needs_uncond
+        if due and settings.needs_source and settings.source is not None and run.noise is not None:
             self._source_x = settings.source.at(step.x, step.model_sigma, run.noise, erased=False)
         self.route = choose_route(
             locked=locked is not None,
@@ -61,7 +63,8 @@ class Branches:
             cached=locked is not None and locked.entry is not None,
             one_call=locked is not None and not locked.hooks.layers.rows_apart and self._one_call(erased=True),
             interleaves=locked is not None and locked.hooks.layers.interleaves and locked.hooks.plain,
-            probes=settings.measures and settings.estimator.cost > 0,
+            # A model that guides takes the source along in a probe, too: it may not fit into a pass of its own.
+            probes=due and settings.estimator.cost > 0 and (self.narrow or settings.scale_arg is None),
         )
 
     def _passes(self, arguments: Mapping[str, Any]) -> int:
@@ -192,9 +195,8 @@ class OwnBranches(Branches):
 
     def conditional(self) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        wanted = self.settings.measures and self.settings.estimator.needs_uncond and self.step.sigma > 0
-        guided = self._uncond_args is not None and self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0)
-        if self._uncond_args is not None and (wanted or guided):
+        unguided = not self._wants_uncond and self.step.reads.range(self.step.expected_cfg_scale) == (1.0, 1.0)
+        if self._uncond_args is not None and not unguided:
             branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
             self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
             return cond
@@ -307,7 +309,7 @@ class GuidedBranches(Branches):
     def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         """The guided x0-hat, and the conditional one if the model tells it."""
         locked, context, arguments = self.locked, None, self._arguments
-        if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+        if locked is not None and self.route == Route.LOCKSTEP and sigma is self.step.sigma_arg:
             context = locked.context.fresh("lockstep")
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
         elif locked is not None:

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .policy.base import check_control
@@ -31,8 +30,7 @@ class State(NamedTuple):
 def start(settings: LockSettings, observation: Observation, expert: Any = None) -> State:
     """The state of a new run, before anything was measured."""
     control = _checked(settings, settings.policy.start(observation), observation, "start")
-    decided = _completed(settings, control, 0.0, observation)
-    return State(settings.estimator.init(), settings.policy.init(), False, *decided, expert)
+    return State(settings.estimator.init(), settings.policy.init(), False, *_completed(settings, control, 0.0), expert)
 
 
 def decide(
@@ -66,19 +64,18 @@ def decide(
                 "  Return state, Control(lock=...); without memory use @stateless."
             )
         policy_state, answer = result
-    control = _completed(settings, _checked(settings, answer, observation, method), state.lock, observation)
+    control = _completed(settings, _checked(settings, answer, observation, method), state.lock)
     measured = state.measured or variance is not None
     return State(inner, policy_state, measured, *control, state.expert, variance), observation
 
 
-def _completed(settings: LockSettings, control: Control, lock: Scalar, seen: Observation) -> tuple[Scalar, Any, Any]:
+def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[Scalar, Scalar | None, Scalar | None]:
     """Lock, cfg_scale and composite, with the lock in force where the policy left it alone, and a scheduled guidance
-    not below its floor, unless less is requested: under 1 guidance turns towards the unconditional prediction.
+    not below its floor: under 1 guidance turns towards the unconditional prediction.
     """
-    scale = control.cfg_scale
-    if isinstance(scale, Tensor) or (scale is not None and scale < settings.cfg_floor):
-        floor = seen.requested_cfg_scale.clamp(max=settings.cfg_floor)
-        scale = torch.maximum(scale.to(floor) if isinstance(scale, Tensor) else torch.full_like(floor, scale), floor)
+    scale, floor = control.cfg_scale, settings.cfg_floor
+    if scale is not None:
+        scale = scale.clamp_min(floor) if isinstance(scale, Tensor) else max(float(scale), floor)
     return (lock if control.lock is None else control.lock), scale, control.composite
 
 

@@ -91,15 +91,8 @@ class Preconditioned(DenoiserWrapper):
         return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
 
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:
-        """Return x0-hat, shaped like x, with arithmetic in x's dtype, at least float32.
-
-        Args:
-            x: Noisy latents x0 + sigma * noise.
-            sigma: Noise level >= 0, () or (batch,).
-            extra_args: Passed to the model unchanged.
-
-        Raises:
-            DenoiserError: sigma, or what the model returns, has another shape.
+        """Return x0-hat, shaped like x = x0 + sigma * noise, with arithmetic in x's dtype, at least float32. sigma >= 0
+        is () or (batch,), and extra_args go to the model. Raises DenoiserError for sigma or a result of another shape.
         """
         work = torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=work, device=x.device)

@@ -75,7 +75,8 @@ class KVLock(DenoiserProxy):
             says where to measure.
         policy: A Policy, a function of an Observation, a Preset, or the name or path of a preset.
         estimator: Measures variance. Default: the preset's, or sigma-normalised trajectory variance.
-        threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's or the estimator's.
+        threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's with the preset's own
+            estimator, else the estimator's.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
         erase: True takes keys and values from the source with its masked region filled from the surroundings, under
             the unconditional prompt, so that they do not speak of what the edit replaces; without one, the source's. An

@@ -96,7 +96,7 @@ def restart(
     cut = take(dict(extra_args or {}), index, batch)
     if "noise_sampler" in parameters_of(
         get(sampler) if isinstance(sampler, str) else sampler
-    ):  # else no noise is drawn
+    ):  # another's noise has no seed
         arguments["seed"] = seeds
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
     out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)

@@ -191,7 +191,7 @@ class Run:
             warnings.warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
                 f"step in it: {settings.estimator!r} did not report. Noise levels must fall: an inversion is not "
-                "measured. A guidance gap needs uncond and a scale other than 1; Sparse needs levels of the schedule.",
+                "measured. A guidance gap needs uncond; Sparse needs levels of the schedule.",
                 stacklevel=3,
             )
 

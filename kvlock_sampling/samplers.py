@@ -3,7 +3,7 @@
 `import k_diffusion` runs its training half (clip, cleanfid, wandb, torchvision), which fails on many machines, and
 samplers need none of it. So its submodules are loaded on first use below a private, bare parent package; a
 `k_diffusion.sampling` that is already imported is used. The samplers are k-diffusion's, with one addition: they first
-call `model.on_schedule(sigmas)` if the model has it; for dpm_fast and dpm_adaptive, which take none, `run` does.
+call `model.on_schedule(levels)`, where steps begin, if the model has it; for dpm_fast and dpm_adaptive `run` does.
 """
 
 import functools
@@ -203,11 +203,13 @@ def _announcing(name: str, original: Sampler) -> Sampler:
 
 
 def _begun(*, sigmas: Any = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, **_: Any) -> Any:
-    """The levels at which the steps begin: churn adds noise first, as in k-diffusion's samplers."""
+    """The levels at which the steps begin: churn adds noise first, as in k-diffusion's samplers; still falling."""
     if not s_churn or not isinstance(sigmas, Tensor):
         return sigmas
-    churned = sigmas * (1 + min(s_churn / (len(sigmas) - 1), 2**0.5 - 1))
-    return torch.where((sigmas >= s_tmin) & (sigmas <= s_tmax), churned, sigmas)
+    more, begun = 1 + min(s_churn / max(1, len(sigmas) - 1), 2**0.5 - 1), [math.inf]
+    for level in sigmas.tolist():
+        begun.append(min(level * more if s_tmin <= level <= s_tmax else level, 0.999 * begun[-1]))
+    return torch.tensor(begun[1:], dtype=torch.float64)
 
 
 def _announce(model: Any, sigmas: Tensor | None) -> None:

@@ -23,7 +23,7 @@ from .kv_cache import KVCache, uncacheable
 from .masks.fill import fill
 from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, token_grid
-from .policy import Constant, Policy, Sigmoid
+from .policy import Clamped, Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
 from .source import Source
@@ -122,8 +122,8 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     composite = _composite(given["composite"], locks, clip)
     transition = as_transition(given["transition"])
     chosen, patch = None, measure.patch
-    # All of these are in the layers' tokens.
-    if clip is not None and fitted is not None and (locks or reach < math.inf or measure.patch == "model"):
+    in_tokens = locks or reach < math.inf or (patch == "model" and policy.uses_risk)
+    if clip is not None and fitted is not None and in_tokens:
         found = layers if isinstance(layers, AttentionLayers) else find_layers(model).select(layers)
         measure, patch = measure.on_tokens(found.patch), found.patch
         fitted.kept(0.0, clip.latents, patch)  # a reach needs a grid of tokens
@@ -168,9 +168,12 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
     if not isinstance(policy, (str, os.PathLike)):
         return policy if isinstance(policy, Preset) else Preset(policy)
     preset = load_preset(policy)
-    if policy == "default" and not locks and preset.estimator is not None and preset.estimator.needs_source:
-        return Preset(Sigmoid(lock_range=(0.0, 0.0)))  # without a source the default measures, and changes nothing
-    return preset
+    if policy != "default" or locks or not preset.policy.may_lock:
+        return preset
+    # Without a source the default measures, and changes nothing in the background.
+    if preset.estimator is not None and preset.estimator.needs_source:
+        return Preset(Sigmoid(lock_range=(0.0, 0.0)))
+    return replace(preset, policy=Clamped(preset.policy, lock=(0.0, 0.0), composite=(0.0, 0.0)))
 
 
 def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Estimator, Any, float]:
@@ -181,8 +184,9 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
     usual = DEFAULT_THRESHOLD if measure == DEFAULT_ESTIMATOR else measure.default_threshold
-    kept = preset.threshold if estimator in (None, preset.estimator or DEFAULT_ESTIMATOR) else None
-    limit = _first(given["threshold"], kept, usual)  # a preset's threshold belongs to its own estimator
+    mine, its = (getattr(e, "estimator", e) for e in (estimator, preset.estimator or DEFAULT_ESTIMATOR))
+    own = preset.threshold if mine is None or mine == its else None  # it belongs to the preset's own estimator
+    limit = _first(given["threshold"], own, usual)
     if not callable(limit):
         limit = check_number("threshold", limit, EstimatorError, " Or a function of sigma.", above=0.0)
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
@@ -265,8 +269,7 @@ def _foreground(
     elif rescale:
         why = "rescaled guidance measures the whole prediction"
     elif not layers.narrows:
-        flow = f"architecture {layers.architecture!r} declares no token flow, or a block is wrapped"
-        why = "not every layer is locked" if layers.flow is not None else flow
+        why = f"{layers.architecture!r} declares no token flow, a block is wrapped, or not every layer is locked"
     elif is_cut(layers.networks):
         why = "context parallelism leaves each process some of the tokens"
     if asked and why:

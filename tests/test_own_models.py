@@ -537,6 +537,22 @@ def test_blocks_in_modules_of_ones_own_are_locked(setup, wrapped):
     assert [step.fused_layers for step in trace] == [step.fused_layers for step in its_trace]
 
 
+def test_another_module_of_the_last_name_is_no_layer():
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.cross = nn.Identity(), nn.ModuleDict({"attn": nn.Identity()})
+
+    network, direct = nn.Module(), nn.Module()
+    direct.attn = nn.Identity()
+    network.blocks = nn.ModuleList([direct, Crossed(), Crossed()])
+    mine = kv.attention.Architecture("mine", ("*:Module",), ("blocks.*.attn",), patch=(1, 1, 1))
+    assert [layer.name for layer in mine.find(network).layers] == ["blocks.0.attn"]
+    network.blocks = network.blocks[1:]
+    with pytest.raises(AttentionError, match=r"no module of Module is named 'blocks\.\*\.attn'"):
+        mine.find(network)
+
+
 class Rolling(Wrapped):
     """Mixes tokens once more."""
 
@@ -549,6 +565,21 @@ def rolling_forward(block):
     block.forward = lambda hidden, *args, **kwargs: inner(hidden, *args, **kwargs) + 0.3 * hidden.roll(1, 1)
 
 
+def rolling_under_a_hook(block):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    rolling_forward(block)
+    add_hook_to_module(block, ModelHook())
+
+
+def hidden_arguments(block):
+    class Block(type(block)):
+        def forward(self, hidden_states, *rest, **named):
+            return super().forward(hidden_states, *rest, **named)
+
+    block.__class__ = Block
+
+
 def other_signature(block):
     class Block(type(block)):
         def forward(self, x, *rest, **named):
@@ -557,7 +588,7 @@ def other_signature(block):
     block.__class__ = Block
 
 
-@pytest.mark.parametrize("change", [Rolling, rolling_forward, other_signature])
+@pytest.mark.parametrize("change", [Rolling, rolling_forward, rolling_under_a_hook, hidden_arguments, other_signature])
 def test_a_block_that_may_mix_tokens_gets_all_of_them(setup, change):
     blocks = setup.model.inner_model.transformer.blocks
     changed = change(blocks[1])

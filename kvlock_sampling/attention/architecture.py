@@ -101,9 +101,13 @@ class Architecture:
             wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
             held = {n: (*path[: len(wanted) - 1],) for n, path in paths.items() if len(path) >= len(wanted)}
             fits = [n for n, block in held.items() if all(map(fnmatchcase, (*block, paths[n][-1]), wanted))]
-            # In a block that somebody put into a module of their own, the layer lies deeper.
-            count = Counter(held[n] for n in fits)
-            found = [n for n in fits if len(paths[n]) == len(wanted) or count[held[n]] == 1]
+            # In a block that somebody put into a module of their own, the layer lies deeper: in a block like others, or
+            # if all are like this, in the only module of the one around it.
+            inner, count = {n: names[n.rpartition(".")[0]] for n in fits}, Counter(held[n] for n in fits)
+            kinds = {type(inner[n]) for n in fits if len(paths[n]) == len(wanted)}
+            alone = {n for n in fits if len([*names[".".join(held[n])].children()]) == 1}
+            deep = {n for n in fits if count[held[n]] == 1 and (type(inner[n]) in kinds if kinds else n in alone)}
+            found = [n for n in fits if len(paths[n]) == len(wanted) or n in deep]
             wrapped |= any(len(paths[n]) > len(wanted) for n in found)
             if not found and not pattern.optional:
                 raise AttentionError(self._nothing(module, pattern, names))
@@ -114,12 +118,13 @@ class Architecture:
         blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)
         joint = any(layer.text != "none" for layer in layers)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
-        # Code around a block, or in the place of one, may need all tokens.
-        if flow is None or wrapped or any(flow.tokens[0] not in signature_of(block).parameters for block in blocks):
-            flow = None
-        else:  # answered for this network, because functions of it cannot be pickled
+        if flow is not None:
+            named, tables = [signature_of(block).parameters.keys() for block in blocks], {t.name for t in flow.tables}
+            shown = all(flow.tokens[0] in names and (not tables or tables & names) for names in named)
+            # Answered for this network, because functions of it cannot be pickled.
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
-            flow = replace(flow, supported=None, interleaves=interleaves)
+            # Code around a block, or in the place of one, may need all tokens.
+            flow = replace(flow, supported=None, interleaves=interleaves) if shown and not wrapped else None
         return AttentionLayers(
             patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),
             layers=tuple(layers),

@@ -190,6 +190,9 @@ def _has_hooks(module: nn.Module) -> bool:
 def patched(module: nn.Module) -> bool:
     """Whether somebody's own function stands in the place of the module's forward."""
     own = vars(module)
-    # Accelerate and diffusers put the class's forward back on the instance.
-    plain = "forward" not in own or getattr(own["forward"], "__func__", None) is type(module).forward
-    return not (plain or own.keys() & {"_hf_hook", "_diffusers_hook"})
+    # What accelerate and diffusers wrap, or put back on the instance when their hooks are removed, is the class's own.
+    forward = own.get("_old_forward" if "_hf_hook" in own else "forward")
+    if references := getattr(own.get("_diffusers_hook"), "_fn_refs", None):
+        forward = references[0].original_forward or references[0].forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

@@ -137,7 +137,7 @@ def as_tensor(mask: Any) -> Tensor:
             f"  mask = kvlock_sampling.video.read_mask({name!r}, frames=..., size=(height, width))"
         )
     if getattr(mask, "mode", None) == "P":  # a PIL image of indices, which say nothing about brightness
-        mask = mask.convert("L")
+        mask = _brightest(mask)
     try:
         # Torch takes no array that is read-only (from PIL) or has negative strides (flipped), so these are copied.
         return torch.from_numpy(np.require(mask, requirements=["C", "W"]))

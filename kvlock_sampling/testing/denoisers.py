@@ -79,7 +79,7 @@ class MixtureDenoiser(nn.Module):
         """Return Var[x0 | x] of every element, the diagonal of the posterior covariance, as a tensor like x."""
         weights, centres, spread = self._posterior(x, sigma)
         away = centres - torch.einsum("bk,bkd->bd", weights, centres)[:, None]
-        return (torch.einsum("bk,bkd->bd", weights, away.square()) + spread).reshape(x.shape)
+        return (torch.einsum("bk,bkd->bd", weights, away.square()) + spread).reshape(x.shape).to(x)
 
     def _posterior(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """Weight of each mode (batch, modes), its posterior centre (batch, modes, d) and variance (batch, 1)."""

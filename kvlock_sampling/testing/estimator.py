@@ -130,9 +130,8 @@ def _check_cost(contract: Contract, variances: list[Tensor | None], counted: flo
 def _check_silence(contract: Contract, run: list[Any], states: list[Any], variances: list[Tensor | None]) -> None:
     """An estimator that falls silent at a guidance of 1 never speaks again: the control that asked for it holds."""
     spoken = [i for i, variance in enumerate(variances) if variance is not None and run[i].uncond is not None]
-    if contract.checked.needs_uncond or not spoken:
-        return
-    if contract.step(states[spoken[-1]], run[spoken[-1]]._replace(uncond=None))[1] is None:
+    answers = [contract.step(states[i], run[i]._replace(uncond=None))[1] for i in spoken[-1:]]
+    if any(answer is None for answer in answers) and not contract.checked.needs_uncond:
         raise EstimatorError(
             f"{contract.name}.step returned None without evaluation.uncond, as it is at a guidance of 1; the last "
             "control then holds for ever.\n  Write needs_uncond = True in the class."

@@ -36,7 +36,7 @@ class Estimator(ABC):
         default_threshold: Variance at risk 1 if no threshold is given, > 0. Defaults to 1.
         needs_source: Whether it needs the source's x0-hat: a lock without a source raises EstimatorError. The source is
             then evaluated also where the route does not, for one function evaluation more. Defaults to False.
-        needs_uncond: Whether it needs the unconditional x0-hat, at a guidance of 1 too. Defaults to False.
+        needs_uncond: Whether it needs the unconditional x0-hat where the lock guides by 1, too. Defaults to False.
         patch: Latents per token along (time, height, width) if it measures every token. Defaults to None.
     """
 
@@ -62,6 +62,10 @@ class Estimator(ABC):
         Returns:
             The next state, and the variance: >= 0, float32 or float64, (batch,) or (batch, tokens); None if unknown.
         """
+
+    def due(self, state: Any, sigma: float) -> bool:
+        """Return whether the step at this noise level measures: if not, nothing that it needs is evaluated for it."""
+        return True
 
     def effect(self, state: Any) -> Tensor | None:
         """Return the mean change that the edit makes, squared, in units of the variance and expandable to its shape.

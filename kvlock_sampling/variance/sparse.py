@@ -56,11 +56,18 @@ class Sparse(Estimator):
     def step(self, state: Any, evaluation: Evaluation) -> tuple[Any, Tensor | None]:
         inner, last, levels, held = state
         sigma, new = evaluation.sigma, evaluation.sigma < last * (1 - SAME_SIGMA)
-        reached = any(sigma <= s * (1 + SAME_SIGMA) < last for s in self.sigmas)
-        due = new and levels % self.every == 0 if self.every else reached
-        inner, variance = self.estimator.step(inner, evaluation) if due else (inner, None)
+        inner, variance = self.estimator.step(inner, evaluation) if self._now(state, sigma) else (inner, None)
         variance = held if variance is None and self.hold else variance
         return (inner, sigma, levels + new, variance if self.hold else None), variance
+
+    def _now(self, state: Any, sigma: float) -> bool:
+        _, last, levels, _ = state
+        if self.every:
+            return sigma < last * (1 - SAME_SIGMA) and levels % self.every == 0
+        return any(sigma <= s * (1 + SAME_SIGMA) < last for s in self.sigmas)
+
+    def due(self, state: Any, sigma: float) -> bool:
+        return self._now(state, sigma) and self.estimator.due(state[0], sigma)
 
     def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
         return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))

@@ -72,7 +72,7 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
 
 
 class Band(NamedTuple):
-    """Noise levels: their geometric mean, the threshold, its 95% interval (infinite for too few clips), and clips."""
+    """Noise levels: their geometric mean, the threshold, its 95% interval (up to inf for few clips), and clips."""
 
     sigma: float
     quantile: float
@@ -100,7 +100,7 @@ def reference_bands(
     points = np.array(
         [(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v >= 0], dtype=np.float64
     )
-    if len(points) < 20:
+    if len(points) < 20 or not points[:, 2].any():
         raise EstimatorError(
             f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
             "measures (uses_risk)."
@@ -119,7 +119,7 @@ def reference_bands(
         ranks = np.add(stats.binom.ppf((0.025, 0.975), clips, quantile), (0, 1))
         ends = [quantile, *(ranks / (clips + 1))]
         level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
-        level = min(level, inside[-1, 2])
+        level = max(min(level, inside[-1, 2]), points[points[:, 2] > 0, 2].min())  # 0 is no threshold
         found.append(Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(high), clips))
     return sorted(found, key=lambda b: -b.sigma)
 

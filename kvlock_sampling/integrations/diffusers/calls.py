@@ -47,7 +47,8 @@ class Call(NamedTuple):
     def channels(self) -> int:
         """The number of channels that are latents."""
         config: Any = self.network.config
-        return int(getattr(config, "out_channels", None) or config.in_channels)
+        count = int(getattr(config, "out_channels", None) or config.in_channels)
+        return count if self.hidden.ndim > 3 else count * int(getattr(config, "patch_size", 1)) ** 2
 
     def blank(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the prediction, to be filled in later."""

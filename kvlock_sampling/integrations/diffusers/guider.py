@@ -146,12 +146,9 @@ class KVLockGuider(ClassifierFreeGuidance):
         return super().new(**{"policy": self._policy, **changes}).edit(**{**self._given, **given})
 
     def partner(self, guidance_scale: float) -> "KVLockGuider":
-        """Return the guider for the second expert of Wan 2.2: both share one lock, one policy state and one trace.
+        """Return the guider of this scale for the second expert of Wan 2.2; both share lock, state and trace.
 
-            pipe.update_components(guider=guider, guider_2=guider.partner(3.0))
-
-        Args:
-            guidance_scale: The requested scale of the second expert.
+        pipe.update_components(guider=guider, guider_2=guider.partner(3.0))
         """
         other = self.new(guidance_scale=guidance_scale)
         other._session, other._given = self._session, self._given
@@ -208,7 +205,9 @@ class KVLockGuider(ClassifierFreeGuidance):
         answers = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
         if self._step == self._num_inference_steps - 1:
             session.end(complete=True)
-        if self._latents is None:  # the pipeline keeps its latents as it showed them, also in bfloat16
+        if (
+            self._latents is None and answers[0] is answers[1]
+        ):  # the pipeline keeps its latents as it showed them, also in bfloat16
             answers = answers[0].to(calls[0].hidden.dtype), answers[1].to(calls[0].hidden.dtype)
         return super().forward(*answers)
 

@@ -18,7 +18,7 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
             are 1 + a multiple of the VAE's temporal compression, sides are multiples of its spatial compression.
 
     Returns:
-        (batch, channels, time, height, width), float32, on the VAE's device: the mode of the posterior.
+        (batch, channels, time, height, width), float32, where the VAE computes: the mode of the posterior.
 
     Raises:
         SourceError: The pixels are not a clip, are not in [-1, 1], or have a size that the VAE would cut.

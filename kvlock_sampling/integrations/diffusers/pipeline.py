@@ -66,7 +66,8 @@ def locked(
     if isinstance(source, Tensor) and source.ndim != 5:
         wanted = "latents (batch or 1, channels, time, height, width): kv.diffusers.encode_clip(pipe.vae, clip)"
         raise SourceError(f"source has shape {tuple(source.shape)}; expected {wanted}.")
-    if isinstance(source, Tensor) and mask is not None and as_mask(mask).shape[2] != source.shape[2]:
+    lengths = mask is not None and pipe.vae is not None
+    if isinstance(source, Tensor) and lengths and as_mask(mask).shape[2] != source.shape[2]:
         as_mask(mask, frames=1 + compression(pipe.vae)[0] * (source.shape[2] - 1))  # raises for another length
     if source_prompt is not None:
         if source_embeds is not None:
@@ -138,7 +139,8 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
         time = time_of(scheduler, call.timestep)
         if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
-            scales[:] = (float(getattr(pipe, name, None) or 1.0) for name in ("_guidance_scale", "_guidance_scale_2"))
+            given = (getattr(pipe, name, None) for name in ("_guidance_scale", "_guidance_scale_2"))
+            scales[:] = (1.0 if scale is None else float(scale) for scale in given)
         if not pipe.do_classifier_free_guidance:
             return session.evaluate(call, None, time=time, requested=1.0)[0]
         blank = call.blank(call.hidden.dtype if session.only_scales(call.network) else torch.float32)

@@ -47,7 +47,7 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
     """Return the flow time of a pipeline's current step, from the timestep that its transformer gets.
 
     Many schedulers round the timestep, so without a scheduler (None) an integer raises RunError, as does the timestep
-    of another scheduler, and PipelineError for one that does not follow exact velocities.
+    of another scheduler.
     """
     step = timestep.flatten()[0]
     if scheduler is None:
@@ -58,11 +58,6 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
             )
         return float(step) / 1000.0
     check_flow(scheduler, "this pipeline's transformer")
-    if type(scheduler).__name__.startswith(("DEIS", "SASolver")):
-        raise PipelineError(
-            f"{type(scheduler).__name__} misses the clip even with exact velocities, so it can keep no background.\n"
-            "  pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
-        )
     indices = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
     index = next((index for index in indices if index is not None), None)
     try:

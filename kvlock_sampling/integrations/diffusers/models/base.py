@@ -187,14 +187,9 @@ class PipelineVideo:
     def given(self, clips: Tensor, mask: Any = None) -> "PipelineVideo":
         """Return this model bound to clips: some schedules depend on the size, some transformers read a first frame.
 
-        A prompt of one text then counts for all clips.
-
-        Args:
-            clips: (3, frames, height, width) or (batch, 3, frames, height, width), in [-1, 1].
-            mask: 1 = edit, as `masks.as_mask` reads; default: everything.
-
-        Raises:
-            PipelineError: The model cannot edit this size, or the mask has another size.
+        Clips are (3, frames, height, width) or (batch, 3, frames, height, width), in [-1, 1]; the mask, 1 = edit, as
+        `masks.as_mask` reads, is by default everything. A prompt of one text then counts for all clips. Raises
+        PipelineError if the model cannot edit this size, or the mask has another.
         """
         clips = clips if clips.ndim == 5 else clips.unsqueeze(0)
         frames, height, width = clips.shape[2:]
@@ -237,13 +232,9 @@ class PipelineVideo:
         return self.pipe.vae.decode(raw, return_dict=False)[0]
 
     def prompt(self, texts: str | Sequence[str]) -> Conditioning:
-        """Encode prompts as the denoiser's `cond`: tensors with one row per text, and what it reads of `given` clips.
-
-        Args:
-            texts: One text, or one per clip. A text is encoded once and kept.
-
-        Raises:
-            PipelineError: Texts and clips differ in number, or a new text comes after `pipe.text_encoder = None`.
+        """Encode one text, or one per clip, as the denoiser's `cond`: tensors with one row per text, and what it reads
+        of `given` clips. A text is encoded once and kept. Raises PipelineError if texts and clips differ in number, or
+        a new text comes after `pipe.text_encoder = None`.
         """
         count = self._shape[0] if self._shape is not None else 1
         texts = [texts] * count if isinstance(texts, str) else list(texts)
@@ -263,15 +254,9 @@ class PipelineVideo:
         return encoded | self._clips
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        """Return the schedule of the pipeline's scheduler: `steps` noise levels and a final 0.
-
-        Args:
-            steps: Number of steps, >= 1.
-            strength: Flow time to start at, in (0, 1]: 1 starts where the scheduler does, less takes `steps` levels
-                below that time, with the scheduler's spacing.
-
-        Raises:
-            PipelineError: An argument is out of range, or the scheduler needs what it was not given.
+        """Return the schedule of the pipeline's scheduler: `steps` >= 1 noise levels and a final 0. A `strength` in
+        (0, 1] is the flow time to start at: 1 starts where the scheduler does, less takes `steps` levels below that
+        time, with the scheduler's spacing. Raises PipelineError out of range, or if the scheduler lacks what it needs.
         """
         if self.shift is not None:
             check_number("strength", strength, PipelineError, above=0.0, at_most=1.0)

@@ -25,9 +25,9 @@ from .base import Conditioning, PipelineVideo, ask
 class LTXVideo(PipelineVideo):
     """LTX-Video, text to video.
 
-    `frame_rate` is the clip's, in frames per second, and sets the speed of motion. A VAE that denoises gets noise of
-    `decode_noise_scale`, and has the flow time `decode_timestep` (default of both) left. `cond` holds "text" (batch,
-    tokens, dim); "mask" (batch, tokens), True for real tokens.
+    `frame_rate` is the clip's, in frames per second, and sets the speed of motion. A VAE that denoises has the flow
+    time `decode_timestep` left, by default 0, and gets noise of `decode_noise_scale`, by default as much. `cond` holds
+    "text" (batch, tokens, dim); "mask" (batch, tokens), True for real tokens.
     """
 
     family = "LTX-Video"

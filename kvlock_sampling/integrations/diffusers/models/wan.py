@@ -80,6 +80,7 @@ class WanImageVideo(WanVideo):
         first = clips[:, :, :1]
         if self.image is not None:
             given, fits = getattr(self.image, "shape", type(self.image).__name__), (3, *clips.shape[3:])
+            given = given if isinstance(given, str) else tuple(given)
             if given != fits:
                 hint = f"kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
                 raise PipelineError(f"image is {given}; expected (3, height, width) = {fits}, in [-1, 1]: {hint}.")

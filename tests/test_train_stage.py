@@ -32,6 +32,22 @@ def test_each_scene_comes_with_and_without_its_post() -> None:
     assert ((changed > 0) & (changed < 0.2)).all()
 
 
+def test_a_share_of_the_pairs_stands_still_and_moves() -> None:
+    clips, words = make_batch(0, 16, still=0.75)
+    pairs = words.view(8, 2, 5)
+    posts, motions = pairs[:2], pairs[2:]
+    assert torch.equal(posts[:, 0, :4], posts[:, 1, :4])
+    whole = (motions[..., :4] > 0).all(dim=-1).all(dim=-1)
+    assert whole.any()
+    still, moving = motions[whole, 0], motions[whole, 1]
+    assert (still[:, 2] == WORDS.index("standing still")).all()
+    assert {WORDS[i] for i in moving[:, 2].tolist()} == {"moving left", "moving right"}
+    assert torch.equal(still[:, [0, 1, 3]], moving[:, [0, 1, 3]])
+    middle = (clips[4::2, :, 3:5] - clips[5::2, :, 3:5]).abs().mean()
+    ends = (clips[4::2, :, [0, 7]] - clips[5::2, :, [0, 7]]).abs().mean()
+    assert middle < 0.5 * ends  # both pass through the same place half way
+
+
 def test_the_post_and_whole_prompts_are_sometimes_left_unsaid() -> None:
     words = make_batch(0, 400)[1]
     whole = (words == 0).all(dim=1)

@@ -10,6 +10,9 @@ what that clip shows, so the best prediction stays the posterior mean. Whether a
 of 0.8 to 0.97: --time-mean 2.2 --time-std 0.8 trains there. --reading-only trains just the parts that read the prompt,
 to teach a new word to finished weights.
 
+An object that stands still in a panning room must move like the room, whose patterns are faint, so this hardly counts
+either. --still gives a share of the pairs to one scene standing still and moving, under the same noise.
+
 A run can be killed at any time. The same command resumes it from FOLDER/checkpoint.pt.
 """
 
@@ -70,14 +73,19 @@ def build_optimizers(model: nn.Module, muon_lr: float, adamw_lr: float) -> list[
     ]
 
 
-def make_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
-    """Clips and words of a step, in pairs with and without a post. The same step always gives the same batch."""
+def make_batch(step: int, size: int, still: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Clips and words of a step, in pairs with and without a post, then the share `still` of pairs standing still and
+    moving. The same step always gives the same batch.
+    """
     first, scenes = TRAIN_SEED + 10 * step * size, []
-    with_post = (scene for scene in map(sample_scene, range(first, first + 10 * size)) if scene.post)
-    for scene in islice(with_post, size // 2):
+    drawn, generator = map(sample_scene, range(first, first + 10 * size)), torch.Generator().manual_seed(step)
+    moving = round(still * (size // 2))
+    for scene in islice((scene for scene in drawn if scene.post), size // 2 - moving):
         scenes += [scene, replace(scene, post=False)]
+    for scene in islice((scene for scene in drawn if scene.shape is not None), moving):
+        way = "moving left" if float(torch.rand((), generator=generator)) < 0.5 else "moving right"
+        scenes += [replace(scene, motion="standing still"), replace(scene, motion=way)]
     words = tokenize([scene.prompt for scene in scenes])
-    generator = torch.Generator().manual_seed(step)
     pairs = words.view(size // 2, 2, -1)
     pairs[torch.rand(size // 2, generator=generator) < POST_DROPOUT, :, -1] = 0
     pairs[torch.rand(size // 2, generator=generator) < PROMPT_DROPOUT] = 0
@@ -89,9 +97,10 @@ class Batches(Dataset[tuple[Tensor, Tensor]]):
     """`make_batch` for a data loader, which prepares batches in other processes."""
 
     size: int
+    still: float = 0.0
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        return make_batch(step, self.size)
+        return make_batch(step, self.size, self.still)
 
 
 def flow_errors(model: Callable[..., Tensor], clips: Tensor, words: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -145,6 +154,7 @@ def train(
     time_mean: float = 0.6,
     time_std: float = 1.1,
     post_weight: float = 0.0,
+    still: float = 0.0,
     reading_only: bool = False,
     device: str = "cpu",
     workers: int = 0,
@@ -163,6 +173,7 @@ def train(
         time_mean: of the logit of the flow time; larger values train more on high noise, where the layout is decided.
         time_std: of the logit of the flow time.
         post_weight: further weight of the pixels of a post in the clip that lacks it.
+        still: share of the pairs that are one scene standing still and moving.
         reading_only: train only the parts that read the prompt.
         device: "cpu" or "cuda".
         workers: processes that render batches; 0 renders in the training process.
@@ -216,7 +227,7 @@ def train(
         for block in model.dit.blocks:
             block.compile()
     steps = range(step, 10**9)
-    loader = DataLoader(Batches(batch), None, sampler=steps, num_workers=workers, pin_memory=device != "cpu")
+    loader = DataLoader(Batches(batch, still), None, sampler=steps, num_workers=workers, pin_memory=device != "cpu")
     batches = iter(loader)
     began = last = time.time()
     recent: list[Tensor] = []
@@ -232,7 +243,9 @@ def train(
         t, noise = (a.repeat_interleave(2, dim=0) for a in (t, noise))  # the same for both of a pair
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast):
             errors = flow_errors(model, clips, words, t, noise)
-            loss = (post_weights(clips, post_weight) * errors.square()).mean()
+            weights = post_weights(clips, post_weight)
+            weights[batch - 2 * round(still * (batch // 2)) :] = 1  # pairs that stand still and move
+            loss = (weights * errors.square()).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -262,6 +275,7 @@ def main() -> None:
     parser.add_argument("--time-mean", type=float, default=0.6, help="mean logit of the flow time")
     parser.add_argument("--time-std", type=float, default=1.1, help="spread of the logit of the flow time")
     parser.add_argument("--post-weight", type=float, default=0.0, help="further weight of a missing post's pixels")
+    parser.add_argument("--still", type=float, default=0.0, help="share of pairs that stand still and move")
     parser.add_argument("--reading-only", action="store_true", help="train only the parts that read the prompt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that render batches")

@@ -9,6 +9,7 @@ in token-passes. Measured in benchmarks/seeds.py.
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -122,6 +123,8 @@ def search(
     if starts < 2 or (source is not None and len(source.latents) != 1):
         clips = 0 if source is None else len(source.latents)
         raise RunError(f"search got {starts} starts for {clips} clips; expected two or more starts of one clip.")
+    if at is not None and not (isinstance(at, Mapping) and all(isinstance(level, Real) for level in at)):
+        raise RunError(f"at={at!r}; expected how many go on from each noise level, e.g. at={{2.0: 2, 0.5: 1}}.")
     levels = [float(level) for level in sigmas if level > 0]
     plan = {levels[len(levels) // 2]: keep} if at is None else {float(level): count for level, count in at.items()}
     for level, count in plan.items():
@@ -170,9 +173,10 @@ class _Rows(DenoiserProxy):
         assert self._denoised is not None
         found = torch.full((len(self.locks),), float("nan"))
         for row in self.going:
-            found[row] = float(self.judge(self._denoised[row : row + 1], self.locks[row].trace))
+            score = self.judge(self._denoised[row : row + 1], self.locks[row].trace)
+            found[row] = float("nan" if score is None else score)
             if not found[row].isfinite():
-                raise RunError(f"the judge gave start {row} {found[row]:g}; expected a finite number, more for better.")
+                raise RunError(f"the judge gave start {row} {score}; expected a finite number, more for better.")
         self.scores[level] = found
         self.going = sorted(self.going, key=lambda row: (-float(found[row]), row))[:count]
         return self._denoised

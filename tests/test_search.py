@@ -147,3 +147,16 @@ def test_the_seam_is_just_inside_the_mask(setup):
     best = kv.search(setup.lock(policy="full"), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
     scores = next(iter(best.scores.values()))
     assert best.chosen == [int(scores.argmax())]
+
+
+@pytest.mark.parametrize("at", [[2.0], {"a": 1}], ids=str)
+def test_levels_of_another_form_are_told(setup, at):
+    x = setup.x.repeat(2, 1, 1, 1, 1)
+    with pytest.raises(RunError, match=r"expected how many go on from each noise level, e\.g\. at="):
+        kv.search(setup.lock(policy="full"), "euler", x, setup.sigmas, at=at, extra_args=setup.cfg)
+
+
+def test_a_judge_without_an_answer_is_told(setup):
+    x = setup.x.repeat(2, 1, 1, 1, 1)
+    with pytest.raises(RunError, match="gave start 0 None; expected a finite number"):
+        kv.search(setup.lock(policy="full"), "euler", x, setup.sigmas, judge=lambda *_: None, extra_args=setup.cfg)

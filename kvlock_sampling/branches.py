@@ -232,7 +232,8 @@ class OwnBranches(Branches):
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
         locked, source_x = self.locked, self._source_x
-        if locked is not None and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+        here = sigma is self.step.sigma_arg  # else a probe's, at which the source is another
+        if locked is not None and here and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
             lockstep = locked.context.fresh("lockstep")
             return self._beside_source(branches, (locked.x, self._kv_args), lockstep, sigma, kind)
         if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
@@ -309,7 +310,8 @@ class GuidedBranches(Branches):
     def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         """The guided x0-hat, and the conditional one if the model tells it."""
         locked, context, arguments = self.locked, None, self._arguments
-        if locked is not None and self.route == Route.LOCKSTEP and sigma is self.step.sigma_arg:
+        here = sigma is self.step.sigma_arg
+        if locked is not None and here and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
             context = locked.context.fresh("lockstep")
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
         elif locked is not None:

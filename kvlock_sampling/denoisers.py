@@ -221,17 +221,9 @@ class CFGDenoiser(DenoiserWrapper):
     def forward(
         self, x: Float[Tensor, "batch ..."], sigma: Tensor, uncond: Any, cond: Any, cond_scale: float | Tensor
     ) -> Float[Tensor, "batch ..."]:
-        """Return D_u + (D_c - D_u) * cond_scale, shaped like x.
-
-        Args:
-            x: Noisy latents.
-            sigma: Noise level, () or (batch,).
-            uncond: Unconditional prompt, like cond.
-            cond: The prompt: a tensor (batch, ...) or (1, ...), one text per clip in a list, or a mapping of these.
-            cond_scale: Guidance scale, a float or (batch,).
-
-        Raises:
-            DenoiserError: cond and uncond differ in shape or keys.
+        """Return D_u + (D_c - D_u) * cond_scale, shaped like the noisy latents x; sigma is () or (batch,), cond_scale a
+        float or (batch,). The prompts cond and uncond are tensors (batch, ...) or (1, ...), lists of one text per clip,
+        or mappings of these. Raises DenoiserError if they differ in shape or keys.
         """
         joined = join_calls([{"cond": uncond}, {"cond": cond}], len(x))
         if joined is None:

@@ -31,11 +31,7 @@ class Restarted(NamedTuple):
 
 
 def last_risk(trace: Trace) -> Tensor:
-    """The risk of each clip at its last measurement, (batch,). Per-token risk counts by its maximum.
-
-    Raises:
-        RunError: Nothing was measured in that run.
-    """
+    """The risk of each clip at its last measurement, (batch,); of tokens the largest. Raises RunError without one."""
     for step in reversed(trace.steps):
         if torch.isfinite(step.risk).all():
             return step.risk if step.risk.ndim == 1 else step.risk.flatten(1).amax(1)

@@ -123,7 +123,7 @@ def search(
     if starts < 2 or (source is not None and len(source.latents) != 1):
         clips = 0 if source is None else len(source.latents)
         raise RunError(f"search got {starts} starts for {clips} clips; expected two or more starts of one clip.")
-    if at is not None and not (isinstance(at, Mapping) and all(isinstance(level, Real) for level in at)):
+    if at is not None and not (isinstance(at, Mapping) and all(isinstance(level, Real | Tensor) for level in at)):
         raise RunError(f"at={at!r}; expected how many go on from each noise level, e.g. at={{2.0: 2, 0.5: 1}}.")
     levels = [float(level) for level in sigmas if level > 0]
     plan = {levels[len(levels) // 2]: keep} if at is None else {float(level): count for level, count in at.items()}

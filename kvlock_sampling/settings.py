@@ -32,6 +32,7 @@ from .utils.denoiser import accepts, check_no_lock_inside, method_of, on_clock, 
 from .utils.fields import check_number
 from .utils.modules import reachable_modules
 from .variance import Estimator
+from .variance.sparse import sparsely
 from .variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 
 
@@ -168,7 +169,7 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
     if not isinstance(policy, (str, os.PathLike)):
         return policy if isinstance(policy, Preset) else Preset(policy)
     preset = load_preset(policy)
-    if policy != "default" or locks or not preset.policy.may_lock:
+    if policy != "default" or locks:
         return preset
     # Without a source the default measures, and changes nothing in the background.
     if preset.estimator is not None and preset.estimator.needs_source:
@@ -183,10 +184,9 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         hint = f"{name}()" if isinstance(estimator, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
-    usual = DEFAULT_THRESHOLD if measure == DEFAULT_ESTIMATOR else measure.default_threshold
-    mine, its = (getattr(e, "estimator", e) for e in (estimator, preset.estimator or DEFAULT_ESTIMATOR))
-    own = preset.threshold if mine is None or mine == its else None  # it belongs to the preset's own estimator
-    limit = _first(given["threshold"], own, usual)
+    usual = DEFAULT_THRESHOLD if sparsely(measure) == DEFAULT_ESTIMATOR else measure.default_threshold
+    mine = estimator is None or sparsely(estimator) == sparsely(preset.estimator or DEFAULT_ESTIMATOR)
+    limit = _first(given["threshold"], preset.threshold if mine else None, usual)  # it belongs to its estimator
     if not callable(limit):
         limit = check_number("threshold", limit, EstimatorError, " Or a function of sigma.", above=0.0)
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)

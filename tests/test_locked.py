@@ -32,7 +32,7 @@ from toy_pipelines import tiny_pipeline
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import KVLockGuider, encode_clip, locked
 from kvlock_sampling.policy import Clamped
-from kvlock_sampling.types import MaskError, RunError, SourceError
+from kvlock_sampling.types import MaskError, PipelineError, RunError, SourceError
 from kvlock_sampling.utils.host import HostReads
 
 
@@ -517,6 +517,21 @@ def test_off_has_the_second_experts_scale(scale: float) -> None:
     plain = run(pipe, guidance_scale_2=scale)
     with locked(pipe, policy="off"):
         assert far_apart(run(pipe, guidance_scale_2=scale), plain) < 1e-6  # at 1 the unconditional pass is left out
+
+
+@pytest.mark.parametrize("kind", ["DEISMultistepScheduler", "SASolverScheduler"])
+def test_schedulers_that_miss_the_clip_are_refused(kind: str) -> None:
+    import diffusers
+
+    pipe = classic(times=None)
+    pipe.scheduler = getattr(diffusers, kind)(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(PipelineError, match="UniPCMultistepScheduler"), locked(pipe, **EDIT, policy="full"):
+        pass
+    torch.manual_seed(0)  # SASolver draws from the global generator
+    plain = run(pipe)
+    with locked(pipe, policy="off"):
+        torch.manual_seed(0)
+        assert torch.equal(run(pipe), plain)
 
 
 @pytest.mark.parametrize(

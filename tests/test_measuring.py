@@ -148,6 +148,9 @@ def test_a_presets_threshold_stays_with_its_estimator(setup):
     assert (
         setup.lock(policy=preset, estimator=Sparse(DEFAULT_ESTIMATOR, every=2)).settings.threshold == DEFAULT_THRESHOLD
     )
+    twice = Sparse(Sparse(DEFAULT_ESTIMATOR, every=2), every=2)
+    assert setup.lock(policy=preset, estimator=twice).settings.threshold == DEFAULT_THRESHOLD
+    assert setup.lock(policy=kv.Sigmoid(), estimator=twice).settings.threshold == DEFAULT_THRESHOLD
     assert setup.lock(policy=preset, estimator=other).settings.threshold == other.default_threshold
     assert setup.lock(policy=preset, estimator=other, threshold=0.5).settings.threshold == 0.5
 
@@ -280,3 +283,48 @@ def test_a_sparse_comparison_with_the_source_costs_its_pass_where_it_measures(se
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert [step.nfe for step in lock.trace].count(3) == 2
     assert {step.nfe for step in lock.trace} == {2, 3}
+
+
+class Host:
+    """What a host such as ComfyUI tells of its model, which guides and can take the source along."""
+
+    def __init__(self, model, cfg):
+        self.model, self.cfg, self.calls = model, cfg, []
+        self.predictions = None
+
+    def joins(self, x, sigma, arguments):
+        return True
+
+    def __call__(self, x, sigma, cond, uncond, cond_scale=1.0, beside=None):
+        self.calls.append(beside is not None)
+        rows, texts, count = [x, x], [uncond, cond], 2 + (beside is not None)
+        if beside is not None:
+            rows.append(beside[0])
+            texts.append(beside[1]["cond"])
+        texts = torch.cat([text.expand(len(x), *text.shape[1:]) for text in texts])
+        out = self.model(torch.cat(rows), sigma.expand(len(x)).repeat(count), cond=texts).chunk(count)
+        self.predictions = out[1], out[0], out[2] if count == 3 else None
+        return out[0] + (out[1] - out[0]) * cond_scale
+
+
+@pytest.mark.parametrize("estimator", [None, kv.variance.RenoiseVariance(passes=1)], ids=["alone", "probed"])
+@pytest.mark.parametrize("bias", [0.5, 1.0])
+def test_a_host_takes_the_source_along_as_the_trace_says(setup, bias, estimator):
+    host = Host(setup.model, setup.cfg)
+
+    def model(x, sigma, cond, uncond, cond_scale=1.0, beside=None):
+        return host(x, sigma, cond, uncond, cond_scale, beside)
+
+    model.kvlock_host = host
+    layers = kv.find_layers(setup.model)
+    policy = kv.PID(bias=bias, **HOLD) if estimator else kv.Constant(lock=bias)
+    options = {} if estimator is None else {"estimator": estimator}
+    options |= {"source": setup.source, "mask": setup.mask, "policy": policy, "layers": layers}
+    lock = kv.KVLock(model, branch=setup.model, **options)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    steps = len(setup.sigmas) - 1
+    if set(lock.trace.routes) == {"source pass"}:  # a probe at lock 1
+        assert (bias, estimator is not None) == (1.0, True)
+        return
+    assert set(lock.trace.routes) == {"interleaved" if bias == 1 else "lockstep"}
+    assert host.calls == [True] * steps * (1 if estimator is None else 2)

@@ -572,6 +572,13 @@ def rolling_under_a_hook(block):
     add_hook_to_module(block, ModelHook())
 
 
+def rolling_over_a_hook(block):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(block, ModelHook())
+    rolling_forward(block)
+
+
 def hidden_arguments(block):
     class Block(type(block)):
         def forward(self, hidden_states, *rest, **named):
@@ -588,7 +595,9 @@ def other_signature(block):
     block.__class__ = Block
 
 
-@pytest.mark.parametrize("change", [Rolling, rolling_forward, rolling_under_a_hook, hidden_arguments, other_signature])
+@pytest.mark.parametrize(
+    "change", [Rolling, rolling_forward, rolling_under_a_hook, rolling_over_a_hook, hidden_arguments, other_signature]
+)
 def test_a_block_that_may_mix_tokens_gets_all_of_them(setup, change):
     blocks = setup.model.inner_model.transformer.blocks
     changed = change(blocks[1])

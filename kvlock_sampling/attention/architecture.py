@@ -101,8 +101,7 @@ class Architecture:
             wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
             held = {n: (*path[: len(wanted) - 1],) for n, path in paths.items() if len(path) >= len(wanted)}
             fits = [n for n, block in held.items() if all(map(fnmatchcase, (*block, paths[n][-1]), wanted))]
-            # In a block that somebody put into a module of their own, the layer lies deeper: in a block like others, or
-            # if all are like this, in the only module of the one around it.
+            # In a block that somebody wrapped the layer lies deeper: in one like others, or in all, in the only module.
             inner, count = {n: names[n.rpartition(".")[0]] for n in fits}, Counter(held[n] for n in fits)
             kinds = {type(inner[n]) for n in fits if len(paths[n]) == len(wanted)}
             alone = {n for n in fits if len([*names[".".join(held[n])].children()]) == 1}

@@ -190,9 +190,12 @@ def _has_hooks(module: nn.Module) -> bool:
 def patched(module: nn.Module) -> bool:
     """Whether somebody's own function stands in the place of the module's forward."""
     own = vars(module)
-    # What accelerate and diffusers wrap, or put back on the instance when their hooks are removed, is the class's own.
-    forward = own.get("_old_forward" if "_hf_hook" in own else "forward")
-    if references := getattr(own.get("_diffusers_hook"), "_fn_refs", None):
-        forward = references[0].original_forward or references[0].forward
+    forward, references = own.get("forward"), getattr(own.get("_diffusers_hook"), "_fn_refs", None)
+    for _ in range(4):  # accelerate's and diffusers' wrappers are peeled off; what they put back is the class's own
+        maker = getattr(getattr(forward, "func", None), "__module__", "")
+        if maker == "accelerate.hooks":
+            forward = own.get("_old_forward")
+        elif maker == "diffusers.hooks.hooks" and references:
+            forward = references[0].original_forward or references[0].forward
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

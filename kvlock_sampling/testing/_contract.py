@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +109,11 @@ def same(a: Any, b: Any) -> bool:
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and same(a.tolist(), b.tolist())
-    if type(a) is type(b) and type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__") and not callable(a):
+    if (
+        type(a) is type(b)
+        and type(a).__eq__ is object.__eq__
+        and hasattr(a, "__dict__")
+        and not isinstance(a, FunctionType)
+    ):
         return a is b or same(vars(a), vars(b))
     return bool(a == b) or (a != a and b != b)

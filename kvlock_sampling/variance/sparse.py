@@ -14,6 +14,11 @@ from ..utils.fields import flag, levels, number
 from .base import Estimator
 
 
+def sparsely(estimator: Estimator) -> Estimator:
+    """What is measured, however sparsely."""
+    return sparsely(estimator.estimator) if isinstance(estimator, Sparse) else estimator
+
+
 @dataclass(frozen=True)
 class Sparse(Estimator):
     """The inner estimator at chosen noise levels only. It does not see the other evaluations.

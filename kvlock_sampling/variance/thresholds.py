@@ -120,7 +120,9 @@ def reference_bands(
         ends = [quantile, *(ranks / (clips + 1))]
         level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
         level = max(min(level, inside[-1, 2]), points[points[:, 2] > 0, 2].min())  # 0 is no threshold
-        found.append(Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(high), clips))
+        found.append(
+            Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(max(high, level)), clips)
+        )
     return sorted(found, key=lambda b: -b.sigma)
 
 

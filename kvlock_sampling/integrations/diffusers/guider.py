@@ -112,14 +112,9 @@ class KVLockGuider(ClassifierFreeGuidance):
         self.edit(estimator=estimator, threshold=threshold, kv_cache=kv_cache, layers=layers)
 
     def edit(self, **given: Any) -> "KVLockGuider":
-        """Replace some of what is not saved, and return this guider. Shapes are checked at the first step.
-
-        Args:
-            given: source, mask, noise, source_embeds, scheduler, estimator, threshold, kv_cache or layers.
-
-        Raises:
-            SourceError: Source or noise is no tensor.
-            MaskError: The mask is no tensor.
+        """Replace some of what is not saved, and return this guider: source, mask, noise, source_embeds, scheduler,
+        estimator, threshold, kv_cache or layers. Shapes are checked at the first step. Raises SourceError or MaskError
+        for a source, noise or mask that is no tensor.
         """
         if wrong := sorted(given.keys() - set(_EDITED)):
             raise TypeError(f"edit() takes {', '.join(_EDITED)}; got {', '.join(wrong)}")

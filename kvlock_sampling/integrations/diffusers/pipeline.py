@@ -66,6 +66,9 @@ def locked(
     if isinstance(source, Tensor) and source.ndim != 5:
         wanted = "latents (batch or 1, channels, time, height, width): kv.diffusers.encode_clip(pipe.vae, clip)"
         raise SourceError(f"source has shape {tuple(source.shape)}; expected {wanted}.")
+    if source is not None and type(pipe.scheduler).__name__.startswith(("DEIS", "SASolver")):
+        hint = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
+        raise PipelineError(f"{type(pipe.scheduler).__name__} misses the clip even with exact velocities.\n  {hint}")
     lengths = mask is not None and pipe.vae is not None
     if isinstance(source, Tensor) and lengths and as_mask(mask).shape[2] != source.shape[2]:
         as_mask(mask, frames=1 + compression(pipe.vae)[0] * (source.shape[2] - 1))  # raises for another length

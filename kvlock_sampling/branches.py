@@ -80,7 +80,9 @@ class Branches:
             self.nfe += self._passes(arguments)
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
         x = self.x if self._signal == 1 else self.x / self._signal
-        return Evaluation(self.step.sigma, x, cond, mask, self.probe, self.uncond, self.source)
+        # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
+        denoised = cond.detach().clone() if self.settings.measures else cond
+        return Evaluation(self.step.sigma, x, denoised, mask, self.probe, self.uncond, self.source)
 
     @cached_property
     def _signal(self) -> float:
@@ -118,6 +120,10 @@ class Branches:
         if isinstance(weight, Tensor):
             weight = on_latents(weight.to(denoised), denoised.shape, patch)
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
+
+    def _rides(self, sigma: Tensor) -> bool:
+        """Whether the source rides in a call at this noise level. In a probe's at another level it would be wrong."""
+        return sigma is self.step.sigma_arg and self.route in (Route.LOCKSTEP, Route.INTERLEAVED)
 
     def _injecting(self, locked: Locked, sigma: Tensor) -> FusionContext:
         """A context that injects the source's K/V at this noise level."""
@@ -195,8 +201,9 @@ class OwnBranches(Branches):
 
     def conditional(self) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        unguided = not self._wants_uncond and self.step.reads.range(self.step.expected_cfg_scale) == (1.0, 1.0)
-        if self._uncond_args is not None and not unguided:
+        if self._uncond_args is not None and (
+            self._wants_uncond or self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0)
+        ):
             branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
             self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
             return cond
@@ -232,8 +239,7 @@ class OwnBranches(Branches):
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
         locked, source_x = self.locked, self._source_x
-        here = sigma is self.step.sigma_arg  # else a probe's, at which the source is another
-        if locked is not None and here and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+        if locked is not None and self._rides(sigma):
             lockstep = locked.context.fresh("lockstep")
             return self._beside_source(branches, (locked.x, self._kv_args), lockstep, sigma, kind)
         if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
@@ -310,8 +316,7 @@ class GuidedBranches(Branches):
     def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         """The guided x0-hat, and the conditional one if the model tells it."""
         locked, context, arguments = self.locked, None, self._arguments
-        here = sigma is self.step.sigma_arg
-        if locked is not None and here and self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+        if locked is not None and self._rides(sigma):
             context = locked.context.fresh("lockstep")
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
         elif locked is not None:

@@ -90,9 +90,8 @@ def restart(
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)
-    if "noise_sampler" in parameters_of(
-        get(sampler) if isinstance(sampler, str) else sampler
-    ):  # another's noise has no seed
+    drawn = get(sampler) if isinstance(sampler, str) else sampler
+    if "noise_sampler" in parameters_of(drawn):  # another's noise has no seed
         arguments["seed"] = seeds
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
     out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)

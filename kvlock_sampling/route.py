@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .attention import AttentionLayers, FusionContext, Hooks, fusion_ratio
-from .attention.hooks import patched
+from .attention import FusionContext, Hooks, fusion_ratio
 from .kv_cache import CacheEntry
 from .run import Run, Step
 from .settings import LockSettings
@@ -65,15 +64,6 @@ class Locked:
     entry: Callable[[Mapping[str, Any]], CacheEntry] | None
 
 
-def _watched(layers: AttentionLayers) -> bool:
-    """Whether a user's hooks (not torch's own, as FSDP's), or functions in the place of a forward, see the tokens."""
-    parts = [module for blocks in layers.blocks for block in blocks for module in block.modules()]
-    hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
-    return any(map(patched, parts)) or any(
-        not str(getattr(hook, "__module__", "")).startswith(("torch.", __package__)) for hook in hooks
-    )
-
-
 def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     """What this evaluation takes of the source; None if it locks nothing."""
     tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
@@ -88,7 +78,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
     narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
-    narrow = narrow and (tools.hooks.plain or not _watched(layers))
+    narrow = narrow and (tools.hooks.plain or not tools.hooks.watched)
     if tools.cached is not None and selection is not None:
         entry = partial(tools.cached.entry, source.reference, noise, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)

@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
     Attributes:
         sigma: Noise level, a float > 0.
         x: The sampler's input in variance-exploding form, (batch, ...).
-        denoised: Conditional x0-hat before guidance and compositing, (batch, ...).
+        denoised: Conditional x0-hat before guidance and compositing, (batch, ...); the estimator's own, to keep.
         mask: Latent mask broadcastable to `x`, 1 = edit; None means everywhere.
         probe: Evaluates the conditional model again, `probe(x, sigma) -> x0-hat`, on any multiple of batch rows, in the
             order of `x.repeat(k, ...)`; at another sigma only if the model's levels are variance exploding. Every row

@@ -101,7 +101,8 @@ class Architecture:
             wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
             held = {n: (*path[: len(wanted) - 1],) for n, path in paths.items() if len(path) >= len(wanted)}
             fits = [n for n, block in held.items() if all(map(fnmatchcase, (*block, paths[n][-1]), wanted))]
-            # In a block that somebody wrapped the layer lies deeper: in one like others, or in all, in the only module.
+            # A block may be inside a module of a user's, where its layer lies deeper. It is known by the class of other
+            # blocks, or where all are inside such modules, by being the only module there.
             inner, count = {n: names[n.rpartition(".")[0]] for n in fits}, Counter(held[n] for n in fits)
             kinds = {type(inner[n]) for n in fits if len(paths[n]) == len(wanted)}
             alone = {n for n in fits if len([*names[".".join(held[n])].children()]) == 1}

@@ -83,3 +83,17 @@ def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
 def compiler_imported() -> bool:
     """Whether the compiler was imported. Without it nothing can be compiled."""
     return "torch._dynamo" in sys.modules
+
+
+def patched(module: nn.Module) -> bool:
+    """Whether a call of the module runs a function of a user's instead of its class's forward."""
+    own = vars(module)
+    forward, references = own.get("forward"), getattr(own.get("_diffusers_hook"), "_fn_refs", None)
+    for _ in range(4):  # accelerate's and diffusers' wrappers are peeled off; what they put back is the class's own
+        maker = getattr(getattr(forward, "func", None), "__module__", "")
+        if maker == "accelerate.hooks":
+            forward = own.get("_old_forward")
+        elif maker == "diffusers.hooks.hooks" and references:
+            forward = references[0].original_forward or references[0].forward
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

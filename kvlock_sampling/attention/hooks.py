@@ -21,7 +21,7 @@ from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled, is_compiled, without_compiler
 from .context import FusionContext, current, using
 from .foreground import interleaving, narrow_mask, narrowing, signature_of
-from .forward_hooks import ForwardHook, compiler_imported, hooked
+from .forward_hooks import ForwardHook, compiler_imported, hooked, patched
 from .interception import Fused, intercepted
 from .layers import AttentionLayer, AttentionLayers
 
@@ -43,6 +43,14 @@ class Hooks:
         """
         modules = [module for network in self.layers.networks for module in network.modules()]
         return not any(is_compiled(module) or _has_hooks(module) for module in modules)
+
+    @cached_property
+    def watched(self) -> bool:
+        """Whether a user's hooks (not torch's own, as FSDP's) or functions in the place of a forward see tokens."""
+        parts = [part for blocks in self.layers.blocks for block in blocks for part in block.modules()]
+        hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
+        own = ("torch.", __name__.partition(".")[0])
+        return any(map(patched, parts)) or any(not str(getattr(h, "__module__", "")).startswith(own) for h in hooks)
 
     def run(self, context: FusionContext, call: Callable[[], T], *, may_skip: bool = False) -> T:
         """Make one call of the model in which the layers act on `context`; its record says which layers did.
@@ -185,17 +193,3 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered or patched(module)
     )
-
-
-def patched(module: nn.Module) -> bool:
-    """Whether somebody's own function stands in the place of the module's forward."""
-    own = vars(module)
-    forward, references = own.get("forward"), getattr(own.get("_diffusers_hook"), "_fn_refs", None)
-    for _ in range(4):  # accelerate's and diffusers' wrappers are peeled off; what they put back is the class's own
-        maker = getattr(getattr(forward, "func", None), "__module__", "")
-        if maker == "accelerate.hooks":
-            forward = own.get("_old_forward")
-        elif maker == "diffusers.hooks.hooks" and references:
-            forward = references[0].original_forward or references[0].forward
-    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

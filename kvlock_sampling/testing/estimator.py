@@ -12,7 +12,7 @@ from ..types import EstimatorError, Evaluation
 from ..utils.host import HostReads
 from ..variance import Estimator
 from ..variance.base import check_shape, check_variance
-from ._contract import Contract, one_clip, same
+from ._contract import Contract, one_clip
 
 STEPS = 12
 SHAPE = (4, 2, 4, 4)  # channels, time, height, width: patches of 1 or 2 fit
@@ -74,7 +74,6 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
                 _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
                 contract.check_rewind(run, states, variances)
                 _check_silence(contract, run, states, variances)
-                _check_copies(contract, run, variances)
                 _check_clips(contract, run, [*variances, *effects], model)
 
 
@@ -135,21 +134,6 @@ def _check_silence(contract: Contract, run: list[Any], states: list[Any], varian
         raise EstimatorError(
             f"{contract.name}.step returned None without evaluation.uncond, as it is at a guidance of 1; the last "
             "control then holds for ever.\n  Write needs_uncond = True in the class."
-        )
-
-
-def _check_copies(contract: Contract, run: list[Any], variances: list[Tensor | None]) -> None:
-    """Some samplers clamp x0-hat in place."""
-    state, found = contract.checked.init(), []
-    for evaluation in run:
-        given = evaluation._make(v.clone() if isinstance(v, Tensor) else v for v in evaluation)
-        state, variance = contract.attempt("step", state, given)
-        found.append(variance)
-        given.denoised.zero_()
-    if not same(found, variances):
-        raise EstimatorError(
-            f"{contract.name}.step keeps evaluation.denoised, which a sampler may change in place; expected a copy in "
-            "the state: evaluation.denoised.clone()."
         )
 
 

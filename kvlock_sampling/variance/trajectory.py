@@ -70,8 +70,7 @@ class TrajectoryVariance(Estimator):
         return ()
 
     def step(self, state: tuple[Entry, ...], evaluation: Evaluation) -> tuple[tuple[Entry, ...], Tensor | None]:
-        # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
-        sigma, denoised = evaluation.sigma, evaluation.denoised.detach().clone()
+        sigma, denoised = evaluation.sigma, evaluation.denoised.detach()
         # The prediction replaces an entry at nearly the same sigma, and those below.
         kept = [e for e in state if e.sigma > sigma * (1 + SAME_SIGMA)]
         move = None

@@ -13,7 +13,7 @@ class SolverDisagreement(kv.variance.Estimator):
     default_threshold = 0.005  # calm clips of the embedded model in 30 steps; it falls as the 4th power of the step
 
     def step(self, state, evaluation):
-        sigma, denoised = evaluation.sigma, evaluation.denoised.float().clone()  # samplers may clamp it in place
+        sigma, denoised = evaluation.sigma, evaluation.denoised.float()
         before = [p for p in state or () if p[0] > sigma * 1.0001]  # an evaluation at the same sigma replaces the last
         kept = (*before, (sigma, denoised))[-3:]
         if len(before) < 2:

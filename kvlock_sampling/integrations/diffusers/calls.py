@@ -34,9 +34,10 @@ class Call(NamedTuple):
         return self.arguments["hidden_states"]
 
     @property
-    def latents(self) -> Tensor:
-        """The noisy latents alone."""
-        return self.hidden.tensor_split([self.channels], dim=1 + (self.hidden.ndim == 3))[0]
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The noisy latents, and the appended channels, of which there may be none."""
+        latents, appended = self.hidden.tensor_split([self.channels], dim=1 + (self.hidden.ndim == 3))
+        return latents, appended
 
     @property
     def timestep(self) -> Tensor:
@@ -52,7 +53,7 @@ class Call(NamedTuple):
 
     def blank(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the prediction, to be filled in later."""
-        return torch.zeros_like(self.latents, dtype=dtype)
+        return torch.zeros_like(self.parts[0], dtype=dtype)
 
 
 class FlowCalls:
@@ -74,7 +75,7 @@ class FlowCalls:
 
     def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Go to the step of this conditional call, and return its x and sigma in variance-exploding form."""
-        z = call.latents if latents is None else latents
+        z = call.parts[0] if latents is None else latents
         self.z = z.to(torch.promote_types(z.dtype, torch.float32))
         self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
         self._dtype, self._timestep = call.hidden.dtype, call.timestep
@@ -86,8 +87,7 @@ class FlowCalls:
 
     def branch(self, call: Call) -> dict[str, Tensor]:
         """The arguments of a branch beside latents and time, one row per clip."""
-        rows = self._rows(call)
-        appended = call.hidden.tensor_split([call.channels], dim=1 + (call.hidden.ndim == 3))[1]
+        rows, (_, appended) = self._rows(call), call.parts
         return self.known(rows | ({"appended": appended} if appended.numel() else {}))
 
     def known(self, branch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,10 +120,10 @@ class FlowCalls:
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
         hidden, appended = z.to(self._dtype), cond.pop("appended", None)
+        if appended is not None:
+            hidden = torch.cat([hidden, appended.to(hidden)], dim=1 + (z.ndim == 3))
         velocity = self.transformer(
-            hidden_states=hidden
-            if appended is None
-            else torch.cat([hidden, appended.to(hidden)], dim=1 + (z.ndim == 3)),
+            hidden_states=hidden,
             timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
             **self._shared,
             **cond,

@@ -200,9 +200,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         answers = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
         if self._step == self._num_inference_steps - 1:
             session.end(complete=True)
-        if (
-            self._latents is None and answers[0] is answers[1]
-        ):  # the pipeline keeps its latents as it showed them, also in bfloat16
+        # The pipeline keeps its latents as it showed them, also in bfloat16.
+        if self._latents is None and answers[0] is answers[1]:
             answers = answers[0].to(calls[0].hidden.dtype), answers[1].to(calls[0].hidden.dtype)
         return super().forward(*answers)
 

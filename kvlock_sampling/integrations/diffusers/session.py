@@ -128,7 +128,7 @@ class Session:
                 "this pipeline gives its known first frame the timestep 0, so the source has no single noise level.\n"
                 "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."
             )
-        source, latents = self.options.get("source"), call.latents
+        source, latents = self.options.get("source"), call.parts[0]
         if source is not None and source.shape[1:] != latents.shape[1:]:
             raise SourceError(
                 f"source latents have shape {tuple(source.shape)}, the pipeline's are {tuple(latents.shape)}.\n"

@@ -533,8 +533,8 @@ def test_each_of_several_networks_has_its_own_entry():
 
 def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
     parts, read = Parts(), []
-    real = module._add_tensor
-    monkeypatch.setattr(module, "_add_tensor", lambda digest, x: (read.append(x), real(digest, x))[1])
+    real = module._add
+    monkeypatch.setattr(module, "_add", lambda text, tensors, *rest: (real(text, tensors, *rest), read.extend(tensors)))
     session = CacheSession(KVCache(), parts.given["model"], parts.given["layers"])
     selection = Selection(parts.given["weight"])
 

@@ -33,9 +33,7 @@ def content_fingerprint(content: Mapping[str, Any]) -> str:
     Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not. Raises KVCacheError
     for an object without content that could be compared in another run, e.g. a function.
     """
-    digest = hashlib.sha256()
-    _add(digest, dict(content), "")
-    return digest.hexdigest()
+    return _hash(dict(content))
 
 
 @torch.inference_mode(False)
@@ -54,10 +52,9 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
             f"no torch module was found in {type(model).__name__}, so its K/V could not be told from another model's.\n"
             "  Wrap the network in a torch.nn.Module, or leave kv_cache= away."
         )
-    digest, seen = hashlib.sha256(), {(id(module), True): i for i, module in enumerate(modules)}
-    _add(digest, [f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)], "")
-    _add(digest, [_module(module, seen) for module in modules], "")
-    return digest.hexdigest()
+    seen = {(id(module), True): i for i, module in enumerate(modules)}
+    about = f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)
+    return _hash([about, [_module(module, seen) for module in modules]])
 
 
 def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -182,56 +179,57 @@ def block_sums(weight: Tensor) -> Tensor:
         data = data.clone()  # 8-byte words must be aligned
     whole = data.numel() // 8
     words, rest = data[: 8 * whole].view(torch.int64), data[8 * whole :]
-    blocks = words[: whole // BLOCK * BLOCK].view(-1, BLOCK).sum(-1)
-    return torch.cat([blocks, words[len(blocks) * BLOCK :].sum()[None], rest.long()]).cpu()
-
-
-def _sample(weight: Tensor) -> Tensor:
-    weight = weight.detach()
-    if weight.is_meta or not weight.numel():
-        return torch.empty(0)
-    if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "dequantize"):
-        weight = weight.dequantize()  # single elements of a quantized weight cannot be read
-    count = weight.numel()
-    index = torch.linspace(0, count - 1, min(count, SAMPLED), dtype=torch.float64).long()
-    return weight.reshape(-1)[index.to(weight.device)]
+    blocks, last = words[: whole // BLOCK * BLOCK].view(-1, BLOCK), words[whole // BLOCK * BLOCK :].view(1, -1)
+    sums = [part.sum(-1) for part in (blocks, last, rest.view(-1, 1)) if part.numel()]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 def _numbers(weight: Tensor) -> list[Any]:
     if is_lazy(weight):
         return [type(weight).__name__]
-    weight = weight if weight.layout == torch.strided else weight.to_dense()
-    return [list(weight.shape), str(weight.dtype), block_sums(weight), _sample(weight)]
+    weight = (weight if weight.layout == torch.strided else weight.to_dense()).detach()
+    about = [list(weight.shape), str(weight.dtype), block_sums(weight)]
+    if weight.is_meta or not weight.numel():
+        return about
+    if type(weight) is not Tensor and hasattr(weight, "dequantize"):
+        weight = weight.dequantize()  # single elements of a quantized weight cannot be read
+    return [*about, weight.reshape(-1)[:: -(-weight.numel() // SAMPLED)]]
 
 
-def _add_tensor(digest: Any, x: Tensor) -> None:
-    x = x.detach().cpu().contiguous()
-    digest.update(f"tensor {x.dtype} {tuple(x.shape)}\n".encode())
-    digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+def _hash(content: Any) -> str:
+    """Of texts, then of tensors' bytes. Those on a device come together, as each transfer waits for all of its work."""
+    text, tensors = hashlib.sha256(), list[Tensor]()
+    _add(text, tensors, content, "")
+    parts = dict(enumerate(x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors))
+    for device in {part.device for part in parts.values()} - {torch.device("cpu")}:
+        there = {i: len(part) for i, part in parts.items() if part.device == device}
+        parts |= zip(there, torch.cat([parts[i] for i in there]).cpu().split([*there.values()]), strict=True)
+    for part in parts.values():
+        text.update(part.numpy().data)
+    return text.hexdigest()
 
 
-def _add(digest: Any, value: Any, path: str) -> None:
+def _add(text: Any, tensors: list[Tensor], value: Any, path: str) -> None:
     """Add a value with its type and length, so that no two structures give the same bytes."""
-    if isinstance(value, Tensor):
-        _add_tensor(digest, value)
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        _add_tensor(digest, torch.from_numpy(np.ascontiguousarray(value)))
+    if value is None or isinstance(value, _PLAIN):
+        said = repr(value) if isinstance(value, (str, bytes)) else str(value)
+        text.update(f"{type(value).__name__} {len(said)} {said}\n".encode())
+    elif isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object):
+        tensors.append(value if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value)))
+        text.update(f"tensor {tensors[-1].dtype} {tuple(value.shape)}\n".encode())
     elif isinstance(value, Mapping):
-        digest.update(f"mapping {len(value)}\n".encode())
+        text.update(f"mapping {len(value)}\n".encode())
         for key in sorted(value, key=repr):
             inner = f"{path}[{key!r}]" if path else str(key)
-            _add(digest, key, inner)
-            _add(digest, value[key], inner)
+            _add(text, tensors, key, inner)
+            _add(text, tensors, value[key], inner)
     elif isinstance(value, (list, tuple, set, frozenset)):
-        digest.update(f"sequence {len(value)}\n".encode())
+        text.update(f"sequence {len(value)}\n".encode())
         for i, item in enumerate(sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value):
-            _add(digest, item, f"{path}[{i}]")
+            _add(text, tensors, item, f"{path}[{i}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        _add(digest, [type(value).__qualname__, fields], path)
-    elif value is None or isinstance(value, _PLAIN):
-        text = repr(value) if isinstance(value, (str, bytes)) else str(value)
-        digest.update(f"{type(value).__name__} {len(text)} {text}\n".encode())
+        _add(text, tensors, [type(value).__qualname__, fields], path)
     else:
         raise KVCacheError(
             f"{path} is a {type(value).__name__}, which has no fingerprint, so its K/V cannot be found again.\n"

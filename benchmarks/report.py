@@ -123,7 +123,7 @@ def main() -> None:
     parts = [
         "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
         "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
-        "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
+        "## The embedded model\n\n`python benchmarks/embedded_model.py --clips 400`\n\n" + embedded_model(),
         "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
         + release.report(load("release")),
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
@@ -142,7 +142,7 @@ def main() -> None:
         "*default* is the default estimator.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "`python benchmarks/speed.py --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104 --rounds 5 "
-        "--shares 0.1 0.25 --name speed_gpu`. " + speed(load("speed_gpu")),
+        "--shares 0.25 --name speed_gpu`. " + speed(load("speed_gpu")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
         "On the model of the first world, 32 further scenes, full lock, 30 "
         "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "

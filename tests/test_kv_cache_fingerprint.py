@@ -243,6 +243,15 @@ def test_a_models_fingerprint_changes_with_what_changes_its_keys():
         model_fingerprint(lambda x, sigma: x)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_device_does_not_count():
+    model, content = network(), {"clip": torch.randn(3, 5).t(), "flags": torch.arange(7) > 3, "none": torch.empty(0)}
+    own, of_content = model_fingerprint(model), content_fingerprint(content)
+    assert of_content == content_fingerprint({name: value.cuda() for name, value in content.items()})
+    model[0].cuda()
+    assert model_fingerprint(model) == own  # also where a model lies on several devices
+
+
 def test_an_adapter_that_is_not_fused_counts_too():
     model = network()
     own = model_fingerprint(model)

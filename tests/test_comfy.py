@@ -184,7 +184,7 @@ JOINT = PaddedArchitecture(
     text_arguments=("cond",),
     flow=TokenFlow(
         "head",
-        tokens=("x",),
+        tokens=("img", "x"),  # blocks of two kinds may name them otherwise
         tables=(Table("pe", 1),),
         supported=lambda network: network.pad_tokens_multiple == 1,
     ),

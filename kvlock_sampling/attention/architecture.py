@@ -120,7 +120,7 @@ class Architecture:
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
         if flow is not None:
             named, tables = [signature_of(block).parameters.keys() for block in blocks], {t.name for t in flow.tables}
-            shown = all(flow.tokens[0] in names and (not tables or tables & names) for names in named)
+            shown = all(not names.isdisjoint(flow.tokens) and (not tables or tables & names) for names in named)
             # Answered for this network, because functions of it cannot be pickled.
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
             # Code around a block, or in the place of one, may need all tokens.

@@ -209,12 +209,8 @@ ROWS: dict[str, Options | Callable[[Batch], Options]] = {
     "released where the effects are": lambda batch: {"policy": Where(tokens(batch.effect)), "erase": True},
 }
 SEARCHED: dict[str, Options | Callable[[Batch], Options]] = {
-    f"below {below:g}, lock {lock:g}{', erased' * erase}": {
-        "policy": ReleaseBelow(below=below, lock=lock),
-        "erase": erase,
-    }
-    for erase in (True, False)
-    for below in (1.0, 2.0, 3.0, 5.0, 10.0)
+    f"below {below:g}, lock {lock:g}, erased": {"policy": ReleaseBelow(below=below, lock=lock), "erase": True}
+    for below in (1.0, 2.0, 3.0, 5.0)
     for lock in (0.25, 0.5, 0.75, 1.0)
 } | {
     f"below {below:g}, lock {lock:g}, reach {reach:g}, erased": {

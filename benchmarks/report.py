@@ -123,7 +123,7 @@ def main() -> None:
     parts = [
         "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
         "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
-        "## The embedded model\n\n`python benchmarks/embedded_model.py --clips 400`\n\n" + embedded_model(),
+        "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
         + release.report(load("release")),
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "

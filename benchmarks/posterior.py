@@ -26,12 +26,12 @@ from kvlock_sampling.testing import MixtureDenoiser
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import PosteriorVariance
-from kvlock_sampling.variance.base import copies, draw
-from kvlock_sampling.variance.posterior import STEP
+from kvlock_sampling.variance.base import draw
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGURATIONS, CLIPS, SIZE = 20, 256, 64
 PROBES = (1, 2, 4, 8, 16, 32)
+STEP = PosteriorVariance().step_size
 STEPS = tuple(2.0**-k for k in range(10))
 KINDS = {
     "forward mode": ("float32", "forward"),
@@ -68,7 +68,7 @@ def exactly(probe: Any, x: Tensor, sigma: float, probes: int, seed: int) -> Tens
     """The same estimate along the same directions with exact derivatives, by forward-mode differentiation."""
     v = draw("signs", probes, x, seed, 0)
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(probe(forward_ad.make_dual(copies(x, probes), v), sigma)).tangent
+        tangent = forward_ad.unpack_dual(probe(forward_ad.make_dual(torch.cat([x] * probes), v), sigma)).tangent
     products = (v * tangent).unflatten(0, (probes, len(x))).mean(0)  # type: ignore[operator]
     return (sigma**2 * products.flatten(1).mean(1)).clamp_min(0.0)
 

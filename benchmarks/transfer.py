@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 import kvlock_sampling as kv
-from kvlock_sampling.app.calibration import resting, scenes
+from kvlock_sampling.app.calibration import scenes
 from kvlock_sampling.app.edit import edit_video
+from kvlock_sampling.policy import Sigmoid
 from kvlock_sampling.tiny import TinyVideo, load
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
@@ -95,7 +96,7 @@ def measure(
             model=video,
             sampler=sampler,
             steps=steps,
-            policy=resting,
+            policy=Sigmoid(lock_range=(0.0, 0.0)),
             composite=True,
             seed=first + start,
             estimator=panel,

@@ -35,13 +35,15 @@ def schema(**given: Any) -> io.Schema:
     return io.Schema(**{name: value for name, value in given.items() if name in io.Schema.__dataclass_fields__})
 
 
-def number(name: str, default: float, low: float, high: float, tooltip: str, *, optional: bool = False) -> Any:
+def number(
+    name: str, default: float, low: float, high: float, tooltip: str, *, optional: bool = False, step: float = 0.01
+) -> Any:
     return io.Float.Input(
         name,
         default=default,
         min=low,
         max=high,
-        step=0.01,
+        step=min(step, low or step),  # the page rounds to the decimals of the step
         tooltip=tooltip,
         optional=optional,
         **ADVANCED,

@@ -38,7 +38,15 @@ def lock_inputs() -> list[Any]:
         io.Noise.Input("noise", optional=True, tooltip="Noise of the source. Default: the run's own."),
         Estimator.Input("estimator", optional=True, tooltip="How uncertainty is measured. Default: the preset's."),
         KVCache.Input("kv_cache", optional=True, tooltip="Evaluate the source at some steps only: faster, not exact."),
-        number("threshold", 0.0, 0.0, 1e6, "Variance at risk 1. 0: the preset's or the estimator's.", optional=True),
+        number(
+            "threshold",
+            0.0,
+            0.0,
+            1e6,
+            "Variance at risk 1. 0: the preset's or the estimator's.",
+            optional=True,
+            step=1e-5,
+        ),
         io.String.Input(
             "layers",
             default="all",

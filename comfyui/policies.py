@@ -68,7 +68,7 @@ class KVLockPolicyWindow(io.ComfyNode):
                 Policy.Input("policy"),
                 number(
                     "below",
-                    0.0,
+                    3.0,
                     0.0,
                     1e4,
                     "Active at sigma <= below. 0: no limit. Sigma 1 is half noise, flow time 0.5.",

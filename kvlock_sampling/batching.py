@@ -98,9 +98,7 @@ def split_rows(out: Any, like: Tensor, branches: int) -> list[Tensor]:
 
 def _is_rows(value: Any, batch: int) -> bool:
     """Whether a leaf has one entry per clip, or one entry that stands for all clips."""
-    if isinstance(value, Tensor):
-        return value.ndim > 0 and len(value) in (1, batch)
-    return _is_prompts(value) and len(value) == batch
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) in (1, batch)
 
 
 def _is_prompts(value: Any) -> bool:

@@ -5,7 +5,6 @@ Source: CFG-Zero* (arXiv 2503.18886) as used by KV-Lock (arXiv 2603.09657). The 
 (or velocity), never on D: projections do not commute with the change of variables.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .utils.precision import working
+from .utils.warn import warn
 
 Latents: TypeAlias = Float[Tensor, "batch *axes"]
 
@@ -53,8 +53,7 @@ def composite(denoised: Latents, source: Latents, mask: Tensor, weight: float | 
 def warn_unguided(extra_args: Mapping[str, Any], scale: Tensor) -> None:
     """Warn of an unconditional prompt that a guidance of 1 leaves unused, because no scale was given."""
     if "uncond" in extra_args and "cond_scale" not in extra_args and bool((scale == 1).all()):
-        warnings.warn(
+        warn(
             "uncond was given without cond_scale: guidance is 1 then, the conditional prediction alone, and uncond is "
             'not used. Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": 5.0}.',
-            stacklevel=3,
         )

@@ -1,5 +1,6 @@
 """Presets: a policy and the settings that belong to it, in TOML files such as those of `policies/`. Data only."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -56,7 +57,8 @@ class Preset:
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
-        number(self, "reach", above=0.0, optional=True)
+        if self.reach != math.inf:  # anywhere
+            number(self, "reach", above=0.0, optional=True)
         flag(self, "rescale", "erase", optional=True)
         if self.kv_cache is not None and not isinstance(self.kv_cache, Mapping):
             raise PolicyError(f"kv_cache={self.kv_cache!r}; expected a table of settings, e.g. kv_cache={{'every': 3}}")
@@ -185,20 +187,13 @@ def _from_text(text: str, where: str) -> Preset:
         table["estimator"] = from_table(table["estimator"], ESTIMATORS, f"{where}: estimator")
     if isinstance(kv_cache := table.get("kv_cache"), Mapping):
         table["kv_cache"] = {name: None if value == "none" else value for name, value in kv_cache.items()}
+    if isinstance(curve := table.get("threshold"), Mapping):
+        curve = {"type": "ThresholdCurve", **curve}
+        table["threshold"] = from_table(curve, {"ThresholdCurve": ThresholdCurve}, f"{where}: threshold")
     try:
-        if isinstance(table.get("threshold"), Mapping):
-            table["threshold"] = _curve(table["threshold"])
         return Preset(**table)
     except KVLockError as error:
         raise PolicyError(f"{where}: {error}") from None
-
-
-def _curve(table: Mapping[str, Any]) -> ThresholdCurve:
-    try:
-        return ThresholdCurve(**{name: tuple(values) for name, values in table.items()})
-    except (TypeError, ValueError, OverflowError) as error:  # EstimatorError is a ValueError
-        example = "threshold = { sigmas = [10.0, 1.0, 0.1], values = [0.001, 0.01, 0.02] }"
-        raise PolicyError(f"threshold: {error}; a curve has sigmas and values, e.g. {example}") from None
 
 
 def _shelf() -> dict[str, Path]:

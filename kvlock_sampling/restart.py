@@ -13,12 +13,12 @@ from torch import Tensor
 
 from .batching import take
 from .lock import KVLock
-from .samplers import gaussian_noise, get
+from .samplers import gaussian_noise, seeding
 from .schedules import check_sigmas
 from .source import variance_exploding
 from .trace import Trace
 from .types import RunError
-from .utils.denoiser import method_of, parameters_of
+from .utils.denoiser import method_of
 from .utils.fields import check_number, check_seed
 
 
@@ -90,9 +90,7 @@ def restart(
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)
-    drawn = get(sampler) if isinstance(sampler, str) else sampler
-    if "noise_sampler" in parameters_of(drawn):  # another's noise has no seed
-        arguments["seed"] = seeds
+    arguments |= seeding(sampler, seeds)
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
     out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)
     return Restarted(out, at_risk, part.trace)

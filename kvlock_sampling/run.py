@@ -5,7 +5,6 @@ noise levels, adaptively with rejections, with churn, or backwards.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -27,6 +26,7 @@ from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
 from .utils.threads import here
+from .utils.warn import warn
 from .variance.base import check_variance
 
 T = TypeVar("T")
@@ -185,14 +185,13 @@ class Run:
     def settle(self, settings: LockSettings) -> None:
         """Check what a block left: any call at all, finite numbers, and measurements in a run of more than two."""
         if not self._called:
-            warnings.warn("the lock was not called in its block: pass it to the sampler, as the model.", stacklevel=3)
+            warn("the lock was not called in its block: pass it to the sampler, as the model.")
         self._check_unread(settings, HostReads())
         if settings.measures and self.unmeasured > 2:
-            warnings.warn(
+            warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
                 f"step in it: {settings.estimator!r} did not report. Noise levels must fall: an inversion is not "
                 "measured. A guidance gap needs uncond; Sparse needs levels of the schedule.",
-                stacklevel=3,
             )
 
     def restart(self, schedule: Sequence[float]) -> None:

@@ -36,7 +36,6 @@ _PARENT = f"{__package__}._k_diffusion"
 _EXTRAS = ("log_likelihood", *(f"get_sigmas_{kind}" for kind in ("karras", "exponential", "polyexponential", "vp")))
 _SALT = 0x6B764C6F636B
 _LOCK = threading.RLock()
-_MODULES: dict[str, ModuleType] = {}
 _SAMPLERS: dict[str, Sampler] = {}
 
 
@@ -114,15 +113,14 @@ def run(
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     named = getattr(function, "func", function)  # of a functools.partial
     ours, parameters = named in _SAMPLERS.values(), parameters_of(function)
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
     if seed is not None and given.get("noise_sampler") is None:
-        if "noise_sampler" in parameters or anything:
+        if _takes(function, "noise_sampler"):
             brownian = "sde" in getattr(named, "__name__", "")
             kwargs["noise_sampler"] = _brownian_noise(x, sigmas, seed) if brownian else gaussian_noise(x, seed)
         elif given.get("s_churn") or not ours:
             raise SamplerError("seed= cannot reach this noise: no noise_sampler argument here. Use torch.manual_seed")
-    if "disable" in parameters or anything:
+    if _takes(function, "disable"):
         kwargs["disable"] = disable
     levels, ranged = sigmas[sigmas > 0], is_ranged(function)
     title = str(getattr(named, "__name__", sampler)).removeprefix("sample_")
@@ -132,7 +130,7 @@ def run(
         _announce(model, sigmas)
     if ranged:
         if "n" in parameters:
-            kwargs.setdefault("n", len(levels) - 1)
+            kwargs["n"] = given.get("n", len(levels) - 1)
         found: Any = function(model, x, sigma_min=levels[-1].item(), sigma_max=levels[0].item(), **kwargs)
         if sigmas[-1] > 0:
             return found
@@ -190,10 +188,7 @@ def _announcing(name: str, original: Sampler) -> Sampler:
 
     @functools.wraps(original)
     def sampler(*args: Any, **kwargs: Any) -> Tensor:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:  # The original raises a better error.
-            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         _announce(bound.arguments["model"], _begun(**bound.arguments))
         return original(*args, **kwargs)
@@ -220,9 +215,7 @@ def _announce(model: Any, sigmas: Tensor | None) -> None:
 
 def _module(stem: str) -> ModuleType:
     with _LOCK:
-        if stem not in _MODULES:
-            _MODULES[stem] = sys.modules.get(f"k_diffusion.{stem}") or _load(stem)
-        return _MODULES[stem]
+        return sys.modules.get(f"k_diffusion.{stem}") or sys.modules.get(f"{_PARENT}.{stem}") or _load(stem)
 
 
 def _load(stem: str) -> ModuleType:
@@ -253,6 +246,16 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     return [check_seed(s, SamplerError) for s in seed]
 
 
+def _takes(function: Any, name: str) -> bool:
+    known = parameters_of(function)
+    return name in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+
+def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
+    """`seed=` of `run` for a sampler that takes noise. Others are deterministic, or draw from torch's generator."""
+    return {"seed": seed} if _takes(get(sampler) if isinstance(sampler, str) else sampler, "noise_sampler") else {}
+
+
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
     """The noise levels at which a sampler, a name or a function, evaluates a model over a schedule, in order."""
     levels: list[float] = []
@@ -261,5 +264,6 @@ def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
         levels.append(float(sigma.max()))
         return x * 0
 
-    run(sampler, model, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), seed=0)
+    with torch.random.fork_rng(devices=[]):
+        run(sampler, model, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), **seeding(sampler, 0))
     return levels

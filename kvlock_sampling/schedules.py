@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,11 +14,11 @@ from .utils.fields import check_number
 def check_sigmas(sigmas: Any) -> Tensor:
     """A schedule as a tensor (levels,). Raises SamplerError unless its levels are finite, >= 0, and fall."""
     try:
-        values = torch.as_tensor(sigmas)
+        values = torch.as_tensor(np.require(sigmas, requirements="C") if isinstance(sigmas, np.ndarray) else sigmas)
     except (TypeError, ValueError, RuntimeError):
         values = torch.empty(0)
     if not values.is_complex() and values.ndim == 1 and len(values) > 1:
-        levels = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
+        levels = values.cpu().double()
         if bool(levels.isfinite().all() and (levels >= 0).all() and (levels.diff() < 0).all()):
             return values
         shown = ", ".join(f"{level:.4g}" for level in levels[:6].tolist()) + ", ..." * (len(levels) > 6)

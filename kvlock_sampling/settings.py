@@ -5,10 +5,8 @@ that policies can be exchanged; options that describe the clip or the model (sou
 warn, so that a script compares with policy="off" by changing one word.
 """
 
-import inspect
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +29,7 @@ from .types import AttentionError, Denoiser, EstimatorError, KVLockError, Policy
 from .utils.denoiser import accepts, check_no_lock_inside, method_of, on_clock, parameters_of
 from .utils.fields import check_number
 from .utils.modules import reachable_modules
+from .utils.warn import warn
 from .variance import Estimator
 from .variance.sparse import sparsely
 from .variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
@@ -133,7 +132,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         describes = isinstance(layers, AttentionLayers)  # describes the model, and asks for nothing
         asking = ("layers", "erase", "transition", "foreground", "kv_cache")[describes:]
         if asked := _named({name: given[name] for name in asking}):
-            _warn(f"{asked} without effect: the policy {policy!r} never locks.")
+            warn(f"{asked} without effect: the policy {policy!r} never locks.")
     if branch is not None and scale_arg is None:
         raise SourceError(
             "branch was given, the denoiser inside a model that does its own guidance; this model takes no cond_scale, "
@@ -248,7 +247,7 @@ def _leaves_tokens(layers: AttentionLayers, clip: Source, fitted: FittedMask, tr
     layers.grid(clip.latents.shape)
     free = (fitted.background(clip.latents, layers.patch, transition) > 0).any(1)
     if not free.all():
-        _warn(
+        warn(
             f"no token is left to lock: with tokens of {layers.patch} latents the mask or the transition reaches into "
             "every token of a clip. Nothing will be locked there; a smaller mask, or a larger clip, leaves some."
         )
@@ -273,7 +272,7 @@ def _foreground(
     elif is_cut(layers.networks):
         why = "context parallelism leaves each process some of the tokens"
     if asked and why:
-        _warn(f"foreground=True: every token is computed all the same; {why}.")
+        warn(f"foreground=True: every token is computed all the same; {why}.")
     return asked is not False and why is None
 
 
@@ -323,10 +322,10 @@ def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -
 def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool) -> None:
     asked = ", ".join(["rescaled guidance"] * rescale + ["batched=False"] * (not given["batched"]))
     if scale_arg is not None and asked:
-        _warn(f"{asked} without effect: this model takes {scale_arg} and does its own guidance.")
+        warn(f"{asked} without effect: this model takes {scale_arg} and does its own guidance.")
     measuring = {name: given[name] for name in ("estimator", "threshold", *(["mask"] * (given["source"] is None)))}
     if not policy.uses_risk and (names := _named(measuring)):
-        _warn(
+        warn(
             f"{names} without effect: the policy {policy!r} reads no risk, so nothing is measured. "
             "To measure and hold a lock L take kv.PID(kp=0.0, ki=0.0, bias=L)."
         )
@@ -340,10 +339,3 @@ def _named(given: Mapping[str, Any]) -> str:
 
 def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
-
-
-def _warn(text: str) -> None:
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)

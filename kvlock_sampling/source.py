@@ -4,7 +4,6 @@ There is no inversion. By default the noise is the run's own: the one that leads
 x. The source's trajectory then starts at the same point, and stays on it where the background is composited.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .batching import take
 from .types import SourceError
+from .utils.warn import warn
 
 AddNoise = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -108,10 +108,9 @@ class Source:
         noise = (x.detach() - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.
         if (size := float(noise.float().square().mean().sqrt())) < 0.25:
-            warnings.warn(
+            warn(
                 f"x lies {size:.2g} sigma from the source at sigma={sigma:.4g}; expected noise of standard deviation 1 "
                 "sigma. Start the sampler from torch.randn_like(source) * sigmas[0].",
-                stacklevel=2,
             )
         return noise
 

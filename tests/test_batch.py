@@ -15,7 +15,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from kvlock_sampling.app import batch, jobs
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.app.edit import edit_video
+from kvlock_sampling.integrations.ray import _run
 from kvlock_sampling.types import KVLockError
 
 PROMPT = "a red ball moving left"
@@ -325,6 +327,49 @@ def test_without_ray_several_workers_are_one(kvlock: Kvlock, monkeypatch: pytest
     ended = kvlock(*words(write([row(seed=1)]), "--address", "auto"))
     assert ended.exit_code == 2
     assert "pip install 'kvlock-sampling[batch]'" in plain(ended.output)
+
+
+@pytest.mark.parametrize(("deaths", "ends"), [(4, False), (12, True)])
+def test_a_worker_that_dies_at_its_start_is_started_again(deaths: int, ends: bool) -> None:
+    """Four workers may each fail at first, as on a cluster that is still coming up; for ever they may not."""
+    made: list[object] = []
+
+    class Row(NamedTuple):
+        row: int
+
+    class LostError(Exception):
+        pass
+
+    class RefusedError(LostError):
+        pass
+
+    class Actor:
+        def __init__(self, *arguments: object) -> None:
+            made.append(self)
+            self.lost = len(made) <= deaths
+            self.open = SimpleNamespace(remote=lambda: (self, None))
+            self.edit = SimpleNamespace(remote=lambda job: (self, job))
+
+    def get(returned: Any) -> Any:
+        actor, job = returned
+        if job is None and actor.lost:
+            raise LostError("node lost")
+        return None if job is None else {"row": job.row}
+
+    ray = SimpleNamespace(
+        cluster_resources=dict,
+        wait=lambda waiting: (waiting[:1], waiting[1:]),
+        get=get,
+        exceptions=SimpleNamespace(RayTaskError=RefusedError, RayError=LostError),
+    )
+
+    kind = SimpleNamespace(options=lambda **place: SimpleNamespace(remote=Actor))
+    done = _run(ray, kind, (), [[Row(i)] for i in range(8)], 4, False)
+    if ends:
+        with pytest.raises(KVLockError, match="12 workers died before they began: node lost"):
+            list(done)
+    else:
+        assert sorted(record["row"] for _, record in done) == list(range(8))
 
 
 def test_a_kv_cache_serves_a_clip_and_changes_no_job(kvlock: Kvlock) -> None:

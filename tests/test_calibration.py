@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import kvlock_sampling as kv
-from kvlock_sampling.app.calibration import calibrate, folder, scenes
+from kvlock_sampling.app.calibration import Example, calibrate, folder, scenes
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.presets import Preset, load_preset
 from kvlock_sampling.tiny import load
@@ -84,6 +85,33 @@ def test_few_clips_cannot_promise():
         calibrate(load(), scenes(2), steps=12, bands=2)
 
 
+class AnySize:
+    """A model of any length and size, without attention."""
+
+    frames, size, cfg_scale = None, None, 1.0
+
+    @staticmethod
+    def denoiser(x, sigma, cond=None):
+        return x / (1 + sigma.view(-1, 1, 1, 1, 1) ** 2)
+
+    fit = staticmethod(lambda *sides: sides)
+    encode = decode = staticmethod(torch.clone)
+    prompt = staticmethod(lambda texts: torch.zeros(len(texts), 1))
+    sigmas = staticmethod(lambda steps, strength=1.0: kv.samplers.flow_sigmas(steps))
+
+
+def test_clips_of_unlike_length_calibrate_a_model_without_attention():
+    mask = torch.zeros(1, 4, 16, 16)
+    mask[..., 4:8, 4:8] = 1
+    generator = torch.Generator().manual_seed(0)
+    clips = [torch.rand(3, frames, 16, 16, generator=generator) * 2 - 1 for frames in (4, 3, 4)]
+    examples = [Example(clip, mask[:, : clip.shape[1]], "x") for clip in clips]
+    found = calibrate(AnySize(), examples, steps=12, bands=2, quantile=0.6)
+    assert [band.clips for band in found.bands] == [3, 3]
+    with pytest.raises(EstimatorError, match="bands=0"):
+        calibrate(AnySize(), [example._replace(prompt=None) for example in examples], bands=0)
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -103,7 +131,7 @@ def test_estimators_survive_a_preset(estimator, tmp_path):
 
 
 def test_a_bad_curve_in_a_preset_is_explained():
-    with pytest.raises(PolicyError, match="a curve has sigmas and values"):
+    with pytest.raises(PolicyError, match="Known: sigmas, values"):
         load_preset("[threshold]\nsigma = [1.0]\n[policy]\ntype = 'Linear'\n")
     with pytest.raises(PolicyError, match="sigmas falling"):
         load_preset("[threshold]\nsigmas = [1.0, 2.0]\nvalues = [1.0, 2.0]\n[policy]\ntype = 'Linear'\n")

@@ -185,7 +185,10 @@ BAD = {
     "unknown key": ({"policy": "typo.toml"}, "center"),
     "not TOML": ({"policy": "broken.toml"}, "not valid TOML"),
     "folder without weights": ({"model": "empty"}, "expected 'tiny'"),
-    "other weights": ({"model": "other"}, "does not hold weights of the embedded architecture"),
+    "other weights": (
+        {"model": "other"},
+        "embedded architecture: Error(s) in loading state_dict for TinyWan: Missing key",
+    ),
     "output of an unknown kind": ({"output": "out.xyz"}, "expected one of .mp4"),
     "figure of an unknown kind": ({"trace": "run.xyz"}, "expected .png, .svg or .pdf"),
     "guidance that is no number": ({"cfg_scale": "nan", "policy": "off"}, "expected a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -137,6 +138,14 @@ def test_a_sampler_may_be_any_callable(edit):
     torch.testing.assert_close(ours, edit(policy="half", sampler=samplers.euler).pixels, rtol=0, atol=1e-5)
     assert steps == list(range(STEPS))
 
+    def documented(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return euler(model, x, sigmas, extra_args, callback, disable)
+
+    for other in (documented, partial(euler), lambda *given, **named: euler(*given, **named)):
+        assert torch.equal(edit(policy="half", sampler=other).pixels, ours)
+    churned = edit(policy="half", sampler=partial(samplers.heun, s_churn=5.0)).pixels  # by torch's own generator
+    assert churned.isfinite().all()
+
 
 @pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
 def test_samplers_of_a_range_end_nearly_clean(edit, sampler):
@@ -253,6 +262,25 @@ def test_a_feather_without_pasting_is_told(edit):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(edit(paste=False).pixels, plain.pixels)
+
+
+def test_a_judge_without_candidates_is_told(edit):
+    with pytest.warns(UserWarning, match="judge= without effect") as told:
+        edit(judge=lambda *given: 1 / 0, policy="half", steps=1)
+    assert [w.filename for w in told if "judge" in str(w.message)] == [__file__]
+
+
+def test_a_wrong_sampler_is_refused_before_the_clip_is_encoded(edit, video, monkeypatch):
+    monkeypatch.setattr(TinyVideo, "encode", lambda *given: pytest.fail("encoded"))
+    with pytest.raises(SamplerError, match="euler"):
+        edit(sampler="eulr")
+    with pytest.raises(SamplerError, match="steps=0"):
+        edit(steps=0)
+
+
+def test_a_seed_may_be_a_tensor(edit):
+    made = edit(policy="half", seed=torch.tensor(3)).pixels
+    assert torch.equal(made, edit(policy="half", seed=3).pixels)
 
 
 def test_arrays_are_clips_too(edit, task):

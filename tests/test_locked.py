@@ -310,6 +310,22 @@ def test_a_kv_cache_saves_the_sources_passes(name: str, monkeypatch: pytest.Monk
         assert (kept, far_apart(first, sample()) < 1e-5, guider.trace.nfe) == (15, True, 10)
 
 
+def test_a_kv_cache_serves_every_seed_and_no_other_argument() -> None:
+    pipe, kv_cache = classic("wan-vace"), kv.KVCache(format=None, every=1)
+    options = {**EDIT, "policy": kv.Constant(lock=0.5), "source_prompt": "a circle", "noise": noise(9)}
+    for given, passes in (
+        ({"conditioning_scale": 0.0}, 15),
+        ({"conditioning_scale": 0.0, "latents": noise(77)}, 10),  # another seed
+        ({"conditioning_scale": 5.0}, 15),
+        ({"conditioning_scale": 0.0}, 10),
+    ):
+        with locked(pipe, **options):
+            wanted = run(pipe, **given)
+        with locked(pipe, **options, kv_cache=kv_cache) as session:
+            assert far_apart(run(pipe, **given), wanted) < 1e-4
+        assert session.trace.nfe == passes
+
+
 @pytest.mark.parametrize("name", ["wan", "wan-2.2"])
 def test_step_caches_go_on_beside_the_lock(name: str) -> None:
     from diffusers import FirstBlockCacheConfig

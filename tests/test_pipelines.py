@@ -14,6 +14,7 @@ from toy_pipelines import tiny_pipeline
 import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers import latents as codec
+from kvlock_sampling.kv_cache.fingerprint import model_fingerprint
 
 WANS = ["wan", "wan-2.2", "wan-ti2v", "wan-image", "wan-image-ti2v", "wan-vace"]
 NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "hunyuan-1.5", "mochi"]
@@ -138,6 +139,23 @@ def test_normalising_is_undone_exactly(name):
     seen = video._padded(codec.normalise(vae, raw))
     torch.testing.assert_close(codec.denormalise(vae, video.unpadded(seen)), raw)
     assert not torch.allclose(seen[:, :, -1], raw[:, :, -1])
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "ltx"])
+def test_a_kv_cache_tells_models_apart_by_the_network_alone(name):
+    pipe = tiny_pipeline(name)
+    own = model_fingerprint(kv.from_pipeline(pipe).denoiser)
+    assert model_fingerprint(kv.from_pipeline(pipe, cfg_scale=3.0, negative_prompt="ugly").denoiser) == own
+    pipe.vae.enable_tiling()
+    pipe.text_encoder = None
+    assert model_fingerprint(kv.from_pipeline(pipe).denoiser) == own
+
+
+def test_encoded_prompts_wait_on_the_host():
+    video = kv.from_pipeline(tiny_pipeline("wan"))
+    both, again = video.prompt(["a", "b"]), video.prompt(["b"])
+    assert all(torch.equal(rows[1:], again[name]) for name, rows in both.items())
+    assert {rows.device.type for kept in video._texts.values() for rows in kept.values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("name", ["wan", "wan-2.2", "wan-image", "wan-vace", "ltx", "cogvideox", "hunyuan"])

@@ -86,6 +86,9 @@ def test_cogvideox_starts_at_its_last_step_and_asks_for_whole_ones():
             video.denoiser, torch.randn(1, 4, 3, 8, 8) * sigmas[0], sigmas, extra_args={"cond": video.prompt("a")}
         )
     assert requested == pytest.approx([999, 799, 599, 399, 199], abs=1e-2)
+    assert kv.from_pipeline(pipe, t_max=0.9).sigmas(5)[0] < sigmas[0]
+    with pytest.raises(PipelineError, match="steps='5'"):
+        video.sigmas("5")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan"])
@@ -120,7 +123,7 @@ def test_levels_always_fall_strictly_from_finite_to_zero(steps, strength, shift,
 
 @pytest.mark.parametrize(("steps", "strength"), [(0, 1.0), (5, 0.0), (5, 1.5)])
 def test_no_schedule_at_all_is_refused(steps, strength):
-    with pytest.raises(PipelineError, match="expected steps >= 1 and 0 < strength <= 1"):
+    with pytest.raises(PipelineError, match=rf"(steps={steps}|strength={strength}); expected a"):
         kv.from_pipeline(tiny_pipeline("wan")).sigmas(steps, strength)
 
 

@@ -1,6 +1,7 @@
 """The shelf: every preset loads by name, says what it is, survives a round trip, and reaches people who use pip."""
 
 import contextlib
+import math
 import os
 import re
 import subprocess
@@ -53,6 +54,7 @@ PRESETS = [
     Preset(PID(), threshold=ThresholdCurve((10.0, 0.1), (0.001, 0.02))),
     Preset(Constant(lock=1.0), kv_cache={"every": 2, "ratio": 1.25, "format": "int8", "budget": "1GB"}),
     Preset(Constant(lock=1.0), kv_cache={"every": None, "format": None, "budget": None}),
+    Preset(Constant(lock=1.0), reach=math.inf),
     Preset(Smoothed(PID(), half_life=1.0), cfg_floor=0.0, rescale=False),
     Preset(Linear(), estimator=MOVES),
     Preset(Linear(), estimator=Sparse(RenoiseVariance(passes=1), sigmas=(1.0, 0.3), hold=True), rescale=True),

@@ -36,6 +36,20 @@ def test_only_flagged_clips_change(pair):
     assert torch.equal(again.x, result.x)
 
 
+def test_a_seed_reaches_whatever_takes_noise(pair):
+    """A wrapper's **kwargs take the noise as a parameter of that name does."""
+
+    def wrapped(model, x, sigmas, **options):
+        return kv.samplers.euler_ancestral(model, x, sigmas, **options)
+
+    lock = measured_lock(pair)
+    x = lock.sample(wrapped, pair.x, pair.sigmas, extra_args=pair.cfg, seed=1)
+    options = {"back_to": 3.0, "extra_args": pair.cfg, "seed": 1, "limit": -1.0}
+    found = [restart(lock, sampler, x, pair.sigmas, **options).x for sampler in (wrapped, wrapped, "euler_ancestral")]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_nothing_at_risk_costs_nothing(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)

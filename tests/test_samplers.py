@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,7 +94,7 @@ def test_errors_inside_on_schedule_are_not_swallowed():
 
     with pytest.raises(TypeError, match="mine"):
         samplers.euler(Broken(), start(1, 2), SIGMAS)
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'sigmas'"):
+    with pytest.raises(TypeError, match="missing a required argument: 'sigmas'"):
         samplers.euler(gaussian, start(1, 2))
     with pytest.raises(TypeError, match="nonsense"):
         samplers.euler(gaussian, start(1, 2), SIGMAS, nonsense=1)
@@ -151,6 +152,9 @@ def test_ranged_samplers_end_at_0_as_all_others_do():
     noisy = raw("dpm_fast")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), 8, disable=True)
     assert torch.equal(got, gaussian(noisy, last))
     assert torch.equal(samplers.run("dpm_fast", gaussian, x, SIGMAS[:-1]), noisy)  # this schedule does not end in 0
+    calls.clear()
+    samplers.run(functools.partial(samplers.dpm_fast, n=4), counting, x, SIGMAS)
+    assert len(calls) == 4 + 1
     got, info = samplers.run("dpm_adaptive", gaussian, x, SIGMAS, rtol=0.01, return_info=True)
     noisy = raw("dpm_adaptive")(gaussian, x, SIGMAS[-2].item(), SIGMAS[0].item(), rtol=0.01, disable=True)
     assert torch.equal(got, gaussian(noisy, last))
@@ -181,6 +185,23 @@ def test_seeded_noise_is_not_the_noise_that_people_start_from():
     assert not torch.equal(first, torch.randn(2, 3, generator=torch.Generator().manual_seed(7)))
     assert not torch.equal(first, second)
     assert torch.equal(first, samplers.gaussian_noise(x, 7)(1.0, 0.5))
+
+
+def test_a_schedule_may_be_a_reversed_array():
+    rising = np.ascontiguousarray(SIGMAS.numpy()[::-1])
+    runs = [samplers.run("euler", gaussian, start(2, 3), sigmas) for sigmas in (rising[::-1], SIGMAS)]
+    assert torch.equal(*runs)
+
+
+def test_what_a_sampler_evaluates_does_not_depend_on_noise_and_draws_none():
+    def churned(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        return samplers.heun(model, x + 0 * torch.randn_like(x), sigmas, s_churn=5.0)
+
+    before = torch.get_rng_state()
+    for sampler in (churned, functools.partial(samplers.heun, s_churn=5.0)):
+        levels = samplers.evaluated_sigmas(sampler, SIGMAS)
+        assert len(levels) == 2 * (len(SIGMAS) - 1) - 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_run_takes_partials_of_ours():
@@ -291,7 +312,6 @@ print(any(name.startswith("kvlock_sampling._k_diffusion") for name in sys.module
 
 
 def test_without_k_diffusion_the_error_names_both_ways_out(monkeypatch):
-    monkeypatch.setattr(samplers, "_MODULES", {})
     monkeypatch.setattr(samplers, "_SAMPLERS", {})
     hidden = {name: module for name, module in sys.modules.items() if name.startswith(samplers._PARENT)}
     for name in hidden:
@@ -307,7 +327,6 @@ def test_without_k_diffusion_the_error_names_both_ways_out(monkeypatch):
 
 
 def test_a_missing_dependency_is_named_and_may_be_installed_then(monkeypatch):
-    monkeypatch.setattr(samplers, "_MODULES", {})
     monkeypatch.setattr(samplers, "_SAMPLERS", {})
     for name in [name for name in sys.modules if name.startswith(samplers._PARENT)]:
         monkeypatch.delitem(sys.modules, name)

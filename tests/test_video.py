@@ -42,8 +42,9 @@ def indices(pixels: torch.Tensor) -> list[int]:
 
 @pytest.mark.parametrize(("suffix", "floor"), [(".mp4", 38), (".mov", 38), (".webm", 36), (".gif", 32)])
 def test_round_trip(tmp_path: Path, suffix: str, floor: float) -> None:
-    write_clip(tmp_path / f"clip{suffix}", CLIP, fps=12, scale=4)
+    write_clip(tmp_path / f"clip{suffix}", CLIP, fps=np.float32(12), scale=4)
     clip = read_clip(tmp_path / f"clip{suffix}")
+    assert type(read_clip(tmp_path / f"clip{suffix}", fps=np.float32(4)).fps) is float
     assert clip.pixels.shape == (3, 8, 128, 128)
     assert clip.pixels.dtype == torch.float32
     assert clip.fps == pytest.approx(12, rel=0.01)

@@ -23,6 +23,7 @@ from ..kv_cache import KVCache
 from ..types import SourceError
 from ..utils.extras import require
 from ..utils.files import write_atomically
+from ..utils.warn import warn
 from ..video.write import write_clip
 from .edit import edit_video
 from .jobs import Job, digest, message
@@ -101,9 +102,7 @@ def _run(
             yield from run_on_ray(Editor, arguments, groups, workers=workers, address=address, share=share)
             return
         install = "pip install 'kvlock-sampling[batch]'"
-        warnings.warn(
-            f"{workers} workers need ray, which is not installed: jobs run one by one.\n  {install}", stacklevel=2
-        )
+        warn(f"{workers} workers need ray, which is not installed: jobs run one by one.\n  {install}")
     editor = Editor(model)
     for job in (job for group in groups for job in group):
         editor.open()

@@ -1,7 +1,6 @@
 """Calibrate thresholds: measure the variance of calm runs of a model, and write it into a preset."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..policy import Policy, stateless
+from ..policy import Policy, Sigmoid
 from ..presets import Preset, load_preset
-from ..types import Control, EstimatorError, Observation, PolicyError, SourceError
+from ..types import EstimatorError, PolicyError, SourceError
 from ..utils.fields import check_number, check_seed
+from ..utils.warn import warn
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
 from ..video.media import FILMS, IMAGES, decoding
 from .edit import edit_video
@@ -37,12 +37,6 @@ class Calibration(NamedTuple):
     bands: list[Band]
 
 
-@stateless
-def resting(obs: Observation) -> Control:
-    """Measure, lock nothing, and leave guidance as requested."""
-    return Control(lock=0.0)
-
-
 def calibrate(
     model: VideoModel,
     examples: Sequence[Example],
@@ -53,7 +47,6 @@ def calibrate(
     steps: int = 30,
     sampler: Any = "dpmpp_2m",
     seed: int = 0,
-    batch: int = 8,
     on_clip: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Remake examples unlocked and composited, and set risk 1 to a quantile of their variance at each noise level.
@@ -68,7 +61,6 @@ def calibrate(
         steps: Sampling steps, >= 1.
         sampler: A name from `samplers.names()`, or a callable.
         seed: Seed of the noise; clip i uses seed + i.
-        batch: Clips per run.
         on_clip: Called after each clip.
 
     Raises:
@@ -89,19 +81,20 @@ def calibrate(
             '  Use the policy as it is, or calibrate one that reads risk, e.g. policy="sigmoid".'
         )
     check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
+    check_number("bands", bands, EstimatorError, at_least=1, whole=True)
     if len(examples) < (least := clips_needed(quantile)):
-        warnings.warn(
+        warn(
             f"{len(examples)} clips cannot promise that {quantile:.0%} of other clips' measurements stay below risk 1; "
             f"it takes {least}. The largest measurement is the threshold now.",
-            stacklevel=2,
         )
     points: list[tuple[int, float, float]] = []
+    batch = 1 if getattr(model, "frames", None) is None else 8  # clips of a model of free size may differ
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
         clips, masks, prompts = zip(*part, strict=True)
         options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
         options["seed"] = check_seed(seed, SourceError, plus=first)
-        options |= {"policy": resting, "estimator": meter, "composite": True}
+        options |= {"policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
         edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
         for step in edit.trace:
             for clip, row in enumerate(step.variance):  # a number, or one per token, of which even ranks tell enough

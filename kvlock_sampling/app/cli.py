@@ -172,10 +172,9 @@ def calibrate(
         if video.frames is None and count:
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
         examples = scenes(int(clips)) if count else folder(Path(clips), video)
-        batch = 1 if video.frames is None else 8
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
-            found = measure(video, examples, seed=seed, batch=batch, on_clip=advance, **settings)
+            found = measure(video, examples, seed=seed, on_clip=advance, **settings)
         write_atomically(output, to_toml(found.preset))
         table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "clips", title=str(output))
         for band in found.bands:

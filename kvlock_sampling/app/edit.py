@@ -1,7 +1,6 @@
 """Edit the masked part of video clips after a prompt, with everything else locked to the source: `edit_video`."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,10 +15,12 @@ from ..kv_cache import Plan
 from ..lock import KVLock
 from ..masks.morphology import dilate
 from ..masks.tokens import on_latents, on_pixels
+from ..samplers import seeding
 from ..search import Judge, search
 from ..trace import Trace
 from ..types import KVLockError, MaskError, SamplerError, SourceError
 from ..utils.fields import check_number, check_seed
+from ..utils.warn import warn
 from ..video.metrics import masked_psnr
 from ..video.read import as_clips, check_pixels
 from .models import VideoModel, check_video_model, editable, open_model
@@ -93,7 +94,8 @@ def edit_video(
         steps: Sampling steps, 1 to 10,000; dpm_adaptive chooses its own.
         policy: A Policy, the name of a preset, or a TOML file.
         cfg_scale: Requested guidance scale. Default: the model's.
-        seed: Seed of the start noise and of stochastic samplers: one int (clip i uses seed + i), or one per clip.
+        seed: Seed of the start noise and of samplers with `noise_sampler`: one int (clip i uses seed + i), or one per
+            clip. Another stochastic sampler draws from torch's generator.
         candidates: Seeds to try for one clip: seed, seed + 1, ... Half way the best goes on, and the others stop.
         judge: What is best among candidates, see `kv.search`.
         strength: 1 starts from noise; less starts from the clip noised to flow time `strength` in (0, 1].
@@ -114,8 +116,9 @@ def edit_video(
         raise SourceError(f"{taken[0]}= is made from clip and source_prompt; pass those, or call KVLock yourself.")
     check_number("feather", feather, KVLockError, at_least=0.0)
     if feather != FEATHER and not paste:
-        warnings.warn(f"feather={feather} without effect: with paste=False nothing is pasted.", stacklevel=2)
+        warn(f"feather={feather} without effect: with paste=False nothing is pasted.")
     check_number("strength", strength, KVLockError, above=0.0, at_most=1.0)
+    steps = check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True)
     video = open_model(model) if isinstance(model, str) else model
     check_video_model(video)
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
@@ -125,7 +128,10 @@ def edit_video(
     tried = check_number("candidates", candidates, SourceError, at_least=1, whole=True)
     if tried > 1 and len(clips) > 1:
         raise SourceError(f"candidates={tried} for {len(clips)} clips; expected one clip: edit_video(clip[:1], ...).")
-    seeds = _seeds(seed, max(len(clips), tried))
+    if judge is not None and tried == 1:
+        warn("judge= without effect: there is one candidate. Try candidates=4.")
+    seeds = _seeds(seed.tolist() if isinstance(seed, Tensor) else seed, max(len(clips), tried))
+    seeded = seeding(sampler, seeds)  # a name is looked up before anything is encoded
     pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     if (sides := tuple(clips.shape[2:])) != tuple(pixel_mask.shape[2:]):
         (h, w), (height, width) = pixel_mask.shape[3:], sides[1:]
@@ -143,7 +149,6 @@ def edit_video(
     if source_prompt is not None:
         lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
     source = video.encode(clips)
-    steps = check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True)
     sigmas = video.sigmas(steps, strength)
     like = source.expand(len(seeds), *source.shape[1:])
     x = start_noise(like, seeds) * sigmas[0] + (source if strength < 1 else 0)
@@ -155,7 +160,7 @@ def edit_video(
     # Offloading would leave weights that it moves under inference mode as inference tensors, which cannot be trained.
     with torch.no_grad() if getattr(video, "offloaded", False) else torch.inference_mode():
         ceiling, started = _decoded(video, source).to(clips), time.perf_counter()  # not held beside the model
-        run: dict[str, Any] = {"extra_args": extra_args, "seed": seeds, "callback": callback}
+        run: dict[str, Any] = {"extra_args": extra_args, "callback": callback} | seeded
         if tried > 1:
             found = search(lock, sampler, x, sigmas, judge=judge, **run)
             latents, best, nfe = found.x, found.chosen[0], found.nfe

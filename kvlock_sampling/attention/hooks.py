@@ -6,7 +6,6 @@ embedding, whatever kernel computes attention. Calls of the model that do not co
 
 import inspect
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import AttentionError
+from ..utils.warn import warn
 from .compat.comfy import overridden
 from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled, is_compiled, without_compiler
@@ -173,7 +173,7 @@ class Hooks:
                 f"{text} With only the edited tokens computed such a layer misses the rest.\n"
                 "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
             )
-        warnings.warn(f"{text} The others are not locked.", stacklevel=2)
+        warn(f"{text} The others are not locked.")
 
 
 def _checkpointed() -> bool:

@@ -3,13 +3,13 @@
 import math
 import os
 import socket
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..types import KVLockError
 from ..utils.extras import require
+from ..utils.warn import warn
 
 TRIES = 3  # how often a job is given to an actor that dies
 STORE = 100 * 2**20  # bytes of Ray's object store; jobs and records are small
@@ -81,14 +81,14 @@ def _run(
         except ray.exceptions.RayError as error:  # the process of the actor died, or its machine
             said, key = str(error).strip().splitlines(), None if job is None else job.row
             tries[key] += 1
-            if tries[key] < TRIES:
+            if tries[key] < TRIES * (workers if job is None else 1):
                 if job is not None:
-                    warnings.warn(f"the worker of row {job.row} died; another one tries again.", stacklevel=2)
+                    warn(f"the worker of row {job.row} died; another one tries again.")
                     own.insert(0, job)
             elif job is None:
                 raise KVLockError(
-                    f"{TRIES} workers died before they began: {said[-1]}\n  Is this library installed on every machine "
-                    "of the cluster? If memory ran out, give fewer --workers."
+                    f"{tries[None]} workers died before they began: {said[-1]}\n  Is this library installed on every "
+                    "machine of the cluster? If memory ran out, give fewer --workers."
                 ) from None
             else:
                 yield job, {"error": f"its worker died {TRIES} times, as it does if memory runs out: {said[0]}"}
@@ -97,6 +97,8 @@ def _run(
             continue
         if job is not None:
             yield job, record
+        else:
+            tries[None] = 0
         if not own and waiting:
             own = waiting.popleft()
         if not own and share:

@@ -8,7 +8,6 @@ mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion
 """
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
+from ..utils.warn import warn
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
@@ -77,7 +77,7 @@ class KVCache:
         """Warn, the first time for this reason."""
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(text, KVCacheWarning, stacklevel=3)
+            warn(text, KVCacheWarning)
 
     def __deepcopy__(self, memo: Any) -> "KVCache":
         """Return the cache itself: a copy of a lock shares its cache."""

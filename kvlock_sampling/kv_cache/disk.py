@@ -9,7 +9,6 @@ import re
 import stat
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 
 from ..types import KVCacheError, KVCacheWarning
 from ..utils.files import atomic
+from ..utils.warn import warn
 from .fingerprint import block_sums, content_fingerprint
 from .quantize import DTYPES, Packed, PackedLevel
 
@@ -65,10 +65,9 @@ def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> Packe
         return None
     except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else repr(error)
-        warnings.warn(
+        warn(
             f"{path} is ignored: {why}. The source pass at this noise level runs again and replaces the file.",
             KVCacheWarning,
-            stacklevel=2,
         )
         return None
 

@@ -11,15 +11,13 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
 from ..types import Control, Observation, PolicyError, SourceError
-from ..utils.host import HostReads
-
-Range: TypeAlias = tuple[float, float]
+from ..utils.host import HostReads, Range
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

@@ -169,12 +169,11 @@ class Smoothed(PolicyWrapper):
 def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Tensor, like: Tensor) -> Tensor | None:
     if before is None and now is None:
         return None
-    dtype = working(like).dtype
-    given = [like, *(unset if value is None else value for value in (before, now))]
-    rows = [v if isinstance(v, Tensor) else torch.tensor([v], dtype=dtype, device=like.device) for v in given]
-    axes = max(row.ndim for row in rows)  # either may be per token
-    _, old, new = torch.broadcast_tensors(*(working(row.reshape(*row.shape, *[1] * (axes - row.ndim))) for row in rows))
-    return old + weight * (new - old)  # exactly the same value if both are equal
+    like = working(like)
+    given = (unset if value is None else value for value in (before, now))
+    # Transposed, so that what is per token follows what is per clip.
+    old, new = (torch.as_tensor(value, dtype=like.dtype, device=like.device).t() for value in given)
+    return (torch.zeros_like(like).t() + old + weight * (new - old)).t()  # exactly the same value if both are equal
 
 
 def _clamp(value: Scalar, limits: Range) -> Scalar:

@@ -7,6 +7,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..policy.base import policy_name
@@ -94,6 +95,12 @@ class Contract(NamedTuple):
 def one_clip(given: Any, clip: int) -> Any:
     """An observation or evaluation of one clip of the batch."""
     return given._make(v[clip : clip + 1] if isinstance(v, Tensor) else v for v in given)
+
+
+def rows(value: Any, at: slice) -> Tensor:
+    """An answer of one clip as numbers; none if it is None."""
+    value = torch.as_tensor([] if value is None else value, dtype=torch.float64)
+    return (value[at] if value.ndim else value).flatten()
 
 
 def same(a: Any, b: Any) -> bool:

@@ -12,7 +12,7 @@ from ..types import EstimatorError, Evaluation
 from ..utils.host import HostReads
 from ..variance import Estimator
 from ..variance.base import check_shape, check_variance
-from ._contract import Contract, one_clip
+from ._contract import Contract, one_clip, rows
 
 STEPS = 12
 SHAPE = (4, 2, 4, 4)  # channels, time, height, width: patches of 1 or 2 fit
@@ -66,12 +66,12 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
         if not isinstance(bound, Estimator):
             raise EstimatorError(f"{type(estimator).__name__}.bound returned {bound!r}; expected an estimator.")
         for masked in (True, False):
-            rows: Counter[float] = Counter()
+            counts: Counter[float] = Counter()
             with torch.no_grad():
-                run = _evaluations(contract.checked, model, rows, batch, masked)
+                run = _evaluations(contract.checked, model, counts, batch, masked)
                 states, variances = contract.play(bound.init(), run)
                 effects = _effects(contract, run, states, variances)
-                _check_cost(contract, variances, max(rows.values(), default=0) / batch / 2)  # every step runs twice
+                _check_cost(contract, variances, max(counts.values(), default=0) / batch / 2)  # every step runs twice
                 contract.check_rewind(run, states, variances)
                 _check_silence(contract, run, states, variances)
                 _check_clips(contract, run, [*variances, *effects], model)
@@ -145,17 +145,12 @@ def _check_clips(contract: Contract, run: list[Evaluation], answers: list[Tensor
         states, singles = contract.play(contract.checked.init(), alone)
         singles = [*singles, *_effects(contract, alone, states, singles)]
         for e, single, together in zip([*run, *run], singles, answers, strict=True):
-            expected = None if together is None else together[clip : clip + 1]
-            if single is None or expected is None:
-                agree = single is expected
-            else:
-                agree = single.shape == expected.shape and torch.allclose(single, expected, rtol=loose, atol=loose / 10)
-            if not agree:
-                shown = [None if v is None else v.flatten()[:4].tolist() for v in (single, expected)]
+            mine, its = rows(single, slice(None)), rows(together, slice(clip, clip + 1))
+            if mine.shape != its.shape or not torch.allclose(mine, its, rtol=loose, atol=loose / 10):
                 raise EstimatorError(
-                    f"{contract.name}.step gave clip {clip} {shown[0]} alone and {shown[1]} in a batch of {batch}, at "
-                    f"sigma={e.sigma:.3g}; expected the same.\n  Reduce over dimensions 1 and up only, and draw noise "
-                    "per clip or once for all."
+                    f"{contract.name}.step gave clip {clip} {mine[:4].tolist()} alone and {its[:4].tolist()} in a "
+                    f"batch of {batch}, at sigma={e.sigma:.3g}; expected the same.\n  Reduce over dimensions 1 and up "
+                    "only, and draw noise per clip or once for all."
                 )
 
 

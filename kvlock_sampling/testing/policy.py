@@ -11,7 +11,7 @@ from ..policy import Policy, as_policy
 from ..policy.base import check_control, check_ratio, policy_name
 from ..types import Control, Observation, PolicyError
 from ..utils.host import HostReads
-from ._contract import Contract, one_clip, same
+from ._contract import Contract, one_clip, rows, same
 
 STEPS = 12
 
@@ -91,7 +91,7 @@ def _check_clips(contract: Contract, run: list[Observation], controls: list[Cont
             found = contract.play(contract.checked.init(), observed)[1]
             for obs, one, together in zip(run, found, controls, strict=True):
                 for field, value, other in zip(Control._fields, one, together, strict=True):
-                    mine, its = (_rows(v, at) for v, at in ((value, place), (other, row)))
+                    mine, its = (rows(v, at) for v, at in ((value, place), (other, row)))
                     if mine.shape != its.shape or not torch.allclose(mine, its, rtol=tolerance, atol=tolerance):
                         raise PolicyError(
                             f"{contract.name}.step gave clip {clip} {field}={mine.tolist()} {where} and {its.tolist()} "
@@ -106,12 +106,6 @@ def _beside_others(obs: Any, clip: int) -> Any:
         if isinstance(old, Tensor):
             new[clip] = old[clip]
     return rolled
-
-
-def _rows(value: Any, at: slice) -> Tensor:
-    """A control of one clip as numbers; none if it is None."""
-    value = torch.as_tensor([] if value is None else value, dtype=torch.float64)
-    return (value[at] if value.ndim else value).flatten()
 
 
 def _check_unknown_schedule(contract: Contract, run: list[Observation]) -> None:

@@ -96,9 +96,10 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
         return (r, g, b), rng.choice(PATTERNS), frequency, rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.13)
 
     surfaces = zip(texture(0.34, 0.45, 0.35, 0.35), texture(0.30, 0.60, 0.35, 0.30), strict=True)
-    colours, patterns, frequencies, phases, contrasts = surfaces
+    fields = ("colours", "patterns", "frequencies", "phases", "contrasts")
+    drawn: dict[str, Any] = dict(zip(fields, surfaces, strict=True))
     bounds = {"x": (8, 56), "foot": (47, 53), "width": (2.0, 3.5), "height": (14, 22), "grey": (0.60, 0.85)}
-    post = {f"post_{name}": rng.uniform(*between) for name, between in bounds.items()}
+    drawn |= {f"post_{name}": rng.uniform(*between) for name, between in bounds.items()}
     return Scene(
         colour=rng.choice(list(COLOURS)),
         shape=rng.choice(SHAPES) if rng.random() >= empty else None,
@@ -107,17 +108,12 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
         x=rng.uniform(20, 44),
         foot=rng.uniform(48, 56),
         radius=rng.uniform(8.5, 11.0),
-        colours=colours,
-        patterns=patterns,
-        frequencies=frequencies,
-        phases=phases,
-        contrasts=contrasts,
         horizon=rng.uniform(34, 42),
         pan=rng.uniform(-1.5, 1.5),
         light=rng.choice(("left", "right")),
         gradient=rng.uniform(0.06, 0.16),
         post=rng.random() < 0.6,
-        **post,
+        **drawn,
     )
 
 

@@ -8,9 +8,6 @@ from typing import Any
 
 from ..types import KVLockError
 
-SEEDS = 2**64
-"""Seeds are whole numbers below this, as in torch."""
-
 
 def number(owner: Any, *names: str, optional: bool = False, **limits: Any) -> None:
     """Convert these fields to numbers within the limits of `within`; None passes if `optional`."""
@@ -83,9 +80,7 @@ def levels(owner: Any, name: str) -> None:
 
 def as_patch(patch: Any, error: type[KVLockError]) -> tuple[int, int, int]:
     """Return latents per token along (time, height, width), three whole numbers >= 1, or raise this error."""
-    sizes: list[Any] = []
-    if isinstance(patch, Iterable):
-        sizes = [within(size, at_least=1, whole=True) for size in patch]
+    sizes: list[Any] = [within(p, at_least=1, whole=True) for p in patch] if isinstance(patch, Iterable) else []
     if len(sizes) != 3 or None in sizes:
         raise error(f"patch={patch!r}; expected latents per token along (time, height, width), e.g. patch=(1, 2, 2).")
     return sizes[0], sizes[1], sizes[2]
@@ -114,9 +109,9 @@ def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
     error, also -1, which stands for chance elsewhere.
     """
     whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not (whole and 0 <= int(seed) < SEEDS):
+    if not (whole and 0 <= int(seed) < 2**64):
         raise error(
             f"seed={seed!r}; expected a whole number in [0, 2**64), or one per clip, e.g. seed=0. "
             "For one by chance: seed=torch.seed()."
         )
-    return (int(seed) + plus) % SEEDS
+    return (int(seed) + plus) % 2**64

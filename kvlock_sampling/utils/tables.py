@@ -13,9 +13,6 @@ from typing import Any
 
 from ..types import KVLockError, PolicyError
 
-DEPTH = 16
-"""Most tables inside one another. Deeper ones are a mistake, and Python's own recursion has a limit."""
-
 
 def read_toml(text: str, where: str) -> dict[str, Any]:
     """Parse TOML text; `where` names it in the PolicyError for text that is not TOML."""
@@ -30,8 +27,8 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
     example = next(iter(registry))
     if not isinstance(table, Mapping):
         raise PolicyError(f'{where} = {table!r}: expected a table, e.g. {{ type = "{example}" }}')
-    if depth > DEPTH:
-        raise PolicyError(f"{where}: more than {DEPTH} tables inside one another")
+    if depth > 16:  # a mistake, and Python's own recursion has a limit
+        raise PolicyError(f"{where}: more than 16 tables inside one another")
     kind = registry.get(str(table.get("type")))
     if kind is None:
         raise PolicyError(f"{where}.type = {table.get('type')!r} is not known; {nearest(table.get('type'), registry)}")

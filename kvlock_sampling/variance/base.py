@@ -206,7 +206,3 @@ def draw(kind: Literal["normal", "signs"], passes: int, like: Tensor, seed: int,
     values = torch.randn(shape, generator=generator(seed, count, like.device), device=like.device, dtype=torch.float32)
     values = values if kind == "normal" else torch.where(values < 0, -1.0, 1.0)
     return values.expand(passes, *like.shape).reshape(passes * len(like), *like.shape[1:])
-
-
-def copies(values: Tensor, passes: int) -> Tensor:
-    return values.repeat(passes, *[1] * (values.ndim - 1))

@@ -62,10 +62,7 @@ class DropoutVariance(ProbingEstimator):
         try:
             re.compile(RESIDUAL if self.select is None else self.select)
         except (re.error, TypeError) as error:
-            raise EstimatorError(
-                f"select={self.select!r} is no pattern of layers' names ({error}); expected a regular expression such "
-                r"as select=r'to_out\.0$'."
-            ) from None
+            reject(self, "select", f"a regular expression on layers' names ({error})", r"to_out\.0$")
         if self.model is not None:
             if not isinstance(self.model, nn.Module):
                 reject(self, "model", "a torch module, the network behind the denoiser", "transformer")

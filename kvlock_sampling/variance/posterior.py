@@ -17,13 +17,7 @@ from torch import Tensor
 from ..types import Evaluation
 from ..utils.fields import number
 from ..utils.precision import working
-from .base import ProbingEstimator, copies, draw
-
-STEP = 2.0**-3
-"""Default step of finite differences in units of sigma, between eps^(1/2) and eps^(1/3) of bfloat16."""
-
-GRID_STEPS = 2
-"""The least step in roundings, eps * |x|, of the latents' dtype: a smaller one could round away."""
+from .base import ProbingEstimator, draw
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class PosteriorVariance(ProbingEstimator):
         EstimatorError: A number is out of range.
     """
 
-    step_size: float = STEP
+    step_size: float = 2.0**-3  # between eps^(1/2) and eps^(1/3) of bfloat16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,8 +46,8 @@ class PosteriorVariance(ProbingEstimator):
         v = draw("signs", self.passes, x, self.seed, state)
         if mask is not None:
             # With the square root a soft mask weighs the trace as it weighs a mean.
-            v = v * copies(torch.broadcast_to(working(mask).sqrt(), x.shape), self.passes)
-        quadratic = self._products(evaluation, copies(x, self.passes), v)
+            v = v * torch.cat([working(mask).sqrt().broadcast_to(x.shape)] * self.passes)
+        quadratic = self._products(evaluation, torch.cat([x] * self.passes), v)
         trace = quadratic.unflatten(0, (self.passes, len(x))).mean(0).flatten(1).sum(1)
         weight = torch.ones_like(x) if mask is None else torch.broadcast_to(mask, x.shape)
         variance = evaluation.sigma**2 * trace / working(weight).flatten(1).sum(1).clamp_min(1e-12)
@@ -62,9 +56,10 @@ class PosteriorVariance(ProbingEstimator):
     def _products(self, evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor:
         """v_i (J v)_i by one-sided differences, divided by the displacement that is left after rounding."""
         step = evaluation.sigma * self.step_size
-        steps = (working(x).abs() * (GRID_STEPS * torch.finfo(x.dtype).eps)).clamp_min(step)
+        # At least two roundings, eps * |x|, of the latents' dtype: a smaller step could round away.
+        steps = (working(x).abs() * (2 * torch.finfo(x.dtype).eps)).clamp_min(step)
         moved = (working(x) + steps * v).to(x.dtype)
         change = working(evaluation.probe(moved, evaluation.sigma))
-        change = change - copies(working(evaluation.denoised.detach()), self.passes)
+        change = change - torch.cat([working(evaluation.denoised.detach())] * self.passes)
         displacement = working(moved) - working(x)
         return torch.where(displacement == 0, 0.0, v.square() * change / displacement)

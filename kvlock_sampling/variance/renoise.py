@@ -6,11 +6,12 @@ Range >= 0, latent units squared. Source: denoising score matching as a local di
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..types import Evaluation
 from ..utils.precision import working
-from .base import Patch, ProbingEstimator, copies, draw, pooled
+from .base import Patch, ProbingEstimator, draw, pooled
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,6 @@ class RenoiseVariance(ProbingEstimator):
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
         denoised, sigma = evaluation.denoised.detach(), evaluation.sigma
         noise = draw("normal", self.passes, denoised, self.seed, state).to(denoised.dtype)
-        again = evaluation.probe(copies(denoised, self.passes) + sigma * noise, sigma)
+        again = evaluation.probe(torch.cat([denoised] * self.passes) + sigma * noise, sigma)
         squares = (working(again).unflatten(0, (self.passes, len(denoised))) - working(denoised)).square().mean(0)
         return state + 1, pooled(squares, evaluation.mask, self.patch)

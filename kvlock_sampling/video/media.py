@@ -2,7 +2,6 @@
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..types import KVLockError
 from ..utils.extras import require
+from ..utils.warn import warn
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Seconds: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
@@ -115,7 +115,7 @@ def _name_what_is_odd(path: Path, files: list[Path]) -> None:
     told += [f"{len(strays)} images are named unlike the others, but read as frames: {strays[:5]}"] * bool(strays)
     told += [f"frames are missing after the numbers {gaps[:5]}; those around them follow one another"] * bool(gaps)
     if told:
-        warnings.warn(f"the folder {str(path)!r}: {'; '.join(told)}.", stacklevel=4)
+        warn(f"the folder {str(path)!r}: {'; '.join(told)}.")
 
 
 def files_of(path: Path) -> list[Path] | None:
@@ -211,4 +211,4 @@ def _name_what_is_lost(path: PathLike, stream: Any, frame: Any) -> None:
     layer = {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1"
     lost += ["alpha in a layer of its own, not at all"] if layer else []
     if lost:
-        warnings.warn(f"{str(path)!r} is read with limits: {'; '.join(lost)}. Convert it first.", stacklevel=2)
+        warn(f"{str(path)!r} is read with limits: {'; '.join(lost)}. Convert it first.")

@@ -1,16 +1,14 @@
-"""Metrics of clips (batch, 3, T, H, W) in [-1, 1] inside a region: MSE and PSNR, (batch,) each."""
+"""The metric of clips (batch, 3, T, H, W) in [-1, 1] inside a region: PSNR, (batch,)."""
 
 import torch
 from torch import Tensor
 
 from ..types import MaskError
-
-PEAK = 2.0  # the range of pixel values, [-1, 1]
-MAX_PSNR = 100.0  # dB of identical clips, so that averages stay finite
+from ..variance import masked_mean
 
 
-def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared difference inside the region, (batch,) in units of [-1, 1] squared: 0 to 4.
+def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio inside the region, 10 log10(2^2 / mean squared difference), (batch,) in dB, up to 100.
 
     Args:
         a: Clips (batch, 3, T, H, W) in [-1, 1].
@@ -21,8 +19,8 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     Raises:
         MaskError: The shapes do not fit, clips are in another range, or a mask is empty or outside [0, 1].
 
-    >>> masked_mse(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.5))
-    tensor([0.2500])
+    >>> masked_psnr(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.2))
+    tensor([20.])
     """
     if a.ndim != 5 or a.shape != b.shape:
         raise MaskError(
@@ -44,17 +42,5 @@ def masked_mse(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
         raise MaskError(f"got a mask from {float(mask.min())} to {float(mask.max())}; expected values in [0, 1].")
     if not bool(mask.flatten(1).any(1).all()):
         raise MaskError("got a mask that is 0 everywhere for some clip; expected a region. Everywhere is mask=None.")
-    weight = mask.expand(a.shape[0], 1, *a.shape[2:])
-    return ((a.float() - b.float()).square() * weight).flatten(1).sum(1) / (weight.flatten(1).sum(1) * a.shape[1])
-
-
-def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio inside the region, 10 log10(2^2 / mse), (batch,) in dB, at most 100.
-
-    Arguments and errors are those of `masked_mse`.
-
-    >>> masked_psnr(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.2))
-    tensor([20.])
-    """
-    mse = masked_mse(a, b, mask)
-    return (10 * torch.log10(PEAK**2 / mse.clamp(min=1e-30))).clamp(max=MAX_PSNR)
+    mse = masked_mean((a.float() - b.float()).square(), mask)
+    return (10 * torch.log10(2**2 / mse.clamp(min=1e-30))).clamp(max=100.0)  # so that averages stay finite

@@ -1,7 +1,6 @@
 """Read clips and masks with the memory of the result; `app.read_pair` reads both, at the clip's times and size."""
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..types import SourceError
 from ..utils.extras import require
 from ..utils.fields import check_number, within
+from ..utils.warn import warn
 from . import media
 from .media import IMAGE_FPS, PathLike, Seconds, Times, VideoError, decoding, is_film, pictures, shown
 
@@ -48,7 +48,7 @@ def read_clip(
         KVLockError: The extra `video` is not installed.
     """
     if fps is not None:
-        check_number("fps", fps, VideoError, above=0.0)
+        fps = check_number("fps", fps, VideoError, above=0.0)
     times = shown(path)
     at, rate = pick(*ticks(path, times, fps), frames, pad, path)
     return Clip(clip_at(path, times, at, size, mixed=size is not None), rate)
@@ -171,7 +171,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
         said = f"{max(brightest)} of 255, or with 16 bits {257 * max(brightest)} of 65535"
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {said}. {advice}")
     if dark:
-        warnings.warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}", stacklevel=3)
+        warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}")
     if max(brightest) >= white > pages.max():
         raise VideoError(f"{str(path)!r} is white only beside the middle, to which it is cut: nothing to edit.")
     return torch.from_numpy(pages >= white).float().unsqueeze(0)
@@ -210,7 +210,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             raise VideoError(f"{pair}: the mask ends before half of it. Give one of the whole clip, or a still.")
         told.append(f"{pair}: matched by time, {'its last frame is held' if lasts < length else 'its end is left'}")
     if told:
-        warnings.warn("; ".join(told) + ".", stacklevel=3)
+        warn("; ".join(told) + ".")
     return (theirs, rate), moments
 
 
@@ -283,4 +283,4 @@ def check_pixels(clips: Tensor) -> None:
             "clip / 127.5 - 1 for bytes, clip * 2 - 1 for [0, 1]."
         )
     if clips.min() >= 0 and clips.max() > 0.5:
-        warnings.warn("the clip has no pixel below mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.", stacklevel=4)
+        warn("the clip has no pixel below mid-grey, 0; if it is in [0, 1], pass clip * 2 - 1.")

@@ -1,6 +1,5 @@
 """Write clips as films, gifs or contact sheets, and put clips side by side."""
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..utils.extras import require
 from ..utils.fields import check_number
 from ..utils.files import atomic
+from ..utils.warn import warn
 from .media import PathLike, VideoError, film, is_film
 from .read import Array, as_clips
 
@@ -44,13 +44,13 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
         KVLockError: The extra `video` is not installed.
     """
     path, kind = Path(path), check_suffix(path)
-    check_number("fps", fps, VideoError, above=0.0)
+    fps = check_number("fps", fps, VideoError, above=0.0)
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
     sound = sound if sound is not None and is_film(sound) else None
     most = 50 if kind == ".gif" else 1000  # Shorter frames would be lost, and longer ones than 655 s.
     if kind != ".png" and (held := min(max(fps, 1 / 655), most)) != fps:
-        warnings.warn(f"a {kind} holds 1/655 to at most {most} frames per second, not {fps:g}: {held:g}", stacklevel=2)
+        warn(f"a {kind} holds 1/655 to at most {most} frames per second, not {fps:g}: {held:g}")
         fps = held
     try:
         with atomic(path) as temporary:
@@ -61,7 +61,7 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
                     if sound is None:
                         raise
                     # A model has worked on the pictures, so they are written without it.
-                    warnings.warn(f"without sound: {error}", stacklevel=2)
+                    warn(f"without sound: {error}")
                     return _write_film(temporary, images, fps, kind, None)
             if kind == ".png":
                 sheet = _grid(images, min(len(images), 8), gap=0 if len(images) == 1 else 2)

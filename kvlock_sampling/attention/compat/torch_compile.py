@@ -1,7 +1,6 @@
 """Compiled models under a lock: calls run without the compiler if a graph cannot break at the hooks."""
 
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TypeVar
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from ...utils.threads import shared
+from ...utils.warn import warn
 
 T = TypeVar("T")
 
@@ -43,11 +43,10 @@ def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, 
         result = call()
     if not acted():
         return result, False
-    warnings.warn(
+    warn(
         f"{why}, so evaluations that lock run without torch.compile: the same result, at uncompiled speed.\n"
         "  Allow graph breaks, with model.compile_repeated_blocks() or torch.compile(model) without fullgraph=True: "
         "then only the locked attention runs uncompiled.",
-        stacklevel=2,
     )
     return result, True
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ...attention.context import acting, using
 from ...types import AttentionError
@@ -37,7 +38,7 @@ class GuiderDenoiser:
     """
 
     def __init__(self, guider: Any, conds: Mapping[str, Any]) -> None:
-        self.guider, self.conds = guider, conds
+        self._guider, self._conds = guider, conds
         self.model = guider.inner_model.diffusion_model
         self.kvlock_host = self
         self.predictions: Predictions = (None, None, None)
@@ -52,7 +53,7 @@ class GuiderDenoiser:
 
     @property
     def sampling(self) -> Any:
-        return self.guider.inner_model.model_sampling
+        return self._guider.inner_model.model_sampling
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Return the clip at a noise level, by the model's own rule."""
@@ -60,7 +61,9 @@ class GuiderDenoiser:
 
     def to_ve(self, sigma: T) -> T:
         """Return the noise level in variance-exploding form: t / (1 - t) for flow models, at most `HIGHEST`."""
-        if not is_flow(self.sampling):
+        from comfy.model_sampling import CONST
+
+        if not isinstance(self.sampling, CONST):
             return sigma
         if isinstance(sigma, Tensor):
             return (sigma / (1 - sigma).clamp_min(1e-9)).clamp_max(HIGHEST)
@@ -77,7 +80,7 @@ class GuiderDenoiser:
         """
         from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-        guider, options, cfg = self.guider, _cloned(self._options), extra_args["cfg"]
+        guider, options, cfg = self._guider, _cloned(self._options), extra_args["cfg"]
         beside = extra_args.get("beside")
         taken = _Source(self, beside, sigma) if beside is not None else None
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)
@@ -115,13 +118,13 @@ class GuiderDenoiser:
         options = _cloned(self._options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(None), options, is_model_options=True)
         conds = [cond for cond, _ in self.active(extra_args["cond"], x, sigma)]
-        return calc_cond_batch(self.guider.inner_model, [conds], x, sigma, options)[0]
+        return calc_cond_batch(self._guider.inner_model, [conds], x, sigma, options)[0]
 
     def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
         """Whether the source's arguments have the shapes of the edit's, so that both can be rows of one call."""
         edit = self.arguments("positive", x, sigma)
         source = self.arguments(arguments["cond"], x, sigma)
-        same = edit.keys() == source.keys() and all(_shape(edit[name]) == _shape(source[name]) for name in edit)
+        same = edit.keys() == source.keys() and all(edit[name].shape[1:] == source[name].shape[1:] for name in edit)
         if not same and self._options.get("context_handler") is not None:
             raise AttentionError(
                 "the source prompt and the prompt have different lengths, which context windows cannot take.\n"
@@ -140,8 +143,8 @@ class GuiderDenoiser:
         """
         from comfy.samplers import get_area_and_mult
 
-        for key in (name, "positive", *self.conds):
-            parts = [(cond, get_area_and_mult(cond, x, sigma)) for cond in self.conds.get(key, ())]
+        for key in (name, "positive", *self._conds):
+            parts = [(cond, get_area_and_mult(cond, x, sigma)) for cond in self._conds.get(key, ())]
             if holding := [(cond, part) for cond, part in parts if part is not None]:
                 return holding
         raise AttentionError(
@@ -183,11 +186,15 @@ class _Source:
                 "which cannot be locked; expected whole frames. Use Conditioning (Set Mask) in place of Set Area."
             )
 
+        def repeated(value: Any) -> Any:
+            whole = isinstance(value, Tensor) and value.ndim and len(value) == rows
+            return torch.cat([value, value[-clips:]]) if whole else value
+
         def joined(name: str, value: Any) -> Any:
             theirs = self.arguments.get(name)
             if isinstance(value, Tensor) and isinstance(theirs, Tensor) and theirs.shape[1:] == value.shape[1:]:
                 return torch.cat([value, theirs.to(value).expand(clips, *value.shape[1:])])
-            return _repeated(value, rows, clips)
+            return tree_map(repeated, value)
 
         options = {**given.get("transformer_options", {})}
         for name in ("cond_or_uncond", "uuids"):  # one entry for each chunk of rows
@@ -212,13 +219,6 @@ class _Source:
             window.add_window(total, part.to(total))
             window.add_window(count, torch.ones_like(part).to(count))
         return total / count
-
-
-def is_flow(sampling: Any) -> bool:
-    """Whether noise levels are flow times, x = (1 - t) x0 + t noise."""
-    from comfy.model_sampling import CONST
-
-    return isinstance(sampling, CONST)
 
 
 def _cloned(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,18 +256,3 @@ def _windowed(window: Any) -> Any:
         )
     ratio = window.get_tensor(context.ratio.unflatten(1, context.grid), dim=1)
     return using(replace(context, ratio=ratio.flatten(1), grid=(ratio.shape[1], *context.grid[1:])))
-
-
-def _shape(value: Tensor) -> tuple[int, ...]:
-    return tuple(value.shape[1:])
-
-
-def _repeated(value: Any, rows: int, clips: int) -> Any:
-    """Arguments of the network with their last rows once more, for the source."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value[-clips:]]) if value.ndim and len(value) == rows else value
-    if isinstance(value, dict):
-        return {name: _repeated(part, rows, clips) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(part, rows, clips) for part in value)
-    return value

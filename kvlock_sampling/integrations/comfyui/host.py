@@ -106,7 +106,7 @@ class ComfyLock:
 
     def sample(self, executor: Any, guider: Any, sigmas: Tensor, extra_args: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One run of a sampler under the lock."""
-        if self.is_off():
+        if self.is_off() or len(sigmas) < 2:  # no step
             self.trace, self.released = Trace(), None
             return executor(guider, sigmas, extra_args, *args, **kwargs)
         names = ("callback", "noise", "latent_image", "denoise_mask")
@@ -274,7 +274,7 @@ def _drop_denoise_mask(denoiser: Any) -> None:
     """Some networks take ComfyUI's noise mask for a map of times (Wan 2.2 5B, LTX-Video): the background that it
     composites is clean, while the lock's has the noise of its level. Conditions are copies of the run.
     """
-    for group in denoiser.conds.values():
+    for group in denoiser._conds.values():
         for cond in group:
             cond["model_conds"].pop("denoise_mask", None)
 

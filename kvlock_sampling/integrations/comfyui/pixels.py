@@ -51,6 +51,7 @@ def token_map(
     weight = region.background(clip, patch, (transition, 0.5) if transition else None)
     cells = on_latents(weight, clip.shape, patch)
     cells = cells[:, :, None] if cells.ndim == 4 else cells
+    image = None if image is None else image[..., :3]
     frames = len(image) if image is not None else len(mask) if len(mask) > 1 else cells.shape[2]
     size = mask.shape[-2:] if image is None else image.shape[1:3]
     shown = on_pixels(cells.float(), frames, *size)[0, 0]

@@ -40,11 +40,6 @@ class Call(NamedTuple):
         return latents, appended
 
     @property
-    def timestep(self) -> Tensor:
-        """(batch,), or (batch, tokens)."""
-        return self.arguments["timestep"]
-
-    @property
     def channels(self) -> int:
         """The number of channels that are latents."""
         config: Any = self.network.config
@@ -66,8 +61,9 @@ class FlowCalls:
 
     def __init__(self, network: nn.Module, index: int = 0) -> None:
         self.transformer, self.index = network, index
+        self.shared: dict[str, Any] = {}  # of all branches; public, since a KV cache must tell them apart
         self._branches: list[dict[str, Tensor]] = []
-        self.raw: dict[int, Tensor] = {}
+        self._raw: dict[int, Tensor] = {}
 
     def expert(self, sigma: Tensor) -> int:
         """The index of the expert: a lock starts to measure anew where it changes."""
@@ -76,14 +72,14 @@ class FlowCalls:
     def at(self, call: Call, time: float, latents: Tensor | None) -> tuple[Tensor, Tensor]:
         """Go to the step of this conditional call, and return its x and sigma in variance-exploding form."""
         z = call.parts[0] if latents is None else latents
-        self.z = z.to(torch.promote_types(z.dtype, torch.float32))
-        self.time, self.level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
-        self._dtype, self._timestep = call.hidden.dtype, call.timestep
-        self._shared = {k: v for k, v in call.arguments.items() if k not in self._rows(call) and k not in _OWN}
-        self.raw = {}
-        self.x = self.z * (1 + self.level)
-        self.sigma = torch.full((len(z),), self.level, device=z.device, dtype=self.z.dtype)
-        return self.x, self.sigma
+        self._z = z.to(torch.promote_types(z.dtype, torch.float32))
+        self._time, self._level = time, float(sigmas_of(torch.tensor(time, dtype=torch.float64)))
+        self._dtype, self._timestep = call.hidden.dtype, call.arguments["timestep"]
+        self.shared = {k: v for k, v in call.arguments.items() if k not in self._rows(call) and k not in _OWN}
+        self._raw = {}
+        self._x = self._z * (1 + self._level)
+        self._sigma = torch.full((len(z),), self._level, device=z.device, dtype=self._z.dtype)
+        return self._x, self._sigma
 
     def branch(self, call: Call) -> dict[str, Tensor]:
         """The arguments of a branch beside latents and time, one row per clip."""
@@ -98,6 +94,14 @@ class FlowCalls:
         self._branches = [branch, *self._branches[:3]]
         return branch
 
+    def raw(self, branch: Any) -> Tensor | None:
+        """What the transformer itself predicted for a branch at the pipeline's own latents; None if it did not run."""
+        return self._raw.get(id(branch))
+
+    def velocity(self, denoised: Tensor) -> Tensor:
+        """The velocity from the pipeline's latents to this x0-hat."""
+        return (self._z - denoised) / self._time
+
     def _rows(self, call: Call) -> dict[str, Tensor]:
         skip = (*_OWN, *_NOT_PER_CLIP)
         given = {k: v for k, v in call.arguments.items() if k not in skip and isinstance(v, Tensor) and v.ndim}
@@ -106,14 +110,14 @@ class FlowCalls:
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """Return x0-hat, like x. `cond` is what `branch` returned, or several of those as rows of one."""
         cond = dict(extra_args["cond"])
-        own = x is self.x
-        z = self.z if own else x / per_row(1 + sigma, x)
-        if sigma is self.sigma:
-            time, timestep = torch.full_like(sigma, self.time), self._timestep
+        own = x is self._x
+        z = self._z if own else x / per_row(1 + sigma, x)
+        if sigma is self._sigma:
+            time, timestep = torch.full_like(sigma, self._time), self._timestep
         else:
-            here = (sigma - self.level).abs() <= 1e-5 * self.level
-            time = torch.where(here, self.time, sigma / (1 + sigma))
-            given = self._timestep.reshape(len(self.x), -1)[:1, 0].to(sigma)
+            here = (sigma - self._level).abs() <= 1e-5 * self._level
+            time = torch.where(here, self._time, sigma / (1 + sigma))
+            given = self._timestep.reshape(len(self._x), -1)[:1, 0].to(sigma)
             timestep = torch.where(here, given, time * 1000.0)
             if self._timestep.is_floating_point():
                 timestep = timestep.to(self._timestep.dtype)  # some networks take no other
@@ -125,12 +129,12 @@ class FlowCalls:
         velocity = self.transformer(
             hidden_states=hidden,
             timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
-            **self._shared,
+            **self.shared,
             **cond,
             return_dict=False,
         )[0]
         if own:
-            self.raw[id(extra_args["cond"])] = velocity
+            self._raw[id(extra_args["cond"])] = velocity
         return z - per_row(time, x) * velocity.to(z.dtype)
 
 

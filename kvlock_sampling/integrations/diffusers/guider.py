@@ -125,7 +125,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         if given.get("mask") is not None:
             FittedMask(given["mask"])
         if "layers" in given:
-            layers = given["layers"]
+            layers = [given["layers"]] if isinstance(given["layers"], int) else given["layers"]
             saved = None if isinstance(layers, AttentionLayers | slice | None) else list(layers)
             given["layers"] = layers if saved is None else saved
             self.register_to_config(layers=saved)

@@ -8,7 +8,6 @@ exactly, for every scale w.
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...masks import as_mask
 from ...types import PipelineError, SourceError
 from ...utils.modules import plain_copies, wearing
+from ...utils.warn import warn
 from .calls import Call, intercepted, taken
 from .latents import compression
 from .schedule import check_flow, time_of
@@ -103,7 +103,7 @@ def locked(
     with taken(pipe), wearing(pipe, locking):
         yield session
     if not called:
-        warnings.warn("the pipeline was not called in the block of its lock: nothing was locked.", stacklevel=3)
+        warn("the pipeline was not called in the block of its lock: nothing was locked.")
 
 
 def _networks(pipe: Any) -> list[Any]:
@@ -139,7 +139,7 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
             return blank if for_uncond is for_cond else for_uncond
         waiting.clear()
         scheduler = pipe.scheduler
-        time = time_of(scheduler, call.timestep)
+        time = time_of(scheduler, call.arguments["timestep"])
         if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
             given = (getattr(pipe, name, None) for name in ("_guidance_scale", "_guidance_scale_2"))

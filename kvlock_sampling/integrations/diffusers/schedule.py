@@ -99,8 +99,6 @@ def schedule_sigmas(times_of: Callable[[int], Tensor], steps: int, strength: flo
     """Return `steps` falling noise levels and a final 0, float32; see `PipelineVideo.sigmas`. `times_of` maps a number
     of steps to falling flow times in (0, 1]; no level lies above the flow time `t_max`.
     """
-    if steps < 1 or not 0 < strength <= 1:
-        raise PipelineError(f"sigmas(steps={steps}, strength={strength}): expected steps >= 1 and 0 < strength <= 1.")
     times = times_of(steps)
     if strength < float(times[0]):
         # `steps` times from `strength` down, spaced as the fine schedule is: its curve, read at even places.

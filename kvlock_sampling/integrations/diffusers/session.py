@@ -95,15 +95,14 @@ class Session:
             branches |= {"uncond": calls.branch(uncond), "cond_scale": requested}
         settings = replace(settings, source_args=self._source_args(calls, branches["cond"]))
         denoised = evaluate(settings, run, x, sigma, branches)
-        c, u = (calls.raw.get(id(branches.get(name))) for name in ("cond", "uncond"))
+        c, u = (calls.raw(branches.get(name)) for name in ("cond", "uncond"))
         if c is not None and self.only_scales(cond.network):
             used = self.trace.steps[-1].cfg_scale if self.trace.steps else torch.tensor(requested)  # none at sigma 0
             weight = getattr(run.timeline.last, "composite", None)
             free = not isinstance(weight, Tensor) and not weight  # no policy asks for the source's background
             if free and (uncond is None or bool((used == torch.full_like(used, requested)).all())):
                 return c, c if u is None else u  # at a scale of 1 the unconditional branch was left out
-        guided = (calls.z - denoised) / calls.time  # the velocity from the pipeline's latents to `denoised`
-        return guided, guided
+        return (guided := calls.velocity(denoised)), guided
 
     def _source_args(self, calls: FlowCalls, cond: dict[str, Tensor]) -> dict[str, Any]:
         given = self.source_embeds
@@ -122,8 +121,8 @@ class Session:
         return {"cond": calls.known({**cond, **self._placed})}
 
     def _check(self, call: Call) -> None:
-        steps = call.timestep.flatten()
-        if call.timestep.ndim == 2 and bool((steps != steps[0]).any()):
+        steps = (timestep := call.arguments["timestep"]).flatten()  # (batch,), or (batch, tokens)
+        if timestep.ndim == 2 and bool((steps != steps[0]).any()):
             raise PipelineError(
                 "this pipeline gives its known first frame the timestep 0, so the source has no single noise level.\n"
                 "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."

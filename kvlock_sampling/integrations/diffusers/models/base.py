@@ -238,6 +238,8 @@ class PipelineVideo:
         """
         count = self._shape[0] if self._shape is not None else 1
         texts = [texts] * count if isinstance(texts, str) else list(texts)
+        if not texts or (self._shape is not None and len(texts) != count):
+            raise PipelineError(f"{len(texts)} prompts for {count} clips; give one text, or one per clip.")
         for text in dict.fromkeys(texts):
             if text not in self._texts:
                 if getattr(self.pipe, "text_encoder", None) is None:
@@ -246,20 +248,19 @@ class PipelineVideo:
                         "first, also the negative one: video.prompt([...])."
                     )
                 with torch.no_grad():
-                    self._texts[text] = self._encode_text(text)
+                    # On the host: a batch of films has many texts.
+                    self._texts[text] = {name: rows.cpu() for name, rows in self._encode_text(text).items()}
         rows = [self._texts[text] for text in texts]
-        encoded = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        if self._clips and self._shape is not None and len(texts) != count:
-            raise PipelineError(f"{len(texts)} prompts for {count} clips; give one text, or one per clip.")
-        return encoded | self._clips
+        return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]} | self._clips
 
     def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
         """Return the schedule of the pipeline's scheduler: `steps` >= 1 noise levels and a final 0. A `strength` in
         (0, 1] is the flow time to start at: 1 starts where the scheduler does, less takes `steps` levels below that
         time, with the scheduler's spacing. Raises PipelineError out of range, or if the scheduler lacks what it needs.
         """
+        steps = check_number("steps", steps, PipelineError, at_least=1, whole=True)
+        strength = check_number("strength", strength, PipelineError, above=0.0, at_most=1.0)
         if self.shift is not None:
-            check_number("strength", strength, PipelineError, above=0.0, at_most=1.0)
             return flow_sigmas(steps, shift=self.shift, t_max=min(self.t_max, strength))
         return schedule_sigmas(self._times, steps, strength, self.t_max)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .... import masks
 from ....denoisers import EpsDenoiser, Preconditioned, VDenoiser
 from ....types import PipelineError
-from ..schedule import ddpm_sigmas, ddpm_time, schedule_sigmas
+from ..schedule import ddpm_sigmas, ddpm_time
 from .base import Conditioning, PipelineVideo, ask
 
 
@@ -37,7 +37,8 @@ class CogVideoXVideo(PipelineVideo):
         return ask(network, frames_first, time, cond, image_rotary_emb=rotary(*z.shape[2:])).transpose(1, 2)
 
     def _call_options(self) -> dict[str, Any]:
-        return {"rotary": self._rotary}
+        # No bound method: a KV cache would tell models apart by all that its pipeline holds.
+        return {"rotary": lambda t, h, w: self._rotary(t, h, w)}
 
     def _check_scheduler(self) -> None:
         scheduler = self.pipe.scheduler
@@ -68,10 +69,6 @@ class CogVideoXVideo(PipelineVideo):
             space, make = self.compression[1], self.pipe._prepare_rotary_positional_embeddings
             self._tables[t, h, w] = make(h * space, w * space, t, self.device)
         return self._tables[t, h, w]
-
-    def sigmas(self, steps: int, strength: float = 1.0) -> Tensor:
-        """Return the noise levels of the scheduler's own steps and a final 0; see `PipelineVideo.sigmas`."""
-        return schedule_sigmas(self._times, steps, strength, t_max=1.0)  # the top level is finite already
 
     def _times(self, steps: int) -> Tensor:
         scheduler = copy.deepcopy(self.pipe.scheduler)

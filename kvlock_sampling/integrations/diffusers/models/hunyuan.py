@@ -68,6 +68,8 @@ class Hunyuan15Video(PipelineVideo):
             raise PipelineError(
                 f"HunyuanVideo 1.5 takes no max_sequence_length; set pipe.tokenizer_max_length = {max_sequence_length}."
             )
+        if options.get("cfg_scale") is None:
+            options["cfg_scale"] = getattr(pipe.guider, "guidance_scale", None)
         super().__init__(pipe, **options)
 
     @staticmethod
@@ -84,11 +86,6 @@ class Hunyuan15Video(PipelineVideo):
     @property
     def channels(self) -> int:
         return self.pipe.num_channels_latents
-
-    def _default(self, name: str, otherwise: Any) -> Any:
-        if name == self.scale_name:
-            return getattr(self.pipe.guider, "guidance_scale", otherwise)
-        return super()._default(name, otherwise)
 
     def _encode_text(self, text: str) -> Conditioning:
         names = ("text", "mask", "glyphs", "glyph_mask")

@@ -13,6 +13,7 @@ import torch
 from ....types import PipelineError
 from ....utils.extras import require
 from ....utils.tables import nearest
+from ....utils.warn import warn
 from .base import PipelineVideo
 from .cogvideox import CogVideoXVideo
 from .hunyuan import Hunyuan15Video, HunyuanVideo
@@ -153,10 +154,9 @@ def warn_if_too_large(pipe: Any, device: torch.device, offload: Offload) -> None
         return
     needed, free = sum(sizes) if offload == "none" else max(sizes), torch.cuda.mem_get_info(device)[0]
     if needed > free:
-        warnings.warn(
+        warn(
             f"{type(pipe).__name__} puts {needed / 1e9:.3g} GB of weights on {device}, which has {free / 1e9:.3g} GB "
             'free. Pass dtype="bfloat16", offload="model" or offload="group" (--dtype, --offload).',
-            stacklevel=3,
         )
 
 

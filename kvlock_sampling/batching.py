@@ -93,7 +93,7 @@ def split_rows(out: Any, like: Tensor, branches: int) -> list[Tensor]:
             f"{tuple(like.shape[1:])}, for {branches} branch(es) of {batch} clip(s).\n  x0-hat has the shape of x, and "
             f"tensors in extra_args have one row, or one for each row of x: {batch}."
         )
-    return list(out.split(batch))
+    return list(out.clone().split(batch))  # a network may write its next result to the same memory
 
 
 def _is_rows(value: Any, batch: int) -> bool:

@@ -6,13 +6,13 @@
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import CallRecord, FusionContext
+from .attention import FusionContext
 from .attention.record import KeyValue
 from .batching import check_points, join_calls, split_rows
 from .guidance import composite, guide, guide_rescaled
@@ -26,7 +26,6 @@ from .utils.denoiser import accepts, method_of, to_sigma
 
 Branch = tuple[Tensor, dict[str, Any]]
 Kind = tuple[str, ...] | None
-T = TypeVar("T")
 
 
 class Branches:
@@ -53,7 +52,7 @@ class Branches:
         self._noise = run.noise
         self.locked = locked = lock_step(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
-        due = settings.measures and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
+        due = settings.policy.uses_risk and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
         self._wants_uncond = due and settings.estimator.needs_uncond
         if due and settings.needs_source and settings.source is not None and run.noise is not None:
             self._source_x = settings.source.at(step.x, step.model_sigma, run.noise, erased=False)
@@ -67,27 +66,23 @@ class Branches:
             probes=due and settings.estimator.cost > 0 and (self.narrow or settings.scale_arg is None),
         )
 
-    def _passes(self, arguments: Mapping[str, Any]) -> int:
-        """How many function evaluations per clip a call with these arguments is: one for each prompt and the source."""
-        return 1 + ("uncond" in arguments) + ("beside" in arguments)
-
     def evaluation(self, cond: Tensor) -> Evaluation:
         """What an estimator sees, with a pass of the source if it needs one and nothing else made one."""
         if self.source is None and (source_x := self._source_x) is not None:
             model, arguments = self._source_call(erased=False)
-            out = self._call(None, lambda: model(source_x, self.step.sigma_arg, **arguments), None)
-            self.source = split_rows(out, source_x, 1)[0]
-            self.nfe += self._passes(arguments)
+            self.source = self._call(None, None, model, (source_x, arguments), self.step.sigma_arg)[0]
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
         x = self.x if self._signal == 1 else self.x / self._signal
         # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
-        denoised = cond.detach().clone() if self.settings.measures else cond
+        denoised = cond.detach().clone() if self.settings.policy.uses_risk else cond
         return Evaluation(self.step.sigma, x, denoised, mask, self.probe, self.uncond, self.source)
 
     @cached_property
     def _signal(self) -> float:
         """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
-        rule = method_of(self.settings.model, "add_noise") if self._own_levels and self.settings.measures else None
+        rule = (
+            method_of(self.settings.model, "add_noise") if self._own_levels and self.settings.policy.uses_risk else None
+        )
         return 1.0 if rule is None else max(1e-4, share_of(self.step.model_sigma, rule)[0])
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
@@ -108,7 +103,7 @@ class Branches:
     @property
     def counts(self) -> dict[str, Any]:
         """What ran, for the trace."""
-        chosen = self.locked.context.selection if self.locked is not None and self.locked.context.narrow else None
+        chosen = None if self.locked is None else self.locked.context.narrowed
         computed = 1.0 if chosen is None else chosen.fraction
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
 
@@ -128,7 +123,7 @@ class Branches:
     def _injecting(self, locked: Locked, sigma: Tensor) -> FusionContext:
         """A context that injects the source's K/V at this noise level."""
         if sigma is not self.step.sigma_arg:  # a probe at a noise level that is none of the schedule's
-            return locked.context.fresh("inject", self._captured(locked, sigma).captured)
+            return locked.context.fresh("inject", self._captured(locked, sigma))
         if self._source_kv is None:
             self._source_kv = self._kv_of_level(locked)
         return locked.context.fresh("inject", self._source_kv)
@@ -136,44 +131,52 @@ class Branches:
     def _kv_of_level(self, locked: Locked) -> Mapping[str, KeyValue]:
         sigma, scale_arg = self.step.sigma_arg, self.settings.scale_arg
         if locked.entry is None:
-            return self._captured(locked, sigma).captured
+            return self._captured(locked, sigma)
         _, arguments = self._source_call(erased=True)
         entry = locked.entry({name: value for name, value in arguments.items() if name != scale_arg})
         found = entry.lookup(self.step.sigma)
         if found is not None:
             return found
-        record = self._captured(locked, sigma)
-        if record.repeated is not None and scale_arg is None:
+        kept = self._captured(locked, sigma)
+        if scale_arg is None and (again := [name.partition("#")[0] for name in kept if "#" in name]):
             raise AttentionError(
-                f"layer {record.repeated!r} acts several times in one evaluation; expected once: a KV cache keeps one "
+                f"layer {again[0]!r} acts several times in one evaluation; expected once: a KV cache keeps one "
                 "pair of keys and values per layer.\n  Leave kv_cache= away, or lock other layers: layers=[...]."
             )
-        return entry.put(self.step.sigma, record.latest())
+        return entry.put(self.step.sigma, {name.partition("#")[0]: pair for name, pair in kept.items()})
 
-    def _captured(self, locked: Locked, sigma: Tensor) -> CallRecord:
-        """The record of the source in a pass of its own."""
+    def _captured(self, locked: Locked, sigma: Tensor) -> Mapping[str, KeyValue]:
+        """The source's K/V from a pass of its own, by layer."""
         context, (model, arguments) = locked.context.fresh("capture"), self._source_call(erased=True)
-        rows, x, here = None if self.settings.scale_arg else len(locked.x), locked.x, sigma is self.step.sigma_arg
+        x, here = locked.x, sigma is self.step.sigma_arg
         if not here and self.settings.source is not None and self._noise is not None:
             x = self.settings.source.at(self.x, float(sigma.max()), self._noise)
-        out = self._call(context, lambda: model(x, sigma, **arguments), None, rows)
-        self.nfe += self._passes(arguments)
+        out = self._call(context, None, model, (x, arguments), sigma)[0]
         if here and not self.settings.erase:
-            self.source = split_rows(out, x, 1)[0]
-        return context.record
+            self.source = out
+        return context.record.captured
 
-    def _call(self, context: FusionContext | None, call: Callable[[], T], kind: Kind, rows: int | None = None) -> T:
-        """Make one call of the model, of `rows`. Step caches keep kinds of calls apart; None passes by them."""
+    def _call(
+        self, context: FusionContext | None, kind: Kind, model: Denoiser, branch: Branch, sigma: Tensor, n: int = 1
+    ) -> list[Tensor]:
+        """Make and count one call of a model for `n` branches as its rows. Returns what it gives each. Step caches keep
+        kinds of calls apart; None passes by them.
+        """
+        x, arguments = branch
         layout: Hashable = kind
         if self._caches.active and context is not None and context.narrowed is not None:
             layout = kind, tuple(context.narrowed.computed.tolist())  # other tokens need another memory
+        call = partial(model, x, sigma, **arguments)
         with self._caches.apart(layout, kind):
             if context is None or self.locked is None:
-                return call()
-            out = self.locked.hooks.run(replace(context, rows=rows), call, may_skip=self._caches.active)
-        if context.mode != "capture":
+                out = call()
+            else:
+                context = replace(context, rows=None if self.settings.scale_arg else len(x))
+                out = self.locked.hooks.run(context, call, may_skip=self._caches.active)
+        if context is not None and context.mode != "capture":
             self.fused_layers = max(self.fused_layers, len(context.record.fired))
-        return out
+        self.nfe += n + ("uncond" in arguments) + ("beside" in arguments)
+        return split_rows(out, x[: len(x) // n], n)
 
     def _filled(self, out: Tensor) -> Tensor:
         """A prediction with the source where nothing was computed."""
@@ -248,11 +251,7 @@ class OwnBranches(Branches):
         groups = [(branches, kind)]
         if not self.settings.batched or join_calls([arguments for _, arguments in branches], len(self.x)) is None:
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
-        found: list[Tensor] = []
-        for group, name in groups:
-            own = None if context is None else context.fresh("inject", context.source)
-            found += map(self._filled, self._together(group, own, sigma, name))
-        return found
+        return [self._filled(out) for group, name in groups for out in self._together(group, context, sigma, name)]
 
     def _beside_source(
         self, branches: Sequence[Branch], beside: Branch, context: FusionContext | None, sigma: Tensor, kind: Kind
@@ -267,15 +266,12 @@ class OwnBranches(Branches):
         self, branches: Sequence[Branch], context: FusionContext | None, sigma: Tensor, kind: Kind
     ) -> list[Tensor]:
         """Branches as the rows of one call."""
-        batch, model = len(self.x), self.settings.model
-        arguments = join_calls([arguments for _, arguments in branches], batch)
+        arguments = join_calls([arguments for _, arguments in branches], len(self.x))
         assert arguments is not None
-        x, levels = branches[0][0], sigma
+        x = branches[0][0]
         if len(branches) > 1:
-            x, levels = torch.cat([rows for rows, _ in branches]), sigma.expand(batch).repeat(len(branches))
-        out = self._call(context, lambda: model(x, levels, **arguments), kind, len(x))
-        self.nfe += len(branches)
-        return split_rows(out, x[:batch], len(branches))
+            x, sigma = torch.cat([rows for rows, _ in branches]), sigma.expand(len(x)).repeat(len(branches))
+        return self._call(context, kind, self.settings.model, (x, arguments), sigma, len(branches))
 
 
 class GuidedBranches(Branches):
@@ -321,9 +317,7 @@ class GuidedBranches(Branches):
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
         elif locked is not None:
             context = self._injecting(locked, sigma)
-        out = self._call(context, lambda: self.settings.model(x, sigma, **arguments), kind)
-        self.nfe += self._passes(arguments)
-        guided = self._filled(split_rows(out, x, 1)[0])
+        guided = self._filled(self._call(context, kind, self.settings.model, (x, arguments), sigma)[0])
         if self._host is None:
             return guided, guided
         cond, uncond, source = self._host.predictions

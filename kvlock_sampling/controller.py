@@ -41,7 +41,7 @@ def decide(
     the policy saw. Raises EstimatorError or PolicyError if one breaks its contract.
     """
     policy, inner, variance, effect = settings.policy, state.estimator, None, None
-    if settings.measures:
+    if policy.uses_risk:
         inner, variance, effect = measure(settings.estimator, inner, evaluation)
     if variance is not None:
         limit = threshold_at(settings.threshold, observation.sigma)
@@ -49,7 +49,7 @@ def decide(
         if effect is not None:
             effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
             observation = observation._replace(effect=(effect / limit).expand_as(variance))
-    if variance is None and settings.measures:
+    if variance is None and policy.uses_risk:
         if state.measured:  # the estimator pauses: the last control holds
             return state._replace(estimator=inner, variance=None), observation
         policy_state, answer, method = state.policy, policy.start(observation), "start"

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from . import samplers
@@ -24,7 +23,7 @@ from .run import Run
 from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
-from .utils.denoiser import DenoiserProxy, on_clock
+from .utils.denoiser import DenoiserProxy, on_clock, to_sigma
 from .variance import Estimator
 
 
@@ -155,9 +154,9 @@ class KVLock(DenoiserProxy):
         if error[0] is not None and not self._runs():
             return  # closed by another thread or task than entered it, whose own error says why
         run = self._run()
-        run.close()
         run.open = False
         self._keep(*(self._runs() or (run,)))
+        run.close()
         if error[0] is None:
             run.settle(self.settings)
 
@@ -172,8 +171,7 @@ class KVLock(DenoiserProxy):
     def sample(self, sampler: Any, x: Tensor, sigmas: Tensor, **arguments: Any) -> Tensor:
         """One run in one line, with the schedule known: `with lock: samplers.run(sampler, lock, x, sigmas, ...)`."""
         with self:
-            self.on_schedule(sigmas)
-            return samplers.run(sampler, self, x, torch.as_tensor(sigmas), **arguments)
+            return samplers.run(sampler, self, x, sigmas, **arguments)
 
     def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
         """What the K/V cache will hold of a run, before anything runs: print it.
@@ -189,7 +187,8 @@ class KVLock(DenoiserProxy):
         if given.kv_cache is None or given.layers is None or given.source is None or given.mask is None:
             raise RunError("this lock keeps nothing, so there is nothing to plan; pass kv_cache=kv.KVCache(...).")
         selection, _ = given.mask.selection(given.source.latents, given.layers.patch, given.transition)
-        return plan(given.kv_cache, given.layers, selection, samplers.evaluated_sigmas(sampler, sigmas))
+        levels = (to_sigma(self.model, level) for level in samplers.evaluated_sigmas(sampler, sigmas))
+        return plan(given.kv_cache, given.layers, selection, levels)
 
     def subset(self, index: Tensor, batch: int) -> "KVLock":
         """The same lock for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""

@@ -21,7 +21,7 @@ from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .trace import Trace, rows_of
 from .types import SAME_SIGMA, Denoiser, Observation, RunError, Scalar
-from .utils.denoiser import to_sigma
+from .utils.denoiser import method_of, to_sigma
 from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
 from .utils.modules import reachable_modules
@@ -91,8 +91,8 @@ class Tools:
         layers = settings.layers
         self.hooks = None if layers is None else Hooks(layers)
         self.step_caches = StepCaches([*reachable_modules(settings.model), *(layers.networks if layers else ())])
-        kv_cache = settings.kv_cache
-        self.cached = None if kv_cache is None or layers is None else CacheSession(kv_cache, settings.model, layers)
+        kv_cache, model = settings.kv_cache, settings.model if settings.branch is None else settings.branch
+        self.cached = None if kv_cache is None or layers is None else CacheSession(kv_cache, model, layers)
 
 
 class Run:
@@ -124,7 +124,10 @@ class Run:
             raise RunError(f"x is {given}; expected floats (batch, ...), e.g. torch.randn_like(source) * sigma.")
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
-        sigma_arg = torch.as_tensor(sigma, device=x.device)
+        try:
+            sigma_arg = torch.as_tensor(sigma, device=x.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise RunError(f"sigma={sigma!r}; expected a noise level, or one per clip, e.g. sigmas[0].") from None
         name = settings.scale_arg or "cond_scale"
         if sigma_arg.ndim > 1 or sigma_arg.numel() not in (1, len(x)):
             raise RunError(f"sigma has shape {tuple(sigma_arg.shape)}; expected () or (batch,): sigma.flatten().")
@@ -140,23 +143,20 @@ class Run:
         observation = self._observation(x, sigma, requested)
         if sigma == 0:  # x is clean already: nothing is measured, decided or locked
             state = State(None, None, False, 0.0, None, None if last is None else last.composite)
-            weight = _ratios(settings, state, reads)
-            return Step(x, sigma_arg, 0.0, 0.0, extra_args, requested, state, weight, observation, reads)
-        _check_range(self.schedule, sigma)
-        expert = settings.expert(model_sigma)
-        found = self.timeline.rewind(sigma)
-        if found is None:
-            self._begin(sigma, x)
-            state = start(settings, observation, expert)
-        elif found.expert != expert:
-            # The new expert's prediction is not comparable with the old one's.
-            state = found._replace(estimator=settings.estimator.init(), expert=expert)
         else:
-            state = found
+            _check_range(self.schedule, sigma)
+            # Of several networks. Its argument is on the host: a noise level on the device would cost another transfer.
+            expert = (method_of(settings.model, "expert") or (lambda level: None))(torch.tensor(model_sigma))
+            if (found := self.timeline.rewind(sigma)) is None:
+                self._begin(sigma, x)
+            state = found or start(settings, observation, expert)
+            if state.expert != expert:
+                # The new expert's prediction is not comparable with the old one's.
+                state = state._replace(estimator=settings.estimator.init(), expert=expert)
+            if self.noise is None and settings.source is not None and (settings.layers or settings.needs_source):
+                self.noise = settings.source.noise_of_run(x, model_sigma)  # the first x leads to it, locked or not
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
-        if self.noise is None and settings.source is not None and (settings.layers or settings.needs_source):
-            self.noise = settings.source.noise_of_run(x, model_sigma)  # the first x leads to it, locked or not
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
 
     def leave(self, settings: LockSettings, sigma: float, state: State, denoised: Tensor) -> None:
@@ -187,7 +187,7 @@ class Run:
         if not self._called:
             warn("the lock was not called in its block: pass it to the sampler, as the model.")
         self._check_unread(settings, HostReads())
-        if settings.measures and self.unmeasured > 2:
+        if settings.policy.uses_risk and self.unmeasured > 2:
             warn(
                 f"nothing was measured in a run of {self.unmeasured} evaluations, so {settings.policy!r} never took a "
                 f"step in it: {settings.estimator!r} did not report. Noise levels must fall: an inversion is not "
@@ -201,10 +201,10 @@ class Run:
 
     def close(self) -> None:
         """Free what the run holds."""
-        for tools in self._tools.values():
+        used, self.timeline, self.noise, self._tools = self._tools, Timeline(), None, {}
+        for tools in used.values():
             if tools.cached is not None:
                 tools.cached.close()
-        self.timeline, self.noise, self._tools = Timeline(), None, {}
 
     def _begin(self, sigma: float, x: Tensor) -> None:
         """Nothing is remembered above `sigma`. From the top, or with other clips, a new run begins, with its own noise;

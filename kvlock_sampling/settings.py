@@ -65,14 +65,9 @@ class LockSettings:
     kv_cache: KVCache | None
 
     @property
-    def measures(self) -> bool:
-        """Whether the estimator is asked."""
-        return self.policy.uses_risk
-
-    @property
     def needs_source(self) -> bool:
         """Whether the estimator needs the source's x0-hat at every evaluation."""
-        return self.measures and self.estimator.needs_source
+        return self.policy.uses_risk and self.estimator.needs_source
 
     @property
     def tokens(self) -> int | None:
@@ -86,12 +81,6 @@ class LockSettings:
         none, weight = weight is None and not self.composite, self.composite if weight is None else weight
         return weight if none or self.mask is None or self.patch is None else self.mask.kept(weight, like, self.patch)
 
-    def expert(self, model_sigma: float) -> Any:
-        """Which network evaluates this noise level, for a denoiser of several; else None."""
-        expert = method_of(self.model, "expert")
-        # The argument is a tensor on the host: a noise level on the device would cost another transfer.
-        return None if expert is None else expert(torch.tensor(model_sigma))
-
     def subset(self, index: Tensor, batch: int) -> "LockSettings":
         """The settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         source = None if self.source is None else self.source.subset(index, batch)
@@ -103,8 +92,10 @@ class LockSettings:
 def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
     """The settings of a lock with these options; see `KVLock` for the options and the errors."""
     source, layers, branch = given["source"], given["layers"], given["branch"]
-    for wrapped in (model, branch):
-        check_no_lock_inside(wrapped)
+    for name, denoiser in ({"model": model} | ({} if branch is None else {"branch": branch})).items():
+        if not callable(denoiser) or isinstance(denoiser, type):
+            raise KVLockError(f"{name}={denoiser!r}; expected a denoiser, {name}(x, sigma, **extra_args) -> x0-hat.")
+        check_no_lock_inside(denoiser)
     for name in ("rescale", "batched", "foreground", "erase"):
         if given[name] is not None and not isinstance(given[name], bool):
             raise KVLockError(f"{name}={given[name]!r}; expected True or False.")

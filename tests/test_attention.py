@@ -26,6 +26,7 @@ def test_fuse_is_exact_at_both_ends_and_between(batch, heads, tokens, seed, half
     background = torch.rand(batch, tokens, generator=g) > 0.4
     assert torch.equal(fuse(edit, source, fusion_ratio(torch.zeros(batch), background)), edit)
     locked = fuse(edit, source, fusion_ratio(torch.ones(batch), background))
+    assert torch.equal(fuse(edit, source.double(), fusion_ratio(torch.ones(batch), background)), locked)
     where = background[:, None, :, None].expand_as(edit)
     assert torch.equal(locked[where], source[where])
     assert torch.equal(locked[~where], edit[~where])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import tiny
-from kvlock_sampling.kv_cache import KVCacheWarning, model_fingerprint
+from kvlock_sampling.kv_cache import KVCacheWarning, disk, model_fingerprint
 from kvlock_sampling.types import AttentionError, RunError, SourceError
 
 FULL = kv.Constant(lock=1.0)
@@ -247,6 +248,89 @@ def test_what_the_denoiser_holds_beside_weights_counts(setup):
     assert passes == [18, 18, 12]
     setup.model.extra = 2.0
     assert model_fingerprint(setup.model) != (setattr(setup.model, "extra", 3.0) or model_fingerprint(setup.model))
+
+
+def test_the_denoiser_inside_a_guided_model_counts(setup):
+    """The source's pass runs `branch`, so that is what stored keys and values are of."""
+    kv_cache, passes = kv.KVCache(every=1, format=None), []
+    model, options = kv.CFGDenoiser(setup.model), {"source": setup.source, "mask": setup.mask, "policy": FULL}
+    for strength in (1.0, -3.0, 1.0):
+        out = []
+        for cache in (kv_cache, None):
+            branch = lambda x, sigma, cond, s=strength: setup.model(x, sigma, cond=cond * s)  # noqa: E731
+            lock = kv.KVLock(model, branch=branch, noise="fixed", kv_cache=cache, **options)
+            out.append(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg))
+            passes += [lock.trace.nfe] if cache else []
+        torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+    assert passes[0] == passes[1] > passes[2]
+
+
+@pytest.mark.parametrize("change", ["key", "array", "kind"])
+def test_other_arguments_of_the_same_tensors_are_told_apart_within_a_block(setup, change):
+    array = np.ones(1)
+    given = {
+        "key": [{"a": setup.cond}, {"b": setup.cond}],
+        "array": [{"a": setup.cond, "c": array}] * 2,
+        "kind": [{"a": setup.cond, "c": 1}, {"a": setup.cond, "c": 1.0}],
+    }[change]
+    inner, kv_cache = setup.model, kv.KVCache(every=1, format=None)
+
+    def model(x, sigma, cond):
+        factor = float(np.sum(cond.get("c", 1.0))) * (1 if "a" in cond else 2)
+        return inner(x, sigma, cond=cond.get("a", cond.get("b")) * factor)
+
+    model.inner_model = inner
+    options = {"source": setup.source, "mask": setup.mask, "policy": FULL, "noise": "fixed", "kv_cache": kv_cache}
+    with kv.KVLock(model, **options, layers=kv.find_layers(inner)) as lock:
+        for cond in given:
+            lock(setup.x, setup.sigmas[:1], cond=cond)
+            array[0] = 2.0
+    assert len({name for name, _ in kv_cache.memory._levels}) == 2
+
+
+def test_a_level_that_cannot_be_stored_leaves_the_lock_closed(setup, tmp_path, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("out of memory")
+
+    lock = setup.lock(policy=FULL, noise="fixed", kv_cache=kv.KVCache(tmp_path, every=1))
+    monkeypatch.setattr(disk, "write", broken)
+    with pytest.raises(RuntimeError, match="out of memory"), lock:
+        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+    with pytest.raises(RunError):
+        lock(setup.x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_a_folder_stays_where_it_was_made(setup, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kv_cache = kv.KVCache("kept", every=1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    run(setup, kv_cache)
+    assert [path.name for path in tmp_path.iterdir() if any(path.iterdir())] == ["kept"]
+
+
+def test_the_plan_counts_levels_on_the_clock_of_the_cache():
+    """A ratio of noise levels is one of sigma, also for a model whose own levels are flow times."""
+    network = tiny.TinyWan()
+    inner = kv.FlowDenoiser(network)
+
+    def model(x, t, **given):
+        sigma = t / (1 - t)
+        return inner(x * (1 + sigma.view(-1, 1, 1, 1, 1)), sigma, **given)
+
+    model.to_ve = lambda t: t / (1 - t)
+    model.add_noise = lambda x0, noise, t: (1 - t) * x0 + t * noise
+    times = torch.tensor([0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0])
+    clip, mask = torch.randn(1, 3, 8, 64, 64, generator=torch.Generator().manual_seed(0)), torch.zeros(1, 1, 8, 64, 64)
+    mask[..., 16:40, 16:40] = 1
+    kv_cache = kv.KVCache(every=None, ratio=1.5, format=None)
+    lock = kv.KVLock(
+        model, source=clip, mask=mask, policy=FULL, noise="fixed", kv_cache=kv_cache, layers=kv.find_layers(network)
+    )
+    plan = lock.plan(times, "euler")
+    with torch.no_grad():
+        lock.sample("euler", clip, times, extra_args={"cond": tiny.tokenize(["a red ball moving left"])})
+    assert kv_cache.used == plan.total
 
 
 def test_autocast_has_an_entry_of_its_own(setup):

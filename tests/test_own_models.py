@@ -96,6 +96,79 @@ def test_rows_that_are_not_the_branches_are_refused_and_not_fused_with_others():
     torch.testing.assert_close(evaluated(lock_of(network, call=by_row, batched=False)), locked)
 
 
+def test_heads_folded_into_rows_are_refused_in_a_model_that_guides_itself():
+    for network, wanted in ((Homemade(), None), (Folded(), r"(?s)4 rows; expected .* an axis of their own")):
+        inner = kv.FlowDenoiser(network)
+
+        def guided(x, sigma, cond_scale=1.0, inner=inner):
+            uncond, cond = inner(x.repeat(2, 1, 1, 1, 1), sigma.repeat(2)).chunk(2)
+            return uncond + cond_scale * (cond - uncond)
+
+        options = {"source": CLIP, "mask": MASK, "policy": kv.Constant(lock=1.0), "noise": "fixed", "branch": inner}
+        lock = kv.KVLock(guided, layers=kv.sdpa_layers(network, patch=PATCH), scale_arg="cond_scale", **options)
+        if wanted is None:
+            assert evaluated(lock).isfinite().all()
+        else:
+            with pytest.raises(AttentionError, match=wanted):
+                evaluated(lock)
+
+
+@pytest.mark.parametrize("policy", ["off", kv.Constant(lock=0.5), kv.Constant(lock=1.0)])
+@pytest.mark.parametrize("batched", [None, False])
+def test_a_denoiser_may_write_every_result_to_the_same_memory(setup, policy, batched):
+    """As CUDA graphs and compiled engines do."""
+    buffers = {}
+
+    class Buffered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner_model = setup.model
+
+        def forward(self, x, sigma, cond):
+            out = self.inner_model(x, sigma, cond=cond)
+            return buffers.setdefault(out.shape, torch.empty_like(out)).copy_(out)
+
+    options = {"source": setup.source, "mask": setup.mask, "policy": policy, "batched": batched}
+    found = []
+    for model in (setup.model, Buffered()):
+        with kv.KVLock(model, **options) as lock:
+            found.append([lock(setup.x, level[None], **setup.cfg) for level in setup.sigmas[:2]])
+    for wanted, out in zip(*found, strict=True):
+        torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [None, "wan", kv.FlowDenoiser])
+def test_what_is_no_denoiser_is_refused(wrong):
+    with pytest.raises(kv.KVLockError, match=r"model=.*; expected a denoiser, model\(x, sigma"):
+        kv.KVLock(wrong, policy="off")
+    if wrong is not None:
+        with pytest.raises(kv.KVLockError, match=r"branch=.*; expected a denoiser"):
+            kv.KVLock(lambda x, sigma, cond_scale=1.0: x, branch=wrong, policy="off")
+
+
+@pytest.mark.parametrize("sigma", [None, "1", [[1.0], 2.0]])
+def test_what_is_no_noise_level_is_refused(setup, sigma):
+    with pytest.raises(RunError, match="expected a noise level"), setup.lock(policy="off") as lock:
+        lock(setup.x, sigma, **setup.cfg)
+
+
+def test_layers_may_be_an_array_and_calls_a_number():
+    layers = kv.find_layers(tiny.TinyWan())
+    for chosen in (np.array([0, 2]), torch.tensor([0, 2]), np.int64(1)):
+        names = [layer.name for layer in layers.select(chosen).layers]
+        assert names == [layers.layers[i].name for i in np.atleast_1d(np.asarray(chosen))]
+    network = Homemade()
+    assert kv.sdpa_layers(network, patch=PATCH, calls=0).calls == {0}
+    for calls in (-1, [0.5], ["a"]):
+        with pytest.raises(AttentionError, match="count no call"):
+            kv.sdpa_layers(network, patch=PATCH, calls=calls)
+
+
+def test_further_tokens_add_up():
+    layers = kv.find_layers(tiny.TinyWan())
+    assert layers.with_extra(before=2).with_extra(after=3).extra == (2, 3)
+
+
 @pytest.mark.parametrize("kind", [Checkpointed, NotReentrant])
 def test_checkpointing_by_the_networks_own_code_is_refused_where_gradients_are_taken(kind):
     lock, plain = lock_of(kind()), lock_of(Homemade())

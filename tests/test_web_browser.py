@@ -293,6 +293,7 @@ def test_it_fits_a_phone_and_a_desk_by_keyboard_and_without_other_hosts(
     page.evaluate("document.body.focus()")
     for _ in range(60):
         page.keyboard.press("Tab")
+        page.wait_for_timeout(50)  # no hand is faster; a dropdown that is left as it opens would stay open
         reached.add(page.evaluate("document.activeElement.innerText || document.activeElement.ariaLabel || ''").strip())
         if "Edit" in reached:
             break

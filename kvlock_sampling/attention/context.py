@@ -66,24 +66,24 @@ class FusionContext:
         """
         batch, rows = len(ratio), len(key)
         # A model may double its rows itself, to guide. Only folded heads, which leave three axes, look the same.
-        if rows % (self.rows or batch) or (key.ndim == 3 and rows != (self.rows or rows)):
+        if rows % (self.rows or batch) or (key.ndim == 3 and rows != (self.rows or batch)):
             wanted = f"{self.rows} for" if self.rows else "a multiple of"
             raise AttentionError(
                 f"layer {layer!r} was called with {rows} rows; expected {wanted} the batch of {batch} clip(s), in "
                 "chunks of whole batches, e.g. torch.cat([x, x]) for guidance.\n  Give heads an axis of their own, "
                 "(rows, heads, length, dim). If the model runs its rows one by one: one clip, and batched=False."
             )
-        turn = self.record.turn(layer)
+        turn = self.record.turns[layer]
+        self.record.turns[layer] += 1
         video = slice(start, start + ratio.shape[1])
+        # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
+        last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
             self.record.fired.add(layer.partition("[")[0])
-            # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
-            kept = self._stored(key[-batch:, ..., video, :]), self._stored(value[-batch:, ..., video, :])
-            self.record.captured[f"{layer}#{turn}" if turn else layer] = kept
+            where = slice(None) if self.selection is None else self.selection.stored
+            self.record.captured[f"{layer}#{turn}" if turn else layer] = last[0][..., where, :], last[1][..., where, :]
             return key, value
-        source = self._source(layer, turn) if self.mode == "inject" else None
-        if self.mode == "lockstep":
-            source = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
+        source = last if self.mode == "lockstep" else self._source(layer, turn)
         if source is None:
             return key, value  # the source's pass skipped this layer, e.g. through a step cache
         self.record.fired.add(layer.partition("[")[0])
@@ -98,9 +98,6 @@ class FusionContext:
             return fuse_rows(own, kept, ratio, video, edit_rows)
 
         return fused(key, source[0]), fused(value, source[1])
-
-    def _stored(self, source: Tensor) -> Tensor:
-        return source if self.selection is None else source.index_select(-2, self.selection.stored)
 
     def _source(self, layer: str, turn: int) -> KeyValue | None:
         """The source's K/V for this turn of the layer. If the layer acted less often for the source, as a single branch

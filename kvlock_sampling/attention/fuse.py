@@ -36,7 +36,7 @@ def fuse(
         ratio: In [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits.
     """
     # torch.lerp counts from the nearer end, so it rounds neither.
-    return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source, _weight(ratio, edit)).flatten(0, 1)
+    return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source.to(edit.dtype), _weight(ratio, edit)).flatten(0, 1)
 
 
 def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
@@ -45,14 +45,14 @@ def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_row
         return fuse(own, source, ratio)
     mixed = own.clone()
     # In place, but not `torch.lerp(out=)`, which has no derivative.
-    mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source, _weight(ratio, own))
+    mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source.to(own.dtype), _weight(ratio, own))
     return mixed
 
 
 def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) -> Tensor:
     """`fuse` at the positions `where` of a sequence. The rest is unchanged."""
     out = own.clone()
-    out[..., where, :] = fuse(own[..., where, :], source.to(own.dtype), ratio)
+    out[..., where, :] = fuse(own[..., where, :], source, ratio)
     return out
 
 
@@ -72,7 +72,7 @@ def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start:
     if len(selection.mixed):
         where = selection.mixed + start
         mixed_ratio = ratio[:, selection.computed[selection.mixed]]
-        out[..., where, :] = fuse(own[..., where, :], source[..., kept:, :].to(own.dtype), mixed_ratio)
+        out[..., where, :] = fuse(own[..., where, :], source[..., kept:, :], mixed_ratio)
     return out
 
 

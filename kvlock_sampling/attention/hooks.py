@@ -21,7 +21,7 @@ from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled, is_compiled, without_compiler
 from .context import FusionContext, current, using
 from .foreground import interleaving, narrow_mask, narrowing, signature_of
-from .forward_hooks import ForwardHook, compiler_imported, hooked, patched
+from .forward_hooks import ForwardHook, hooked, patched
 from .interception import Fused, intercepted
 from .layers import AttentionLayer, AttentionLayers
 
@@ -70,10 +70,8 @@ class Hooks:
         if self._leave_compiler_out:
             with without_compiler():
                 out = fused()
-        elif compiler_imported():
-            out, self._leave_compiler_out = call_compiled(fused, acted)
         else:
-            out = fused()
+            out, self._leave_compiler_out = call_compiled(fused, acted)
         if not acted():
             raise AttentionError(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
         self._most = max(self._most, len(context.record.fired))
@@ -90,10 +88,10 @@ class Hooks:
             # Also without text to count: a network's forward is a loop over its blocks, and the compiler gives up for
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
             yield ForwardHook(network, around=partial(self._count_text, network))
-            if layers.flow is not None and context.narrow and context.mode == "inject":
-                yield from narrowing(network, blocks, layers.flow)
-            if layers.flow is not None and context.narrow and context.mode == "lockstep":
-                yield from interleaving(blocks, layers.flow)
+            if (flow := layers.flow) is not None and context.narrow and context.mode != "capture":
+                yield from (
+                    interleaving(blocks, flow) if context.mode == "lockstep" else narrowing(network, blocks, flow)
+                )
         for layer in layers.layers:
             yield ForwardHook(layer.module, around=partial(self._intercept, partial(self._fuse_layer, layer)))
 
@@ -108,12 +106,8 @@ class Hooks:
         with using(replace(current(), text=text)):
             return call(*args, **kwargs)
 
-    def _intercept(
-        self, make: Callable[[], Callable[..., Fused]], call: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Any:
-        if torch.jit.is_tracing():
-            return call(*args, **kwargs)
-        fuse = make()
+    def _intercept(self, fuse: Callable[..., Fused], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        calls = itertools.count()
 
         def checked(*given: Any) -> Fused:
             if self._gradients and _checkpointed():
@@ -121,42 +115,34 @@ class Hooks:
                     "gradient checkpointing runs layers again in backward, where no lock acts: wrong gradients.\n"
                     "  transformer.disable_gradient_checkpointing(), or sample under torch.no_grad()."
                 )
-            return fuse(*given)
+            return fuse(calls, *given)
 
         with intercepted(checked):
             return call(*args, **overridden(kwargs))
 
-    def _fuse_layer(self, layer: AttentionLayer) -> Callable[..., Fused]:
-        rows = itertools.count()
+    def _fuse_layer(
+        self, layer: AttentionLayer, calls: Iterator[int], query: Tensor, key: Tensor, value: Tensor, mask: Any
+    ) -> Fused:
+        context, length = current(), key.shape[-2]
+        ratio, text = local_piece(self.layers, layer, context, length)
+        tokens = ratio.shape[1] if context.narrowed is None else len(context.narrowed.computed)
+        start = layer.video_start(length, tokens, text, self.layers.extra)
+        if self.layers.rows_apart:
+            clip, alone = next(calls) % len(ratio), replace(context, rows=None)
+            return *alone.process(f"{layer.name}[{clip}]", key, value, start, ratio[clip : clip + 1]), mask
+        if mask is not None and context.narrowed is not None:
+            mask = narrow_mask(mask, context, start, length)
+        return *context.process(layer.name, key, value, start, ratio), mask
 
-        def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
-            context, length = current(), key.shape[-2]
-            ratio, text = local_piece(self.layers, layer, context, length)
-            tokens = ratio.shape[1] if context.narrowed is None else len(context.narrowed.computed)
-            start = layer.video_start(length, tokens, text, self.layers.extra)
-            if self.layers.rows_apart:
-                clip, alone = next(rows) % len(ratio), replace(context, rows=None)
-                return *alone.process(f"{layer.name}[{clip}]", key, value, start, ratio[clip : clip + 1]), mask
-            if mask is not None and context.narrowed is not None:
-                mask = narrow_mask(mask, context, start, length)
-            return *context.process(layer.name, key, value, start, ratio), mask
-
-        return fuse
-
-    def _fuse_matching(self) -> Callable[..., Fused]:
-        numbers, layers = itertools.count(), self.layers
-
-        def fuse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Fused:
-            context, length = current(), key.shape[-2]
-            rest = length - layers.start - context.ratio.shape[1]
-            fits = query.shape[-2] == length and (rest >= 0 if layers.trailing is None else rest == layers.trailing)
-            number = next(numbers) if fits else None
-            if number is None or (layers.calls is not None and number not in layers.calls):
-                context.record.passed_over.append((query.shape[-2], length))
-                return key, value, mask
-            return *context.process(f"call.{number}", key, value, layers.start, context.ratio), mask
-
-        return fuse
+    def _fuse_matching(self, calls: Iterator[int], query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Fused:
+        layers, context, length = self.layers, current(), key.shape[-2]
+        rest = length - layers.start - context.ratio.shape[1]
+        fits = query.shape[-2] == length and (rest >= 0 if layers.trailing is None else rest == layers.trailing)
+        number = next(calls) if fits else None
+        if number is None or (layers.calls is not None and number not in layers.calls):
+            context.record.passed_over.append((query.shape[-2], length))
+            return key, value, mask
+        return *context.process(f"call.{number}", key, value, layers.start, context.ratio), mask
 
     def _check_all_fired(self, context: FusionContext) -> None:
         """Warn of layers that were not locked; raise if the others computed the edited tokens only."""

@@ -6,13 +6,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..masks.tokens import Grid, token_grid
 from ..types import AttentionError
-from ..utils.fields import as_patch
+from ..utils.fields import as_patch, within
 
 
 class Table(NamedTuple):
@@ -142,10 +143,10 @@ class AttentionLayers:
         if self.watch is not None:
             raise AttentionError("layers of a watched module are its calls; choose by kv.sdpa_layers(..., calls=[0]).")
         count = self.per_network
-        indices = list(
-            range(count)[chosen] if isinstance(chosen, slice) else chosen if isinstance(chosen, Iterable) else [chosen]
-        )
-        if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
+        asked = chosen.tolist() if hasattr(chosen, "tolist") else chosen  # an array of indices
+        asked = range(count)[asked] if isinstance(asked, slice) else asked
+        indices = list(asked) if isinstance(asked, Iterable) else [asked]
+        if any(not isinstance(i, Integral) or isinstance(i, bool) for i in indices):
             raise AttentionError(f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), or None.")
         wrong = [i for i in indices if not -count <= i < count]
         if wrong or not len(indices):
@@ -168,7 +169,7 @@ class AttentionLayers:
         if self.watch is not None:
             trailing = None if self.trailing is None else self.trailing + after
             return replace(self, start=self.start + before, trailing=trailing)
-        return replace(self, extra=(before, after))
+        return replace(self, extra=(self.extra[0] + before, self.extra[1] + after))
 
     def grid(self, latent_shape: Sequence[int]) -> Grid:
         """Tokens along (time, height, width) for latents of a shape, which must fit the patch."""
@@ -221,5 +222,7 @@ def sdpa_layers(
         raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
     if start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
-    chosen = None if calls is None else frozenset(calls)
+    chosen = None if calls is None else frozenset(calls if isinstance(calls, Iterable) else [calls])
+    if wrong := [call for call in chosen or () if within(call, at_least=0, whole=True) is None]:
+        raise AttentionError(f"calls={calls!r}: {wrong} count no call; expected whole numbers >= 0, e.g. calls=[0].")
     return AttentionLayers(as_patch(patch, AttentionError), watch=module, start=start, trailing=trailing, calls=chosen)

@@ -1,5 +1,6 @@
 """The record of one call of the model: which layers acted, and the source's K/V."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +18,7 @@ class CallRecord:
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
         cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
         entered: A block of a narrowed call has run.
+        turns: How often each layer has acted.
     """
 
     fired: set[str] = field(default_factory=set)
@@ -24,23 +26,9 @@ class CallRecord:
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     entered: bool = False
-    _turns: dict[str, int] = field(default_factory=dict)
+    turns: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
-        for part in (self.fired, self.captured, self.passed_over, self.cut, self._turns):
+        for part in (self.fired, self.captured, self.passed_over, self.cut, self.turns):
             part.clear()
         self.entered = False
-
-    def turn(self, layer: str) -> int:
-        """Count a call of the layer, and return how often it acted before."""
-        self._turns[layer] = self._turns.get(layer, -1) + 1
-        return self._turns[layer]
-
-    @property
-    def repeated(self) -> str | None:
-        """The name of a layer that acted more than once, or None."""
-        return next((layer for layer, turns in self._turns.items() if turns), None)
-
-    def latest(self) -> dict[str, KeyValue]:
-        """The last captured K/V of each layer, by plain name."""
-        return {name.partition("#")[0]: kept for name, kept in self.captured.items()}

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
@@ -135,14 +135,14 @@ class CacheEntry:
                 f"put was given no K/V of {', '.join(missing[:4])}; it had {', '.join(list(keys)[:4]) or 'none'}.\n"
                 "  Did the source pass skip layers, e.g. under a step cache? Lock others: layers=[...]."
             )
-        size = sum(packed_bytes(x.shape, x.dtype, format) for layer in self.layers for x in keys[layer])
+        flat = [x for layer in self.layers for x in keys[layer]]
+        size = sum(packed_bytes(x.shape, x.dtype, format) for x in flat)
         if not memory.make_room(size) and self._folder is None:
             self._warn_too_large(size)
             return keys
         place = self._device if room_on(self._device, size) else torch.device("cpu")
-        flat = [x for layer in self.layers for x in keys[layer]]
         ends = [None] * len(flat) if format is None else extremes(flat)
-        packed = [pack(x, format, self._device, known) for x, known in zip(flat, ends, strict=True)]
+        packed = [pack(x, format, known) for x, known in zip(flat, ends, strict=True)]
         level = dict(zip(self.layers, zip(packed[::2], packed[1::2], strict=True), strict=True))
         self.settle()  # one level at a time, so that no more than one is on its way
         self._fresh.add(sigma)
@@ -214,7 +214,7 @@ class CacheSession:
         for entry in self._entries.values():
             entry.settle()
         self._entries.clear()
-        self._known: list[tuple[tuple[Any, ...], tuple[Any, ...], CacheEntry]] = []
+        self._known: list[tuple[tuple[Any, ...], list[Any], CacheEntry]] = []
         self._model: str | None = None
 
     def entry(
@@ -224,11 +224,10 @@ class CacheSession:
         index, and the arguments of its pass. Raises AttentionError for a network that is none of several, and
         KVCacheError if the model or an argument has no fingerprint.
         """
-        leaves = tree_leaves([clip, noise, selection.weight, *(arguments[name] for name in sorted(arguments))])
-        parts = (expert, *sorted(arguments), *leaves)
+        parts, spec = tree_flatten((clip, noise, selection.weight, dict(sorted(arguments.items()))))
         device = noise.device.type
         precision = f"autocast {torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
-        marks = (*map(mark, parts), precision)
+        marks = (expert, *map(mark, parts), spec, precision)
         for known, _, entry in self._known:
             if known == marks:
                 return entry  # the same objects, unchanged: their content need not be read again

@@ -9,13 +9,14 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map_only
 
 from ..types import KVCacheError, KVCacheWarning
 from ..utils.files import atomic
@@ -99,11 +100,7 @@ def _name(sigma: float) -> str:
 
 def _checksum(entry: str, sigma: float, level: PackedLevel) -> str:
     """A fingerprint of dtypes, shapes and sums, which are several times faster than a hash of every byte."""
-
-    def content(dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> list[Any]:
-        return [dtype, {name: (part.dtype, list(part.shape), block_sums(part)) for name, part in parts.items()}]
-
-    contents = {layer: [content(*packed) for packed in pair] for layer, pair in level.items()}
+    contents = tree_map_only(torch.Tensor, lambda x: (x.dtype, list(x.shape), block_sums(x)), dict(level))
     return content_fingerprint({"entry": entry, "sigma": sigma, "content": contents})
 
 
@@ -114,7 +111,7 @@ def checked(directory: Any) -> Path:
             f"directory={directory!r} names no folder; expected a path, e.g. KVCache('kv-cache') or KVCache('.'), or "
             "None to keep K/V in memory alone."
         )
-    path = Path(os.path.expanduser(directory))
+    path = Path(os.path.expanduser(directory)).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

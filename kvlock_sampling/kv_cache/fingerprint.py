@@ -27,13 +27,22 @@ _PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.d
 
 
 @torch.inference_mode(False)  # where a tensor subclass, such as a quantized weight, cannot be detached
-def content_fingerprint(content: Mapping[str, Any]) -> str:
+def content_fingerprint(content: Any) -> str:
     """Take the fingerprint of tensors, arrays and plain values in nested mappings, sequences, sets and dataclasses.
 
     Every byte, shape and dtype counts. The order of keys, the device and the memory layout do not. Raises KVCacheError
     for an object without content that could be compared in another run, e.g. a function.
     """
-    return _hash(dict(content))
+    text, tensors = hashlib.sha256(), list[Tensor]()
+    _add(text, tensors, content, "")
+    parts = dict(enumerate(x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors))
+    # Those on a device come together, as each transfer waits for all of its work.
+    for device in {part.device for part in parts.values()} - {torch.device("cpu")}:
+        there = {i: len(part) for i, part in parts.items() if part.device == device}
+        parts |= zip(there, torch.cat([parts[i] for i in there]).cpu().split([*there.values()]), strict=True)
+    for part in parts.values():
+        text.update(part.numpy().data)
+    return text.hexdigest()
 
 
 @torch.inference_mode(False)
@@ -54,7 +63,7 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
         )
     seen = {(id(module), True): i for i, module in enumerate(modules)}
     about = f"{type(model).__module__}.{type(model).__qualname__}", _described(model, seen)
-    return _hash([about, [_module(module, seen) for module in modules]])
+    return content_fingerprint([about, [_module(module, seen) for module in modules]])
 
 
 def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -196,19 +205,6 @@ def _numbers(weight: Tensor) -> list[Any]:
     return [*about, weight.reshape(-1)[:: -(-weight.numel() // SAMPLED)]]
 
 
-def _hash(content: Any) -> str:
-    """Of texts, then of tensors' bytes. Those on a device come together, as each transfer waits for all of its work."""
-    text, tensors = hashlib.sha256(), list[Tensor]()
-    _add(text, tensors, content, "")
-    parts = dict(enumerate(x.detach().contiguous().view(-1).view(torch.uint8) for x in tensors))
-    for device in {part.device for part in parts.values()} - {torch.device("cpu")}:
-        there = {i: len(part) for i, part in parts.items() if part.device == device}
-        parts |= zip(there, torch.cat([parts[i] for i in there]).cpu().split([*there.values()]), strict=True)
-    for part in parts.values():
-        text.update(part.numpy().data)
-    return text.hexdigest()
-
-
 def _add(text: Any, tensors: list[Tensor], value: Any, path: str) -> None:
     """Add a value with its type and length, so that no two structures give the same bytes."""
     if value is None or isinstance(value, _PLAIN):
@@ -239,6 +235,6 @@ def _add(text: Any, tensors: list[Tensor], value: Any, path: str) -> None:
 
 def mark(part: Any) -> Any:
     """Return what identifies an object, and shows a change in place, without reading its content."""
-    if not isinstance(part, Tensor):
-        return part if isinstance(part, (str, int, float, bool, type(None))) else id(part)
+    if not isinstance(part, Tensor):  # an array in place, for example, shows no change, and is read again
+        return (type(part), part) if part is None or isinstance(part, _PLAIN) else object()
     return id(part), None if part.is_inference() else part._version

@@ -84,8 +84,8 @@ def on_host(level: PackedLevel) -> PackedLevel:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack(x: Tensor, format: str | None, device: torch.device | str = "cpu", ends: Ends | None = None) -> Packed:
-    """Store a tensor (..., tokens, dim) on a device; `ends` are its extremes, if they are known on the host.
+def pack(x: Tensor, format: str | None, ends: Ends | None = None) -> Packed:
+    """Store a tensor (..., tokens, dim) on its device; `ends` are its extremes, if they are known on the host.
 
     The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
@@ -95,14 +95,14 @@ def pack(x: Tensor, format: str | None, device: torch.device | str = "cpu", ends
     if format is not None and x.numel() and ends is None:
         ends = extremes([x])[0]
     if format is None or not x.numel() or not (ends and ends[0] > -_LARGEST and ends[1] < _LARGEST):
-        return x.dtype, {"values": x.to(device, memory_format=torch.contiguous_format, copy=True).contiguous()}
+        return x.dtype, {"values": x.clone(memory_format=torch.contiguous_format)}
     parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
     # Some heads at a time: the working copies take several times the room of the result.
     step = max(1, _AT_ONCE * x.shape[-3] // x.numel())
     for start in range(0, x.shape[-3], step):
         some = slice(start, start + step)
         _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
-    return x.dtype, {name: part.to(device) for name, part in parts.items()}
+    return x.dtype, parts
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Images, all of diffusers: CogView 4, FLUX.1 and 2, PixArt, Qwen-Image, Stable Diffusion 3 and 3.5, and Z-Image."""
+"""Images: CogView 4, FLUX.1 and 2, PixArt, Qwen-Image, Stable Diffusion 3 and 3.5, and Z-Image, all of diffusers; and
+k-diffusion's image transformer, version 1.
+"""
 
 from ..architecture import DOUBLE_AND_SINGLE, Architecture, LayerPattern
 from ..layers import Table, TokenFlow
@@ -22,6 +24,13 @@ FLUX = Architecture(
 # Likewise; the latents' channels are packed 2 x 2 already.
 FLUX_2 = Architecture(
     "flux-2", ("diffusers.*:Flux2Transformer2DModel",), DOUBLE_AND_SINGLE, patch=(1, 1, 1), text="first"
+)
+
+IMAGE_TRANSFORMER_V1 = Architecture(
+    "k-diffusion-v1",
+    ("*k_diffusion.models.image_transformer_v1:ImageTransformerDenoiserModelV1",),
+    ("blocks.*.self_attn",),
+    patch=lambda network: (1, *network.patch_in.patch_size),
 )
 
 # Alpha and sigma: image-only self-attention.

@@ -45,18 +45,13 @@ class StepCaches:
             for owner, (name, fresh) in owners.items():
                 if name == "_state_cache":
                     _give_context(stack, owner)
-                stack.enter_context(self._exchanged(owner, name, (kind, owner), fresh))
+                stack.callback(self._put_back, owner, name, (kind, owner), getattr(owner, name))
+                setattr(owner, name, self._memories[kind, owner] if (kind, owner) in self._memories else fresh())
             yield
 
-    @contextmanager
-    def _exchanged(self, owner: Any, name: str, key: tuple[Hashable, Any], fresh: Callable[[], Any]) -> Iterator[None]:
-        found = getattr(owner, name)
-        setattr(owner, name, self._memories[key] if key in self._memories else fresh())
-        try:
-            yield
-        finally:
-            self._memories[key] = getattr(owner, name)
-            setattr(owner, name, found)
+    def _put_back(self, owner: Any, name: str, key: tuple[Hashable, Any], found: Any) -> None:
+        self._memories[key] = getattr(owner, name)
+        setattr(owner, name, found)
 
     def _hooks(self) -> Iterator[Any]:
         if "diffusers.hooks.hooks" not in sys.modules:

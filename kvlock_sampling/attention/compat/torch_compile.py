@@ -10,6 +10,7 @@ from torch import nn
 
 from ...utils.threads import shared
 from ...utils.warn import warn
+from ..forward_hooks import compiler_imported
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, 
     """
     try:
         result = call()
-        if acted():
+        if acted() or not compiler_imported():
             return result, False
         why = "a lock cannot reach into the compiled model"
     except Exception as error:

@@ -69,7 +69,7 @@ def seam(lock: KVLock) -> Judge:
     """Judge by the mask's border: how little the prediction differs from the source just inside it (mean square, < 0).
 
     Of four seeds that stop half way it finds one that is 0.49 ± 0.06 dB better than chance at full lock, 79% of what is
-    possible, and 0.66 ± 0.05 dB under `release`, where 3.6 ± 1.1 more of 100 edits are right; variance, guidance gap
+    possible, and 0.63 ± 0.04 dB under `release`, where 3.8 ± 0.8 more of 100 edits are right; variance, guidance gap
     and divergence find none (benchmarks/seeds.py).
 
     Args:

@@ -24,7 +24,7 @@ from torch import Tensor
 from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
-from .utils.denoiser import parameters_of
+from .utils.denoiser import accepts, parameters_of
 from .utils.fields import check_seed
 from .utils.tables import nearest
 
@@ -115,12 +115,12 @@ def run(
     ours, parameters = named in _SAMPLERS.values(), parameters_of(function)
     given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
     if seed is not None and given.get("noise_sampler") is None:
-        if _takes(function, "noise_sampler"):
+        if accepts(function, "noise_sampler"):
             brownian = "sde" in getattr(named, "__name__", "")
             kwargs["noise_sampler"] = _brownian_noise(x, sigmas, seed) if brownian else gaussian_noise(x, seed)
         elif given.get("s_churn") or not ours:
             raise SamplerError("seed= cannot reach this noise: no noise_sampler argument here. Use torch.manual_seed")
-    if _takes(function, "disable"):
+    if accepts(function, "disable"):
         kwargs["disable"] = disable
     levels, ranged = sigmas[sigmas > 0], is_ranged(function)
     title = str(getattr(named, "__name__", sampler)).removeprefix("sample_")
@@ -246,14 +246,9 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     return [check_seed(s, SamplerError) for s in seed]
 
 
-def _takes(function: Any, name: str) -> bool:
-    known = parameters_of(function)
-    return name in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
-
-
 def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
     """`seed=` of `run` for a sampler that takes noise. Others are deterministic, or draw from torch's generator."""
-    return {"seed": seed} if _takes(get(sampler) if isinstance(sampler, str) else sampler, "noise_sampler") else {}
+    return {"seed": seed} if accepts(get(sampler) if isinstance(sampler, str) else sampler, "noise_sampler") else {}
 
 
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:

@@ -4,6 +4,8 @@ There is no inversion. By default the noise is the run's own: the one that leads
 x. The source's trajectory then starts at the same point, and stays on it where the background is composited.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -122,7 +124,7 @@ class Source:
 
     def subset(self, index: Tensor, batch: int) -> "Source":
         """The same source for the clips `index` of a batch of `batch`."""
-        part = Source(take(self.latents, index, batch), noise=take(self.noise, index, batch), add_noise=self.add_noise)
-        if self.reference is not self.latents:
-            part.reference = take(self.reference, index, batch)
+        part, part_of = copy.copy(self), functools.partial(take, index=index, batch=batch)
+        part.latents, part.noise, part._placed = part_of(self.latents), part_of(self.noise), {}
+        part.reference = part.latents if self.reference is self.latents else part_of(self.reference)
         return part

@@ -74,6 +74,13 @@ def test_a_subset_of_a_lock_is_the_lock_of_the_subset(pair):
     assert torch.equal(*outs)
 
 
+def test_noise_that_passed_for_all_clips_passes_for_each(pair):
+    noise = torch.randn(pair.source.shape, generator=torch.Generator().manual_seed(0))
+    noise[0] *= 0.2
+    part = pair.lock(policy="half", noise=noise).subset(torch.tensor([0]), 2)
+    assert torch.equal(part.settings.source.noise, noise[:1])
+
+
 def test_what_cannot_be_resampled_says_why(pair):
     lock = pair.lock(policy=kv.Constant(0.5))
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)

@@ -73,7 +73,7 @@ class Branches:
             self.source = self._call(None, None, model, (source_x, arguments), self.step.sigma_arg)[0]
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
         x = self.x if self._signal == 1 else self.x / self._signal
-        # A copy, because samplers clamp x0-hat in place, and a network may write its next one to the same memory.
+        # A copy, because samplers clamp x0-hat in place.
         denoised = cond.detach().clone() if self.settings.policy.uses_risk else cond
         return Evaluation(self.step.sigma, x, denoised, mask, self.probe, self.uncond, self.source)
 

@@ -125,9 +125,10 @@ class Run:
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         try:
-            sigma_arg = torch.as_tensor(sigma, device=x.device)
+            sigma_arg = torch.as_tensor(sigma)
         except (TypeError, ValueError, RuntimeError):
             raise RunError(f"sigma={sigma!r}; expected a noise level, or one per clip, e.g. sigmas[0].") from None
+        sigma_arg = sigma_arg.to(x.device)
         name = settings.scale_arg or "cond_scale"
         if sigma_arg.ndim > 1 or sigma_arg.numel() not in (1, len(x)):
             raise RunError(f"sigma has shape {tuple(sigma_arg.shape)}; expected () or (batch,): sigma.flatten().")

@@ -13,7 +13,8 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
-from .utils.denoiser import accepts, parameters_of
+from .utils.denoiser import parameters_of
 from .utils.fields import check_seed
 from .utils.tables import nearest
 
@@ -113,14 +114,15 @@ def run(
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     named = getattr(function, "func", function)  # of a functools.partial
     ours, parameters = named in _SAMPLERS.values(), parameters_of(function)
+    anything = _takes_anything(parameters)
     given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
     if seed is not None and given.get("noise_sampler") is None:
-        if accepts(function, "noise_sampler"):
+        if "noise_sampler" in parameters or anything:
             brownian = "sde" in getattr(named, "__name__", "")
             kwargs["noise_sampler"] = _brownian_noise(x, sigmas, seed) if brownian else gaussian_noise(x, seed)
         elif given.get("s_churn") or not ours:
             raise SamplerError("seed= cannot reach this noise: no noise_sampler argument here. Use torch.manual_seed")
-    if accepts(function, "disable"):
+    if "disable" in parameters or anything:
         kwargs["disable"] = disable
     levels, ranged = sigmas[sigmas > 0], is_ranged(function)
     title = str(getattr(named, "__name__", sampler)).removeprefix("sample_")
@@ -188,7 +190,10 @@ def _announcing(name: str, original: Sampler) -> Sampler:
 
     @functools.wraps(original)
     def sampler(*args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:  # The original raises a better error.
+            return original(*args, **kwargs)
         bound.apply_defaults()
         _announce(bound.arguments["model"], _begun(**bound.arguments))
         return original(*args, **kwargs)
@@ -246,9 +251,26 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     return [check_seed(s, SamplerError) for s in seed]
 
 
+def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
-    """`seed=` of `run` for a sampler that takes noise. Others are deterministic, or draw from torch's generator."""
-    return {"seed": seed} if accepts(get(sampler) if isinstance(sampler, str) else sampler, "noise_sampler") else {}
+    """{"seed": seed} for `run`; {} for a sampler that is deterministic, or draws from torch's own generator.
+
+    Args:
+        sampler: A name, or a function. One that takes **kwargs is tried with noise, in two steps on one number.
+        seed: As for `run`.
+    """
+    function, drawn = get(sampler) if isinstance(sampler, str) else sampler, {"seed": seed}
+    if "noise_sampler" in (parameters := parameters_of(function)):
+        return drawn
+    noise: Any = {"noise_sampler": lambda *levels: torch.zeros(1, 1)}
+    with torch.random.fork_rng(devices=[]), suppress(TypeError):
+        if _takes_anything(parameters):
+            run(function, lambda x, sigma, **_: x * 0, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), **noise)
+            return drawn
+    return {}
 
 
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
@@ -260,5 +282,5 @@ def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
         return x * 0
 
     with torch.random.fork_rng(devices=[]):
-        run(sampler, model, torch.ones(1, 1), torch.as_tensor(sigmas).float().cpu(), **seeding(sampler, 0))
+        run(sampler, model, torch.ones(1, 1), check_sigmas(sigmas).float().cpu(), **seeding(sampler, 0))
     return levels

@@ -125,6 +125,7 @@ class Source:
     def subset(self, index: Tensor, batch: int) -> "Source":
         """The same source for the clips `index` of a batch of `batch`."""
         part, part_of = copy.copy(self), functools.partial(take, index=index, batch=batch)
-        part.latents, part.noise, part._placed = part_of(self.latents), part_of(self.noise), {}
-        part.reference = part.latents if self.reference is self.latents else part_of(self.reference)
+        with torch.inference_mode(False):
+            part.latents, part.noise, part._placed = part_of(self.latents), part_of(self.noise), {}
+            part.reference = part.latents if self.reference is self.latents else part_of(self.reference)
         return part

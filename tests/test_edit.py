@@ -141,6 +141,8 @@ def test_a_sampler_may_be_any_callable(edit):
     def documented(model, x, sigmas, extra_args=None, callback=None, disable=None):
         return euler(model, x, sigmas, extra_args, callback, disable)
 
+    plain = edit(policy="half", sampler="dpmpp_2m").pixels  # its wrapper takes anything, and it takes no noise
+    assert torch.equal(edit(policy="half", sampler=lambda *a, **k: samplers.dpmpp_2m(*a, **k)).pixels, plain)
     for other in (documented, partial(euler), lambda *given, **named: euler(*given, **named)):
         assert torch.equal(edit(policy="half", sampler=other).pixels, ours)
     churned = edit(policy="half", sampler=partial(samplers.heun, s_churn=5.0)).pixels  # by torch's own generator

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_diffusers import (
@@ -264,7 +265,8 @@ def test_layers_are_chosen_by_index_or_given_as_an_object(pipe: Any, tmp_path: A
         return [step.fused_layers for step in guider.trace]
 
     guider = KVLockGuider(4.0, policy=kv.Constant(lock=1.0), **EDIT, scheduler=pipe.scheduler, layers=range(1))
-    assert guider.new(layers=0).config["layers"] == [0]
+    for one in (0, np.int64(0), torch.tensor([0]), np.array([0])):
+        assert guider.new(layers=one).config["layers"] == [0]
     assert fused(guider) == [1] * 5
     assert guider.config["layers"] == [0]
     both = guider.new(layers=kv.find_layers(pipe.transformer))

@@ -282,8 +282,8 @@ def test_other_arguments_of_the_same_tensors_are_told_apart_within_a_block(setup
     model.inner_model = inner
     options = {"source": setup.source, "mask": setup.mask, "policy": FULL, "noise": "fixed", "kv_cache": kv_cache}
     with kv.KVLock(model, **options, layers=kv.find_layers(inner)) as lock:
-        for cond in given:
-            lock(setup.x, setup.sigmas[:1], cond=cond)
+        for i, cond in enumerate(given):
+            lock(setup.x, setup.sigmas[i : i + 1], cond=cond)
             array[0] = 2.0
     assert len({name for name, _ in kv_cache.memory._levels}) == 2
 

@@ -96,25 +96,53 @@ def test_rows_that_are_not_the_branches_are_refused_and_not_fused_with_others():
     torch.testing.assert_close(evaluated(lock_of(network, call=by_row, batched=False)), locked)
 
 
+class SingleHead(Homemade):
+    def attend(self, h):
+        return h + F.scaled_dot_product_attention(*self.qkv(h).chunk(3, -1))
+
+
 def test_heads_folded_into_rows_are_refused_in_a_model_that_guides_itself():
-    for network, wanted in ((Homemade(), None), (Folded(), r"(?s)4 rows; expected .* an axis of their own")):
+    refused = r"(?s)4 rows; expected 1 for .* an axis of their own"
+    for network, wanted in ((Homemade(), None), (SingleHead(), None), (Folded(), refused)):
         inner = kv.FlowDenoiser(network)
 
         def guided(x, sigma, cond_scale=1.0, inner=inner):
             uncond, cond = inner(x.repeat(2, 1, 1, 1, 1), sigma.repeat(2)).chunk(2)
             return uncond + cond_scale * (cond - uncond)
 
-        options = {"source": CLIP, "mask": MASK, "policy": kv.Constant(lock=1.0), "noise": "fixed", "branch": inner}
+        options = {
+            "source": CLIP,
+            "mask": MASK,
+            "policy": kv.Constant(lock=1.0),
+            "noise": "fixed",
+            "branch": inner,
+            "composite": False,
+        }
         lock = kv.KVLock(guided, layers=kv.sdpa_layers(network, patch=PATCH), scale_arg="cond_scale", **options)
         if wanted is None:
-            assert evaluated(lock).isfinite().all()
+            alone = lock_of(network)  # of a scale of 1
+            torch.testing.assert_close(evaluated(lock), evaluated(alone))
         else:
             with pytest.raises(AttentionError, match=wanted):
                 evaluated(lock)
 
 
+def test_a_network_that_is_traced_within_a_block_keeps_no_fusion():
+    network = Homemade()
+
+    def traced(m, z, t):
+        if not hasattr(traced, "made"):
+            traced.made = torch.jit.trace(lambda z: Homemade.forward(m, z, None), (z,), check_trace=False)
+        return traced.made(z)
+
+    free = evaluated(lock_of(network, 0.0))
+    with pytest.raises(AttentionError):
+        evaluated(lock_of(network, call=traced))
+    torch.testing.assert_close(kv.FlowDenoiser(network, call=traced)(X * 5, SIGMA), free)
+
+
 @pytest.mark.parametrize("policy", ["off", kv.Constant(lock=0.5), kv.Constant(lock=1.0)])
-@pytest.mark.parametrize("batched", [None, False])
+@pytest.mark.parametrize("batched", [True, False])
 def test_a_denoiser_may_write_every_result_to_the_same_memory(setup, policy, batched):
     """As CUDA graphs and compiled engines do."""
     buffers = {}

@@ -48,6 +48,8 @@ def test_a_seed_reaches_whatever_takes_noise(pair):
     found = [restart(lock, sampler, x, pair.sigmas, **options).x for sampler in (wrapped, wrapped, "euler_ancestral")]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    heun = lambda *given, **named: kv.samplers.heun(*given, **named)  # noqa: E731
+    assert torch.equal(*(restart(lock, sampler, x, pair.sigmas, **options).x for sampler in (heun, "heun")))
 
 
 def test_nothing_at_risk_costs_nothing(pair):

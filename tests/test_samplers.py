@@ -94,7 +94,7 @@ def test_errors_inside_on_schedule_are_not_swallowed():
 
     with pytest.raises(TypeError, match="mine"):
         samplers.euler(Broken(), start(1, 2), SIGMAS)
-    with pytest.raises(TypeError, match="missing a required argument: 'sigmas'"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'sigmas'"):
         samplers.euler(gaussian, start(1, 2))
     with pytest.raises(TypeError, match="nonsense"):
         samplers.euler(gaussian, start(1, 2), SIGMAS, nonsense=1)
@@ -202,6 +202,16 @@ def test_what_a_sampler_evaluates_does_not_depend_on_noise_and_draws_none():
         levels = samplers.evaluated_sigmas(sampler, SIGMAS)
         assert len(levels) == 2 * (len(SIGMAS) - 1) - 1
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "euler_ancestral", "dpmpp_sde", "dpm_fast", "dpm_adaptive"])
+def test_a_seed_is_given_to_what_takes_noise(name):
+    takes = "noise_sampler" in inspect.signature(samplers.get(name)).parameters
+    assert samplers.seeding(name, 3) == ({"seed": 3} if takes else {})
+    if not samplers.is_ranged(name):
+        wrapped = lambda *given, **named: samplers.get(name)(*given, **named)  # noqa: E731
+        assert samplers.seeding(wrapped, 3) == samplers.seeding(name, 3)
+        assert samplers.evaluated_sigmas(wrapped, SIGMAS.numpy()[::-1].copy()[::-1])
 
 
 def test_run_takes_partials_of_ours():

@@ -66,7 +66,7 @@ class FusionContext:
         """
         batch, rows = len(ratio), len(key)
         # A model may double its rows itself, to guide. Only folded heads, which leave three axes, look the same.
-        if rows % (self.rows or batch) or (key.ndim == 3 and rows != (self.rows or batch)):
+        if rows % (self.rows or batch) or (key.ndim == 3 and rows != (self.rows or rows)):
             wanted = f"{self.rows} for" if self.rows else "a multiple of"
             raise AttentionError(
                 f"layer {layer!r} was called with {rows} rows; expected {wanted} the batch of {batch} clip(s), in "

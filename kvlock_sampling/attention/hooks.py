@@ -107,7 +107,12 @@ class Hooks:
             return call(*args, **kwargs)
 
     def _intercept(self, fuse: Callable[..., Fused], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        calls = itertools.count()
+        if torch.jit.is_tracing():  # the trace would keep fusing after the block
+            return call(*args, **kwargs)
+        calls, context = itertools.count(), current()
+        if self.layers.watch is not None and context.rows is None:  # a model that guides itself makes rows of its own
+            rows = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), None)
+            context = replace(context, rows=rows)
 
         def checked(*given: Any) -> Fused:
             if self._gradients and _checkpointed():
@@ -117,7 +122,7 @@ class Hooks:
                 )
             return fuse(calls, *given)
 
-        with intercepted(checked):
+        with using(context), intercepted(checked):
             return call(*args, **overridden(kwargs))
 
     def _fuse_layer(

@@ -99,7 +99,7 @@ def one_clip(given: Any, clip: int) -> Any:
 
 def rows(value: Any, at: slice) -> Tensor:
     """An answer of one clip as numbers; none if it is None."""
-    value = torch.as_tensor([] if value is None else value, dtype=torch.float64)
+    value = torch.as_tensor([] if value is None else value).cpu().double()
     return (value[at] if value.ndim else value).flatten()
 
 

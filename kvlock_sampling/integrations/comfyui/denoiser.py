@@ -38,7 +38,7 @@ class GuiderDenoiser:
     """
 
     def __init__(self, guider: Any, conds: Mapping[str, Any]) -> None:
-        self._guider, self._conds = guider, conds
+        self._guider, self.conds = guider, conds
         self.model = guider.inner_model.diffusion_model
         self.kvlock_host = self
         self.predictions: Predictions = (None, None, None)
@@ -143,8 +143,8 @@ class GuiderDenoiser:
         """
         from comfy.samplers import get_area_and_mult
 
-        for key in (name, "positive", *self._conds):
-            parts = [(cond, get_area_and_mult(cond, x, sigma)) for cond in self._conds.get(key, ())]
+        for key in (name, "positive", *self.conds):
+            parts = [(cond, get_area_and_mult(cond, x, sigma)) for cond in self.conds.get(key, ())]
             if holding := [(cond, part) for cond, part in parts if part is not None]:
                 return holding
         raise AttentionError(

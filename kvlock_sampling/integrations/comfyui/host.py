@@ -274,7 +274,7 @@ def _drop_denoise_mask(denoiser: Any) -> None:
     """Some networks take ComfyUI's noise mask for a map of times (Wan 2.2 5B, LTX-Video): the background that it
     composites is clean, while the lock's has the noise of its level. Conditions are copies of the run.
     """
-    for group in denoiser._conds.values():
+    for group in denoiser.conds.values():
         for cond in group:
             cond["model_conds"].pop("denoise_mask", None)
 

@@ -61,7 +61,7 @@ class FlowCalls:
 
     def __init__(self, network: nn.Module, index: int = 0) -> None:
         self.transformer, self.index = network, index
-        self.shared: dict[str, Any] = {}  # of all branches; public, since a KV cache must tell them apart
+        self.shared: dict[str, Any] = {}  # of all branches; public, so that a KV cache sees it
         self._branches: list[dict[str, Tensor]] = []
         self._raw: dict[int, Tensor] = {}
 

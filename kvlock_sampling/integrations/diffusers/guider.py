@@ -125,7 +125,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         if given.get("mask") is not None:
             FittedMask(given["mask"])
         if "layers" in given:
-            layers = [given["layers"]] if isinstance(given["layers"], int) else given["layers"]
+            layers = given["layers"].tolist() if hasattr(given["layers"], "tolist") else given["layers"]
+            layers = [layers] if isinstance(layers, int) else layers
             saved = None if isinstance(layers, AttentionLayers | slice | None) else list(layers)
             given["layers"] = layers if saved is None else saved
             self.register_to_config(layers=saved)

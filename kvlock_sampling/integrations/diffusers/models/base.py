@@ -128,7 +128,7 @@ class PipelineVideo:
     """`call(network, z, time, cond, dtype)`: z and time are float32 or finer, cond has the weights' dtype."""
 
     def _call_options(self) -> dict[str, Any]:
-        """More keyword arguments of `call`: plain values, so that a KVCache can compare them."""
+        """More keyword arguments of `call`: values by which a KVCache may tell models apart."""
         return {}
 
     def _branch(self) -> Branch:

@@ -23,6 +23,16 @@ from ..schedule import ddpm_sigmas, ddpm_time
 from .base import Conditioning, PipelineVideo, ask
 
 
+class Rotary:
+    """A video's rotary tables. A KV cache, which tells models apart by public attributes, sees none of its pipeline."""
+
+    def __init__(self, video: "CogVideoXVideo") -> None:
+        self._video = video
+
+    def __call__(self, t: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
+        return self._video._rotary(t, h, w)
+
+
 class CogVideoXVideo(PipelineVideo):
     """CogVideoX, text to video. `cond` holds "text" (batch, tokens, dim).
 
@@ -37,8 +47,7 @@ class CogVideoXVideo(PipelineVideo):
         return ask(network, frames_first, time, cond, image_rotary_emb=rotary(*z.shape[2:])).transpose(1, 2)
 
     def _call_options(self) -> dict[str, Any]:
-        # No bound method: a KV cache would tell models apart by all that its pipeline holds.
-        return {"rotary": lambda t, h, w: self._rotary(t, h, w)}
+        return {"rotary": Rotary(self)}
 
     def _check_scheduler(self) -> None:
         scheduler = self.pipe.scheduler

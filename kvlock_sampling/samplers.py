@@ -13,7 +13,7 @@ import inspect
 import math
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -114,7 +114,7 @@ def run(
         seed = _per_clip(seed, x) if isinstance(seed, Sequence) else check_seed(seed, SamplerError)
     named = getattr(function, "func", function)  # of a functools.partial
     ours, parameters = named in _SAMPLERS.values(), parameters_of(function)
-    anything = _takes_anything(parameters)
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {name: p.default for name, p in parameters.items() if p.default is not p.empty} | kwargs
     if seed is not None and given.get("noise_sampler") is None:
         if "noise_sampler" in parameters or anything:
@@ -251,25 +251,20 @@ def _per_clip(seed: Sequence[int], x: Tensor) -> list[int]:
     return [check_seed(s, SamplerError) for s in seed]
 
 
-def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
     """{"seed": seed} for `run`; {} for a sampler that is deterministic, or draws from torch's own generator.
 
     Args:
-        sampler: A name, or a function. One that takes **kwargs is tried with noise, in two steps on one number.
+        sampler: A name, or a function. One that does not name `noise_sampler` is tried with it, on one number.
         seed: As for `run`.
     """
     function, drawn = get(sampler) if isinstance(sampler, str) else sampler, {"seed": seed}
-    if "noise_sampler" in (parameters := parameters_of(function)):
+    if "noise_sampler" in parameters_of(function):
         return drawn
     noise: Any = {"noise_sampler": lambda *levels: torch.zeros(1, 1)}
     with torch.random.fork_rng(devices=[]), suppress(TypeError):
-        if _takes_anything(parameters):
-            run(function, lambda x, sigma, **_: x * 0, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), **noise)
-            return drawn
+        run(function, lambda x, sigma, **_: x * 0, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), **noise)
+        return drawn
     return {}
 
 

@@ -80,8 +80,9 @@ class FusionContext:
         last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
             self.record.fired.add(layer.partition("[")[0])
-            where = slice(None) if self.selection is None else self.selection.stored
-            self.record.captured[f"{layer}#{turn}" if turn else layer] = last[0][..., where, :], last[1][..., where, :]
+            if (chosen := self.selection) is not None:
+                last = last[0].index_select(-2, chosen.stored), last[1].index_select(-2, chosen.stored)
+            self.record.captured[f"{layer}#{turn}" if turn else layer] = last
             return key, value
         source = last if self.mode == "lockstep" else self._source(layer, turn)
         if source is None:

@@ -83,7 +83,7 @@ class Hooks:
         layers = self.layers
         if layers.watch is not None:
             refuse_cut(layers.watch)
-            yield ForwardHook(layers.watch, around=partial(self._intercept, self._fuse_matching))
+            yield ForwardHook(layers.watch, around=self._watch)
         for network, blocks in zip(layers.networks, layers.blocks or [()] * len(layers.networks), strict=True):
             # Also without text to count: a network's forward is a loop over its blocks, and the compiler gives up for
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
@@ -106,13 +106,19 @@ class Hooks:
         with using(replace(current(), text=text)):
             return call(*args, **kwargs)
 
+    def _watch(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Intercept a call of the watched module. One that guides itself makes rows of its own: as many as in its x."""
+        context = current()
+        if context.rows is None:
+            rows = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), None)
+            context = replace(context, rows=rows)
+        with using(context):
+            return self._intercept(self._fuse_matching, call, args, kwargs)
+
     def _intercept(self, fuse: Callable[..., Fused], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if torch.jit.is_tracing():  # the trace would keep fusing after the block
             return call(*args, **kwargs)
-        calls, context = itertools.count(), current()
-        if self.layers.watch is not None and context.rows is None:  # a model that guides itself makes rows of its own
-            rows = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), None)
-            context = replace(context, rows=rows)
+        calls = itertools.count()
 
         def checked(*given: Any) -> Fused:
             if self._gradients and _checkpointed():
@@ -122,7 +128,7 @@ class Hooks:
                 )
             return fuse(calls, *given)
 
-        with using(context), intercepted(checked):
+        with intercepted(checked):
             return call(*args, **overridden(kwargs))
 
     def _fuse_layer(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
@@ -125,9 +126,8 @@ class KVLockGuider(ClassifierFreeGuidance):
         if given.get("mask") is not None:
             FittedMask(given["mask"])
         if "layers" in given:
-            layers = given["layers"].tolist() if hasattr(given["layers"], "tolist") else given["layers"]
-            layers = [layers] if isinstance(layers, int) else layers
-            saved = None if isinstance(layers, AttentionLayers | slice | None) else list(layers)
+            layers = given["layers"]
+            saved = None if isinstance(layers, AttentionLayers | slice | None) else np.atleast_1d(layers).tolist()
             given["layers"] = layers if saved is None else saved
             self.register_to_config(layers=saved)
         self._given |= given

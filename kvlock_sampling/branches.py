@@ -212,21 +212,17 @@ class OwnBranches(Branches):
             return cond
         return self._evaluate([(self.x, self._cond_args)], self.step.sigma_arg, ("cond",))[0]
 
-    def guided(self, cond: Tensor, scale: Scalar) -> Tensor:
-        """The x0-hat at this guidance scale, with the unconditional branch evaluated if it is missing."""
+    def guided(self, cond: Tensor, scale: Scalar) -> tuple[Tensor, Scalar]:
+        """The x0-hat at this guidance scale, with uncond evaluated if it is missing, and the scale that acted."""
         if self._uncond_args is None:
-            return cond
+            return cond, 1.0
         if self.uncond is None:
             if self.step.reads.range(scale) == (1.0, 1.0):
-                return cond
+                return cond, scale
             self.uncond = self._evaluate([(self.x, self._uncond_args)], self.step.sigma_arg, ("uncond",))[0]
         if self.settings.rescale:
-            return guide_rescaled(self.uncond, cond, scale, self.x)
-        return guide(self.uncond, cond, scale)
-
-    def used_scale(self, scale: Scalar) -> Scalar:
-        """The guidance scale that acted."""
-        return 1.0 if self._uncond_args is None else scale
+            return guide_rescaled(self.uncond, cond, scale, self.x), scale
+        return guide(self.uncond, cond, scale), scale
 
     def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:
         return torch.cat(self._evaluate([(rows, self._cond_args) for rows in parts], level, None))
@@ -294,13 +290,9 @@ class GuidedBranches(Branches):
         self._guided, cond = self._evaluate(self.x, self.step.sigma_arg, ("guided",))
         return cond
 
-    def guided(self, cond: Tensor, scale: Scalar) -> Tensor:
-        """The model has done the guidance."""
-        return self._guided
-
-    def used_scale(self, scale: Scalar) -> Scalar:
-        """The guidance scale that acted: the last scheduled one."""
-        return self.step.expected_cfg_scale
+    def guided(self, cond: Tensor, scale: Scalar) -> tuple[Tensor, Scalar]:
+        """The model has done the guidance, at the last scheduled scale."""
+        return self._guided, self.step.expected_cfg_scale
 
     def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:
         return torch.cat([self._evaluate(rows, level, None)[1] for rows in parts])

@@ -38,7 +38,7 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        return branches.composited(branches.guided(cond, step.requested), settings.kept(step.state.composite, x))
+        return branches.composited(branches.guided(cond, step.requested)[0], settings.kept(step.state.composite, x))
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
     weight = settings.kept(state.composite, x)
@@ -47,9 +47,10 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
         nfe, branches = branches.nfe, kind(replace(settings, foreground=False), run, step)
         branches.nfe = nfe
         cond = branches.conditional()
-    denoised = branches.composited(branches.guided(cond, scale), weight)
+    guided, scale = branches.guided(cond, scale)
+    denoised = branches.composited(guided, weight)
     run.leave(settings, step.sigma, state, denoised)
-    run.trace.record(observation, state.lock, branches.used_scale(scale), weight, **branches.counts)
+    run.trace.record(observation, state.lock, scale, weight, **branches.counts)
     return denoised
 
 

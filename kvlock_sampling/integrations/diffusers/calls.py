@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ...attention.foreground import signature_of
@@ -123,16 +124,12 @@ class FlowCalls:
                 timestep = timestep.to(self._timestep.dtype)  # some networks take no other
             if self._timestep.ndim == 2:
                 timestep = timestep.unsqueeze(1)
+        timestep = timestep.expand(len(x), *self._timestep.shape[1:])
         hidden, appended = z.to(self._dtype), cond.pop("appended", None)
         if appended is not None:
             hidden = torch.cat([hidden, appended.to(hidden)], dim=1 + (z.ndim == 3))
-        velocity = self.transformer(
-            hidden_states=hidden,
-            timestep=timestep.expand(len(x), *self._timestep.shape[1:]),
-            **self.shared,
-            **cond,
-            return_dict=False,
-        )[0]
+        given = {"hidden_states": hidden, "timestep": timestep, "return_dict": False}
+        velocity = self.transformer(**given, **self.shared, **cond)[0]
         if own:
             self._raw[id(extra_args["cond"])] = velocity
         return z - per_row(time, x) * velocity.to(z.dtype)
@@ -176,8 +173,6 @@ def intercepted(network: nn.Module, answer: Callable[[Call], Tensor]) -> Iterato
                 prediction = answer(Call(module, dict(arguments)))
             if not arguments.get("return_dict", True):
                 return (prediction,)
-            from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
             return Transformer2DModelOutput(sample=prediction)
 
         return plain_copies(kind, {"__call__": call})

@@ -15,11 +15,9 @@ from ...types import AttentionError
 from ..context import FusionContext
 from ..layers import AttentionLayer, AttentionLayers
 
-Shard = tuple[int, int]  # the piece of every sequence that this process holds: (its number, count of pieces)
 
-
-def shard_of(module: Any) -> Shard | None:
-    """How a network, or an attention processor, of diffusers is cut; None if it is not."""
+def shard_of(module: Any) -> tuple[int, int] | None:
+    """The piece, (number, count), that this process has of a diffusers network or processor; None if it is not cut."""
     config = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
     mesh = getattr(config, "_flattened_mesh", None)
     if mesh is None or mesh.size() == 1:

@@ -269,17 +269,14 @@ def _foreground(
 
 def _kv_cache(kv_cache: Any, preset: Preset, layers: AttentionLayers | None) -> KVCache | None:
     """The cache that was given, or the one that a preset asks for, where these layers can have one."""
-    if kv_cache is None:
-        if preset.kv_cache is None or layers is None or uncacheable(layers):
-            return None
-        return preset.cache()
-    if not isinstance(kv_cache, KVCache):
+    if not isinstance(kv_cache, KVCache | None):
         raise AttentionError(f"kv_cache={kv_cache!r}; expected a KVCache, e.g. kv_cache=kv.KVCache('cache').")
-    if layers is None:
-        return None
-    if why := uncacheable(layers):
+    why = None if layers is None else uncacheable(layers)
+    if kv_cache is not None and why is not None:
         raise AttentionError(why)
-    return kv_cache
+    if layers is None or why is not None:
+        return None
+    return preset.cache() if kv_cache is None and preset.kv_cache is not None else kv_cache
 
 
 def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:

@@ -116,11 +116,7 @@ def same(a: Any, b: Any) -> bool:
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and same(a.tolist(), b.tolist())
-    if (
-        type(a) is type(b)
-        and type(a).__eq__ is object.__eq__
-        and hasattr(a, "__dict__")
-        and not isinstance(a, FunctionType)
-    ):
+    plain = type(a).__eq__ is object.__eq__ and hasattr(a, "__dict__") and not isinstance(a, FunctionType)
+    if plain and type(a) is type(b):
         return a is b or same(vars(a), vars(b))
     return bool(a == b) or (a != a and b != b)

@@ -56,15 +56,9 @@ class _Spy(FusionContext):
 
 class Promises:
     def __init__(
-        self,
-        model: Denoiser,
-        layers: AttentionLayers,
-        x: Tensor,
-        extra_args: dict[str, Any],
-        level: float,
-        expected: int | None,
+        self, model: Denoiser, layers: AttentionLayers, x: Tensor, extra_args: dict[str, Any], level: float
     ) -> None:
-        self.model, self.layers, self.extra_args, self.level, self.expected = model, layers, extra_args, level, expected
+        self.model, self.layers, self.extra_args, self.level = model, layers, extra_args, level
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
         self.source, self.noise, other, noise = (
@@ -78,15 +72,17 @@ class Promises:
         self.guides = "cond" in extra_args and "uncond" in extra_args  # the model does its own guidance
         self.guidable = "cond" in extra_args and not self.guides and "uncond" not in parameters_of(model)
 
-    def keep(self, *, all_of_them: bool = True) -> set[str]:
-        """Test the promises, or only those that depend on precision; return the names of the layers that fired."""
+    def keep(self, expected: int | None, *, all_of_them: bool) -> set[str]:
+        """Test the promises, `expected` layers among them, or only those that depend on precision; return the names of
+        the layers that fired.
+        """
         before, depth = _module_state(self.model), _len_torch_function_stack()
         self.plain = self._bare(self.x)
         self._same(self._bare(self.x), "the same call", "model.eval() turns dropout off.")
         self._clips_apart()
         self._places()
         self._off()
-        self._keys_and_values()
+        self._keys_and_values(expected)
         self._self_consistent()
         if all_of_them:
             self._ways_agree()
@@ -125,7 +121,7 @@ class Promises:
         for seen, found in hits.values():
             _check_hits(seen, found, grid)
 
-    def _keys_and_values(self) -> None:
+    def _keys_and_values(self, expected: int | None) -> None:
         source = self._spy("capture", self.z)
         edit = self._spy("inject", self.x, source.record.captured)
         # A layer may act several times: in a network that is called twice, or a layer that is used twice.
@@ -144,8 +140,8 @@ class Promises:
                         raise AttentionError(f"{what} background tokens are not exactly the source's.")
         self.fired |= edit.record.fired
         fused, ran = len(edit.record.fired), len(source.record.fired)
-        if edit.record.fired != source.record.fired or self.expected not in (None, fused):
-            wanted, names = ran if self.expected is None else self.expected, some(sorted(edit.record.fired))
+        if edit.record.fired != source.record.fired or expected not in (None, fused):
+            wanted, names = ran if expected is None else expected, some(sorted(edit.record.fired))
             raise AttentionError(
                 f"{fused} layers were fused in one evaluation at sigma={self.level}, {ran} ran for the source; "
                 f"expected {wanted}. Fused: {names}."
@@ -198,9 +194,7 @@ class Promises:
             self._close(self._locked(Constant(lock=lock), clip), together[clip : clip + 1], what, advice)
 
     def _left_out(self) -> None:
-        if not self.layers.narrows:
-            return
-        if len(self.fired) < len(self.layers.layers) // max(1, len(self.layers.networks)):
+        if not self.layers.narrows or len(self.fired) < self.layers.per_network:
             return  # KVLock then keeps all tokens, and check_layers names the layers that never ran.
         full, what = Constant(lock=1.0), "leaving fully locked tokens out of the computation"
         advice = "The architecture's flow= is not right: name every argument of a block that has one entry per token."

@@ -75,8 +75,7 @@ def check_layers(
         for index, (model, its_layers, latents, arguments) in enumerate(precisions):
             fired: set[str] = set()
             for level in levels:
-                promises = Promises(model, its_layers, latents, arguments, level, expected)
-                fired |= promises.keep(all_of_them=index == 0)
+                fired |= Promises(model, its_layers, latents, arguments, level).keep(expected, all_of_them=index == 0)
             silent = [layer.name for layer in its_layers.layers if layer.name not in fired]
             if silent:
                 raise AttentionError(

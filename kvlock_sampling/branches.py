@@ -80,9 +80,8 @@ class Branches:
     @cached_property
     def _signal(self) -> float:
         """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
-        rule = (
-            method_of(self.settings.model, "add_noise") if self._own_levels and self.settings.policy.uses_risk else None
-        )
+        measured = self._own_levels and self.settings.policy.uses_risk
+        rule = method_of(self.settings.model, "add_noise") if measured else None
         return 1.0 if rule is None else max(1e-4, share_of(self.step.model_sigma, rule)[0])
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:

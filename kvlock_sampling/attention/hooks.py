@@ -89,9 +89,8 @@ class Hooks:
             # good on a function that breaks inside a loop. Blocks that are compiled by themselves stay compiled.
             yield ForwardHook(network, around=partial(self._count_text, network))
             if (flow := layers.flow) is not None and context.narrow and context.mode != "capture":
-                yield from (
-                    interleaving(blocks, flow) if context.mode == "lockstep" else narrowing(network, blocks, flow)
-                )
+                lockstep = context.mode == "lockstep"
+                yield from interleaving(blocks, flow) if lockstep else narrowing(network, blocks, flow)
         for layer in layers.layers:
             yield ForwardHook(layer.module, around=partial(self._intercept, partial(self._fuse_layer, layer)))
 

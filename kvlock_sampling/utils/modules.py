@@ -31,8 +31,7 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
             stack += [item.func, *item.args, *item.keywords.values()]
         if getattr(item, "__self__", None) is not None:
             stack.append(item.__self__)
-        for cell in getattr(item, "__closure__", None) or ():
-            stack.append(cell.cell_contents)
+        stack += [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
         names = getattr(getattr(item, "__code__", None), "co_names", ())
         scope = getattr(item, "__globals__", {})
         stack += [scope[n] for n in names if isinstance(scope.get(n), nn.Module)]

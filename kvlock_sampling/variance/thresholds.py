@@ -97,9 +97,8 @@ def reference_bands(
 
     check_number("quantile", quantile, EstimatorError, above=0.0, below=1.0)
     check_number("bands", bands, EstimatorError, at_least=1, whole=True)
-    points = np.array(
-        [(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v >= 0], dtype=np.float64
-    )
+    usable = [(c, s, v) for c, s, v in measurements if s > 0 and math.isfinite(v) and v >= 0]
+    points = np.array(usable, dtype=np.float64)
     if len(points) < 20 or not points[:, 2].any():
         raise EstimatorError(
             f"{len(points)} usable measurements; expected 20 or more. Use more clips or steps, and a policy that "
@@ -120,9 +119,8 @@ def reference_bands(
         ends = [quantile, *(ranks / (clips + 1))]
         level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
         level = max(min(level, inside[-1, 2]), points[points[:, 2] > 0, 2].min())  # 0 is no threshold
-        found.append(
-            Band(float(np.exp(np.log(inside[:, 1]).mean())), float(level), float(low), float(max(high, level)), clips)
-        )
+        middle = float(np.exp(np.log(inside[:, 1]).mean()))
+        found.append(Band(middle, float(level), float(low), float(max(high, level)), clips))
     return sorted(found, key=lambda b: -b.sigma)
 
 

@@ -27,10 +27,16 @@ class Rotary:
     """A video's rotary tables. A KV cache, which tells models apart by public attributes, sees none of its pipeline."""
 
     def __init__(self, video: "CogVideoXVideo") -> None:
-        self._video = video
+        self._video, self._tables = video, dict[tuple[int, int, int], Any]()
 
     def __call__(self, t: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
-        return self._video._rotary(t, h, w)
+        video = self._video
+        if not video.transformer.config.use_rotary_positional_embeddings:
+            return None
+        if (t, h, w) not in self._tables:
+            space, make = video.compression[1], video.pipe._prepare_rotary_positional_embeddings
+            self._tables[t, h, w] = make(h * space, w * space, t, video.device)
+        return self._tables[t, h, w]
 
 
 class CogVideoXVideo(PipelineVideo):
@@ -66,18 +72,9 @@ class CogVideoXVideo(PipelineVideo):
         return config.sample_frames, config.sample_height * space, config.sample_width * space
 
     def _denoiser(self) -> Preconditioned:
-        self._tables: dict[tuple[int, int, int], Any] = {}
         self._levels = ddpm_sigmas(self.pipe.scheduler.alphas_cumprod, top=self.t_max / (1 - self.t_max))
         kind = VDenoiser if self.pipe.scheduler.config.prediction_type == "v_prediction" else EpsDenoiser
         return kind(self._branch(), time=partial(ddpm_time, self._levels), model_dtype=torch.float32)
-
-    def _rotary(self, t: int, h: int, w: int) -> tuple[Tensor, Tensor] | None:
-        if not self.transformer.config.use_rotary_positional_embeddings:
-            return None
-        if (t, h, w) not in self._tables:
-            space, make = self.compression[1], self.pipe._prepare_rotary_positional_embeddings
-            self._tables[t, h, w] = make(h * space, w * space, t, self.device)
-        return self._tables[t, h, w]
 
     def _times(self, steps: int) -> Tensor:
         scheduler = copy.deepcopy(self.pipe.scheduler)

@@ -18,7 +18,7 @@ from ..types import AttentionError
 from ..utils.warn import warn
 from .compat.comfy import overridden
 from .compat.context_parallel import local_piece, refuse_cut
-from .compat.torch_compile import call_compiled, is_compiled, without_compiler
+from .compat.torch_compile import call_compiled, without_compiler
 from .context import FusionContext, current, using
 from .foreground import interleaving, narrow_mask, narrowing, signature_of
 from .forward_hooks import ForwardHook, hooked, patched
@@ -42,7 +42,7 @@ class Hooks:
         casting and most tools put hooks on modules; compiled code would be compiled once more.
         """
         modules = [module for network in self.layers.networks for module in network.modules()]
-        return not any(is_compiled(module) or _has_hooks(module) for module in modules)
+        return not any(map(_runs_more, modules))
 
     @cached_property
     def watched(self) -> bool:
@@ -182,10 +182,11 @@ def _checkpointed() -> bool:
     return False
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _runs_more(module: nn.Module) -> bool:
+    """Whether a call of this very module runs more than the forward of its class: compiled code or hooks."""
     own = vars(module)
+    compiled = module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
     # The registry of diffusers stays when its hooks are removed.
     registered = getattr(own["_diffusers_hook"], "hooks", True) if "_diffusers_hook" in own else ()
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered or patched(module)
-    )
+    hooks = module._forward_hooks or module._forward_pre_hooks or own.get("_hf_hook") or registered
+    return bool(compiled or hooks or patched(module))

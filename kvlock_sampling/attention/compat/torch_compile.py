@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from ...utils.threads import shared
 from ...utils.warn import warn
@@ -19,11 +18,6 @@ T = TypeVar("T")
 def without_compiler(undo: ExitStack) -> None:
     """Run compiled code uncompiled inside the block."""
     undo.enter_context(torch.compiler.set_stance("force_eager"))
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether this very module was compiled, by `torch.compile(module)` or `module.compile()`."""
-    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, bool]:

@@ -60,13 +60,10 @@ def to_table(value: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     table: dict[str, Any] = {"type": kind.__name__}
     for name, field in _fields(kind).items():
         setting = getattr(value, name)
-        if setting is None:
-            if field.default is not None:
-                table[name] = "none"
-        elif name in ("policy", "estimator"):
+        if name in ("policy", "estimator"):
             table[name] = to_table(setting, registry)
-        else:
-            table[name] = setting
+        elif setting is not None or field.default is not None:
+            table[name] = "none" if setting is None else setting
     return table
 
 

@@ -306,7 +306,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pixels", "words"),
     [
-        (((CLIP + 1) * 127.5).byte(), r"of torch.uint8; expected floats in \[-1, 1\]: clip.float\(\) / 127.5 - 1"),
+        (((CLIP + 1) * 127.5).byte(), r"of torch.uint8; expected floats in \[-1, 1\]: clip / 127.5 - 1"),
         (((CLIP + 1) * 127.5).byte().numpy(), r"of torch.uint8; expected floats"),
         ((CLIP + 1) * 127.5, r"up to 250; expected \[-1, 1\]: pixels / 127.5 - 1 for \[0, 255\]"),
         ("clip.mp4", r"path 'clip.mp4'.*read_clip\('clip.mp4'\)"),
@@ -399,3 +399,30 @@ def test_a_film_without_pictures(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(VideoError, match="no video stream"):
         read_clip(path)
+
+
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le", "yuv422p10le", "yuv444p"])
+def test_colours_are_read_as_bright_as_they_are(tmp_path: Path, pixel_format: str) -> None:
+    colours = np.random.default_rng(0).integers(60, 200, (12, 3))
+    with av.open(str(tmp_path / "clip.mkv"), "w") as container:
+        options = {"colorspace": "bt709", "color_range": "tv", "qp": "0"}
+        stream = container.add_stream("libx264", rate=8, options=options)
+        stream.width = stream.height = 32
+        stream.pix_fmt = pixel_format
+        for colour in colours:
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), colour, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
+        container.mux(stream.encode())
+    read = ((read_clip(tmp_path / "clip.mkv").pixels[:, :, 16, 16].T + 1) * 127.5).numpy()
+    assert np.abs((read - colours).mean(0)).max() < 0.5  # the mean rounding error of 12 colours, one by one up to 2
+    assert np.abs(read - colours).max() < 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_films_written_again_and_again_keep_their_colours(tmp_path: Path, suffix: str) -> None:
+    films = [CLIP.repeat_interleave(2, 2).repeat_interleave(2, 3)]
+    for _ in range(5):
+        write_clip(tmp_path / f"clip{suffix}", films[-1])
+        films.append(read_clip(tmp_path / f"clip{suffix}").pixels)
+    assert (films[-1] - films[0]).mean((1, 2, 3)).abs().max() < 1 / 127.5  # one of 255
+    assert psnr(films[-1], films[1]) > 38

@@ -24,6 +24,7 @@ FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGES = (".gif", ".apng", *STILLS)
 IMAGE_FPS = 8.0  # images' files do not store a rate
+EXACT = 0x42004  # BICUBIC | FULL_CHR_H_INT | ACCURATE_RND of swscale, whose default reads films up to 3 of 255 too dark
 
 
 class VideoError(KVLockError, ValueError):
@@ -106,9 +107,9 @@ def numbers(path: PathLike) -> list[int]:
 def _name_what_is_odd(path: Path, files: list[Path]) -> None:
     others = (f.name for f in path.iterdir() if not (f.suffix.lower() in STILLS or f.is_dir() or f.name[0] == "."))
     left = sorted(name for name in others if name.lower() not in ("thumbs.db", "desktop.ini"))  # of file managers
-    kinds = {f.name: re.sub(r"\d+", "#", f.stem.lower()) for f in files}
+    kinds = {f.name: re.sub(r"\d+", "#", f.name.lower()) for f in files}
     [(usual, count)] = Counter(kinds.values()).most_common(1)
-    strays = [name for name, kind in kinds.items() if "#" in usual and kind != usual and 2 * count > len(files)]
+    strays = [name for name, kind in kinds.items() if "#" in usual and kind != usual and 2 * count >= len(files)]
     found = numbers(path)
     gaps = [n for n, step in zip(found, np.diff(found), strict=False) if step > 1.5 * np.median(np.diff(found))]
     told = [f"{len(left)} files are no images and left out: {left[:5]}"] * bool(left)
@@ -121,7 +122,7 @@ def _name_what_is_odd(path: Path, files: list[Path]) -> None:
 def files_of(path: Path) -> list[Path] | None:
     """The images of a folder in natural order, the image itself, or None for a film."""
     if path.is_dir():
-        found = [f for f in path.iterdir() if f.suffix.lower() in STILLS and not f.name.startswith(".")]
+        found = [f for f in path.iterdir() if f.suffix.lower() in STILLS and f.name[0] != "." and f.is_file()]
         if not found:
             raise VideoError(f"the folder {str(path)!r} holds no images; expected some of {', '.join(STILLS)}.")
         return sorted(found, key=lambda f: [int(p) if p.isdecimal() else p.lower() for p in re.split(r"(\d+)", f.name)])
@@ -166,8 +167,8 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
         for p in container.demux(*([stream] if stated else [])):
             if (at := p.dts if avi else p.pts) is not None and p.time_base is not None:
                 spans.append((float(at * p.time_base), float((at + (p.duration or 0)) * p.time_base)))
-            if p.pts is not None and p.stream.index == stream.index and not p.is_discard:
-                stamps.append((p.pts, p.duration or 0))
+            if at is not None and p.stream.index == stream.index and not p.is_discard:
+                stamps.append((at, p.duration or 0))
         if not stamps or not rate > 0:
             raise VideoError(f"{str(path)!r} has no frames; expected at least one.")
         before = max(container.start_time or 0, 0) * ("matroska" in container.format.name)  # which counts from 0
@@ -175,8 +176,6 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
     have = max((end for _, end in spans), default=stated) - min((begin for begin, _ in spans), default=0.0)
     if have < stated - max(2 / rate, min(0.05 * stated, 0.5)):
         raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
-    if avi:
-        return np.arange(len(stamps) + 1) / rate, rate
     begins = np.unique([pts * base for pts, _ in stamps])
     begins = begins[np.diff(begins, prepend=-np.inf) > min(0.002, 0.5 / rate)]  # VP8 has frames never shown, 1 ms off.
     last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)
@@ -185,7 +184,8 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
 
 def _film_picture(frame: Any, ratio: float) -> Any:
     alpha = any(component.is_alpha for component in frame.format.components)
-    image = require("PIL.Image", "video").fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", interpolation=EXACT)
+    image = require("PIL.Image", "video").fromarray(pixels)
     if ratio != 1 and 0.25 < ratio < 4:
         image = image.resize((round(image.width * ratio), image.height))
     image = _turned(image, frame.side_data.get("DISPLAYMATRIX"))

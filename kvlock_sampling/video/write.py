@@ -20,8 +20,10 @@ from .read import Array, as_clips
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
 ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}  # in order of preference
-# Without these tags players guess the colour space, each differently.
+# Without these tags players guess the colour space, each differently, and where a colour of 2 x 2 pixels lies.
 _TAGS = {"color_primaries": "bt709", "color_trc": "bt709", "colorspace": "bt709", "color_range": "tv"}
+_TAGS["chroma_sample_location"] = "center"
+_MEAN = 0x42020  # AREA | FULL_CHR_H_INT | ACCURATE_RND of swscale, which puts it there
 DARK, LIGHT = (22, 22, 28), (235, 235, 235)  # RGB of the ground behind tiles and captions, and of the text on it
 
 
@@ -166,7 +168,7 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
         said = "" if sound is None else _add_sound(sound, container, len(images) / fps)
         for image in images:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", interpolation=_MEAN)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return said

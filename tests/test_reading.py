@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 
 from kvlock_sampling.app import read_pair
 from kvlock_sampling.types import KVLockError
-from kvlock_sampling.video import VideoError, media, read_clip, read_mask, write_clip
+from kvlock_sampling.video import VideoError, media, read, read_clip, read_mask, write_clip
 
 ANY = SimpleNamespace(frames=None, size=None, fit=lambda *sides: sides)  # a model that edits any clip
 
@@ -110,6 +110,38 @@ def test_a_frame_is_shown_when_its_time_stamp_says(tmp_path: Path, name: str, su
     clip = read_clip(film(tmp_path / f"clip{suffix}", ramp(12), times=list(times)))
     assert indices(clip.pixels) == wanted
     assert clip.fps == pytest.approx(10, rel=0.01)
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4"])
+def test_a_frame_that_an_avi_left_out_is_held(tmp_path: Path, codec: str) -> None:
+    kept = [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    with av.open(str(tmp_path / "clip.avi"), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = 24, 32, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for index in kept:
+            frame = av.VideoFrame.from_ndarray(ramp(12)[index], format="rgb24").reformat(format=stream.pix_fmt)
+            frame.pts, frame.time_base = index, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_clip(tmp_path / "clip.avi")
+    assert (indices(clip.pixels), clip.fps) == ([0, 1, 2, 3, 3, 3, 3, 7, 8, 9, 10, 11], 10)
+
+
+UNEVEN = {  # seconds that the first and the last of 60 frames last, of 1 / 30
+    "a long first frame": (0.05, 0.033),
+    "a short first frame": (0.02, 0.033),
+    "a short last frame": (0.033, 0.001),
+    "both": (0.045, 0.02),
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("jitter", [0, 0.001])
+def test_an_uneven_first_or_last_frame_doubles_no_others(kind: str, jitter: float) -> None:
+    first, last = UNEVEN[kind]
+    begins = np.concatenate([[0.0], first + np.arange(59) / 30])
+    begins[1:] += jitter * np.random.default_rng(0).uniform(-1, 1, 59)
+    assert read._beats(np.append(begins, begins[-1] + last)) == 60
 
 
 def test_an_avi_has_no_time_stamps_and_its_frames_stay_in_order(tmp_path: Path) -> None:
@@ -369,6 +401,28 @@ def test_what_a_folder_leaves_out_or_reads_besides_is_named(tmp_path: Path, recw
     Image.fromarray(grey(1)[0]).save(path / "mask.png")
     with pytest.warns(UserWarning, match=r"1 files are no images.*\['0004.tga'\]; 1 images .* \['mask.png'\]\.$"):
         assert read_clip(path).pixels.shape[1] == 4
+
+
+PAIRED = {
+    "a mask beside each frame": ("a{}.png", "a{}_mask.png"),
+    "two films": ("img{}.png", "mask{}.png"),
+    "two formats": ("a{}.png", "a{}.bmp"),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRED)
+def test_a_folder_with_two_images_of_each_frame_is_named(tmp_path: Path, kind: str) -> None:
+    for index, picture in enumerate(grey(4)):
+        for name in PAIRED[kind]:
+            Image.fromarray(picture).save(tmp_path / name.format(index))
+    with pytest.warns(UserWarning, match="4 images are named unlike the others, but read as frames"):
+        read_clip(tmp_path)
+
+
+def test_a_folder_in_a_folder_of_frames_is_no_frame(tmp_path: Path) -> None:
+    path = folder(tmp_path / "a", [1, 2, 3], grey(3))
+    (path / "0004.png").mkdir()
+    assert read_clip(path).pixels.shape[1] == 3
 
 
 def test_frames_of_several_sizes_are_no_clip_and_no_mask(tmp_path: Path) -> None:

@@ -100,8 +100,11 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
 def _beats(starts: Seconds) -> int:
     """The smallest number of equal frames that shows nearly all stored ones in their places."""
     have, total = len(starts) - 1, float(starts[-1])
-    late = np.abs(starts[:-1] * (have / total) - np.arange(have)) > 0.25
-    if late.sum() <= (have // 4 if have > 4 else 0):
+    a, b = have // 4, have - 1 - have // 4  # a film's first or last frame may be shorter or longer than the others
+    scale = (b - a) / (starts[b] - starts[a]) if have > 4 else have / total
+    off = starts[:-1] * scale - np.arange(have)
+    late = np.abs(off - np.median(off)) > 0.25
+    if late.sum() <= (have // 4 if have > 4 else 0) and abs(total * scale - have) < 1:
         return have
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
     gaps = np.sort(np.diff(starts))
@@ -259,14 +262,14 @@ def as_clips(clip: Any) -> Tensor:
             f"  from kvlock_sampling.video import read_clip\n  clip = read_clip({name!r}).pixels"
         )
     if isinstance(clip, np.ndarray) and clip.dtype.kind in "fiub":
-        # Torch does not accept read-only arrays or negative strides; `require` copies those.
-        clip = torch.from_numpy(np.require(clip, requirements=["C", "W"]))
-        clip = clip.float() if clip.dtype == torch.float64 else clip
+        # Torch does not accept read-only arrays, negative strides or other orders of bytes; `require` copies those.
+        dtype = np.float32 if clip.dtype.kind == "f" and clip.dtype.itemsize > 4 else clip.dtype.newbyteorder("=")
+        clip = torch.from_numpy(np.require(clip, dtype, ["C", "W"]))
     if not isinstance(clip, Tensor):
         hint = "\n  clip = read_clip(path).pixels" if hasattr(clip, "pixels") else ""
         raise SourceError(f"clip is a {type(clip).__name__}; {_EXPECTED}, as a tensor or an array.{hint}")
     if not clip.is_floating_point():
-        raise SourceError(f"clip is of {clip.dtype}; expected floats in [-1, 1]: clip.float() / 127.5 - 1.")
+        raise SourceError(f"clip is of {clip.dtype}; expected floats in [-1, 1]: clip / 127.5 - 1.")
     return clip.unsqueeze(0) if clip.ndim == 4 else clip
 
 

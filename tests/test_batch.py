@@ -232,6 +232,36 @@ def test_warnings_stand_beside_their_row(kvlock: Kvlock) -> None:
     assert "row 2: the mask" in plain(ended.output)
 
 
+def test_what_is_left_out_stands_beside_its_row(kvlock: Kvlock) -> None:
+    frames = [Image.fromarray(np.full((48, 64), 20 * index, np.uint8)) for index in range(9)]
+    frames[0].save("data/long.gif", save_all=True, append_images=frames[1:], duration=100)
+    for _ in ("done", "kept"):
+        ended = kvlock(*words(write([row(), row(clip="long.gif")])))
+        assert ended.exit_code == 0, ended.output
+        assert results()[0]["message"] == ""
+        assert "; 8 edited, picked evenly; 1 left out" in results()[1]["message"]
+        assert "1 left out" in plain(ended.output)
+
+
+def test_a_table_with_spaces_after_its_commas_is_read(kvlock: Kvlock) -> None:
+    Path("data/jobs.csv").write_text(
+        f'clip, mask, prompt, policy, source_prompt\nclip0.gif, mask.png, "{PROMPT}", "half", "a ball"\n'
+    )
+    assert kvlock(*words()).exit_code == 1  # the embedded model cannot read "a ball" without a colour
+    assert (results()[0]["prompt"], results()[0]["source_prompt"]) == (PROMPT, "a ball")
+
+
+@pytest.mark.parametrize("name", ["results.csv", "report.html"])
+def test_a_file_of_the_user_is_no_report_to_replace(kvlock: Kvlock, name: str) -> None:
+    Path("out").mkdir()
+    Path("out", name).write_text("mine")
+    ended = kvlock(*words(write([row()])))
+    assert ended.exit_code == 2
+    assert "is no report of a batch and would be replaced" in plain(ended.output)
+    assert Path("out", name).read_text() == "mine"
+    assert [path.name for path in Path("out").iterdir()] == [name]
+
+
 def test_the_report_shows_text_as_text(kvlock: Kvlock) -> None:
     hostile = '<script>alert("x")</script>'
     assert kvlock(*words(write([row(), row(prompt=hostile, name="<b>.gif")]))).exit_code == 1

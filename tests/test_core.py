@@ -216,9 +216,21 @@ def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
     assert not (tmp_path / "new" / "clip.mp4").exists()
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    for wrong in (tmp_path / "file" / "clip.mp4", tmp_path):
+    longest = tmp_path / f"{'a' * 237}.mp4"  # with the temporary name's 14 characters, all that file systems take
+    check_writable(longest)
+    write_atomically(longest, "x")
+    for wrong in (tmp_path / "file" / "clip.mp4", tmp_path, longest.with_stem("a" * 238)):
         with pytest.raises(KVLockError, match="cannot be written"):
             check_writable(wrong)
+
+
+def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    check_writable("~/new/a.txt")
+    write_atomically("~/a.txt", "x")
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a.txt", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 @pytest.mark.parametrize("returned", [lambda x: None, lambda x: (x,), lambda x: x[:, :2], lambda x: x[:0]])

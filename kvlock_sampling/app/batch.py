@@ -153,7 +153,7 @@ class Editor:
             options["kv_cache"] = self._cache_in(Path(folder, *(str(options[n]) for n in ("sampler", "steps"))))
         edit = edit_video(source.pixels, region.unsqueeze(0), options.pop("prompt"), model=video, **options)
         write_atomically(job.claim, "")
-        write_clip(job.output, edit.pixels[0], source.fps, scale, sound=clip)
+        sound = write_clip(job.output, edit.pixels[0], source.fps, scale, sound=clip)
         return {
             "fingerprint": job.fingerprint,
             "digest": digest(job.output),
@@ -161,6 +161,7 @@ class Editor:
             "nfe": edit.nfe,
             "seconds": round(edit.seconds, 3),
             "background_psnr": round(float(edit.background_psnr[0]), 4),
+            "lost": [source.note] * ("; 0 left out" not in source.note) + [sound] * (sound not in ("", "sound copied")),
             "still": _still(source.pixels, edit.pixels[0]),
         }
 

@@ -12,8 +12,12 @@ from .command_line import app, decibels, out, progress, readable, say, sides_of
 
 @app.command()
 def batch(
-    jobs: Annotated[Path, typer.Argument(help="CSV with columns clip, mask, prompt, and more; an edit a row.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write into; what is done there is kept.")],
+    jobs: Annotated[
+        Path, typer.Argument(**opt.PATH, help="CSV with columns clip, mask, prompt, and more; an edit a row.")
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out", **opt.PATH, help="Folder to write into; what is done there is kept.")
+    ],
     model: opt.Model = "tiny",
     sampler: opt.Sampler = "dpmpp_2m",
     steps: opt.Steps = 30,
@@ -39,7 +43,7 @@ def batch(
         from ..utils.files import check_writable
         from .batch import run_batch
         from .jobs import check_outputs, check_run, policy_file, read_jobs
-        from .report import write_report
+        from .report import check_report, told, write_report
 
         check_run(sampler, policy, seed, cfg_scale=cfg_scale)
         model = model if model == "tiny" or not Path(model).exists() else str(Path(model).absolute())
@@ -50,6 +54,7 @@ def batch(
         loaded: dict[str, Any] = {"model": model, "dtype": dtype, "offload": offload, "shift": shift}
         loaded |= {"tile_vae": tile_vae or None, "negative_prompt": negative_prompt}
         check_outputs([out_dir / "results.csv", out_dir / "report.html"], [jobs])
+        check_report(out_dir)
         rows = read_jobs(jobs, out_dir.absolute(), options, loaded)
         check_writable(out_dir / "report.html")
         try:
@@ -68,7 +73,7 @@ def batch(
             table.add_row(str(job.row), job.output.name, record["status"], *figures)
         out.print(table)
         for job, record in zip(rows, records, strict=True):
-            for text in [record["error"]] if "error" in record else record["warnings"]:
+            for text in told(record):
                 say(f"[bold]row {job.row}:[/]", text)
         kinds = [record["status"] for record in records]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("done", "kept", "failed"))

@@ -1,5 +1,6 @@
 """What the commands share: the command line itself, options, its consoles, errors and progress."""
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ app = typer.Typer(
 out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=True, emoji=False, highlight=False)
 
 
-_file: dict[str, Any] = {"parser": lambda path: Path(path or "(no name)")}  # The path of "" would be a folder.
-Clip = Annotated[Path, typer.Argument(**_file, metavar="CLIP", help="mp4, webm, gif, mov, image, folder of images.")]
-Mask = Annotated[Path, typer.Option(**_file, metavar="PATH", help="Image or clip; white = edit.")]
+# The path of "" would be a folder, and a shell leaves the ~ of --out=~/edits.
+PATH: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path or "(no name)"))}
+Clip = Annotated[Path, typer.Argument(**PATH, metavar="CLIP", help="mp4, webm, gif, mov, image, folder of images.")]
+Mask = Annotated[Path, typer.Option(**PATH, metavar="PATH", help="Image or clip; white = edit.")]
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps; dpm_adaptive chooses its own.")]

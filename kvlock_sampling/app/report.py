@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from ..types import KVLockError
 from ..utils.files import write_atomically
 from .jobs import COLUMNS, Job
 
 FIGURES = {"nfe": "model passes", "seconds": "seconds", "background_psnr": "background PSNR (dB)"}
+HEAD = '<!doctype html><html lang="en"><meta charset="utf-8"><title>'
 STYLE = """body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color-scheme: light dark }
 table { border-collapse: collapse } td, th { padding: .4em .8em; text-align: left; vertical-align: top }
 tr { border-bottom: 1px solid #8886 } td { white-space: pre-wrap; overflow-wrap: anywhere }
@@ -29,11 +31,22 @@ def write_report(out: Path, jobs: Sequence[Job], records: Sequence[Mapping[str, 
     write_atomically(out / "report.html", _page(rows, records))
 
 
+def check_report(out: Path) -> None:
+    """Raise KVLockError if the folder has a file of another kind where a report would be written."""
+    for name, begins in (("results.csv", b"row,status,output,"), ("report.html", HEAD.encode())):
+        if (path := out / name).exists() and not path.read_bytes().startswith(begins):
+            raise KVLockError(f"{str(path)!r} is no report of a batch and would be replaced: choose another --out.")
+
+
+def told(record: Mapping[str, Any]) -> list[str]:
+    """The error of a job; else what was left out of the clip and of the output, and the warnings."""
+    return [record["error"]] if "error" in record else [*record.get("lost", ()), *record.get("warnings", ())]
+
+
 def _row(job: Job, record: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: job.options.get(name) for name in COLUMNS if name != "name"}
-    told = record.get("error") or "\n".join(record.get("warnings", ()))
-    figures = {name: record.get(name) for name in FIGURES}
-    return {"row": job.row, "status": record["status"], "output": job.output.name} | given | figures | {"message": told}
+    figures = {name: record.get(name) for name in FIGURES} | {"message": "\n".join(told(record))}
+    return {"row": job.row, "status": record["status"], "output": job.output.name} | given | figures
 
 
 def _page(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> str:
@@ -56,6 +69,5 @@ def _page(rows: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]
     heads = "".join(f"<th>{head}</th>" for head in ("row", "", "source and result", "edit", *FIGURES.values(), ""))
     body = "\n".join(lines)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><table><tr>{heads}</tr>\n{body}\n</table></html>\n"
+        f"{HEAD}{title}</title><style>{STYLE}</style><h1>{title}</h1><table><tr>{heads}</tr>\n{body}\n</table></html>\n"
     )

@@ -152,10 +152,10 @@ def _values(mask: Tensor) -> Tensor:
         return mask.float()
     if mask.dtype == torch.uint8:
         if 0 < (largest := int(mask.max())) < 128:
-            raise MaskError(f"a uint8 mask runs to 255, but this one's largest value is {largest}: pass mask.bool()")
+            raise MaskError(f"a uint8 mask runs to 255, but this one's largest value is {largest}: pass mask > 0")
         return (mask >= 128).float()  # so that noise and a background of 1 do not count; a soft mask is floating
     if not mask.dtype.is_floating_point:
-        raise MaskError(f"mask has dtype {mask.dtype}; expected bool, uint8 (0..255) or floating: pass mask.bool()")
+        raise MaskError(f"mask has dtype {mask.dtype}; expected bool, uint8 (0..255) or floating: pass mask > 0")
     low, high = (bound.item() for bound in mask.aminmax())
     if not (low >= 0 and high <= 1):  # written so that NaN fails too
         hint = ": pass mask / 255" if low >= 0 and 1 < high <= 255 else ""

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import NamedTemporaryFile
 
 from ..types import KVLockError
 
@@ -18,7 +18,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     Missing folders are created. The temporary path keeps the suffix, because some writers read it, and is absolute,
     because ffmpeg takes what is before a colon for a protocol.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(os.path.expanduser(path)))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
@@ -31,11 +31,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise KVLockError if a file cannot be written, before the work that fills it. Missing folders are created."""
     try:
-        if Path(path).is_dir():
+        if (real := Path(os.path.realpath(os.path.expanduser(path)))).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        (parent := Path(os.path.realpath(path)).parent).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=parent):
-            pass
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=real.parent, prefix=f".{real.stem}.", suffix=f".tmp{real.suffix}"):
+            pass  # a name as long as that of `atomic`
     except OSError as error:
         raise KVLockError(
             f"{os.fspath(path)!r} cannot be written: {error.strerror or error}.\n  Name a file in a folder of yours."

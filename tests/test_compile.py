@@ -144,6 +144,26 @@ def test_compiled_blocks_of_a_watched_network_are_fused_once_and_the_rewriting_i
     assert backend.graphs == graphs <= 4  # the whole block without a lock; its parts around the call, for 1 or 2 rows
 
 
+@pytest.mark.parametrize("wrap", [lambda network: network, kv.FlowDenoiser], ids=["network", "denoiser"])
+def test_a_compiled_network_keeps_its_graph_under_a_lock_that_watches_what_is_around_it(wrap):
+    torch.manual_seed(0)
+    backend, source = Counted(), torch.randn(1, 4, 2, 4, 4)
+    mask = torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    model = wrap(torch.compile(Watched(), backend=backend))
+
+    def bare():
+        with torch.no_grad():
+            return model(source, torch.ones(1))
+
+    expected, graphs = bare(), backend.graphs
+    layers = kv.sdpa_layers(model, patch=(1, 1, 1))
+    with torch.no_grad(), kv.KVLock(model, source=source, mask=mask, policy="half", layers=layers) as lock:
+        lock(source.flip(-1) * 2, torch.full((1,), 2.0))
+    assert torch.equal(bare(), expected)
+    assert backend.graphs == graphs == 1
+
+
 def test_an_idle_lock_is_the_compiled_model_bit_for_bit():
     setup, backend = Setup(), Counted()
     model = compiled(setup, "compile_repeated_blocks", backend)

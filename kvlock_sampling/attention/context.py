@@ -79,6 +79,12 @@ class FusionContext:
         # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
         last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
+            # The source's rows have one prompt, so those of one clip are equal.
+            if rows > batch > 1 and not self.record.fired and key[0].equal(key[1]) and not key[0].equal(key[batch]):
+                raise AttentionError(
+                    f"the model puts the {rows // batch} rows of a clip beside each other; expected chunks of whole "
+                    "batches, as torch.cat([x, x]) makes, not x.repeat_interleave(2, 0).\n  Or edit one clip at a time."
+                )
             self.record.fired.add(layer.partition("[")[0])
             if (chosen := self.selection) is not None:
                 last = last[0].index_select(-2, chosen.stored), last[1].index_select(-2, chosen.stored)

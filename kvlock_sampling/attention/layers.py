@@ -220,6 +220,9 @@ def sdpa_layers(
     """
     if not isinstance(module, nn.Module):
         raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
+    # Hooks around a compiled network would be compiled into it.
+    while isinstance(inner := getattr(module, "_orig_mod", getattr(module, "inner_model", None)), nn.Module):
+        module = inner
     if start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
     chosen = None if calls is None else frozenset(calls if isinstance(calls, Iterable) else [calls])

@@ -59,11 +59,13 @@ def find_layers(model: Any) -> AttentionLayers:
         layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
         blocks = tuple(block for f in alike for block in f.blocks)
         return replace(found[0], layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)
-    looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside)"
+    looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside that is searched)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise AttentionError(
         f"no attention layers found in {looked[:400]}.\n  Known architectures: {families}.\n"
         "  For another model that calls F.scaled_dot_product_attention, say where its tokens are:\n"
         "    KVLock(model, ..., layers=kv.sdpa_layers(transformer, patch=(1, 2, 2), start=0))\n"
-        "  or declare it: kv.attention.Architecture(...). For control of guidance alone: KVLock(model, policy=...)."
+        "  or declare it: kv.attention.Architecture(...). If the model holds a known one elsewhere:\n"
+        "    KVLock(model, ..., layers=kv.find_layers(transformer))\n"
+        "  For control of guidance alone: KVLock(model, policy=...)."
     )

@@ -1,7 +1,9 @@
 """From a clean prediction to a decision: estimator -> variance -> risk -> policy -> checked control."""
 
+import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .policy.base import check_control
@@ -45,10 +47,10 @@ def decide(
         inner, variance, effect = measure(settings.estimator, inner, evaluation)
     if variance is not None:
         limit = threshold_at(settings.threshold, observation.sigma)
-        observation = observation._replace(variance=variance, risk=variance / limit)
-        if effect is not None:
-            effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
-            observation = observation._replace(effect=(effect / limit).expand_as(variance))
+        effect = torch.full_like(variance, math.nan) if effect is None else effect / limit
+        effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
+        risk = variance / limit
+        observation = observation._replace(variance=variance, risk=risk, effect=effect.expand_as(variance))
     if variance is None and policy.uses_risk:
         if state.measured:  # the estimator pauses: the last control holds
             return state._replace(estimator=inner, variance=None), observation

@@ -175,7 +175,8 @@ class KVLock(DenoiserProxy):
             return samplers.run(sampler, self, x, sigmas, **arguments)
 
     def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
-        """What the K/V cache will hold of a run, before anything runs: print it.
+        """What the K/V cache will hold of a run of the source's clips, before anything runs: print it. Of more clips,
+        which may share a source, it holds as many times as much.
 
         Args:
             sigmas: The schedule.

@@ -109,6 +109,7 @@ class Run:
         self._top, self._called, self.open = 0.0, False, True
         self._evaluations, self._measured, self._unmeasured = 0, False, 0
         self._unread: tuple[float, Tensor, Tensor | None] | None = None
+        self._shape: torch.Size | None = None
 
     def tools(self, settings: LockSettings) -> Tools:
         """The tools for this model, made when it is first seen."""
@@ -122,6 +123,9 @@ class Run:
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(x)
             raise RunError(f"x is {given}; expected floats (batch, ...), e.g. torch.randn_like(source) * sigma.")
+        if x.shape != self._shape:  # of other clips: another run
+            self._shape, self._top = x.shape, 0.0
+            self._anew()
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         try:
@@ -149,7 +153,7 @@ class Run:
             # Of several networks. Its argument is on the host: a noise level on the device would cost another transfer.
             expert = (method_of(settings.model, "expert") or (lambda level: None))(torch.tensor(model_sigma))
             if (found := self.timeline.rewind(sigma)) is None:
-                self._begin(sigma, x)
+                self._begin(sigma)
             state = found or start(settings, observation, expert)
             if state.expert != expert:
                 # The new expert's prediction is not comparable with the old one's.
@@ -207,14 +211,13 @@ class Run:
             if tools.cached is not None:
                 tools.cached.close()
 
-    def _begin(self, sigma: float, x: Tensor) -> None:
-        """Nothing is remembered above `sigma`. From the top, or with other clips, a new run begins, with its own noise;
-        a sampler that went far back up goes on with the noise that it had.
+    def _begin(self, sigma: float) -> None:
+        """Nothing is remembered above `sigma`. From the top a new run begins, with its own noise; a sampler that went
+        far back up goes on with the noise that it had.
         """
-        other = self.noise is not None and (self.noise.shape[1:] != x.shape[1:] or len(self.noise) not in (1, len(x)))
-        if sigma >= self._top * (1 - SAME_SIGMA) or other:
+        if sigma >= self._top * (1 - SAME_SIGMA):
             # A level above the run's first: an inversion rises step by step, and is one run for the warning.
-            rising = sigma > self._top * (1 + SAME_SIGMA) and not other and not self._measured
+            rising = sigma > self._top * (1 + SAME_SIGMA) and not self._measured
             count = self._evaluations if rising else 0
             self._anew()
             self._evaluations = count
@@ -257,13 +260,12 @@ def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, 
 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
     """Raise RunError for a noise level beyond those of the schedule. Churn raises one by up to sqrt(2), and eta > 1
-    lowers one.
+    lowers one. In the last step to 0 any may be asked for.
     """
-    levels = [level for level in schedule or () if level > 0]
-    if levels and not min(levels) / 1.5 <= sigma <= 1.5 * max(levels):  # a pipeline's may rise
+    if schedule and not min(schedule) / 1.5 <= sigma <= 1.5 * max(schedule):  # a pipeline's may rise
         raise RunError(
-            f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {levels[0]:.4g} to "
-            f"{levels[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "
+            f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {schedule[0]:.4g} to "
+            f"{schedule[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "
             "samplers, which tell their own."
         )
 

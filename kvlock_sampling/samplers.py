@@ -13,8 +13,8 @@ import inspect
 import math
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -258,24 +258,29 @@ def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
         sampler: A name, or a function. One that does not name `noise_sampler` is tried with it, on one number.
         seed: As for `run`.
     """
-    function, drawn = get(sampler) if isinstance(sampler, str) else sampler, {"seed": seed}
-    if "noise_sampler" in parameters_of(function):
-        return drawn
-    noise: Any = {"noise_sampler": lambda *levels: torch.zeros(1, 1)}
-    with torch.random.fork_rng(devices=[]), suppress(TypeError):
-        run(function, lambda x, sigma, **_: x * 0, torch.ones(1, 1), torch.tensor([2.0, 1.0, 0.0]), **noise)
-        return drawn
-    return {}
+    function = get(sampler) if isinstance(sampler, str) else sampler
+    if "noise_sampler" not in parameters_of(function):
+        try:
+            _tried(function, torch.tensor([2.0, 1.0, 0.0]), noise_sampler=lambda *levels: torch.zeros(1, 1, 1, 1, 1))
+        except Exception as error:
+            if "noise_sampler" in str(error):
+                return {}
+    return {"seed": seed}
 
 
 def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
     """The noise levels at which a sampler, a name or a function, evaluates a model over a schedule, in order."""
+    return _tried(sampler, check_sigmas(sigmas).float().cpu(), **seeding(sampler, 0))
+
+
+def _tried(sampler: Any, sigmas: Tensor, **given: Any) -> list[float]:
+    """The noise levels at which a sampler evaluates, on one number, with 1 for all that it reads of `extra_args`."""
     levels: list[float] = []
 
-    def model(x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        levels.append(float(sigma.max()))
+    def model(x: Tensor, sigma: Any, **extra_args: Any) -> Tensor:
+        levels.append(float(torch.as_tensor(sigma).max()))
         return x * 0
 
     with torch.random.fork_rng(devices=[]):
-        run(sampler, model, torch.ones(1, 1), check_sigmas(sigmas).float().cpu(), **seeding(sampler, 0))
+        run(sampler, model, torch.ones(1, 1, 1, 1, 1), sigmas, extra_args=defaultdict(lambda: 1.0), **given)
     return levels

@@ -120,7 +120,7 @@ class Source:
         """The clip as it gives keys and values, or as it is, noised to sigma, like x."""
         clean = self.matching(x)
         clean = self._like(self.reference, x) if erased else clean
-        return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma).to(x))
+        return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma, dtype=x.dtype, device=x.device))
 
     def subset(self, index: Tensor, batch: int) -> "Source":
         """The same source for the clips `index` of a batch of `batch`."""

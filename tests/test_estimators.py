@@ -16,7 +16,7 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers, tiny
-from kvlock_sampling.presets import ESTIMATORS, load_preset
+from kvlock_sampling.presets import ESTIMATORS, load_preset, preset_names
 from kvlock_sampling.testing import GaussianDenoiser, check_estimator
 from kvlock_sampling.testing.estimator import CheckModel
 from kvlock_sampling.types import EstimatorError, Evaluation, PolicyError
@@ -57,9 +57,10 @@ BUILT_IN: list[Estimator] = [
     Sparse(TrajectoryVariance(patch=PATCH), every=2, hold=True),
     Sparse(Sparse(Divergence(memory=0.05, patch=PATCH), every=2, hold=True), every=1),
 ]
+OF_PRESETS = [preset.estimator for preset in map(load_preset, preset_names()) if preset.estimator is not None]
 
 
-@pytest.mark.parametrize("estimator", BUILT_IN, ids=[f"{i}-{type(e).__name__}" for i, e in enumerate(BUILT_IN)])
+@pytest.mark.parametrize("estimator", [*BUILT_IN, *OF_PRESETS], ids=lambda estimator: type(estimator).__name__)
 def test_the_public_suite(estimator):
     check_estimator(estimator)
 
@@ -131,6 +132,11 @@ def squares(e):
     return masked_mean(e.denoised.float().square(), e.mask)
 
 
+def between_neighbours(s, st, e):
+    out = e.probe(e.x.repeat_interleave(2, 0), e.sigma).float()  # not x.repeat(2, ...)
+    return st, masked_mean((out[::2] - e.denoised).square() + (out[1::2] - e.denoised).square(), e.mask)
+
+
 BROKEN = [
     ("not frozen", Melting(), r"Melting can be changed(.|\n)*frozen=True"),
     ("no pair", Broken(lambda s, st, e: squares(e)), r"returned Tensor; expected \(state, variance\)"),
@@ -150,6 +156,7 @@ BROKEN = [
     ("nan", Broken(lambda s, st, e: (st, squares(e) * math.nan)), r"nan(.|\n)*expected finite"),
     ("half", Broken(lambda s, st, e: (st, e.x.bfloat16().flatten(1).square().mean(1))), r"expected float32"),
     ("coupled", Broken(lambda s, st, e: (st, squares(e) / squares(e).sum())), r"alone and(.|\n)*batch of 3"),
+    ("others' prompts", Broken(between_neighbours, price=2.0), r"alone and(.|\n)*batch of 3"),
     ("random", Broken(lambda s, st, e: (st, torch.rand(len(e.x)))), r"two answers to one question"),
     ("memory", Broken(lambda s, st, e: (st, squares(e) * len(s.calls))), r"two answers(.|\n)*must be in the state"),
     ("in place", Broken(lambda s, st, e: (st, masked_mean(e.x.square_().float(), None))), r"changed the evaluation"),

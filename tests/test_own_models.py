@@ -127,6 +127,84 @@ def test_heads_folded_into_rows_are_refused_in_a_model_that_guides_itself():
                 evaluated(lock)
 
 
+def test_a_declared_network_is_asked_the_same_in_a_model_that_guides_itself():
+    for kind in (Homemade, Folded):
+        network = kind()
+        name = f"{kind.__module__}:{kind.__name__}"
+        declared = kv.attention.Architecture("mine", (name,), layers=("",), patch=PATCH)
+        options = {"source": CLIP, "mask": MASK, "policy": kv.Constant(1.0), "noise": "fixed", "composite": False}
+        lock = kv.KVLock(Guides(kv.FlowDenoiser(network)), layers=declared.find(network), **options)
+        given = {"cond": torch.zeros(1, 1), "uncond": torch.zeros(1, 1), "cond_scale": 1.0}
+        with lock:
+            if kind is Homemade:
+                torch.testing.assert_close(lock(X * 5, SIGMA, **given), evaluated(lock_of(network)))
+            else:
+                with pytest.raises(AttentionError, match=r"(?s)8 rows; expected 2 for .* an axis of their own"):
+                    lock(X * 5, SIGMA, **given)
+
+
+def test_rows_of_a_clip_beside_each_other_are_refused(pair):
+    class Interleaves(Guides):
+        def forward(self, x, sigma, cond, uncond, cond_scale=3.0):
+            both = {"cond": torch.stack([uncond, cond], 1).flatten(0, 1)}
+            out = self.inner_model(x.repeat_interleave(2, 0), sigma.repeat_interleave(2, 0), **both)
+            return out[::2] + (out[1::2] - out[::2]) * cond_scale
+
+    for lock in (0.5, 1.0):
+        options = {"source": pair.source, "mask": pair.mask, "policy": kv.Constant(lock)}
+        with pytest.raises(AttentionError, match=r"2 rows of a clip beside each other; .*torch\.cat\(\[x, x\]\)"):
+            kv.KVLock(Interleaves(pair.model), **options).sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    idle = kv.KVLock(Interleaves(pair.model), source=pair.source, mask=pair.mask, policy="off")
+    assert idle.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["half", "default", "sigmoid"])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_other_clips_in_a_block_are_another_run(setup, policy, clips):
+    def stepped(lock, x, sigmas):
+        for level, below in pairwise(sigmas):
+            x = x + (x - lock(x, level.expand(len(x)), **setup.cfg)) / level * (below - level)
+        return x
+
+    x, below = setup.x.repeat(3, 1, 1, 1, 1), setup.source + setup.x.repeat(clips + 1, 1, 1, 1, 1)
+    with setup.lock(policy=policy) as lock:
+        stepped(lock, x, setup.sigmas)
+        found = stepped(lock, below, setup.sigmas[1:])
+    with setup.lock(policy=policy) as lock:
+        assert torch.equal(found, stepped(lock, below, setup.sigmas[1:]))
+
+
+@pytest.mark.parametrize("policy", ["off", "half"])
+def test_a_stage_within_the_last_step_is_a_level_of_the_schedule(setup, policy):
+    def midpoint(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for high, low in pairwise(sigmas):
+            middle = (high + low) / 2
+            half = x + (x - model(x, high.expand(len(x)), **extra_args)) / high * (middle - high)
+            x = x + (half - model(half, middle.expand(len(x)), **extra_args)) / middle * (low - high)
+        return x
+
+    lock = setup.lock(policy=policy)
+    found = lock.sample(midpoint, setup.x, setup.sigmas, extra_args=setup.cfg)
+    with lock:
+        assert torch.equal(midpoint(lock, setup.x, setup.sigmas, extra_args=setup.cfg), found)
+
+
+def test_a_policy_that_reads_an_effect_by_token_is_told_that_none_is_measured(pair):
+    options = {"policy": kv.policy.Release(), "estimator": kv.TrajectoryVariance(patch="model")}
+    with pytest.raises(kv.types.PolicyError, match="effect is NaN unless it is measured"):
+        pair.lock(**options).sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+
+
+def test_a_default_dtype_does_not_round_the_noise_level_of_the_source(setup):
+    source = kv.source.Source(setup.source, noise="fixed")
+    noise, expected = source.noise, source.at(setup.x, 10.9701, source.noise)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(source.at(setup.x, 10.9701, noise), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_network_that_is_traced_within_a_block_keeps_no_fusion():
     network = Homemade()
 

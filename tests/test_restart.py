@@ -52,6 +52,39 @@ def test_a_seed_reaches_whatever_takes_noise(pair):
     assert torch.equal(*(restart(lock, sampler, x, pair.sigmas, **options).x for sampler in (heun, "heun")))
 
 
+def test_a_sampler_that_reads_its_arguments_is_seeded_and_planned(pair):
+    def reads(model, x, sigmas, extra_args=None, **options):
+        assert len(x.shape) == 5
+        given = {**extra_args, "cond_scale": extra_args["cond_scale"]}
+        return kv.samplers.euler_ancestral(model, x, sigmas, extra_args=given, **options)
+
+    lock = measured_lock(pair, kv_cache=kv.KVCache())
+    x = lock.sample(reads, pair.x, pair.sigmas, extra_args=pair.cfg, seed=1)
+    options = {"back_to": 3.0, "extra_args": pair.cfg, "seed": 1, "limit": -1.0}
+    found = [restart(lock, sampler, x, pair.sigmas, **options).x for sampler in (reads, reads, "euler_ancestral")]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert repr(lock.plan(pair.sigmas, reads)) == repr(lock.plan(pair.sigmas, "euler_ancestral"))
+
+
+def test_noise_of_ones_own_is_cut_to_the_clips_sent_back(pair):
+    lock, seen = measured_lock(pair), []
+
+    def noise(high, low):
+        return torch.randn(pair.x.shape, generator=torch.Generator().manual_seed(len(seen)))
+
+    def sampler(model, x, sigmas, noise_sampler=None, **options):
+        seen.append(noise_sampler(sigmas[0], sigmas[1]))
+        return kv.samplers.euler(model, x, sigmas, **options)
+
+    x = lock.sample(sampler, pair.x, pair.sigmas, extra_args=pair.cfg, noise_sampler=noise)
+    limit = float(last_risk(lock.trace).mean())
+    options = {"back_to": 3.0, "extra_args": pair.cfg, "noise_sampler": noise}
+    sent = restart(lock, sampler, x, pair.sigmas, limit=limit, **options).sent_back
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(seen[1], torch.randn(pair.x.shape, generator=generator)[sent])
+
+
 def test_nothing_at_risk_costs_nothing(pair):
     lock = measured_lock(pair)
     x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ class CheckModel(nn.Module):
         for parameter in self.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
-    def forward(self, x: Tensor, sigma: Tensor | float, **extra: Any) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, clips: Sequence[int] = (0,)) -> Tensor:
+        """Predict for rows of these clips, in turn, each of which has a condition of its own."""
+        own = per_row(torch.tensor(clips).repeat(len(x) // len(clips)).to(x), x)
         sigma = per_row(torch.as_tensor(sigma).to(x), x)
         hidden = (x / (1 + sigma.square()).sqrt()).movedim(1, -1)
         for block in self.blocks:
             hidden = hidden + block["ffn"](hidden)  # type: ignore[index]
-        return (x + 0.5 * sigma.square() * hidden.movedim(-1, 1)) / (1 + sigma.square())
+        return (x + 0.5 * sigma.square() * (hidden.movedim(-1, 1) + own)) / (1 + sigma.square())
 
 
 def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch.device = "cpu") -> None:
@@ -62,9 +65,10 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
             raise EstimatorError(f"{contract.name}.{field} is {value!r}; expected {least}.")
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         model = CheckModel().to(device, dtype)
-        contract = _contract(bound := estimator.bound(model.modules()))
+        bound = estimator.bound(model.modules())
         if not isinstance(bound, Estimator):
             raise EstimatorError(f"{type(estimator).__name__}.bound returned {bound!r}; expected an estimator.")
+        contract = _contract(bound := bound.on_tokens((1, 2, 2)))
         for masked in (True, False):
             counts: Counter[float] = Counter()
             with torch.no_grad():
@@ -94,9 +98,9 @@ def _evaluations(estimator: Estimator, model: nn.Module, rows: Counter[float], b
         def probe(at: Tensor, level: float, at_step: float = sigma) -> Tensor:
             check_points(at, x0)
             rows[at_step] += len(at)
-            return model(at, level)
+            return model(at, level, range(batch))
 
-        denoised = model(x := (x0 + sigma * noise).to(like), sigma)
+        denoised = model(x := (x0 + sigma * noise).to(like), sigma, range(batch))
         # At a guidance of 1 it is not evaluated unless it is needed.
         uncond = 0.9 * denoised + 0.05 if len(run) % 4 < 3 or estimator.needs_uncond else None
         source = 0.8 * denoised if estimator.needs_source else None
@@ -141,7 +145,7 @@ def _check_clips(contract: Contract, run: list[Evaluation], answers: list[Tensor
     """Every clip must get the same alone as in the batch, up to the rounding of the model."""
     loose = 1e-5 if contract.checked.cost == 0 else 0.05 if run[0].x.dtype == torch.bfloat16 else 1e-3
     for clip in range(batch := len(run[0].x)):
-        alone = [one_clip(e, clip)._replace(probe=lambda at, level: model(at, level)) for e in run]
+        alone = [one_clip(e, clip)._replace(probe=lambda at, level, clip=clip: model(at, level, [clip])) for e in run]
         states, singles = contract.play(contract.checked.init(), alone)
         singles = [*singles, *_effects(contract, alone, states, singles)]
         for e, single, together in zip([*run, *run], singles, answers, strict=True):

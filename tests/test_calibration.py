@@ -180,7 +180,7 @@ def test_a_kv_cache_survives_calibration(tmp_path):
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
     (tmp_path / "file").touch()
     (tmp_path / "dir.toml").mkdir()
-    monkeypatch.setattr("kvlock_sampling.app.calibration.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.measure", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output

@@ -210,7 +210,7 @@ EARLY = {
 
 @pytest.mark.parametrize("name", EARLY)
 def test_what_needs_no_model_is_refused_before_one_is_opened(kvlock: Kvlock, monkeypatch, name: str) -> None:
-    monkeypatch.setattr("kvlock_sampling.app.models.open_model", lambda *_, **__: pytest.fail("it opened the model"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.open_model", lambda *_, **__: pytest.fail("it opened the model"))
     change, message = EARLY[name]
     result = kvlock(*edit_words(**change))
     assert result.exit_code == 2
@@ -218,7 +218,7 @@ def test_what_needs_no_model_is_refused_before_one_is_opened(kvlock: Kvlock, mon
 
 
 def test_a_transition_is_refused_before_a_model_is_opened(kvlock: Kvlock, monkeypatch) -> None:
-    monkeypatch.setattr("kvlock_sampling.app.models.open_model", lambda *_, **__: pytest.fail("it opened the model"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.open_model", lambda *_, **__: pytest.fail("it opened the model"))
     result = kvlock(*edit_words(), "--transition", "1", "nan")
     assert result.exit_code == 2
     assert "transition=(1.0, nan); expected (width in tokens > 0" in plain(result.output)
@@ -353,7 +353,7 @@ def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: di
 def test_an_edit_never_replaces_what_it_reads_or_writes(
     kvlock: Kvlock, folder: Path, change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", lambda *_, **__: pytest.fail("it sampled"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.edit_video", lambda *_, **__: pytest.fail("it sampled"))
     (folder / "link.mp4").symlink_to(folder / "clip.mp4")
     (folder / "frames").mkdir()
     for name in ("first.png", "mask-o-candidates.png", "frames/1.png"):
@@ -385,7 +385,7 @@ def test_version_and_short_help():
 )
 def test_calibrating_names_what_is_missing_before_it_measures(tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvlock_sampling.app.calibration.calibrate", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.measure", lambda *_, **__: pytest.fail("it measured"))
     ended = CliRunner().invoke(app, ["calibrate", "-o", "x.toml", *line])
     assert ended.exit_code == 2
     assert words in " ".join(ended.output.split())
@@ -393,7 +393,7 @@ def test_calibrating_names_what_is_missing_before_it_measures(tmp_path, monkeypa
 
 
 def test_an_output_that_no_encoder_takes_is_refused_before_sampling(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", lambda *_, **__: pytest.fail("it sampled"))
+    monkeypatch.setattr("kvlock_sampling.app.cli.edit_video", lambda *_, **__: pytest.fail("it sampled"))
     given = [files / "clip.mp4", "--mask", files / "mask.png", "--prompt", PROMPT, "-o", tmp_path / "a.mp4"]
     ended = CliRunner().invoke(app, ["edit", *map(str, given), "--scale", "1000"])
     assert ended.exit_code == 2

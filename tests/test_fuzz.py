@@ -210,8 +210,8 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_bytes(b"no film")
     (tmp_path / "mask.png").write_bytes(b"\x89PNG no picture")
     (tmp_path / "mask.txt").write_text("text")
-    for name in ("demo.run_demo", "calibration.calibrate"):
-        monkeypatch.setattr(f"kvlock_sampling.app.{name}", _stop)
+    for name in ("run_demo", "measure"):
+        monkeypatch.setattr(f"kvlock_sampling.app.cli.{name}", _stop)
     return tmp_path
 
 

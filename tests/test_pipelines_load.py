@@ -167,7 +167,7 @@ def test_out_of_memory_is_no_traceback(folder, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr("kvlock_sampling.app.edit.edit_video", full)
+    monkeypatch.setattr("kvlock_sampling.app.cli.edit_video", full)
     said = edit(folder, "never.mp4", code=2)
     assert "out of memory: tried to allocate 20 GiB" in said
     assert "--offload model" in said

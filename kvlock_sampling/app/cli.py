@@ -7,10 +7,24 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..kv_cache import KVCache
+from ..presets import describe, to_toml
+from ..samplers import names
+from ..trace import figure_format
 from ..types import KVLockError
+from ..utils.files import check_writable, write_atomically
+from ..variance.thresholds import alarm_range
+from ..video import check_suffix, read_clip, side_by_side, write_clip
 from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
 from . import command_line as opt
+from .batch import fitting_scale
+from .calibration import calibrate as measure
+from .calibration import folder, scenes
 from .command_line import app, decibels, err, out, progress, readable, say, sides_of
+from .demo import FILES, VARIANTS, run_demo
+from .edit import edit_video
+from .jobs import check_outputs, check_run
+from .models import open_model, read_pair
 
 
 def _version(asked: bool) -> None:
@@ -34,8 +48,6 @@ def demo(
 ) -> None:
     """Edit five clips whose true results are known, in three ways; write a picture, a clip, the trace and metrics."""
     with readable():
-        from .demo import FILES, VARIANTS, run_demo
-
         with progress("editing", len(VARIANTS)) as advance:
             metrics = run_demo(out_dir, seed=seed, steps=steps, sampler=sampler, on_variant=advance)
         table = Table("variant", title="Five edits against their true renders (means)", title_justify="left")
@@ -85,15 +97,6 @@ def edit(
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
     with readable():
-        from ..kv_cache import KVCache
-        from ..trace import figure_format
-        from ..utils.files import check_writable
-        from ..video import check_suffix, read_clip, side_by_side, write_clip
-        from .batch import fitting_scale
-        from .edit import edit_video
-        from .jobs import check_outputs, check_run
-        from .models import open_model, read_pair
-
         check_suffix(output)
         sheet = output.with_name(f"{output.stem}-candidates.png")
         written = [output, *([] if trace is None else [trace]), *([sheet] if seeds > 1 else [])]
@@ -155,14 +158,6 @@ def calibrate(
 ) -> None:
     """Measure the variance of calm runs at every noise level, and write a preset whose risk is relative to it."""
     with readable():
-        from ..presets import to_toml
-        from ..utils.files import check_writable, write_atomically
-        from ..variance.thresholds import alarm_range
-        from .calibration import calibrate as measure
-        from .calibration import folder, scenes
-        from .jobs import check_run
-        from .models import open_model
-
         check_run(sampler, policy, seed)
         if output.suffix != ".toml":
             raise KVLockError(f"-o {output} is to be a preset; expected a name that ends in .toml, e.g. -o mine.toml.")
@@ -192,8 +187,6 @@ def calibrate(
 def policies() -> None:
     """List the presets: name, policy, when to use it."""
     with readable():
-        from ..presets import describe
-
         table = Table("preset", "policy", "about")
         rows, wrong = describe(), []
         for name, kind, about in rows:
@@ -209,7 +202,5 @@ def policies() -> None:
 def samplers() -> None:
     """List the samplers of the installed k-diffusion."""
     with readable():
-        from ..samplers import names
-
         for name in names():
             out.print(name)

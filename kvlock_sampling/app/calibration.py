@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..policy import Policy, Sigmoid
 from ..presets import Preset, load_preset
+from ..tiny import edit_mask, render, sample_scene
 from ..types import EstimatorError, PolicyError, SourceError
 from ..utils.fields import check_number, check_seed
 from ..utils.warn import warn
@@ -110,8 +111,6 @@ def calibrate(
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:
     """Make `count` >= 1 examples for the embedded model from its procedural world; `first` is the first one's seed."""
-    from ..tiny import edit_mask, render, sample_scene
-
     if count < 1:
         raise SourceError(_NONE)
     drawn = [sample_scene(first + i, empty=0.0) for i in range(count)]

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..types import KVLockError
 from .edit import LEAST_STRENGTH, MOST_STEPS
+from .jobs import message
 
 app = typer.Typer(
     help="Lock the background of a video edit to its source, by the variance of the denoising prediction.",
@@ -57,8 +58,6 @@ def readable() -> Iterator[None]:
             warnings.showwarning = lambda message, *_, **__: say("[bold yellow]warning:[/]", message)
             yield
     except (KVLockError, OSError, torch.OutOfMemoryError) as error:
-        from .jobs import message
-
         say("[bold red]error:[/]", message(error))
         raise typer.Exit(2) from None
 

@@ -28,12 +28,7 @@ STILL = 4  # the frame of the still picture
 
 
 def run_demo(
-    out: Path,
-    *,
-    seed: int = 0,
-    steps: int = 20,
-    sampler: str = "dpmpp_2m",
-    on_variant: Callable[[str], None] = lambda _: None,
+    out: Path, *, seed: int, steps: int, sampler: str, on_variant: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Write `FILES` into the folder `out`; return the mean PSNRs (dB), nfe and seconds of each variant."""
     get(sampler)  # Errors come before the folder is created.

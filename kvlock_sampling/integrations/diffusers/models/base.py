@@ -6,7 +6,7 @@ variance-exploding form. A family declares how its transformer is called: packin
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....attention.architecture import config_patch
-from ....denoisers import FlowDenoiser, Preconditioned
+from ....denoisers import Call, FlowDenoiser, Preconditioned
 from ....masks import as_mask
 from ....samplers import flow_sigmas
 from ....types import PipelineError
@@ -33,12 +33,7 @@ class Branch(nn.Module):
     """
 
     def __init__(
-        self,
-        transformer: nn.Module,
-        channels: int,
-        call: Callable[..., Tensor],
-        transformer_2: nn.Module | None = None,
-        boundary: float | None = None,
+        self, transformer: nn.Module, channels: int, call: Call, transformer_2: nn.Module | None, boundary: float | None
     ) -> None:
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
@@ -124,7 +119,7 @@ class PipelineVideo:
         self._check_scheduler()
         self.denoiser = self._denoiser()
 
-    call: ClassVar[Callable[..., Tensor]]
+    call: ClassVar[Call]
     """`call(network, z, time, cond, dtype)`: z and time are float32 or finer, cond has the weights' dtype."""
 
     def _call_options(self) -> dict[str, Any]:

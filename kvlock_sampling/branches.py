@@ -203,13 +203,12 @@ class OwnBranches(Branches):
 
     def conditional(self) -> Tensor:
         """The conditional x0-hat. The unconditional one rides along unless a scale of exactly 1 is expected."""
-        if self._uncond_args is not None and (
-            self._wants_uncond or self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0)
-        ):
-            branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
-            self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
-            return cond
-        return self._evaluate([(self.x, self._cond_args)], self.step.sigma_arg, ("cond",))[0]
+        needed = self._wants_uncond or self.step.reads.range(self.step.expected_cfg_scale) != (1.0, 1.0)
+        if self._uncond_args is None or not needed:
+            return self._evaluate([(self.x, self._cond_args)], self.step.sigma_arg, ("cond",))[0]
+        branches = [(self.x, self._uncond_args), (self.x, self._cond_args)]
+        self.uncond, cond = self._evaluate(branches, self.step.sigma_arg, ("uncond", "cond"))
+        return cond
 
     def guided(self, cond: Tensor, scale: Scalar) -> tuple[Tensor, Scalar]:
         """The x0-hat at this guidance scale, with uncond evaluated if it is missing, and the scale that acted."""

@@ -100,22 +100,19 @@ def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -
 
     `start` is the position of the first video token, `length` that of the narrowed sequence.
     """
-    known = context.record.cut.get((id(mask), -length))  # every layer gets the same mask
-    if known is None:
-        known = context.record.cut[id(mask), -length] = mask, _cut_mask(mask, context, start, length)
-    return known[1]
-
-
-def _cut_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
-    chosen, tokens = _selection(context), context.ratio.shape[1]
+    if (known := context.record.cut.get((id(mask), -length))) is not None:  # every layer gets the same mask
+        return known[1]
+    chosen, tokens, whole = _selection(context), context.ratio.shape[1], mask.shape[-1]
     end = start + len(chosen.computed)
-    if mask.shape[-1] == length:  # made for the tokens that run: every query may see the kept tokens
+    if whole == length:  # made for the tokens that run: every query may see the kept tokens
         shape = (*mask.shape[:-1], len(chosen.kept))
         visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
-        return torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
-    whole = mask.shape[-1]
-    mask = mask.index_select(-1, _with_others(torch.cat([chosen.computed, chosen.kept]), start, tokens, whole))
-    return mask if mask.shape[-2] == 1 else mask.index_select(-2, _with_others(chosen.computed, start, tokens, whole))
+        cut = torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
+    else:
+        cut = mask.index_select(-1, _with_others(torch.cat([chosen.computed, chosen.kept]), start, tokens, whole))
+        cut = cut if cut.shape[-2] == 1 else cut.index_select(-2, _with_others(chosen.computed, start, tokens, whole))
+    context.record.cut[id(mask), -length] = mask, cut
+    return cut
 
 
 def _selection(context: FusionContext) -> Any:

@@ -138,11 +138,8 @@ def edit_video(
         raise MaskError(f"the mask is {h} x {w}, the clip {height} x {width}: mask = masks.resize(mask, *{sides}).")
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
 
-    extra_args = {
-        "cond": video.prompt(_texts(prompt, len(clips), "prompt")),
-        "uncond": video.prompt([getattr(video, "negative_prompt", "")] * len(clips)),
-        "cond_scale": scale,
-    }
+    wanted, unwanted = _texts(prompt, len(clips), "prompt"), [getattr(video, "negative_prompt", "")] * len(clips)
+    extra_args = {"cond": video.prompt(wanted), "uncond": video.prompt(unwanted), "cond_scale": scale}
     if lock_options.get("kv_cache") is not None:
         lock_options.setdefault("noise", "fixed")  # so that the stored K/V serve every seed
         source_prompt = "" if source_prompt is None else source_prompt

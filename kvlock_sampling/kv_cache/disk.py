@@ -66,10 +66,8 @@ def read(folder: Path, entry: str, sigma: float, layers: Sequence[str]) -> Packe
         return None
     except (SafetensorError, OSError, RuntimeError, KeyError, ValueError) as error:
         why = str(error).splitlines()[0] if str(error) else repr(error)
-        warn(
-            f"{path} is ignored: {why}. The source pass at this noise level runs again and replaces the file.",
-            KVCacheWarning,
-        )
+        then = "The source pass at this noise level runs again and replaces the file."
+        warn(f"{path} is ignored: {why}. {then}", KVCacheWarning)
         return None
 
 

@@ -53,10 +53,8 @@ def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, devi
                 _check_reads_no_risk(contract, run, _observations(shape, dtype, device, measured=True), controls)
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
-            _explained(
-                "This was a second evaluation at the same sigma: guard what divides by time.",
-                lambda last=states[-1], obs=run[-1]: contract.step(last, obs),  # type: ignore[misc]
-            )
+            why = "This was a second evaluation at the same sigma: guard what divides by time."
+            _explained(why, lambda last=states[-1], obs=run[-1]: contract.step(last, obs))  # type: ignore[misc]
 
 
 def _check_start(contract: Contract, obs: Observation) -> None:

@@ -657,6 +657,22 @@ def test_sound_is_copied_and_cut_with_the_frames(tmp_path: Path, codec: str, rat
     assert read_clip(tmp_path / f"out{suffix}").pixels.shape[1] == 12
 
 
+@pytest.mark.parametrize(("codec", "suffix"), [("aac", ".mp4"), ("aac", ".mov"), ("libopus", ".webm")])
+def test_sound_begins_with_what_primes_its_decoder(tmp_path: Path, codec: str, suffix: str) -> None:
+    def begins(path: Path) -> float:
+        with av.open(str(path)) as container:
+            packet = next(container.demux(container.streams.audio[0]))
+            return float(packet.pts * packet.time_base)
+
+    source = spoken(
+        tmp_path / f"clip{suffix}", codec=codec, rate=48000, video="libvpx-vp9" if codec != "aac" else "libx264"
+    )
+    write_clip(tmp_path / f"out{suffix}", torch.zeros(3, 12, 48, 64), fps=30, sound=source)
+    assert begins(tmp_path / f"out{suffix}") == pytest.approx(begins(source), abs=1e-3)
+    assert begins(source) < -0.005
+    assert len(read_clip(tmp_path / f"out{suffix}").pixels[0]) == 12
+
+
 def test_every_sound_track_is_copied(tmp_path: Path) -> None:
     source = spoken(tmp_path / "clip.mkv", tracks=3)
     assert write_clip(tmp_path / "out.mp4", torch.zeros(3, 24, 48, 64), fps=30, sound=source) == "sound copied"

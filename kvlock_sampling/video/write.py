@@ -186,10 +186,11 @@ def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
             written.start_encoding()
         except Exception as error:  # some muxers refuse what they list
             raise VideoError(f"this container does not hold {' and '.join(tracks.values())}") from error
-        start = (pictures.start_time or 0) * float(pictures.time_base)
-        for packet in container.demux(*kept):
-            if packet.pts is not None and 0 <= packet.pts * float(packet.time_base) - start < seconds:
-                packet.pts = packet.dts = packet.pts - round(start / float(packet.time_base))
+        start = (pictures.start_time or 0) * pictures.time_base
+        for packet in (p for p in container.demux(*kept) if p.pts is not None):
+            begins, lasts = packet.pts * packet.time_base - start, (packet.duration or 0) * packet.time_base
+            if begins + lasts >= 0 and begins < seconds:  # the packet before the first that is heard primes a decoder
+                packet.pts = packet.dts = packet.pts - round(start / packet.time_base)
                 packet.stream = kept[packet.stream]
                 written.mux(packet)
     return "sound copied" if len(kept) == len(tracks) else f"sound copied, {len(kept)} of {len(tracks)} tracks"

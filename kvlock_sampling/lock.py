@@ -175,8 +175,8 @@ class KVLock(DenoiserProxy):
             return samplers.run(sampler, self, x, sigmas, **arguments)
 
     def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
-        """What the K/V cache will hold of a run of the source's clips, before anything runs: print it. Of more clips,
-        which may share a source, it holds as many times as much.
+        """What the K/V cache will hold of a run of the source's clips, before anything runs: print it. Of each further
+        clip that shares a source it holds as much again.
 
         Args:
             sigmas: The schedule.

@@ -92,7 +92,7 @@ def restart(
     cut = take(dict(extra_args or {}), index, batch)
     arguments |= seeding(sampler, seeds)
     if (drawn := arguments.get("noise_sampler")) is not None:
-        arguments["noise_sampler"] = lambda *levels: drawn(*levels)[index]
+        arguments["noise_sampler"] = lambda *levels: take(drawn(*levels), index, batch)
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
     out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)
     return Restarted(out, at_risk, part.trace)

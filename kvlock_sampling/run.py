@@ -53,6 +53,11 @@ class Timeline(Generic[T]):
         """The newest state."""
         return self._entries[-1][1] if self._entries else None
 
+    @property
+    def sigma(self) -> float:
+        """The noise level of the newest state; 0 without one."""
+        return self._entries[-1][0] if self._entries else 0.0
+
     def append(self, sigma: float, state: T) -> None:
         """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
         self._entries.append((sigma, state))
@@ -123,9 +128,6 @@ class Run:
         if not (isinstance(x, Tensor) and x.is_floating_point() and x.numel()):
             given = f"{tuple(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else repr(x)
             raise RunError(f"x is {given}; expected floats (batch, ...), e.g. torch.randn_like(source) * sigma.")
-        if x.shape != self._shape:  # of other clips: another run
-            self._shape, self._top = x.shape, 0.0
-            self._anew()
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         try:
@@ -152,8 +154,13 @@ class Run:
             _check_range(self.schedule, sigma)
             # Of several networks. Its argument is on the host: a noise level on the device would cost another transfer.
             expert = (method_of(settings.model, "expert") or (lambda level: None))(torch.tensor(model_sigma))
+            # Clips of another shape, above the level that was reached: another run. Below, a sampler takes them apart.
+            if self._shape not in (None, x.shape) and sigma > self.timeline.sigma * (1 + SAME_SIGMA):
+                self._top = 0.0
+                self._anew()
             if (found := self.timeline.rewind(sigma)) is None:
                 self._begin(sigma)
+            self._shape = self._shape or x.shape
             state = found or start(settings, observation, expert)
             if state.expert != expert:
                 # The new expert's prediction is not comparable with the old one's.
@@ -224,6 +231,7 @@ class Run:
         self._top = max(self._top, sigma)
 
     def _anew(self) -> None:
+        self._shape = None
         self._unmeasured, self._evaluations, self._measured = self.unmeasured, 0, False
         self.close()
 

@@ -274,13 +274,16 @@ def evaluated_sigmas(sampler: Any, sigmas: Any) -> list[float]:
 
 
 def _tried(sampler: Any, sigmas: Tensor, **given: Any) -> list[float]:
-    """The noise levels at which a sampler evaluates, on one number, with 1 for all that it reads of `extra_args`."""
+    """The noise levels at which a sampler evaluates, on one number, with ones for all that it reads of `extra_args`."""
     levels: list[float] = []
 
     def model(x: Tensor, sigma: Any, **extra_args: Any) -> Tensor:
         levels.append(float(torch.as_tensor(sigma).max()))
         return x * 0
 
+    parameters = parameters_of(get(sampler) if isinstance(sampler, str) else sampler)
+    if "extra_args" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        given["extra_args"] = defaultdict(lambda: torch.ones(1, 1, 1))
     with torch.random.fork_rng(devices=[]):
-        run(sampler, model, torch.ones(1, 1, 1, 1, 1), sigmas, extra_args=defaultdict(lambda: 1.0), **given)
+        run(sampler, model, torch.ones(1, 1, 1, 1, 1), sigmas, **given)
     return levels

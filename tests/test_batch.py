@@ -262,6 +262,17 @@ def test_a_file_of_the_user_is_no_report_to_replace(kvlock: Kvlock, name: str) -
     assert [path.name for path in Path("out").iterdir()] == [name]
 
 
+def test_reports_that_a_spreadsheet_saved_are_reports(kvlock: Kvlock) -> None:
+    table = words(write([row()]))
+    assert kvlock(*table).exit_code == 0
+    saved = Path("out/results.csv").read_text(encoding="utf-8")
+    heads, rest = saved.split("\n", 1)
+    for text in ("\ufeff" + saved, saved.replace(",", ";"), '"' + heads.replace(",", '","') + '"\n' + rest, ""):
+        Path("out/results.csv").write_text(text, encoding="utf-8")
+        assert kvlock(*table).exit_code == 0
+        assert results()[0]["status"] == "kept"
+
+
 def test_the_report_shows_text_as_text(kvlock: Kvlock) -> None:
     hostile = '<script>alert("x")</script>'
     assert kvlock(*words(write([row(), row(prompt=hostile, name="<b>.gif")]))).exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -403,3 +404,23 @@ INTERLEAVED = "passed, narrows=True, interleaves=True"
 )
 def test_comfyuis_own_networks_are_locked_or_refused(kind, expected, flag):
     assert expected in tried_in_comfyui(flag)[kind]
+
+
+def test_a_second_stage_goes_on_with_the_noise_and_the_decisions_of_the_first(setup):
+    from kvlock_sampling.integrations.comfyui.host import ComfyLock, Stage
+
+    def stepped(lock, x, levels):
+        for level, below in itertools.pairwise(levels):
+            x = x + (x - lock(x, level.expand(len(x)), **setup.cfg)) / level * (below - level)
+        return x
+
+    half = len(setup.sigmas) // 2
+    with setup.lock(policy="sigmoid") as lock:
+        x, run = stepped(lock, setup.x, setup.sigmas[: half + 1]), lock._run()
+        stage = Stage(run.noise.clone(), lock.trace.steps[-1].sigma, run.timeline.last._replace(estimator=None))
+    with setup.lock(policy="sigmoid", sigmas=setup.sigmas[half:]) as second:
+        ComfyLock(source={"samples": setup.source})._go_on(second, [stage], x, setup.sigmas[half].expand(1))
+        stepped(second, x, setup.sigmas[half:])
+        assert torch.equal(second._run().noise, stage.noise)
+        torch.testing.assert_close(second.trace.steps[0].lock, stage.state.lock)
+        assert stage.state.lock.max() > 0

@@ -143,21 +143,6 @@ def test_a_declared_network_is_asked_the_same_in_a_model_that_guides_itself():
                     lock(X * 5, SIGMA, **given)
 
 
-def test_rows_of_a_clip_beside_each_other_are_refused(pair):
-    class Interleaves(Guides):
-        def forward(self, x, sigma, cond, uncond, cond_scale=3.0):
-            both = {"cond": torch.stack([uncond, cond], 1).flatten(0, 1)}
-            out = self.inner_model(x.repeat_interleave(2, 0), sigma.repeat_interleave(2, 0), **both)
-            return out[::2] + (out[1::2] - out[::2]) * cond_scale
-
-    for lock in (0.5, 1.0):
-        options = {"source": pair.source, "mask": pair.mask, "policy": kv.Constant(lock)}
-        with pytest.raises(AttentionError, match=r"2 rows of a clip beside each other; .*torch\.cat\(\[x, x\]\)"):
-            kv.KVLock(Interleaves(pair.model), **options).sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
-    idle = kv.KVLock(Interleaves(pair.model), source=pair.source, mask=pair.mask, policy="off")
-    assert idle.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg).isfinite().all()
-
-
 @pytest.mark.parametrize("policy", ["half", "default", "sigmoid"])
 @pytest.mark.parametrize("clips", [1, 3])
 def test_other_clips_in_a_block_are_another_run(setup, policy, clips):
@@ -172,6 +157,20 @@ def test_other_clips_in_a_block_are_another_run(setup, policy, clips):
         found = stepped(lock, below, setup.sigmas[1:])
     with setup.lock(policy=policy) as lock:
         assert torch.equal(found, stepped(lock, below, setup.sigmas[1:]))
+
+
+def test_a_sampler_that_takes_clips_apart_stays_in_its_run(setup):
+    def stepped(lock, parts):
+        x = setup.x.repeat(2, 1, 1, 1, 1)
+        for level, below in pairwise(setup.sigmas):
+            lock(x[:parts], level.expand(parts), **setup.cfg)
+            x = x + (x - lock(x, level.expand(len(x)), **setup.cfg)) / level * (below - level)
+        return x
+
+    with setup.lock(policy="half", noise="fixed") as lock:
+        found = stepped(lock, 1)
+    with setup.lock(policy="half", noise="fixed") as lock:
+        assert torch.equal(found, stepped(lock, 2))
 
 
 @pytest.mark.parametrize("policy", ["off", "half"])

@@ -144,7 +144,15 @@ def test_an_uneven_first_or_last_frame_doubles_no_others(kind: str, jitter: floa
     assert read._beats(np.append(begins, begins[-1] + last)) == 60
 
 
-def test_an_avi_has_no_time_stamps_and_its_frames_stay_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("missing", [1, 3, 12, 30, 33, 35])
+@pytest.mark.parametrize("jitter", [0, 0.004])
+def test_one_missing_frame_is_a_gap_wherever_it_is(missing: int, jitter: float) -> None:
+    begins = np.delete(np.arange(37) / 10, missing)
+    begins[1:] += jitter * np.random.default_rng(0).uniform(-1, 1, 35)
+    assert read._beats(np.append(begins, 3.7)) == 37
+
+
+def test_frames_of_an_avi_stay_in_order(tmp_path: Path) -> None:
     later = {"x264-params": "bframes=3:b-adapt=0"}  # frames that refer to later ones
     clip = read_clip(film(tmp_path / "clip.avi", ramp(12, 48, 64), options=later))
     assert (indices(clip.pixels), clip.fps) == (list(range(12)), 10)

@@ -83,6 +83,9 @@ def test_noise_of_ones_own_is_cut_to_the_clips_sent_back(pair):
     sent = restart(lock, sampler, x, pair.sigmas, limit=limit, **options).sent_back
     generator = torch.Generator().manual_seed(1)
     assert torch.equal(seen[1], torch.randn(pair.x.shape, generator=generator)[sent])
+    options["noise_sampler"] = lambda high, low: torch.zeros(1, 1, 1, 1, 1)  # the same for all
+    restart(lock, sampler, x, pair.sigmas, limit=limit, **options)
+    assert seen[2].shape == (1, 1, 1, 1, 1)
 
 
 def test_nothing_at_risk_costs_nothing(pair):

@@ -204,6 +204,20 @@ def test_what_a_sampler_evaluates_does_not_depend_on_noise_and_draws_none():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_samplers_of_few_or_other_arguments_are_tried_as_they_are():
+    def bare(model, x, sigmas):
+        return samplers.euler(model, x, sigmas)
+
+    def reads(model, x, sigmas, **options):
+        return samplers.euler(
+            model, x, sigmas, extra_args={"cond": options.pop("extra_args")["cond"].clone()}, **options
+        )
+
+    for sampler in (bare, reads):
+        assert samplers.seeding(sampler, 0) == {}
+        assert samplers.evaluated_sigmas(sampler, SIGMAS) == samplers.evaluated_sigmas("euler", SIGMAS)
+
+
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "euler_ancestral", "dpmpp_sde", "dpm_fast", "dpm_adaptive"])
 def test_a_seed_is_given_to_what_takes_noise(name):
     takes = "noise_sampler" in inspect.signature(samplers.get(name)).parameters

@@ -16,7 +16,7 @@ def batch(
         Path, typer.Argument(**opt.PATH, help="CSV with columns clip, mask, prompt, and more; an edit a row.")
     ],
     out_dir: Annotated[
-        Path, typer.Option("--out", **opt.PATH, help="Folder to write into; what is done there is kept.")
+        Path, typer.Option("--out", **opt.OUTPUT, help="Folder to write into; what is done there is kept.")
     ],
     model: opt.Model = "tiny",
     sampler: opt.Sampler = "dpmpp_2m",

@@ -41,7 +41,7 @@ def main(
 
 @app.command()
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", **opt.PATH, help="Folder to write into.")] = Path("demo"),
+    out_dir: Annotated[Path, typer.Option("--out", **opt.OUTPUT, help="Folder to write into.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Chooses the scenes and the noise.")] = 0,
     steps: opt.Steps = 20,
     sampler: opt.Sampler = "dpmpp_2m",
@@ -70,7 +70,7 @@ def edit(
     clip: opt.Clip,
     mask: opt.Mask,
     prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
-    output: Annotated[Path, typer.Option("-o", "--output", **opt.PATH, help="mp4, webm, gif or png.")],
+    output: Annotated[Path, typer.Option("-o", "--output", **opt.OUTPUT, help="mp4, webm, gif or png.")],
     source_prompt: Annotated[
         str | None, typer.Option(help="What the clip shows now; default: --prompt, or none with --kv-cache.")
     ] = None,
@@ -92,7 +92,9 @@ def edit(
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
     negative_prompt: opt.NegativePrompt = None,
     shift: opt.Shift = None,
-    trace: Annotated[Path | None, typer.Option(**opt.PATH, help="Also write the run's figure (png, svg, pdf).")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(**opt.OUTPUT, help="Also write the run's figure (png, svg, pdf).")
+    ] = None,
     kv_cache: opt.KVCacheDir = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""
@@ -145,7 +147,7 @@ def edit(
 
 @app.command()
 def calibrate(
-    output: Annotated[Path, typer.Option("-o", "--output", **opt.PATH, help="The preset to write, NAME.toml.")],
+    output: Annotated[Path, typer.Option("-o", "--output", **opt.OUTPUT, help="The preset to write, NAME.toml.")],
     model: opt.Model = "tiny",
     clips: Annotated[str, typer.Option(help="How many scenes; or a folder of NAME.mp4, .mask.png and .txt.")] = "32",
     policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "sigmoid",

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,12 @@ def write_report(out: Path, jobs: Sequence[Job], records: Sequence[Mapping[str, 
 def check_report(out: Path) -> None:
     """Raise KVLockError if the folder has a file of another kind where a report would be written."""
     for name, begins in (("results.csv", b"row,status,output,"), ("report.html", HEAD.encode())):
-        if (path := out / name).exists() and not path.read_bytes().startswith(begins):
-            raise KVLockError(f"{str(path)!r} is no report of a batch and would be replaced: choose another --out.")
+        with suppress(FileNotFoundError), open(path := out / name, "rb") as file:
+            found = (
+                file.read(99).removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b";", b",")
+            )  # by spreadsheets
+            if found and not found.startswith(begins.replace(b'"', b"")):
+                raise KVLockError(f"{str(path)!r} is no report of a batch and would be replaced: move it elsewhere.")
 
 
 def told(record: Mapping[str, Any]) -> list[str]:

@@ -37,6 +37,7 @@ class FusionContext:
         text: Number of text tokens in this call; None if unknown.
         text_first: Text tokens stand before the video's.
         rows: Rows of this call, those of each branch together; None if unknown.
+        called: Rows with which the network was called, if it is known and guides itself or another does; 0 if unknown.
         record: What happened.
     """
 
@@ -49,6 +50,7 @@ class FusionContext:
     text: int | None = None
     text_first: bool = False
     rows: int | None = None
+    called: int = 0
     record: CallRecord = field(default_factory=CallRecord)
 
     @property
@@ -66,8 +68,9 @@ class FusionContext:
         """
         batch, rows = len(ratio), len(key)
         # A model may double its rows itself, to guide. Only folded heads, which leave three axes, look the same.
-        if rows % (self.rows or batch) or (key.ndim == 3 and rows != (self.rows or rows)):
-            wanted = f"{self.rows} for" if self.rows else "a multiple of"
+        unfolded = self.rows or (0 if self.called % batch else self.called) or rows
+        if rows % (self.rows or batch) or (key.ndim == 3 and rows != unfolded):
+            wanted = f"{unfolded} for" if unfolded != rows else "a multiple of"
             raise AttentionError(
                 f"layer {layer!r} was called with {rows} rows; expected {wanted} the batch of {batch} clip(s), in "
                 "chunks of whole batches, e.g. torch.cat([x, x]) for guidance.\n  Give heads an axis of their own, "
@@ -79,12 +82,6 @@ class FusionContext:
         # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
         last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
-            # The source's rows have one prompt, so those of one clip are equal.
-            if rows > batch > 1 and not self.record.fired and key[0].equal(key[1]) and not key[0].equal(key[batch]):
-                raise AttentionError(
-                    f"the model puts the {rows // batch} rows of a clip beside each other; expected chunks of whole "
-                    "batches, as torch.cat([x, x]) makes, not x.repeat_interleave(2, 0).\n  Or edit one clip at a time."
-                )
             self.record.fired.add(layer.partition("[")[0])
             if (chosen := self.selection) is not None:
                 last = last[0].index_select(-2, chosen.stored), last[1].index_select(-2, chosen.stored)

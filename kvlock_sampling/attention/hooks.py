@@ -6,7 +6,7 @@ embedding, whatever kernel computes attention. Calls of the model that do not co
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -96,18 +96,21 @@ class Hooks:
 
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many rows, and text tokens beside the video's, this call of the network has."""
-        current().record.entered = False
-        bound, names = (
-            signature_of(network).bind_partial(network, *args, **kwargs).arguments,
-            self.layers.text_arguments,
-        )
+        context, names = current(), self.layers.text_arguments
+        context.record.entered = False
+        called = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2), 0)
+        bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments if names else {}
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None
-        with using(replace(_with_rows(bound.values()), text=text)):
+        with using(replace(context, text=text, called=called)):
             return call(*args, **kwargs)
 
     def _watch(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Intercept a call of the watched module."""
-        with using(_with_rows((*args, *kwargs.values()))):
+        """Intercept a call of the watched module. One that guides itself makes rows of its own: as many as in its x."""
+        context = current()
+        if context.rows is None:
+            rows = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), None)
+            context = replace(context, rows=rows)
+        with using(context):
             return self._intercept(self._fuse_matching, call, args, kwargs)
 
     def _intercept(self, fuse: Callable[..., Fused], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -166,13 +169,6 @@ class Hooks:
                 "  Pass foreground=False to KVLock, or lock only layers that can be seen: layers=[...]."
             )
         warn(f"{text} The others are not locked.")
-
-
-def _with_rows(given: Iterable[Any]) -> FusionContext:
-    """The context for a call with these arguments. A model that guides itself makes rows of its own: those of its x."""
-    context = current()
-    rows = context.rows or next((len(x) for x in given if isinstance(x, Tensor) and x.ndim > 1), None)
-    return replace(context, rows=rows)
 
 
 def _checkpointed() -> bool:

@@ -220,9 +220,11 @@ def sdpa_layers(
     """
     if not isinstance(module, nn.Module):
         raise AttentionError(f"sdpa_layers watches a torch module; got {type(module).__name__}. Pass the network.")
-    # Hooks around a compiled network would be compiled into it.
-    while isinstance(inner := getattr(module, "_orig_mod", getattr(module, "inner_model", None)), nn.Module):
-        module = inner
+    inner: Any = module
+    while type(inner).__module__ == "kvlock_sampling.denoisers" and isinstance(inner.inner_model, nn.Module):
+        inner = inner.inner_model
+    if inner._compiled_call_impl is not None or hasattr(inner, "_orig_mod"):  # hooks around it would be compiled too
+        module = getattr(inner, "_orig_mod", inner)
     if start < 0 or (trailing is not None and trailing < 0):
         raise AttentionError(f"start={start}, trailing={trailing}; expected counts of tokens >= 0, e.g. start=0.")
     chosen = None if calls is None else frozenset(calls if isinstance(calls, Iterable) else [calls])

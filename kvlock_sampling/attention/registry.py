@@ -59,7 +59,7 @@ def find_layers(model: Any) -> AttentionLayers:
         layers = tuple(replace(layer, name=f"{i}.{layer.name}") for i, f in enumerate(alike) for layer in f.layers)
         blocks = tuple(block for f in alike for block in f.blocks)
         return replace(found[0], layers=layers, networks=tuple(f.networks[0] for f in alike), blocks=blocks)
-    looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside that is searched)"
+    looked = ", ".join(dict.fromkeys(seen)) or f"{type(model).__name__} (no torch module inside)"
     families = ", ".join(dict.fromkeys(c.partition(":")[2] for a in known for c in a.classes))
     raise AttentionError(
         f"no attention layers found in {looked[:400]}.\n  Known architectures: {families}.\n"

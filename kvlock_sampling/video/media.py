@@ -89,7 +89,7 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
         for frame in container.decode(stream):
             if index < 0:
                 _name_what_is_lost(path, stream, frame)
-            # A decoder may leave frames out. An avi has no times, and what ffmpeg makes up for them is out of order.
+            # A decoder may leave frames out. The times that ffmpeg makes up for an avi are out of order.
             counted = frame.time is None or container.format.name == "avi"
             index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
             yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))

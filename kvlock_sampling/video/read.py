@@ -100,11 +100,11 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
 def _beats(starts: Seconds) -> int:
     """The smallest number of equal frames that shows nearly all stored ones in their places."""
     have, total = len(starts) - 1, float(starts[-1])
-    a, b = have // 4, have - 1 - have // 4  # a film's first or last frame may be shorter or longer than the others
-    scale = (b - a) / (starts[b] - starts[a]) if have > 4 else have / total
+    some = have // 4  # not the mean rate: a film's first or last frame may be shorter or longer than the others
+    scale = some / np.median(starts[some:have] - starts[: have - some]) if have > 8 else have / total
     off = starts[:-1] * scale - np.arange(have)
     late = np.abs(off - np.median(off)) > 0.25
-    if late.sum() <= (have // 4 if have > 4 else 0) and abs(total * scale - have) < 1:
+    if late.sum() <= (have // 4 if have > 4 else 0) and -1.25 < total * scale - have < 0.75:
         return have
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
     gaps = np.sort(np.diff(starts))

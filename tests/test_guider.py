@@ -329,3 +329,11 @@ def test_without_diffusers_the_extra_is_named() -> None:
 def test_a_source_prompt_is_told_how_to_be_encoded():
     with pytest.raises(PipelineError, match=r"a guider sees no text encoder.*source_embeds=embeds.*locked\(pipe"):
         KVLockGuider(source_prompt="a red ball")
+
+
+def test_a_policy_of_a_file_is_saved_with_the_guider(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('[policy]\ntype = "Constant"\nlock = 0.7\n')
+    KVLockGuider(4.0, policy="mine.toml").save_pretrained(tmp_path / "saved")
+    (tmp_path / "mine.toml").write_text('[policy]\ntype = "Constant"\nlock = 0.1\n')
+    assert "lock = 0.7" in KVLockGuider.from_pretrained(tmp_path / "saved").config.policy

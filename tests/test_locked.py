@@ -570,3 +570,52 @@ def test_a_clip_is_encoded_by_an_offloaded_vae() -> None:
     vae = classic().vae
     add_hook_to_module(vae, CpuOffload(execution_device="meta"))  # in the place of a GPU
     assert encode_clip(vae, torch.zeros(3, 9, 64, 64)).device.type == "meta"
+
+
+def test_a_callback_may_call_the_transformer(pipe: Any) -> None:
+    def ask(pipe: Any, index: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if index == 1:
+            states = {"hidden_states": given["latents"], "encoder_hidden_states": given["prompt_embeds"]}
+            pipe.transformer(**states, timestep=pipe.scheduler.timesteps[index + 1][None], return_dict=False)
+        return {}
+
+    asked = {"callback_on_step_end": ask, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    for policy in (kv.Constant(lock=0.0), kv.Constant(lock=1.0)):
+        with locked(pipe, **EDIT, policy=policy):
+            wanted = run(pipe)
+        with locked(pipe, **EDIT, policy=policy):
+            assert torch.equal(run(pipe, **asked), wanted)
+
+
+def test_steps_are_counted_once_where_a_schedule_has_levels_twice() -> None:
+    from diffusers import FlowMatchHeunDiscreteScheduler
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    pipe, seen = tiny_pipeline("wan"), []
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler(shift=3.0)
+
+    @kv.stateless
+    def counts(obs: kv.Observation) -> kv.Control:
+        seen.append(obs.steps_left)
+        return kv.Control(lock=0.0)
+
+    with locked(pipe, **EDIT, policy=counts, composite=False):
+        run(pipe)
+    assert list(dict.fromkeys(seen)) == [4, 3, 2, 1]  # nothing is measured in the first
+    plain = modular(pipe, guider=ClassifierFreeGuidance(4.0))()
+    guider = KVLockGuider(4.0, policy=kv.Constant(lock=0.0), scheduler=pipe.scheduler)
+    assert torch.equal(modular(pipe, guider=guider)(), plain)
+    assert len(guider.trace) == 9
+
+
+def test_two_changes_of_one_class_are_worn_together() -> None:
+    from kvlock_sampling.utils.modules import plain_copies, wearing
+
+    linear = torch.nn.Linear(2, 2)
+    with (
+        wearing(linear, lambda kind: plain_copies(kind, {"one": 1})),
+        wearing(linear, lambda kind: plain_copies(kind, {"two": 2})),
+    ):
+        assert (linear.one, linear.two) == (1, 2)
+        assert type(copy.deepcopy(linear)) is torch.nn.Linear
+    assert type(linear) is torch.nn.Linear

@@ -6,7 +6,9 @@ of a flow scheduler, and DDIM, are the same step in other variables, so the resu
 
 from __future__ import annotations
 
+import copy
 import pickle
+from functools import partial
 
 import diffusers
 import pytest
@@ -17,6 +19,7 @@ import kvlock_sampling as kv
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers import latents as codec
 from kvlock_sampling.kv_cache.fingerprint import model_fingerprint
+from kvlock_sampling.types import SourceError
 
 WANS = ["wan", "wan-2.2", "wan-ti2v", "wan-image", "wan-image-ti2v", "wan-vace"]
 NAMES = [*WANS, "ltx", "cogvideox", "cogvideox-1.5", "hunyuan", "hunyuan-1.5", "mochi"]
@@ -397,3 +400,43 @@ def test_a_step_cache_on_the_transformer_goes_on_working():
     assert [s.fused_layers for s in plain.trace] == [layers] * 4
     assert [s.fused_layers for s in cached.trace] == [layers] + [1] * 3
     assert torch.isfinite(cached.pixels).all()
+
+
+def test_pixels_of_another_range_and_a_replaced_transformer_are_told():
+    video, clip, _ = model("wan")
+    for wrong in ((clip + 1) * 127.5, ((clip + 1) * 127.5).byte()):
+        with pytest.raises(SourceError, match=r"/ 127\.5 - 1"):
+            video.given(wrong)
+    assert video.given(clip.numpy())._shape == tuple(clip.shape)
+    with pytest.raises(SourceError, match=r"/ 127\.5 - 1"):
+        model("wan-image", image=(clip[0, :, 0] + 1) * 127.5)[0].given(clip)
+    video.pipe.transformer = copy.deepcopy(video.transformer)
+    with pytest.raises(PipelineError, match=r"replaced: .*kv\.from_pipeline\(pipe\)"):
+        video.given(clip)
+    for length in (-1, 0, 2.5, "a"):
+        with pytest.raises(PipelineError, match="max_sequence_length"):
+            kv.from_pipeline(tiny_pipeline("wan"), max_sequence_length=length)
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-image", "ltx", "cogvideox"])
+def test_an_offloaded_part_leaves_the_device_after_its_work(name, monkeypatch):
+    pipe = tiny_pipeline(name)
+    pipe.enable_model_cpu_offload(device="cpu")
+    loaded, ever = set(), set()
+
+    def load(forward, module, *args, **kwargs):
+        loaded.add(module)
+        ever.add(module)
+        return forward(module, *args, **kwargs)
+
+    for hook in pipe._all_hooks:
+        monkeypatch.setattr(hook, "offload", partial(loaded.discard, hook.model))
+        monkeypatch.setattr(hook.hook, "pre_forward", partial(load, hook.hook.pre_forward))
+    video, seen = kv.from_pipeline(pipe), []
+    pipe.transformer.register_forward_pre_hook(lambda module, args: seen.append(loaded - {module}))
+    clip = make_clip(frames_of(name), size=64)
+    kv.edit_video(clip, make_mask(frames_of(name)), "a", model=video, policy="half", steps=2)
+    assert ever >= {pipe.transformer, pipe.vae, pipe.text_encoder}
+    assert seen
+    assert not any(seen)
+    assert not loaded

@@ -79,5 +79,6 @@ def plain_copies(kind: Any, methods: Mapping[str, Any]) -> Any:
         make, *given = (kind if isinstance(p, type) and issubclass(p, made) else p for p in (make, *given))
         return make, tuple(given), *state
 
-    made = type(kind)(kind.__name__, (_Unnoticed, kind), {"__reduce_ex__": reduced, **methods})
+    bases = (kind,) if issubclass(kind, _Unnoticed) else (_Unnoticed, kind)
+    made = type(kind)(kind.__name__, bases, {"__reduce_ex__": reduced, **methods})
     return functools.update_wrapper(made, kind, updated=())

@@ -98,7 +98,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         self.guidance_scale, self.guidance_rescale, self.use_original_formulation = guidance_scale, 0.0, False
         named = isinstance(policy, (str, os.PathLike))
         checked = load_policy(policy) if named else as_policy(policy)
-        text = os.fspath(policy) if named else None
+        text = os.fspath(policy) if named and not os.path.isfile(policy) else None  # a file may change
         with suppress(PolicyError):  # a policy that is code has no text
             text = text or to_toml(checked)
         self.register_to_config(policy=text)
@@ -199,7 +199,7 @@ class KVLockGuider(ClassifierFreeGuidance):
         uncond = calls[1] if len(calls) == 2 else None
         requested = 1.0 if uncond is None else float(self.guidance_scale)
         answers = session.evaluate(calls[0], uncond, time=time, requested=requested, latents=self._latents)
-        if self._step == self._num_inference_steps - 1:
+        if self._step == (self._num_inference_steps if self._times is None else len(self._times)) - 1:
             session.end(complete=True)
         # The pipeline keeps its latents as it showed them, also in bfloat16.
         if self._latents is None and answers[0] is answers[1]:

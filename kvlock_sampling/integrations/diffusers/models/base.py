@@ -19,6 +19,7 @@ from ....masks import as_mask
 from ....samplers import flow_sigmas
 from ....types import PipelineError
 from ....utils.fields import check_number
+from ....video.read import as_clips, check_pixels
 from .. import latents as codec
 from ..schedule import check_flow, flow_times, schedule_sigmas, train_steps
 
@@ -112,7 +113,8 @@ class PipelineVideo:
         self.negative_prompt = negative_prompt or ""
         self.shift = None if shift is None else check_number("shift", shift, PipelineError, above=0.0)
         self.t_max = check_number("t_max", t_max, PipelineError, above=0.0, below=1.0)
-        self.max_sequence_length = max_sequence_length or self._default("max_sequence_length", 512)
+        most = self._default("max_sequence_length", 512) if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = check_number("max_sequence_length", most, PipelineError, at_least=1, whole=True)
         self._texts: dict[str, Conditioning] = {}
         self._clips: Conditioning = {}
         self._shape: tuple[int, ...] | None = None
@@ -186,7 +188,9 @@ class PipelineVideo:
         `masks.as_mask` reads, is by default everything. A prompt of one text then counts for all clips. Raises
         PipelineError if the model cannot edit this size, or the mask has another.
         """
-        clips = clips if clips.ndim == 5 else clips.unsqueeze(0)
+        if self.pipe.transformer is not self.transformer:
+            raise PipelineError("the pipeline's transformer was replaced: take it anew, kv.from_pipeline(pipe).")
+        check_pixels(clips := as_clips(clips))
         frames, height, width = clips.shape[2:]
         if (fit := self.fit(frames, height, width)) != (frames, height, width):
             raise PipelineError(
@@ -207,13 +211,22 @@ class PipelineVideo:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32: the mode of the posterior."""
-        return self._padded(codec.encode(self.pipe.vae, pixels, self.device))
+        latents = codec.encode(self.pipe.vae, pixels, self.device)
+        self._unload()
+        return self._padded(latents)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents to clips in [-1, 1], float32."""
         with torch.no_grad():
             raw = codec.denormalise(self.pipe.vae, self.unpadded(latents.to(self.device).float()))
-            return torch.cat([self._decode(clip.to(self.pipe.vae.dtype)) for clip in raw.split(1)]).float().clamp(-1, 1)
+            pixels = torch.cat([self._decode(clip.to(self.pipe.vae.dtype)) for clip in raw.split(1)])
+        self._unload()
+        return pixels.float().clamp(-1, 1)
+
+    def _unload(self) -> None:
+        """Take offloaded parts from the device. Each moves only the part before it, in the pipeline's own order."""
+        for hook in getattr(self.pipe, "_all_hooks", ()):
+            hook.offload()
 
     def _padded(self, latents: Tensor) -> Tensor:
         """Latents with the frames that the transformer needs beside the clip's; `unpadded` is the inverse."""
@@ -245,6 +258,7 @@ class PipelineVideo:
                 with torch.no_grad():
                     # On the host: a batch of films has many texts.
                     self._texts[text] = {name: rows.cpu() for name, rows in self._encode_text(text).items()}
+                self._unload()
         rows = [self._texts[text] for text in texts]
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]} | self._clips
 

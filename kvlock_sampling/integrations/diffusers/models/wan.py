@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ....types import PipelineError
 from ....utils.fields import check_number
+from ....video.read import as_clips, check_pixels
 from ..schedule import train_steps
 from .base import Conditioning, PipelineVideo, ask
 
@@ -84,7 +85,8 @@ class WanImageVideo(WanVideo):
             if given != fits:
                 hint = f"kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
                 raise PipelineError(f"image is {given}; expected (3, height, width) = {fits}, in [-1, 1]: {hint}.")
-            first = self.image[None, :, None].to(clips).expand(len(clips), -1, -1, -1, -1)
+            check_pixels(image := as_clips(self.image[:, None]))
+            first = image.to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {"features": self._features(first)} if self.transformer.config.image_dim is not None else {}
         if self.pipe.config.get("expand_timesteps"):
             return {"frame": self.encode(first), **found}

@@ -74,21 +74,11 @@ class Trace:
         self, observation: Observation, next_lock: Scalar, cfg_scale: Scalar, composite: Scalar, **counts: Any
     ) -> None:
         """Add the row of one evaluation: what the policy saw, what it decided, and what ran."""
-        like, lock = observation.requested_cfg_scale, observation.lock
-        self.steps.append(
-            StepInfo(
-                call=len(self),
-                sigma=observation.sigma,
-                variance=observation.variance,
-                risk=observation.risk,
-                effect=observation.effect,
-                lock=lock if counts["fused_layers"] else torch.zeros_like(lock),  # a step cache may skip every layer
-                next_lock=rows_of(next_lock, like),
-                cfg_scale=rows_of(cfg_scale, like),
-                composite=rows_of(composite, like),
-                **counts,
-            )
-        )
+        sigma, variance, risk, lock, like, _, effect = observation
+        acted = lock if counts["fused_layers"] else torch.zeros_like(lock)  # a step cache may skip every layer
+        decided = {"next_lock": next_lock, "cfg_scale": cfg_scale, "composite": composite}
+        counts |= {name: rows_of(value, like) for name, value in decided.items()}
+        self.steps.append(StepInfo(len(self), sigma, variance, risk, effect, acted, **counts))
 
     def rows(self) -> list[dict[str, Any]]:
         """One dict per evaluation and clip, with the keys of `COLUMNS`, and NaN for what was not measured."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..masks.tokens import Grid, Selection
 from ..types import AttentionError
 from ..utils.threads import setting
-from .fuse import fuse_positions, fuse_rows, join_kept
+from .fuse import fuse, fuse_rows, join_kept
 from .record import CallRecord, KeyValue
 
 Mode = Literal["lockstep", "capture", "inject"]
@@ -97,8 +97,9 @@ class FusionContext:
             if self.narrowed is not None:
                 return join_kept(own, kept, self.ratio, self.narrowed, start)
             if self.selection is not None and self.mode == "inject":
-                where = self.selection.stored
-                return fuse_positions(own, kept, ratio[:, where], where + start)
+                where, out = self.selection.stored, own.clone()
+                out[..., where + start, :] = fuse(own[..., where + start, :], kept, ratio[:, where])
+                return out
             return fuse_rows(own, kept, ratio, video, edit_rows)
 
         return fused(key, source[0]), fused(value, source[1])

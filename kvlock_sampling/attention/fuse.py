@@ -49,13 +49,6 @@ def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_row
     return mixed
 
 
-def fuse_positions(own: Tensor, source: Tensor, ratio: Tensor, where: Tensor) -> Tensor:
-    """`fuse` at the positions `where` of a sequence. The rest is unchanged."""
-    out = own.clone()
-    out[..., where, :] = fuse(own[..., where, :], source, ratio)
-    return out
-
-
 def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start: int) -> Tensor:
     """Insert the source's kept tokens behind the computed ones, and fuse those that take some of the source.
 

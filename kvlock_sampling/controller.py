@@ -1,9 +1,7 @@
 """From a clean prediction to a decision: estimator -> variance -> risk -> policy -> checked control."""
 
-import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .policy.base import check_control
@@ -47,7 +45,7 @@ def decide(
         inner, variance, effect = measure(settings.estimator, inner, evaluation)
     if variance is not None:
         limit = threshold_at(settings.threshold, observation.sigma)
-        effect = torch.full_like(variance, math.nan) if effect is None else effect / limit
+        effect = observation.effect if effect is None else effect / limit
         effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
         risk = variance / limit
         observation = observation._replace(variance=variance, risk=risk, effect=effect.expand_as(variance))

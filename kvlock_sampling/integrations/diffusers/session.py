@@ -57,9 +57,8 @@ class Session:
     def begin(self, times: Tensor | None) -> None:
         """Begin a run of this thread or task. `times` are its falling flow times, for policies that count steps."""
         self.end()
-        self.run = Run(
-            None if times is None else tuple(dict.fromkeys(sigmas_of(times).tolist()))
-        )  # heun has levels twice
+        levels = None if times is None else tuple(dict.fromkeys(sigmas_of(times).tolist()))  # heun has each twice
+        self.run = Run(levels)
         self.trace = self.run.trace
 
     def end(self, *, complete: bool = False) -> None:

@@ -258,7 +258,7 @@ class PipelineVideo:
                 with torch.no_grad():
                     # On the host: a batch of films has many texts.
                     self._texts[text] = {name: rows.cpu() for name, rows in self._encode_text(text).items()}
-                self._unload()
+        self._unload()
         rows = [self._texts[text] for text in texts]
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]} | self._clips
 

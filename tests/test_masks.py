@@ -359,3 +359,7 @@ def test_a_palette_of_a_picture_is_its_brightest_channel():
     picture = Image.fromarray(page).quantize(3)
     assert picture.mode == "P"
     assert torch.equal(masks.as_mask(picture), masks.as_mask(page.max(-1)))
+    backwards = Image.fromarray(255 - page.max(-1), "P")  # the darkest colour has the largest index
+    backwards.putpalette([255 - i // 3 for i in range(768)])
+    for pages in ([picture] * 3, (picture, backwards, Image.fromarray(page.max(-1)))):
+        assert torch.equal(masks.as_mask(pages), masks.as_mask(page.max(-1), frames=3))

@@ -271,6 +271,15 @@ def test_a_mask_across_the_clip_is_stretched_with_a_warning(tmp_path: Path) -> N
     assert not mask[..., 48:].any()
 
 
+def test_a_mask_that_is_cut_to_its_middle_is_named(tmp_path: Path) -> None:
+    Image.new("L", (128, 128), 255).save(tmp_path / "square.png")
+    with pytest.warns(UserWarning, match=r"is 128 x 128, and its middle is taken for 90 x 160; .*read_pair"):
+        read_mask(tmp_path / "square.png", frames=2, size=(90, 160))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_mask(tmp_path / "square.png", frames=2, size=(127, 128))
+
+
 @pytest.mark.parametrize("size", [(96, 160), (48, 80), (191, 320), (478, 798)])
 def test_a_mask_of_the_same_frame_is_cut_where_the_clip_is(tmp_path: Path, size: tuple[int, int], recwarn) -> None:
     """White is painted in the clip and in the mask; both are cut to a square, and white must stay on white."""
@@ -360,6 +369,36 @@ def test_images_have_no_times_and_are_matched_one_by_one(tmp_path: Path, recwarn
         6,
         7,
     ]  # each stays with its frame
+
+
+def test_masks_of_the_frames_that_are_read_are_theirs(tmp_path: Path, recwarn) -> None:
+    times = [(i + (i >= 4)) / 30 for i in range(12)]
+    clip = film(tmp_path / "clip.mp4", bars(12), 30, times=times)  # a phone dropped one frame
+    read = places((read_clip(clip).pixels[:1] > 0).float())
+    assert read == [0, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    (tmp_path / "masks").mkdir()
+    for number, index in enumerate(read):
+        Image.fromarray(bars(12)[index]).save(tmp_path / f"masks/{number:02}.png")
+    assert places(read_pair(ANY, clip, tmp_path / "masks")[1]) == read
+    wanted = [0, 1, 2, 3, 3, 3, 4, 5, 6, 7]
+    pages = [bars(10)[i] for i in wanted]
+    frames = folder(tmp_path / "frames", range(10), grey(10))
+    for name, options in (("a.gif", {}), ("a.webp", {"lossless": True})):  # Pillow merges equal frames
+        mask = save(tmp_path / name, pages, 120, **options)
+        assert places(read_pair(ANY, frames, mask)[1]) == wanted
+    assert not recwarn
+
+
+@pytest.mark.parametrize(("suffix", "rate"), [(".mkv", 30), (".mkv", 60), (".mp4", 24), (".mp4", 48)])
+def test_half_the_rate_is_every_second_frame(tmp_path: Path, suffix: str, rate: int) -> None:
+    clip = film(tmp_path / f"clip{suffix}", ramp(24), rate)
+    assert indices(read_clip(clip, fps=rate / 2).pixels) == list(range(1, 24, 2))
+
+
+def test_a_mask_of_twice_the_rate_is_matched_evenly(tmp_path: Path) -> None:
+    mask = film(tmp_path / "mask.webm", bars(24, 24), 60, codec="libvpx-vp9")
+    clip = film(tmp_path / "clip.mp4", grey(12, 16, 192), 30)
+    assert places(read_pair(ANY, clip, mask)[1]) == list(range(1, 24, 2))
 
 
 def folder(path: Path, names: Sequence[str | int], pages: Sequence[np.ndarray]) -> Path:
@@ -484,6 +523,31 @@ def test_every_painted_colour_counts_in_every_kind_of_image(tmp_path: Path, recw
     for name in ("rgb.png", "palette.png", "noisy.jpg", "alpha.png"):
         assert torch.equal(read_mask(tmp_path / name, frames=2, size=(16, 128)), wanted), name
     assert not recwarn.list
+
+
+def test_a_mask_in_alpha_is_named(tmp_path: Path, recwarn) -> None:
+    clip = film(tmp_path / "clip.mkv", grey(2, 48, 96))
+    painted = np.zeros((48, 96), np.uint8)
+    painted[8:40, 16:48] = 255
+    photo = np.random.default_rng(0).integers(0, 256, (6, 12, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+    for colours, alpha in ((0 * photo, painted), (photo, 255 - painted)):  # black on nothing; an erased hole
+        Image.fromarray(np.dstack([colours, alpha])).save(tmp_path / "mask.png")
+        with pytest.warns(UserWarning, match="has transparent parts, kept like black"):
+            read_pair(ANY, clip, tmp_path / "mask.png")
+    Image.fromarray(np.dstack([255 + 0 * photo, painted])).save(tmp_path / "mask.png")  # white on nothing
+    recwarn.clear()
+    assert torch.equal(read_pair(ANY, clip, tmp_path / "mask.png")[1][0, 0] > 0, torch.from_numpy(painted > 0))
+    assert not recwarn
+
+
+def test_noise_of_compression_is_no_object(tmp_path: Path, recwarn) -> None:
+    painted = np.zeros((48, 96), np.uint8)
+    painted[8:40, 16:48] = 255
+    Image.fromarray(painted).convert("RGB").save(tmp_path / "mask.webp", quality=50)
+    assert torch.equal(
+        read_mask(tmp_path / "mask.webp", frames=1, size=(48, 96))[0, 0], torch.from_numpy(painted) / 255
+    )
+    assert not recwarn
 
 
 def test_objects_in_grey_are_named(tmp_path: Path) -> None:
@@ -692,9 +756,58 @@ def test_every_sound_track_is_copied(tmp_path: Path) -> None:
 
 def test_a_muxer_that_refuses_the_sound_is_not_blamed_on_the_clip(tmp_path: Path) -> None:
     source = spoken(tmp_path / "clip.mkv", codec="flac", rate=48000)
-    with pytest.warns(UserWarning, match="without sound: this container does not hold flac"):
-        assert write_clip(tmp_path / "out.mov", torch.zeros(3, 4, 48, 64), fps=30, sound=source) == ""
+    said = write_clip(tmp_path / "out.mov", torch.zeros(3, 4, 48, 64), fps=30, sound=source)
+    assert said == "sound left out, as this container does not hold flac"
     assert read_clip(tmp_path / "out.mov").pixels.shape[1] == 4
+
+
+def test_a_track_that_a_container_refuses_costs_no_other(tmp_path: Path) -> None:
+    aac, opus = (spoken(tmp_path / f"{codec}.mkv", codec=codec, rate=48000) for codec in ("aac", "libopus"))
+    with av.open(str(tmp_path / "two.mkv"), "w") as both, av.open(str(aac)) as first, av.open(str(opus)) as second:
+        streams = [*first.streams, second.streams.audio[0]]
+        copies = {stream: both.add_stream_from_template(stream) for stream in streams}
+        for copy, language in zip(list(copies.values())[1:], ("deu", "eng"), strict=True):
+            copy.metadata["language"] = language
+        for packet in (p for c in (first.demux(), second.demux(audio=0)) for p in c if p.dts is not None):
+            packet.stream = copies[packet.stream]
+            both.mux(packet)
+    pixels = torch.zeros(3, 24, 48, 64)
+    assert write_clip(tmp_path / "out.mov", pixels, 30, sound=tmp_path / "two.mkv") == "sound copied, 1 of 2 tracks"
+    assert write_clip(tmp_path / "out.mp4", pixels, 30, sound=tmp_path / "two.mkv") == "sound copied"
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert [track.metadata["language"] for track in container.streams.audio] == ["deu", "eng"]
+
+
+def test_a_track_without_a_decoder_costs_no_other(tmp_path: Path) -> None:
+    data = spoken(tmp_path / "clip.mov", tracks=2).read_bytes()
+    for known, unknown in ((b"mp4a", b"apac"), (b"esds", b"esdx")):  # as phones write spatial sound
+        place = data.index(known, data.rindex(b"stsd"))
+        data = data[:place] + unknown + data[place + 4 :]
+    (tmp_path / "phone.mov").write_bytes(data)
+    with av.open(str(tmp_path / "phone.mov")) as container:
+        assert [track.codec_context is None for track in container.streams.audio] == [False, True]
+    said = write_clip(tmp_path / "out.mp4", torch.zeros(3, 24, 48, 64), fps=30, sound=tmp_path / "phone.mov")
+    assert said == "sound copied, 1 of 2 tracks"
+    assert heard(tmp_path / "out.mp4")
+
+
+def test_sound_lies_beside_its_pictures(tmp_path: Path) -> None:
+    source = spoken(tmp_path / "clip.mp4", pictures=[np.zeros((16, 16, 3), np.uint8)] * 750)  # 25 s
+    write_clip(tmp_path / "out.mp4", torch.zeros(3, 750, 16, 16), fps=30, sound=source)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        packets = [p for p in container.demux() if p.size and p.dts is not None]
+        order = [(p.stream.type, float(p.dts * p.time_base)) for p in sorted(packets, key=lambda p: p.pos)]
+    last, apart = {"audio": 0.0, "video": 0.0}, 0.0
+    for kind, moment in order:
+        last[kind] = moment
+        apart = max(apart, abs(last["audio"] - last["video"]))
+    assert apart < 2
+
+
+@pytest.mark.parametrize("name", ["voice.m4a", "talk.wav"])
+def test_sound_of_no_film_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.warns(UserWarning, match=f"{name}' is no film; expected one that ends in .mp4"):
+        assert write_clip(tmp_path / "out.mp4", torch.zeros(3, 4, 48, 64), sound=tmp_path / name) == ""
 
 
 def test_sound_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
@@ -734,6 +847,56 @@ def test_images_of_floats_and_of_too_many_pixels_are_refused(tmp_path: Path, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(VideoError, match=r"bomb.png' as an image: .*DecompressionBombError"):
         read_clip(tmp_path / "bomb.png")
+
+
+def noisy(count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 256, (48, 64, 3)).astype(np.uint8) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".avi", "mpeg4")])
+def test_frames_that_a_decoder_guesses_are_named(tmp_path: Path, suffix: str, codec: str) -> None:
+    path = film(tmp_path / f"clip{suffix}", noisy(24), 12, codec=codec)
+    with av.open(str(path)) as container:
+        at, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][12]
+    data = bytearray(path.read_bytes())
+    for place in range(at + size // 2, at + size // 2 + 64):
+        data[place] ^= 0x5A
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="has damaged frames, of which a decoder guesses parts"):
+        read_clip(path)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [(".mp4", "libx264"), (".avi", "mpeg4")])
+def test_a_film_that_lacks_its_last_frames_is_named(tmp_path: Path, suffix: str, codec: str) -> None:
+    path = tmp_path / f"clip{suffix}"
+    with av.open(str(path), "w", options={"movflags": "faststart"} if suffix == ".mp4" else {}) as container:
+        stream = container.add_stream(codec, rate=30, options={"bf": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for image in noisy(300):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        at = [p.pos for p in container.demux(video=0) if p.size][291]
+    path.write_bytes(path.read_bytes()[:at])
+    with pytest.warns(UserWarning, match="ends after 9.7 of 10 seconds. Is it complete"):
+        assert read_clip(path).pixels.shape[1] == 291
+
+
+@pytest.mark.skipif("libx265" not in av.codecs_available, reason="this build of ffmpeg has no libx265")
+def test_a_film_cut_between_key_frames_holds_its_first_whole_frame(tmp_path: Path) -> None:
+    params = "open-gop=1:keyint=8:min-keyint=8:bframes=3:scenecut=0:log-level=none"
+    whole = film(tmp_path / "whole.mkv", ramp(24, 48, 64), codec="libx265", options={"x265-params": params, "crf": "5"})
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mkv"), "w") as cut:
+        copied, keys, start = cut.add_stream_from_template(source.streams.video[0]), -1, None
+        for packet in (p for p in source.demux(video=0) if p.dts is not None):
+            keys += packet.is_keyframe
+            if keys > 0:
+                start = packet.dts if start is None else start
+                packet.stream, packet.pts, packet.dts = copied, packet.pts - start, packet.dts - start
+                cut.mux(packet)
+    with pytest.warns(UserWarning, match="the first 3 frames of .* need others that it lacks"):
+        assert indices(read_clip(tmp_path / "cut.mkv").pixels) == [16, 16, 16, *range(16, 24)]
 
 
 def test_a_film_that_lacks_a_second_of_thirty_is_not_whole(tmp_path: Path) -> None:

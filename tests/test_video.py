@@ -2,7 +2,6 @@
 
 import struct
 import sys
-import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -375,15 +374,13 @@ def _with_sound(path: Path, codec: str, fmt: str) -> None:
 
 def test_sound_that_a_container_refuses_costs_no_pictures(tmp_path: Path) -> None:
     _with_sound(tmp_path / "own.mkv", "pcm_s16le", "s16")
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        write_clip(tmp_path / "out.mp4", CLIP, sound=tmp_path / "own.mkv")
-    assert [str(warning.message)[:14] for warning in told] in (["without sound:"], [])  # newer muxers may take it
+    said = write_clip(tmp_path / "out.mp4", CLIP, sound=tmp_path / "own.mkv")  # newer muxers may take it
+    assert said in ("sound left out, as this container does not hold pcm_s16le", "sound copied")
     assert read_clip(tmp_path / "out.mp4").pixels.shape[1] == CLIP.shape[1]
     assert write_clip(tmp_path / "out.gif", CLIP, sound=tmp_path / "own.mkv") == "a .gif holds no sound"
     assert write_clip(tmp_path / "out.gif", CLIP, sound=tmp_path / "out.mp4") in (
         "",
-        "a .gif holds no sound"[: 21 * (not told)],
+        "a .gif holds no sound"[: 21 * (said == "sound copied")],
     )
 
 

@@ -127,6 +127,11 @@ def _brightest(page: Any) -> np.ndarray:
     return array
 
 
+def _looked_up(page: Any) -> Any:
+    """A PIL image of indices as what they show, because they say nothing about brightness; all else as it is."""
+    return _brightest(page) if getattr(page, "mode", None) == "P" else page
+
+
 def as_tensor(mask: Any) -> Tensor:
     if isinstance(mask, Tensor):
         return mask
@@ -136,8 +141,7 @@ def as_tensor(mask: Any) -> Tensor:
             f"mask is the path {name!r}; expected its values, 1 = edit. Read it:\n"
             f"  mask = kvlock_sampling.video.read_mask({name!r}, frames=..., size=(height, width))"
         )
-    if getattr(mask, "mode", None) == "P":  # a PIL image of indices, which say nothing about brightness
-        mask = _brightest(mask)
+    mask = [_looked_up(page) for page in mask] if isinstance(mask, list | tuple) else _looked_up(mask)
     try:
         # Torch takes no array that is read-only (from PIL) or has negative strides (flipped), so these are copied.
         return torch.from_numpy(np.require(mask, requirements=["C", "W"]))

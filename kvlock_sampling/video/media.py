@@ -87,12 +87,18 @@ def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[],
     with film(path) as (container, stream):
         stream.thread_type = "AUTO"
         for frame in container.decode(stream):
+            if frame.is_corrupt:
+                warn(f"{str(path)!r} has damaged frames, of which a decoder guesses parts. Is it complete?")
             if index < 0:
                 _name_what_is_lost(path, stream, frame)
             # A decoder may leave frames out. The times that ffmpeg makes up for an avi are out of order.
             counted = frame.time is None or container.format.name == "avi"
-            index = index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
-            yield index, partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
+            picture = partial(_film_picture, frame, float(stream.sample_aspect_ratio or 1))
+            before, index = index, index + 1 if counted else max(index + 1, int(np.searchsorted(middles, frame.time)))
+            if before < 0 < index:  # The film was cut between key frames.
+                warn(f"the first {index} frames of {str(path)!r} need others that it lacks; the next one is held.")
+                yield from ((early, picture) for early in range(index))
+            yield index, picture
 
 
 def numbers(path: PathLike) -> list[int]:
@@ -154,7 +160,9 @@ def _upright(image: Any) -> Any:
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    shown = pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    shown.info["alpha"] = image.getchannel("A")
+    return shown
 
 
 def _film_times(path: PathLike) -> tuple[Seconds, float]:
@@ -164,7 +172,8 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
         avi = container.format.name == "avi"
         # Else the file's own length, which ends with the last of all its streams. ffmpeg shortens that of an avi.
         stated = stream.frames / rate if avi else float(stream.duration or 0) * base
-        for p in container.demux(*([stream] if stated else [])):
+        streams = [stream] if stated else []
+        for p in container.demux(*streams):
             if (at := p.dts if avi else p.pts) is not None and p.time_base is not None:
                 spans.append((float(at * p.time_base), float((at + (p.duration or 0)) * p.time_base)))
             if at is not None and p.stream.index == stream.index and not p.is_discard:
@@ -174,8 +183,11 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
         before = max(container.start_time or 0, 0) * ("matroska" in container.format.name)  # which counts from 0
         stated = stated or ((container.duration or 0) - before) / 1e6
     have = max((end for _, end in spans), default=stated) - min((begin for begin, _ in spans), default=0.0)
+    said = f"{str(path)!r} ends after {have:.4g} of {stated:.4g} seconds. Is it complete?"
     if have < stated - max(2 / rate, min(0.05 * stated, 0.5)):
-        raise VideoError(f"{str(path)!r} ends after {have:.3g} of {stated:.3g} seconds. Is it complete?")
+        raise VideoError(said)
+    if streams and have < stated - 2 / rate:
+        warn(said)
     begins = np.unique([pts * base for pts, _ in stamps])
     begins = begins[np.diff(begins, prepend=-np.inf) > min(0.002, 0.5 / rate)]  # VP8 has frames never shown, 1 ms off.
     last = max(stamps)[1] * base or (float(np.median(np.diff(begins))) if len(begins) > 1 else 1 / rate)

@@ -20,6 +20,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Size: TypeAlias = tuple[int, int]
 
 _EXPECTED = "expected pixels in [-1, 1], (3, frames, height, width) or (batch, 3, frames, height, width)"
+WITHIN = 0.55  # of a frame's time: when it is read. Its middle lies between two frames of twice the rate.
 NOISE, WHITE, LOSS = 26, 128, 8  # of 255: less is black with noise; from here on edited; what compression may take
 
 
@@ -69,7 +70,11 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
     """
     times = shown(path)
     at, _ = pick(*ticks(path, times), frames, pad or len(times[0]) == 2, path)
-    return mask_at(path, times, at, size, displayed(path, times))
+    left, top, *_ = box(frame := displayed(path, times), size)
+    if max(left, top) > 1:  # Tools round sides to even numbers.
+        own = f"the mask {str(path)!r} is {frame[0]} x {frame[1]}, and its middle is taken for {size[0]} x {size[1]}"
+        warn(f"{own}; where it is of a whole clip: app.read_pair(model, clip, mask), which stretches it over that.")
+    return mask_at(path, times, at, size, frame)
 
 
 def displayed(path: PathLike, times: Times) -> Size:
@@ -78,10 +83,11 @@ def displayed(path: PathLike, times: Times) -> Size:
 
 
 def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Seconds, float]:
-    """The middles of frames at a constant rate, in seconds from the first frame, and that rate."""
+    """Moments within frames at a constant rate, in seconds from the first frame, and that rate."""
     starts, have = times[0] - times[0][0], len(times[0]) - 1
+    inside = starts[:-1] + WITHIN * np.diff(starts)
     if times[1] is None:
-        return (starts[1:] + starts[:-1]) / 2, fps or IMAGE_FPS
+        return inside, fps or IMAGE_FPS
     total, count = float(starts[-1]), _beats(starts)
     if is_film(path) and (have == 1 or (count == have and abs(count / total / times[1] - 1) < 0.02)):
         rate = times[1]
@@ -91,10 +97,10 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
     if fps is not None and abs(fps - rate) > 1e-3 * rate:
         count, rate = max(1, round(total * fps)), fps
     elif count == have:
-        return (starts[1:] + starts[:-1]) / 2, rate
+        return inside, rate
     if count > 10_000 + 100 * have:
         raise VideoError(f"{str(path)!r} has {have} frames at times that make {count} of {rate:.4g} fps; give fps=1.")
-    return (np.arange(count) + 0.5) * (total / count), rate
+    return (np.arange(count) + WITHIN) * (total / count), rate
 
 
 def _beats(starts: Seconds) -> int:
@@ -146,7 +152,7 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mix
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
     left, top, right, bottom = box(frame, size)
-    dark, brightest, white = list[int](), list[int](), WHITE - LOSS * media.is_lossy(path)
+    dark, brightest, clear, white = list[int](), list[int](), list[bool](), WHITE - LOSS * media.is_lossy(path)
 
     def shrink(image: Any) -> Array:
         page = np.maximum.reduce([np.asarray(band) for band in image.split()])
@@ -162,9 +168,12 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
             sizes = np.bincount((regions * ndimage.binary_erosion(regions > 0, iterations=2)).ravel())  # no hair
             sizes[0] = sizes[regions[page >= white]] = 0
             dark.extend([int(page[regions == sizes.argmax()].max())] if sizes.max() > least else [])
-        few = not is_film(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
+        few = not media.is_lossy(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
+        if (alpha := image.info.get("alpha")) is not None:
+            solid = np.asarray(alpha) >= WHITE
+            clear.append(not solid.all() and np.count_nonzero(page[solid] >= WHITE) <= 0.9 * solid.sum())
         y, x = image.height / frame[0], image.width / frame[1]
         return _pooled(_pooled(page, top * y, bottom * y, size[0]).T, left * x, right * x, size[1]).T
 
@@ -173,6 +182,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
     if (NOISE if is_film(path) else 1) <= max(brightest) < white:
         said = f"{max(brightest)} of 255, or with 16 bits {257 * max(brightest)} of 65535"
         raise VideoError(f"{str(path)!r}: nothing is white; the brightest value is {said}. {advice}")
+    if any(clear):
+        warn(f"{str(path)!r} has transparent parts, kept like black. If they mean edit, save its alpha as a grey mask.")
     if dark:
         warn(f"{str(path)!r} has areas of grey {dark[0]} of 255, kept like black. {advice}")
     if max(brightest) >= white > pages.max():
@@ -201,6 +212,8 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             pair = f"{str(mask)!r} lacks {len(lost)} masks for {str(clip)!r}, of the numbers {lost[:9]}"
             raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")
         lasts, moments = length, middles[np.searchsorted(found, wanted)]
+    elif None in (own, rate) and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1:
+        lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read
     elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")

@@ -1,5 +1,7 @@
 """Write clips as films, gifs or contact sheets, and put clips side by side."""
 
+import io
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -14,7 +16,7 @@ from ..utils.extras import require
 from ..utils.fields import check_number
 from ..utils.files import atomic
 from ..utils.warn import warn
-from .media import PathLike, VideoError, film, is_film
+from .media import FILMS, IMAGES, PathLike, VideoError, film, is_film
 from .read import Array, as_clips
 
 _H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
@@ -49,7 +51,10 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
     fps = check_number("fps", fps, VideoError, above=0.0)
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
-    sound = sound if sound is not None and is_film(sound) else None
+    if sound is not None and not is_film(sound):
+        if not (os.path.isdir(sound) or os.fspath(sound).lower().endswith(IMAGES)):
+            warn(f"without sound: sound={os.fspath(sound)!r} is no film; expected one that ends in {', '.join(FILMS)}.")
+        sound = None
     most = 50 if kind == ".gif" else 1000  # Shorter frames would be lost, and longer ones than 655 s.
     if kind != ".png" and (held := min(max(fps, 1 / 655), most)) != fps:
         warn(f"a {kind} holds 1/655 to at most {most} frames per second, not {fps:g}: {held:g}")
@@ -161,7 +166,8 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
     container_format, encoders = ENCODERS[kind]
     images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
     codec, options = next(((n, o) for n, o in encoders if n in av.codecs_available), encoders[-1])
-    extra = {"movflags": "faststart"} if container_format != "webm" else {}
+    # Sound comes first. By default ffmpeg writes 10 s of it, and what players need together lies far apart.
+    extra = {"max_interleave_delta": "0"} | ({"movflags": "faststart"} if container_format != "webm" else {})
     with av.open(str(path), "w", format=container_format, options=extra) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options | _TAGS)
         stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
@@ -177,15 +183,17 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
 def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
     with film(path) as (container, pictures):
         # The names of decoders are those of codecs, save "mp3float" and "libopus".
-        tracks = {t: t.codec_context.name.removeprefix("lib").removesuffix("float") for t in container.streams.audio}
-        kept = {t: written.add_stream_from_template(t) for t, n in tracks.items() if n in written.supported_codecs}
+        tracks = {
+            t: t.codec_context.name if t.codec_context else "a codec unknown here" for t in container.streams.audio
+        }
+        tracks = {t: name.removeprefix("lib").removesuffix("float") for t, name in tracks.items()}
+        held = [_holds(path, number, written.format.name, codec) for number, codec in enumerate(tracks.values())]
+        kept = {t: written.add_stream_from_template(t) for t, holds in zip(tracks, held, strict=True) if holds}
         if not kept:
             names = " and ".join(dict.fromkeys(tracks.values()))
             return f"sound left out, as this container does not hold {names}" if names else ""
-        try:
-            written.start_encoding()
-        except Exception as error:  # some muxers refuse what they list
-            raise VideoError(f"this container does not hold {' and '.join(tracks.values())}") from error
+        for track, copied in kept.items():
+            copied.metadata.update({k: v for k, v in track.metadata.items() if k in ("language", "title")})
         start = (pictures.start_time or 0) * pictures.time_base
         for packet in (p for p in container.demux(*kept) if p.pts is not None):
             begins, lasts = packet.pts * packet.time_base - start, (packet.duration or 0) * packet.time_base
@@ -196,19 +204,24 @@ def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
     return "sound copied" if len(kept) == len(tracks) else f"sound copied, {len(kept)} of {len(tracks)} tracks"
 
 
+def _holds(path: PathLike, number: int, container_format: str, codec: str) -> bool:
+    """Whether a container takes a sound track. Some refuse what they list, at its header or at its first packet."""
+    av = require("av", "video")
+    with suppress(Exception), film(path) as (source, _), av.open(io.BytesIO(), "w", format=container_format) as trial:
+        track = source.streams.audio[number]
+        copied, packet = trial.add_stream_from_template(track), next(source.demux(track))
+        packet.stream = copied
+        trial.mux(packet)
+        return codec in trial.supported_codecs
+    return False
+
+
 def _write_gif(path: Path, images: Array, fps: float) -> None:
     """Write a looping gif with one palette, exact up to 256 colours, else by median cut without dither."""
-    from scipy.spatial import cKDTree
-
     av, pil = require("av", "video"), require("PIL.Image", "video")
-    colours, indices = np.unique(images.reshape(-1, 3), axis=0, return_inverse=True)
-    palette = colours
-    if len(colours) > 256:
-        step = max(1, images.size // 30_000_000)  # A sample of the pixels is enough to choose colours.
-        sheet = pil.fromarray(images.reshape(-1, 1, 3)[::step])
-        chosen = sheet.quantize(256, method=pil.Quantize.MEDIANCUT).getpalette() or []
-        palette = np.array(chosen, np.uint8).reshape(-1, 3)
-        indices = cKDTree(palette.astype(float)).query(colours.astype(float))[1][indices.reshape(-1)]
+    sheet = pil.fromarray(images.reshape(-1, images.shape[2], 3))
+    sheet = sheet.quantize(256, method=pil.Quantize.MEDIANCUT, dither=pil.Dither.NONE)
+    palette = np.array(sheet.getpalette(), np.uint8).reshape(-1, 3)
     table = np.full((256, 4), 255, np.uint8)
     table[: len(palette), 1:] = palette
     edges = [round(i * 100 / fps) for i in range(len(images) + 1)]  # The format has steps of 10 ms.
@@ -216,7 +229,7 @@ def _write_gif(path: Path, images: Array, fps: float) -> None:
     with av.open(str(path), "w", format="gif", options={"final_delay": str(edges[-1] - edges[-2])}) as container:
         stream = container.add_stream("gif", rate=100)
         stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "pal8"
-        for index, pts in zip(indices.reshape(images.shape[:3]).astype(np.uint8), edges, strict=False):
+        for index, pts in zip(np.asarray(sheet).reshape(images.shape[:3]), edges, strict=False):
             frame = av.VideoFrame.from_ndarray((np.ascontiguousarray(index), table), format="pal8")
             frame.pts = pts
             container.mux(stream.encode(frame))

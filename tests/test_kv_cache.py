@@ -423,7 +423,20 @@ def test_a_level_is_read_once_from_its_device(monkeypatch):
     one, keys = entry(KVCache(format="int8")), source_pass(1.0)
     bad = {name: (key, value.clone()) for name, (key, value) in keys.items()}
     name = next(iter(bad))
-    bad[name][1][..., 0, 0] = float("nan")
+    bad[name][1][..., 0, 0] = 1e38  # does not fit into 8 bits
     one.put(1.0, bad)
     assert asked == [2 * len(keys)]
-    assert torch.equal(one.lookup(1.0)[name][1].isnan(), bad[name][1].isnan())
+    assert torch.equal(one.lookup(1.0)[name][1], bad[name][1])
+
+
+@pytest.mark.parametrize("format", ["int8", None])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_failed_kernel_left_is_not_kept(tmp_path, format, bad):
+    one, keys = entry(KVCache(tmp_path, format=format)), source_pass(1.0)
+    broken = {name: (key, value.clone()) for name, (key, value) in keys.items()}
+    broken[next(iter(broken))][1][..., 0, 0] = bad
+    assert one.put(1.0, broken) is broken
+    one.settle()
+    assert one.lookup(1.0) is None
+    one.put(1.0, keys)
+    assert one.lookup(1.0) is not None

@@ -6,7 +6,12 @@ import copy
 import logging
 import subprocess
 import sys
+import warnings
+from collections import deque
+from dataclasses import dataclass
 from enum import Enum
+from fractions import Fraction
+from functools import lru_cache
 from types import MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
@@ -358,6 +363,57 @@ def hooked_by(hook):
     return model
 
 
+def given_by_keyword(gain):
+    def call(m, z, *, gain=gain):
+        return m(z * gain)
+
+    return call
+
+
+def row_by_row(name, value):
+    """Like `replaced`, of a global that is read inside an inner function."""
+
+    def make(monkeypatch):
+        monkeypatch.setitem(globals(), name, value)
+        return calling(lambda m, z: torch.stack([helper(row) for row in m(z)]))
+
+    return make
+
+
+def in_a_part(value):
+    def make(monkeypatch):
+        package = ModuleType("users_package")
+        package.part = ModuleType("users_package.part")
+        package.part.value = value
+        monkeypatch.setitem(globals(), "helper", package)
+        return calling(lambda m, z: m(z) * helper.part.value)
+
+    return make
+
+
+@dataclass(slots=True)
+class Slotted:
+    gain: float
+
+
+def doubled(x: torch.Tensor):
+    return 2 * x
+
+
+def tripled(x: torch.Tensor):
+    return 3 * x
+
+
+@torch.library.custom_op("kvlock_tests::doubled", mutates_args=())
+def doubled_op(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@torch.library.custom_op("kvlock_tests::tripled", mutates_args=())
+def tripled_op(x: torch.Tensor) -> torch.Tensor:
+    return 3 * x
+
+
 def rewritten(monkeypatch):
     """The same weights in a class whose author has changed a method that its forward calls."""
     monkeypatch.setattr(Attributed, "_prepared", lambda self, z: 3 * z)
@@ -374,6 +430,14 @@ def rewritten(monkeypatch):
         (replaced("GAIN", 1.0), replaced("GAIN", 2.0)),
         (replaced("STEPS", torch.zeros(5)), replaced("STEPS", torch.ones(5))),
         (replaced("helper", lambda x: x + 1), replaced("helper", lambda x: x + 2)),
+        (lambda _: calling(given_by_keyword(1.0)), lambda _: calling(given_by_keyword(2.0))),
+        (row_by_row("helper", lambda x: x + 1), row_by_row("helper", lambda x: x + 2)),
+        (in_a_part(1.0), in_a_part(2.0)),
+        *(
+            (replaced("helper", make(doubled)), replaced("helper", make(tripled)))
+            for make in (lru_cache, torch.jit.script, torch.no_grad())
+        ),
+        (replaced("helper", doubled_op), replaced("helper", tripled_op)),
         (replaced("helper", SimpleNamespace(gain=1.0)), replaced("helper", SimpleNamespace(gain=2.0))),
         *(
             (lambda _, value=value: Attributed(value), lambda _, other=other: Attributed(other))
@@ -381,6 +445,10 @@ def rewritten(monkeypatch):
                 ([torch.ones(2)], [torch.zeros(2)]),
                 ({"a": {"b": np.ones(2)}}, {"a": {"b": np.zeros(2)}}),
                 ({1, 2}, {1, 3}),
+                (deque([1.0]), deque([2.0])),
+                (range(2), range(3)),
+                (Fraction(1, 2), Fraction(1, 3)),
+                (Slotted(1.0), Slotted(2.0)),
                 (Reduction.MEAN, Reduction.SUM),
                 (SimpleNamespace(scale=1.0), SimpleNamespace(scale=2.0)),
                 (Processor(1.0), Processor(2.0)),
@@ -396,6 +464,33 @@ def test_what_a_function_around_the_network_does_counts(monkeypatch, one, other)
     own = model_fingerprint(one(monkeypatch))
     assert own == model_fingerprint(one(monkeypatch))
     assert own != model_fingerprint(other(monkeypatch))
+
+
+def test_a_layer_that_drops_counts_with_its_mode():
+    plain, dropping = network(), nn.Sequential(network(), nn.Dropout(0.5))
+    assert model_fingerprint(plain.train()) == model_fingerprint(plain.eval())
+    assert model_fingerprint(dropping.train()) != model_fingerprint(dropping.eval())
+
+
+def test_weights_that_torch_has_packed_count():
+    def quantized(factor):
+        model = network()
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert model_fingerprint(quantized(1)) == model_fingerprint(quantized(1))
+        assert model_fingerprint(quantized(1)) != model_fingerprint(quantized(2))
+
+
+def test_code_in_a_folder_that_sounds_like_a_librarys_counts(monkeypatch):
+    users, package = ModuleType("users_net"), ModuleType("installed_net")
+    users.__file__, package.__file__ = "/home/user/my-packages/net.py", "/usr/lib/python3/dist-packages/net.py"
+    for each in (users, package):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+    assert [module._of_library(each) for each in (users, package)] == [False, True]
 
 
 def test_which_object_is_shared_counts_and_what_others_do_does_not():

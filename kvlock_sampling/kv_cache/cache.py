@@ -7,6 +7,7 @@ A *level* holds the K/V of every layer at one noise level. A *cache entry* holds
 mask, prompt and network. KV-Edit (arXiv 2502.17363) keeps K/V over an inversion.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -126,8 +127,8 @@ class CacheEntry:
     def put(self, sigma: float, keys: KeyValues) -> KeyValues:
         """Store the K/V of a source pass at this noise level, (clips, heads, kept tokens, dim) by layer.
 
-        Returns K/V by layer as later lookups do, or `keys` itself if the budget is too small for the level. Raises
-        KVCacheError if a layer is missing, or K/V are not floating tensors.
+        Returns K/V by layer as later lookups do, or `keys` itself if they are not finite, or if the budget is too small
+        for the level. Raises KVCacheError if a layer is missing, or K/V are not floating tensors.
         """
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:
@@ -141,7 +142,9 @@ class CacheEntry:
             self._warn_too_large(size)
             return keys
         place = self._device if room_on(self._device, size) else torch.device("cpu")
-        ends = [None] * len(flat) if format is None else extremes(flat)
+        ends = extremes(flat)
+        if not all(math.isfinite(low + high) for low, high in ends):
+            return keys  # a kernel has failed: later runs may take another
         packed = [pack(x, format, known) for x, known in zip(flat, ends, strict=True)]
         level = dict(zip(self.layers, zip(packed[::2], packed[1::2], strict=True), strict=True))
         self.settle()  # one level at a time, so that no more than one is on its way

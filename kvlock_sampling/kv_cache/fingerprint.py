@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from pathlib import PurePath
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..utils.modules import reachable_modules
 SAMPLED = 64  # numbers of each weight, evenly spread: they show the order of numbers, which sums do not
 BLOCK = 8192  # words of 8 bytes that are summed together
 
-_PLAIN = (bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
+_PLAIN = (Number, str, bytes, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
 
 
 @torch.inference_mode(False)  # where a tensor subclass, such as a quantized weight, cannot be detached
@@ -77,10 +78,14 @@ def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
     about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     about += [_class(type(module), seen), *(_described(hook, seen) for hook in hooks), *_settings(vars(module), seen)]
+    forward = getattr(type(module).forward, "__code__", None)
+    if forward is not None and "training" in forward.co_names:  # as of dropout
+        about.append(module.training)
     # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
-    derived = module._non_persistent_buffers_set
-    weights = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return [*about, *([name, *_numbers(weight)] for name, weight in weights if name not in derived)]
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", True)
+    # What is saved may be made for it, and another object may have its id later: it is not remembered.
+    return [*about, *([name, *_described(value, dict(seen))] for name, value in saved.items())]
 
 
 def _settings(attributes: Mapping[str, Any], seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -114,7 +119,7 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         return [[str(key), *_described(each, seen, held=held)] for key, each in sorted(value.items(), key=repr)]
     if isinstance(value, (set, frozenset)):  # those of objects have no order that lasts
         return sorted(repr(_described(each, dict(seen), held=held)) for each in value)
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, Sequence):
         return [_described(each, seen, held=held) for each in value]
     if isinstance(value, functools.partial):
         return [_described(each, seen, held=held) for each in (value.func, value.args, value.keywords)]
@@ -123,19 +128,38 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
     if isinstance(value, types.FunctionType):
         code, scope = value.__code__, value.__globals__
         cells = dict(zip(code.co_freevars, value.__closure__ or (), strict=True))
-        inside = {name: cell.cell_contents for name, cell in cells.items()} | {"defaults": value.__defaults__}
-        for name in code.co_names:
-            known = scope.get(name)
-            if isinstance(known, types.ModuleType) and not _of_library(known):  # what is read of a user's own file
-                inside |= {f"{name}.{n}": vars(known)[n] for n in code.co_names if n in vars(known)}
-            elif not isinstance(known, types.FunctionType) or not _of_library(known):
-                inside[name] = known
+        inside = {name: cell.cell_contents for name, cell in cells.items()} | dict(_globals(scope, _names(code), set()))
+        inside |= {"defaults": value.__defaults__, "by keyword": value.__kwdefaults__}
         return [_code(code), *([name, *_described(each, seen, held=False)] for name, each in sorted(inside.items()))]
     if isinstance(value, type):
         return _class(value, seen)
+    # Of a cached function, a scripted one, and a custom operator.
+    for name in ("__wrapped__", "_torchdynamo_inline", "_init_fn"):
+        if isinstance(made_of := getattr(value, name, None), types.FunctionType):
+            return [type(value).__qualname__, *_described(made_of, seen, held=held)]
     if not held and _of_library(type(value)):
         return [type(value).__qualname__]
-    return [type(value).__qualname__, *_class(type(value), seen), *_settings(getattr(value, "__dict__", {}), seen)]
+    slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ()) if hasattr(value, n)]
+    attributes = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots}
+    return [type(value).__qualname__, *_class(type(value), seen), *_settings(attributes, seen)]
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """The names that a function and the functions in it look up."""
+    inner = (name for c in code.co_consts if isinstance(c, types.CodeType) for name in _names(c))
+    return [*dict.fromkeys([*code.co_names, *inner])]
+
+
+def _globals(scope: Mapping[str, Any], names: Sequence[str], met: set[str], of: str = "") -> Iterator[tuple[str, Any]]:
+    """What names mean that are no library's functions, also in modules of the user's: `module.part.function`."""
+    for name in names:
+        known = scope.get(name)
+        if isinstance(known, types.ModuleType) and not _of_library(known):
+            if known.__name__ not in met:
+                met.add(known.__name__)
+                yield from _globals(vars(known), names, met, f"{of}{name}.")
+        elif not isinstance(known, types.FunctionType) or not _of_library(known):
+            yield f"{of}{name}", known
 
 
 def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -158,7 +182,10 @@ def _of_library(thing: Any) -> bool:
     name = getattr(thing, "__name__" if isinstance(thing, types.ModuleType) else "__module__", "") or ""
     file, first = getattr(sys.modules.get(name), "__file__", None) or "", name.partition(".")[0]
     known = () if isinstance(thing, type) else sys.stdlib_module_names  # an object of Python's may hold the user's
-    return "-packages" in file or first in (*known, __name__.partition(".")[0])
+    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts) or first in (
+        *known,
+        __name__.partition(".")[0],
+    )
 
 
 def _code(code: types.CodeType) -> list[Any]:
@@ -196,6 +223,7 @@ def block_sums(weight: Tensor) -> Tensor:
 def _numbers(weight: Tensor) -> list[Any]:
     if is_lazy(weight):
         return [type(weight).__name__]
+    weight = weight.dequantize() if weight.is_quantized else weight
     weight = (weight if weight.layout == torch.strided else weight.to_dense()).detach()
     about = [list(weight.shape), str(weight.dtype), block_sums(weight)]
     if weight.is_meta or not weight.numel():

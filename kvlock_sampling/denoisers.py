@@ -232,7 +232,8 @@ class CFGDenoiser(DenoiserWrapper):
                 f"uncond is {given[0]}, cond {given[1]} in shape; expected the same keys, and the same shapes but for "
                 f"one row or one for each of {len(x)} clip(s): pad the shorter prompt."
             )
-        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        dtype = None if isinstance(sigma, Tensor) else torch.promote_types(x.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined)
         d_uncond, d_cond = both.chunk(2)
         return guide(d_uncond, d_cond, cond_scale.to(x.device) if isinstance(cond_scale, Tensor) else cond_scale)

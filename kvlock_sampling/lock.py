@@ -24,6 +24,7 @@ from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
 from .utils.denoiser import DenoiserProxy, on_clock, to_sigma
+from .utils.host import check_prediction
 from .variance import Estimator
 
 
@@ -38,7 +39,9 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        return branches.composited(branches.guided(cond, step.requested)[0], settings.kept(step.state.composite, x))
+        denoised = branches.composited(branches.guided(cond, step.requested)[0], settings.kept(step.state.composite, x))
+        check_prediction(step.reads, 0.0, denoised)
+        return denoised
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
     scale = step.requested if state.cfg_scale is None else state.cfg_scale
     weight = settings.kept(state.composite, x)

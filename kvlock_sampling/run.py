@@ -131,7 +131,9 @@ class Run:
         check_rows(extra_args, len(x), "extra_args")
         check_rows(settings.source_args, len(x), "source_args")
         try:
-            sigma_arg = torch.as_tensor(sigma)
+            # Python's numbers in x's precision, as a model would take them, but not in half.
+            dtype = None if hasattr(sigma, "dtype") else torch.promote_types(x.dtype, torch.float32)
+            sigma_arg = torch.as_tensor(sigma, dtype=dtype)
         except (TypeError, ValueError, RuntimeError):
             raise RunError(f"sigma={sigma!r}; expected a noise level, or one per clip, e.g. sigmas[0].") from None
         sigma_arg = sigma_arg.to(x.device)
@@ -143,8 +145,10 @@ class Run:
             requested = check_number(name, requested, RunError)
         reads, last = HostReads(), self.timeline.last
         decided = () if last is None else (last.lock, last.cfg_scale, last.composite)
-        reads.together(sigma_arg, requested, *decided, *(self._unread or ())[1:])
+        reads.together(x, sigma_arg, requested, *decided, *(self._unread or ())[1:])
         self._check_unread(settings, reads)
+        if not math.isfinite(sum(reads.range(x))):
+            raise RunError(f"x holds NaN or inf, in shape {tuple(x.shape)}; expected what the sampler made, finite.")
         model_sigma = _one_level(reads.range(sigma_arg))
         sigma = _unrounded(self.schedule, settings.model, model_sigma, sigma_arg.dtype)
         observation = self._observation(x, sigma, requested)
@@ -160,6 +164,8 @@ class Run:
                 self._anew()
             if (found := self.timeline.rewind(sigma)) is None:
                 self._begin(sigma)
+            elif self._shape != x.shape:
+                self._check_apart(x, found)
             self._shape = self._shape or x.shape
             state = found or start(settings, observation, expert)
             if state.expert != expert:
@@ -170,6 +176,16 @@ class Run:
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
+
+    def _check_apart(self, x: Tensor, state: State) -> None:
+        """Refuse some clips of a run alone where it knows something of each clip, and clips of another size."""
+        known = (self.noise, state.lock, state.composite, state.cfg_scale, state.variance)
+        rows = {len(value) for value in known if isinstance(value, Tensor) and value.ndim}
+        if self._shape is not None and (x.shape[1:] != self._shape[1:] or rows - {1, len(x)}):
+            raise RunError(
+                f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape)}; expected the same clips.\n"
+                "  A block for each clip; or another run: lock.on_schedule(sigmas) with the noise levels that are left."
+            )
 
     def leave(self, settings: LockSettings, sigma: float, state: State, denoised: Tensor) -> None:
         """Keep what an evaluation at `sigma` left. What lies on a device is checked with the next transfer."""

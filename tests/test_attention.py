@@ -163,6 +163,108 @@ def test_sdpa_layers_that_do_not_fit_say_which_calls_were_seen():
         kv.sdpa_layers(lambda x: x, patch=(1, 1, 1))
 
 
+class Shortened(nn.Module):
+    """It guides in two calls, and in one where both prompts are the same, as in the source's pass."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x, sigma, cond, uncond, cond_scale):
+        d_cond = self.inner(x, sigma, cond)
+        if torch.equal(cond, uncond):
+            return d_cond
+        d_uncond = self.inner(x, sigma, uncond)
+        return d_uncond + cond_scale * (d_cond - d_uncond)
+
+
+def test_calls_that_the_sources_pass_lacked_are_named():
+    torch.manual_seed(0)
+    model, source, mask = Shortened(Joint()), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    options = {"source_args": {"cond": torch.zeros(1, 2, 4)}, "policy": kv.Constant(0.5)}
+    layers = kv.sdpa_layers(model, patch=(1, 1, 1), start=2)
+    prompts = {"cond": torch.randn(1, 2, 4), "uncond": torch.zeros(1, 2, 4), "cond_scale": 3.0}
+    with (
+        kv.KVLock(model, source=source, mask=mask, layers=layers, **options) as lock,
+        pytest.warns(UserWarning, match=r"(\d) of (?!\1)\d layers saw their attention"),
+    ):
+        lock(torch.randn_like(source), torch.ones(1), **prompts)
+
+
+class Causal(nn.Module):
+    """Blocks of causal attention, of which tokens can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.out = nn.ModuleList(CausalBlock() for _ in range(2)), nn.Identity()
+
+    def forward(self, x, sigma):
+        tokens = x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.out(tokens).transpose(1, 2).reshape(x.shape)
+
+
+class CausalBlock(nn.Module):
+    def forward(self, tokens):
+        heads = tokens.unsqueeze(1)
+        return F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)[:, 0]
+
+
+def test_causal_attention_runs_on_all_tokens_or_not_at_all():
+    flow = kv.attention.TokenFlow("out", tokens=("tokens",))
+    declared = kv.attention.Architecture("causal", ("*:Causal",), layers=("blocks.*",), patch=(1, 1, 1), flow=flow)
+    model, source, mask = Causal(), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    given = {"source": source, "mask": mask, "policy": kv.Constant(1.0), "layers": declared.find(model)}
+    with kv.KVLock(model, **given) as lock, pytest.raises(AttentionError, match="foreground=False"):
+        lock(torch.randn_like(source), torch.ones(1))
+    with kv.KVLock(model, **given, foreground=False) as lock:
+        lock(torch.randn_like(source), torch.ones(1))
+    assert lock.trace.steps[0].fused_layers == 2
+
+
+class WithImage(nn.Module):
+    """Its layer attends to the video, then to the tokens of an image, as an IP-Adapter's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ImageBlock()])
+
+    def forward(self, x, sigma, image):
+        tokens = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        return self.blocks[0](tokens, image.unsqueeze(1))[:, 0].transpose(1, 2).reshape(x.shape)
+
+
+class ImageBlock(nn.Module):
+    def forward(self, tokens, image):
+        own = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        return own + F.scaled_dot_product_attention(tokens, image, image)
+
+
+def test_what_a_layer_attends_to_besides_the_video_is_left_alone():
+    declared = kv.attention.Architecture("image", ("*:WithImage",), layers=("blocks.*",), patch=(1, 1, 1))
+    torch.manual_seed(0)
+    model, source, mask = WithImage(), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    x, image = torch.randn_like(source), torch.randn(1, 3, 4)
+    options = {"source": source, "mask": mask, "policy": kv.Constant(1.0), "composite": False, "noise": x - source}
+    with kv.KVLock(model, **options, layers=declared.find(model)) as lock:
+        found = lock(x, torch.ones(1), image=image)
+    tokens, old = (z.flatten(2).transpose(1, 2) for z in (x, source + (x - source)))
+    keys = torch.where(mask.flatten(2).transpose(1, 2) > 0, tokens, old)
+    attended = F.scaled_dot_product_attention(tokens, keys, keys) + F.scaled_dot_product_attention(tokens, image, image)
+    torch.testing.assert_close(found, attended.transpose(1, 2).reshape(x.shape))
+    assert lock.trace.steps[0].fused_layers == 1
+
+
+def test_keys_of_a_block_on_another_device_are_fused_there():
+    ratio, keys = torch.ones(1, 6), torch.empty(3, 2, 6, 4, device="meta")
+    fused, _ = FusionContext("lockstep", ratio).process("layer", keys, keys, 0, ratio)
+    assert fused.device.type == "meta"
+
+
 class Skipping(nn.Module):
     """It computes its attention up to the second evaluation, and remembers it from there on."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -174,6 +176,28 @@ def test_a_replaced_function_is_called_with_fused_keys_and_values(monkeypatch, f
         monkeypatch.undo()
         own = network.denoiser(network.x, torch.ones(1), **network.extra_args)
     torch.testing.assert_close(plain, own, atol=1e-4, rtol=1e-4)
+
+
+class Kernel:
+    """A kernel without a hash, as a dataclass is."""
+
+    __hash__ = None
+
+    def __call__(self, *args, **kwargs):
+        return TORCHS_OWN(*args, **kwargs)
+
+
+def test_a_replacement_is_not_kept_beyond_its_use(monkeypatch, setup):
+    layers = kv.sdpa_layers(setup.model, patch=(1, 2, 2))
+    expected = outputs(setup, lock=0.5, layers=layers)[0]
+    kernel = Kernel()
+    gone = weakref.ref(kernel)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    assert torch.equal(outputs(setup, lock=0.5, layers=layers)[0], expected)
+    monkeypatch.undo()
+    del kernel
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_function_that_was_replaced_before_the_library_was_imported():

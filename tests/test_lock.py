@@ -549,3 +549,65 @@ def test_off_is_off_within_any_reach(setup):
     assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg), wanted)
     with pytest.warns(UserWarning, match="erase= without effect"):
         setup.lock(policy="off", erase=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("policy", ["off", "half", "full"])
+def test_an_x_that_is_not_finite_is_named(setup: Setup, policy: str, bad: float) -> None:
+    x = setup.x.clone()
+    x[0, 0, 0, 0, 0] = bad  # in the background, which full lock replaces
+    with (
+        torch.no_grad(),
+        setup.lock(policy=policy, noise="fixed") as lock,
+        pytest.raises(RunError, match="x holds NaN"),
+    ):
+        lock(x, setup.sigmas[:1], **setup.cfg)
+
+
+def test_a_prediction_at_no_noise_that_is_not_finite_is_named(setup: Setup) -> None:
+    def model(x, sigma, cond):
+        return x * (float("nan") if float(sigma.max()) == 0 else 0.5)
+
+    lock = kv.KVLock(model, source=setup.source, mask=setup.mask, policy="off")
+    with lock, pytest.raises(RunError, match="sigma=0 holds NaN"):
+        lock(setup.x, torch.zeros(1), **setup.cfg)
+
+
+@pytest.mark.parametrize("policy", ["default", "sigmoid"])
+def test_clips_of_a_run_that_are_called_apart_are_named(pair: Setup, policy: str) -> None:
+    one = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in pair.cfg.items()}
+    given = {"source": pair.source[:1], "mask": pair.mask[:1], "policy": policy, "noise": "fixed"}
+    with torch.no_grad(), kv.KVLock(pair.model, **given) as lock:
+        for sigma in pair.sigmas[:2]:
+            lock(pair.x, sigma.expand(2), **pair.cfg)
+        with pytest.raises(RunError, match=r"(?s)x has shape \(1, .* the run began with \(2, .*on_schedule"):
+            lock(pair.x[:1], pair.sigmas[2:3], **one)
+    larger = torch.cat([pair.x, pair.x], -1)
+    with torch.no_grad(), kv.KVLock(pair.model, policy="default") as lock:
+        for sigma in pair.sigmas[:2]:
+            lock(pair.x, sigma.expand(2), **pair.cfg)
+        with pytest.raises(RunError, match="the run began with"):
+            lock(larger, pair.sigmas[2].expand(2), **pair.cfg)
+        lock.on_schedule(pair.sigmas[2:])
+        assert lock(larger, pair.sigmas[2].expand(2), **pair.cfg).shape == larger.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_a_noise_level_in_pythons_numbers_is_that_of_a_tensor(dtype: torch.dtype, default: torch.dtype) -> None:
+    seen: list[float] = []
+
+    def model(x, sigma, cond):
+        seen.append(float(sigma.flatten()[0].double()))
+        return 0.5 * x
+
+    x, before = torch.randn(1, 4, 2, 4, 4, dtype=dtype), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        with kv.KVLock(model, policy="off") as lock:
+            for model_of in (lock, kv.CFGDenoiser(model)):
+                model_of(x, 999.1, cond=x, uncond=x, cond_scale=2.0)
+    finally:
+        torch.set_default_dtype(before)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert set(seen) == {float(torch.tensor(999.1, dtype=wide).double())}

@@ -36,7 +36,7 @@ def fuse(
         ratio: In [0, 1]: 0 keeps the edit's own bits, 1 takes the source's bits.
     """
     # torch.lerp counts from the nearer end, so it rounds neither.
-    return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source.to(edit.dtype), _weight(ratio, edit)).flatten(0, 1)
+    return torch.lerp(edit.unflatten(0, (-1, len(ratio))), source.to(edit), _weight(ratio, edit)).flatten(0, 1)
 
 
 def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_rows: int) -> Tensor:
@@ -45,7 +45,7 @@ def fuse_rows(own: Tensor, source: Tensor, ratio: Tensor, video: slice, edit_row
         return fuse(own, source, ratio)
     mixed = own.clone()
     # In place, but not `torch.lerp(out=)`, which has no derivative.
-    mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source.to(own.dtype), _weight(ratio, own))
+    mixed[:edit_rows, ..., video, :].unflatten(0, (-1, len(ratio))).lerp_(source.to(own), _weight(ratio, own))
     return mixed
 
 
@@ -71,4 +71,4 @@ def join_kept(own: Tensor, source: Tensor, ratio: Tensor, selection: Any, start:
 
 def _weight(ratio: Tensor, edit: Tensor) -> Tensor:
     batch, tokens = ratio.shape
-    return ratio.to(edit.dtype).view(batch, *([1] * (edit.ndim - 3)), tokens, 1)
+    return ratio.to(edit).view(batch, *([1] * (edit.ndim - 3)), tokens, 1)

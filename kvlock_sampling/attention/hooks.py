@@ -135,7 +135,13 @@ class Hooks:
         context, length = current(), key.shape[-2]
         ratio, text = local_piece(self.layers, layer, context, length)
         tokens = ratio.shape[1] if context.narrowed is None else len(context.narrowed.computed)
-        start = layer.video_start(length, tokens, text, self.layers.extra)
+        try:
+            start = layer.video_start(length, tokens, text, self.layers.extra)
+        except AttentionError:
+            if query.shape[-2] == length or layer.name not in context.record.fired:
+                raise
+            context.record.passed_over.append((query.shape[-2], length))  # it attends to an image besides
+            return key, value, mask
         if self.layers.rows_apart:
             clip, alone = next(calls) % len(ratio), replace(context, rows=None)
             return *alone.process(f"{layer.name}[{clip}]", key, value, start, ratio[clip : clip + 1]), mask
@@ -155,7 +161,8 @@ class Hooks:
 
     def _check_all_fired(self, context: FusionContext) -> None:
         """Warn of layers that were not locked; raise if the others computed the edited tokens only."""
-        expected, fired = self.layers.per_network or self._most, context.record.fired
+        met, fired = {name.partition("[")[0] for name in context.record.turns}, context.record.fired
+        expected = max(self.layers.per_network or self._most, len(met))
         if len(fired) >= expected:
             return
         silent = [layer.name for layer in self.layers.layers if layer.name not in fired][:3]

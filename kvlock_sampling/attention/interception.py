@@ -74,6 +74,11 @@ def _seen(function: Callable[..., Any], hidden: bool, lengths_first: bool) -> Ca
             shown = mask[:, None, None] if flat else mask
             query, key, value = (turned(given[name]) for name in _NAMES[:3])
             *changed, new_mask = rewrite(query, key, value, shown)
+            if changed[0].shape[-2] != key.shape[-2] and kwargs.get("is_causal", args[5] if len(args) > 5 else False):
+                raise AttentionError(
+                    "attention with is_causal=True counts places among all tokens, and only the edited ones run.\n"
+                    "  Pass foreground=False to KVLock, or the mask as attn_mask= to the kernel."
+                )
             dense = given["key"].is_contiguous()
             given["key"], given["value"] = (turned(new).contiguous() if dense else turned(new) for new in changed)
             if new_mask is not shown:
@@ -104,7 +109,9 @@ def _exchanged(undo: ExitStack) -> None:
 
     def exchange(table: dict[Any, Any], name: Any, lengths_first: bool) -> None:
         own = table[name]
-        table[name] = seen = _seen(own, compiler_imported(), lengths_first)
+        # Remembered, a function of the user's would live as long as the process, with all that it closes over.
+        made = _seen if lengths_first else _seen.__wrapped__
+        table[name] = seen = made(own, compiler_imported(), lengths_first)
         undo.callback(lambda: table.update({name: own} if table[name] is seen else {}))  # else replaced meanwhile
 
     if F.scaled_dot_product_attention is not _TORCHS_OWN:

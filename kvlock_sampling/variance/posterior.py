@@ -42,24 +42,17 @@ class PosteriorVariance(ProbingEstimator):
         number(self, "step_size", above=0.0)
 
     def step(self, state: int, evaluation: Evaluation) -> tuple[int, Tensor | None]:
-        x, mask = evaluation.x.detach(), evaluation.mask
-        v = draw("signs", self.passes, x, self.seed, state)
-        if mask is not None:
-            # With the square root a soft mask weighs the trace as it weighs a mean.
-            v = v * torch.cat([working(mask).sqrt().broadcast_to(x.shape)] * self.passes)
-        quadratic = self._products(evaluation, torch.cat([x] * self.passes), v)
-        trace = quadratic.unflatten(0, (self.passes, len(x))).mean(0).flatten(1).sum(1)
-        weight = torch.ones_like(x) if mask is None else torch.broadcast_to(mask, x.shape)
-        variance = evaluation.sigma**2 * trace / working(weight).flatten(1).sum(1).clamp_min(1e-12)
-        return state + 1, variance.clamp_min(0.0)
-
-    def _products(self, evaluation: Evaluation, x: Tensor, v: Tensor) -> Tensor:
-        """v_i (J v)_i by one-sided differences, divided by the displacement that is left after rounding."""
-        step = evaluation.sigma * self.step_size
+        x, mask, sigma = evaluation.x.detach(), evaluation.mask, evaluation.sigma
+        weight = torch.ones_like(working(x)) if mask is None else working(mask).broadcast_to(x.shape)
+        # With the square root a soft mask weighs the trace as it weighs a mean.
+        v = draw("signs", self.passes, x, self.seed, state).unflatten(0, (self.passes, -1)) * weight.sqrt()
         # At least two roundings, eps * |x|, of the latents' dtype: a smaller step could round away.
-        steps = (working(x).abs() * (2 * torch.finfo(x.dtype).eps)).clamp_min(step)
+        steps = (working(x).abs() * (2 * torch.finfo(x.dtype).eps)).clamp_min(sigma * self.step_size)
         moved = (working(x) + steps * v).to(x.dtype)
-        change = working(evaluation.probe(moved, evaluation.sigma))
-        change = change - torch.cat([working(evaluation.denoised.detach())] * self.passes)
-        displacement = working(moved) - working(x)
-        return torch.where(displacement == 0, 0.0, v.square() * change / displacement)
+        again = working(evaluation.probe(moved.flatten(0, 1), sigma)).unflatten(0, (self.passes, -1))
+        # v_i (J v)_i by one-sided differences, divided by the displacement that is left after rounding.
+        change, displacement = again - working(evaluation.denoised.detach()), working(moved) - working(x)
+        quadratic = torch.where(displacement == 0, 0.0, v.square() * change / displacement)
+        trace = quadratic.mean(0).flatten(1).sum(1)
+        variance = sigma**2 * trace / weight.flatten(1).sum(1).clamp_min(1e-12)
+        return state + 1, variance.clamp_min(0.0)

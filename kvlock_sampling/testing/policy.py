@@ -99,11 +99,7 @@ def _check_clips(contract: Contract, run: list[Observation], controls: list[Cont
 
 
 def _beside_others(obs: Any, clip: int) -> Any:
-    rolled = obs._make(v.roll(1, 0) if isinstance(v, Tensor) else v for v in obs)
-    for new, old in zip(rolled, obs, strict=True):
-        if isinstance(old, Tensor):
-            new[clip] = old[clip]
-    return rolled
+    return obs._make(v.roll(1, 0).select_scatter(v[clip], 0, clip) if isinstance(v, Tensor) else v for v in obs)
 
 
 def _check_unknown_schedule(contract: Contract, run: list[Observation]) -> None:

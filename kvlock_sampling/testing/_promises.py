@@ -1,8 +1,7 @@
 """The promises that `check_layers` tests, at one noise level and in one precision."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -215,11 +214,9 @@ class Promises:
     def _bare(self, x: Tensor, clip: int | None = None) -> Tensor:
         return self.model(x, self.sigma[: len(x)], **self._arguments(clip))
 
-    @contextmanager
-    def _lock(self, policy: Policy, rows: slice = slice(None), **options: Any) -> Iterator[KVLock]:
+    def _lock(self, policy: Policy, rows: slice = slice(None), **options: Any) -> KVLock:
         given = {"source": self.source[rows], "noise": self.noise[rows], "mask": self.mask[rows], "layers": self.layers}
-        with KVLock(self.model, policy=policy, **{**given, "composite": False, **options}) as lock:
-            yield lock
+        return KVLock(self.model, policy=policy, **{**given, "composite": False, **options})
 
     def _locked(self, policy: Policy, clip: int | None = None, **options: Any) -> Tensor:
         rows = slice(None) if clip is None else slice(clip, clip + 1)

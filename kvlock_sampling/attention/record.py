@@ -29,6 +29,4 @@ class CallRecord:
     turns: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
-        for part in (self.fired, self.captured, self.passed_over, self.cut, self.turns):
-            part.clear()
-        self.entered = False
+        vars(self).update(vars(CallRecord()))

@@ -105,12 +105,10 @@ def reference_bands(
             "measures (uses_risk)."
         )
     logs = np.log(points[:, 1])
-    edges = np.linspace(logs.min(), logs.max() + 1e-9, bands + 1)
+    band = np.digitize(logs, np.linspace(logs.min(), logs.max() + 1e-9, bands + 1))
     found = []
-    for start, end in itertools.pairwise(edges):
-        inside = points[(logs >= start) & (logs < end)]
-        if not len(inside):
-            continue
+    for number in np.unique(band):
+        inside = points[band == number]
         inside = inside[np.argsort(inside[:, 2])]
         _, clip, counts = np.unique(inside[:, 0], return_inverse=True, return_counts=True)
         clips = len(counts)

@@ -4,7 +4,7 @@ Pass `layers=architecture.find(network)`, or call `register(architecture)` once;
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -109,11 +109,14 @@ class Architecture:
             deep = {n for n in fits if count[held[n]] == 1 and (type(inner[n]) in kinds if kinds else n in alone)}
             found = [n for n in fits if len(paths[n]) == len(wanted) or n in deep]
             wrapped |= any(len(paths[n]) > len(wanted) for n in found)
-            if not found and not pattern.optional:
-                raise AttentionError(self._nothing(module, pattern, names))
             layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]
-        if not layers:
-            raise AttentionError(self._nothing(module, pattern, names))
+            if not found and (not pattern.optional or (not layers and given is self.layers[-1])):
+                near = [f"{n} ({type(names[n]).__name__})" for n in names if paths[n][-1] == wanted[-1]]
+                raise AttentionError(
+                    f"architecture {self.name!r}: no module of {type(module).__name__} is named {pattern.pattern!r}.\n"
+                    f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
+                    "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
+                )
         holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
         blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)
         joint = any(layer.text != "none" for layer in layers)
@@ -134,13 +137,4 @@ class Architecture:
             rows_apart=self.rows_apart,
             blocks=(tuple(blocks),),
             flow=flow,
-        )
-
-    def _nothing(self, module: nn.Module, layers: LayerPattern, names: Mapping[str, nn.Module]) -> str:
-        last = layers.pattern.rpartition(".")[2]
-        near = [f"{n} ({type(names[n]).__name__})" for n in names if n.rpartition(".")[2] == last]
-        return (
-            f"architecture {self.name!r}: no module of {type(module).__name__} is named {layers.pattern!r}.\n"
-            f"  Modules of that last name: {', '.join(near[:3]) or 'none'}. "
-            "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
         )

@@ -37,15 +37,12 @@ class Call(NamedTuple):
     @property
     def parts(self) -> tuple[Tensor, Tensor]:
         """The noisy latents, and the appended channels, of which there may be none."""
-        latents, appended = self.hidden.tensor_split([self.channels], dim=1 + (self.hidden.ndim == 3))
-        return latents, appended
-
-    @property
-    def channels(self) -> int:
-        """The number of channels that are latents."""
         config: Any = self.network.config
+        packed = self.hidden.ndim == 3
         count = int(getattr(config, "out_channels", None) or config.in_channels)
-        return count if self.hidden.ndim > 3 else count * int(getattr(config, "patch_size", 1)) ** 2
+        count *= int(getattr(config, "patch_size", 1)) ** 2 if packed else 1
+        latents, appended = self.hidden.tensor_split([count], dim=1 + packed)
+        return latents, appended
 
     def blank(self, dtype: torch.dtype) -> Tensor:
         """A tensor like the prediction, to be filled in later."""

@@ -99,9 +99,7 @@ class WanImageVideo(WanVideo):
     def _features(self, first: Tensor) -> Tensor:
         if getattr(self.pipe, "image_encoder", None) is None:
             raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
-        images = [pixels[:, 0].float().cpu() for pixels in first.add(1).div(2).clamp(0, 1)]
-        pictures = self.pipe.video_processor.numpy_to_pil(torch.stack(images).permute(0, 2, 3, 1).numpy())
-        return self.pipe.encode_image(pictures, self.device)
+        return self.pipe.encode_image(self.pipe.video_processor.postprocess(first[:, :, 0]), self.device)
 
 
 class WanVaceVideo(WanVideo):

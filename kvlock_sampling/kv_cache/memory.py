@@ -19,7 +19,7 @@ class MemoryTier:
     """Levels by cache entry and noise level. The bytes `used` never exceed `budget`; None is no limit."""
 
     def __init__(self, budget: int | None) -> None:
-        self.budget, self.used = budget, 0
+        self.budget, self.used = float("inf") if budget is None else budget, 0
         self._levels: OrderedDict[tuple[str, float], PackedLevel] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -38,8 +38,6 @@ class MemoryTier:
     def make_room(self, size: int) -> bool:
         """Evict levels until `size` more bytes fit. Returns False, and evicts nothing, if they exceed the budget."""
         with self._lock:
-            if self.budget is None:
-                return True
             if size > self.budget:
                 return False
             while self.used + size > self.budget:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool3d
@@ -125,8 +125,7 @@ def on_latents(values: Tensor, latent_shape: Sequence[int], patch: Grid | None) 
     if values.ndim < 2 or patch is None or len(latent_shape) == 3:
         return values.reshape(-1, *values.shape[1:], *[1] * (len(latent_shape) - max(1, values.ndim)))
     cells = values.view(len(values), 1, *token_grid(latent_shape, patch))
-    for axis, size in enumerate(patch, start=2):
-        cells = cells.repeat_interleave(size, axis)
+    cells = repeat(cells, "b c t h w -> b c (t p) (h q) (w r)", p=patch[0], q=patch[1], r=patch[2])
     return cells[:, :, 0] if len(latent_shape) == 4 else cells
 
 

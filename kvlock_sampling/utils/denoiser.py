@@ -1,7 +1,7 @@
 """What a denoiser's methods and signature say about it, and a proxy: samplers and scripts look for more than a call."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,9 +50,7 @@ class DenoiserProxy:
     """A wrapper with every attribute of `model` that it does not define, and with a `forward` like a module."""
 
     model: Denoiser
-
-    def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        raise NotImplementedError
+    __call__: Callable[..., Tensor]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model" not in self.__dict__:

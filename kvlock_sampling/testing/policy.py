@@ -50,7 +50,7 @@ def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, devi
                 told = "answered otherwise after a run of another schedule; expected the same"
                 raise PolicyError(f"{contract.name} {told}: all memory must be in the state, none in self or globals.")
             if not policy.uses_risk:
-                _check_reads_no_risk(contract, run, _observations(shape, dtype, device, measured=True), controls)
+                _check_reads_no_risk(contract, _observations(shape, dtype, device, measured=True), controls)
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
             why = "This was a second evaluation at the same sigma: guard what divides by time."
@@ -63,12 +63,8 @@ def _check_start(contract: Contract, obs: Observation) -> None:
     _check_values(contract.checked, contract.attempt("start", obs), obs, "start")
 
 
-def _check_reads_no_risk(
-    contract: Contract, run: list[Observation], measured: list[Observation], controls: list[Control]
-) -> None:
-    pairs = zip(run, measured, strict=True)
-    told = [obs._replace(risk=m.risk, variance=m.variance, effect=m.effect) for obs, m in pairs]
-    if not same(contract.play(contract.checked.init(), told)[1], controls):
+def _check_reads_no_risk(contract: Contract, measured: list[Observation], controls: list[Control]) -> None:
+    if not same(contract.play(contract.checked.init(), measured)[1], controls):
         raise PolicyError(
             f"{contract.name} reads risk, variance or effect, which are NaN as uses_risk is False; expected one of "
             "sigma and steps alone.\n  Let uses_risk be True, as it is by default: then the estimator measures."
@@ -157,10 +153,11 @@ def _observations(
     risks[STEPS // 3, 0] = 0.0
     risks[STEPS // 2] = 1e4
     risks[:, -1] = risks[:, -1].clamp(max=0.5)
+    locks = (risks / (1 + risks)).to(device, dtype)
     risks = (risks if measured else torch.full_like(risks, math.nan)).to(device, dtype)
     sigmas = torch.linspace(math.log(14.6), math.log(0.03), STEPS).exp().tolist()
     cfg_scale = torch.linspace(3.0, 7.0, shape[0]).to(device, dtype)
     return [
-        Observation(sigma, 0.01 * risk, risk.clone(), locks.clone(), cfg_scale.clone(), STEPS - i, risk.flip(0))
-        for i, (sigma, risk, locks) in enumerate(zip(sigmas, risks, (risks / (1 + risks)).nan_to_num(1.0), strict=True))
+        Observation(sigma, 0.01 * risk, risk.clone(), lock.clone(), cfg_scale.clone(), STEPS - i, risk.flip(0))
+        for i, (sigma, risk, lock) in enumerate(zip(sigmas, risks, locks, strict=True))
     ]

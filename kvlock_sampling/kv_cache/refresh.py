@@ -14,13 +14,12 @@ K/V of a clip under one noise are smooth in log sigma. On K/V of the first world
 import math
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ..types import SAME_SIGMA, KVCacheError
 from ..utils.fields import check_number
 
-
-def same(a: float, b: float) -> bool:
-    return abs(a - b) <= SAME_SIGMA * max(a, b)
+same = partial(math.isclose, rel_tol=SAME_SIGMA)
 
 
 @dataclass(frozen=True)

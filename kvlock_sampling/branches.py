@@ -115,14 +115,14 @@ class Branches:
             weight = on_latents(weight.to(denoised), denoised.shape, patch)
         return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
-    def _rides(self, sigma: Tensor) -> bool:
-        """Whether the source rides in a call at this noise level. In a probe's at another level it would be wrong."""
-        return sigma is self.step.sigma_arg and self.route in (Route.LOCKSTEP, Route.INTERLEAVED)
-
-    def _injecting(self, locked: Locked, sigma: Tensor) -> FusionContext:
-        """A context that injects the source's K/V at this noise level."""
+    def _context(self, sigma: Tensor) -> FusionContext | None:
+        """What a call at this noise level fuses: K/V of the source as rows of the call, or from before; or nothing."""
+        if (locked := self.locked) is None:
+            return None
         if sigma is not self.step.sigma_arg:  # a probe at a noise level that is none of the schedule's
             return locked.context.fresh("inject", self._captured(locked, sigma))
+        if self.route in (Route.LOCKSTEP, Route.INTERLEAVED):
+            return locked.context.fresh("lockstep")
         if self._source_kv is None:
             self._source_kv = self._kv_of_level(locked)
         return locked.context.fresh("inject", self._source_kv)
@@ -235,13 +235,11 @@ class OwnBranches(Branches):
 
     def _evaluate(self, branches: Sequence[Branch], sigma: Tensor, kind: Kind) -> list[Tensor]:
         """Run branches of `len(x)` rows each along the route, in as few calls as their arguments allow."""
-        locked, source_x = self.locked, self._source_x
-        if locked is not None and self._rides(sigma):
-            lockstep = locked.context.fresh("lockstep")
-            return self._beside_source(branches, (locked.x, self._kv_args), lockstep, sigma, kind)
+        locked, source_x, context = self.locked, self._source_x, self._context(sigma)
+        if locked is not None and context is not None and context.mode == "lockstep":
+            return self._beside_source(branches, (locked.x, self._kv_args), context, sigma, kind)
         if source_x is not None and locked is None and self.source is None and kind and self._one_call(erased=False):
             return self._beside_source(branches, (source_x, self._source_args), None, sigma, kind)
-        context = None if locked is None else self._injecting(locked, sigma)
         groups = [(branches, kind)]
         if not self.settings.batched or join_calls([arguments for _, arguments in branches], len(self.x)) is None:
             groups = [([branch], kind and (kind[i],)) for i, branch in enumerate(branches)]
@@ -301,12 +299,9 @@ class GuidedBranches(Branches):
 
     def _evaluate(self, x: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
         """The guided x0-hat, and the conditional one if the model tells it."""
-        locked, context, arguments = self.locked, None, self._arguments
-        if locked is not None and self._rides(sigma):
-            context = locked.context.fresh("lockstep")
+        locked, context, arguments = self.locked, self._context(sigma), self._arguments
+        if locked is not None and context is not None and context.mode == "lockstep":
             arguments = {**arguments, "beside": (locked.x, self._source_call(erased=True)[1])}
-        elif locked is not None:
-            context = self._injecting(locked, sigma)
         guided = self._filled(self._call(context, kind, self.settings.model, (x, arguments), sigma)[0])
         if self._host is None:
             return guided, guided

@@ -38,10 +38,8 @@ def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Argumen
     bound, context = signature_of(block).bind_partial(block, *args, **kwargs), current()
     # Where text shares the sequence, the first block takes the tokens out, and what later blocks get is narrow already,
     # even if it happens to be as long as the video. Elsewhere a block may be given all tokens again.
-    if not (context.text and context.record.entered):
-        _narrow_tokens(bound.arguments, flow, context)
+    _narrow_arguments(bound.arguments, flow, context, whole=not (context.text and context.record.entered))
     context.record.entered = True
-    _narrow_tables(bound.arguments, flow, context)
     given = 1 + len(args)  # what came by keyword stays there, because hooks that run after this one look for it there
     return bound.args[1:given], dict(zip([*bound.arguments][given:], bound.args[given:], strict=False)) | bound.kwargs
 
@@ -78,8 +76,7 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     capture = context.fresh("capture")
     source = run(of_source, capture)
     inject = context.fresh("inject", capture.record.captured)
-    _narrow_tokens(of_edit, flow, inject)
-    _narrow_tables(of_edit, flow, inject)
+    _narrow_arguments(of_edit, flow, inject, whole=True)
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
@@ -120,14 +117,12 @@ def _selection(context: FusionContext) -> Any:
     return context.selection
 
 
-def _narrow_tokens(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
-    for name in flow.tokens:
+def _narrow_arguments(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext, *, whole: bool) -> None:
+    """Cut a block's arguments to the computed tokens: the video itself if it may be whole, and the tables."""
+    for name in flow.tokens if whole else ():
         given = arguments.get(name)
         if isinstance(given, Tensor) and (where := _positions(given.shape[1], context)) is not None:
             arguments[name] = given.index_select(1, where)
-
-
-def _narrow_tables(arguments: dict[str, Any], flow: TokenFlow, context: FusionContext) -> None:
     for table in flow.tables:
         if arguments.get(table.name) is not None:
             arguments[table.name] = _narrow(arguments[table.name], table, context)

@@ -81,10 +81,8 @@ class Windowed(PolicyWrapper):
             return False
         if self.last is not None and obs.steps_left is not None:
             return obs.steps_left <= self.last
-        if self.below is not None:
-            return obs.sigma <= self.below
-        if self.last is None:
-            return True
+        if self.below is not None or self.last is None:
+            return self.below is None or obs.sigma <= self.below
         raise PolicyError(
             "unknown schedule. Pass sigmas=... to KVLock, use lock.sample or a sampler of kvlock_sampling.samplers"
             f", or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"

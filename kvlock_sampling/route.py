@@ -42,11 +42,9 @@ def choose_route(*, locked: bool, narrow: bool, cached: bool, one_call: bool, in
         return Route.UNLOCKED
     if cached:
         return Route.CACHED
-    if not one_call or probes:
+    if not one_call or probes or (narrow and not interleaves):
         return Route.SOURCE_PASS
-    if not narrow:
-        return Route.LOCKSTEP
-    return Route.INTERLEAVED if interleaves else Route.SOURCE_PASS
+    return Route.INTERLEAVED if narrow else Route.LOCKSTEP
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,9 @@ def policies() -> None:
     """List the presets: name, policy, when to use it."""
     with readable():
         table = Table("preset", "policy", "about")
-        rows, wrong = describe(), []
-        for name, kind, about in rows:
+        for name, kind, about in (rows := describe()):
             table.add_row(name, kind, "" if kind == "error" else about)
-            wrong += [about] * (kind == "error")
+        wrong = [about for _, kind, about in rows if kind == "error"]
         out.print(table)
         for text in wrong:
             say("[bold red]error:[/]", text)

@@ -206,7 +206,6 @@ class VDenoiser(EpsDenoiser):
 
 class CFGDenoiser(DenoiserWrapper):
     """Classifier-free guidance in one call of `inner_model(x, sigma, cond=...)` on the doubled batch [uncond, cond].
-
     Raises DenoiserError if the branches cannot share a call, or around a lock, which guides by itself.
     """
 

@@ -38,13 +38,10 @@ def rows_of(value: Scalar, like: Tensor) -> Tensor:
 
 class Trace:
     """The steps of one run, in the order in which they happened. Tensors stay on their device until they are read.
+    Raises KVLockError for a figure of another kind than png, svg or pdf, and OSError if a file cannot be written.
 
     Attributes:
         steps: One `StepInfo` per evaluation; iterating over the trace gives the same.
-
-    Raises:
-        KVLockError: A figure of another kind than png, svg or pdf.
-        OSError: A file cannot be written.
     """
 
     def __init__(self) -> None:

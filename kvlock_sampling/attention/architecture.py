@@ -48,7 +48,8 @@ DOUBLE_AND_SINGLE = ("transformer_blocks.*.attn", LayerPattern("single_transform
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of diffusion transformers.
+    """A family of diffusion transformers. Raises AttentionError for a string in place of a tuple, an unknown `text`, or a
+    patch that is not three sizes.
 
     Attributes:
         name: The name in messages.
@@ -62,9 +63,6 @@ class Architecture:
             everything that is not video counts as text.
         rows_apart: Attention is called for each row of the batch separately.
         flow: How locked tokens can be left out of the network; None if they cannot.
-
-    Raises:
-        AttentionError: A string in place of a tuple, or an unknown `text`, or a patch that is not three sizes.
     """
 
     name: str

@@ -160,9 +160,7 @@ class AttentionLayers:
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> "AttentionLayers":
         """The same layers in sequences that hold `before` + `after` other tokens around the video's, which never fuse.
-
-        Raises:
-            AttentionError: A negative number.
+        Raises AttentionError for a negative number.
         """
         if min(before, after) < 0:
             raise AttentionError(f"with_extra(before={before}, after={after}); expected counts of tokens >= 0.")

@@ -16,9 +16,7 @@ _registered: list[Architecture] = []
 
 def register(architecture: Architecture) -> Architecture:
     """Add a family to those that `find_layers`, and so KVLock, knows, ahead of the others; returns the declaration.
-
-    Raises:
-        AttentionError: The argument is no Architecture.
+    Raises AttentionError for anything else.
     """
     if not isinstance(architecture, Architecture):
         raise AttentionError(

@@ -48,7 +48,6 @@ class Plan(NamedTuple):
 
 def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, levels: Iterable[float]) -> Plan:
     """Plan the memory of one run that evaluates these noise levels, in this order.
-
     Raises KVCacheError if the attention modules do not show how many heads they have, and how wide those are.
     """
     module: Any = layers.layers[0].module

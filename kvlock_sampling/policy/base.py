@@ -31,15 +31,12 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 class Policy(ABC):
     """Base of every policy. Subclass it as `@dataclass(frozen=True)` and define `step`.
 
-    Every built-in policy raises PolicyError for a setting out of range. `kvlock_sampling.testing.check_policy` tests a
-    subclass.
+    Every built-in policy raises PolicyError for a setting out of range, and a class body does if its `step` takes other
+    arguments than (self, state, obs). `kvlock_sampling.testing.check_policy` tests a subclass.
 
     Attributes:
         uses_risk: Whether it reads `obs.risk` or `obs.variance`. If False, nothing is measured. Defaults to True.
         may_lock: Whether it may ever return a lock above 0. If False, no attention layer is touched. Defaults to True.
-
-    Raises:
-        PolicyError: In the class body, if `step` takes other arguments than (self, state, obs).
     """
 
     uses_risk: ClassVar[bool] = True

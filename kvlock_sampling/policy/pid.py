@@ -24,7 +24,6 @@ class PID(Policy):
     """Hold risk at `target`: lock more while it is above, less while it is below.
 
     Its state is (sigma, log risk, ki * integral(e dt), filtered slope of log risk, u) of the last step.
-
     Raises PolicyError for a setting out of range.
 
     Args:

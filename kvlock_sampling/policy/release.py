@@ -23,7 +23,6 @@ from .base import Policy
 @dataclass(frozen=True)
 class ReleaseBelow(Policy):
     """Composited at sigma > below, then free under the same lock. Nothing is measured.
-
     Raises PolicyError for a setting out of range.
 
     Args:
@@ -49,7 +48,6 @@ class ReleaseBelow(Policy):
 @dataclass(frozen=True)
 class Release(Policy):
     """Composited and locked, except where the edit's own change is firm. It needs an estimator that measures `effect`.
-
     Raises PolicyError for a setting out of range.
 
     Args:

@@ -95,7 +95,6 @@ class Windowed(PolicyWrapper):
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
     """The inner policy's lock, guidance scale and composite, kept within limits.
-
     Raises PolicyError for a setting out of range.
 
     Args:

@@ -37,10 +37,7 @@ def tokenize(prompts: str | Sequence[str]) -> Tensor:
     """Convert one or more prompts to rows of `WORDS`, (batch, 5); "" is unconditional.
 
     A prompt names a colour and a shape, or an empty stage. An object stands still, is matte, and has no post beside it
-    unless the prompt says otherwise.
-
-    Raises:
-        KVLockError: An unknown word, or a prompt without a colour or a shape.
+    unless the prompt says otherwise. Raises KVLockError for an unknown word, or without a colour or a shape.
     """
     return torch.tensor([_rows(p) for p in ([prompts] if isinstance(prompts, str) else prompts)])
 

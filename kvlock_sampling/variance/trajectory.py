@@ -33,9 +33,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class TrajectoryVariance(Estimator):
-    """Variance of x0-hat along the trajectory.
-
-    Raises EstimatorError for a setting out of range.
+    """Variance of x0-hat along the trajectory. Raises EstimatorError for a setting out of range.
 
     Args:
         window: Number of predictions at different sigmas to keep, >= 2; None for no limit. Defaults to 10.

@@ -74,7 +74,6 @@ def time_of(scheduler: Any, timestep: Tensor) -> float:
 
 def flow_times(scheduler: Any, **arguments: Any) -> Tensor:
     """Return the falling times of `scheduler.set_timesteps(**arguments)`, (steps,), float64, in (0, 1].
-
     Raises PipelineError if the scheduler refuses the arguments, or gives other times.
     """
     own = copy.deepcopy(scheduler)

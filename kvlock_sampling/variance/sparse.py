@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,17 +37,13 @@ class Sparse(Estimator):
     every: int | None = None
     hold: bool = False
 
-    cost = property(attrgetter("estimator.cost"))
-    default_threshold = property(attrgetter("estimator.default_threshold"))
-    needs_source = property(attrgetter("estimator.needs_source"))
-    needs_uncond = property(attrgetter("estimator.needs_uncond"))
-    patch = property(attrgetter("estimator.patch"))
-
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Estimator):
             raise EstimatorError(
                 f"Sparse was given {self.estimator!r}; expected an estimator, e.g. Sparse(RenoiseVariance(), every=5)."
             )
+        for name in ("cost", "default_threshold", "needs_source", "needs_uncond", "patch"):
+            object.__setattr__(self, name, getattr(self.estimator, name))
         levels(self, "sigmas")
         if bool(self.sigmas) == (self.every is not None):
             raise EstimatorError("Sparse takes noise levels, sigmas=(1.0, 0.3), or every=5; expected one of them.")

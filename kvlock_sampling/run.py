@@ -179,8 +179,7 @@ class Run:
 
     def _check_apart(self, x: Tensor, state: State) -> None:
         """Refuse some clips of a run alone where it knows something of each clip, and clips of another size."""
-        known = (self.noise, state.lock, state.composite, state.cfg_scale, state.variance)
-        rows = {len(value) for value in known if isinstance(value, Tensor) and value.ndim}
+        rows = {len(value) for value in (self.noise, *state) if isinstance(value, Tensor) and value.ndim}
         if self._shape is not None and (x.shape[1:] != self._shape[1:] or rows - {1, len(x)}):
             raise RunError(
                 f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape)}; expected the same clips.\n"

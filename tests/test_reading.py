@@ -273,7 +273,7 @@ def test_a_mask_across_the_clip_is_stretched_with_a_warning(tmp_path: Path) -> N
 
 def test_a_mask_that_is_cut_to_its_middle_is_named(tmp_path: Path) -> None:
     Image.new("L", (128, 128), 255).save(tmp_path / "square.png")
-    with pytest.warns(UserWarning, match=r"is 128 x 128, and its middle is taken for 90 x 160; .*read_pair"):
+    with pytest.warns(UserWarning, match=r"\(128, 128\), is cut to its middle for \(90, 160\); .*read_pair"):
         read_mask(tmp_path / "square.png", frames=2, size=(90, 160))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -92,9 +92,7 @@ def edit(
     image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
     negative_prompt: opt.NegativePrompt = None,
     shift: opt.Shift = None,
-    trace: Annotated[
-        Path | None, typer.Option(**opt.OUTPUT, help="Also write the run's figure (png, svg, pdf).")
-    ] = None,
+    trace: Annotated[Path | None, typer.Option(**opt.OUTPUT, help="Also write the run's plot (png, svg, pdf).")] = None,
     kv_cache: opt.KVCacheDir = None,
 ) -> None:
     """Edit the masked part of a clip after a prompt, and keep the rest."""

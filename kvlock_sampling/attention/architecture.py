@@ -48,8 +48,8 @@ DOUBLE_AND_SINGLE = ("transformer_blocks.*.attn", LayerPattern("single_transform
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of diffusion transformers. Raises AttentionError for a string in place of a tuple, an unknown `text`, or a
-    patch that is not three sizes.
+    """A family of diffusion transformers. Raises AttentionError for a string in place of a tuple, an unknown `text`, or
+    a patch that is not three sizes.
 
     Attributes:
         name: The name in messages.

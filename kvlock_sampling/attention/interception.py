@@ -110,8 +110,7 @@ def _exchanged(undo: ExitStack) -> None:
     def exchange(table: dict[Any, Any], name: Any, lengths_first: bool) -> None:
         own = table[name]
         # Remembered, a function of the user's would live as long as the process, with all that it closes over.
-        made = _seen if lengths_first else _seen.__wrapped__
-        table[name] = seen = made(own, compiler_imported(), lengths_first)
+        table[name] = seen = (_seen if lengths_first else _seen.__wrapped__)(own, compiler_imported(), lengths_first)
         undo.callback(lambda: table.update({name: own} if table[name] is seen else {}))  # else replaced meanwhile
 
     if F.scaled_dot_product_attention is not _TORCHS_OWN:

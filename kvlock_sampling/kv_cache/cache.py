@@ -127,8 +127,8 @@ class CacheEntry:
     def put(self, sigma: float, keys: KeyValues) -> KeyValues:
         """Store the K/V of a source pass at this noise level, (clips, heads, kept tokens, dim) by layer.
 
-        Returns K/V by layer as later lookups do, or `keys` itself if they are not finite, or if the budget is too small
-        for the level. Raises KVCacheError if a layer is missing, or K/V are not floating tensors.
+        Returns K/V by layer as later lookups do, or `keys` itself if they are not finite or exceed the budget. Raises
+        KVCacheError if a layer is missing, or K/V are not floating tensors.
         """
         format, memory = self._cache.format, self._cache.memory
         if missing := [layer for layer in self.layers if layer not in keys]:

@@ -78,8 +78,7 @@ def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
     about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     about += [_class(type(module), seen), *(_described(hook, seen) for hook in hooks), *_settings(vars(module), seen)]
-    forward = getattr(type(module).forward, "__code__", None)
-    if forward is not None and "training" in forward.co_names:  # as of dropout
+    if "training" in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):  # as of dropout
         about.append(module.training)
     # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
     saved: dict[str, Any] = {}
@@ -139,9 +138,9 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
             return [type(value).__qualname__, *_described(made_of, seen, held=held)]
     if not held and _of_library(type(value)):
         return [type(value).__qualname__]
-    slots = [n for kind in type(value).__mro__ for n in getattr(kind, "__slots__", ()) if hasattr(value, n)]
-    attributes = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots}
-    return [type(value).__qualname__, *_class(type(value), seen), *_settings(attributes, seen)]
+    own = {n: getattr(value, n) for k in type(value).__mro__ for n in getattr(k, "__slots__", ()) if hasattr(value, n)}
+    kind, attributes = type(value), getattr(value, "__dict__", {}) | own
+    return [kind.__qualname__, *_class(kind, seen), *_settings(attributes, seen)]
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -127,12 +127,10 @@ def _brightest(page: Any) -> np.ndarray:
     return array
 
 
-def _looked_up(page: Any) -> Any:
-    """A PIL image of indices as what they show, because they say nothing about brightness; all else as it is."""
-    return _brightest(page) if getattr(page, "mode", None) == "P" else page
-
-
 def as_tensor(mask: Any) -> Tensor:
+    def shown(page: Any) -> Any:  # PIL's indices say nothing about brightness
+        return _brightest(page) if getattr(page, "mode", None) == "P" else page
+
     if isinstance(mask, Tensor):
         return mask
     if isinstance(mask, str | os.PathLike):
@@ -141,7 +139,7 @@ def as_tensor(mask: Any) -> Tensor:
             f"mask is the path {name!r}; expected its values, 1 = edit. Read it:\n"
             f"  mask = kvlock_sampling.video.read_mask({name!r}, frames=..., size=(height, width))"
         )
-    mask = [_looked_up(page) for page in mask] if isinstance(mask, list | tuple) else _looked_up(mask)
+    mask = [shown(page) for page in mask] if isinstance(mask, list | tuple) else shown(mask)
     try:
         # Torch takes no array that is read-only (from PIL) or has negative strides (flipped), so these are copied.
         return torch.from_numpy(np.require(mask, requirements=["C", "W"]))

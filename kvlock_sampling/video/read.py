@@ -72,8 +72,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
     at, _ = pick(*ticks(path, times), frames, pad or len(times[0]) == 2, path)
     left, top, *_ = box(frame := displayed(path, times), size)
     if max(left, top) > 1:  # Tools round sides to even numbers.
-        own = f"the mask {str(path)!r} is {frame[0]} x {frame[1]}, and its middle is taken for {size[0]} x {size[1]}"
-        warn(f"{own}; where it is of a whole clip: app.read_pair(model, clip, mask), which stretches it over that.")
+        warn(f"{str(path)!r}, {frame}, is cut to its middle for {size}; app.read_pair(model, clip, mask) stretches it.")
     return mask_at(path, times, at, size, frame)
 
 

@@ -51,10 +51,9 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
     fps = check_number("fps", fps, VideoError, above=0.0)
     check_number("scale", scale, VideoError, at_least=1, whole=True)
     images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
-    if sound is not None and not is_film(sound):
-        if not (os.path.isdir(sound) or os.fspath(sound).lower().endswith(IMAGES)):
-            warn(f"without sound: sound={os.fspath(sound)!r} is no film; expected one that ends in {', '.join(FILMS)}.")
-        sound = None
+    if sound is not None and not (is_film(sound) or os.path.isdir(sound) or str(sound).lower().endswith(IMAGES)):
+        warn(f"without sound: sound={str(sound)!r} is no film; expected one that ends in {', '.join(FILMS)}.")
+    sound = sound if sound is not None and is_film(sound) else None
     most = 50 if kind == ".gif" else 1000  # Shorter frames would be lost, and longer ones than 655 s.
     if kind != ".png" and (held := min(max(fps, 1 / 655), most)) != fps:
         warn(f"a {kind} holds 1/655 to at most {most} frames per second, not {fps:g}: {held:g}")
@@ -183,9 +182,7 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
 def _add_sound(path: PathLike, written: Any, seconds: float) -> str:
     with film(path) as (container, pictures):
         # The names of decoders are those of codecs, save "mp3float" and "libopus".
-        tracks = {
-            t: t.codec_context.name if t.codec_context else "a codec unknown here" for t in container.streams.audio
-        }
+        tracks = {t: t.codec_context.name if t.codec_context else "an unknown codec" for t in container.streams.audio}
         tracks = {t: name.removeprefix("lib").removesuffix("float") for t, name in tracks.items()}
         held = [_holds(path, number, written.format.name, codec) for number, codec in enumerate(tracks.values())]
         kept = {t: written.add_stream_from_template(t) for t, holds in zip(tracks, held, strict=True) if holds}
@@ -208,9 +205,8 @@ def _holds(path: PathLike, number: int, container_format: str, codec: str) -> bo
     """Whether a container takes a sound track. Some refuse what they list, at its header or at its first packet."""
     av = require("av", "video")
     with suppress(Exception), film(path) as (source, _), av.open(io.BytesIO(), "w", format=container_format) as trial:
-        track = source.streams.audio[number]
-        copied, packet = trial.add_stream_from_template(track), next(source.demux(track))
-        packet.stream = copied
+        packet = next(source.demux(audio=number))
+        packet.stream = trial.add_stream_from_template(packet.stream)
         trial.mux(packet)
         return codec in trial.supported_codecs
     return False

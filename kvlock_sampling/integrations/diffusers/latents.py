@@ -37,17 +37,12 @@ def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
     with torch.no_grad():
         # One by one: some VAEs take no batch, and a clip then is what it is alone.
         means = [vae.encode(clip.to(device, vae.dtype)).latent_dist.mode() for clip in clips.split(1)]
-        return normalise(vae, torch.cat(means).float())
-
-
-def normalise(vae: Any, latents: Tensor) -> Tensor:
-    """The VAE's own latents, float32, as the transformer sees them."""
-    mean, scale = _statistics(vae, latents)
-    return (latents - mean) * scale
+        mean, scale = _statistics(vae, latents := torch.cat(means).float())
+        return (latents - mean) * scale
 
 
 def denormalise(vae: Any, latents: Tensor) -> Tensor:
-    """The inverse of `normalise`."""
+    """Latents of a transformer as the VAE itself has them."""
     mean, scale = _statistics(vae, latents)
     return latents / scale + mean
 

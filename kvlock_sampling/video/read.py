@@ -170,9 +170,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
         few = not media.is_lossy(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
-        if (alpha := image.info.get("alpha")) is not None:
-            solid = np.asarray(alpha) >= WHITE
-            clear.append(not solid.all() and np.count_nonzero(page[solid] >= WHITE) <= 0.9 * solid.sum())
+        solid = np.asarray(image.info.get("alpha", 255)) >= WHITE
+        clear.append(not solid.all() and np.count_nonzero(page[solid] >= WHITE) <= 0.9 * solid.sum())
         y, x = image.height / frame[0], image.width / frame[1]
         return _pooled(_pooled(page, top * y, bottom * y, size[0]).T, left * x, right * x, size[1]).T
 

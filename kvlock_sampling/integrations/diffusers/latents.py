@@ -25,7 +25,19 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
         PipelineError: The VAE names no statistics.
     """
     clips = as_clips(pixels)
-    _check_shape(clips, vae)
+    time, space = compression(vae)
+    if clips.ndim != 5 or clips.shape[1] != 3:
+        raise SourceError(
+            f"clip has shape {tuple(clips.shape)}; expected (3, frames, height, width) or (batch, 3, frames, height, "
+            "width). Frames first, as images come: clip.transpose(0, 1)."
+        )
+    frames, height, width = clips.shape[2:]
+    fits = (max(frames - 1, 0) // time * time + 1, *(max(1, side // space) * space for side in (height, width)))
+    if (frames, height, width) != fits:  # a VAE drops what fills no latent, without a warning
+        raise SourceError(
+            f"clip has {frames} frames of {height} x {width}; {type(vae).__name__} takes 1 + {time} * n frames and "
+            f"sides of {space} * n.\n  clip = kv.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
+        )
     check_pixels(clips)
     # An offloaded VAE lies on the host, or nowhere, until it runs; its hooks know where that will be.
     found = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in vae.modules())
@@ -37,12 +49,17 @@ def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
     with torch.no_grad():
         # One by one: some VAEs take no batch, and a clip then is what it is alone.
         means = [vae.encode(clip.to(device, vae.dtype)).latent_dist.mode() for clip in clips.split(1)]
-        mean, scale = _statistics(vae, latents := torch.cat(means).float())
-        return (latents - mean) * scale
+        return normalise(vae, torch.cat(means).float())
+
+
+def normalise(vae: Any, latents: Tensor) -> Tensor:
+    """The VAE's own latents, float32, as the transformer sees them."""
+    mean, scale = _statistics(vae, latents)
+    return (latents - mean) * scale
 
 
 def denormalise(vae: Any, latents: Tensor) -> Tensor:
-    """Latents of a transformer as the VAE itself has them."""
+    """The inverse of `normalise`."""
     mean, scale = _statistics(vae, latents)
     return latents / scale + mean
 
@@ -70,20 +87,3 @@ def compression(vae: Any) -> tuple[int, int]:
     ratios = (named.get(f"scale_factor_{a}") or named.get(f"{a}_compression_ratio") or default[a] for a in default)
     time, space = map(int, ratios)
     return time, space
-
-
-def _check_shape(clips: Tensor, vae: Any) -> None:
-    """Raise SourceError for frames and rows that fill no latent: a VAE drops them without a warning."""
-    time, space = compression(vae)
-    if clips.ndim != 5 or clips.shape[1] != 3:
-        raise SourceError(
-            f"clip has shape {tuple(clips.shape)}; expected (3, frames, height, width) or (batch, 3, frames, height, "
-            "width). Frames first, as images come: clip.transpose(0, 1)."
-        )
-    frames, height, width = clips.shape[2:]
-    fits = (max(frames - 1, 0) // time * time + 1, *(max(1, side // space) * space for side in (height, width)))
-    if (frames, height, width) != fits:
-        raise SourceError(
-            f"clip has {frames} frames of {height} x {width}; {type(vae).__name__} takes 1 + {time} * n frames and "
-            f"sides of {space} * n.\n  clip = kv.video.read_clip(path, frames={fits[0]}, size={fits[1:]}).pixels"
-        )

@@ -184,9 +184,7 @@ class EpsDenoiser(Preconditioned):
         options: `call` and `model_dtype` of `Preconditioned`.
     """
 
-    def __init__(
-        self, inner_model: Callable[..., Any], time: Callable[[Tensor], Tensor] = angle, **options: Any
-    ) -> None:
+    def __init__(self, inner_model: Callable[..., Any], time: Call = angle, **options: Any) -> None:
         super().__init__(inner_model, **options)
         self.time_from_sigma = time
 

@@ -164,8 +164,8 @@ class Run:
                 self._anew()
             if (found := self.timeline.rewind(sigma)) is None:
                 self._begin(sigma)
-            elif self._shape != x.shape:
-                self._check_apart(x, found)
+            elif self._shape not in (None, x.shape):
+                self._check_apart(settings, x, found)
             self._shape = self._shape or x.shape
             state = found or start(settings, observation, expert)
             if state.expert != expert:
@@ -177,12 +177,12 @@ class Run:
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
 
-    def _check_apart(self, x: Tensor, state: State) -> None:
-        """Refuse some clips of a run alone where it knows something of each clip, and clips of another size."""
+    def _check_apart(self, settings: LockSettings, x: Tensor, state: State) -> None:
+        """Refuse x of another shape where the run measures, or knows something of each clip."""
         rows = {len(value) for value in (self.noise, *state) if isinstance(value, Tensor) and value.ndim}
-        if self._shape is not None and (x.shape[1:] != self._shape[1:] or rows - {1, len(x)}):
+        if settings.policy.uses_risk or rows - {1, len(x)}:
             raise RunError(
-                f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape)}; expected the same clips.\n"
+                f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape or ())}; expected the same.\n"
                 "  A block for each clip; or another run: lock.on_schedule(sigmas) with the noise levels that are left."
             )
 

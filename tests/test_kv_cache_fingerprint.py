@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, update_wrapper
 from types import MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
@@ -414,6 +414,35 @@ def tripled_op(x: torch.Tensor) -> torch.Tensor:
     return 3 * x
 
 
+class Rescaling:
+    """A decorator as a class, of which only the function it wraps is a function."""
+
+    def __init__(self, function, scale):
+        update_wrapper(self, function)
+        self.function, self.scale = function, scale
+
+    def __call__(self, x):
+        return self.function(x) * self.scale
+
+
+class OneSlot:
+    __slots__ = "gain"
+
+    def __init__(self, gain):
+        self.gain = gain
+
+
+class Unsaved(nn.Module):
+    """It saves nothing of itself, as a module that is fetched anew."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), gain))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise NotImplementedError
+
+
 def rewritten(monkeypatch):
     """The same weights in a class whose author has changed a method that its forward calls."""
     monkeypatch.setattr(Attributed, "_prepared", lambda self, z: 3 * z)
@@ -449,6 +478,11 @@ def rewritten(monkeypatch):
                 (range(2), range(3)),
                 (Fraction(1, 2), Fraction(1, 3)),
                 (Slotted(1.0), Slotted(2.0)),
+                (OneSlot(1.0), OneSlot(2.0)),
+                (Rescaling(doubled, 1.0), Rescaling(doubled, 2.0)),
+                (Rescaling(doubled, 1.0), Rescaling(tripled, 1.0)),
+                (Unsaved(1.0), Unsaved(2.0)),
+                (bytearray(b"one"), bytearray(b"two")),
                 (Reduction.MEAN, Reduction.SUM),
                 (SimpleNamespace(scale=1.0), SimpleNamespace(scale=2.0)),
                 (Processor(1.0), Processor(2.0)),
@@ -467,9 +501,40 @@ def test_what_a_function_around_the_network_does_counts(monkeypatch, one, other)
 
 
 def test_a_layer_that_drops_counts_with_its_mode():
-    plain, dropping = network(), nn.Sequential(network(), nn.Dropout(0.5))
+    plain, dropping = nn.Sequential(network(), nn.Dropout(0.0)), nn.Sequential(network(), nn.Dropout(0.5))
     assert model_fingerprint(plain.train()) == model_fingerprint(plain.eval())
-    assert model_fingerprint(dropping.train()) != model_fingerprint(dropping.eval())
+    for model in (dropping, Attributed(1.0), nn.BatchNorm2d(3)):  # a user's own may ask for it anywhere
+        assert model_fingerprint(model.train()) != model_fingerprint(model.eval())
+
+
+def test_what_changes_while_a_model_runs_does_not_count():
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._seen = 0
+
+        def get_extra_state(self):
+            return self._seen
+
+    model = Running()
+    before = model_fingerprint(model)
+    model._seen += 1
+    assert model_fingerprint(model) == before
+
+
+def test_models_that_no_class_describes_have_a_fingerprint():
+    class Settings:
+        def __init__(self, **data):
+            self.__dict__["data"] = data
+
+        def __getattr__(self, name):
+            return self.data[name]  # a KeyError where an AttributeError is expected
+
+    scripted = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    assert model_fingerprint(scripted) == model_fingerprint(scripted)
+    one, other = (Attributed(Settings(gain=gain)) for gain in (1.0, 2.0))
+    assert model_fingerprint(one) == model_fingerprint(one)
+    assert model_fingerprint(one) != model_fingerprint(other)
 
 
 def test_weights_that_torch_has_packed_count():

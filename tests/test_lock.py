@@ -592,6 +592,13 @@ def test_clips_of_a_run_that_are_called_apart_are_named(pair: Setup, policy: str
         assert lock(larger, pair.sigmas[2].expand(2), **pair.cfg).shape == larger.shape
 
 
+def test_tiles_of_several_sizes_may_share_a_run_that_knows_nothing_of_them(setup: Setup) -> None:
+    with torch.no_grad(), kv.KVLock(setup.model, policy=kv.Constant(cfg_scale=2.0)) as lock:
+        for sigma in setup.sigmas[:2]:
+            for tile in (setup.x, setup.x[..., :4]):
+                assert lock(tile, sigma.expand(1), **setup.cfg).shape == tile.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
 def test_a_noise_level_in_pythons_numbers_is_that_of_a_tensor(dtype: torch.dtype, default: torch.dtype) -> None:

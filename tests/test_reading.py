@@ -278,6 +278,8 @@ def test_a_mask_that_is_cut_to_its_middle_is_named(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_mask(tmp_path / "square.png", frames=2, size=(127, 128))
+        Image.new("L", (1920, 1080), 255).save(tmp_path / "wide.png")
+        read_mask(tmp_path / "wide.png", frames=2, size=(480, 832))
 
 
 @pytest.mark.parametrize("size", [(96, 160), (48, 80), (191, 320), (478, 798)])
@@ -537,6 +539,14 @@ def test_a_mask_in_alpha_is_named(tmp_path: Path, recwarn) -> None:
     Image.fromarray(np.dstack([255 + 0 * photo, painted])).save(tmp_path / "mask.png")  # white on nothing
     recwarn.clear()
     assert torch.equal(read_pair(ANY, clip, tmp_path / "mask.png")[1][0, 0] > 0, torch.from_numpy(painted > 0))
+    assert not recwarn
+    strokes = np.dstack([255 + 0 * photo, painted])
+    frames = folder(tmp_path / "frames", range(2), [strokes, 0 * strokes])  # the object leaves the picture
+    assert read_pair(ANY, clip, frames)[1].sum() == (painted > 0).sum()
+    opaque = np.dstack([painted[..., None].repeat(3, 2), np.full_like(painted, 255)])
+    opaque[-1, :, 3] = 0
+    Image.fromarray(opaque).save(tmp_path / "mask.png")
+    assert read_pair(ANY, clip, tmp_path / "mask.png")[1][0, 0].sum() == (painted > 0).sum()
     assert not recwarn
 
 

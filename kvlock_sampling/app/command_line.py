@@ -30,9 +30,7 @@ out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=T
 # The path of "" would be a folder, and a shell leaves the ~ of --out=~/edits.
 PATH: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path or "(no name)")), "metavar": "PATH"}
 OUTPUT: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path)), "metavar": "PATH"}
-Clip = Annotated[
-    Path, typer.Argument(**PATH | {"metavar": "CLIP"}, help="mp4, webm, gif, mov, image, folder of images.")
-]
+Clip = Annotated[Path, typer.Argument(**PATH | {"metavar": "CLIP"}, help="mp4, webm, gif, mov, image or image folder.")]
 Mask = Annotated[Path, typer.Option(**PATH, help="Image or clip; white = edit.")]
 Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]

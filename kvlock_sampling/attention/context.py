@@ -84,7 +84,8 @@ class FusionContext:
         if self.mode == "capture":
             self.record.fired.add(layer.partition("[")[0])
             if (chosen := self.selection) is not None:
-                last = last[0].index_select(-2, chosen.stored), last[1].index_select(-2, chosen.stored)
+                stored = chosen.stored.to(key.device)  # a model may lie on several devices
+                last = last[0].index_select(-2, stored), last[1].index_select(-2, stored)
             self.record.captured[f"{layer}#{turn}" if turn else layer] = last
             return key, value
         source = last if self.mode == "lockstep" else self._source(layer, turn)
@@ -97,8 +98,9 @@ class FusionContext:
             if self.narrowed is not None:
                 return join_kept(own, kept, self.ratio, self.narrowed, start)
             if self.selection is not None and self.mode == "inject":
-                where, out = self.selection.stored, own.clone()
-                out[..., where + start, :] = fuse(own[..., where + start, :], kept, ratio[:, where])
+                stored, out = self.selection.stored, own.clone()
+                where = stored.to(own.device) + start
+                out[..., where, :] = fuse(own[..., where, :], kept, ratio[:, stored])
                 return out
             return fuse_rows(own, kept, ratio, video, edit_rows)
 

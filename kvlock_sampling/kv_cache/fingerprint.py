@@ -8,7 +8,10 @@ import json
 import logging
 import sys
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from inspect import getattr_static
 from numbers import Number
 from pathlib import PurePath
 from typing import Any
@@ -24,7 +27,7 @@ from ..utils.modules import reachable_modules
 SAMPLED = 64  # numbers of each weight, evenly spread: they show the order of numbers, which sums do not
 BLOCK = 8192  # words of 8 bytes that are summed together
 
-_PLAIN = (Number, str, bytes, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
+_PLAIN = (Number, str, bytes, bytearray, range, enum.Enum, torch.dtype, torch.device, np.generic, PurePath)
 
 
 @torch.inference_mode(False)  # where a tensor subclass, such as a quantized weight, cannot be detached
@@ -78,13 +81,20 @@ def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
     about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     about += [_class(type(module), seen), *(_described(hook, seen) for hook in hooks), *_settings(vars(module), seen)]
-    if "training" in getattr(getattr(type(module).forward, "__code__", None), "co_names", ()):  # as of dropout
+    # A library's module computes alike in both modes, unless it drops or keeps statistics.
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    if drops or isinstance(module, nn.modules.batchnorm._NormBase) or not _of_library(type(module)):
         about.append(module.training)
     # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
+    derived = module._non_persistent_buffers_set
+    weights = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
+    about += [[name, *_numbers(weight)] for name, weight in weights.items() if name not in derived]
     saved: dict[str, Any] = {}
-    module._save_to_state_dict(saved, "", True)
-    # What is saved may be made for it, and another object may have its id later: it is not remembered.
-    return [*about, *([name, *_described(value, dict(seen))] for name, value in saved.items())]
+    with suppress(Exception):
+        module._save_to_state_dict(saved, "", True)
+    # Packed weights, which may be made anew, so that their ids say nothing. The extra state may change in a run.
+    packed = sorted(saved.keys() - weights.keys() - {"_extra_state"})
+    return [*about, *([name, *_described(saved[name], dict(seen))] for name in packed)]
 
 
 def _settings(attributes: Mapping[str, Any], seen: dict[tuple[int, bool], int]) -> list[Any]:
@@ -118,7 +128,7 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         return [[str(key), *_described(each, seen, held=held)] for key, each in sorted(value.items(), key=repr)]
     if isinstance(value, (set, frozenset)):  # those of objects have no order that lasts
         return sorted(repr(_described(each, dict(seen), held=held)) for each in value)
-    if isinstance(value, Sequence):
+    if isinstance(value, (list, tuple, deque)):
         return [_described(each, seen, held=held) for each in value]
     if isinstance(value, functools.partial):
         return [_described(each, seen, held=held) for each in (value.func, value.args, value.keywords)]
@@ -132,15 +142,13 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         return [_code(code), *([name, *_described(each, seen, held=False)] for name, each in sorted(inside.items()))]
     if isinstance(value, type):
         return _class(value, seen)
-    # Of a cached function, a scripted one, and a custom operator.
-    for name in ("__wrapped__", "_torchdynamo_inline", "_init_fn"):
-        if isinstance(made_of := getattr(value, name, None), types.FunctionType):
-            return [type(value).__qualname__, *_described(made_of, seen, held=held)]
-    if not held and _of_library(type(value)):
-        return [type(value).__qualname__]
-    own = {n: getattr(value, n) for k in type(value).__mro__ for n in getattr(k, "__slots__", ()) if hasattr(value, n)}
-    kind, attributes = type(value), getattr(value, "__dict__", {}) | own
-    return [kind.__qualname__, *_class(kind, seen), *_settings(attributes, seen)]
+    kind, inner = type(value), ("__wrapped__", "_torchdynamo_inline", "_init_fn")  # cached, scripted, an operator
+    made_of = {n.strip("_"): f for n in inner if isinstance(f := getattr_static(value, n, None), types.FunctionType)}
+    if not held and not made_of and _of_library(kind):
+        return [kind.__qualname__]
+    slots = [n for k in kind.__mro__ for n, v in vars(k).items() if isinstance(v, types.MemberDescriptorType)]
+    own = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return [kind.__qualname__, *_class(kind, seen), *_settings(getattr(value, "__dict__", {}) | own | made_of, seen)]
 
 
 def _names(code: types.CodeType) -> list[str]:

@@ -39,13 +39,14 @@ PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 
 def layout(shape: Sequence[int], dtype: torch.dtype, format: str | None) -> dict[str, Any]:
     """Return the dtype and shape of each part that `pack` makes of a tensor (..., tokens, dim)."""
-    shape = tuple(shape)
+    if dtype not in _FLOATS or len(shape) < 3:
+        raise KVCacheError(f"K/V are {dtype} of shape {tuple(shape)}; expected floats (clips, heads, tokens, dim).")
     if format is None:
-        return {"values": (dtype, shape)}
+        return {"values": (dtype, tuple(shape))}
     return {
         "channel": (torch.float32, (*shape[:-2], 1, shape[-1])),
         "token": (torch.bfloat16, (*shape[:-1], 1)),
-        "values": (torch.int8, shape),
+        "values": (torch.int8, tuple(shape)),
     }
 
 
@@ -90,13 +91,12 @@ def pack(x: Tensor, format: str | None, ends: Ends | None = None) -> Packed:
     The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
     """
-    if x.dtype not in _FLOATS or x.ndim < 3:
-        raise KVCacheError(f"K/V are {x.dtype} of shape {tuple(x.shape)}; expected floats (clips, heads, tokens, dim).")
+    form = layout(x.shape, x.dtype, format)
     if format is not None and x.numel() and ends is None:
         ends = extremes([x])[0]
     if format is None or not x.numel() or not (ends and ends[0] > -_LARGEST and ends[1] < _LARGEST):
         return x.dtype, {"values": x.clone(memory_format=torch.contiguous_format)}
-    parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in layout(x.shape, x.dtype, format).items()}
+    parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in form.items()}
     # Some heads at a time: the working copies take several times the room of the result.
     step = max(1, _AT_ONCE * x.shape[-3] // x.numel())
     for start in range(0, x.shape[-3], step):

@@ -28,22 +28,16 @@ def check_number(name: str, value: Any, error: type[KVLockError], hint: str = ""
 
 
 def within(
-    value: Any,
-    *,
-    above: float = -inf,
-    at_least: float = -inf,
-    at_most: float = inf,
-    below: float = inf,
-    whole: bool = False,
+    x: Any, above: float = -inf, at_least: float = -inf, at_most: float = inf, below: float = inf, whole: bool = False
 ) -> float | None:
     """Return a value as a float, or an int if `whole`; None if it is no finite number within the limits."""
     try:
-        given = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else inf
+        given = float(x) if isinstance(x, numbers.Real) and not isinstance(x, bool) else inf
     except OverflowError:
         return None
     if not (isfinite(given) and above < given < below and at_least <= given <= at_most):
         return None
-    return given if not whole else int(value) if isinstance(value, numbers.Integral) else None
+    return given if not whole else int(x) if isinstance(x, numbers.Integral) else None
 
 
 def expected(*, whole: bool = False, **limits: float) -> str:

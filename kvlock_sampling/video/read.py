@@ -61,7 +61,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
     Args:
         path: A film, a folder of images, or an image, which holds for all frames.
         frames: Number of frames.
-        size: (height, width) in pixels. In a larger file a pixel is 1 if any part of it is white.
+        size: (height, width) in pixels; the centre is cropped. Of a larger file a pixel is 1 if any part is white.
         pad: As for the clip; see `read_clip`.
 
     Raises:
@@ -71,7 +71,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
     times = shown(path)
     at, _ = pick(*ticks(path, times), frames, pad or len(times[0]) == 2, path)
     left, top, *_ = box(frame := displayed(path, times), size)
-    if max(left, top) > 1:  # Tools round sides to even numbers.
+    if max(left / frame[1], top / frame[0]) > 0.025:  # less is the rounding of sides
         warn(f"{str(path)!r}, {frame}, is cut to its middle for {size}; app.read_pair(model, clip, mask) stretches it.")
     return mask_at(path, times, at, size, frame)
 
@@ -171,7 +171,8 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
         solid = np.asarray(image.info.get("alpha", 255)) >= WHITE
-        clear.append(not solid.all() and np.count_nonzero(page[solid] >= WHITE) <= 0.9 * solid.sum())
+        if 0 < solid.mean() < 0.99 and (page[solid] < WHITE).mean() > 0.1:  # a picture, or black on nothing
+            clear.append(np.count_nonzero(levels) > 32 or int(page.max()) < WHITE)
         y, x = image.height / frame[0], image.width / frame[1]
         return _pooled(_pooled(page, top * y, bottom * y, size[0]).T, left * x, right * x, size[1]).T
 
@@ -210,7 +211,11 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             pair = f"{str(mask)!r} lacks {len(lost)} masks for {str(clip)!r}, of the numbers {lost[:9]}"
             raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")
         lasts, moments = length, middles[np.searchsorted(found, wanted)]
-    elif None in (own, rate) and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1:
+    elif (
+        None in (own, rate)
+        and count != len(ours) - 1
+        and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1
+    ):
         lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read
     elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if own and rate and abs(lasts / length - 1) > 0.1:

@@ -22,9 +22,7 @@ FLUX = Architecture(
 )
 
 # Likewise; the latents' channels are packed 2 x 2 already.
-FLUX_2 = Architecture(
-    "flux-2", ("diffusers.*:Flux2Transformer2DModel",), DOUBLE_AND_SINGLE, patch=(1, 1, 1), text="first"
-)
+FLUX_2 = Architecture("flux-2", ("diffusers.*:Flux2Transformer2DModel",), DOUBLE_AND_SINGLE, (1, 1, 1), "first")
 
 IMAGE_TRANSFORMER_V1 = Architecture(
     "k-diffusion-v1",

@@ -552,7 +552,7 @@ def test_weights_that_torch_has_packed_count():
 
 def test_code_in_a_folder_that_sounds_like_a_librarys_counts(monkeypatch):
     users, package = ModuleType("users_net"), ModuleType("installed_net")
-    users.__file__, package.__file__ = "/home/user/my-packages/net.py", "/usr/lib/python3/dist-packages/net.py"
+    users.__file__, package.__file__ = "my-packages/net.py", "dist-packages/net.py"
     for each in (users, package):
         monkeypatch.setitem(sys.modules, each.__name__, each)
     assert [module._of_library(each) for each in (users, package)] == [False, True]

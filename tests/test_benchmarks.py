@@ -1,7 +1,11 @@
 """What the benchmarks compute, against answers that are known: the grid, its samplers, its scores and their reports."""
 
+import json
+from hashlib import sha256
+
 import numpy as np
 import pytest
+import tables
 import torch
 from grid import SHARP, STEPS, EpsNet, Grid, GridDenoiser, label
 from grid_control import moved, skew, spread
@@ -13,6 +17,7 @@ from torch import nn
 from transfer import Meter, alarms, row
 
 from kvlock_sampling.testing import MixtureDenoiser
+from kvlock_sampling.tiny.model import WEIGHTS
 
 
 class ExactEps(nn.Module):
@@ -133,3 +138,12 @@ def test_runs_over_parts_of_the_scenes_pool_to_the_run_over_all():
         pooled([record(0, 60), {**record(60, 30), "policy": "full"}])
     with pytest.raises(SystemExit, match="follow one another"):
         pooled([record(0, 30), record(40, 30)])
+
+
+def test_every_table_of_the_stage_was_measured_on_the_weights_of_the_package():
+    record = json.loads((tables.RESULTS / "tables.json").read_text())
+    assert record["weights"] == sha256(WEIGHTS.read_bytes()).hexdigest()
+    assert sorted(record["done"]) == sorted(tables.JOBS)
+    for name in ("release", "release_dpmpp", "release_search"):
+        rows = json.loads((tables.RESULTS / f"{name}.json").read_text())["rows"]
+        assert set(rows) == {job.partition(": ")[2] for job in tables.JOBS if job.startswith(f"{name}: ")}

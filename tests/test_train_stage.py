@@ -1,13 +1,15 @@
 """Training the model of the stage: batches repeat, old weights load, a killed run resumes."""
 
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from world import train_stage
 from world.stage_samples import sample
-from world.train_stage import build_optimizers, flow_errors, load_weights, make_batch, post_weights, train
+from world.train_stage import build_optimizers, draw_times, flow_errors, load_weights, make_batch, post_weights, train
 
 from kvlock_sampling.tiny import TinyVideo, TinyWan
 from kvlock_sampling.tiny.model import WORDS
@@ -54,6 +56,15 @@ def test_the_post_and_whole_prompts_are_sometimes_left_unsaid() -> None:
     assert whole.float().mean() == pytest.approx(train_stage.PROMPT_DROPOUT, abs=0.05)
     assert (words[~whole, 4] == 0).float().mean() == pytest.approx(train_stage.POST_DROPOUT, abs=0.05)
     assert (words[~whole, :4] > 0).all()
+
+
+def test_times_of_the_last_pairs_have_a_spread_of_their_own() -> None:
+    drawn = draw_times(40_000, 10_000, (0.6, 1.1), (1.85, 0.45), torch.Generator().manual_seed(0)).logit()
+    for part, mean, std in ((drawn[:30_000], 0.6, 1.1), (drawn[30_000:], 1.85, 0.45)):
+        assert float(part.mean()) == pytest.approx(mean, abs=0.03)
+        assert float(part.std()) == pytest.approx(std, abs=0.03)
+    same = draw_times(8, 0, (0.6, 1.1), (9.0, 9.0), torch.Generator().manual_seed(1))
+    assert torch.equal(same, (0.6 + 1.1 * torch.randn(8, generator=torch.Generator().manual_seed(1))).sigmoid())
 
 
 def test_errors_are_those_of_the_velocity() -> None:
@@ -110,10 +121,12 @@ def test_reading_only_leaves_everything_else(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = count()  # a second for every look at it: the test does not depend on the machine
+    monkeypatch.setattr(train_stage, "time", SimpleNamespace(time=lambda: float(next(clock))))
     monkeypatch.setattr(train_stage, "validate", lambda *_: {"loss": 0.0})
-    train(tmp_path, minutes=0.02, batch=2)
+    train(tmp_path, minutes=0.1, batch=2)
     first = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    train(tmp_path, minutes=0.06, batch=2, workers=1)
+    train(tmp_path, minutes=0.2, batch=2, workers=1)
     second = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert second["step"] > first["step"] > 0
     assert second["seconds"] > first["seconds"]

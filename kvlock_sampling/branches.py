@@ -250,7 +250,8 @@ class OwnBranches(Branches):
     ) -> list[Tensor]:
         """Branches, and the source as further rows of their call."""
         *edit, source = self._together([*branches, beside], context, sigma, kind)
-        if kind is not None and not (context and self.settings.erase):  # neither a probe nor an erased source
+        # Not of a probe, erased, or of a pass that may have ended early.
+        if kind is not None and not (context and (self.settings.erase or context.left is not None)):
             self.source = source
         return [self._filled(out) for out in edit]
 

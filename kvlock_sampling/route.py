@@ -86,6 +86,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         grid=layers.grid(step.x.shape),
         selection=selection if narrow or entry is not None else None,
         narrow=narrow,
+        left=None if settings.policy.uses_risk else layers.per_network,
         text_first=bool(layers.layers) and layers.layers[0].text == "first",
     )
     at_sigma, clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)

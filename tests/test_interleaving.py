@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from networks import FAMILIES, random_network
+from torch.utils.flop_counter import FlopCounterMode
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import FusionContext
 from kvlock_sampling.route import Route
-from kvlock_sampling.types import KVLockError
+from kvlock_sampling.types import AttentionError, KVLockError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast", "ignore:.*deprecated")
 
@@ -68,6 +69,42 @@ def test_guided_with_a_transition_band_and_as_many_frames_as_rows(name, frames):
     assert step.route == INTERLEAVED
     assert step.computed < 1
     torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_sources_pass_ends_with_its_last_keys_unless_its_prediction_is_read(name):
+    made = network(name)
+    if not made.layers.interleaves:
+        return
+
+    def run(**options):
+        with FlopCounterMode(display=False) as counter:
+            out, step = evaluated(made, **options)
+        assert step.route == INTERLEAVED
+        return out, counter.get_total_flops()
+
+    seen: list[torch.Tensor] = []
+
+    @dataclass(frozen=True)
+    class Reads(kv.variance.Estimator):
+        def step(self, state, evaluation):
+            seen.append(evaluation.source)
+            return state, evaluation.denoised.new_full((len(evaluation.x),), 0.01)
+
+    ended, fewer = run()
+    read, more = run(policy=kv.PID(kp=0.0, ki=0.0, bias=1.0), estimator=Reads())
+    assert torch.equal(ended, read)
+    assert seen[0].isfinite().all()
+    assert fewer < more
+
+
+def test_a_layer_that_acts_again_after_the_sources_pass_has_ended():
+    made = network("wan")
+    inner = made.layers.networks[0]
+    inner.blocks.append(inner.blocks[0])
+    with pytest.raises(AttentionError, match=r"acts once more.*foreground=False"):
+        evaluated(made)
+    evaluated(made, foreground=False)
 
 
 def kept_at_once(monkeypatch, **options):

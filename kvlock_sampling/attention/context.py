@@ -20,6 +20,11 @@ from ..utils.threads import setting
 from .fuse import fuse, fuse_rows, join_kept
 from .record import CallRecord, KeyValue
 
+
+class CapturedError(BaseException):
+    """Nothing more is needed of the source's pass. Its block ends here, and must not take this for a failure."""
+
+
 Mode = Literal["lockstep", "capture", "inject"]
 
 
@@ -37,6 +42,7 @@ class FusionContext:
         text: Number of text tokens in this call; None if unknown.
         text_first: Text tokens stand before the video's.
         rows: Rows of this call, those of each branch together; None if unknown.
+        left: Attention calls until nothing more is needed of the source; None if its prediction is read.
         called: Rows with which the network was called, if it is known and guides itself or another does; 0 if unknown.
         record: What happened.
     """
@@ -51,6 +57,7 @@ class FusionContext:
     text_first: bool = False
     rows: int | None = None
     called: int = 0
+    left: int | None = None
     record: CallRecord = field(default_factory=CallRecord)
 
     @property
@@ -60,7 +67,8 @@ class FusionContext:
 
     def fresh(self, mode: Mode, source: Mapping[str, KeyValue] | None = None) -> "FusionContext":
         """The same context for another call, in this mode, with its own record."""
-        return replace(self, mode=mode, source=source or {}, rows=None, record=CallRecord())
+        left = self.left if mode == "lockstep" else None
+        return replace(self, mode=mode, source=source or {}, rows=None, record=CallRecord(), left=left)
 
     def process(self, layer: str, key: Tensor, value: Tensor, start: int, ratio: Tensor) -> KeyValue:
         """Handle one attention call: the key and value to use instead of these, (rows, ..., length, dim), after norm
@@ -82,11 +90,15 @@ class FusionContext:
         # A guided denoiser may run several chunks of the source. All have the same prompt: the last one serves.
         last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
+            if self.left == 0:
+                raise AttentionError(f"layer {layer!r} acts once more after the last one; pass foreground=False.")
             self.record.fired.add(layer.partition("[")[0])
             if (chosen := self.selection) is not None:
                 stored = chosen.stored.to(key.device)  # a model may lie on several devices
                 last = last[0].index_select(-2, stored), last[1].index_select(-2, stored)
             self.record.captured[f"{layer}#{turn}" if turn else layer] = last
+            if len(self.record.captured) == self.left:
+                raise CapturedError
             return key, value
         source = last if self.mode == "lockstep" else self._source(layer, turn)
         if source is None:

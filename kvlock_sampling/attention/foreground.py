@@ -9,6 +9,8 @@ tokens of the edit's rows, so that K/V of one layer exist at a time (`interleavi
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .context import FusionContext, current, using
+from .context import CapturedError, FusionContext, current, using
 from .forward_hooks import Arguments, ForwardHook
 from .layers import Table, TokenFlow
 
@@ -39,7 +41,7 @@ def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Argumen
     # Where text shares the sequence, the first block takes the tokens out, and what later blocks get is narrow already,
     # even if it happens to be as long as the video. Elsewhere a block may be given all tokens again.
     _narrow_arguments(bound.arguments, flow, context, whole=not (context.text and context.record.entered))
-    context.record.entered = True
+    context.record.entered = 1
     given = 1 + len(args)  # what came by keyword stays there, because hooks that run after this one look for it there
     return bound.args[1:given], dict(zip([*bound.arguments][given:], bound.args[given:], strict=False)) | bound.kwargs
 
@@ -55,6 +57,7 @@ def _leave(args: Any, kwargs: Any) -> Arguments:
 
 def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     context = current()
+    computed, text = len(_selection(context).computed), context.text or 0
     bound = signature_of(block).bind_partial(block, *args, **kwargs)
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
     edit = rows - len(context.ratio)
@@ -73,23 +76,31 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
             return call(*bound.args[1:], **bound.kwargs)
 
     of_source, of_edit = cut(slice(edit, rows)), cut(slice(edit))
-    capture = context.fresh("capture")
-    source = run(of_source, capture)
+    # Text as long as the computed tokens could not be told from them below.
+    left = None if context.left is None or text == computed else context.left - context.record.entered
+    capture, source = replace(context.fresh("capture"), left=left), None
+    with suppress(CapturedError):
+        source = run(of_source, capture)
+    context.record.entered += len(capture.record.captured)
     inject = context.fresh("inject", capture.record.captured)
     _narrow_arguments(of_edit, flow, inject, whole=True)
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
-    def join(of_edit: Any, of_source: Any) -> Any:
+    def join(of_edit: Any, of_source: Any = None) -> Any:
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
+        if of_source is None:  # anything will do, since nothing reads it
+            left_out = context.ratio.shape[1] - computed if of_edit.shape[1] in (computed, computed + text) else 0
+            shape = rows - edit, of_edit.shape[1] + left_out, *of_edit.shape[2:]
+            of_source = of_edit[: rows - edit, :1].detach().expand(shape)
         if of_edit.shape[1] == of_source.shape[1]:
             return torch.cat([of_edit, of_source])
         whole = of_source.repeat(rows // len(of_source), *[1] * (of_source.ndim - 1))  # gaps hold the source's tokens
         whole[:edit].index_copy_(1, _positions(of_source.shape[1], context), of_edit)
         return whole
 
-    return tree_map(join, changed, source)
+    return tree_map(join, changed) if source is None else tree_map(join, changed, source)
 
 
 def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -> Tensor:
@@ -137,8 +148,7 @@ def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
         return value
     known = context.record.cut.get((id(value), table.axis))
     if known is None:
-        where = _positions(value.shape[table.axis], context)
-        if where is None:
+        if (where := _positions(value.shape[table.axis], context)) is None:
             return value
         known = context.record.cut[id(value), table.axis] = value, value.index_select(table.axis, where)
     return known[1]

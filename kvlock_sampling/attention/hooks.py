@@ -41,8 +41,7 @@ class Hooks:
         """Whether a block may be called apart from its network: nothing counts on whole calls. Offloading, step caches,
         casting and most tools put hooks on modules; compiled code would be compiled once more.
         """
-        modules = [module for network in self.layers.networks for module in network.modules()]
-        return not any(map(_runs_more, modules))
+        return not any(_runs_more(module) for network in self.layers.networks for module in network.modules())
 
     @cached_property
     def watched(self) -> bool:
@@ -97,7 +96,7 @@ class Hooks:
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many rows, and text tokens beside the video's, this call of the network has."""
         context, names = current(), self.layers.text_arguments
-        context.record.entered = False
+        context.record.entered = 0
         called = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2), 0)
         bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments if names else {}
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None

@@ -231,6 +231,5 @@ class CFGDenoiser(DenoiserWrapper):
             )
         dtype = None if isinstance(sigma, Tensor) else torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
-        both = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined)
-        d_uncond, d_cond = both.chunk(2)
+        d_uncond, d_cond = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined).chunk(2)
         return guide(d_uncond, d_cond, cond_scale.to(x.device) if isinstance(cond_scale, Tensor) else cond_scale)

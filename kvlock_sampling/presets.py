@@ -104,13 +104,10 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     name = os.fspath(name_or_path)
     if "\n" in name:
         return _from_text(name, "text")
-    if name.endswith(".toml") or os.sep in name or isinstance(name_or_path, os.PathLike):
-        path = Path(os.path.expanduser(name))
-    else:
-        shelf = _shelf()
-        if name not in shelf:
-            raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, shelf)}. A file ends in .toml.")
-        path = shelf[name]
+    is_path = name.endswith(".toml") or os.sep in name or isinstance(name_or_path, os.PathLike)
+    path = Path(os.path.expanduser(name)) if is_path else _shelf().get(name)
+    if path is None:
+        raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, _shelf())}. A file ends in .toml.")
     return _from_text(_text_of(path), str(path))
 
 

@@ -160,8 +160,7 @@ class Run:
             expert = (method_of(settings.model, "expert") or (lambda level: None))(torch.tensor(model_sigma))
             # Clips of another shape, above the level that was reached: another run. Below, a sampler takes them apart.
             if self._shape not in (None, x.shape) and sigma > self.timeline.sigma * (1 + SAME_SIGMA):
-                self._top = 0.0
-                self._anew()
+                self.restart(self.schedule)
             if (found := self.timeline.rewind(sigma)) is None:
                 self._begin(sigma)
             elif self._shape not in (None, x.shape):
@@ -221,8 +220,8 @@ class Run:
                 "measured. A guidance gap needs uncond; Sparse needs levels of the schedule.",
             )
 
-    def restart(self, schedule: Sequence[float]) -> None:
-        """A sampler told its schedule: what came before in this block was another run."""
+    def restart(self, schedule: Sequence[float] | None) -> None:
+        """What came before in this block was another run: a sampler told its schedule, or the clips are others."""
         self.schedule, self._top = schedule, 0.0
         self._anew()
 

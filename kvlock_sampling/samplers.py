@@ -25,7 +25,7 @@ from torch import Tensor
 from .schedules import check_sigmas
 from .schedules import flow_sigmas as flow_sigmas
 from .types import Denoiser, SamplerError
-from .utils.denoiser import parameters_of
+from .utils.denoiser import method_of, parameters_of
 from .utils.fields import check_seed
 from .utils.tables import nearest
 
@@ -213,8 +213,7 @@ def _begun(*, sigmas: Any = None, s_churn: float = 0.0, s_tmin: float = 0.0, s_t
 
 
 def _announce(model: Any, sigmas: Tensor | None) -> None:
-    on_schedule = getattr(model, "on_schedule", None)
-    if sigmas is not None and callable(on_schedule):
+    if sigmas is not None and (on_schedule := method_of(model, "on_schedule")) is not None:
         on_schedule(sigmas)
 
 

@@ -96,8 +96,7 @@ def calibrate(
         options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
         options["seed"] = check_seed(seed, SourceError, plus=first)
         options |= {"policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
-        edit = edit_video(torch.stack(clips), torch.stack(masks), prompts, **options)
-        for step in edit.trace:
+        for step in edit_video(torch.stack(clips), torch.stack(masks), prompts, **options).trace:
             for clip, row in enumerate(step.variance):  # a number, or one per token, of which even ranks tell enough
                 stride = -(-row.numel() // 256)
                 some = row.flatten().sort().values[stride // 2 :: stride]

@@ -138,13 +138,15 @@ def edit_video(
         raise MaskError(f"the mask is {h} x {w}, the clip {height} x {width}: mask = masks.resize(mask, *{sides}).")
     video = video.given(clips, pixel_mask) if hasattr(video, "given") else video
 
-    wanted, unwanted = _texts(prompt, len(clips), "prompt"), [getattr(video, "negative_prompt", "")] * len(clips)
+    wanted = _per_clip(prompt, len(clips), "prompt", texts=True)
+    unwanted = [getattr(video, "negative_prompt", "")] * len(clips)
     extra_args = {"cond": video.prompt(wanted), "uncond": video.prompt(unwanted), "cond_scale": scale}
     if lock_options.get("kv_cache") is not None:
         lock_options.setdefault("noise", "fixed")  # so that the stored K/V serve every seed
         source_prompt = "" if source_prompt is None else source_prompt
     if source_prompt is not None:
-        lock_options["source_args"] = {"cond": video.prompt(_texts(source_prompt, len(clips), "source_prompt"))}
+        shown = _per_clip(source_prompt, len(clips), "source_prompt", texts=True)
+        lock_options["source_args"] = {"cond": video.prompt(shown)}
     source = video.encode(clips)
     sigmas = video.sigmas(steps, strength)
     like = source.expand(len(seeds), *source.shape[1:])
@@ -197,23 +199,18 @@ def _released(trace: Trace, lock: KVLock, video: VideoModel, source: Tensor, cli
     return dilate(on_pixels(latents, *clips.shape[2:]), feather)
 
 
-def _per_clip(given: Any, kind: type, count: int, name: str, expected: str) -> list[Any]:
-    single = isinstance(given, str) or not isinstance(given, Iterable)
-    entries = [given] * count if single else list(given)
-    if not all(isinstance(entry, kind) for entry in entries):
-        raise SourceError(f"{name}={given!r}; expected {expected}.")
+def _per_clip(given: Any, count: int, name: str, *, texts: bool = False) -> list[Any]:
+    entries = [given] * count if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if texts and not all(isinstance(entry, str) for entry in entries):
+        raise SourceError(f'{name}={given!r}; expected a text, or a list of one per clip, e.g. {name}="a red square".')
     if len(entries) != count:
         raise SourceError(f"{name} has {len(entries)} entries for {count} clips; give one, or one per clip.")
     return entries
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = _per_clip(seed, object, count, "seed", "one int, or a list of one per clip, e.g. seed=0")
-    return [check_seed(s, SourceError, plus=i if isinstance(seed, Integral) else 0) for i, s in enumerate(seeds)]
-
-
-def _texts(given: str | Sequence[str], count: int, name: str) -> list[str]:
-    return _per_clip(given, str, count, name, f'a text, or a list of one per clip, e.g. {name}="a red square"')
+    seeds = enumerate(_per_clip(seed, count, "seed"))
+    return [check_seed(s, SourceError, plus=i if isinstance(seed, Integral) else 0) for i, s in seeds]
 
 
 def _check_clip(clips: Tensor, video: VideoModel) -> None:

@@ -117,7 +117,6 @@ class Architecture:
                 )
         holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
         blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)
-        joint = any(layer.text != "none" for layer in layers)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
         if flow is not None:
             named, tables = [signature_of(block).parameters.keys() for block in blocks], {t.name for t in flow.tables}
@@ -131,7 +130,7 @@ class Architecture:
             layers=tuple(layers),
             architecture=self.name,
             networks=(module,),
-            text_arguments=self.text_arguments if joint else (),
+            text_arguments=self.text_arguments if any(layer.text != "none" for layer in layers) else (),
             rows_apart=self.rows_apart,
             blocks=(tuple(blocks),),
             flow=flow,

@@ -188,11 +188,9 @@ def _of_library(thing: Any) -> bool:
     """Whether a class, function or module is of Python, of an installed package, or of this one."""
     name = getattr(thing, "__name__" if isinstance(thing, types.ModuleType) else "__module__", "") or ""
     file, first = getattr(sys.modules.get(name), "__file__", None) or "", name.partition(".")[0]
-    known = () if isinstance(thing, type) else sys.stdlib_module_names  # an object of Python's may hold the user's
-    return not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts) or first in (
-        *known,
-        __name__.partition(".")[0],
-    )
+    python = () if isinstance(thing, type) else sys.stdlib_module_names  # an object of Python's may hold the user's
+    installed = not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+    return installed or first in python or first == __name__.partition(".")[0]
 
 
 def _code(code: types.CodeType) -> list[Any]:

@@ -21,9 +21,8 @@ def fill(values: Tensor, mask: Tensor) -> Tensor:
     mean = (working(values) * known).sum(space, keepdim=True) / known.sum(space, keepdim=True).clamp_min(1e-6)
     filled = mean.expand_as(values)
     if values.ndim > 3:
-        by_frame = values.movedim(1, -3).shape
         pages = [v.movedim(1, -3).flatten(0, -4) for v in (working(values) * known, known, filled)]
-        filled = _push_pull(*pages).view(by_frame).movedim(-3, 1)
+        filled = _push_pull(*pages).view(values.movedim(1, -3).shape).movedim(-3, 1)
     return torch.lerp(values, filled.to(values), mask.to(values))
 
 

@@ -92,8 +92,7 @@ class FittedMask:
     @_remembered
     def background(self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None) -> Tensor:
         """The fraction of the lock that each token takes, float, (batch or 1, tokens): 0 where edited, 1 elsewhere."""
-        edited = self.tokens(like, patch)
-        weight = (~edited).to(torch.float32)
+        weight = (~self.tokens(like, patch)).to(torch.float32)
         if transition is None:
             return weight
         width, fraction = transition
@@ -131,10 +130,9 @@ class FittedMask:
     ) -> tuple[Selection, Tensor]:
         """The tokens that must be computed at full lock, and where the latents of the others are, bool, like `like`."""
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
-        left_out = (background >= 1).all(0, keepdim=True)
         chosen = Selection(background)
         _ = chosen.stored  # found now, outside of inference mode, because a later run may take gradients
-        return chosen, on_latents(left_out, like.shape, patch)
+        return chosen, on_latents((background >= 1).all(0, keepdim=True), like.shape, patch)
 
     def _video(self, like: Tensor) -> Tensor:
         mask = check_mask(self.given)

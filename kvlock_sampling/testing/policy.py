@@ -50,7 +50,13 @@ def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, devi
                 told = "answered otherwise after a run of another schedule; expected the same"
                 raise PolicyError(f"{contract.name} {told}: all memory must be in the state, none in self or globals.")
             if not policy.uses_risk:
-                _check_reads_no_risk(contract, _observations(shape, dtype, device, measured=True), controls)
+                measured = _observations(shape, dtype, device, measured=True)
+                if not same(contract.play(policy.init(), measured)[1], controls):
+                    raise PolicyError(
+                        f"{contract.name} reads risk, variance or effect, which are NaN as uses_risk is False; "
+                        "expected one of sigma and steps alone.\n  Let uses_risk be True, as it is by default: then "
+                        "the estimator measures."
+                    )
             _check_clips(contract, run, controls)
             _check_unknown_schedule(contract, [obs._replace(steps_left=None) for obs in run])
             why = "This was a second evaluation at the same sigma: guard what divides by time."
@@ -61,14 +67,6 @@ def _check_start(contract: Contract, obs: Observation) -> None:
     unknown = torch.full_like(obs.risk, math.nan)
     obs = obs._replace(risk=unknown, variance=unknown, effect=unknown)
     _check_values(contract.checked, contract.attempt("start", obs), obs, "start")
-
-
-def _check_reads_no_risk(contract: Contract, measured: list[Observation], controls: list[Control]) -> None:
-    if not same(contract.play(contract.checked.init(), measured)[1], controls):
-        raise PolicyError(
-            f"{contract.name} reads risk, variance or effect, which are NaN as uses_risk is False; expected one of "
-            "sigma and steps alone.\n  Let uses_risk be True, as it is by default: then the estimator measures."
-        )
 
 
 def _check_clips(contract: Contract, run: list[Observation], controls: list[Control]) -> None:

@@ -20,12 +20,11 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         if id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, nn.Module):
-            yield from item.modules()
         # Modules too: a wrapper module may hold a plain function, which is not among its submodules.
         held = getattr(item, "__dict__", {})
         stack += [held[n] for n in _HOLDERS if n in held]
         if isinstance(item, nn.Module):
+            yield from item.modules()
             continue
         if isinstance(item, functools.partial):
             stack += [item.func, *item.args, *item.keywords.values()]

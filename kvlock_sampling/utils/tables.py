@@ -24,9 +24,8 @@ def read_toml(text: str, where: str) -> dict[str, Any]:
 
 def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int = 0) -> Any:
     """Make an object of the class in `registry` that `table` names; `where` is the path of keys to it, for errors."""
-    example = next(iter(registry))
     if not isinstance(table, Mapping):
-        raise PolicyError(f'{where} = {table!r}: expected a table, e.g. {{ type = "{example}" }}')
+        raise PolicyError(f'{where} = {table!r}: expected a table, e.g. {{ type = "{next(iter(registry))}" }}')
     if depth > 16:  # a mistake, and Python's own recursion has a limit
         raise PolicyError(f"{where}: more than 16 tables inside one another")
     kind = registry.get(str(table.get("type")))

@@ -4,11 +4,10 @@ Settings are frozen, state is a value. `step` sees evaluations at falling sigma;
 restores an earlier state.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -76,7 +75,7 @@ class Estimator(ABC):
 
     def on_tokens(self, patch: tuple[int, int, int]) -> "Estimator":
         """Return the estimator for a model of this patch: it takes the place of "model". The lock calls it once."""
-        return dataclasses.replace(self, patch=patch) if self.patch == "model" else self  # type: ignore[type-var]
+        return replace(self, patch=patch) if self.patch == "model" else self  # type: ignore[type-var]
 
     def bound(self, modules: Iterable[nn.Module]) -> "Estimator":
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""

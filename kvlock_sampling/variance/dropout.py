@@ -7,12 +7,11 @@ In each chosen linear layer a forward hook sets the same random output units to 
 the others by 1 / (1 - rate): one draw of a network (arXiv 1512.05287), and a clip stays independent of its batch.
 """
 
-import dataclasses
 import re
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -74,7 +73,7 @@ class DropoutVariance(ProbingEstimator):
         error = EstimatorError("no torch module inside the denoiser. Pass DropoutVariance(model=transformer).")
         for index, module in enumerate(modules):
             try:
-                return dataclasses.replace(self, model=module)
+                return replace(self, model=module)
             except EstimatorError as found:
                 error = error if index else found  # the outermost module has the most names to show
         raise error

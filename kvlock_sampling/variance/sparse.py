@@ -1,9 +1,8 @@
 """Sparse: an estimator around another one, which chooses when to measure."""
 
-import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,10 +69,10 @@ class Sparse(Estimator):
         return self._now(state, sigma) and self.estimator.due(state[0], sigma)
 
     def on_tokens(self, patch: tuple[int, int, int]) -> Estimator:
-        return dataclasses.replace(self, estimator=self.estimator.on_tokens(patch))
+        return replace(self, estimator=self.estimator.on_tokens(patch))
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:
-        return dataclasses.replace(self, estimator=self.estimator.bound(modules))
+        return replace(self, estimator=self.estimator.bound(modules))
 
     def effect(self, state: Any) -> Tensor | None:
         return self.estimator.effect(state[0])

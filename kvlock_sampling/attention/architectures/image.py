@@ -7,7 +7,6 @@ from ..layers import Table, TokenFlow
 
 _ATTN1 = ("transformer_blocks.*.attn1",)
 
-# Joint attention, text first.
 COGVIEW_4 = Architecture("cogview4", ("diffusers.*:CogView4Transformer2DModel",), _ATTN1, text="first")
 
 # Also Chroma and Bria 3. Joint attention, text first; latents packed or (batch, c, h, w). Tokens of reference images,

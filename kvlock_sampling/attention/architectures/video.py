@@ -40,7 +40,6 @@ COGVIDEOX = Architecture(
 
 COSMOS = Architecture("cosmos", ("diffusers.*:CosmosTransformer3DModel",), _ATTN1)
 
-# Joint attention, text first.
 EASYANIMATE = Architecture(
     "easyanimate",
     ("diffusers.*:EasyAnimateTransformer3DModel",),

@@ -20,7 +20,7 @@ from ...utils.threads import here
 from .schedule import sigmas_of
 
 _OWN = ("hidden_states", "timestep", "return_dict")  # every call sets them anew
-_NOT_PER_CLIP = ("control_hidden_states_scale", "attention_kwargs")  # VACE has one scale per layer
+_NOT_PER_CLIP = (*_OWN, "control_hidden_states_scale", "attention_kwargs")  # VACE has one scale per layer
 
 
 class Call(NamedTuple):
@@ -101,8 +101,7 @@ class FlowCalls:
         return (self._z - denoised) / self._time
 
     def _rows(self, call: Call) -> dict[str, Tensor]:
-        skip = (*_OWN, *_NOT_PER_CLIP)
-        given = {k: v for k, v in call.arguments.items() if k not in skip and isinstance(v, Tensor) and v.ndim}
+        given = {k: v for k, v in call.arguments.items() if k not in _NOT_PER_CLIP and isinstance(v, Tensor) and v.ndim}
         return {k: v for k, v in given.items() if len(v) == len(call.hidden)}
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:

@@ -109,7 +109,10 @@ def load_pipeline(
         raise PipelineError(f"offload={offload!r}; expected one of {', '.join(get_args(Offload))}.")
     default = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     place = torch.device(default if device is None else device)
-    weights = _dtype(dtype, place)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise PipelineError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}.")
+    usual = torch.float32 if place.type == "cpu" else torch.bfloat16
+    weights = usual if dtype is None else DTYPES[dtype] if isinstance(dtype, str) else dtype
     with warnings.catch_warnings():
         # Newer versions say dtype=; this name works in all accepted versions.
         warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
@@ -176,11 +179,3 @@ def _class_name(folder: Path) -> str:
         return str(json.loads(index.read_text())["_class_name"])
     except (ValueError, KeyError, TypeError) as error:
         raise PipelineError(f"{index} names no pipeline class ({error!r}); is the download complete?") from error
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise PipelineError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype] if isinstance(dtype, str) else dtype

@@ -251,7 +251,7 @@ class OwnBranches(Branches):
         """Branches, and the source as further rows of their call."""
         *edit, source = self._together([*branches, beside], context, sigma, kind)
         # Not of a probe, erased, or of a pass that may have ended early.
-        if kind is not None and not (context and (self.settings.erase or context.left is not None)):
+        if kind is not None and not (context and (self.settings.erase or (self.narrow and context.left is not None))):
             self.source = source
         return [self._filled(out) for out in edit]
 

@@ -86,7 +86,8 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         grid=layers.grid(step.x.shape),
         selection=selection if narrow or entry is not None else None,
         narrow=narrow,
-        left=None if settings.policy.uses_risk else layers.per_network,
+        # A model that guides itself may measure the whole prediction.
+        left=None if settings.policy.uses_risk or settings.scale_arg is not None else 0,
         text_first=bool(layers.layers) and layers.layers[0].text == "first",
     )
     at_sigma, clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)

@@ -35,11 +35,13 @@ def masks(made):
 
 
 def evaluated(made, policy=FULL, extra_args=None, **options):
+    """The second evaluation of a run, in which it is known where the source's pass may end."""
     generator = torch.Generator().manual_seed(1)
     source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
     given = {"source": source, "noise": noise, "mask": masks(made), "layers": made.layers, **options}
     with kv.KVLock(made.denoiser, policy=policy, **given) as lock:
-        out = lock(made.x, torch.ones(len(made.x)), **made.extra_args, **(extra_args or {}))
+        for sigma in (2.0, 1.0):
+            out = lock(made.x, torch.full((len(made.x),), sigma), **made.extra_args, **(extra_args or {}))
     return out, lock.trace.steps[-1]
 
 
@@ -98,13 +100,35 @@ def test_the_sources_pass_ends_with_its_last_keys_unless_its_prediction_is_read(
     assert fewer < more
 
 
-def test_a_layer_that_acts_again_after_the_sources_pass_has_ended():
+def test_blocks_and_layers_that_act_several_times():
     made = network("wan")
     inner = made.layers.networks[0]
     inner.blocks.append(inner.blocks[0])
-    with pytest.raises(AttentionError, match=r"acts once more.*foreground=False"):
-        evaluated(made)
-    evaluated(made, foreground=False)
+    out, step = evaluated(made)
+    assert step.route == INTERLEAVED
+    dense, _ = evaluated(made, foreground=False)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
+
+    def lengthen(*_):
+        if len(inner.blocks) == 3 and len(lock.trace) == 1:
+            inner.blocks.append(inner.blocks[1])
+
+    generator = torch.Generator().manual_seed(1)
+    source, noise = (torch.randn(made.x.shape, generator=generator) for _ in range(2))
+    lock = kv.KVLock(made.denoiser, source=source, noise=noise, mask=masks(made), layers=made.layers, policy=FULL)
+    sigmas = torch.tensor([2.0, 1.0, 0.5, 0.0])
+    with pytest.raises(AttentionError, match=r"once more than in the evaluation before; foreground=False"):
+        lock.sample("euler", 2 * made.x, sigmas, extra_args=made.extra_args, callback=lengthen)
+
+
+@pytest.mark.parametrize("text", range(1, 16))
+def test_a_text_as_long_as_what_is_computed(text):
+    made = network("wan", clips=1)
+    made.extra_args["cond"]["encoder_hidden_states"] = torch.randn(1, text, 32)
+    out, step = evaluated(made)
+    assert step.route == INTERLEAVED
+    dense, _ = evaluated(made, foreground=False)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-4 * float(dense.std()))
 
 
 def kept_at_once(monkeypatch, **options):

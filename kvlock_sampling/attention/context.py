@@ -42,7 +42,7 @@ class FusionContext:
         text: Number of text tokens in this call; None if unknown.
         text_first: Text tokens stand before the video's.
         rows: Rows of this call, those of each branch together; None if unknown.
-        left: Attention calls until nothing more is needed of the source; None if its prediction is read.
+        left: Attention calls until nothing more is needed of the source; None if unknown, or its prediction is read.
         called: Rows with which the network was called, if it is known and guides itself or another does; 0 if unknown.
         record: What happened.
     """
@@ -91,7 +91,7 @@ class FusionContext:
         last = key[-batch:, ..., video, :], value[-batch:, ..., video, :]
         if self.mode == "capture":
             if self.left == 0:
-                raise AttentionError(f"layer {layer!r} acts once more after the last one; pass foreground=False.")
+                raise AttentionError(f"layer {layer!r} acts once more than in the evaluation before; foreground=False.")
             self.record.fired.add(layer.partition("[")[0])
             if (chosen := self.selection) is not None:
                 stored = chosen.stored.to(key.device)  # a model may lie on several devices

@@ -57,7 +57,6 @@ def _leave(args: Any, kwargs: Any) -> Arguments:
 
 def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     context = current()
-    computed, text = len(_selection(context).computed), context.text or 0
     bound = signature_of(block).bind_partial(block, *args, **kwargs)
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
     edit = rows - len(context.ratio)
@@ -76,24 +75,26 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
             return call(*bound.args[1:], **bound.kwargs)
 
     of_source, of_edit = cut(slice(edit, rows)), cut(slice(edit))
+    left = None
     # Text as long as the computed tokens could not be told from them below.
-    left = None if context.left is None or text == computed else context.left - context.record.entered
+    if context.left is not None and context.text != len(_selection(context).computed):
+        left = context.left - context.record.entered
     capture, source = replace(context.fresh("capture"), left=left), None
     with suppress(CapturedError):
         source = run(of_source, capture)
     context.record.entered += len(capture.record.captured)
     inject = context.fresh("inject", capture.record.captured)
     _narrow_arguments(of_edit, flow, inject, whole=True)
+    ordered = sorted(of_edit.items(), key=lambda pair: pair[0] in flow.tokens)  # of two of one shape the video's
+    given = {x.shape[1:]: of_source[n] for n, x in ordered if isinstance(x, Tensor) and x.ndim > 1}
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
     def join(of_edit: Any, of_source: Any = None) -> Any:
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
-        if of_source is None:  # anything will do, since nothing reads it
-            left_out = context.ratio.shape[1] - computed if of_edit.shape[1] in (computed, computed + text) else 0
-            shape = rows - edit, of_edit.shape[1] + left_out, *of_edit.shape[2:]
-            of_source = of_edit[: rows - edit, :1].detach().expand(shape)
+        if of_source is None:  # nothing reads it: what the block was given is as good
+            of_source = given.get(of_edit.shape[1:], of_edit[: rows - edit])
         if of_edit.shape[1] == of_source.shape[1]:
             return torch.cat([of_edit, of_source])
         whole = of_source.repeat(rows // len(of_source), *[1] * (of_source.ndim - 1))  # gaps hold the source's tokens

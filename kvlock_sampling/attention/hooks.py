@@ -34,6 +34,7 @@ class Hooks:
     def __init__(self, layers: AttentionLayers) -> None:
         self.layers = layers
         self._most = 0  # layers that fired in one call
+        self._acted: dict[int, int] = {}  # attention calls of an interleaved source, by network
         self._leave_compiler_out = self._gradients = False
 
     @cached_property
@@ -100,8 +101,14 @@ class Hooks:
         called = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2), 0)
         bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments if names else {}
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None
-        with using(replace(context, text=text, called=called)):
-            return call(*args, **kwargs)
+        left = (
+            None if context.left is None else self._acted.get(id(network))
+        )  # from its last pass, a whole one at first
+        with using(replace(context, text=text, called=called, left=left)):
+            out = call(*args, **kwargs)
+        if context.mode == "lockstep" and context.narrow:
+            self._acted[id(network)] = context.record.entered
+        return out
 
     def _watch(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Intercept a call of the watched module. One that guides itself makes rows of its own: as many as in its x."""

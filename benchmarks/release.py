@@ -13,6 +13,7 @@ benchmarks/results/release.md. `--search` measures static schedules on other sce
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import time
@@ -382,12 +383,16 @@ def main() -> None:
         if name in record["rows"] or (given.only and name not in given.only):
             continue
         found = measure(network, row, edits, given.sampler, given.seed, given.steps)
-        record = json.loads(path.read_text()) if path.exists() else record  # another process may have added rows
-        record["rows"][name] = found
-        write_atomically(path, json.dumps(record) + "\n")
+        with open(path.with_suffix(".lock"), "w") as held:  # another process may add rows
+            fcntl.flock(held, fcntl.LOCK_EX)
+            record = json.loads(path.read_text()) if path.exists() else record
+            record["rows"][name] = found
+            write_atomically(path, json.dumps(record) + "\n")
         print(
             f"{name}: {mean(record['rows'][name]['all']):.2f} dB, {record['rows'][name]['seconds']:.0f} s", flush=True
         )
+    if given.only:
+        return  # the table is of all rows: call it without --only at the end
     text = report(record)
     write_atomically(path.with_suffix(".md"), text + "\n")
     print(text)

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,11 @@ def main() -> None:
         record = {"weights": weights, "done": []}
         for old in (*RESULTS.glob("release*.json"), *PARTS.glob("*")):
             old.unlink()
+    if set(record["done"]) >= set(JOBS) and not PARTS.exists():
+        parser.exit(message="every table was measured on these weights\n")
     PARTS.mkdir(exist_ok=True)
+    lost = {f"seeds_release: {first}" for first in SEEDS if not (PARTS / f"{first}.json").exists()}
+    record["done"] = [name for name in record["done"] if name not in lost]
 
     def run(name: str) -> None:
         command = [sys.executable, *JOBS[name], *([] if name == "refresh" else ["--device", given.device])]
@@ -79,12 +84,11 @@ def main() -> None:
 
     with ThreadPoolExecutor(given.processes) as pool:
         list(pool.map(run, [name for name in JOBS if name not in record["done"]]))
-    parts = sorted(PARTS.glob("*.json"))
-    if parts:
-        subprocess.run([sys.executable, "seeds.py", "--join", *map(str, parts)], cwd=HERE, check=True)
-    for part in parts:
-        part.unlink()
-    PARTS.rmdir()
+    for command in (RELEASE, OTHER, ["release.py", "--edits", "60", "--search"]):  # the tables of all rows
+        subprocess.run([sys.executable, *command, "--bfloat16"], cwd=HERE, check=True)
+    parts = [str(PARTS / f"{first}.json") for first in SEEDS]
+    subprocess.run([sys.executable, "seeds.py", "--join", *parts], cwd=HERE, check=True)
+    shutil.rmtree(PARTS)
 
 
 if __name__ == "__main__":

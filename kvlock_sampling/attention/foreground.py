@@ -85,15 +85,14 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     context.record.entered += len(capture.record.captured)
     inject = context.fresh("inject", capture.record.captured)
     _narrow_arguments(of_edit, flow, inject, whole=True)
-    ordered = sorted(of_edit.items(), key=lambda pair: pair[0] in flow.tokens)  # of two of one shape the video's
-    given = {x.shape[1:]: of_source[n] for n, x in ordered if isinstance(x, Tensor) and x.ndim > 1}
+    given = {of_edit[n].shape[1:]: of_source[n] for n in flow.tokens if isinstance(of_edit.get(n), Tensor)}
     changed = run(of_edit, inject)
     context.record.fired.update(inject.record.fired)
 
     def join(of_edit: Any, of_source: Any = None) -> Any:
         if not isinstance(of_edit, Tensor) or of_edit.ndim < 2 or len(of_edit) != edit:
             return of_edit
-        if of_source is None:  # nothing reads it: what the block was given is as good
+        if of_source is None:  # nothing reads it: the video as the block was given it, and any rows, will do
             of_source = given.get(of_edit.shape[1:], of_edit[: rows - edit])
         if of_edit.shape[1] == of_source.shape[1]:
             return torch.cat([of_edit, of_source])

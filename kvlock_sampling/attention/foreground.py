@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..types import AttentionError
 from .context import CapturedError, FusionContext, current, using
 from .forward_hooks import Arguments, ForwardHook
 from .layers import Table, TokenFlow
@@ -59,6 +60,11 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
     context = current()
     bound = signature_of(block).bind_partial(block, *args, **kwargs)
     rows = next(len(bound.arguments[name]) for name in flow.tokens if isinstance(bound.arguments.get(name), Tensor))
+    if rows % (context.rows or rows):
+        raise AttentionError(
+            f"{type(block).__name__} was called with {rows} of {context.rows} rows; expected all in one call.\n"
+            "  If the model runs its rows one by one: one clip, and batched=False."
+        )
     edit = rows - len(context.ratio)
     # A table whose first axis is that of the tokens has no rows, even if it happens to be as long.
     shared = {table.name for table in flow.tables if table.axis == 0}
@@ -96,7 +102,8 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
             of_source = given.get(of_edit.shape[1:], of_edit[: rows - edit])
         if of_edit.shape[1] == of_source.shape[1]:
             return torch.cat([of_edit, of_source])
-        whole = of_source.repeat(rows // len(of_source), *[1] * (of_source.ndim - 1))  # gaps hold the source's tokens
+        # Gaps hold the source's tokens.
+        whole = of_source.to(of_edit).repeat(rows // len(of_source), *[1] * (of_source.ndim - 1))
         whole[:edit].index_copy_(1, _positions(of_source.shape[1], context), of_edit)
         return whole
 

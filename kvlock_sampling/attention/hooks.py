@@ -34,7 +34,7 @@ class Hooks:
     def __init__(self, layers: AttentionLayers) -> None:
         self.layers = layers
         self._most = 0  # layers that fired in one call
-        self._acted: dict[int, int] = {}  # attention calls of an interleaved source, by network
+        self._acted: dict[int, int] = {}  # an interleaved source's attention calls, by an evaluation's first network
         self._leave_compiler_out = self._gradients = False
 
     @cached_property
@@ -75,6 +75,8 @@ class Hooks:
         if not acted():
             raise AttentionError(self.layers.never_fired(context.ratio.shape[1], context.record.passed_over))
         self._most = max(self._most, len(context.record.fired))
+        if context.mode == "lockstep" and context.narrow:
+            self._acted[context.record.first] = context.record.entered
         if context.mode != "capture" and not may_skip:
             self._check_all_fired(context)
         return out
@@ -97,18 +99,17 @@ class Hooks:
     def _count_text(self, network: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Note how many rows, and text tokens beside the video's, this call of the network has."""
         context, names = current(), self.layers.text_arguments
-        context.record.entered = 0
+        record = context.record
+        record.first = record.first or id(network)
+        if context.mode != "lockstep":
+            record.entered = 0
         called = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2), 0)
         bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments if names else {}
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None
-        left = (
-            None if context.left is None else self._acted.get(id(network))
-        )  # from its last pass, a whole one at first
+        # As in the evaluation before, a whole one at first. A checkpoint around the lock may run this one again.
+        left = None if context.left is None or self._gradients else self._acted.get(record.first)
         with using(replace(context, text=text, called=called, left=left)):
-            out = call(*args, **kwargs)
-        if context.mode == "lockstep" and context.narrow:
-            self._acted[id(network)] = context.record.entered
-        return out
+            return call(*args, **kwargs)
 
     def _watch(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Intercept a call of the watched module. One that guides itself makes rows of its own: as many as in its x."""

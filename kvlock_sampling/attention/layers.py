@@ -1,7 +1,6 @@
 """Which attention calls are locked: the self-attention layers over the video's tokens.
 
-`find_layers(model)` finds them in a model of a known architecture; `sdpa_layers` watches the calls of
-`torch.nn.functional.scaled_dot_product_attention` in any other model.
+`find_layers(model)` finds them in a model of a known architecture; `sdpa_layers` watches the calls of any other model.
 """
 
 from collections.abc import Callable, Iterable, Sequence

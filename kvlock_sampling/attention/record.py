@@ -17,6 +17,7 @@ class CallRecord:
         captured: The source's K/V by layer; "layer#n" for the later calls of a layer that acts several times.
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
         cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
+        first: The network that was called first, by its id.
         entered: Blocks of a narrowed call, or attention calls of an interleaved source, that have run.
         turns: How often each layer has acted.
     """
@@ -25,6 +26,7 @@ class CallRecord:
     captured: dict[str, KeyValue] = field(default_factory=dict)
     passed_over: list[tuple[int, int]] = field(default_factory=list)
     cut: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    first: int = 0
     entered: int = 0
     turns: Counter[str] = field(default_factory=Counter)
 

@@ -54,8 +54,6 @@ class StepCaches:
         setattr(owner, name, found)
 
     def _hooks(self) -> Iterator[Any]:
-        if "diffusers.hooks.hooks" not in sys.modules:
-            return
         for module in self.modules:
             registry = module.__dict__.get("_diffusers_hook")
             for hook in getattr(registry, "hooks", {}).values():
@@ -80,11 +78,10 @@ def _emptied(state: Any) -> Any:
 
 def _give_context(stack: ExitStack, manager: Any) -> None:
     # A denoiser of one branch need not call `cache_context`.
-    if getattr(manager, "_context", None) is not None or getattr(manager, "_current_context", None) is not None:
-        return
-    make = getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)
-    manager.set_context(make("kvlock"))
-    stack.callback(manager.set_context, None)
+    if all(getattr(manager, name, None) is None for name in ("_context", "_current_context")):
+        make = getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)
+        manager.set_context(make("kvlock"))
+        stack.callback(manager.set_context, None)
 
 
 def _pass_by(stack: ExitStack, hook: Any) -> None:

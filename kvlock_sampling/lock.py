@@ -31,8 +31,7 @@ from .variance import Estimator
 def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_args: Mapping[str, Any]) -> Tensor:
     """One evaluation of the model under a lock: measured, locked by the last decision, guided by this one, composited.
 
-    `x` is the sampler's input, (batch, ...), `sigma` the noise level >= 0, () or (batch,), one for the batch. Returns
-    the denoised x0-hat, like x.
+    `x` is the sampler's input, (batch, ...), `sigma` >= 0 its one noise level, () or (batch,). Returns x0-hat, like x.
     """
     step = run.enter(settings, x, sigma, extra_args)
     kind = GuidedBranches if settings.scale_arg else OwnBranches
@@ -167,7 +166,12 @@ class KVLock(DenoiserProxy):
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """One evaluation; see `evaluate`."""
         run = self._run()
-        denoised = evaluate(self.settings, run, x, sigma, extra_args)
+        before = copy.copy(run.timeline)
+        try:
+            denoised = evaluate(self.settings, run, x, sigma, extra_args)
+        except BaseException:  # a checkpoint around the lock ends an evaluation early when it runs it again
+            run.timeline = before
+            raise
         if len(run.trace) == 1 and self.settings.scale_arg is None:
             warn_unguided(extra_args, run.trace.steps[0].cfg_scale)
         return denoised

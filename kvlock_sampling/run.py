@@ -20,7 +20,7 @@ from .kv_cache import CacheSession
 from .policy.base import check_ratio, nothing_to_lock_to
 from .settings import LockSettings
 from .trace import Trace, rows_of
-from .types import SAME_SIGMA, Denoiser, Observation, RunError, Scalar
+from .types import SAME_SIGMA, Denoiser, Observation, PolicyError, RunError, Scalar
 from .utils.denoiser import method_of, to_sigma
 from .utils.fields import check_number
 from .utils.host import HostReads, check_prediction
@@ -44,8 +44,7 @@ class Timeline(Generic[T]):
 
     def rewind(self, sigma: float) -> T | None:
         """Drop what an evaluation at `sigma` replaces or undoes. Returns the state that it continues from, if any."""
-        while self._entries and self._entries[-1][0] <= sigma * (1 + SAME_SIGMA):
-            self._entries.pop()
+        self._entries = [entry for entry in self._entries if entry[0] > sigma * (1 + SAME_SIGMA)]
         return self.last
 
     @property
@@ -60,8 +59,7 @@ class Timeline(Generic[T]):
 
     def append(self, sigma: float, state: T) -> None:
         """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
-        self._entries.append((sigma, state))
-        del self._entries[: -self.depth]
+        self._entries = [*self._entries, (sigma, state)][-self.depth :]
 
 
 @dataclass(frozen=True)
@@ -309,6 +307,8 @@ def _ratios(settings: LockSettings, state: State, reads: HostReads) -> Scalar:
     for name, value, barred in (("lock", state.lock, unlockable), ("composite", weight, settings.source is None)):
         low, high = reads.range(value)
         check_ratio(policy, name, low, high)
+        if high > 0 and barred and name == "lock" and settings.source is not None:
+            raise PolicyError(f"{policy!r} returned lock {high:.3g}, but its may_lock is False; let it be True.")
         if high > 0 and barred:
             raise nothing_to_lock_to(policy, name, high)
     return weight

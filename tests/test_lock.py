@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import kvlock_sampling as kv
 from kvlock_sampling import attention, samplers
@@ -495,7 +497,7 @@ def test_a_policy_that_locks_although_it_never_does_raises(setup):
             return state, kv.Control(lock=1.0)
 
     lock = setup.lock(policy=Liar())
-    with pytest.raises(SourceError, match="nothing to lock to"):
+    with pytest.raises(PolicyError, match=r"returned lock 1, but its may_lock is False; let it be True"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
 
 
@@ -618,3 +620,26 @@ def test_a_noise_level_in_pythons_numbers_is_that_of_a_tensor(dtype: torch.dtype
         torch.set_default_dtype(before)
     wide = torch.promote_types(dtype, torch.float32)
     assert set(seen) == {float(torch.tensor(999.1, dtype=wide).double())}
+
+
+@pytest.mark.parametrize("policy", [kv.Sigmoid(), kv.Constant(lock=1.0)])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_run_of_checkpoints_around_the_lock_is_the_run_itself(setup, policy, reentrant):
+    """Gradients at every step, as guidance by a loss takes them. torch ends the second evaluation by an exception."""
+    runs = []
+    for checkpointed in (False, True):
+        x, found = setup.x, []
+        with setup.lock(policy=policy) as lock:
+            for sigma, below in itertools.pairwise(setup.sigmas):
+                x = x.detach().requires_grad_()
+
+                def call(x, sigma=sigma, lock=lock):
+                    return lock(x, sigma[None], **setup.cfg)
+
+                kept = torch.utils.checkpoint.checkpoint(call, x, use_reentrant=reentrant) if checkpointed else call(x)
+                kept.square().sum().backward()
+                found += [kept.detach(), x.grad]
+                x = kept + (x - kept) * below / sigma
+        runs.append(torch.stack(found))
+    torch.testing.assert_close(*runs)
+    assert float(lock.trace.steps[-1].lock.max()) > 0

@@ -91,7 +91,7 @@ class Branches:
         if sigma != self.step.sigma:
             if self._own_levels:
                 raise EstimatorError("this model has noise levels of its own; expected a probe at evaluation.sigma.")
-            level = torch.full_like(level, sigma)
+            level = torch.full_like(level, sigma, dtype=torch.promote_types(level.dtype, torch.float32))
         return self._probed((x if self._signal == 1 else x * self._signal).split(len(self.x)), level)
 
     @property
@@ -158,9 +158,7 @@ class Branches:
     def _call(
         self, context: FusionContext | None, kind: Kind, model: Denoiser, branch: Branch, sigma: Tensor, n: int = 1
     ) -> list[Tensor]:
-        """Make and count one call of a model for `n` branches as its rows. Returns what it gives each. Step caches keep
-        kinds of calls apart; None passes by them.
-        """
+        """Make and count one call for `n` branches as its rows. Step caches keep kinds apart; None passes by them."""
         x, arguments = branch
         layout: Hashable = kind
         if self._caches.active and context is not None and context.narrowed is not None:

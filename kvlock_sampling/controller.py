@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .policy.base import check_control
+from .policy.base import check_control, stepped
 from .settings import LockSettings
-from .types import Control, EstimatorError, Evaluation, Observation, PolicyError, Scalar
+from .types import Control, EstimatorError, Evaluation, Observation, Scalar
 from .variance.base import measure
 from .variance.thresholds import threshold_at
 
@@ -54,16 +54,10 @@ def decide(
             return state._replace(estimator=inner, variance=None), observation
         policy_state, answer, method = state.policy, policy.start(observation), "start"
     else:
-        seen = observation
+        seen = observation._replace(lock=observation.lock.to(observation.risk.dtype))
         if seen.lock.ndim < seen.risk.ndim:  # so that a policy can combine them elementwise
             seen = seen._replace(lock=seen.lock.unsqueeze(1).expand_as(seen.risk))
-        result, method = policy.step(state.policy, seen), "step"
-        if not (isinstance(result, tuple) and len(result) == 2) or isinstance(result, Control):
-            raise PolicyError(
-                f"{type(policy).__name__}.step returned {type(result).__name__}; expected (state, Control).\n"
-                "  Return state, Control(lock=...); without memory use @stateless."
-            )
-        policy_state, answer = result
+        (policy_state, answer), method = stepped(policy, state.policy, seen), "step"
     control = _completed(settings, _checked(settings, answer, observation, method), state.lock)
     measured = state.measured or variance is not None
     return State(inner, policy_state, measured, *control, state.expert, variance), observation
@@ -80,7 +74,8 @@ def _completed(settings: LockSettings, control: Control, lock: Scalar) -> tuple[
 
 
 def _checked(settings: LockSettings, answer: Any, observation: Observation, method: str) -> Control:
-    tokens, shape = settings.tokens, observation.risk.shape
+    shape = observation.risk.shape
+    tokens = shape[1] if settings.tokens is None and len(shape) > 1 else settings.tokens  # unknown without a source
     decided = (getattr(answer, name, None) for name in ("lock", "composite"))
     local = any(isinstance(value, Tensor) and value.ndim == 2 and value.shape == shape for value in decided)
     if local and tokens not in (None, shape[1]):

@@ -32,8 +32,7 @@ def guide(uncond: Latents, cond: Latents, scale: float | Float[Tensor, "batch"])
 def guide_rescaled(uncond: Latents, cond: Latents, scale: float | Float[Tensor, "batch"], x: Latents) -> Latents:
     """s*-rescaled guidance: the unconditional eps is first scaled onto the conditional one, by one s* per clip.
 
-    In clean predictions, with e = x - D:  D = x - ((1 - w) s* e_u + w e_c).  scale = 1 gives `cond`. The 1 / sigma of
-    both eps cancels in s*.
+    In clean predictions, with e = x - D:  D = x - ((1 - w) s* e_u + w e_c).  w = 1 gives `cond`; sigma cancels in s*.
     """
     axes, wide = [1] * (cond.ndim - 1), working(x)
     eps_c, eps_u = wide - working(cond), wide - working(uncond)

@@ -94,5 +94,5 @@ def restart(
     if (drawn := arguments.get("noise_sampler")) is not None:
         arguments["noise_sampler"] = lambda *levels: take(drawn(*levels), index, batch)
     add_noise = method_of(lock.model, "add_noise") or variance_exploding
-    out[index] = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)
-    return Restarted(out, at_risk, part.trace)
+    again = part.sample(sampler, add_noise(clips, noise, levels[0]), levels, extra_args=cut, **arguments)
+    return Restarted(out.index_copy(0, index, again.to(out)), at_risk, part.trace)

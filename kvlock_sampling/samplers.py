@@ -7,7 +7,6 @@ call `model.on_schedule(levels)`, where steps begin, if the model has it; for dp
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import math

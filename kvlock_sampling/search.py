@@ -18,6 +18,7 @@ from torch.nn.functional import max_pool2d
 
 from . import samplers
 from .lock import KVLock
+from .schedules import check_sigmas
 from .trace import Trace
 from .types import SAME_SIGMA, RunError
 from .utils.denoiser import DenoiserProxy
@@ -125,7 +126,7 @@ def search(
         raise RunError(f"search got {starts} starts for {clips} clips; expected two or more starts of one clip.")
     if at is not None and not (isinstance(at, Mapping) and all(isinstance(level, Real | Tensor) for level in at)):
         raise RunError(f"at={at!r}; expected how many go on from each noise level, e.g. at={{2.0: 2, 0.5: 1}}.")
-    levels = [float(level) for level in sigmas if level > 0]
+    levels = [float(level) for level in check_sigmas(sigmas) if level > 0]
     plan = {levels[len(levels) // 2]: keep} if at is None else {float(level): count for level, count in at.items()}
     for level, count in plan.items():
         check_number("at", count, RunError, f" {level:g} is where so many go on.", at_least=keep, whole=True)
@@ -161,7 +162,7 @@ class _Rows(DenoiserProxy):
             level = float(torch.as_tensor(sigma).max())
             for at in [at for at in self._plan if level <= at * (1 + SAME_SIGMA)]:
                 self.select(at, self._plan.pop(at))
-        denoised = torch.zeros_like(x) if self._denoised is None else self._denoised.clone()
+        denoised = torch.zeros_like(x) if self._denoised is None else self._denoised.to(x.dtype, copy=True)
         sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
         for row in self.going:
             denoised[row] = self.locks[row](x[row : row + 1], sigma[row : row + 1], **extra_args)[0]

@@ -548,3 +548,59 @@ type = "Linear"
 def test_wrong_tables_are_errors(table, words):
     with pytest.raises(PolicyError, match=words):
         from_table(table, ESTIMATORS, "estimator")
+
+
+class PerToken(Estimator):
+    """One number per token, which reads the background."""
+
+    def step(self, state, evaluation):
+        return state, evaluation.denoised.square().mean(1)[:, 0].flatten(1)
+
+
+class Declared(PerToken):
+    patch = "model"
+
+
+def test_an_estimator_per_token_names_its_patch(setup):
+    """Only then is the background of every evaluation the edit's own."""
+    lock = setup.lock(policy=kv.policy.Clamped(kv.Sigmoid(), lock=(1.0, 1.0)), estimator=PerToken())
+    with pytest.raises(EstimatorError, match=r"with patch= \(batch, tokens\)"):
+        lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert Declared().on_tokens((1, 2, 2)).patch == (1, 2, 2)
+    assert Declared.patch == "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_policy_may_mix_what_it_observes(setup, dtype):
+    mixing = kv.stateless(lambda obs: kv.Control(lock=torch.lerp(obs.lock, obs.risk.clamp(0, 1), 0.5)))
+    model = GaussianDenoiser(0.0, 1.0)
+    lock = kv.KVLock(
+        model, source=setup.source.to(dtype), mask=setup.mask, policy=kv.policy.Clamped(mixing, lock=(0.0, 0.0))
+    )
+    out = lock.sample("euler", setup.x.to(dtype), setup.sigmas.to(dtype), extra_args={})
+    assert out.dtype == dtype
+
+
+def test_tokens_are_measured_without_a_source(setup):
+    watch = kv.Sigmoid(lock_range=(0.0, 0.0))
+    estimator = kv.TrajectoryVariance(patch=(1, 2, 2))
+    lock = kv.KVLock(setup.model, mask=setup.mask, policy=watch, estimator=estimator)
+    lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+    assert lock.trace.steps[-1].risk.ndim == 2
+
+
+class Below(Estimator):
+    """Measures at a third of the noise level."""
+
+    def step(self, state, evaluation):
+        return state, evaluation.probe(evaluation.x, evaluation.sigma / 3).square().flatten(1).mean(1)
+
+
+def test_noise_levels_in_whole_numbers(setup):
+    found = []
+    for levels in (torch.tensor([8, 4, 2, 1]), torch.tensor([8.0, 4.0, 2.0, 1.0])):
+        with setup.lock(policy=kv.Sigmoid(), estimator=Below(), threshold=1.0) as lock:
+            for level in levels:
+                lock(setup.source + level, level, **setup.cfg)
+        found.append(torch.stack([step.variance for step in lock.trace]))
+    assert torch.equal(*found)

@@ -363,3 +363,13 @@ def test_a_palette_of_a_picture_is_its_brightest_channel():
     backwards.putpalette([255 - i // 3 for i in range(768)])
     for pages in ([picture] * 3, (picture, backwards, Image.fromarray(page.max(-1)))):
         assert torch.equal(masks.as_mask(pages), masks.as_mask(page.max(-1), frames=3))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+def test_a_picture_of_any_mode_is_one_frame(mode):
+    page = np.zeros((6, 8), np.uint8)
+    page[1:3, 2:5] = 255
+    picture = Image.fromarray(page).convert(mode)
+    expected = torch.from_numpy(page > 0).float()[None, None, None]
+    assert torch.equal(masks.as_mask(picture), expected)
+    assert torch.equal(masks.as_mask([picture, picture]), expected.expand(-1, -1, 2, -1, -1))

@@ -512,3 +512,40 @@ def test_only_a_change_that_hardly_varies_is_released():
     for snr, wanted in ((0.0, [1.0, 1.0, 1.0, 0.0]), (4.0, [1.0, 0.0, 0.0, 0.0]), (10.0, [0.0] * 4)):
         assert released_by(Release(snr=snr), [8.0, 8.0, 2.0, 0.9], [1.0, 2.1, 1.0, 0.0])[1] == wanted
     assert released_by(Release(), [8.0], [math.nan])[1] == [0.0]
+
+
+@pytest.mark.parametrize("target", [1e-4, 1e4])
+def test_pid_holds_any_target(target):
+    """Risk is limited in units of the target."""
+
+    def locks(target):
+        policy = PID(target=target, kp=0.3, ki=0.5, kd=0.1, bias=0.5)
+        state, found = policy.init(), []
+        for i, share in enumerate([0.5, 0.5, 2.0, 3.0, 0.1]):
+            obs = observe(share * target, sigma=4.0 * 0.6**i)
+            state, control = policy.step(state, obs)
+            found.append(control.lock)
+        return torch.stack(found)
+
+    torch.testing.assert_close(locks(target), locks(1.0), rtol=0, atol=1e-4)
+
+
+@dataclass(frozen=True)
+class Half(room.Policy):
+    answer: object = None
+    uses_risk = False
+
+    def step(self, state, obs):
+        return self.answer
+
+
+@pytest.mark.parametrize("around", [lambda p: p, Clamped, lambda p: Smoothed(p, half_life=1.0)])
+@pytest.mark.parametrize("answer", [None, Control(lock=1.0), (None, 0.5), (None, torch.ones(1))])
+def test_a_broken_policy_is_named_under_wrappers_and_without_risk(around, answer):
+    policy, obs = around(Half(answer)), observe(1.0)
+    said = r"Half\.step returned \w+; expected (a Control|\(state, Control\))"
+    with pytest.raises(PolicyError, match=said):
+        policy.start(obs)
+    if not isinstance(policy, Half):
+        with pytest.raises(PolicyError, match=said):
+            policy.step(policy.init(), obs)

@@ -163,3 +163,11 @@ def test_take_cuts_whatever_has_a_row_per_clip():
     assert cut["c"] == ["q"]
     assert cut["d"] is table
     assert cut["e"] == 7
+
+
+def test_clips_in_half_precision_stay_in_it(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg).bfloat16()
+    found = restart(lock, "euler", x, pair.sigmas, back_to=3.0, extra_args=pair.cfg, limit=-1.0)
+    assert found.x.dtype == torch.bfloat16
+    assert found.sent_back.all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kvlock_sampling as kv
-from kvlock_sampling.types import RunError
+from kvlock_sampling.types import RunError, SamplerError
 
 search = importlib.import_module("kvlock_sampling.search")  # the function has the same name
 SEEDS = [3, 1, 4, 5]
@@ -160,3 +160,18 @@ def test_a_judge_without_an_answer_is_told(setup):
     x = setup.x.repeat(2, 1, 1, 1, 1)
     with pytest.raises(RunError, match="gave start 0 None; expected a finite number"):
         kv.search(setup.lock(policy="full"), "euler", x, setup.sigmas, judge=lambda *_: None, extra_args=setup.cfg)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+def test_starts_in_half_precision(setup, sampler):
+    """Some samplers go on in float32 after their first step."""
+    x = starts(setup, 2).bfloat16()
+    found = kv.search(measured(setup), sampler, x, setup.sigmas, extra_args=setup.cfg)
+    alone = measured(setup).sample(sampler, x[found.chosen], setup.sigmas, extra_args=setup.cfg)
+    assert torch.equal(found.x, alone)
+
+
+@pytest.mark.parametrize("sigmas", [30, torch.zeros(1)])
+def test_what_is_no_schedule(setup, sigmas):
+    with pytest.raises(SamplerError, match="no schedule"):
+        kv.search(measured(setup), "euler", starts(setup), sigmas, extra_args=setup.cfg)

@@ -228,3 +228,9 @@ def test_mixture_variance_is_tweedies():
     x, sigma = torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.7
     jacobian = torch.autograd.functional.jacobian(lambda v: model(v, sigma).flatten(), x).reshape(4, 4)
     torch.testing.assert_close(model.variance(x, sigma).flatten(), sigma**2 * jacobian.diagonal())
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_risk_of_any_size_is_asked_of_any_batch(batch):
+    with pytest.raises(PolicyError, match=r"returned a lock in \["):
+        check_policy(lock_by(lambda o: 1.9 * o.risk), batch=batch)

@@ -1,6 +1,4 @@
-"""The normal form of a mask: (batch, 1, frames, height, width), floating, in [0, 1], 1 = edit; and masks of other tools
-in that form: kept regions in white, ComfyUI's and diffusers' shapes, pictures.
-"""
+"""The normal form of a mask, (batch, 1, frames, height, width) in [0, 1], 1 = edit, and masks of other tools in it."""
 
 import os
 from collections.abc import Sequence
@@ -128,8 +126,8 @@ def _brightest(page: Any) -> np.ndarray:
 
 
 def as_tensor(mask: Any) -> Tensor:
-    def shown(page: Any) -> Any:  # PIL's indices say nothing about brightness
-        return _brightest(page) if getattr(page, "mode", None) == "P" else page
+    def shown(page: Any) -> Any:  # PIL's indices say nothing about brightness, nor does its axis of channels
+        return _brightest(page) if hasattr(page, "convert") else page
 
     if isinstance(mask, Tensor):
         return mask

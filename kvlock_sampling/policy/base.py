@@ -70,7 +70,7 @@ class Policy(ABC):
 
     def start(self, obs: Observation) -> Control:
         """Return the control before the first measurement. Defaults to no lock; without risk, to the first step's."""
-        return Control(lock=0.0) if self.uses_risk else self.step(self.init(), obs)[1]
+        return Control(lock=0.0) if self.uses_risk else stepped(self, self.init(), obs)[1]
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,18 +157,33 @@ def policy_name(policy: Any) -> str:
     return getattr(policy, "__name__", None) or type(policy).__name__
 
 
+def stepped(policy: Policy, state: Any, obs: Observation) -> tuple[Any, Control]:
+    """One step of a policy. Raises PolicyError unless it returns a state and a Control."""
+    result = policy.step(state, obs)
+    if not (isinstance(result, tuple) and len(result) == 2) or isinstance(result, Control):
+        raise PolicyError(
+            f"{policy_name(policy)}.step returned {type(result).__name__}; expected (state, Control).\n"
+            "  Return state, Control(lock=...); without memory use @stateless."
+        )
+    return result[0], _known(policy, result[1], "step")
+
+
+def _known(policy: Policy, control: Any, method: str) -> Control:
+    if isinstance(control, Control):
+        return control
+    steps = method == "step" and not isinstance(policy, Stateless)
+    raise PolicyError(
+        f"{policy_name(policy)}.{method} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
+        f"{' and the new state: return state, Control(...)' if steps else ', e.g. Control(lock=0.5)'}."
+    )
+
+
 def check_control(policy: Any, control: Any, batch: int, tokens: int | None, method: str) -> Control:
     """Check types and shapes of what `method` returned, and values that are on the host already: all are finite, and a
     composite weight is in [0, 1]. `tokens` is None if nothing can be per token.
     """
     name = f"{policy_name(policy)}.{method}"
-    if not isinstance(control, Control):
-        steps = method == "step" and not isinstance(policy, Stateless)
-        raise PolicyError(
-            f"{name} returned {type(control).__name__}; expected a Control(lock=..., cfg_scale=...)"
-            f"{' and the new state: return state, Control(...)' if steps else ', e.g. Control(lock=0.5)'}."
-        )
-    for field, value in control._asdict().items():
+    for field, value in _known(policy, control, method)._asdict().items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
             per_token = field != "cfg_scale" and tokens is not None
@@ -189,10 +204,9 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
             check_ratio(policy, field, low, high)
         if not math.isfinite(low + high):
             raise PolicyError(
-                f"{name} returned {field} with NaN or inf; expected finite numbers.\n"
-                "  risk and variance are NaN if uses_risk is False or nothing is measured: do not read them in start.\n"
-                "  effect is NaN unless it is measured: estimator=kv.variance.Divergence(patch='model'). To read risk "
-                "alone: policy='sigmoid'."
+                f"{name} returned {field} with NaN or inf; expected finite numbers.\n  risk and variance are NaN if "
+                "uses_risk is False or nothing is measured: do not read them in start.\n  effect is NaN unless it is "
+                "measured: estimator=kv.variance.Divergence(patch='model'). To read risk alone: policy='sigmoid'."
             )
     return control
 

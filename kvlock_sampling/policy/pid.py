@@ -1,8 +1,8 @@
 """PID policy:  u = bias + kp * e + ki * integral(e dt) + kd * de/dt,  e = log(risk / target),  t = -log(sigma).
 
-lock = clamp(u, lock_range), cfg_scale = w0 * (c_lo + (c_hi - c_lo) * clamp(u, 0, 1)). Risk is first clamped to
-RISK_RANGE. Source: Astrom & Murray, "Feedback Systems", chapter on PID control (filtered derivative of the measurement,
-anti-windup). The gains for noisy signals of diffrax's step-size controller are the defaults.
+lock = clamp(u, lock_range), cfg_scale = w0 * (c_lo + (c_hi - c_lo) * clamp(u, 0, 1)). First risk / target is clamped
+to RISK_RANGE. Source: Astrom & Murray, "Feedback Systems", chapter on PID control (filtered derivative of the
+measurement, anti-windup). The gains for noisy signals of diffrax's step-size controller are the defaults.
 """
 
 import math
@@ -23,7 +23,7 @@ RISK_RANGE: Range = (1e-3, 1e3)
 class PID(Policy):
     """Hold risk at `target`: lock more while it is above, less while it is below.
 
-    Its state is (sigma, log risk, ki * integral(e dt), filtered slope of log risk, u) of the last step.
+    Its state is (sigma, e, ki * integral(e dt), filtered slope of e, u) of the last step.
     Raises PolicyError for a setting out of range.
 
     Args:
@@ -65,15 +65,13 @@ class PID(Policy):
 
     def step(self, state: tuple[Any, ...] | None, obs: Observation) -> tuple[tuple[Any, ...], Control]:
         low, high = self.limits
-        level = working(obs.risk).clamp(*RISK_RANGE).log()
-        zero = torch.zeros_like(level)
-        sigma, last_level, integral, slope, output = state or (obs.sigma, level, zero, zero, zero + self.bias)
+        error = (working(obs.risk) / self.target).clamp(*RISK_RANGE).log()
+        zero = torch.zeros_like(error)
+        sigma, last_error, integral, slope, output = state or (obs.sigma, error, zero, zero, zero + self.bias)
         dt = elapsed(sigma, obs.sigma)
-        error, last_error = level - math.log(self.target), last_level - math.log(self.target)
-
         # The derivative acts on the low-passed measurement, so a first step or a jump gives no kick. Exact for any dt.
         if dt > 0.0:
-            slope = slope - math.expm1(-dt / self.filter_width) * ((level - last_level) / dt - slope)
+            slope = slope - math.expm1(-dt / self.filter_width) * ((error - last_error) / dt - slope)
         rest = self.bias + self.kp * error + self.kd * slope
 
         # The trapezoid rule in log sigma, half by half, gives the same integral in 20 and in 50 steps. The integral
@@ -87,7 +85,7 @@ class PID(Policy):
         if self.slew is not None:
             wanted = output + (wanted - output).clamp(-self.slew * dt, self.slew * dt)
         lock = wanted.clamp(*self.lock_range).to(obs.risk.dtype)
-        return (obs.sigma, level, integral, slope, wanted), Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
+        return (obs.sigma, error, integral, slope, wanted), Control(lock, scaled_cfg(obs, self.cfg_range, wanted))
 
     def start(self, obs: Observation) -> Control:
         lock = min(max(self.bias, self.lock_range[0]), self.lock_range[1])

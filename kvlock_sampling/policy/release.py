@@ -5,11 +5,8 @@
                      lock = lock * min(1, firm / effect), or 0 if not early and nothing of the clip is released
 `effect` is the squared mean of the edit's change over the trajectory, and `risk` its variance (`Divergence`), in units
 of the threshold. So a hallucination, which comes and goes, is composited and locked, and an effect, which stays, is let
-go, token by token.
-What is let go keeps the lock, its hold on the background's context, and loses it only as the edit insists. Range: lock
-and composite in [0, 1].
-
-`ReleaseBelow` is the static schedule beside it. Source: KV-Lock (arXiv 2603.09657) for locking by variance.
+go, token by token. What is let go keeps the lock, its hold on the background's context, and loses it only as the edit
+insists. Range: lock and composite in [0, 1]. Source: KV-Lock (arXiv 2603.09657) for locking by variance.
 """
 
 from dataclasses import dataclass

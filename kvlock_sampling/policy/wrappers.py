@@ -13,7 +13,7 @@ from torch import Tensor
 from ..types import Control, Observation, PolicyError, Scalar
 from ..utils.fields import number, pair
 from ..utils.precision import working
-from .base import Policy, Range, as_policy, elapsed
+from .base import Policy, Range, as_policy, elapsed, stepped
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolicyWrapper(Policy):
         return self.policy.init()
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
-        state, control = self.policy.step(state, obs)
+        state, control = stepped(self.policy, state, obs)
         return state, self._adjust(control, obs)
 
     def start(self, obs: Observation) -> Control:
@@ -150,7 +150,7 @@ class Smoothed(PolicyWrapper):
 
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         inner, sigma, before = state
-        inner, control = self.policy.step(inner, obs)
+        inner, control = stepped(self.policy, inner, obs)
         before = self.policy.start(obs) if before is None else before
         weight = 1.0 - 2.0 ** (-elapsed(sigma, obs.sigma) / self.half_life)
         lock = _follow(before.lock, control.lock, weight, obs.lock, obs.risk)

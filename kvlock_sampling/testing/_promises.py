@@ -72,9 +72,7 @@ class Promises:
         self.guidable = "cond" in extra_args and not self.guides and "uncond" not in parameters_of(model)
 
     def keep(self, expected: int | None, *, all_of_them: bool) -> set[str]:
-        """Test the promises, `expected` layers among them, or only those that depend on precision; return the names of
-        the layers that fired.
-        """
+        """Test all promises, or only those that depend on precision; return the names of the layers that fired."""
         before, depth = _module_state(self.model), _len_torch_function_stack()
         self.plain = self._bare(self.x)
         self._same(self._bare(self.x), "the same call", "model.eval() turns dropout off.")

@@ -150,7 +150,7 @@ def _observations(
     risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(0)).mul(1.2).exp()
     risks[STEPS // 3, 0] = 0.0
     risks[STEPS // 2] = 1e4
-    risks[:, -1] = risks[:, -1].clamp(max=0.5)
+    risks[:, 1:][:, -1:].clamp_(max=0.5)
     locks = (risks / (1 + risks)).to(device, dtype)
     risks = (risks if measured else torch.full_like(risks, math.nan)).to(device, dtype)
     sigmas = torch.linspace(math.log(14.6), math.log(0.03), STEPS).exp().tolist()

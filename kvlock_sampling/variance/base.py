@@ -4,10 +4,11 @@ Settings are frozen, state is a value. `step` sees evaluations at falling sigma;
 restores an earlier state.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -75,7 +76,11 @@ class Estimator(ABC):
 
     def on_tokens(self, patch: tuple[int, int, int]) -> "Estimator":
         """Return the estimator for a model of this patch: it takes the place of "model". The lock calls it once."""
-        return replace(self, patch=patch) if self.patch == "model" else self  # type: ignore[type-var]
+        if self.patch != "model":
+            return self
+        found = copy.copy(self)
+        object.__setattr__(found, "patch", patch)  # a class may name it without a field
+        return found
 
     def bound(self, modules: Iterable[nn.Module]) -> "Estimator":
         """Return the estimator for a model with these modules, outermost first. The lock calls it once."""
@@ -107,12 +112,12 @@ def measure(estimator: Estimator, state: Any, evaluation: Evaluation) -> tuple[A
 
 def check_shape(estimator: Estimator, value: Any, batch: int, name: str = "variance") -> None:
     """Raise EstimatorError unless a variance or an effect is a floating tensor of one row per clip."""
-    shape = tuple(getattr(value, "shape", ()))
-    if not (isinstance(value, Tensor) and value.is_floating_point() and shape[:1] == (batch,) and len(shape) < 3):
+    shape, most = tuple(getattr(value, "shape", ())), 2 if estimator.patch is None else 3
+    if not (isinstance(value, Tensor) and value.is_floating_point() and shape[:1] == (batch,) and len(shape) < most):
         given = f"of {value.dtype} and shape {shape}" if isinstance(value, Tensor) else f"that is {value!r}"
         raise EstimatorError(
             f"{estimator!r} returned a {name} {given}; expected a floating tensor of shape (batch,) = ({batch},) or "
-            "(batch, tokens), e.g. masked_mean(squares, evaluation.mask), or None while nothing is known."
+            "with patch= (batch, tokens), e.g. masked_mean(squares, evaluation.mask), or None while nothing is known."
         )
 
 
@@ -146,8 +151,7 @@ def pooled(values: Float[Tensor, "batch *axes"], mask: Tensor | None, patch: Pat
 def on_grid(values: Tensor, patch: Patch) -> tuple[Tensor, tuple[int, int, int]]:
     """Return latents as (batch, channels, time, height, width), and their patch, of which whole ones fit.
 
-    An image, (batch, channels, height, width), has one frame; packed latents, (batch, tokens, channels), one row of
-    tokens.
+    An image, (batch, channels, height, width), has one frame, and packed latents, (batch, tokens, channels), one row.
     """
     if patch == "model":
         raise EstimatorError(
@@ -174,9 +178,7 @@ def check_patch(estimator: Any) -> None:
 
 @dataclass(frozen=True)
 class ProbingEstimator(Estimator):
-    """Base of the estimators that evaluate the model again. The state counts measurements and seeds the next draw, so a
-    rewound run repeats itself.
-    """
+    """Base of estimators that evaluate the model again. The state counts and seeds the draws: a rewound run repeats."""
 
     passes: int = 1
     seed: int = 0

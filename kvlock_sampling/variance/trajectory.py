@@ -60,9 +60,8 @@ class TrajectoryVariance(Estimator):
         if self.integral and not self.normalise:
             raise EstimatorError("integral=True is a form of the normalised sum. Try normalise=True, integral=True.")
 
-    @property
-    def default_threshold(self) -> float:  # type: ignore[override]
-        return 0.02 if self.normalise else 0.01  # calm clips of the embedded model; the paper's
+    # Calm clips of the embedded model; the paper's.
+    default_threshold = property(lambda self: 0.02 if self.normalise else 0.01)
 
     def init(self) -> tuple[Entry, ...]:
         return ()

@@ -102,8 +102,8 @@ class Preconditioned(DenoiserWrapper):
         c_skip, c_out, c_in = (per_row(c, x) for c in self.scalings(sigma))
         parameters = self.inner_model.parameters() if isinstance(self.inner_model, nn.Module) else ()
         # One-byte (quantised) weights compute in another dtype.
-        own = (p.dtype for p in parameters if p.is_floating_point() and p.element_size() > 1)
-        dtype = self.model_dtype or next(own, x.dtype)
+        own = (p for p in parameters if p.is_floating_point() and p.element_size() > 1)
+        dtype = self.model_dtype or max(own, key=Tensor.numel, default=x).dtype
         z, time = (x * c_in).to(dtype), self.time(sigma).to(torch.promote_types(dtype, torch.float32))
         model, call = self.inner_model, self.call
         prediction = model(z, time, **extra_args) if call is None else call(model, z, time, **extra_args)

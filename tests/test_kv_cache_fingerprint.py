@@ -781,3 +781,31 @@ def test_odd_modules_beside_a_network_have_a_fingerprint():
     sparse.register_buffer("eye", torch.eye(3).to_sparse())
     for other in (sparse, nn.LazyLinear(3), Unready()):
         assert model_fingerprint(Mine(other)) == model_fingerprint(Mine(other))
+
+
+def test_weights_that_accelerate_took_away_are_read():
+    accelerate = pytest.importorskip("accelerate")
+    found = []
+    for factor in (1.0, 1.0, 1.05):
+        model = network()
+        with torch.no_grad():
+            model[0].weight.mul_(factor)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model[0].weight.is_meta
+        found.append(model_fingerprint(model))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_name_that_is_bound_later():
+    def make():
+        model = network()
+
+        def denoiser(x, sigma):
+            return model(x) if later is None else x
+
+        first = model_fingerprint(denoiser)
+        later = None
+        return first, model_fingerprint(denoiser)
+
+    first, second = make()
+    assert first != second

@@ -440,3 +440,23 @@ def test_an_offloaded_part_leaves_the_device_after_its_work(name, monkeypatch):
     assert seen
     assert not any(seen)
     assert not loaded
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_prompt_serves_several_seeds(name):
+    clip = make_clip(frames_of(name))
+    video = kv.from_pipeline(tiny_pipeline(name)).given(clip, make_mask(frames_of(name)))
+    latents = video.encode(clip)
+    x = latents + 3 * torch.randn(2, *latents.shape[1:], generator=torch.Generator().manual_seed(1))
+    one = video.prompt("a red square")
+    with torch.no_grad():
+        both = video.denoiser(x, torch.tensor(3.0), cond=one)
+        each = {key: torch.cat([rows, rows]) for key, rows in one.items()}
+        torch.testing.assert_close(both, video.denoiser(x, torch.tensor(3.0), cond=each))
+
+
+@pytest.mark.parametrize("change", [lambda c: c[:, :, :-1], lambda c: c[..., :-2], lambda c: (c + 1) * 127.5])
+def test_a_clip_that_a_vae_would_cut_or_misread_is_refused(change):
+    video = kv.from_pipeline(tiny_pipeline("wan"))
+    with pytest.raises(SourceError):
+        video.encode(change(make_clip()))

@@ -6,8 +6,6 @@ Wan 2.1 1.3B at 480 x 832 x 81 with 70% background needs 2.1 GB per level in int
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import KVCacheError
@@ -53,10 +51,11 @@ def plan(kv_cache: KVCache, layers: AttentionLayers, selection: Selection, level
     module: Any = layers.layers[0].module
     heads = next((getattr(module, n) for n in ("heads", "num_heads", "n_heads") if hasattr(module, n)), None)
     named = {"to_k": 1, "k_proj": 1, "to_qkv": 3, "qkv_proj": 3}  # as diffusers and others name them
-    name = next((n for n in named if isinstance(getattr(module, n, None), nn.Linear)), None)
+    name = next((n for n in named if hasattr(getattr(module, n, None), "out_features")), None)
     if name is None or not isinstance(heads, int):
         raise KVCacheError(f"{type(module).__name__} does not show how many heads it has and how wide they are.")
     projection = getattr(module, name)
     shape = len(selection.weight), heads, len(selection.stored), projection.out_features // named[name] // heads
-    size = 2 * layers.per_network * packed_bytes(shape, projection.weight.dtype, kv_cache.format)
+    dtype = getattr(layers.networks[0], "dtype", projection.weight.dtype)  # a network whose weights are cast says it
+    size = 2 * layers.per_network * packed_bytes(shape, dtype, kv_cache.format)
     return Plan(kv_cache.refresh.expected_levels(levels), size, kv_cache.budget, kv_cache.directory is not None)

@@ -42,8 +42,7 @@ class Refresh:
     ) -> tuple[tuple[float, float], ...]:
         """Choose the stored levels that serve a request, with weights that sum to 1; none if the source pass must run.
 
-        `requested` are the distinct noise levels that this run requested, `sigma` among them; `fresh` are the levels
-        that this run stored.
+        `requested` are the distinct noise levels that this run requested, with `sigma`; `fresh` those that it stored.
         """
         levels = sorted(levels, key=lambda s: _distance(s, sigma))
         nearest = next((s for s in levels if self._serves(s, sigma, requested if s in fresh else ())), None)

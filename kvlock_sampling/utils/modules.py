@@ -4,6 +4,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import CellType
 from typing import Any
 
 from torch import nn
@@ -30,7 +31,7 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
             stack += [item.func, *item.args, *item.keywords.values()]
         if getattr(item, "__self__", None) is not None:
             stack.append(item.__self__)
-        stack += [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
+        stack += [cell.cell_contents for cell in getattr(item, "__closure__", None) or () if cell != CellType()]
         names = getattr(getattr(item, "__code__", None), "co_names", ())
         scope = getattr(item, "__globals__", {})
         stack += [scope[n] for n in names if isinstance(scope.get(n), nn.Module)]

@@ -115,7 +115,7 @@ class FlowCalls:
             here = (sigma - self._level).abs() <= 1e-5 * self._level
             time = torch.where(here, self._time, sigma / (1 + sigma))
             given = self._timestep.reshape(len(self._x), -1)[:1, 0].to(sigma)
-            timestep = torch.where(here, given, time * 1000.0)
+            timestep = torch.where(here, given, time / self._time * given)
             if self._timestep.is_floating_point():
                 timestep = timestep.to(self._timestep.dtype)  # some networks take no other
             if self._timestep.ndim == 2:

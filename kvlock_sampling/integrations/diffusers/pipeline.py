@@ -2,8 +2,7 @@
 
 The pipeline keeps its loop, its scheduler and its arithmetic. Its calls of the transformer are intercepted: first the
 conditional one, then the unconditional one with the same latents. The first is answered with a tensor that is filled
-in at the second: both answers are the guided, composited velocity v. The pipeline's own  u + w (c - u)  then gives v
-exactly, for every scale w.
+in at the second: both answers are the guided, composited velocity v, so the pipeline's  u + w (c - u)  is v for all w.
 """
 
 import functools

@@ -46,8 +46,7 @@ def sigmas_of(times: Tensor) -> Tensor:
 def time_of(scheduler: Any, timestep: Tensor) -> float:
     """Return the flow time of a pipeline's current step, from the timestep that its transformer gets.
 
-    Many schedulers round the timestep, so without a scheduler (None) an integer raises RunError, as does the timestep
-    of another scheduler.
+    Many schedulers round the timestep, so without a scheduler (None) an integer raises RunError, as does another's.
     """
     step = timestep.flatten()[0]
     if scheduler is None:

@@ -59,7 +59,7 @@ class Session:
         self.end()
         levels = None if times is None else tuple(dict.fromkeys(sigmas_of(times).tolist()))  # heun has each twice
         self.run = Run(levels)
-        self.trace = self.run.trace
+        self.trace, self._placed = self.run.trace, None
 
     def end(self, *, complete: bool = False) -> None:
         """End the run, and release what it held open. Its trace stays. A complete run is checked to its last number."""

@@ -50,6 +50,7 @@ class Branch(nn.Module):
         network = self.expert(time)
         dtype = getattr(network, "dtype", z.dtype)
         placed = {k: v.to(z.device, dtype if v.is_floating_point() else v.dtype) for k, v in cond.items()}
+        placed = {k: v.expand(len(z), *v.shape[1:]) for k, v in placed.items()}  # one for all clips
         return self.call(network, z, time, placed, dtype)
 
     def expert(self, time: Tensor) -> nn.Module:
@@ -148,9 +149,7 @@ class PipelineVideo:
         """What the transformer reads of the clips themselves, one row per clip; nothing by default."""
         return {}
 
-    @property
-    def channels(self) -> int:
-        return self.transformer.config.in_channels
+    channels = property(lambda self: self.transformer.config.in_channels)
 
     @property
     def usual(self) -> tuple[int, int, int]:
@@ -211,7 +210,7 @@ class PipelineVideo:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode clips (batch, 3, frames, height, width) in [-1, 1] to latents, float32: the mode of the posterior."""
-        latents = codec.encode(self.pipe.vae, pixels, self.device)
+        latents = codec.encode_clip(self.pipe.vae, pixels)
         self._unload()
         return self._padded(latents)
 

@@ -83,9 +83,7 @@ class Hunyuan15Video(PipelineVideo):
     def _call_options(self) -> dict[str, Any]:
         return {"image": (int(self.pipe.vision_num_semantic_tokens), int(self.pipe.vision_states_dim))}
 
-    @property
-    def channels(self) -> int:
-        return self.pipe.num_channels_latents
+    channels = property(lambda self: self.pipe.num_channels_latents)
 
     def _encode_text(self, text: str) -> Conditioning:
         names = ("text", "mask", "glyphs", "glyph_mask")

@@ -65,9 +65,7 @@ class LTXVideo(PipelineVideo):
         time, space = self.compression
         return {"patch": self.patch, "scale": (time / self.frame_rate, space, space)}
 
-    @property
-    def channels(self) -> int:
-        return self.transformer.config.in_channels // math.prod(self.patch)
+    channels = property(lambda self: self.transformer.config.in_channels // math.prod(self.patch))
 
     def _times(self, steps: int) -> Tensor:
         given: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)}

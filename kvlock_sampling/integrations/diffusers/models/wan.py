@@ -37,9 +37,7 @@ class WanVideo(PipelineVideo):
     def _call_options(self) -> dict[str, Any]:
         return {"per_token": bool(self.pipe.config.get("expand_timesteps"))}
 
-    @property
-    def channels(self) -> int:
-        return self.pipe.vae.config.z_dim
+    channels = property(lambda self: self.pipe.vae.config.z_dim)
 
 
 class WanImageVideo(WanVideo):
@@ -64,8 +62,7 @@ class WanImageVideo(WanVideo):
             )
         read = {"encoder_hidden_states_image": cond.get("features")}
         if not per_token:
-            frame = cond["frame"].expand(len(z), -1, -1, -1, -1)
-            return ask(network, torch.cat([z.to(dtype), frame], dim=1), time, cond, **read)
+            return ask(network, torch.cat([z.to(dtype), cond["frame"]], dim=1), time, cond, **read)
         known = cond["frame"].to(z)
         times = token_times(network, z, time).clone()
         times[:, : times.shape[1] // z.shape[2]] = 0  # tokens of the first frame, time being the outermost axis
@@ -126,8 +123,7 @@ class WanVaceVideo(WanVideo):
                 "VACE reads the clip and its mask, which this prompt does not hold.\n"
                 "  video = kv.from_pipeline(pipe).given(clip, mask); cond = video.prompt(text)"
             )
-        control = cond["control"].expand(len(z), -1, -1, -1, -1)
-        read = {"control_hidden_states": control, "control_hidden_states_scale": cond["strength"][0]}
+        read = {"control_hidden_states": cond["control"], "control_hidden_states_scale": cond["strength"][0]}
         return ask(network, z.to(dtype), time, cond, **read)
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:

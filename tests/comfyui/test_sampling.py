@@ -73,12 +73,13 @@ class ByTheLibrary:
         return x - t.view(-1, 1, 1, 1, 1) * v
 
 
+@pytest.mark.parametrize("negative", [text(6), text(6, 7)], ids=["as long", "shorter"])
 @pytest.mark.parametrize("source_prompt", [None, text(9)])
 @pytest.mark.parametrize("policy", ["full", "half", "release", "static"])
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "res_multistep", "uni_pc", "dpmpp_2m_sde"])
-def test_the_result_is_the_librarys_own(model, sampler, policy, source_prompt):
+def test_the_result_is_the_librarys_own(model, sampler, policy, source_prompt, negative):
     lock, patched = locked(model, policy, source_prompt=source_prompt)
-    found = sample(patched, sampler)
+    found = sample(patched, sampler, negative=negative)
 
     inner = model.model
     source = inner.process_latent_in(latents()["samples"])
@@ -90,7 +91,7 @@ def test_the_result_is_the_librarys_own(model, sampler, policy, source_prompt):
         source_args=None if source_prompt is None else {"cond": source_prompt[0][0]},
     )
     sigmas = comfy.samplers.KSampler(model, 4, "cpu", sampler, "simple").sigmas
-    extra = {"cond": text(5)[0][0], "uncond": text(6)[0][0], "cond_scale": 4.0}
+    extra = {"cond": text(5)[0][0], "uncond": negative[0][0], "cond_scale": 4.0}
 
     class Guider:
         """What a sampler of ComfyUI needs of a guider."""
@@ -443,13 +444,15 @@ def test_two_locks_in_one_run(model):
         guider.sample(noise, latents()["samples"], sampler, sigmas, seed=3)
 
 
-def test_an_easy_cache_is_told_apart_or_told(model):
-    """A step cache that leaves the network out: the lock still composites, or says what it cannot."""
+def test_a_lazy_cache_skips_whole_steps_and_an_easy_cache_is_refused(model):
     extras = pytest.importorskip("comfy_extras.nodes_easycache")
-    cached = made_by(extras.EasyCacheNode, locked(model, "half")[1], 0.2, 0.15, 0.95, False)
+    lazy = made_by(extras.LazyCacheNode, locked(model, "half")[1], 0.2, 0.15, 0.95, False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert background(sample(cached, steps=8)) <= 1e-5
+        assert background(sample(lazy, steps=8)) <= 1e-5
+    easy = made_by(extras.EasyCacheNode, locked(model, "half")[1], 0.2, 0.15, 0.95, False)
+    with pytest.raises(kv.types.RunError, match="expected LazyCache"):
+        sample(easy, steps=8)
 
 
 def told(cond, **more):
@@ -551,3 +554,78 @@ def test_layers_are_numbers_and_ranges():
     for wrong in ("0-", "2-0", "a", "-1", "1,,2"):
         with pytest.raises(kv.types.AttentionError, match="numbers and ranges"):
             layer_indices(wrong)
+
+
+def test_scheduled_guidance_without_a_negative_prompt_changes_nothing(model):
+    """ComfyUI then gives zeros as the negative's prediction."""
+    custom = pytest.importorskip("comfy_extras.nodes_custom_sampler")
+    noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4)
+    found = []
+    for scale in (1.0, 2.0):
+        policy = kv.Constant(lock=0.5, cfg_scale=scale)
+        guider = made_by(custom.BasicGuider, locked(model, policy)[1], text(5))
+        euler = comfy.samplers.sampler_object("euler")
+        found.append(guider.sample(noise, latents()["samples"], euler, sigmas, seed=3))
+    assert torch.equal(*found)
+
+
+def test_a_further_call_that_skips_layers_is_not_the_sources_prediction(model):
+    slg = pytest.importorskip("comfy_extras.nodes_slg")
+    found = []
+    for skipping in (False, True):
+        lock, patched = locked(model, kv.policy.Release())
+        if skipping:
+            given = {"scale": 1e-6, "start_percent": 0.0, "end_percent": 1.0, "rescaling_scale": 0}
+            patched = made_by(slg.SkipLayerGuidanceDiT, patched, double_layers="1", single_layers="", **given)
+        sample(patched, steps=8)
+        found.append(torch.stack([step.effect for step in lock.trace][1:]))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mask_with_the_frames_of_a_clip_that_a_vae_cut(model):
+    """80 frames of which ComfyUI's VAE took 77."""
+    whole = torch.zeros(1 + 4 * (FRAMES - 1) + 3, 8 * SIDE, 8 * SIDE)
+    whole[:, : 4 * SIDE, : 4 * SIDE] = 1
+    found = [sample(locked(model, "half", mask=mask)[1]) for mask in (whole, whole[:-3])]
+    assert torch.equal(*found)
+
+
+def test_a_mask_of_another_aspect_is_resized(model):
+    wide = {"samples": latents()["samples"].repeat(1, 1, 1, 1, 2)}
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :16] = 1
+    found = sample(locked(model, "half", source=wide, mask=mask)[1], source=wide)
+    assert float((found - wide["samples"])[..., SIDE // 2 :].abs().max()) <= 1e-5
+
+
+def test_the_mask_of_a_repeated_latent_and_one_source(model):
+    both = {"samples": latents()["samples"].repeat(2, 1, 1, 1, 1)}
+    both["noise_mask"] = box().reshape(1, 1, -1, 8 * SIDE, 8 * SIDE).repeat(2, 1, 1, 1, 1)
+    lock = ComfyLock(latents(), options={"policy": "half"})
+    found = sample(lock.patch(model), source=both)
+    assert background(found, both) <= 1e-5
+
+
+def test_a_second_stage_goes_on_with_the_latest_of_runs_alike(model):
+    """With one seed, what two runs leave explains the same background; only one left off here."""
+
+    def second(splits):
+        masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
+        lock, high = locked(model, "sigmoid")
+        advanced, common = nodes.KSamplerAdvanced().sample, (text(5), text(6))
+        for split in splits:
+            following = lock.next_stage()
+            (half,) = advanced(high, "enable", 3, 8, 4.0, "euler", "simple", *common, masked, 0, split, "enable")
+            low = following.patch(model)
+            advanced(low, "disable", 3, 8, 4.0, "euler", "simple", *common, half, split, 1000, "disable")
+        return torch.stack([step.lock for step in following.trace])
+
+    assert torch.equal(second([5, 3]), second([3]))
+
+
+@pytest.mark.parametrize("policy", ["half", "default"])
+def test_reference_images_are_an_error_in_words(model, policy):
+    told_more = [[tensor, {**said, "reference_latents": [latents()["samples"]]}] for tensor, said in text(5)]
+    with pytest.raises(kv.types.RunError, match="reference images"):
+        sample(locked(model, policy)[1], positive=told_more)

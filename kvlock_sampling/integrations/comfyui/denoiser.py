@@ -80,7 +80,10 @@ class GuiderDenoiser:
         """
         from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-        guider, options, cfg = self._guider, _cloned(self._options), extra_args["cfg"]
+        guider, options = self._guider, _cloned(self._options)
+        cfg = (
+            extra_args["cfg"] if "negative" in self.conds else guider.cfg
+        )  # without one there is nothing to guide from
         beside = extra_args.get("beside")
         taken = _Source(self, beside, sigma) if beside is not None else None
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)
@@ -121,14 +124,16 @@ class GuiderDenoiser:
         return calc_cond_batch(self._guider.inner_model, [conds], x, sigma, options)[0]
 
     def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
-        """Whether the source's arguments have the shapes of the edit's, so that both can be rows of one call."""
-        edit = self.arguments("positive", x, sigma)
-        source = self.arguments(arguments["cond"], x, sigma)
-        same = edit.keys() == source.keys() and all(edit[name].shape[1:] == source[name].shape[1:] for name in edit)
+        """Whether the source's arguments have the shapes of both prompts', so that it can be a row of any call."""
+
+        def shapes(name: str) -> dict[str, Any]:
+            return {key: value.shape[1:] for key, value in self.arguments(name, x, sigma).items()}
+
+        same = shapes("positive") == shapes("negative") == shapes(arguments["cond"])
         if not same and self._options.get("context_handler") is not None:
             raise AttentionError(
-                "the source prompt and the prompt have different lengths, which context windows cannot take.\n"
-                "  Encode both with the same text encoder, or leave the source prompt away."
+                "the prompt, the negative prompt and the source prompt have different lengths, which context windows "
+                "cannot take; expected the same.\n  Encode all with the same text encoder, to one length."
             )
         return same
 
@@ -211,7 +216,7 @@ class _Source:
     def prediction(self) -> Tensor | None:
         """The prediction for the source, the mean where windows overlap; None if a step cache left the network out."""
         if not self._found or self._found[-1][0] is None:
-            return self._found[-1][1] if self._found else None
+            return self._found[0][1] if self._found else None  # later calls leave layers out, as skipped-layer guidance
         total, count = torch.zeros_like(self.x), torch.zeros_like(self.x)
         for window, part in self._found:
             frames = len(window.index_list)  # an anchor may stand before them

@@ -29,6 +29,7 @@ from .inputs import fitted, in_one_line, measured
 
 KEY = "kvlock"
 SOURCE = "kvlock_source"  # the source's prompt among a guider's conditions
+REFERENCES = {"ref_latent", "ref_latents", "reference_latent", "reference_motion", "time_dim_concat"}
 TEXT = ("c_crossattn", "attention_mask", "y", "txt_byt5", "num_tokens", "guidance")  # what a prompt tells a network
 
 
@@ -173,6 +174,8 @@ class ComfyLock:
             conds[SOURCE] = [_with_the_rest(cond, conds["positive"]) for cond in prompt[SOURCE]]
         options["policy"], options["estimator"] = measured(options.get("policy", "default"), options.get("estimator"))
         transformer = guider.model_options.get("transformer_options", {})
+        if "easycache" in transformer.get("wrappers", {}).get("diffusion_model", {}):
+            raise RunError("EasyCache takes the source for a prompt of the edit; expected LazyCache, or none.")
         cached = any("cache" in str(key) for kind in transformer.get("wrappers", {}).values() for key in kind)
         control = any("control" in cond for group in conds.values() for cond in group)
         if any((transformer.get("patches") or {}).values()) or cached or control:  # which count on every token
@@ -180,17 +183,23 @@ class ComfyLock:
         if guider.model_options.get("context_handler") is not None:
             options |= {"foreground": False, "kv_cache": None}
             options["policy"] = replace(options["policy"], kv_cache=None)
-        denoiser = GuiderDenoiser(guider, conds)
+        denoiser, mask = GuiderDenoiser(guider, conds), fitted(mask, source)
         lock = KVLock(
             denoiser,
-            source=source,
-            mask=fitted(mask, source),
+            source=source.expand_as(noise) if len(mask) > len(source) == 1 else source,
+            mask=mask,
             source_args={"cond": SOURCE} if SOURCE in conds else None,
             scale_arg="cfg",
             branch=denoiser.branch,
             sigmas=sigmas,
             **options,
         )
+        told = {name for group in conds.values() for cond in group for name in cond.get("model_conds", ())}
+        if lock.settings.policy.may_lock and (more := told & REFERENCES):
+            raise RunError(
+                f"reference images ({', '.join(sorted(more))}) are tokens beside the clip's, which cannot be locked; "
+                "expected none. Leave them away, or take a policy without a lock."
+            )
         if lock.settings.policy.may_lock and lock.settings.layers is None:
             raise MaskError(
                 "the mask reaches into every token of the model, so nothing can be locked; expected some left. Draw a "
@@ -237,7 +246,7 @@ class ComfyLock:
         def unexplained(stage: Stage) -> float:
             return float(((source.at(x, level, stage.noise, erased=False) - x) * background).square().sum())
 
-        stage = min(stages, key=unexplained)
+        stage = min(reversed(stages), key=unexplained)  # of runs with one seed the latest
         noise = source.at(x, level, stage.noise, erased=False) - source.at(x, level, stage.noise * 0, erased=False)
         if unexplained(stage) > float((noise * background).square().sum()):
             raise SourceError(
@@ -256,9 +265,9 @@ class ComfyLock:
         run, self.trace, self.released = lock._run(), Trace(), None
         self.trace.steps = [tree_map(_to_host, step) for step in lock.trace]
         source = lock.settings.source
-        if source is not None and source.latents.ndim == 5 and _acts_on_background(lock):
-            left = 1 - self.trace.steps[-1].composite
-            self.released = on_latents(left, source.latents.shape, lock.settings.patch) if left.any() else None
+        if source is not None and _acts_on_background(lock) and (left := 1 - self.trace.steps[-1].composite).any():
+            released = on_latents(left, source.latents.shape, lock.settings.patch)
+            self.released = released if released.ndim == 5 else released.unsqueeze(2)
         if run.noise is not None and self.trace.steps and (state := run.timeline.last) is not None:
             left = tree_map(_to_host, state._replace(estimator=None))
             self.stages.append(Stage(_to_host(run.noise), self.trace.steps[-1].sigma, left))

@@ -17,6 +17,7 @@ _IN_NODES = {  # what errors of the library say, and how it is done with nodes
     "use masks.from_keep_mask": "use Invert Mask",
     "pass mask.bool()": "convert it to a mask first",
     "the sampler's x": "the latent that is sampled",
+    "do not divide into patches": "do not divide (pad or crop the clip, e.g. to sides of 16 pixels) into patches",
     "no attention layers found in": "this model is not supported, see the page In ComfyUI:",
 }
 
@@ -28,7 +29,10 @@ def fitted(mask: Tensor, source: Tensor) -> Tensor:
         edited = (mask >= 0.1).to(mask.dtype)  # as in `masks.from_comfy`
         return masks.resize(edited.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
     found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
-    if found.shape[-2] % height or found.shape[-1] % width:
+    rest = source.shape[2] - 1
+    if rest and (found.shape[2] - 1) // rest in (4, 8):  # as a VAE drops the frames that fill no latent
+        found = found[:, :, : 1 + (found.shape[2] - 1) // rest * rest]
+    if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
         found = masks.resize(found, found.shape[2], height, width)
     return found
 

@@ -287,7 +287,7 @@ TABLES = {
     "not utf-8": (b"clip,mask,prompt\nclip0.gif,mask.png,a r\xe9d ball\n", "is not UTF-8"),
     "no column": (b"clip,prompt\nclip0.gif,a red ball\n", "has no column 'mask'"),
     "unknown column": (b"clip,mask,promt\na,b,c\n", "has the column 'promt'; did you mean 'prompt'? Known: clip"),
-    "semicolons": (b"clip;mask;prompt\na;b;c\n", "Commas separate them"),
+    "tabs": (b"clip\tmask\tprompt\na\tb\tc\n", "Commas separate them"),
     "twice a column": (b"clip,mask,prompt,clip\na,b,c,d\n", "has two columns 'clip'"),
     "open quote": (b'clip,mask,prompt\nclip0.gif,mask.png,"a red ball\n', "is not CSV"),
     "no rows": (b"clip,mask,prompt\n,,\n\n", "has no rows"),
@@ -350,6 +350,15 @@ def test_a_spreadsheets_table_is_read(folder: Path) -> None:
     assert first.options["clip"] == str(folder / "data" / "clip0.gif")
     assert (second.row, second.error[:15]) == (2, "prompt is empty")
     assert third.error == "4 cells for 3 columns. Put a text with commas in quotes."
+
+
+def test_a_table_with_semicolons_is_read(folder: Path) -> None:
+    """As spreadsheets write it where the comma is in numbers."""
+    text = '\ufeffclip;mask;prompt;seed\r\nclip0.gif;mask.png;"a red ball, moving left";3\r\n'
+    Path("data/jobs.csv").write_bytes(text.encode())
+    defaults = {"policy": "half", "sampler": "euler", "kv_cache": None}
+    (job,) = jobs.read_jobs(Path("data/jobs.csv"), Path("out"), defaults, {"model": "tiny"})
+    assert (job.error, job.options["prompt"], job.options["seed"]) == ("", "a red ball, moving left", 3)
 
 
 def test_a_policy_file_is_found_beside_the_table_and_its_content_counts(kvlock: Kvlock, edits: list[str]) -> None:

@@ -131,7 +131,10 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
     """The names of the columns, and the cells of each row that has any."""
     try:
         text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
-        lines = [[cell.strip() for cell in line] for line in csv.reader(text, strict=True, skipinitialspace=True)]
+        first = text.getvalue().partition("\n")[0]
+        options: Any = {"strict": True, "skipinitialspace": True}
+        options["delimiter"] = ";" if ";" in first and "," not in first else ","  # where a comma is in numbers
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text, **options)]
     except UnicodeDecodeError as error:
         raise KVLockError(f"{str(path)!r} is not UTF-8: {error}. Save it as CSV UTF-8.") from None
     except csv.Error as error:

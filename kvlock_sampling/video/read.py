@@ -191,9 +191,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
 
 
 def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size) -> tuple[Times, Seconds]:
-    """The times of a mask, and when on its own clock its frames belong to the moments `at` of a clip, whose `times`
-    and displayed `frame` these are.
-    """
+    """A mask's times, and the moments of its clock that belong to those `at` of a clip of these `times` and `frame`."""
     (theirs, rate), (ours, own), (height, width) = shown(mask), times, frame
     (h, w), count, told = displayed(mask, (theirs, rate)), len(theirs) - 1, []
     lasts, length, moments = theirs[-1] - theirs[0], ours[-1] - ours[0], at

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...presets import load_preset
+from ...types import KVLockError
 from ...video.write import side_by_side, write_clip
 from ..batch import fitting_scale
 from ..edit import edit_video
@@ -59,10 +60,12 @@ def run(
         cancel: Set to end the run after its present step.
 
     Raises:
-        KVLockError: As `edit_video`, or no clip is loaded.
+        KVLockError: As `edit_video`, no clip is loaded, or the prompt is empty.
         CancelledError: `cancel` was set. The results of the run before are kept.
     """
     session.clip_file()
+    if not settings.prompt.strip():
+        raise KVLockError("the prompt is empty; expected what the masked region should show, e.g. a red ball.")
     # A folder of its own, because browsers keep what they have read under a name.
     folder = Path(tempfile.mkdtemp(dir=session.folder))
     try:

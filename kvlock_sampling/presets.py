@@ -204,5 +204,5 @@ def _shelf() -> dict[str, Path]:
 
 
 def _classes(policy: Any) -> str:
-    inner = f"({_classes(policy.policy)})" if hasattr(policy, "policy") else ""
-    return type(policy).__name__ + inner
+    name = type(policy).__name__
+    return f"{name}({_classes(policy.policy)})" if hasattr(policy, "policy") else name

@@ -231,9 +231,7 @@ class Run:
                 tools.cached.close()
 
     def _begin(self, sigma: float) -> None:
-        """Nothing is remembered above `sigma`. From the top a new run begins, with its own noise; a sampler that went
-        far back up goes on with the noise that it had.
-        """
+        """Begin anew from the top, with noise of its own; a sampler that only went far back up keeps its noise."""
         if sigma >= self._top * (1 - SAME_SIGMA):
             # A level above the run's first: an inversion rises step by step, and is one run for the warning.
             rising = sigma > self._top * (1 + SAME_SIGMA) and not self._measured
@@ -265,8 +263,7 @@ def steps_left(schedule: Sequence[float] | None, sigma: float) -> int | None:
     if schedule is None:
         return None
     levels = [s for s in schedule if s > 0]
-    begun = sum(s >= sigma * (1 - SAME_SIGMA) for s in levels)
-    return len(levels) - max(begun, 1) + 1
+    return len(levels) - max(1, sum(s >= sigma * (1 - SAME_SIGMA) for s in levels)) + 1
 
 
 def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, dtype: torch.dtype) -> float:
@@ -279,9 +276,7 @@ def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, 
 
 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
-    """Raise RunError for a noise level beyond those of the schedule. Churn raises one by up to sqrt(2), and eta > 1
-    lowers one. In the last step to 0 any may be asked for.
-    """
+    """Raise RunError for a noise level far off the schedule: churn raises one by up to sqrt(2), eta > 1 lowers one."""
     if schedule and not min(schedule) / 1.5 <= sigma <= 1.5 * max(schedule):  # a pipeline's may rise
         raise RunError(
             f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {schedule[0]:.4g} to "

@@ -143,7 +143,8 @@ class Trace:
 
 
 def figure_format(path: str | os.PathLike[str]) -> str:
-    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one."""
+    """The format "png", "svg" or "pdf" by the path's suffix; "png" without one. Needs matplotlib."""
+    require("matplotlib", "plot")
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     if suffix not in ("png", "svg", "pdf"):
         raise KVLockError(f"a figure cannot be written as {Path(path).name!r}; expected .png, .svg or .pdf.")

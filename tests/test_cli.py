@@ -224,6 +224,15 @@ def test_a_transition_is_refused_before_a_model_is_opened(kvlock: Kvlock, monkey
     assert "transition=(1.0, nan); expected (width in tokens > 0" in plain(result.output)
 
 
+@pytest.mark.parametrize("which", ["clip", "mask", "image"])
+def test_a_file_that_is_not_there_is_named_before_a_model_is_opened(kvlock: Kvlock, monkeypatch, which: str) -> None:
+    monkeypatch.setattr("kvlock_sampling.app.cli.open_model", lambda *_, **__: pytest.fail("it opened the model"))
+    words = edit_words(**({which: "nosuch.png"} if which != "image" else {}))
+    result = kvlock(*words, *(["--image", "nosuch.png"] if which == "image" else []))
+    assert result.exit_code == 2
+    assert "no such file or folder: 'nosuch.png'" in plain(result.output)
+
+
 def test_names_of_files_are_no_markup(kvlock: Kvlock) -> None:
     result = kvlock(*edit_words("[red]a[/] :smile:.png", policy="off", steps=1, seeds=2))
     assert result.exit_code == 0, result.output

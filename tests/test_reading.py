@@ -1,9 +1,12 @@
 """A clip and its mask are read as one: what is on screen when, where it was painted, and nothing left out unsaid."""
 
+import math
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter
 
 from kvlock_sampling.app import read_pair
 from kvlock_sampling.types import KVLockError
@@ -150,6 +153,99 @@ def test_one_missing_frame_is_a_gap_wherever_it_is(missing: int, jitter: float) 
     begins = np.delete(np.arange(37) / 10, missing)
     begins[1:] += jitter * np.random.default_rng(0).uniform(-1, 1, 35)
     assert read._beats(np.append(begins, 3.7)) == 37
+
+
+@pytest.mark.parametrize("lasting", [1.5, 2.5, 3.5, 7.5])
+@pytest.mark.parametrize("which", [0, 10, 23])
+@pytest.mark.parametrize("fps", [24, 25, 30])
+def test_a_pause_of_half_a_frame_doubles_no_others(lasting: float, which: int, fps: int) -> None:
+    """As a recorder that paused, two takes joined, or a first or last frame that is longer."""
+    spans = np.ones(24) / fps
+    spans[which] *= lasting
+    assert 24 <= read._beats(np.append(0, np.cumsum(spans))) <= 24 + math.ceil(lasting)
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(64, (0.299, 0.114)), (720, (0.2126, 0.0722))])
+def test_a_film_without_a_matrix_is_read_as_players_do(
+    tmp_path: Path, height: int, matrix: tuple[float, float]
+) -> None:
+    red, green, blue = 200 / 255, 30 / 255, 60 / 255
+    of_red, of_blue = matrix
+    luma = of_red * red + (1 - of_red - of_blue) * green + of_blue * blue
+    planes = [16 + 219 * luma, 128 + 112 * (blue - luma) / (1 - of_blue), 128 + 112 * (red - luma) / (1 - of_red)]
+    pages = [np.full(height * 96 // part, round(level)) for level, part in zip(planes, (1, 4, 4), strict=True)]
+    image = np.concatenate(pages).astype(np.uint8).reshape(height * 3 // 2, 96)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = height, 96, "yuv420p"
+        for _ in range(2):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="yuv420p")))
+        container.mux(stream.encode())
+    found = (read_clip(tmp_path / "clip.mp4").pixels[:, 0, 30, 40] + 1) * 127.5
+    torch.testing.assert_close(found, torch.tensor([200.0, 30.0, 60.0]), rtol=0, atol=3)
+
+
+def display_p3() -> bytes:
+    """A colour profile as phones embed it."""
+
+    def numbers(kind: bytes, *values: float) -> bytes:
+        return kind + bytes(4) + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    name = "Display P3".encode("utf-16-be")
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0)
+    curve += numbers(b"", 2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)[4:]
+    tags = {b"desc": b"mluc" + bytes(4) + struct.pack(">II4sII", 1, 12, b"enUS", len(name), 28) + name}
+    tags |= {b"cprt": tags[b"desc"], b"wtpt": numbers(b"XYZ ", 0.9642, 1, 0.8249)}
+    tags |= {b"rXYZ": numbers(b"XYZ ", 0.51512, 0.2412, -0.00105), b"gXYZ": numbers(b"XYZ ", 0.29198, 0.69225, 0.04189)}
+    tags |= {b"bXYZ": numbers(b"XYZ ", 0.1571, 0.06657, 0.78407)} | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, data in tags.items():
+        table += struct.pack(">4sII", tag, start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = (
+        struct.pack(">I4xI", start + len(body), 0x04300000) + b"mntrRGB XYZ " + struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
+    )
+    head += b"acsp" + bytes(28) + numbers(b"", 0.9642, 1, 0.8249)[4:] + bytes(48)
+    return head + table + body
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_images_of_another_gamut_are_read_as_they_look(tmp_path: Path, name: str) -> None:
+    page = Image.fromarray(np.full((16, 16, 3), (200, 60, 60), np.uint8))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile, wanted in (
+        (None, (200, 60, 60)),
+        (srgb, (200, 60, 60)),
+        (b"no profile", (200, 60, 60)),
+        (display_p3(), (217, 42, 52)),
+    ):
+        page.save(tmp_path / name, **({} if profile is None else {"icc_profile": profile}))
+        found = (read_clip(tmp_path / name).pixels[:, 0, 8, 8] + 1) * 127.5
+        torch.testing.assert_close(found, torch.tensor(wanted).float(), rtol=0, atol=2)
+
+
+@pytest.mark.parametrize("size", [64, (64,), "64x96", np.array([64, 96]), (0, 64), (6.5, 64)])
+def test_a_size_that_is_none_is_no_fault_of_the_file(tmp_path: Path, size: Any) -> None:
+    clip = film(tmp_path / "clip.mp4", ramp(4))
+    pair = partial(read_pair, ANY, mask=clip)
+    for call in (read_clip, partial(read_mask, frames=4), pair):
+        with pytest.raises(VideoError, match=r"expected \(height, width\) in pixels"):
+            call(clip=clip, size=size) if call is pair else call(clip, size=size)
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    film(tmp_path / "clip.mp4", grey(4))
+    assert len(read_clip("~/clip.mp4").pixels[0]) == 4
+    _, mask = read_pair(ANY, "~/clip.mp4", film(tmp_path / "mask.mp4", bars(4)))
+    assert places(mask) == [0, 1, 2, 3]
+
+
+def test_numbers_of_masks_beside_a_film_are_named(tmp_path: Path) -> None:
+    clip = film(tmp_path / "clip.mp4", grey(8))
+    masks = folder(tmp_path / "masks", range(3, 8), bars(8)[3:])
+    with pytest.warns(UserWarning, match=r"numbers 3 to 7 of .* are not looked at"):
+        read_pair(ANY, clip, masks)
 
 
 def test_frames_of_an_avi_stay_in_order(tmp_path: Path) -> None:

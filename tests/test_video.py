@@ -240,6 +240,7 @@ def test_side_by_side() -> None:
     assert tiles[:, 0, 8:30, 8:200].max() > 0.5, "a caption is bright on dark"
     with pytest.raises(VideoError, match="a label for each"):
         side_by_side([CLIP], [])
+    assert torch.equal(side_by_side([CLIP], [3]), side_by_side([CLIP], ["3"]))  # a seed
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png"])

@@ -15,6 +15,7 @@ from ..types import KVLockError
 from ..utils.files import check_writable, write_atomically
 from ..variance.thresholds import alarm_range
 from ..video import check_suffix, read_clip, side_by_side, write_clip
+from ..video.media import files_of
 from . import batch_command, plan_command, web_command  # noqa: F401 - they add their commands
 from . import command_line as opt
 from .batch import fitting_scale
@@ -89,7 +90,7 @@ def edit(
     dtype: opt.Dtype = None,
     offload: opt.Offload = "none",
     tile_vae: opt.TileVAE = False,
-    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video pipelines.")] = None,
+    image: Annotated[Path | None, typer.Option(**opt.PATH, help="First frame, for image-to-video pipelines.")] = None,
     negative_prompt: opt.NegativePrompt = None,
     shift: opt.Shift = None,
     trace: Annotated[Path | None, typer.Option(**opt.OUTPUT, help="Also write the run's plot (png, svg, pdf).")] = None,
@@ -105,6 +106,8 @@ def edit(
             figure_format(trace)
         for path in written:
             check_writable(path)
+        for path in (clip, mask, *([image] if image else [])):
+            files_of(path)  # raises before a large model is loaded
         known: dict[str, Any] = {"cfg_scale": cfg_scale, "transition": transition}
         check_run(sampler, policy, seed, prompt=prompt, **known)
         options: dict[str, Any] = {} if kv_cache is None else {"kv_cache": KVCache(kv_cache)}
@@ -121,7 +124,7 @@ def edit(
             if not hasattr(video, "image"):
                 raise KVLockError(f"--image is for image-to-video pipelines, and --model {model} is not one.")
             _, _, height, width = source.pixels.shape
-            video.image = read_clip(image, size=(height, width)).pixels[:, 0]
+            video.image = read_clip(image, frames=1, size=(height, width)).pixels[:, 0]
         with progress("sampling", steps) as advance:
             options |= {"source_prompt": source_prompt, "sampler": sampler, "steps": steps, "policy": policy}
             options |= {**known, "strength": strength, "seed": seed, "candidates": seeds, "on_step": advance}

@@ -1,5 +1,6 @@
 """Edit the masked part of video clips after a prompt, with everything else locked to the source: `edit_video`."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def edit_video(
         warn(f"feather={feather} without effect: with paste=False nothing is pasted.")
     check_number("strength", strength, KVLockError, above=0.0, at_most=1.0)
     steps = check_number("steps", steps, SamplerError, at_least=1, at_most=MOST_STEPS, whole=True)
-    video = open_model(model) if isinstance(model, str) else model
+    video = open_model(model) if isinstance(model, str | os.PathLike) else model
     check_video_model(video)
     scale = video.cfg_scale if cfg_scale is None else cfg_scale
     check_number("cfg_scale", scale, KVLockError)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Denoiser, KVLockError, SourceError
 from ..video.media import PathLike, shown
-from ..video.read import Clip, box, clip_at, displayed, mask_at, match, pick, ticks
+from ..video.read import Clip, box, check_size, clip_at, displayed, mask_at, match, pick, ticks
 
 
 class VideoModel(Protocol):
@@ -58,7 +58,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     from ..tiny import load
 
     given = {k: v for k, v in options.items() if v is not None and (k, v) != ("offload", "none")}
-    path = Path(model)
+    path = Path(model).expanduser()
     if (path / INDEX).is_file():
         return load_pipeline(path, **given)
     if str(model) != "tiny" and not path.is_file() and not (path / "weights.safetensors").is_file():
@@ -70,7 +70,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     if given:
         name = min(given)
         raise KVLockError(f"{name}={given[name]!r} is for a pipeline of diffusers: leave it out, or name its folder.")
-    return load(model)
+    return load(model if str(model) == "tiny" else path)
 
 
 def check_video_model(model: Any) -> None:
@@ -121,13 +121,15 @@ def read_pair(
         SourceError: The model cannot edit this number of frames or this size.
         VideoError: A file cannot be read, frames differ in size, or masks lack a number or more than half of the clip.
     """
+    size = None if size is None else check_size(size)
+    clip, mask = Path(clip).expanduser(), Path(mask).expanduser()
     times = shown(clip)
     own, (at, rate) = displayed(clip, times), ticks(clip, times)
     have, usual, even = len(at), getattr(model, "usual", None), frames is not None or model.frames is not None
     most = frames if frames is not None else have if usual is None else min(have, usual[0])
     shrink = 1.0 if usual is None else min(1.0, math.sqrt(usual[1] * usual[2] / math.prod(own)))
     count, sides = editable(model, most, *(size or (round(own[0] * shrink), round(own[1] * shrink))))
-    if frames not in (None, count) or (size is not None and tuple(size) != sides):
+    if frames not in (None, count) or size not in (None, sides):
         raise SourceError(f"frames={frames}, size={size}: this model edits e.g. frames={count}, size={sides}.")
     at, rate = pick(at, rate, count, pad, clip) if even else (at[:count], rate)
     pixels = clip_at(clip, times, at, sides)

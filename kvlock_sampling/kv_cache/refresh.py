@@ -77,8 +77,7 @@ class Refresh:
     def _serves(self, level: float, sigma: float, requested: Sequence[float]) -> bool:
         low, high = min(level, sigma), max(level, sigma)
         between = sum((low < s < high or same(s, sigma)) and not same(s, level) for s in requested)
-        fresh = self.every is None or between < self.every
-        return same(level, sigma) or (fresh and _within(self.ratio, level, sigma))
+        return same(level, sigma) or (between < (self.every or math.inf) and _within(self.ratio, level, sigma))
 
 
 def add_request(requested: list[float], sigma: float) -> None:

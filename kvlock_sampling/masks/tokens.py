@@ -59,8 +59,7 @@ def token_mask(latent_mask: MaskLike, patch: tuple[int, int, int] = (1, 2, 2)) -
     Raises:
         MaskError: The patch does not divide the mask.
     """
-    cells = _pool(as_mask(latent_mask), as_patch(patch, MaskError), "patch")
-    return rearrange(cells > 0, "b 1 t h w -> b (t h w)")
+    return rearrange(_pool(as_mask(latent_mask), as_patch(patch, MaskError), "patch") > 0, "b 1 t h w -> b (t h w)")
 
 
 def resize(mask: MaskLike, frames: int, height: int, width: int) -> Mask:

@@ -1,7 +1,6 @@
 """The contract of a policy: `init() -> state`, `step(state, observation) -> (state, control)`.
 
-The clock is sigma, and a policy never sees a model or a mask. It works elementwise: a clip gets the same answer alone
-as in a batch. The smallest policy is a function under `@stateless`.
+A policy never sees a model or a mask. It works elementwise: a clip gets the same answer alone as in a batch.
 """
 
 import functools

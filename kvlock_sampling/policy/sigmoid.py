@@ -39,7 +39,6 @@ class Sigmoid(Policy):
         distance = (working(obs.risk).log() - math.log(self.centre)) / self.width
         # torch.sigmoid would not do: on CPU its last bit depends on the position of a value in its batch.
         s = 1.0 / (1.0 + (-distance).exp())
-        lock = between(self.lock_range, s).to(obs.risk.dtype)
-        return state, Control(lock, scaled_cfg(obs, self.cfg_range, s))
+        return state, Control(between(self.lock_range, s).to(obs.risk.dtype), scaled_cfg(obs, self.cfg_range, s))
 
     may_lock = property(lambda self: self.lock_range[1] > 0.0)

@@ -1,7 +1,6 @@
 """Policies around policies:  Windowed (when),  Smoothed (how fast),  Clamped (how much).
 
-A wrapper takes a policy or a plain function: `Smoothed(PID(target=1.0), half_life=0.3)`. The inner policy is stepped at
-every evaluation, so that its memory is up to date when it takes over.
+The inner policy is stepped at every evaluation, so that its memory is up to date when it takes over.
 """
 
 from dataclasses import dataclass

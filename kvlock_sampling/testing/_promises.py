@@ -229,8 +229,7 @@ class Promises:
         return spy
 
     def _apart(self, a: Tensor, b: Tensor) -> float:
-        scale = self.plain.double().std().clamp(min=1e-12)
-        return float((a.double() - b.double()).abs().max() / scale)
+        return float((a.double() - b.double()).abs().max() / self.plain.double().std().clamp(min=1e-12))
 
     def _close(self, a: Tensor, b: Tensor, what: str, advice: str) -> None:
         apart = self._apart(a, b)

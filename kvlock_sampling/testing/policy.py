@@ -70,9 +70,7 @@ def _check_start(contract: Contract, obs: Observation) -> None:
 
 
 def _check_clips(contract: Contract, run: list[Observation], controls: list[Control]) -> None:
-    """A clip beside other clips gets the same bits. Alone it does up to rounding, because the last bit of torch's exp
-    and log depends on where a number lies in memory.
-    """
+    """A clip gets the same bits beside others, and alone up to rounding: torch's exp depends on places in memory."""
     near = 4 * torch.finfo(run[0].risk.dtype).eps
     for clip in range(len(run[0].requested_cfg_scale)):
         row = slice(clip, clip + 1)

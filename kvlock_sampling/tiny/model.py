@@ -79,8 +79,7 @@ class TinyWan(nn.Module):
     def forward(self, z: Tensor, t: Tensor, cond: Tensor | Sequence[str] | str) -> Tensor:
         """Predict x0 from noisy clips z at flow time t (batch,) and prompts, or word indices (batch, words)."""
         words = cond if isinstance(cond, Tensor) else tokenize(cond)
-        text = self.emb(words.to(z.device).expand(len(z), -1))
-        return self.dit(z, t * 1000, text, return_dict=False)[0]
+        return self.dit(z, t * 1000, self.emb(words.to(z.device).expand(len(z), -1)), return_dict=False)[0]
 
 
 class TinyVideo:

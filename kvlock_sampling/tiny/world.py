@@ -118,9 +118,7 @@ def sample_scene(seed: int, *, empty: float = 0.1) -> Scene:
 
 
 def sample_edit(seed: int, kind: str) -> tuple[Scene, Scene]:
-    """Draw the (source, target) scenes of a seed for one kind of edit; reshape and glow also change the colour. Raises
-    ValueError for a kind that is not in `EDITS`.
-    """
+    """Draw (source, target) of a seed for a kind of `EDITS`, else ValueError; reshape, glow change the colour too."""
     if kind not in EDITS:
         raise ValueError(f"sample_edit(kind={kind!r}); expected one of {', '.join(EDITS)}")
     rng = random.Random(f"kvlock-stage-edit-1:{seed}")

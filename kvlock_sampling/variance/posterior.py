@@ -52,7 +52,5 @@ class PosteriorVariance(ProbingEstimator):
         again = working(evaluation.probe(moved.flatten(0, 1), sigma)).unflatten(0, (self.passes, -1))
         # v_i (J v)_i by one-sided differences, divided by the displacement that is left after rounding.
         change, displacement = again - working(evaluation.denoised.detach()), working(moved) - working(x)
-        quadratic = torch.where(displacement == 0, 0.0, v.square() * change / displacement)
-        trace = quadratic.mean(0).flatten(1).sum(1)
-        variance = sigma**2 * trace / weight.flatten(1).sum(1).clamp_min(1e-12)
-        return state + 1, variance.clamp_min(0.0)
+        trace = torch.where(displacement == 0, 0.0, v.square() * change / displacement).mean(0).flatten(1).sum(1)
+        return state + 1, (sigma**2 * trace / weight.flatten(1).sum(1).clamp_min(1e-12)).clamp_min(0.0)

@@ -1,10 +1,11 @@
 """Films, images with frames, and folders of images alike: when each frame is shown, and its picture, decoded alone."""
 
+import io
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -153,6 +154,12 @@ def _pages(file: Path) -> Iterator[Any]:
 def _upright(image: Any) -> Any:
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
+    if (icc := image.info.get("icc_profile")) and image.mode == "RGB":
+        cms = require("PIL.ImageCms", "video")
+        with suppress(OSError, cms.PyCMSError):  # a broken profile, which viewers leave out too
+            profile = cms.ImageCmsProfile(io.BytesIO(icc))
+            if "srgb" not in cms.getProfileDescription(profile).lower():
+                image = cms.profileToProfile(image, profile, cms.createProfile("sRGB"))
     if image.mode == "F":
         raise ValueError("its pixels are floats, of which no range is known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey. Rounded up, so that no number becomes black.
@@ -196,7 +203,8 @@ def _film_times(path: PathLike) -> tuple[Seconds, float]:
 
 def _film_picture(frame: Any, ratio: float) -> Any:
     alpha = any(component.is_alpha for component in frame.format.components)
-    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", interpolation=EXACT)
+    guess = {"src_colorspace": "ITU709"} if frame.colorspace == 2 and frame.height >= 720 else {}  # as players do
+    pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", interpolation=EXACT, **guess)
     image = require("PIL.Image", "video").fromarray(pixels)
     if ratio != 1 and 0.25 < ratio < 4:
         image = image.resize((round(image.width * ratio), image.height))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -50,7 +51,7 @@ def read_clip(
     """
     if fps is not None:
         fps = check_number("fps", fps, VideoError, above=0.0)
-    times = shown(path)
+    times = shown(path := Path(path).expanduser())
     at, rate = pick(*ticks(path, times, fps), frames, pad, path)
     return Clip(clip_at(path, times, at, size, mixed=size is not None), rate)
 
@@ -68,7 +69,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
         VideoError: As in `read_clip`, or something is not black, but nothing white, as in masks of object indices.
         KVLockError: The extra `video` is not installed.
     """
-    times = shown(path)
+    times = shown(path := Path(path).expanduser())
     at, _ = pick(*ticks(path, times), frames, pad or len(times[0]) == 2, path)
     left, top, *_ = box(frame := displayed(path, times), size)
     if max(left / frame[1], top / frame[0]) > 0.025:  # less is the rounding of sides
@@ -111,6 +112,9 @@ def _beats(starts: Seconds) -> int:
     late = np.abs(off - np.median(off)) > 0.25
     if late.sum() <= (have // 4 if have > 4 else 0) and -1.25 < total * scale - have < 0.75:
         return have
+    gaps = np.diff(starts) * scale
+    if have > 8 and (np.abs(gaps - 1) < 0.25).mean() > 0.9:  # one pace, with pauses
+        return int(gaps.round().clip(1).sum())
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
     gaps = np.sort(np.diff(starts))
     fast = [round(total / gaps[have // 2])] if gaps[have // 2] < 1 / 61 else []
@@ -137,6 +141,7 @@ def pick(at: Seconds, rate: float, frames: int | None, pad: bool, path: PathLike
 
 def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mixed: bool = False) -> Tensor:
     """The frames on screen at these seconds as pixels; `mixed` allows for several sizes of frames."""
+    size = None if size is None else check_size(size)
 
     def shrink(image: Any) -> Array:
         if size is None or (image.height, image.width) == size:
@@ -216,6 +221,10 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
     ):
         lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read
     elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
+        if found and count != len(ours) - 1:
+            told.append(
+                f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: a film's frames have none"
+            )
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
@@ -257,11 +266,17 @@ def _pooled(page: Array, low: float, high: float, count: int) -> Array:
     return np.maximum(np.maximum.reduceat(page[: last[-1] + 1], first), page[last])
 
 
+def check_size(size: Any) -> Size:
+    """Return (height, width) as ints. Raises VideoError for anything else."""
+    sides = size if isinstance(size, tuple | list) else ()
+    if len(sides) != 2 or any(within(side, at_least=1, whole=True) is None for side in sides):
+        raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
+    return int(sides[0]), int(sides[1])
+
+
 def box(frame: Size, size: Size) -> tuple[float, float, float, float]:
     """The largest part (left, top, right, bottom) of this aspect ratio in the middle of a frame."""
-    if len(size) != 2 or any(within(side, at_least=1, whole=True) is None for side in size):
-        raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")
-    (h, w), (height, width) = frame, size
+    (h, w), (height, width) = frame, check_size(size)
     shrink = min(h / height, w / width)
     left, top = max((w - width * shrink) / 2, 0.0), max((h - height * shrink) / 2, 0.0)
     return left, top, w - left, h - top

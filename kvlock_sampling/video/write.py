@@ -117,7 +117,7 @@ def side_by_side(
     tiles = []
     for clip, label in zip(clips, labels, strict=True):
         tile = _to_bytes(clip, "side_by_side", "a clip").repeat(scale, 1).repeat(scale, 2)
-        tiles.append(np.concatenate([np.repeat(_caption(label, tile.shape[2])[None], len(tile), 0), tile], 1))
+        tiles.append(np.concatenate([np.repeat(_caption(str(label), tile.shape[2])[None], len(tile), 0), tile], 1))
     sheets = [_grid(np.stack(moment), columns or len(tiles), gap=8) for moment in zip(*tiles, strict=True)]
     return torch.from_numpy(np.stack(sheets)).permute(3, 0, 1, 2).float() / 127.5 - 1
 

@@ -1,6 +1,4 @@
-"""Images: CogView 4, FLUX.1 and 2, PixArt, Qwen-Image, Stable Diffusion 3 and 3.5, and Z-Image, all of diffusers; and
-k-diffusion's image transformer, version 1.
-"""
+"""Images: CogView 4, FLUX.1 and 2, PixArt, Qwen-Image, SD 3/3.5, Z-Image (diffusers); k-diffusion's transformer 1."""
 
 from ..architecture import DOUBLE_AND_SINGLE, Architecture, LayerPattern
 from ..layers import Table, TokenFlow

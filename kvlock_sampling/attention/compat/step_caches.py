@@ -30,9 +30,7 @@ class StepCaches:
 
     @contextmanager
     def apart(self, kind: Hashable, branches: tuple[str, ...] | None) -> Iterator[None]:
-        """Give calls in this block the memory of their kind; `branches` are their rows, ("guided",) if unknown. With
-        None they are computed in full, and nothing is stored.
-        """
+        """Give calls in this block the memory of their kind, by their rows, ("guided",) if unknown; None: no memory."""
         # FasterCache derives one branch from the other, so it is bypassed unless both are there in this order.
         pair = branches in (("guided",), ("uncond", "cond"))
         with ExitStack() as stack:
@@ -79,8 +77,7 @@ def _emptied(state: Any) -> Any:
 def _give_context(stack: ExitStack, manager: Any) -> None:
     # A denoiser of one branch need not call `cache_context`.
     if all(getattr(manager, name, None) is None for name in ("_context", "_current_context")):
-        make = getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)
-        manager.set_context(make("kvlock"))
+        manager.set_context(getattr(sys.modules["diffusers.hooks.hooks"], "CacheContext", str)("kvlock"))
         stack.callback(manager.set_context, None)
 
 

@@ -1,7 +1,4 @@
-"""The lock as a guider of diffusers: for modular pipelines, with their own loop and scheduler.
-
-It records the branches of a step, and evaluates them under a `KVLock` when the pipeline asks for guidance.
-"""
+"""The lock as a guider of modular pipelines: it records a step's branches, and evaluates them under a `KVLock`."""
 
 import os
 from collections.abc import Mapping

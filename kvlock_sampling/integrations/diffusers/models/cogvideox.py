@@ -95,8 +95,7 @@ class CogVideoXVideo(PipelineVideo):
         return self._padded(masks.latent_mask(masks.as_mask(mask, frames=frames), temporal=temporal, spatial=spatial))
 
     def _padded(self, latents: Tensor) -> Tensor:
-        padding = -latents.shape[2] % self.patch[0]
-        return torch.cat([latents[:, :, :1]] * padding + [latents], dim=2)
+        return torch.cat([latents[:, :, :1]] * (-latents.shape[2] % self.patch[0]) + [latents], dim=2)
 
     def unpadded(self, latents: Tensor) -> Tensor:
         # An even number of frames was padded: the VAE's own numbers are odd.

@@ -31,8 +31,7 @@ class WanVideo(PipelineVideo):
 
     @staticmethod
     def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, per_token: bool = False) -> Tensor:
-        times = token_times(network, z, time) if per_token else time
-        return ask(network, z.to(dtype), times, cond)
+        return ask(network, z.to(dtype), token_times(network, z, time) if per_token else time, cond)
 
     def _call_options(self) -> dict[str, Any]:
         return {"per_token": bool(self.pipe.config.get("expand_timesteps"))}
@@ -133,8 +132,7 @@ class WanVaceVideo(WanVideo):
         controls = []
         for clip, part in zip(shown.split(1), region.split(1), strict=True):  # the pipeline takes one clip at a time
             latents = self.pipe.prepare_video_latents(clip, part, [[]], None, self.device)
-            folded = self.pipe.prepare_masks(part, [[]]).to(latents)
-            controls.append(torch.cat([latents, folded], dim=1).float())
+            controls.append(torch.cat([latents, self.pipe.prepare_masks(part, [[]]).to(latents)], dim=1).float())
         layers = len(self.transformer.config.vace_layers)
         strength = controls[0].new_full((len(clips), layers), self.conditioning_scale)
         return {"control": torch.cat(controls), "strength": strength}

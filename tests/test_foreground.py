@@ -275,3 +275,32 @@ def test_what_measures_every_token_gets_every_token(setup):
             idle = setup.lock(policy=kv.Constant(lock=1.0), estimator=estimator, foreground=True)
         idle.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
         assert max(s.computed for s in idle.trace) < 1.0
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen-image"])
+def test_residuals_of_a_controlnet_are_of_all_tokens(name):
+    made = random_network(name, grid=(1, 4, 6), clips=1)
+    inner, model = made.layers.networks[0], made.denoiser.inner_model
+    residuals = [torch.ones(1, 24, inner.inner_dim)] * 2
+    argument = "block_controlnet_hidden_states" if name == "sd3" else "controlnet_block_samples"
+    plain = model.call
+
+    class Controlled:
+        config = inner.config
+
+        def __call__(self, *args, **kwargs):
+            return inner(*args, **kwargs, **{argument: residuals})
+
+    model.call = lambda network, *args: plain(Controlled(), *args)
+    source = torch.randn(made.x.shape, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros_like(made.x[:, :1])
+    mask[..., : made.x.shape[-1] // 3] = 1
+    options = {"source": source, "mask": mask, "layers": made.layers, "policy": FULL, "batched": False}
+    found = []
+    for more in ({"foreground": False}, {"batched": True}):
+        with kv.KVLock(made.denoiser, **options | more) as lock, torch.no_grad():
+            found.append(lock(made.x, torch.tensor(1.0), **made.extra_args))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[0].std()))
+    lock = kv.KVLock(made.denoiser, **options)
+    with lock, pytest.raises(AttentionError, match=r"ControlNet adds to all tokens.*foreground=False"):
+        lock(made.x, torch.tensor(1.0), **made.extra_args)

@@ -257,7 +257,7 @@ class KVLockComposite(io.ComfyNode):
                 io.Image.Input("original"),
                 io.Mask.Input("mask"),
                 io.Float.Input(
-                    "feather", default=2.0, min=0.0, max=32.0, step=0.5, tooltip="Width of the blend in pixels."
+                    "feather", default=2.0, min=0.0, max=256.0, step=0.5, tooltip="Width of the blend in pixels."
                 ),
                 Lock.Input("lock", optional=True),
             ],

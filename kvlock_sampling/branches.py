@@ -91,7 +91,7 @@ class Branches:
         if sigma != self.step.sigma:
             if self._own_levels:
                 raise EstimatorError("this model has noise levels of its own; expected a probe at evaluation.sigma.")
-            level = torch.full_like(level, sigma, dtype=torch.promote_types(level.dtype, torch.float32))
+            level = torch.full_like(level, sigma, dtype=level.dtype if level.is_floating_point() else torch.float32)
         return self._probed((x if self._signal == 1 else x * self._signal).split(len(self.x)), level)
 
     @property

@@ -47,8 +47,7 @@ def decide(
         limit = threshold_at(settings.threshold, observation.sigma)
         effect = observation.effect if effect is None else effect / limit
         effect = effect if effect.shape == variance.shape else effect.view(-1, *[1] * (variance.ndim - 1))
-        risk = variance / limit
-        observation = observation._replace(variance=variance, risk=risk, effect=effect.expand_as(variance))
+        observation = observation._replace(variance=variance, risk=variance / limit, effect=effect.expand_as(variance))
     if variance is None and policy.uses_risk:
         if state.measured:  # the estimator pauses: the last control holds
             return state._replace(estimator=inner, variance=None), observation

@@ -15,6 +15,7 @@ Sources: k-diffusion `external.py`; Karras et al. 2022 (arXiv 2206.00364), secti
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -103,7 +104,7 @@ class Preconditioned(DenoiserWrapper):
         parameters = self.inner_model.parameters() if isinstance(self.inner_model, nn.Module) else ()
         # One-byte (quantised) weights compute in another dtype.
         own = (p for p in parameters if p.is_floating_point() and p.element_size() > 1)
-        dtype = self.model_dtype or max(own, key=Tensor.numel, default=x).dtype
+        dtype = self.model_dtype or max(islice(own, 8), key=Tensor.numel, default=x).dtype  # Wan's first is in float32
         z, time = (x * c_in).to(dtype), self.time(sigma).to(torch.promote_types(dtype, torch.float32))
         model, call = self.inner_model, self.call
         prediction = model(z, time, **extra_args) if call is None else call(model, z, time, **extra_args)

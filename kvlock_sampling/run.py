@@ -234,8 +234,7 @@ class Run:
         """Begin anew from the top, with noise of its own; a sampler that only went far back up keeps its noise."""
         if sigma >= self._top * (1 - SAME_SIGMA):
             # A level above the run's first: an inversion rises step by step, and is one run for the warning.
-            rising = sigma > self._top * (1 + SAME_SIGMA) and not self._measured
-            count = self._evaluations if rising else 0
+            count = self._evaluations if sigma > self._top * (1 + SAME_SIGMA) and not self._measured else 0
             self._anew()
             self._evaluations = count
         self._top = max(self._top, sigma)

@@ -596,6 +596,20 @@ class Below(Estimator):
         return state, evaluation.probe(evaluation.x, evaluation.sigma / 3).square().flatten(1).mean(1)
 
 
+def test_a_probe_has_the_samplers_precision():
+    linear, seen = nn.Linear(1, 1).half(), []
+
+    def model(x, sigma):
+        seen.append(sigma.dtype)
+        return x + 0 * linear(sigma.view(-1, 1)).view(-1, 1, 1, 1, 1)
+
+    x = torch.randn(1, 1, 2, 4, 4).half()
+    with kv.KVLock(model, policy=kv.Sigmoid(lock_range=(0.0, 0.0)), estimator=Below()) as lock:
+        for level in (4.0, 2.0):
+            lock(x, torch.tensor([level]).half())
+    assert set(seen) == {torch.float16}
+
+
 def test_noise_levels_in_whole_numbers(setup):
     found = []
     for levels in (torch.tensor([8, 4, 2, 1]), torch.tensor([8.0, 4.0, 2.0, 1.0])):

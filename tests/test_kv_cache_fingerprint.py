@@ -783,7 +783,8 @@ def test_odd_modules_beside_a_network_have_a_fingerprint():
         assert model_fingerprint(Mine(other)) == model_fingerprint(Mine(other))
 
 
-def test_weights_that_accelerate_took_away_are_read():
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_that_accelerate_took_away_are_read(several):
     accelerate = pytest.importorskip("accelerate")
     found = []
     for factor in (1.0, 1.0, 1.05):
@@ -791,6 +792,8 @@ def test_weights_that_accelerate_took_away_are_read():
         with torch.no_grad():
             model[0].weight.mul_(factor)
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        if several:
+            accelerate.hooks.add_hook_to_module(model[0], accelerate.hooks.ModelHook(), append=True)
         assert model[0].weight.is_meta
         found.append(model_fingerprint(model))
     assert found[0] == found[1] != found[2]
@@ -809,3 +812,12 @@ def test_a_name_that_is_bound_later():
 
     first, second = make()
     assert first != second
+
+
+def test_default_values_count_beside_a_name_that_is_called_so():
+    def made(value):
+        scope = {"defaults": 1.0, "network": network()}
+        exec(f"def denoiser(x, sigma, scale={value}): return network(x) * scale * defaults", scope)
+        return model_fingerprint(scope["denoiser"])
+
+    assert made(1.0) != made(2.0)

@@ -549,3 +549,18 @@ def test_a_broken_policy_is_named_under_wrappers_and_without_risk(around, answer
     if not isinstance(policy, Half):
         with pytest.raises(PolicyError, match=said):
             policy.step(policy.init(), obs)
+
+
+@dataclass(frozen=True)
+class Mute(room.Policy):
+    def start(self, obs):
+        return None
+
+    def step(self, state, obs):
+        return state, Control(lock=0.5)
+
+
+def test_a_start_that_gives_nothing_is_named_under_wrappers():
+    for policy in (Clamped(Mute()), Smoothed(Mute(), half_life=1.0)):
+        with pytest.raises(PolicyError, match=r"Mute\.start returned NoneType; expected a Control"):
+            policy.start(observe(1.0)), policy.step(policy.init(), observe(1.0))

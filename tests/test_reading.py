@@ -165,6 +165,15 @@ def test_a_pause_of_half_a_frame_doubles_no_others(lasting: float, which: int, f
     assert 24 <= read._beats(np.append(0, np.cumsum(spans))) <= 24 + math.ceil(lasting)
 
 
+@pytest.mark.parametrize("slow", [24, 25])
+def test_a_rate_that_falls_in_the_middle_stays_in_step(slow: int) -> None:
+    """As a phone does in low light."""
+    begins = np.append(0, np.cumsum(np.repeat([1 / 30, 1 / slow], 300)))
+    count = read._beats(begins)
+    shown = begins[np.searchsorted(begins, (np.arange(count) + 0.2) * begins[-1] / count, side="right") - 1]
+    assert np.abs(shown - np.arange(count) * begins[-1] / count).max() < 0.07
+
+
 @pytest.mark.parametrize(("height", "matrix"), [(64, (0.299, 0.114)), (720, (0.2126, 0.0722))])
 def test_a_film_without_a_matrix_is_read_as_players_do(
     tmp_path: Path, height: int, matrix: tuple[float, float]
@@ -209,19 +218,25 @@ def display_p3() -> bytes:
     return head + table + body
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_images_of_another_gamut_are_read_as_they_look(tmp_path: Path, name: str) -> None:
+def test_images_of_another_gamut_are_read_as_they_look(tmp_path: Path, name: str, mode: str) -> None:
     page = Image.fromarray(np.full((16, 16, 3), (200, 60, 60), np.uint8))
+    page = page.convert("RGB" if name == "a.jpg" else mode, palette=Image.Palette.ADAPTIVE)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile, wanted in (
-        (None, (200, 60, 60)),
-        (srgb, (200, 60, 60)),
-        (b"no profile", (200, 60, 60)),
-        (display_p3(), (217, 42, 52)),
-    ):
+    profiles = {None: 0, srgb: 0, b"no profile": 0, display_p3(): 1}
+    for profile, wide in profiles.items():
         page.save(tmp_path / name, **({} if profile is None else {"icc_profile": profile}))
         found = (read_clip(tmp_path / name).pixels[:, 0, 8, 8] + 1) * 127.5
-        torch.testing.assert_close(found, torch.tensor(wanted).float(), rtol=0, atol=2)
+        wanted = torch.tensor([[200.0, 60.0, 60.0], [217.0, 42.0, 52.0]])[wide]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2)
+
+
+def test_a_transparent_colour_stays_black_under_a_profile(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (255, 255, 255)).save(
+        tmp_path / "a.png", transparency=(255, 255, 255), icc_profile=display_p3()
+    )
+    assert read_clip(tmp_path / "a.png").pixels.max() == -1
 
 
 @pytest.mark.parametrize("size", [64, (64,), "64x96", np.array([64, 96]), (0, 64), (6.5, 64)])
@@ -235,6 +250,9 @@ def test_a_size_that_is_none_is_no_fault_of_the_file(tmp_path: Path, size: Any) 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save("~clip.png")
+    assert read_clip("~clip.png").pixels.shape == (3, 1, 8, 8)
     film(tmp_path / "clip.mp4", grey(4))
     assert len(read_clip("~/clip.mp4").pixels[0]) == 4
     _, mask = read_pair(ANY, "~/clip.mp4", film(tmp_path / "mask.mp4", bars(4)))
@@ -244,7 +262,7 @@ def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_numbers_of_masks_beside_a_film_are_named(tmp_path: Path) -> None:
     clip = film(tmp_path / "clip.mp4", grey(8))
     masks = folder(tmp_path / "masks", range(3, 8), bars(8)[3:])
-    with pytest.warns(UserWarning, match=r"numbers 3 to 7 of .* are not looked at"):
+    with pytest.warns(UserWarning, match=r"numbers 3 to 7 of .* are not looked at: the clip"):
         read_pair(ANY, clip, masks)
 
 

@@ -150,8 +150,7 @@ def edit_video(
         lock_options["source_args"] = {"cond": video.prompt(shown)}
     source = video.encode(clips)
     sigmas = video.sigmas(steps, strength)
-    like = source.expand(len(seeds), *source.shape[1:])
-    x = start_noise(like, seeds) * sigmas[0] + (source if strength < 1 else 0)
+    x = start_noise(source.expand(len(seeds), *source.shape[1:]), seeds) * sigmas[0] + (source if strength < 1 else 0)
     lock_mask = video.lock_mask(pixel_mask) if hasattr(video, "lock_mask") else pixel_mask
     lock = KVLock(video.denoiser, source=source, mask=lock_mask, policy=policy, **lock_options)
     if on_plan is not None and lock.settings.kv_cache is not None:

@@ -58,7 +58,7 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> VideoModel:
     from ..tiny import load
 
     given = {k: v for k, v in options.items() if v is not None and (k, v) != ("offload", "none")}
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if (path / INDEX).is_file():
         return load_pipeline(path, **given)
     if str(model) != "tiny" and not path.is_file() and not (path / "weights.safetensors").is_file():
@@ -122,7 +122,7 @@ def read_pair(
         VideoError: A file cannot be read, frames differ in size, or masks lack a number or more than half of the clip.
     """
     size = None if size is None else check_size(size)
-    clip, mask = Path(clip).expanduser(), Path(mask).expanduser()
+    clip, mask = (Path(os.path.expanduser(path)) for path in (clip, mask))
     times = shown(clip)
     own, (at, rate) = displayed(clip, times), ticks(clip, times)
     have, usual, even = len(at), getattr(model, "usual", None), frames is not None or model.frames is not None

@@ -87,9 +87,10 @@ def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
         about.append(module.training)
     # A buffer that is not saved is derived from the weights, or is a cache that fills up while the model runs.
     derived = module._non_persistent_buffers_set
-    away = getattr(getattr(module, "_hf_hook", None), "weights_map", None) or {}  # what accelerate offloads
+    hook = getattr(module, "_hf_hook", None)
+    away = [m for h in getattr(hook, "hooks", [hook]) if (m := getattr(h, "weights_map", None))]  # by accelerate
     weights = dict((*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)))
-    weights = {name: away[name] if weight.is_meta and name in away else weight for name, weight in weights.items()}
+    weights |= {name: held[name] for held in away for name in weights if weights[name].is_meta and name in held}
     about += [[name, *_numbers(weight)] for name, weight in weights.items() if name not in derived]
     saved: dict[str, Any] = {}
     with suppress(Exception):
@@ -140,7 +141,7 @@ def _described(value: Any, seen: dict[tuple[int, bool], int], *, held: bool = Tr
         code, scope = value.__code__, value.__globals__
         cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
         inside = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # which is bound later
-        inside |= {"defaults": value.__defaults__, "by keyword": value.__kwdefaults__}
+        inside |= {"(defaults)": value.__defaults__, "(by keyword)": value.__kwdefaults__}
         inside |= dict(_globals(scope, _names(code), set()))
         return [_code(code), *([name, *_described(each, seen, held=False)] for name, each in sorted(inside.items()))]
     if isinstance(value, type):

@@ -61,8 +61,7 @@ def room_on(device: torch.device, size: int) -> bool:
     if device.type != "cuda":
         return True
     free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + unused - size > total / 5
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - size > total / 5
 
 
 def parse_bytes(size: Any) -> int | None:

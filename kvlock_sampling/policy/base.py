@@ -164,10 +164,10 @@ def stepped(policy: Policy, state: Any, obs: Observation) -> tuple[Any, Control]
             f"{policy_name(policy)}.step returned {type(result).__name__}; expected (state, Control).\n"
             "  Return state, Control(lock=...); without memory use @stateless."
         )
-    return result[0], _known(policy, result[1], "step")
+    return result[0], known_control(policy, result[1], "step")
 
 
-def _known(policy: Policy, control: Any, method: str) -> Control:
+def known_control(policy: Policy, control: Any, method: str) -> Control:
     if isinstance(control, Control):
         return control
     steps = method == "step" and not isinstance(policy, Stateless)
@@ -182,7 +182,7 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
     composite weight is in [0, 1]. `tokens` is None if nothing can be per token.
     """
     name = f"{policy_name(policy)}.{method}"
-    for field, value in _known(policy, control, method)._asdict().items():
+    for field, value in known_control(policy, control, method)._asdict().items():
         if isinstance(value, Tensor):
             shape = tuple(value.shape)
             per_token = field != "cfg_scale" and tokens is not None

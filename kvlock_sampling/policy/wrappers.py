@@ -12,7 +12,7 @@ from torch import Tensor
 from ..types import Control, Observation, PolicyError, Scalar
 from ..utils.fields import number, pair
 from ..utils.precision import working
-from .base import Policy, Range, as_policy, elapsed, stepped
+from .base import Policy, Range, as_policy, elapsed, known_control, stepped
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PolicyWrapper(Policy):
         return state, self._adjust(control, obs)
 
     def start(self, obs: Observation) -> Control:
-        return self._adjust(self.policy.start(obs), obs)
+        return self._adjust(known_control(self.policy, self.policy.start(obs), "start"), obs)
 
     uses_risk = property(lambda self: self.policy.uses_risk)
     may_lock = property(lambda self: self.policy.may_lock)
@@ -150,7 +150,7 @@ class Smoothed(PolicyWrapper):
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         inner, sigma, before = state
         inner, control = stepped(self.policy, inner, obs)
-        before = self.policy.start(obs) if before is None else before
+        before = known_control(self.policy, self.policy.start(obs), "start") if before is None else before
         weight = 1.0 - 2.0 ** (-elapsed(sigma, obs.sigma) / self.half_life)
         lock = _follow(before.lock, control.lock, weight, obs.lock, obs.risk)
         requested = obs.requested_cfg_scale

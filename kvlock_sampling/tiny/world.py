@@ -213,8 +213,7 @@ def _render(scene: Scene) -> Tensor:
     if scene.shape is not None:
         colour = torch.tensor(COLOURS[scene.colour]).view(3, 1, 1, 1)
         if scene.glowing:
-            tint = 0.42 * torch.exp(-1.4 * (dx**2 + dy**2) / (2.1 * radius) ** 2)
-            clip = clip + tint * colour * (0.35 + 0.9 * clip)
+            clip = clip + 0.42 * torch.exp(-1.4 * (dx**2 + dy**2) / (2.1 * radius) ** 2) * colour * (0.35 + 0.9 * clip)
         clip = clip.lerp(colour if scene.glowing else colour * (1 + 0.10 * side), _coverage(scene))
     return clip.clamp(0, 1) * 2 - 1
 
@@ -237,6 +236,5 @@ def regions(sources: Sequence[Scene], targets: Sequence[Scene]) -> tuple[Tensor,
     than EFFECT in any channel. The rest is what an edit must keep.
     """
     mask = edit_mask(sources, targets)
-    differs = (render(targets) - render(sources)).abs().amax(dim=1, keepdim=True) > EFFECT
-    effect = differs.float() * (1 - mask)
+    effect = ((render(targets) - render(sources)).abs().amax(dim=1, keepdim=True) > EFFECT).float() * (1 - mask)
     return mask, effect, 1 - mask - effect

@@ -76,9 +76,10 @@ class Estimator(ABC):
 
     def on_tokens(self, patch: tuple[int, int, int]) -> "Estimator":
         """Return the estimator for a model of this patch: it takes the place of "model". The lock calls it once."""
+        if self.patch != "model":
+            return self
         found = copy.copy(self)
-        if self.patch == "model":
-            object.__setattr__(found, "patch", patch)  # a class may name it without a field
+        object.__setattr__(found, "patch", patch)  # a class may name it without a field
         return found
 
     def bound(self, modules: Iterable[nn.Module]) -> "Estimator":

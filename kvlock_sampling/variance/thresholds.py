@@ -113,8 +113,7 @@ def reference_bands(
         _, clip, counts = np.unique(inside[:, 0], return_inverse=True, return_counts=True)
         clips = len(counts)
         reached = (1 / counts[clip] / (clips + 1)).cumsum()
-        ranks = np.add(stats.binom.ppf((0.025, 0.975), clips, quantile), (0, 1))
-        ends = [quantile, *(ranks / (clips + 1))]
+        ends = [quantile, *(np.add(stats.binom.ppf((0.025, 0.975), clips, quantile), (0, 1)) / (clips + 1))]
         level, low, high = (np.append(inside[:, 2], np.inf)[np.searchsorted(reached, end - 1e-9)] for end in ends)
         level = max(min(level, inside[-1, 2]), points[points[:, 2] > 0, 2].min())  # 0 is no threshold
         middle = float(np.exp(np.log(inside[:, 1]).mean()))

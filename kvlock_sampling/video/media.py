@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -154,22 +154,27 @@ def _pages(file: Path) -> Iterator[Any]:
 def _upright(image: Any) -> Any:
     pil = require("PIL.Image", "video")
     image = require("PIL.ImageOps", "video").exif_transpose(image)
-    if (icc := image.info.get("icc_profile")) and image.mode == "RGB":
-        cms = require("PIL.ImageCms", "video")
-        with suppress(OSError, cms.PyCMSError):  # a broken profile, which viewers leave out too
-            profile = cms.ImageCmsProfile(io.BytesIO(icc))
-            if "srgb" not in cms.getProfileDescription(profile).lower():
-                image = cms.profileToProfile(image, profile, cms.createProfile("sRGB"))
+    to_srgb = _to_srgb(image.info.get("icc_profile") or b"")
     if image.mode == "F":
         raise ValueError("its pixels are floats, of which no range is known; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip 16-bit grey. Rounded up, so that no number becomes black.
         image = pil.fromarray((-(-np.asarray(image).astype(np.int64) // 257)).clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return to_srgb(image.convert("RGB"))
     image = image.convert("RGBA")
-    shown = pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    shown = to_srgb(pil.alpha_composite(pil.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB"))
     shown.info["alpha"] = image.getchannel("A")
     return shown
+
+
+@cache
+def _to_srgb(icc: bytes) -> Callable[[Any], Any]:
+    cms = require("PIL.ImageCms", "video")
+    with suppress(OSError, ImportError, cms.PyCMSError):  # broken, or not of RGB: viewers leave it out too
+        profile = cms.ImageCmsProfile(io.BytesIO(icc))
+        if "srgb" not in cms.getProfileDescription(profile).lower():
+            return cms.buildTransform(profile, cms.createProfile("sRGB"), "RGB", "RGB").apply
+    return lambda image: image
 
 
 def _film_times(path: PathLike) -> tuple[Seconds, float]:

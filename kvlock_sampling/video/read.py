@@ -51,7 +51,7 @@ def read_clip(
     """
     if fps is not None:
         fps = check_number("fps", fps, VideoError, above=0.0)
-    times = shown(path := Path(path).expanduser())
+    times = shown(path := Path(os.path.expanduser(path)))
     at, rate = pick(*ticks(path, times, fps), frames, pad, path)
     return Clip(clip_at(path, times, at, size, mixed=size is not None), rate)
 
@@ -69,7 +69,7 @@ def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> 
         VideoError: As in `read_clip`, or something is not black, but nothing white, as in masks of object indices.
         KVLockError: The extra `video` is not installed.
     """
-    times = shown(path := Path(path).expanduser())
+    times = shown(path := Path(os.path.expanduser(path)))
     at, _ = pick(*ticks(path, times), frames, pad or len(times[0]) == 2, path)
     left, top, *_ = box(frame := displayed(path, times), size)
     if max(left / frame[1], top / frame[0]) > 0.025:  # less is the rounding of sides
@@ -113,8 +113,10 @@ def _beats(starts: Seconds) -> int:
     if late.sum() <= (have // 4 if have > 4 else 0) and -1.25 < total * scale - have < 0.75:
         return have
     gaps = np.diff(starts) * scale
-    if have > 8 and (np.abs(gaps - 1) < 0.25).mean() > 0.9:  # one pace, with pauses
-        return int(gaps.round().clip(1).sum())
+    beats = np.append(0, gaps.round().clip(1).cumsum())
+    apart = np.abs(starts / total - beats / beats[-1]).max() * beats[-1]
+    if have > 8 and (np.abs(gaps - 1) < 0.25).mean() > 0.9 and apart < 1:  # one pace, with pauses
+        return int(beats[-1])
     some = starts[np.linspace(0, have - 1, min(have, 1000)).astype(int)]
     gaps = np.sort(np.diff(starts))
     fast = [round(total / gaps[have // 2])] if gaps[have // 2] < 1 / 61 else []
@@ -223,7 +225,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
     elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if found and count != len(ours) - 1:
             told.append(
-                f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: a film's frames have none"
+                f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: the clip's frames have none"
             )
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
@@ -267,7 +269,6 @@ def _pooled(page: Array, low: float, high: float, count: int) -> Array:
 
 
 def check_size(size: Any) -> Size:
-    """Return (height, width) as ints. Raises VideoError for anything else."""
     sides = size if isinstance(size, tuple | list) else ()
     if len(sides) != 2 or any(within(side, at_least=1, whole=True) is None for side in sides):
         raise VideoError(f"got size={size!r}; expected (height, width) in pixels, such as size=(480, 832).")

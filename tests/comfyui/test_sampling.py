@@ -629,3 +629,45 @@ def test_reference_images_are_an_error_in_words(model, policy):
     told_more = [[tensor, {**said, "reference_latents": [latents()["samples"]]}] for tensor, said in text(5)]
     with pytest.raises(kv.types.RunError, match="reference images"):
         sample(locked(model, policy)[1], positive=told_more)
+
+
+def test_guidance_of_one_leaves_the_negative_prompt_out(model):
+    """As distilled models are sampled: its length then does not matter."""
+    lock, patched = locked(model, "half")
+    assert background(sample(patched, cfg=1.0, negative=text(6, 7))) <= 1e-5
+    assert lock.trace.routes == {"lockstep": 4}
+    scheduled = kv.Constant(lock=0.5, cfg_scale=2.0)
+    with pytest.raises(kv.types.AttentionError, match="set cfg above 1"):
+        sample(locked(model, scheduled)[1], cfg=1.0, negative=text(6, 7))
+
+
+@pytest.mark.parametrize("kind", ["dual", "perpneg"])
+@pytest.mark.parametrize("length", [12, 7])
+@pytest.mark.parametrize("policy", ["half", "full"])
+def test_guiders_with_a_third_prompt(model, kind, length, policy):
+    """The same as with a pass of the source's own."""
+    custom, perpneg = (pytest.importorskip(f"comfy_extras.nodes_{n}") for n in ("custom_sampler", "perpneg"))
+    noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4)
+    found = []
+    for batched in (None, False):
+        lock = ComfyLock(latents(), mask=box(), options={"policy": policy, "batched": batched})
+        if kind == "dual":
+            guider = custom.Guider_DualCFG(lock.patch(model))
+            guider.set_conds(text(5), text(7, length), text(6))
+            guider.set_cfg(3.0, 2.0)
+        else:
+            guider = perpneg.Guider_PerpNeg(lock.patch(model))
+            guider.set_conds(text(5), text(6), text(7, length))
+            guider.set_cfg(3.0, 1.0)
+        euler = comfy.samplers.sampler_object("euler")
+        found.append(guider.sample(noise, latents()["samples"], euler, sigmas, seed=3))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [5, 9, 42])
+def test_a_mask_of_another_clip_is_not_cut(model, more):
+    mask = torch.zeros(1 + 4 * (FRAMES - 1) + more, 8 * SIDE, 8 * SIDE)
+    mask[:, : 4 * SIDE, : 4 * SIDE] = 1
+    with pytest.raises(kv.types.MaskError):
+        sample(locked(model, "half", mask=mask)[1])

@@ -52,6 +52,13 @@ class GuiderDenoiser:
         return self
 
     @property
+    def guides_itself(self) -> bool:
+        """Whether the guider combines predictions by a rule of its own."""
+        from comfy.samplers import CFGGuider
+
+        return type(self._guider).predict_noise is not CFGGuider.predict_noise
+
+    @property
     def sampling(self) -> Any:
         return self._guider.inner_model.model_sampling
 
@@ -124,12 +131,13 @@ class GuiderDenoiser:
         return calc_cond_batch(self._guider.inner_model, [conds], x, sigma, options)[0]
 
     def joins(self, x: Tensor, sigma: Tensor, arguments: Mapping[str, Any]) -> bool:
-        """Whether the source's arguments have the shapes of both prompts', so that it can be a row of any call."""
-
-        def shapes(name: str) -> dict[str, Any]:
-            return {key: value.shape[1:] for key, value in self.arguments(name, x, sigma).items()}
-
-        same = shapes("positive") == shapes("negative") == shapes(arguments["cond"])
+        """Whether the source's arguments have the shapes of all prompts', so that it can be a row of any call."""
+        names = {"positive", *self.conds}
+        if self._guider.cfg == 1 and not (self.guides_itself or self._options.get("disable_cfg1_optimization")):
+            names -= {"negative"}
+        given = [_tensors(part) for name in names for _, part in self.active(name, x, sigma)]
+        theirs = {key: value.shape[1:] for key, value in self.arguments(arguments["cond"], x, sigma).items()}
+        same = all({key: value.shape[1:] for key, value in each.items()} == theirs for each in given)
         if not same and self._options.get("context_handler") is not None:
             raise AttentionError(
                 "the prompt, the negative prompt and the source prompt have different lengths, which context windows "
@@ -139,8 +147,7 @@ class GuiderDenoiser:
 
     def arguments(self, name: str, x: Tensor, sigma: Tensor) -> dict[str, Any]:
         """The network's arguments under a condition, as tensors with one row per clip."""
-        _, first = self.active(name, x, sigma)[0]
-        return {key: value.cond for key, value in first.conditioning.items() if isinstance(value.cond, Tensor)}
+        return _tensors(self.active(name, x, sigma)[0][1])
 
     def active(self, name: str, x: Tensor, sigma: Tensor) -> list[tuple[Any, Any]]:
         """The conditions under a name that hold at this noise level, and what ComfyUI makes of each; where none holds,
@@ -155,6 +162,10 @@ class GuiderDenoiser:
         raise AttentionError(
             "no condition holds at this noise level, so there is nothing to evaluate the source under."
         )
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    return {key: value.cond for key, value in part.conditioning.items() if isinstance(value.cond, Tensor)}
 
 
 def _applied(taken: "_Source | None") -> Callable[..., Tensor]:
@@ -197,6 +208,11 @@ class _Source:
 
         def joined(name: str, value: Any) -> Any:
             theirs = self.arguments.get(name)
+            if name == "c_crossattn" and isinstance(theirs, Tensor) and theirs.shape[1:] != value.shape[1:]:
+                raise AttentionError(  # the policy guides where the sampler does not
+                    f"a prompt has {value.shape[1]} tokens, and the source's {theirs.shape[1]}; expected as many where "
+                    "guidance begins within a run. Encode both to one length, or set cfg above 1."
+                )
             if isinstance(value, Tensor) and isinstance(theirs, Tensor) and theirs.shape[1:] == value.shape[1:]:
                 return torch.cat([value, theirs.to(value).expand(clips, *value.shape[1:])])
             return tree_map(repeated, value)

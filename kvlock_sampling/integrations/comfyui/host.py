@@ -184,6 +184,8 @@ class ComfyLock:
             options |= {"foreground": False, "kv_cache": None}
             options["policy"] = replace(options["policy"], kv_cache=None)
         denoiser, mask = GuiderDenoiser(guider, conds), fitted(mask, source)
+        if denoiser.guides_itself:  # it may project whole predictions onto one another
+            options["foreground"] = False
         lock = KVLock(
             denoiser,
             source=source.expand_as(noise) if len(mask) > len(source) == 1 else source,

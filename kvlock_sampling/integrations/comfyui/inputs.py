@@ -29,9 +29,9 @@ def fitted(mask: Tensor, source: Tensor) -> Tensor:
         edited = (mask >= 0.1).to(mask.dtype)  # as in `masks.from_comfy`
         return masks.resize(edited.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
     found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
-    rest = source.shape[2] - 1
-    if rest and (found.shape[2] - 1) // rest in (4, 8):  # as a VAE drops the frames that fill no latent
-        found = found[:, :, : 1 + (found.shape[2] - 1) // rest * rest]
+    for step in (4, 8):  # a VAE drops the frames that fill no latent
+        whole = 1 + step * (source.shape[2] - 1)
+        found = found[:, :, :whole] if whole < found.shape[2] < whole + step else found
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
         found = masks.resize(found, found.shape[2], height, width)
     return found

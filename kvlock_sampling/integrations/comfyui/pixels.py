@@ -87,7 +87,7 @@ def pasted(edited: Tensor, original: Tensor, mask: Tensor, feather: float, relea
     soft = masks.feather(masks.from_comfy(mask, len(edited)), feather)
     if released is not None:
         size = len(edited) // clips, *edited.shape[1:3]
-        parts = [dilate(on_pixels(part.float(), *size), feather) for part in released.split(1)]
+        parts = [dilate(on_pixels(part.float(), *size), min(feather, 32.0)) for part in released.split(1)]
         soft = soft + (1 - soft) * torch.cat(parts, dim=2)
     return torch.lerp(original, edited, soft[0, 0, ..., None].to(edited))
 

@@ -150,7 +150,7 @@ class Smoothed(PolicyWrapper):
     def step(self, state: Any, obs: Observation) -> tuple[Any, Control]:
         inner, sigma, before = state
         inner, control = stepped(self.policy, inner, obs)
-        before = known_control(self.policy, self.policy.start(obs), "start") if before is None else before
+        before = self.start(obs) if before is None else before
         weight = 1.0 - 2.0 ** (-elapsed(sigma, obs.sigma) / self.half_life)
         lock = _follow(before.lock, control.lock, weight, obs.lock, obs.risk)
         requested = obs.requested_cfg_scale

@@ -88,9 +88,8 @@ class GuiderDenoiser:
         from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
         guider, options = self._guider, _cloned(self._options)
-        cfg = (
-            extra_args["cfg"] if "negative" in self.conds else guider.cfg
-        )  # without one there is nothing to guide from
+        # Without a negative prompt there is nothing to guide from.
+        cfg = extra_args["cfg"] if "negative" in self.conds else guider.cfg
         beside = extra_args.get("beside")
         taken = _Source(self, beside, sigma) if beside is not None else None
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "kvlock", _applied(taken), options, is_model_options=True)

@@ -30,7 +30,7 @@ from kvlock_sampling.tiny import TinyVideo, load
 from kvlock_sampling.types import Evaluation
 from kvlock_sampling.utils.files import write_atomically
 from kvlock_sampling.variance import Estimator, PosteriorVariance, RenoiseVariance
-from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD, reference_bands, threshold_curve
+from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD, reference_bands
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVEL = 0.95
@@ -118,7 +118,8 @@ def calibrated(calm: list[tuple[float, dict[str, Tensor]]]) -> dict[str, Meter]:
         measured = [(sigma, variances[name]) for sigma, variances in calm if name in variances]
         points = [(clip, sigma, float(v)) for sigma, values in measured for clip, v in enumerate(values)]
         number = float(np.quantile([v for *_, v in points], LEVEL))
-        meters[f"{name}, curve"] = Meter(name, threshold_curve(reference_bands(points, quantile=LEVEL)))
+        sigmas, values, *_ = zip(*reference_bands(points, quantile=LEVEL), strict=True)
+        meters[f"{name}, curve"] = Meter(name, kv.variance.ThresholdCurve(sigmas, values))
         meters[f"{name}, number {number:.3g}"] = Meter(name, lambda _, n=number: n)
     return meters
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from .attention import FusionContext
 from .attention.record import KeyValue
-from .batching import check_points, join_calls, split_rows
-from .guidance import composite, guide, guide_rescaled
-from .masks.tokens import on_latents
+from .batching import check_points, join_calls, per_row, split_rows
+from .guidance import guide, guide_rescaled
 from .route import Locked, Route, choose_route, lock_step
 from .run import Run, Step
 from .settings import LockSettings
@@ -54,7 +53,7 @@ class Branches:
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
         due = settings.policy.uses_risk and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
         self._wants_uncond = due and settings.estimator.needs_uncond
-        if due and settings.needs_source and settings.source is not None and run.noise is not None:
+        if due and settings.estimator.needs_source and settings.source is not None and run.noise is not None:
             self._source_x = settings.source.at(step.x, step.model_sigma, run.noise, erased=False)
         self.route = choose_route(
             locked=locked is not None,
@@ -105,15 +104,6 @@ class Branches:
         chosen = None if self.locked is None else self.locked.context.narrowed
         computed = 1.0 if chosen is None else chosen.fraction
         return {"nfe": self.nfe, "fused_layers": self.fused_layers, "route": self.route.value, "computed": computed}
-
-    def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
-        """The prediction with the source, by this weight, (batch,) or (batch, tokens), in its background."""
-        source, mask, patch = self.settings.source, self.settings.mask, self.settings.patch
-        if source is None or mask is None or (not isinstance(weight, Tensor) and weight == 0):
-            return denoised
-        if isinstance(weight, Tensor):
-            weight = on_latents(weight.to(denoised), denoised.shape, patch)
-        return composite(denoised, source.matching(denoised), mask.latent(denoised), weight)
 
     def _context(self, sigma: Tensor) -> FusionContext | None:
         """What a call at this noise level fuses: K/V of the source as rows of the call, or from before; or nothing."""
@@ -276,8 +266,7 @@ class GuidedBranches(Branches):
         self._arguments, self._host = dict(step.extra_args), getattr(settings.model, "kvlock_host", None)
         if (scale := step.state.cfg_scale) is not None and settings.scale_arg is not None:
             low, high = step.reads.range(scale)
-            rows = scale.view(-1, *[1] * (step.x.ndim - 1)) if isinstance(scale, Tensor) else scale
-            self._arguments[settings.scale_arg] = high if low == high else rows
+            self._arguments[settings.scale_arg] = high if low == high else per_row(torch.as_tensor(scale), step.x)
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:

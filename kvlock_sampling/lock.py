@@ -38,7 +38,7 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
     branches = kind(settings, run, step)
     cond = branches.conditional()
     if step.sigma == 0:  # x is clean already: nothing is measured or decided
-        denoised = branches.composited(branches.guided(cond, step.requested)[0], settings.kept(step.state.composite, x))
+        denoised = settings.composited(branches.guided(cond, step.requested)[0], settings.kept(step.state.composite, x))
         check_prediction(step.reads, 0.0, denoised)
         return denoised
     state, observation = decide(settings, step.state, branches.evaluation(cond), step.observation)
@@ -50,7 +50,7 @@ def evaluate(settings: LockSettings, run: Run, x: Tensor, sigma: Tensor, extra_a
         branches.nfe = nfe
         cond = branches.conditional()
     guided, scale = branches.guided(cond, scale)
-    denoised = branches.composited(guided, weight)
+    denoised = settings.composited(guided, weight)
     run.leave(settings, step.sigma, state, denoised)
     run.trace.record(observation, state.lock, scale, weight, **branches.counts)
     return denoised

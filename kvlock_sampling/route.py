@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import FusionContext, Hooks, fusion_ratio
 from .kv_cache import CacheEntry
+from .masks.tokens import token_grid
 from .run import Run, Step
 from .settings import LockSettings
 
@@ -83,7 +84,7 @@ def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     context = FusionContext(
         "inject",
         fusion_ratio(step.observation.lock, background),
-        grid=layers.grid(step.x.shape),
+        grid=token_grid(step.x.shape, layers.patch),
         selection=selection if narrow or entry is not None else None,
         narrow=narrow,
         # A model that guides itself may measure the whole prediction.

@@ -7,7 +7,7 @@ noise levels, adaptively with rejections, with churn, or backwards.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +29,8 @@ from .utils.threads import here
 from .utils.warn import warn
 from .variance.base import check_variance
 
-T = TypeVar("T")
 
-
-class Timeline(Generic[T]):
+class Timeline:
     """States at falling sigmas. An evaluation at (nearly) the sigma of the last entry replaces it, a lower one appends,
     and a higher one first drops every entry below it. Rewinding is therefore restoring a value. The newest `depth`
     states are kept: samplers step back by a step or two, not by a run.
@@ -40,15 +38,15 @@ class Timeline(Generic[T]):
 
     def __init__(self, *, depth: int = 16) -> None:
         self.depth = depth
-        self._entries: list[tuple[float, T]] = []
+        self._entries: list[tuple[float, State]] = []
 
-    def rewind(self, sigma: float) -> T | None:
+    def rewind(self, sigma: float) -> State | None:
         """Drop what an evaluation at `sigma` replaces or undoes. Returns the state that it continues from, if any."""
         self._entries = [entry for entry in self._entries if entry[0] > sigma * (1 + SAME_SIGMA)]
         return self.last
 
     @property
-    def last(self) -> T | None:
+    def last(self) -> State | None:
         """The newest state."""
         return self._entries[-1][1] if self._entries else None
 
@@ -57,7 +55,7 @@ class Timeline(Generic[T]):
         """The noise level of the newest state; 0 without one."""
         return self._entries[-1][0] if self._entries else 0.0
 
-    def append(self, sigma: float, state: T) -> None:
+    def append(self, sigma: float, state: State) -> None:
         """Add the state reached at `sigma`, which must be below all kept ones: call `rewind` first."""
         self._entries = [*self._entries, (sigma, state)][-self.depth :]
 
@@ -106,7 +104,7 @@ class Run:
     def __init__(self, schedule: Sequence[float] | None = None) -> None:
         self.schedule, self.is_here = schedule, here()
         self._tools: dict[int, Tools] = {}
-        self.timeline: Timeline[State] = Timeline()
+        self.timeline = Timeline()
         self.trace = Trace()
         self.noise: Tensor | None = None
         self._top, self._called, self.open = 0.0, False, True
@@ -168,7 +166,8 @@ class Run:
             if state.expert != expert:
                 # The new expert's prediction is not comparable with the old one's.
                 state = state._replace(estimator=settings.estimator.init(), expert=expert)
-            if self.noise is None and settings.source is not None and (settings.layers or settings.needs_source):
+            needed = settings.layers or (settings.policy.uses_risk and settings.estimator.needs_source)
+            if self.noise is None and settings.source is not None and needed:
                 self.noise = settings.source.noise_of_run(x, model_sigma)  # the first x leads to it, locked or not
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import guidance
 from .attention import AttentionLayers, find_layers
 from .attention.compat.context_parallel import is_cut
 from .batching import take
 from .kv_cache import KVCache, uncacheable
 from .masks.fill import fill
 from .masks.fitted import FittedMask, as_transition
-from .masks.tokens import Grid, token_grid
+from .masks.tokens import Grid, on_latents, token_grid
 from .policy import Clamped, Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
 from .presets import Preset, load_preset
@@ -65,16 +66,19 @@ class LockSettings:
     kv_cache: KVCache | None
 
     @property
-    def needs_source(self) -> bool:
-        """Whether the estimator needs the source's x0-hat at every evaluation."""
-        return self.policy.uses_risk and self.estimator.needs_source
-
-    @property
     def tokens(self) -> int | None:
         """The number of video tokens per clip; None without a source or a patch."""
         if self.source is None or self.patch is None:
             return None
         return math.prod(token_grid(self.source.latents.shape, self.patch))
+
+    def composited(self, denoised: Tensor, weight: Scalar) -> Tensor:
+        """The prediction with the source, by this weight, (batch,) or (batch, tokens), in its background."""
+        if self.source is None or self.mask is None or (not isinstance(weight, Tensor) and weight == 0):
+            return denoised
+        if isinstance(weight, Tensor):
+            weight = on_latents(weight.to(denoised), denoised.shape, self.patch)
+        return guidance.composite(denoised, self.source.matching(denoised), self.mask.latent(denoised), weight)
 
     def kept(self, weight: Scalar | None, like: Tensor) -> Scalar:
         """The source's weight in the background of latents like these, 1 beyond the reach of what a policy decides."""
@@ -235,7 +239,7 @@ def _composite(composite: Any, locks: bool, clip: Source | None) -> float:
 
 def _leaves_tokens(layers: AttentionLayers, clip: Source, fitted: FittedMask, transition: Any) -> bool:
     """Check that mask, clip and layers fit, and warn if every token is edited."""
-    layers.grid(clip.latents.shape)
+    token_grid(clip.latents.shape, layers.patch)
     free = (fitted.background(clip.latents, layers.patch, transition) > 0).any(1)
     if not free.all():
         warn(

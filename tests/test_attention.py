@@ -14,6 +14,7 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import FusionContext, find_layers, fuse, fusion_ratio
+from kvlock_sampling.masks.tokens import token_grid
 from kvlock_sampling.types import AttentionError
 
 
@@ -71,13 +72,13 @@ def test_the_layers_of_wan_are_its_self_attention(setup):
     layers = find_layers(setup.model)
     assert [s.name for s in layers.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
     assert layers.patch == (1, 2, 2)
-    assert layers.grid(setup.source.shape) == (3, 4, 4)
+    assert token_grid(setup.source.shape, layers.patch) == (3, 4, 4)
     assert [s.name for s in layers.select([-1]).layers] == ["blocks.1.attn1"]
     assert [s.name for s in layers.select(slice(0, 1)).layers] == ["blocks.0.attn1"]
     with pytest.raises(AttentionError, match=r"this model has 2 layers, 0 to 1"):
         layers.select([2])
     with pytest.raises(AttentionError, match="multiple of its patch size"):
-        layers.grid((1, 4, 3, 7, 8))
+        token_grid((1, 4, 3, 7, 8), layers.patch)
 
 
 def test_layers_are_found_behind_functions_and_wrappers(setup):

@@ -21,7 +21,6 @@ from kvlock_sampling.variance.thresholds import (
     alarm_range,
     clips_needed,
     reference_bands,
-    threshold_curve,
 )
 from kvlock_sampling.video import write_clip
 
@@ -51,7 +50,8 @@ def test_bands_recover_a_known_quantile_within_their_interval():
         assert band.low <= band.quantile <= band.high
         assert band.quantile == pytest.approx(true, rel=0.12)
     assert covered >= 33  # 95% intervals, 40 bands; the bands' own width costs a little
-    assert threshold_curve(bands)(1.0) == pytest.approx(0.01 * math.exp(0.5 * 1.2816), rel=0.1)
+    curve = ThresholdCurve(tuple(b.sigma for b in bands), tuple(b.quantile for b in bands))
+    assert curve(1.0) == pytest.approx(0.01 * math.exp(0.5 * 1.2816), rel=0.1)
 
 
 def test_too_few_measurements_are_refused():

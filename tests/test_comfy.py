@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import Architecture
-from kvlock_sampling.attention.architectures.comfy import PaddedArchitecture
 from kvlock_sampling.attention.layers import Table, TokenFlow
 from kvlock_sampling.testing import check_layers
 from kvlock_sampling.types import AttentionError
@@ -176,7 +175,7 @@ class Joint(Network):
         return self.head(x[:, text.shape[1] :])[:, :count].mT.reshape(z.shape)
 
 
-JOINT = PaddedArchitecture(
+JOINT = Architecture(
     "flux-like",
     ("test_comfy:Joint",),
     layers=("blocks.*",),
@@ -189,6 +188,7 @@ JOINT = PaddedArchitecture(
         tables=(Table("pe", 1),),
         supported=lambda network: network.pad_tokens_multiple == 1,
     ),
+    padding="pad_tokens_multiple",
 )
 
 

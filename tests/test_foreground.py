@@ -13,7 +13,7 @@ from networks import FAMILIES, random_network
 import kvlock_sampling as kv
 from kvlock_sampling.attention import CallRecord, FusionContext, Table
 from kvlock_sampling.attention.foreground import _narrow, narrow_mask
-from kvlock_sampling.masks.tokens import Selection
+from kvlock_sampling.masks.tokens import Selection, token_grid
 from kvlock_sampling.types import AttentionError, KVLockError
 
 FULL = kv.Constant(lock=1.0)
@@ -169,7 +169,7 @@ def test_as_many_kept_tokens_as_text_tokens(name):
     """A narrowed sequence of video and text is then as long as the whole video, and is not cut again."""
     made = random_network(name, clips=1)
     text = made.extra_args["cond"]["text"].shape[1]
-    mask = torch.ones(1, 1, *made.layers.grid(made.x.shape))
+    mask = torch.ones(1, 1, *token_grid(made.x.shape, made.layers.patch))
     mask.flatten()[:text] = 0
     for axis, size in enumerate(made.layers.patch, start=2):
         mask = mask.repeat_interleave(size, axis)

@@ -18,7 +18,7 @@ from kvlock_sampling.restart import restart
 from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_estimator, check_policy
 from kvlock_sampling.types import EstimatorError, PolicyError
 from kvlock_sampling.variance import Divergence, DropoutVariance, Estimator, PosteriorVariance, Sparse, masked_mean
-from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD, reference_bands, threshold_curve
+from kvlock_sampling.variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD, reference_bands
 
 HOLD = {"kp": 0.0, "ki": 0.0}  # of a PID: measures, and holds a lock
 
@@ -167,7 +167,6 @@ def test_a_presets_threshold_stays_with_its_estimator(setup):
 def test_variances_of_zero_count_and_a_threshold_is_above_zero():
     bands = reference_bands([(c, 1.0, 0.0 if c % 4 else 5.0 + c) for c in range(80)], quantile=0.5, bands=1)
     assert [(band.quantile, band.clips) for band in bands] == [(5.0, 80)]
-    assert threshold_curve(bands)(1.0) == pytest.approx(5.0)
     with pytest.raises(EstimatorError, match="usable"):
         reference_bands([(c, 1.0, 0.0) for c in range(80)])
 

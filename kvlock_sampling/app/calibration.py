@@ -15,7 +15,7 @@ from ..tiny import edit_mask, render, sample_scene
 from ..types import EstimatorError, PolicyError, SourceError
 from ..utils.fields import check_number, check_seed
 from ..utils.warn import warn
-from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, clips_needed, reference_bands, threshold_curve
+from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, ThresholdCurve, clips_needed, reference_bands
 from ..video.media import FILMS, IMAGES, decoding
 from .edit import edit_video
 from .models import VideoModel, read_pair
@@ -105,7 +105,8 @@ def calibrate(
             on_clip()
     found = reference_bands(points, quantile=quantile, bands=bands)
     rounded = [b._replace(sigma=float(f"{b.sigma:.4g}"), quantile=float(f"{b.quantile:.4g}")) for b in found]
-    return Calibration(replace(preset, threshold=threshold_curve(rounded), estimator=meter), found)
+    sigmas, values, *_ = zip(*rounded, strict=True)
+    return Calibration(replace(preset, threshold=ThresholdCurve(sigmas, values), estimator=meter), found)
 
 
 def scenes(count: int, *, first: int = 800_000) -> list[Example]:

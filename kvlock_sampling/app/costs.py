@@ -46,7 +46,6 @@ def costs(
     clip: Tensor,
     mask: Tensor,
     *,
-    prompt: str = "",
     sampler: Any = "dpmpp_2m",
     steps: int = 30,
     ways: Iterable[str] = WAYS,
@@ -57,7 +56,6 @@ def costs(
         video: The model.
         clip: (1, 3, frames, height, width) in [-1, 1].
         mask: 1 = edit, as `edit_video` takes it.
-        prompt: Any prompt of the model.
         sampler: The sampler of the edit.
         steps: Its steps, >= 2.
         ways: Names of presets. One with a KV cache is also measured with the cache filled.
@@ -69,7 +67,7 @@ def costs(
     levels = evaluated_sigmas(sampler, sigmas)
     middle = min(steps // 2, len(sigmas) - 3)
     some = sigmas[middle : middle + 3]  # two evaluations, which no first or last step distorts
-    extra = {"cond": video.prompt([prompt]), "uncond": video.prompt([""]), "cond_scale": video.cfg_scale}
+    extra = {"cond": video.prompt([""]), "uncond": video.prompt([""]), "cond_scale": video.cfg_scale}
     region = video.lock_mask(mask) if hasattr(video, "lock_mask") else mask
 
     def probe(way: str | Preset, kv_cache: KVCache | None = None) -> tuple[KVLock, list[float], int | None]:

@@ -157,12 +157,8 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
 
 def _checked_name(name: str) -> str:
     name = name if Path(name).suffix else f"{name}.mp4"
-    plain = (
-        Path(name).name == name
-        and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name)
-        and not name.startswith(".")
-    )
-    if not plain or len(name.encode()) > LONGEST:
+    plain = Path(name).name == name and not any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in name)
+    if not plain or name.startswith(".") or len(name.encode()) > LONGEST:
         raise KVLockError(f"name={name!r}; expected the name of a file, without folders, e.g. kite.mp4.")
     check_suffix(name)
     return name

@@ -36,9 +36,8 @@ def check_report(out: Path) -> None:
     """Raise KVLockError if the folder has a file of another kind where a report would be written."""
     for name, begins in (("results.csv", b"row,status,output,"), ("report.html", HEAD.encode())):
         with suppress(FileNotFoundError), open(path := out / name, "rb") as file:
-            found = (
-                file.read(99).removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b";", b",")
-            )  # by spreadsheets
+            # Without what spreadsheets add.
+            found = file.read(99).removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b";", b",")
             if found and not found.startswith(begins.replace(b'"', b"")):
                 raise KVLockError(f"{str(path)!r} is no report of a batch and would be replaced: move it elsewhere.")
 

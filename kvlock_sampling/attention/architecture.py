@@ -42,6 +42,7 @@ class LayerPattern:
     optional: bool = False
 
 
+ATTN1 = ("transformer_blocks.*.attn1",)
 DOUBLE_AND_SINGLE = ("transformer_blocks.*.attn", LayerPattern("single_transformer_blocks.*.attn", optional=True))
 """The layers of networks built like FLUX."""
 
@@ -63,6 +64,7 @@ class Architecture:
             everything that is not video counts as text.
         rows_apart: Attention is called for each row of the batch separately.
         flow: How locked tokens can be left out of the network; None if they cannot.
+        padding: The network's attribute that says to a multiple of how many tokens text and video are padded, if any.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Architecture:
     text_arguments: tuple[str, ...] = ("encoder_hidden_states",)
     rows_apart: bool = False
     flow: TokenFlow | None = None
+    padding: str = ""
 
     def __post_init__(self) -> None:
         for name in ("classes", "layers", "text_arguments"):
@@ -93,7 +96,7 @@ class Architecture:
         """The layers of `module`, one network of this family. Raises AttentionError if a pattern names no module."""
         names = {n.replace("._orig_mod", ""): part for n, part in module.named_modules()}  # of compiled blocks
         layers: list[AttentionLayer] = []
-        wrapped = False
+        wrapped, padded_to = False, (getattr(module, self.padding, None) or 1) if self.padding else 1
         for given in self.layers:
             pattern = LayerPattern(given) if isinstance(given, str) else given
             wanted, paths = pattern.pattern.split("."), {name: name.split(".") for name in names}
@@ -107,7 +110,7 @@ class Architecture:
             deep = {n for n in fits if count[held[n]] == 1 and (type(inner[n]) in kinds if kinds else n in alone)}
             found = [n for n in fits if len(paths[n]) == len(wanted) or n in deep]
             wrapped |= any(len(paths[n]) > len(wanted) for n in found)
-            layers += [AttentionLayer(name, names[name], pattern.text or self.text) for name in found]
+            layers += [AttentionLayer(name, names[name], pattern.text or self.text, padded_to) for name in found]
             if not found and (not pattern.optional or (not layers and given is self.layers[-1])):
                 near = [f"{n} ({type(names[n]).__name__})" for n in names if paths[n][-1] == wanted[-1]]
                 raise AttentionError(

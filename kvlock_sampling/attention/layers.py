@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..masks.tokens import Grid, token_grid
+from ..masks.tokens import Grid
 from ..types import AttentionError
 from ..utils.fields import as_patch, within
 
@@ -59,24 +59,27 @@ class AttentionLayer:
         name: The module's name in the network.
         module: The module.
         text: Where text tokens stand in the layer's sequence: "none", "first" or "last".
+        padded_to: Text and video are each padded at their end to a multiple of so many tokens.
     """
 
     name: str
     module: nn.Module = field(repr=False)
     text: str = "none"
+    padded_to: int = 1
 
     def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
         """The position of the first video token; raises AttentionError if the parts do not add up to `length`.
 
         `text` is the network's number of text tokens, None if unknown; `extra` as in `AttentionLayers`.
         """
-        before, after = extra
+        text = None if text is None else text + -text % self.padded_to
+        before, after = extra[0], extra[1] + -tokens % self.padded_to
         rest = length - before - tokens - after
         fits = rest == 0 if self.text == "none" else rest >= 0 if text is None else rest == text
         if fits or (self.text == "last" and 0 <= rest <= (text or 0)):  # some models drop the padding of the text
             return before + (rest if self.text == "first" else 0)
         parts = "" if self.text == "none" else f" + {'its' if text is None else text} text tokens"
-        others = "" if extra == (0, 0) else f" + {before + after} others"
+        others = f" + {before + after} others" if before + after else ""
         surplus = rest - (text or 0)
         hint = "The mask's grid and the model's patches differ: check the latents' shape."
         if surplus > 0:
@@ -167,10 +170,6 @@ class AttentionLayers:
             trailing = None if self.trailing is None else self.trailing + after
             return replace(self, start=self.start + before, trailing=trailing)
         return replace(self, extra=(self.extra[0] + before, self.extra[1] + after))
-
-    def grid(self, latent_shape: Sequence[int]) -> Grid:
-        """Tokens along (time, height, width) for latents of a shape, which must fit the patch."""
-        return token_grid(latent_shape, self.patch)
 
     def never_fired(self, tokens: int, passed_over: Sequence[tuple[int, int]]) -> str:
         """The message of a run in which no layer acted, with the lengths (query, key) of the calls that were seen."""

@@ -14,14 +14,12 @@ from ..attention.context import KeyValue
 from ..batching import take
 from ..lock import KVLock
 from ..masks.fitted import FittedMask
-from ..masks.tokens import on_latents
+from ..masks.tokens import Grid, on_latents, token_grid
 from ..policy import Constant, Policy, stateless
 from ..source import Source
 from ..types import AttentionError, Control, Denoiser
 from ..utils.denoiser import method_of, parameters_of
 from ..utils.modules import reachable_modules
-
-Place = tuple[int, int, int]
 
 # Largest deviation that counts as rounding, in standard deviations of the output.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -100,10 +98,10 @@ class Promises:
 
     def _places(self) -> None:
         """Change one token of every clip: its own keys and values must be those that change most."""
-        grid = self.layers.grid(self.x.shape)
+        grid = token_grid(self.x.shape, self.layers.patch)
         own = self._spy("capture", self.x).seen
         t, h, w = (size - 1 for size in grid)
-        hits: dict[str, tuple[Seen, list[tuple[Place, int, int | None]]]] = {}
+        hits: dict[str, tuple[Seen, list[tuple[Grid, int, int | None]]]] = {}
         for corners in ([(0, h, 0), (t, 0, w)], [(t, 0, w), (0, h, 0)], [(t // 2, h // 2, w), (0, 0, 0)]):
             places = [corners[clip % 2] for clip in range(len(self.x))]
             changed = self._spy("capture", _moved(self.x, places, self.layers.patch)).seen
@@ -224,7 +222,7 @@ class Promises:
 
     def _spy(self, mode: Any, x: Tensor, source: dict[str, KeyValue] | None = None) -> _Spy:
         ratio = FittedMask(self.mask).background(x, self.layers.patch).expand(len(x), -1)
-        spy = _Spy(mode, ratio, self.layers.grid(x.shape), source=source or {})
+        spy = _Spy(mode, ratio, token_grid(x.shape, self.layers.patch), source=source or {})
         Hooks(self.layers).run(spy, lambda: self._bare(x), may_skip=True)
         return spy
 
@@ -252,7 +250,7 @@ def _each(locks: list[float]) -> Policy:
     return stateless(lambda obs: Control(torch.tensor(locks)), uses_risk=False)
 
 
-def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid: Place) -> None:
+def _check_hits(seen: Seen, hits: Sequence[tuple[Grid, int, int | None]], grid: Grid) -> None:
     # A token's own keys move most before anything is mixed, and nearly always thereafter.
     missed = [hit for hit in hits if hit[1] != hit[2]]
     if 2 * len(missed) < len(hits):
@@ -277,7 +275,7 @@ def _check_hits(seen: Seen, hits: Sequence[tuple[Place, int, int | None]], grid:
     )
 
 
-def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
+def _moved(x: Tensor, places: Sequence[Grid], patch: Grid) -> Tensor:
     changed = x.clone()
     for clip, place in zip(changed, places, strict=True):
         axes = [slice(i * p, (i + 1) * p) for i, p in zip(place, patch, strict=True)]
@@ -289,7 +287,7 @@ def _moved(x: Tensor, places: Sequence[Place], patch: Place) -> Tensor:
 
 def _two_masks(x: Tensor, layers: AttentionLayers) -> Tensor:
     """Masks that edit some tokens of every clip, others in the next clip."""
-    count = math.prod(layers.grid(x.shape))
+    count = math.prod(token_grid(x.shape, layers.patch))
     if count < 2:
         raise AttentionError(f"x, {tuple(x.shape)}, has {count} token of {layers.patch} latents; expected two or more.")
     edited = torch.zeros(len(x), count).to(x)

@@ -5,7 +5,7 @@ threshold(sigma) = q-quantile of the variance of reference runs near sigma,   ri
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
@@ -133,8 +133,3 @@ def alarm_range(clips: int, quantile: float) -> tuple[float, float]:
     below = min(clips, math.ceil((clips + 1) * quantile - 1e-9))
     low, high = stats.beta.ppf((0.025, 0.975), clips + 1 - below, below)
     return float(low), float(high)
-
-
-def threshold_curve(bands: Sequence[Band]) -> ThresholdCurve:
-    """Return the quantiles of bands as a curve."""
-    return ThresholdCurve(tuple(b.sigma for b in bands), tuple(b.quantile for b in bands))

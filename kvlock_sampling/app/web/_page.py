@@ -222,7 +222,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
 
     @in_tab
     def failed(session: Session) -> str:
-        return announced(session.trouble)
+        return said(session.trouble)
 
     @in_tab
     def cancel(session: Session) -> str:
@@ -329,10 +329,6 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     return blocks
 
 
-def said(text: str = "") -> str:
-    return announced(escape(text))
-
-
-def announced(html: str) -> str:
+def said(html: str = "") -> str:
     """What screen readers announce."""
     return f'<div role="status">{html}</div>'

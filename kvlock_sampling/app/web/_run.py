@@ -4,7 +4,9 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,6 @@ from ..batch import fitting_scale
 from ..edit import edit_video
 from ..models import VideoModel, read_pair
 from ._session import Results, Session
-
-
-class CancelledError(Exception):
-    """The user ended the run."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,39 @@ def run(
         raise KVLockError("the prompt is empty; expected what the masked region should show, e.g. a red ball.")
     # A folder of its own, because browsers keep what they have read under a name.
     folder = Path(tempfile.mkdtemp(dir=session.folder))
+
+    def step(name: str, index: int) -> None:
+        if cancel.is_set():
+            raise CancelledError
+        on_step(name, index)
+
     try:
-        results = _made(session, video, settings, policies, on_step, folder, cancel)
+        mask, found = session.write_mask(folder), {}
+        source, region = read_pair(video, session.clip_file(), mask)
+        weight = session.tokens(video, settings.transition, region[None])
+        for name, text in policies.items():
+            (folder / f"{name}.toml").write_text(text, encoding="utf-8")
+            load_preset(folder / f"{name}.toml")
+        for name in policies:
+            step(name, -1)
+            shared: dict[str, Any] = {"model": video, "policy": folder / f"{name}.toml", "on_step": partial(step, name)}
+            found[name] = edit_video(source.pixels, region[None], settings.prompt, **shared, **settings.options())
+        scale = fitting_scale(None, video, source.pixels)
+        tiles = {"the clip": source.pixels}
+        for name, edit in found.items():
+            write_clip(folder / f"{name}.mp4", edit.pixels[0], source.fps, scale)
+            edit.trace.plot(folder / f"{name}-trace.png", title=name)
+            tiles[name] = edit.pixels[0]
+            if edit.candidates is not None:
+                seeds = range(settings.seed, settings.seed + settings.candidates)
+                names = [f"seed {seed}{' (chosen)' * (seed == edit.seed)}" for seed in seeds]
+                middle = edit.candidates[:, :, edit.candidates.shape[2] // 2].unsqueeze(2)
+                write_clip(folder / f"{name}-candidates.png", side_by_side(list(middle), names, scale=scale))
+        if session.truth is not None:
+            tiles["what is right"] = session.truth[0]
+        columns = len(tiles) if len(tiles) < 4 else -(-len(tiles) // 2)
+        sheet = side_by_side(list(tiles.values()), list(tiles), scale=scale, columns=columns)
+        write_clip(folder / "together.mp4", sheet, source.fps)
         if cancel.is_set():
             raise CancelledError
     except BaseException:
@@ -77,51 +106,4 @@ def run(
         raise
     if session.results is not None:
         shutil.rmtree(session.results.folder, ignore_errors=True)
-    session.results = results
-
-
-def _made(
-    session: Session,
-    video: VideoModel,
-    settings: Settings,
-    policies: dict[str, str],
-    on_step: Callable[[str, int], None],
-    folder: Path,
-    cancel: threading.Event,
-) -> Results:
-    mask, found = session.write_mask(folder), {}
-    source, region = read_pair(video, session.clip_file(), mask)
-    weight = session.tokens(video, settings.transition, region[None])
-    for name, text in policies.items():
-        (folder / f"{name}.toml").write_text(text, encoding="utf-8")
-        load_preset(folder / f"{name}.toml")
-
-    def step(name: str) -> Callable[[int], None]:
-        def advance(index: int) -> None:
-            if cancel.is_set():
-                raise CancelledError
-            on_step(name, index)
-
-        return advance
-
-    for name in policies:
-        step(name)(-1)
-        shared: dict[str, Any] = {"model": video, "policy": folder / f"{name}.toml", "on_step": step(name)}
-        found[name] = edit_video(source.pixels, region[None], settings.prompt, **shared, **settings.options())
-    scale = fitting_scale(None, video, source.pixels)
-    tiles = {"the clip": source.pixels}
-    for name, edit in found.items():
-        write_clip(folder / f"{name}.mp4", edit.pixels[0], source.fps, scale)
-        edit.trace.plot(folder / f"{name}-trace.png", title=name)
-        tiles[name] = edit.pixels[0]
-        if edit.candidates is not None:
-            seeds = range(settings.seed, settings.seed + settings.candidates)
-            names = [f"seed {seed}{' (chosen)' * (seed == edit.seed)}" for seed in seeds]
-            middle = edit.candidates[:, :, edit.candidates.shape[2] // 2].unsqueeze(2)
-            write_clip(folder / f"{name}-candidates.png", side_by_side(list(middle), names, scale=scale))
-    if session.truth is not None:
-        tiles["what is right"] = session.truth[0]
-    columns = len(tiles) if len(tiles) < 4 else -(-len(tiles) // 2)
-    sheet = side_by_side(list(tiles.values()), list(tiles), scale=scale, columns=columns)
-    write_clip(folder / "together.mp4", sheet, source.fps)
-    return Results(found, region[None], weight, folder, mask)
+    session.results = Results(found, region[None], weight, folder, mask)

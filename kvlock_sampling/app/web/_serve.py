@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from ...types import KVLockError
 from ...utils.extras import require
@@ -44,7 +45,11 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
 @contextmanager
 def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, Any]) -> Iterator[tuple[str, Sessions]]:
     """Serve the page inside the block. Yields its address, and what its tabs work on."""
-    with tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder, _environment(folder):
+    with (
+        tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder,
+        # What gradio reads when it is imported, and when it builds a page.
+        patch.dict(os.environ, GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False"),
+    ):
         _check_free(port)
         gr, *_ = (require(*needed) for needed in (("gradio", "web"), ("av", "video"), ("matplotlib", "plot")))
         # Without this check a page of another site could reach the server under a name of its own.
@@ -75,20 +80,6 @@ def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, 
             if sessions.model.acquire(timeout=LAST_STEP):  # a thread in the model would abort the process at its end
                 sessions.model.release()
             blocks.close(verbose=False)
-
-
-@contextmanager
-def _environment(folder: str) -> Iterator[None]:
-    """What gradio reads when it is imported, and when it builds a page."""
-    wanted = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-    before = {name: os.environ[name] for name in wanted if name in os.environ}
-    os.environ |= wanted
-    try:
-        yield
-    finally:
-        for name in wanted:
-            del os.environ[name]
-        os.environ |= before
 
 
 def _check_free(port: int) -> None:

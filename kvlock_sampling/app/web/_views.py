@@ -127,21 +127,16 @@ def _rows(title: str, rows: Mapping[str, Sequence[str]]) -> str:
 
 def files_view(files: Mapping[str, Path]) -> str:
     """Pictures from files, by caption."""
-    parts = [
-        f'<figure><div><img src="{_uri(path.read_bytes())}" alt="{escape(caption)}"></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, path in files.items()
-    ]
-    return f'<div class="kv-figures kv-wide">{"".join(parts)}</div>'
+    return _figures([(path.read_bytes(), name, escape(name)) for name, path in files.items()], kind=" kv-wide")
 
 
-def _figures(pictures: Sequence[tuple[Array, str, str]], first: str = "") -> str:
+def _figures(pictures: Sequence[tuple[Array | bytes, str, str]], first: str = "", kind: str = "") -> str:
     """Pictures with their text for readers who do not see them, and their captions in HTML."""
     parts = [
-        f'<figure><img src="{_uri(picture)}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+        f'<figure><div><img src="{_uri(picture)}" alt="{escape(alt)}"></div><figcaption>{caption}</figcaption></figure>'
         for picture, alt, caption in pictures
     ]
-    return f'<div class="kv-figures">{first}{"".join(parts)}</div>'
+    return f'<div class="kv-figures{kind}">{first}{"".join(parts)}</div>'
 
 
 def _tinted(session: Session, video: VideoModel, frame: int, tints: Sequence[tuple[Tensor, Any]]) -> Array:

@@ -5,41 +5,15 @@ They stand last for Flux, Qwen-Image, and Wan's `context_latents`, S2V and HuMo;
 Wan's `ref_conv`. LTX-Video's guides are latent frames of the clip itself: set the mask to 0 there.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from ..architecture import Architecture, LayerPattern
-from ..layers import AttentionLayer, AttentionLayers, Table, TokenFlow
+from ..layers import Table, TokenFlow
 
 
 def _is(*names: str) -> Any:
     """Whether a network is of one of these classes, and not of a subclass, whose blocks may take other arguments."""
     return lambda network: type(network).__name__ in names
-
-
-@dataclass(frozen=True)
-class PaddedLayer(AttentionLayer):
-    """A layer whose text and image are each padded at their end to a multiple of `padded_to` tokens."""
-
-    padded_to: int = 1
-
-    def video_start(self, length: int, tokens: int, text: int | None, extra: tuple[int, int]) -> int:
-        """As in `AttentionLayer`."""
-        before, after = extra
-        text = None if text is None else text + -text % self.padded_to
-        return super().video_start(length, tokens, text, (before, after + -tokens % self.padded_to))
-
-
-class PaddedArchitecture(Architecture):
-    """A family with `PaddedLayer`s, if the network has `pad_tokens_multiple`."""
-
-    def find(self, module: nn.Module) -> AttentionLayers:
-        """As in `Architecture`."""
-        found, padded_to = super().find(module), getattr(module, "pad_tokens_multiple", None) or 1
-        layers = tuple(PaddedLayer(s.name, s.module, s.text, padded_to) for s in found.layers)
-        return replace(found, layers=layers)
 
 
 # Cosmos 1. The first part of a block is self-attention.
@@ -113,13 +87,14 @@ COMFY_LTX = Architecture(
 )
 
 # Lumina 2 and Z-Image, which pads text and image to multiples of 32 tokens.
-COMFY_LUMINA = PaddedArchitecture(
+COMFY_LUMINA = Architecture(
     name="lumina (ComfyUI)",
     classes=("comfy.ldm.lumina.model:NextDiT",),
     layers=("layers.*.attention",),
     patch=lambda network: (1, network.patch_size, network.patch_size),
     text="first",
     text_arguments=("context",),
+    padding="pad_tokens_multiple",
 )
 
 COMFY_QWEN_IMAGE = Architecture(

@@ -1,11 +1,9 @@
 """Images: CogView 4, FLUX.1 and 2, PixArt, Qwen-Image, SD 3/3.5, Z-Image (diffusers); k-diffusion's transformer 1."""
 
-from ..architecture import DOUBLE_AND_SINGLE, Architecture, LayerPattern
+from ..architecture import ATTN1, DOUBLE_AND_SINGLE, Architecture, LayerPattern
 from ..layers import Table, TokenFlow
 
-_ATTN1 = ("transformer_blocks.*.attn1",)
-
-COGVIEW_4 = Architecture("cogview4", ("diffusers.*:CogView4Transformer2DModel",), _ATTN1, text="first")
+COGVIEW_4 = Architecture("cogview4", ("diffusers.*:CogView4Transformer2DModel",), ATTN1, text="first")
 
 # Also Chroma and Bria 3. Joint attention, text first; latents packed or (batch, c, h, w). Tokens of reference images,
 # as of Kontext and FLUX.2, stand last: layers=kv.find_layers(model).with_extra(after=count).
@@ -29,7 +27,7 @@ IMAGE_TRANSFORMER_V1 = Architecture(
 )
 
 # Alpha and sigma: image-only self-attention.
-PIXART = Architecture("pixart", ("diffusers.*:PixArtTransformer2DModel",), _ATTN1)
+PIXART = Architecture("pixart", ("diffusers.*:PixArtTransformer2DModel",), ATTN1)
 
 # Also its edit models. Joint attention, text first; latents packed or (batch, c, h, w). Tokens of the images to edit
 # stand last: layers=kv.find_layers(model).with_extra(after=count).

@@ -7,10 +7,8 @@ from typing import Any
 
 from ...masks.tokens import Grid
 from ...types import AttentionError
-from ..architecture import Architecture, config_patch
+from ..architecture import ATTN1, Architecture, config_patch
 from ..layers import Table, TokenFlow
-
-_ATTN1 = ("transformer_blocks.*.attn1",)
 
 
 def _regular_patch(network: Any) -> Grid:
@@ -22,13 +20,13 @@ def _regular_patch(network: Any) -> Grid:
     return config_patch(network)
 
 
-ALLEGRO = Architecture("allegro", ("diffusers.*:AllegroTransformer3DModel",), _ATTN1)
+ALLEGRO = Architecture("allegro", ("diffusers.*:AllegroTransformer3DModel",), ATTN1)
 
 # Also ConsisID. Joint attention, text first; 1.5 has two frames per token.
 COGVIDEOX = Architecture(
     "cogvideox",
     ("diffusers.*:CogVideoXTransformer3DModel", "diffusers.*:ConsisIDTransformer3DModel"),
-    _ATTN1,
+    ATTN1,
     text="first",
     # ConsisID adds face features to all tokens between the blocks.
     flow=TokenFlow(
@@ -38,12 +36,12 @@ COGVIDEOX = Architecture(
     ),
 )
 
-COSMOS = Architecture("cosmos", ("diffusers.*:CosmosTransformer3DModel",), _ATTN1)
+COSMOS = Architecture("cosmos", ("diffusers.*:CosmosTransformer3DModel",), ATTN1)
 
 EASYANIMATE = Architecture(
     "easyanimate",
     ("diffusers.*:EasyAnimateTransformer3DModel",),
-    _ATTN1,
+    ATTN1,
     text="first",
     text_arguments=("encoder_hidden_states", "encoder_hidden_states_t5"),
 )
@@ -60,12 +58,12 @@ KANDINSKY5 = Architecture(
 LTX = Architecture(
     "ltx",
     ("diffusers.*:LTXVideoTransformer3DModel",),
-    _ATTN1,
+    ATTN1,
     flow=TokenFlow("norm_out", tables=(Table("image_rotary_emb", 1), Table("temb", 1))),
 )
 
 # Layers for audio and text are not locked.
-LTX_2 = Architecture("ltx-2", ("diffusers.*:LTX2VideoTransformer3DModel",), _ATTN1)
+LTX_2 = Architecture("ltx-2", ("diffusers.*:LTX2VideoTransformer3DModel",), ATTN1)
 
 # Joint attention, video first, then the valid text tokens; one call per row of the batch.
-MOCHI = Architecture("mochi", ("diffusers.*:MochiTransformer3DModel",), _ATTN1, text="last", rows_apart=True)
+MOCHI = Architecture("mochi", ("diffusers.*:MochiTransformer3DModel",), ATTN1, text="last", rows_apart=True)

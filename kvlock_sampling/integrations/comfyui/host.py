@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...controller import State
-from ...guidance import composite
 from ...kv_cache import KVCache
 from ...lock import KVLock
 from ...masks.tokens import on_latents
@@ -302,11 +301,8 @@ def _with_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: An
 
 def _composited(lock: KVLock, samples: Tensor) -> Tensor:
     """The result with the source where the last evaluation had it: some samplers end above noise level 0."""
-    source, mask, steps = lock.settings.source, lock.settings.mask, lock.trace.steps
-    if source is None or mask is None or not steps or not _acts_on_background(lock):
-        return samples
-    weight = on_latents(steps[-1].composite.to(samples), samples.shape, lock.settings.patch)
-    return composite(samples, source.matching(samples), mask.latent(samples), weight)
+    steps = lock.trace.steps
+    return lock.settings.composited(samples, steps[-1].composite) if steps and _acts_on_background(lock) else samples
 
 
 def _to_host(value: Any) -> Any:

@@ -15,7 +15,6 @@ from ...variance import Divergence, Estimator
 
 _IN_NODES = {  # what errors of the library say, and how it is done with nodes
     "use masks.from_keep_mask": "use Invert Mask",
-    "pass mask.bool()": "convert it to a mask first",
     "the sampler's x": "the latent that is sampled",
     "do not divide into patches": "do not divide (pad or crop the clip, e.g. to sides of 16 pixels) into patches",
     "no attention layers found in": "this model is not supported, see the page In ComfyUI:",

@@ -3,7 +3,6 @@
 ComfyUI's IMAGE is (frames, height, width, 3) in [0, 1], its MASK (frames, height, width), 1 = edit.
 """
 
-import io
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,7 @@ def plotted(trace: Trace | None) -> tuple[Tensor, str]:
         raise RunError("the lock has not run; connect `after` to the result of the sampler that uses it.")
     pillow = require("PIL.Image", "video")
     with tempfile.TemporaryDirectory() as folder:
-        path = trace.plot(Path(folder) / "trace.png")
-        picture = pillow.open(io.BytesIO(path.read_bytes())).convert("RGB")
+        picture = pillow.open(trace.plot(Path(folder) / "trace.png")).convert("RGB")
     return torch.from_numpy(np.array(picture, dtype=np.float32) / 255)[None], trace.to_csv()
 
 

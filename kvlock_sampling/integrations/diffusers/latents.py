@@ -41,11 +41,7 @@ def encode_clip(vae: Any, pixels: Tensor) -> Tensor:
     check_pixels(clips)
     # An offloaded VAE lies on the host, or nowhere, until it runs; its hooks know where that will be.
     found = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in vae.modules())
-    return encode(vae, clips, next((device for device in found if device is not None), vae.device))
-
-
-def encode(vae: Any, clips: Tensor, device: Any) -> Tensor:
-    """Checked clips as the transformer sees them, float32."""
+    device = next((device for device in found if device is not None), vae.device)
     with torch.no_grad():
         # One by one: some VAEs take no batch, and a clip then is what it is alone.
         means = [vae.encode(clip.to(device, vae.dtype)).latent_dist.mode() for clip in clips.split(1)]

@@ -57,13 +57,13 @@ def calm(denoised: Tensor, trace: Trace) -> float:
     Raises:
         RunError: The lock measures nothing.
     """
-    variance = trace.steps[-1].variance
-    if not torch.isfinite(variance).all():
+    measured = [step.variance for step in trace.steps if torch.isfinite(step.variance).all()]
+    if not measured:
         raise RunError(
             "the lock measured nothing to judge seeds by. Give judge=, a function of (x0-hat, trace), or a policy that "
             "measures, e.g. KVLock(..., policy=kv.PID(kp=0.0, ki=0.0, bias=1.0)) for a full lock."
         )
-    return -float(variance.mean())
+    return -float(measured[-1].mean())
 
 
 def seam(lock: KVLock) -> Judge:
@@ -77,14 +77,14 @@ def seam(lock: KVLock) -> Judge:
         lock: A lock with a source, whose latents have height and width.
     """
     source, mask = lock.settings.source, lock.settings.mask
-    assert source is not None
-    assert mask is not None
+    if source is None or mask is None:
+        raise RunError("seam judges against a source; this lock has none. Give judge=, a function of (x0-hat, trace).")
 
     def judge(denoised: Tensor, trace: Trace) -> float:
         region = mask.latent(denoised).expand(-1, 1, *denoised.shape[2:])
         kept = max_pool2d((1 - region).reshape(-1, 1, *region.shape[-2:]), 3, 1, 1).reshape(region.shape)
         gap = (denoised - source.matching(denoised)).square().mean(1, keepdim=True)
-        return -float((gap * kept * region).sum() / (kept * region).sum().clamp_min(1e-6))
+        return -float((gap * kept * region).sum() / (kept * region).sum())  # NaN where the mask has no border
 
     return judge
 

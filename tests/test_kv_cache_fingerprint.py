@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import warnings
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
@@ -723,9 +724,11 @@ def test_a_session_reads_content_once_and_holds_few_objects(monkeypatch):
     for i in range(2, 12):
         entry(torch.full((3,), float(i)))
     assert len(session._known) == 8
+    name, closed = first.name, weakref.ref(first)
+    del first
     session.close()
-    again = entry(torch.zeros(3))
-    assert (again is first, again.name) == (False, first.name)
+    assert closed() is None
+    assert entry(torch.zeros(3)).name == name
     session.close()
     session.close()
 

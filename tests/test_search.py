@@ -88,6 +88,41 @@ def test_one_pass_of_the_source_serves_every_start(setup):
     assert half
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_last_start_refreshes_as_alone_once_the_first_has_stopped(setup, every):
+    """What another start stored meanwhile is no earlier run's."""
+    levels = kv.samplers.flow_sigmas(12)
+
+    def lock():
+        return measured(setup, noise="fixed", kv_cache=kv.KVCache(every=every, ratio=None, format=None))
+
+    found = kv.search(lock(), "euler", starts(setup, 2), levels, judge=second_is_best(), extra_args=setup.cfg)
+    assert found.chosen == [1]
+    alone = lock().sample("euler", starts(setup, 2)[1:], levels, extra_args=setup.cfg)
+    assert torch.equal(found.x, alone)
+
+
+def second_is_best():
+    scores = iter([0.0, 1.0, 1.0])
+    return lambda denoised, trace: next(scores)
+
+
+def test_a_mask_without_a_border_gives_the_seam_nothing_to_judge_by(setup):
+    mask = torch.zeros(1, 1, 3, 8, 8)
+    mask[:, :, 1:] = 1  # whole frames
+    with pytest.raises(RunError, match="gave start 0 nan; expected a finite number"):
+        kv.search(measured(setup, mask=mask), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    with pytest.raises(RunError, match="this lock has none"):
+        search.seam(kv.KVLock(setup.model, policy="off"))
+
+
+def test_the_last_measurement_counts_where_the_last_evaluation_has_none(setup):
+    lock = measured(setup, estimator=kv.variance.Sparse(kv.variance.TrajectoryVariance(), every=2))
+    at = {float(setup.sigmas[4]): 1}
+    found = kv.search(lock, "euler", starts(setup), setup.sigmas, judge=search.calm, at=at, extra_args=setup.cfg)
+    assert len(found.chosen) == 1
+
+
 def test_without_a_source_guidance_alone_is_searched(setup):
     lock = kv.KVLock(setup.model, policy=kv.PID(kp=0.0, ki=0.0, lock_range=(0.0, 0.0)))
     found = kv.search(lock, "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)

@@ -12,7 +12,9 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from threading import get_ident
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -68,6 +70,7 @@ class KVCache:
         self.memory = MemoryTier(self.budget)
         self.directory = None if directory is None else disk.checked(directory)
         self._warned: set[str] = set()
+        self.open = WeakValueDictionary[Any, CacheEntry]()
 
     @property
     def used(self) -> int:
@@ -240,8 +243,9 @@ class CacheSession:
         version = 1  # of the stored form
         content = (version, self.kv_cache.format, self._model, clip, noise, selection.weight, layers, precision)
         name = content_fingerprint({"content": content, "arguments": dict(arguments)})
-        entry = self._entries.get(name) or CacheEntry(self.kv_cache, name, layers, noise.device)
-        self._entries[name] = entry
+        # Blocks that are open side by side, as those of a search, are one run.
+        entry = CacheEntry(self.kv_cache, name, layers, noise.device)
+        self._entries[name] = entry = self.kv_cache.open.setdefault((get_ident(), noise.device, name), entry)
         # The objects are kept with their marks, because an id is unique only while its object lives.
         self._known = [*self._known[-7:], (marks, parts, entry)]
         return entry

@@ -119,6 +119,8 @@ def per_row(value: Tensor, x: Tensor) -> Tensor:
 def take(value: Any, index: Tensor, batch: int) -> Any:
     """The rows `index` of every leaf with one row per clip of a batch of `batch`; other leaves stay as they are."""
     # A prompt may be a list of one text (length, dim) per clip. Another list may be of tables of all clips.
+    index = torch.as_tensor(index)
+    index = torch.arange(batch, device=index.device)[index]  # of a mask of clips, too
     prompts = [value[name] for name in ("cond", "uncond") if isinstance(value, Mapping) and name in value]
     lists = [each for each in prompts if _is_list(each, batch) and not _is_prompts(each)]
     texts = {id(each) for each in lists if len({text.shape[1:] for text in each}) == 1}

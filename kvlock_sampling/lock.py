@@ -23,7 +23,7 @@ from .run import Run
 from .settings import LockSettings, resolve
 from .trace import Trace
 from .types import Denoiser, RunError
-from .utils.denoiser import DenoiserProxy, on_clock, to_sigma
+from .utils.denoiser import DenoiserProxy, method_of, on_clock, to_sigma
 from .utils.host import check_prediction
 from .variance import Estimator
 
@@ -166,11 +166,11 @@ class KVLock(DenoiserProxy):
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """One evaluation; see `evaluate`."""
         run = self._run()
-        before = copy.copy(run.timeline)
+        before = {**vars(run), "timeline": copy.copy(run.timeline), "_called": True}
         try:
             denoised = evaluate(self.settings, run, x, sigma, extra_args)
         except BaseException:  # a checkpoint around the lock ends an evaluation early when it runs it again
-            run.timeline = before
+            vars(run).update(before)
             raise
         if len(run.trace) == 1 and self.settings.scale_arg is None:
             warn_unguided(extra_args, run.trace.steps[0].cfg_scale)
@@ -208,6 +208,8 @@ class KVLock(DenoiserProxy):
     def on_schedule(self, sigmas: Tensor) -> None:
         """Tell the noise schedule of the run, ending in 0 or not. This library's samplers call it."""
         self._run().restart(on_clock(self.model, sigmas))
+        if (tell := method_of(self.model, "on_schedule")) is not None:
+            tell(sigmas)
 
     def _runs(self, *, left: bool = False) -> list[Run]:
         # A task begins with the runs of what it came from, which are not its own.

@@ -82,7 +82,8 @@ class LockSettings:
 
     def kept(self, weight: Scalar | None, like: Tensor) -> Scalar:
         """The source's weight in the background of latents like these, 1 beyond the reach of what a policy decides."""
-        none, weight = weight is None and not self.composite, self.composite if weight is None else weight
+        none = weight is None and not self.composite and not self.policy.may_lock
+        weight = self.composite if weight is None else weight
         return weight if none or self.mask is None or self.patch is None else self.mask.kept(weight, like, self.patch)
 
     def subset(self, index: Tensor, batch: int) -> "LockSettings":
@@ -288,6 +289,9 @@ def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
     parameters = parameters_of(model)
     if name is None:
         name = "cond_scale" if "cond_scale" in parameters else None
+        if name is None and "uncond" in parameters:
+            given = f"{type(model).__name__} takes uncond, so it guides by itself, but no cond_scale"
+            raise RunError(f"{given}; expected the name of its guidance scale, e.g. scale_arg='guidance'.")
     elif not accepts(model, name):
         raise RunError(
             f"scale_arg={name!r} is no argument of {type(model).__name__}, which takes {', '.join(parameters)}; "

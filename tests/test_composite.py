@@ -173,6 +173,14 @@ def test_beyond_the_reach_the_background_is_the_sources(setup, lock, weight):
     assert torch.equal(trace.steps[0].composite, torch.where(far, 1.0, wanted))
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.01, False])
+def test_beyond_the_reach_it_is_the_sources_also_where_the_lock_itself_composites_nothing(setup, weight):
+    far = FittedMask(setup.mask, 0.3).kept(0.0, setup.source, (1, 2, 2)) == 1
+    beyond = on_latents(far.float(), setup.source.shape, (1, 2, 2)).expand_as(setup.source) == 1
+    (held, *_), _ = outputs(setup, always(0.5, None), reach=0.3, composite=weight)
+    assert torch.equal(held[beyond], setup.source[beyond])
+
+
 def test_composited_then_free_is_narrow_above_and_full_below(setup):
     """The evaluation that releases the background is made again in full: its nfe is that of both."""
     levels = setup.sigmas[:4].tolist()

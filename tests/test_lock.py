@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 
 import kvlock_sampling as kv
 from kvlock_sampling import attention, samplers
+from kvlock_sampling.batching import take
 from kvlock_sampling.source import Source
 from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
@@ -643,3 +644,59 @@ def test_a_run_of_checkpoints_around_the_lock_is_the_run_itself(setup, policy, r
         runs.append(torch.stack(found))
     torch.testing.assert_close(*runs)
     assert float(lock.trace.steps[-1].lock.max()) > 0
+
+
+def test_a_call_that_fails_leaves_the_run_as_it_was(setup):
+    """Also the noise of the run, which the first x leads to."""
+
+    def run(slip):
+        lock = setup.lock(policy="half")
+        with lock:
+            if slip == "first":
+                with pytest.raises(RuntimeError):
+                    lock(2 * setup.x, setup.sigmas[0], **{**setup.cfg, "cond": torch.zeros(1, 3, 5)})
+            lock(setup.x, setup.sigmas[0], **setup.cfg)
+            if slip == "later":
+                with pytest.raises(RuntimeError):
+                    lock(setup.x, setup.sigmas[0] * 1.2, **{**setup.cfg, "cond": torch.zeros(1, 3, 5)})
+            return lock(setup.x / 100, setup.sigmas[2], **setup.cfg)
+
+    wanted = run(None)
+    assert torch.equal(run("first"), wanted)
+    assert torch.equal(run("later"), wanted)
+
+
+def test_a_model_that_wants_the_schedule_is_told_it_under_a_lock_too(setup):
+    class Model:
+        def __init__(self):
+            self.told = []
+
+        def __call__(self, x, sigma, **given):
+            return setup.model(x, sigma, **given)
+
+        def on_schedule(self, sigmas):
+            self.told.append(sigmas)
+
+    lock = kv.KVLock(model := Model(), policy="off")
+    lock.sample("euler", setup.x, setup.sigmas, extra_args={"cond": setup.cond})
+    (told,) = model.told
+    assert torch.equal(told, setup.sigmas)
+
+
+def test_a_model_that_guides_under_another_name_is_told_to_name_it(setup):
+    def guided(x, sigma, cond, uncond=None, guidance=1.0):
+        return kv.CFGDenoiser(setup.model)(x, sigma, uncond, cond, guidance)
+
+    with pytest.raises(RunError, match=r"function takes uncond, so it guides by itself.* scale_arg='guidance'"):
+        kv.KVLock(guided, policy="off")
+    lock = kv.KVLock(guided, policy="off", scale_arg="guidance")
+    args = {"cond": setup.cond, "uncond": setup.uncond, "guidance": 3.0}
+    wanted = kv.samplers.euler(guided, setup.x, setup.sigmas, extra_args=args)
+    assert torch.equal(lock.sample("euler", setup.x, setup.sigmas, extra_args=args), wanted)
+
+
+@pytest.mark.parametrize("index", [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True])])
+def test_clips_are_chosen_by_numbers_or_by_a_mask_of_clips(index):
+    given = {"cond": ["a", "b", "c"], "text": torch.arange(3)}
+    assert take(given, index, 3)["cond"] == ["a", "c"]
+    assert take(given, index, 3)["text"].tolist() == [0, 2]

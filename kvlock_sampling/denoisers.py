@@ -59,9 +59,14 @@ class Preconditioned(DenoiserWrapper):
         inner_model: The model F.
         call: `call(model, z, time, **extra_args) -> prediction`. Default: `model(z, time, **extra_args)`.
             For diffusers: `lambda m, z, t, **kw: m(hidden_states=z, timestep=t, return_dict=False, **kw)[0]`.
-        model_dtype: Dtype of the model's input. Default: that of its first floating parameter, or of x. Time stays at
+        model_dtype: Dtype of the model's input. Default: that of its first large parameter, or of x. Time stays at
             least float32, because 999 rounds to 1000 in bfloat16.
     """
+
+    scalings: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    """sigma -> (c_skip, c_out, c_in), each shaped like sigma."""
+    time: Call
+    """sigma -> the model's time, shaped like sigma."""
 
     def __init__(
         self, inner_model: Callable[..., Any], call: Call | None = None, model_dtype: torch.dtype | None = None
@@ -77,14 +82,6 @@ class Preconditioned(DenoiserWrapper):
     def to_ve(self, sigma: ScalarOrTensor) -> ScalarOrTensor:
         """Return the noise level in variance-exploding form: sigma itself."""
         return sigma
-
-    def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (c_skip, c_out, c_in), each shaped like sigma."""
-        raise NotImplementedError
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """Return the model's time at this noise level, shaped like sigma."""
-        raise NotImplementedError
 
     def expert(self, sigma: Tensor) -> Any:
         """Return the network that runs at this noise level if the model has a method `expert(time)`, else None."""
@@ -187,13 +184,10 @@ class EpsDenoiser(Preconditioned):
 
     def __init__(self, inner_model: Callable[..., Any], time: Call = angle, **options: Any) -> None:
         super().__init__(inner_model, **options)
-        self.time_from_sigma = time
+        self.time = time
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones_like(sigma), -sigma, 1 / (sigma**2 + 1) ** 0.5
-
-    def time(self, sigma: Tensor) -> Tensor:
-        return self.time_from_sigma(sigma)
 
 
 class VDenoiser(EpsDenoiser):
@@ -230,6 +224,8 @@ class CFGDenoiser(DenoiserWrapper):
                 f"uncond is {given[0]}, cond {given[1]} in shape; expected the same keys, and the same shapes but for "
                 f"one row or one for each of {len(x)} clip(s): pad the shorter prompt."
             )
+        if isinstance(cond_scale, Tensor) and cond_scale.numel() not in (1, len(x)):
+            raise DenoiserError(f"cond_scale has {cond_scale.numel()} values for {len(x)} clips; pass 1 or {len(x)}.")
         dtype = None if isinstance(sigma, Tensor) else torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         d_uncond, d_cond = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined).chunk(2)

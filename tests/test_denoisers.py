@@ -182,7 +182,7 @@ def test_copies_and_pickles():
         assert type(twin) is FlowDenoiser
         assert twin.inner_model is not model.inner_model
         assert torch.equal(twin(x, sigma), model(x, sigma))
-    assert pickle.loads(pickle.dumps(EpsDenoiser(eps))).time_from_sigma is denoisers.angle
+    assert pickle.loads(pickle.dumps(EpsDenoiser(eps))).time is denoisers.angle
 
 
 def test_errors_name_the_way_out():
@@ -317,3 +317,12 @@ def test_stochastic_samplers_draw_from_the_world(name):
     x = samplers.run(name, FlowDenoiser(velocity), start, sigmas, seed=1)
     assert ((x.mean(0) - MU).abs() / S).max() < 4 / math.sqrt(n)
     assert (x.var(0) / S**2 - 1).abs().max() < 4 * math.sqrt(2 / n) + 0.01
+
+
+def test_a_guidance_scale_for_each_clip_has_as_many_as_clips():
+    x = torch.zeros(2, 4)
+    guided = kv.CFGDenoiser(lambda x, sigma, cond: x + cond)
+    with pytest.raises(DenoiserError, match="cond_scale has 3 values for 2 clips; pass 1 or 2"):
+        guided(x, torch.tensor(1.0), torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([1.0, 2.0, 3.0]))
+    out = guided(x, torch.tensor(1.0), torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([1.0, 3.0]))
+    assert out[:, 0].tolist() == [1.0, 3.0]

@@ -9,11 +9,13 @@ from dataclasses import FrozenInstanceError, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvlock_sampling as kv
 import kvlock_sampling.policy as room
 from kvlock_sampling.policy import (
     PID,
@@ -564,3 +566,24 @@ def test_a_start_that_gives_nothing_is_named_under_wrappers():
     for policy in (Clamped(Mute()), Smoothed(Mute(), half_life=1.0)):
         with pytest.raises(PolicyError, match=r"Mute\.start returned NoneType; expected a Control"):
             policy.start(observe(1.0)), policy.step(policy.init(), observe(1.0))
+
+
+@pytest.mark.parametrize("lock", ["high", [1.0, 1.0], np.ones(2)])
+def test_an_answer_that_is_no_number_is_named_through_a_clamp(lock):
+    policy = Clamped(kv.stateless(lambda obs: Control(lock), uses_risk=False))
+    with pytest.raises(PolicyError, match="lock"):
+        kv.testing.check_policy(policy)
+
+
+def test_a_class_whose_methods_take_other_arguments_is_refused_at_its_body():
+    with pytest.raises(PolicyError, match=r"Late.start\(self\); expected start\(self, obs\), or without memory"):
+
+        class Late(kv.Policy):
+            def start(self):
+                return Control(0.0)
+
+    with pytest.raises(PolicyError, match=r"Sized.init\(self, batch\); expected init\(self\)"):
+
+        class Sized(kv.Policy):
+            def init(self, batch):
+                return batch

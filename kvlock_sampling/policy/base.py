@@ -44,12 +44,13 @@ class Policy(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        step = cls.__dict__.get("step")
-        if inspect.isfunction(step) and not _takes(step, 3):
-            raise PolicyError(
-                f"{cls.__name__}.step{inspect.signature(step)}; expected step(self, state, obs) -> (state, control), "
-                "or without memory a function: @stateless over `def name(obs): return Control(...)`."
-            )
+        forms = {"init": "(self)", "start": "(self, obs)", "step": "(self, state, obs) -> (state, control)"}
+        for count, (name, form) in enumerate(forms.items(), 1):
+            if inspect.isfunction(given := cls.__dict__.get(name)) and not _takes(given, count):
+                raise PolicyError(
+                    f"{cls.__name__}.{name}{inspect.signature(given)}; expected {name}{form}, "
+                    "or without memory a function: @stateless over `def name(obs): return Control(...)`."
+                )
 
     def init(self) -> Any:
         """Return the state at the beginning of a run, before any shape is known. Defaults to None: no memory."""

@@ -174,4 +174,6 @@ def _follow(before: Scalar | None, now: Scalar | None, weight: float, unset: Ten
 
 def _clamp(value: Scalar, limits: Range) -> Scalar:
     low, high = limits
-    return value.clamp(low, high) if isinstance(value, Tensor) else min(max(value, low), high)
+    if isinstance(value, Tensor):
+        return value.clamp(low, high)
+    return min(max(value, low), high) if isinstance(value, int | float) else value  # the lock names what is none

@@ -373,3 +373,9 @@ def test_a_picture_of_any_mode_is_one_frame(mode):
     expected = torch.from_numpy(page > 0).float()[None, None, None]
     assert torch.equal(masks.as_mask(picture), expected)
     assert torch.equal(masks.as_mask([picture, picture]), expected.expand(-1, -1, 2, -1, -1))
+
+
+def test_a_mask_with_a_gradient_is_a_mask():
+    given = torch.zeros(1, 1, 8, 8).index_fill(3, torch.tensor([3]), 1.0).requires_grad_()
+    assert torch.equal(masks.grow(given, 1), masks.grow(given.detach(), 1))
+    assert not masks.as_mask(given).requires_grad

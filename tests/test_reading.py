@@ -878,6 +878,12 @@ def test_every_sound_track_is_copied(tmp_path: Path) -> None:
     assert sizes[0] > 1000
 
 
+def test_the_sound_of_a_film_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken(tmp_path / "clip.mkv")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_clip(tmp_path / "out.mp4", torch.zeros(3, 24, 48, 64), fps=30, sound="~/clip.mkv") == "sound copied"
+
+
 def test_a_muxer_that_refuses_the_sound_is_not_blamed_on_the_clip(tmp_path: Path) -> None:
     source = spoken(tmp_path / "clip.mkv", codec="flac", rate=48000)
     said = write_clip(tmp_path / "out.mov", torch.zeros(3, 4, 48, 64), fps=30, sound=source)
@@ -1122,3 +1128,29 @@ def test_four_hundred_damaged_files_end_in_our_error_or_a_clip(tmp_path: Path) -
         except KVLockError:
             refused += 1
     assert 100 < refused < 350  # both happen
+
+
+@pytest.mark.parametrize("rate", [8, 16, 24])
+def test_masks_of_the_frames_that_are_read_are_theirs_at_any_rate_of_their_film(tmp_path: Path, rate: int) -> None:
+    """As tools save them, which do not know the rate of the clip."""
+    clip = film(tmp_path / "clip.mp4", bars(12), 30, times=[(i + (i >= 4)) / 30 for i in range(12)])
+    read = read_clip(clip).pixels
+    assert read.shape[1] == 13
+    shown = places((read[:1] > 0).float())
+    mask = film(tmp_path / "mask.mp4", [bars(12)[i] for i in shown], rate)
+    assert places(read_pair(ANY, clip, mask)[1]) == shown
+
+
+def test_takes_with_pauses_between_them_double_no_frame() -> None:
+    spans = np.ones(120) / 25
+    spans[39] = 0.73
+    spans[79] = 1.11
+    assert read._beats(np.append(0, np.cumsum(spans))) == 164
+
+
+def test_few_frames_of_a_folder_are_decoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = folder(tmp_path / "frames", range(40), grey(40)), []
+    pages = media._pages
+    monkeypatch.setattr(media, "_pages", lambda file: (opened.append(file.name), pages(file))[1])
+    assert read_clip(path, frames=3).pixels.shape[1] == 3
+    assert len(opened) == 3

@@ -56,7 +56,7 @@ class FittedMask:
             check_number("reach", reach, MaskError, " In widths of the mask; math.inf is anywhere.", above=0.0)
         self.reach = reach
         with torch.inference_mode(False):
-            self.given = as_tensor(mask).detach().clone()
+            self.given = as_tensor(mask).clone()
         self._known: dict[Any, Any] = {}
 
     def subset(self, index: Tensor, batch: int, *, videos: bool) -> "FittedMask":

@@ -130,7 +130,7 @@ def as_tensor(mask: Any) -> Tensor:
         return _brightest(page) if hasattr(page, "convert") else page
 
     if isinstance(mask, Tensor):
-        return mask
+        return mask.detach()
     if isinstance(mask, str | os.PathLike):
         name = os.fspath(mask)
         raise MaskError(

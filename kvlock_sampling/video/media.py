@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -59,7 +58,7 @@ def film(path: PathLike) -> Iterator[tuple[Any, Any]]:
     """Open a film: its container and its video stream."""
     av = require("av", "video")
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # later always so
-    with decoding(path), av.open(os.path.abspath(path), **lenient) as container:
+    with decoding(path), av.open(os.path.abspath(os.path.expanduser(path)), **lenient) as container:
         if not container.streams.video:
             raise VideoError(f"{str(path)!r} has no video stream; expected a film.")
         yield container, container.streams.best("video")
@@ -81,8 +80,10 @@ def shown(path: PathLike) -> Times:
 def pictures(path: PathLike, times: Seconds) -> Iterator[tuple[int, Callable[[], Any]]]:
     """The index of each frame in `times`, and a call that makes its picture: upright, of square pixels, on black."""
     if (files := files_of(Path(path))) is not None:
-        pages = (page for file in files for page in islice(_pages(file), 1 if os.path.isdir(path) else None))
-        yield from ((index, partial(_upright, page)) for index, page in enumerate(pages))
+        if os.path.isdir(path):
+            yield from enumerate(partial(_still, file) for file in files)
+        else:
+            yield from enumerate(partial(_upright, page) for page in _pages(files[0]))
         return
     middles, index = (times[:-2] + times[1:-1]) / 2, -1
     with film(path) as (container, stream):
@@ -149,6 +150,11 @@ def _pages(file: Path) -> Iterator[Any]:
             image.seek(index)
             image.load()
             yield image
+
+
+def _still(file: Path) -> Any:
+    for page in _pages(file):
+        return _upright(page)
 
 
 def _upright(image: Any) -> Any:

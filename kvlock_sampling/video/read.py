@@ -112,7 +112,7 @@ def _beats(starts: Seconds) -> int:
     late = np.abs(off - np.median(off)) > 0.25
     if late.sum() <= (have // 4 if have > 4 else 0) and -1.25 < total * scale - have < 0.75:
         return have
-    gaps = np.diff(starts) * scale
+    gaps = np.diff(starts) / np.median(np.diff(starts))
     beats = np.append(0, gaps.round().clip(1).cumsum())
     apart = np.abs(starts / total - beats / beats[-1]).max() * beats[-1]
     if have > 8 and (np.abs(gaps - 1) < 0.25).mean() > 0.9 and apart < 1:  # one pace, with pauses
@@ -217,8 +217,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")
         lasts, moments = length, middles[np.searchsorted(found, wanted)]
     elif (
-        None in (own, rate)
-        and count != len(ours) - 1
+        count != len(ours) - 1
         and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1
     ):
         lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read

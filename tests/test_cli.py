@@ -333,7 +333,7 @@ def test_a_cheap_next_edit_is_promised_where_it_is_one(kvlock: Kvlock, where: di
     words = edit_words(policy="fast", steps=4, **where)
     first, second = plain(kvlock(*words).output), plain(kvlock(*words).output)
     assert "Everything fits in memory" in first
-    promised = "the next edit of this clip needs no source pass" in first
+    promised = "kept on disk for the next edit of this clip" in first
     passes = [int(re.findall(r"(\d+) model passes", said)[0]) for said in (first, second)]
     assert promised == (passes[1] < passes[0]) == bool(where)
     assert ("--kv-cache DIR" in first) == (not where)

@@ -397,7 +397,7 @@ def test_a_plan_is_printed_with_what_it_means():
     sizes = {"levels": 17, "per_level": 2_147_000_000}
     assert str(Plan(**sizes, budget=4 * 10**9)).startswith("17 levels of 2.15 GB: 36.5 GB. 1 of them fit in memory")
     assert "Everything fits in memory" in str(Plan(**sizes))
-    assert "on disk: the next edit" in str(Plan(**sizes, directory=True))
+    assert "on disk for the next edit" in str(Plan(**sizes, directory=True))
     assert 'use format="int8"' in str(Plan(**sizes, budget=10**9))
 
 

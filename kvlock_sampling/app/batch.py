@@ -161,7 +161,8 @@ class Editor:
             "nfe": edit.nfe,
             "seconds": round(edit.seconds, 3),
             "background_psnr": round(float(edit.background_psnr[0]), 4),
-            "lost": [source.note] * ("; 0 left out" not in source.note) + [sound] * (sound not in ("", "sound copied")),
+            "lost": [source.note] * (", cut to" in source.note or "; 0 left out" not in source.note)
+            + [sound] * (sound not in ("", "sound copied")),
             "still": _still(source.pixels, edit.pixels[0]),
         }
 

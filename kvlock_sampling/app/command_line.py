@@ -35,7 +35,8 @@ PATH: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path or "
 OUTPUT: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path)), "metavar": "PATH"}
 Clip = Annotated[Path, typer.Argument(**PATH | {"metavar": "CLIP"}, help="mp4, webm, gif, mov, image or image folder.")]
 Mask = Annotated[Path, typer.Option(**PATH, help="Image or clip; white = edit.")]
-Model = Annotated[str, typer.Option(help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
+TEXT: dict[str, Any] = {"parser": os.path.expanduser, "metavar": "TEXT"}
+Model = Annotated[str, typer.Option(**TEXT, help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps; dpm_adaptive chooses its own.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]

@@ -171,7 +171,7 @@ def _options(given: Mapping[str, str], folder: Path) -> dict[str, Any]:
     options: dict[str, Any] = dict(given)
     for name in NUMBERS.keys() & given.keys():
         try:
-            options[name] = NUMBERS[name](given[name])
+            options[name] = NUMBERS[name](given[name].replace(",", "."))
         except ValueError:
             whole = "a whole number" if NUMBERS[name] is int else "a number"
             raise KVLockError(f"{name}={given[name]!r}; expected {whole}, e.g. {NUMBERS[name](1)}.") from None

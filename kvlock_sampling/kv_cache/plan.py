@@ -38,7 +38,7 @@ class Plan(NamedTuple):
         held = "Everything fits" if self.in_memory == self.levels else f"{self.in_memory} of them fit"
         sizes = f"{self.levels} levels of {readable(self.per_level)}: {readable(self.total)}. {held} in memory"
         if self.directory:
-            return f"{sizes}. All are kept on disk: the next edit of this clip needs no source pass."
+            return f"{sizes}. All are kept on disk for the next edit of this clip."
         if not self.in_memory:
             return f'{sizes}, so nothing is kept: raise the budget, use format="int8", or pass a directory.'
         return f'{sizes}. For later processes give it a directory: kv_cache=KVCache("DIR"), --kv-cache DIR.'

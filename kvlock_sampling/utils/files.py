@@ -45,5 +45,5 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write text or bytes to `path` atomically and return the path."""
     with atomic(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     return Path(path)

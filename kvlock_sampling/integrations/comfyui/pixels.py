@@ -42,7 +42,7 @@ def token_map(
         AttentionError: The network is of no known architecture.
     """
     mask = mask.reshape(-1, *mask.shape[-2:])
-    mask = masks.grow(mask, grow)[0, 0] if grow else mask
+    mask = masks.grow(masks.from_comfy(mask), grow)[0, 0] if grow else mask
     patch, clip = find_layers(network).patch, latents[:1]
     if clip.ndim == 4:
         mask = mask[:1]

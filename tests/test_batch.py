@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from kvlock_sampling.app import batch, jobs
 from kvlock_sampling.app.cli import app
 from kvlock_sampling.app.edit import edit_video
 from kvlock_sampling.integrations.ray import _run
+from kvlock_sampling.tiny.model import WEIGHTS
 from kvlock_sampling.types import KVLockError
 
 PROMPT = "a red ball moving left"
@@ -559,3 +561,17 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(address: str) -> None:
 
     with pytest.raises(KVLockError, match=rf"no Ray cluster at {address}: .+\n.*ray start --head"):
         list(run_on_ray(object, (), [[1]], address=address))
+
+
+def test_a_model_in_the_home_folder_counts_by_its_files(kvlock: Kvlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ of --model=~/wan."""
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    model = shutil.copytree(WEIGHTS.parent, "mine", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    for status in ("done", "kept"):
+        ended = kvlock(*words(write([row()])), "--model=~/mine")
+        assert ended.exit_code == 0, ended.output
+        assert results()[0]["status"] == status
+    (weights,) = Path(model).glob("*.safetensors")
+    os.utime(weights, (1, 1))
+    kvlock(*words(write([row()])), "--model=~/mine")
+    assert results()[0]["status"] == "done"

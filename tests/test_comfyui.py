@@ -39,3 +39,17 @@ def embedded(path: Path) -> None:
     torch.manual_seed(0)
     z, t, prompt = torch.randn(2, 3, 8, 64, 64), torch.tensor([0.9, 0.4]), "a red ball moving left, beside a post"
     torch.save({"z": z, "t": t, "prompt": prompt, "x0": load().network(z, t, [prompt] * 2)}, path)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 / 255])
+def test_what_grows_is_the_mask_and_not_its_noise(setup, noise):
+    """As a JPEG has, whose black is not quite black."""
+    from kvlock_sampling.integrations.comfyui.pixels import token_map
+
+    mask = setup.mask[0, 0].clamp_min(noise)
+    edited, _ = token_map(setup.model.inner_model.transformer, setup.source, mask, None, grow=1, transition=0.0)
+    clean, _ = token_map(
+        setup.model.inner_model.transformer, setup.source, setup.mask[0, 0], None, grow=1, transition=0.0
+    )
+    assert 0 < edited.mean() < 1
+    assert torch.equal(edited, clean)

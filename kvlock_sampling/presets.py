@@ -101,7 +101,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     Raises:
         PolicyError: An unknown name, key or type, a setting out of range, or a file that cannot be read.
     """
-    name = os.fspath(name_or_path)
+    name = os.fspath(name_or_path) if isinstance(name_or_path, str | os.PathLike) else repr(name_or_path)
     if "\n" in name:
         return _from_text(name, "text")
     is_path = name.endswith(".toml") or os.sep in name or isinstance(name_or_path, os.PathLike)

@@ -217,6 +217,8 @@ def test_settings_of_any_wrong_type_are_an_error_and_not_a_crash(kind):
     ("text", "words"),
     [
         ("papper", ["no policy 'papper'", "did you mean 'paper'?", "threshold"]),
+        (Constant(lock=0.5), ["no policy 'Constant(lock=0.5", "known: default", "A file ends in .toml"]),
+        (3, ["no policy '3'", "known: default"]),
         ("nowhere.toml", ["cannot read", "'nowhere.toml'"]),
         ("[policy\n", ["not valid TOML", "line 1"]),
         ("threshold = 1\n", ["no [policy] table", 'type = "Linear"']),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvlock_sampling.policy import Policy, Smoothed, stateless
+from kvlock_sampling.policy import Constant, Policy, Smoothed, stateless
 from kvlock_sampling.testing import GaussianDenoiser, MixtureDenoiser, check_policy
 from kvlock_sampling.types import Control, Denoiser, PolicyError
 
@@ -234,3 +234,9 @@ def test_mixture_variance_is_tweedies():
 def test_a_risk_of_any_size_is_asked_of_any_batch(batch):
     with pytest.raises(PolicyError, match=r"returned a lock in \["):
         check_policy(lock_by(lambda o: 1.9 * o.risk), batch=batch)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 2.5, None])
+def test_a_batch_is_a_whole_number_of_clips(batch):
+    with pytest.raises(PolicyError, match=f"batch={batch}; expected a whole number >= 1"):
+        check_policy(Constant(lock=0.5), batch=batch)

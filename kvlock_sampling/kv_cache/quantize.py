@@ -133,7 +133,8 @@ def unpack(packed: Packed, device: torch.device | str = "cpu") -> Tensor:
     dtype, parts = packed[0], {name: part.to(device) for name, part in packed[1].items()}
     if "token" not in parts:
         return parts["values"]
-    return torch.mul(parts["values"], parts["channel"] / _MAX).mul_(parts["token"]).to(dtype)
+    wide, out = torch.mul(parts["values"], parts["channel"] / _MAX), parts["values"].new_empty(0, dtype=dtype)
+    return torch.mul(wide, parts["token"], out=out)  # in one pass, also where the result is rounded
 
 
 class Level(Mapping[str, tuple[Tensor, Tensor]]):

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..policy import Policy, as_policy
 from ..policy.base import check_control, check_ratio, policy_name
 from ..types import Control, Observation, PolicyError
+from ..utils.fields import check_number
 from ..utils.host import HostReads
 from ._contract import Contract, one_clip, rows, same
 
@@ -34,7 +35,7 @@ def check_policy(policy: Any, *, batch: int = 3, tokens: int | None = None, devi
     Raises:
         PolicyError: With the policy, the method, what was given, what was expected, and what to do.
     """
-    policy = as_policy(policy)
+    policy, batch = as_policy(policy), check_number("batch", batch, PolicyError, at_least=1, whole=True)
     contract = Contract(
         policy, PolicyError, "observation", "Control", lambda control, obs: _check_values(policy, control, obs, "step")
     )

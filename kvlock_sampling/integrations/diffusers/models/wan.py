@@ -74,28 +74,26 @@ class WanImageVideo(WanVideo):
         return {**super()._call_options(), "steps": train_steps(self.pipe.scheduler)}
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
-        first = clips[:, :, :1]
+        pipe, first = self.pipe, clips[:, :, :1]
         if self.image is not None:
-            given, fits = getattr(self.image, "shape", type(self.image).__name__), (3, *clips.shape[3:])
-            given = given if isinstance(given, str) else tuple(given)
+            given, fits = tuple(getattr(self.image, "shape", ())), (3, *clips.shape[3:])
             if given != fits:
-                hint = f"kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
-                raise PipelineError(f"image is {given}; expected (3, height, width) = {fits}, in [-1, 1]: {hint}.")
+                hint = f"in [-1, 1]: kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
+                raise PipelineError(f"image is {given or self.image}; expected (3, height, width) = {fits}, {hint}.")
             check_pixels(image := as_clips(self.image[:, None]))
             first = image.to(clips).expand(len(clips), -1, -1, -1, -1)
-        found = {"features": self._features(first)} if self.transformer.config.image_dim is not None else {}
-        if self.pipe.config.get("expand_timesteps"):
+        found = {}
+        if self.transformer.config.image_dim is not None:
+            if getattr(pipe, "image_encoder", None) is None:
+                raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
+            found["features"] = pipe.encode_image(pipe.video_processor.postprocess(first[:, :, 0]), self.device)
+        if pipe.config.get("expand_timesteps"):
             return {"frame": self.encode(first), **found}
         latents = self.encode(torch.cat([first, torch.zeros_like(clips[:, :, 1:])], dim=2))
         # One channel per pixel frame of a latent frame, 1 where that frame is given.
         given = latents.new_zeros(len(clips), self.compression[0], *latents.shape[2:])
         given[:, :, 0] = 1
         return {"frame": torch.cat([given, latents], dim=1), **found}
-
-    def _features(self, first: Tensor) -> Tensor:
-        if getattr(self.pipe, "image_encoder", None) is None:
-            raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
-        return self.pipe.encode_image(self.pipe.video_processor.postprocess(first[:, :, 0]), self.device)
 
 
 class WanVaceVideo(WanVideo):

@@ -27,6 +27,7 @@ from .batching import join_calls, per_row
 from .guidance import guide
 from .types import KVLockError
 from .utils.denoiser import DenoiserProxy
+from .utils.fields import check_number
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
 Call: TypeAlias = Callable[..., Tensor]
@@ -72,8 +73,9 @@ class Preconditioned(DenoiserWrapper):
         self, inner_model: Callable[..., Any], call: Call | None = None, model_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__(inner_model)
-        self.call = call
-        self.model_dtype = model_dtype
+        if not isinstance(model_dtype, torch.dtype | None):
+            raise DenoiserError(f"model_dtype={model_dtype!r}; expected a dtype, e.g. model_dtype=torch.bfloat16.")
+        self.call, self.model_dtype = call, model_dtype
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
         """Return x0 + sigma * noise in the dtype of x0, for sigma of shape () or (batch,)."""
@@ -128,7 +130,7 @@ class FlowDenoiser(Preconditioned):
         options: `call` and `model_dtype` of `Preconditioned`.
 
     Raises:
-        DenoiserError: `prediction` is unknown.
+        DenoiserError: `prediction` is unknown, or `time_scale` no number.
 
     >>> model = FlowDenoiser(lambda z, t: torch.zeros_like(z))  # velocity 0: z_t is x0 already
     >>> model(torch.full((1, 2), 8.0), torch.tensor([3.0]))
@@ -145,8 +147,7 @@ class FlowDenoiser(Preconditioned):
         super().__init__(inner_model, **options)
         if prediction not in ("velocity", "x0"):
             raise DenoiserError(f"prediction={prediction!r}; expected 'velocity' or 'x0'. Else EpsDenoiser, VDenoiser")
-        self.prediction = prediction
-        self.time_scale = time_scale
+        self.prediction, self.time_scale = prediction, check_number("time_scale", time_scale, DenoiserError)
 
     @staticmethod
     def t_from_sigma(sigma: ScalarOrTensor) -> ScalarOrTensor:
@@ -224,9 +225,10 @@ class CFGDenoiser(DenoiserWrapper):
                 f"uncond is {given[0]}, cond {given[1]} in shape; expected the same keys, and the same shapes but for "
                 f"one row or one for each of {len(x)} clip(s): pad the shorter prompt."
             )
+        cond_scale = cond_scale if isinstance(cond_scale, float | int) else torch.as_tensor(cond_scale)
         if isinstance(cond_scale, Tensor) and cond_scale.numel() not in (1, len(x)):
             raise DenoiserError(f"cond_scale has {cond_scale.numel()} values for {len(x)} clips; pass 1 or {len(x)}.")
         dtype = None if isinstance(sigma, Tensor) else torch.promote_types(x.dtype, torch.float32)
         sigma = torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(len(x))
         d_uncond, d_cond = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), **joined).chunk(2)
-        return guide(d_uncond, d_cond, cond_scale.to(x.device) if isinstance(cond_scale, Tensor) else cond_scale)
+        return guide(d_uncond, d_cond, cond_scale)

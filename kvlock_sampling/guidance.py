@@ -24,7 +24,7 @@ def guide(uncond: Latents, cond: Latents, scale: float | Float[Tensor, "batch"])
     With s = 1 it is the same in eps and in D. A float scale gives the very bits those scripts give.
     """
     if isinstance(scale, Tensor):
-        weight = working(scale).view(-1, *[1] * (cond.ndim - 1))
+        weight = working(scale).to(cond.device).view(-1, *[1] * (cond.ndim - 1))
         return (working(uncond) + (working(cond) - working(uncond)) * weight).to(cond.dtype)
     return uncond + (cond - uncond) * scale
 
@@ -37,7 +37,7 @@ def guide_rescaled(uncond: Latents, cond: Latents, scale: float | Float[Tensor, 
     axes, wide = [1] * (cond.ndim - 1), working(x)
     eps_c, eps_u = wide - working(cond), wide - working(uncond)
     star = (eps_c * eps_u).flatten(1).sum(1) / (eps_u.square().flatten(1).sum(1) + 1e-8)
-    weight = working(scale).view(-1, *axes) if isinstance(scale, Tensor) else scale
+    weight = working(scale).to(x.device).view(-1, *axes) if isinstance(scale, Tensor) else scale
     return (wide - ((1 - weight) * star.view(-1, *axes) * eps_u + weight * eps_c)).to(cond.dtype)
 
 

@@ -78,7 +78,7 @@ def restart(
             f"back_to={back_to} leaves no step of the schedule, which runs from {float(sigmas[0]):.3g} to "
             f"{float(sigmas[sigmas > 0].min()):.3g}; give a level in between."
         )
-    batch, out, risk = len(x), x.clone(), last_risk(lock.trace)
+    batch, out, risk = len(x), torch.as_tensor(x).clone(), last_risk(lock.trace)
     if len(risk) != batch:
         raise RunError(f"x has {batch} clips, the lock's last run had {len(risk)}; pass the clips of that run.")
     at_risk = risk > limit
@@ -86,9 +86,9 @@ def restart(
     if not len(index):
         return Restarted(out, at_risk, None)
     part, clips = lock.subset(index, batch), out[index]
-    # A clip's seed does not depend on which other clips are sent back.
+    # Each clip has its own seed, whichever are sent back, and another for what is added: on a CPU, 32 bits of it count.
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
-    noise = gaussian_noise(clips, seeds)(levels[0], levels[0])
+    noise = gaussian_noise(clips, [(each + 2**31) % 2**64 for each in seeds])(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)
     arguments |= seeding(sampler, seeds)
     if (drawn := arguments.get("noise_sampler")) is not None:

@@ -194,8 +194,10 @@ def _announcing(name: str, original: Sampler) -> Sampler:
         except TypeError:  # The original raises a better error.
             return original(*args, **kwargs)
         bound.apply_defaults()
+        if not isinstance(sigmas := bound.arguments.get("sigmas"), Tensor | None):
+            bound.arguments["sigmas"] = check_sigmas(sigmas).to(bound.arguments["x"].device)
         _announce(bound.arguments["model"], _begun(**bound.arguments))
-        return original(*args, **kwargs)
+        return original(*bound.args, **bound.kwargs)
 
     sampler.__module__, sampler.__qualname__ = __name__, name  # so that pickle finds it
     return sampler

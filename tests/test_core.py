@@ -86,6 +86,9 @@ def test_guidance_per_sample_and_in_eps():
     torch.testing.assert_close(guide_rescaled(u, c, scale, x), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(guide_rescaled(u, c, 1.0, x), c)
     assert torch.equal(guide(u.float(), c.float(), 7.3), u.float() + (c.float() - u.float()) * 7.3)
+    on_device = [tensor.to("meta") for tensor in (u, c)]
+    assert guide(*on_device, scale).device.type == "meta"  # the scale may be on the host
+    assert guide_rescaled(*on_device, scale, on_device[0]).device.type == "meta"
 
 
 def test_the_source_finds_the_runs_own_noise_for_any_affine_rule():

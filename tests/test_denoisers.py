@@ -9,6 +9,7 @@ import inspect
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,6 +195,12 @@ def test_errors_name_the_way_out():
         FlowDenoiser(lambda z, t: (z,))(draw(2, 3), torch.ones(2))
     with pytest.raises(DenoiserError, match=r"returned \(2, 6\); expected .* \(2, 3\)"):
         EpsDenoiser(lambda z, t: z.repeat(1, 2))(draw(2, 3), torch.ones(2))
+    with pytest.raises(
+        DenoiserError, match=r"model_dtype='bfloat16'; expected a dtype, e.g. model_dtype=torch.bfloat16"
+    ):
+        EpsDenoiser(velocity, model_dtype="bfloat16")
+    with pytest.raises(DenoiserError, match=r"time_scale='1000'; expected a finite number"):
+        FlowDenoiser(velocity, time_scale="1000")
 
 
 def test_k_diffusions_own_wrappers_are_there_and_ours_agree():
@@ -324,5 +331,6 @@ def test_a_guidance_scale_for_each_clip_has_as_many_as_clips():
     guided = kv.CFGDenoiser(lambda x, sigma, cond: x + cond)
     with pytest.raises(DenoiserError, match="cond_scale has 3 values for 2 clips; pass 1 or 2"):
         guided(x, torch.tensor(1.0), torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([1.0, 2.0, 3.0]))
-    out = guided(x, torch.tensor(1.0), torch.zeros(1, 4), torch.ones(1, 4), torch.tensor([1.0, 3.0]))
-    assert out[:, 0].tolist() == [1.0, 3.0]
+    for scales in (torch.tensor([1.0, 3.0]), [1.0, 3.0], np.array([1.0, 3.0])):
+        out = guided(x, torch.tensor(1.0), torch.zeros(1, 4), torch.ones(1, 4), scales)
+        assert out[:, 0].tolist() == [1.0, 3.0]

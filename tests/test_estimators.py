@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from kvlock_sampling.variance import (
     TrajectoryVariance,
     masked_mean,
 )
+from kvlock_sampling.variance.base import draw
 from kvlock_sampling.variance.dropout import RESIDUAL, dropout_hooks, droppable
 
 PATCH = (1, 2, 2)
@@ -250,6 +252,31 @@ def test_under_a_stochastic_sampler_the_plain_sum_is_the_stable_one():
     )
     assert 0.6 < plain[0] / plain[1] < 1.6
     assert integral[1] / integral[0] > 2
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_a_probe_does_not_draw_the_noise_that_a_run_starts_from(count):
+    """Else renoised latents are the run's own, and the variance reads 0."""
+    like = torch.zeros(1, 4, 1, 4, 4)
+    for seed in range(4):
+        run = torch.randn(like.shape, generator=torch.Generator().manual_seed(count + seed))
+        assert not torch.equal(draw("normal", 1, like, 0, count), run)
+    runs = [torch.randn(1, 4, 1, 16, 16, generator=torch.Generator().manual_seed(seed)) * 10 for seed in range(6)]
+    read = []
+    for x in runs:
+        lock = kv.KVLock(
+            GaussianDenoiser(std=1.0), policy=kv.Sigmoid(lock_range=(0.0, 0.0)), estimator=RenoiseVariance()
+        )
+        lock.sample("euler", x, torch.tensor([10.0, 7.0, 5.0, 3.5, 0.0]))
+        read.append(float(lock.trace.steps[count].variance))
+    assert max(read) < 1.5 * min(read)
+
+
+@pytest.mark.parametrize("kind", [RenoiseVariance, PosteriorVariance, DropoutVariance])
+def test_a_seed_may_be_an_integer_of_numpy(kind):
+    found = kind(seed=np.int64(3))
+    assert found == kind(seed=3)
+    assert type(found.seed) is int
 
 
 def test_a_local_estimator_agrees_with_the_mean_of_its_tokens():

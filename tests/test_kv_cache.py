@@ -18,6 +18,7 @@ from kvlock_sampling.kv_cache import KVCache, KVCacheError, KVCacheWarning, Plan
 from kvlock_sampling.kv_cache.memory import MemoryTier, parse_bytes, readable
 from kvlock_sampling.kv_cache.quantize import pack, unpack
 from kvlock_sampling.kv_cache.refresh import Refresh
+from kvlock_sampling.utils.host import HostReads
 
 FALLING = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
 
@@ -414,12 +415,13 @@ def test_a_level_stays_on_a_device_that_keeps_a_fifth_free(monkeypatch, free, un
 
 def test_a_level_is_read_once_from_its_device(monkeypatch):
     """One transfer says for all tensors of a level whether they can be quantized."""
-    from kvlock_sampling.kv_cache import cache as module
+    asked, together = [], HostReads.together
 
-    asked = []
-    known = module.extremes
-    monkeypatch.setattr(module, "extremes", lambda tensors: asked.append(len(tensors)) or known(tensors))
-    monkeypatch.setattr("kvlock_sampling.kv_cache.quantize.extremes", None)  # nothing asks again
+    def counted(reads, *values):
+        asked.extend([len(values)] * any(id(value) not in reads._known for value in values))
+        together(reads, *values)
+
+    monkeypatch.setattr(HostReads, "together", counted)
     one, keys = entry(KVCache(format="int8")), source_pass(1.0)
     bad = {name: (key, value.clone()) for name, (key, value) in keys.items()}
     name = next(iter(bad))

@@ -8,7 +8,12 @@ import torch
 import kvlock_sampling as kv
 from kvlock_sampling.batching import take
 from kvlock_sampling.restart import last_risk, restart
+from kvlock_sampling.testing import GaussianDenoiser
 from kvlock_sampling.types import RunError
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def measured_lock(pair, **arguments):
@@ -110,6 +115,34 @@ def test_a_subset_of_a_lock_is_the_lock_of_the_subset(pair):
     )
     outs = [lock.sample("heun", pair.x[1:], pair.sigmas, extra_args=cfg) for lock in (part, alone)]
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral"])
+def test_the_sampler_does_not_draw_the_noise_that_sent_a_clip_back(sampler):
+    lock = kv.KVLock(GaussianDenoiser(std=1.0), policy=kv.Sigmoid(lock_range=(0.0, 0.0)), threshold=1e-12)
+    sigmas, made = torch.tensor([10.0, 5.0, 3.5, 2.0, 1.0, 0.0]), torch.randn(2, 4, 4, 32, 32, generator=seeded(0))
+    x, seen = lock.sample(sampler, made * 10, sigmas, seed=[1, 2]), {}
+    restart(lock, sampler, x, sigmas, back_to=3.5, callback=lambda step: seen.setdefault(float(step["sigma"]), step))
+    assert float(seen[2.0]["x"].std()) == pytest.approx(5**0.5, rel=0.1)  # of x0 and of the noise at 2
+
+
+def test_a_mask_for_all_pictures_stays_one_where_they_are_as_many_as_its_rows():
+    pictures, mask = torch.randn(8, 4, 8, 8, generator=seeded(0)), torch.zeros(8, 8)
+    mask[2:5, 2:5] = 1
+    options = {"mask": mask, "policy": "off", "composite": True}
+    sigmas, denoiser = torch.tensor([10.0, 3.0, 0.0]), GaussianDenoiser(std=1.0)
+    x = torch.randn(8, 4, 8, 8, generator=seeded(1)) * 10
+    whole = kv.KVLock(denoiser, source=pictures, **options)
+    part = whole.subset(torch.tensor([1, 3]), 8).sample("euler", x[[1, 3]], sigmas)
+    assert torch.equal(part, whole.sample("euler", x, sigmas)[[1, 3]])
+
+
+def test_clips_may_be_an_array(pair):
+    lock = measured_lock(pair)
+    x = lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+    options = {"back_to": 3.0, "limit": -1.0, "extra_args": pair.cfg}
+    found = [restart(lock, "euler", clips, pair.sigmas, **options).x for clips in (x, x.numpy())]
+    assert torch.equal(*found)
 
 
 def test_noise_that_passed_for_all_clips_passes_for_each(pair):

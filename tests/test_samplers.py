@@ -187,6 +187,15 @@ def test_seeded_noise_is_not_the_noise_that_people_start_from():
     assert torch.equal(first, samplers.gaussian_noise(x, 7)(1.0, 0.5))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("dpm_adaptive", "dpm_fast")])
+@pytest.mark.parametrize("kind", [list, np.float32])
+def test_a_schedule_may_be_a_list_where_a_sampler_is_called_itself(name, kind):
+    random = {"noise_sampler": lambda *_: torch.ones(2, 3)} if name in RANDOM else {}
+    given = (SIGMAS, kind(SIGMAS.tolist()))
+    runs = [samplers.get(name)(gaussian, start(2, 3), sigmas, disable=True, **random) for sigmas in given]
+    assert torch.equal(*runs)
+
+
 def test_a_schedule_may_be_a_reversed_array():
     rising = np.ascontiguousarray(SIGMAS.numpy()[::-1])
     runs = [samplers.run("euler", gaussian, start(2, 3), sigmas) for sigmas in (rising[::-1], SIGMAS)]

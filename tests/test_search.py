@@ -110,8 +110,10 @@ def second_is_best():
 def test_a_mask_without_a_border_gives_the_seam_nothing_to_judge_by(setup):
     mask = torch.zeros(1, 1, 3, 8, 8)
     mask[:, :, 1:] = 1  # whole frames
-    with pytest.raises(RunError, match="gave start 0 nan; expected a finite number"):
-        kv.search(measured(setup, mask=mask), "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    lock = measured(setup, mask=mask)
+    with pytest.raises(RunError, match=r"has no border to judge by. Give judge="):
+        kv.search(lock, "euler", starts(setup), setup.sigmas, extra_args=setup.cfg)
+    assert not lock.trace.steps  # before anything is sampled
     with pytest.raises(RunError, match="this lock has none"):
         search.seam(kv.KVLock(setup.model, policy="off"))
 
@@ -204,6 +206,24 @@ def test_starts_in_half_precision(setup, sampler):
     found = kv.search(measured(setup), sampler, x, setup.sigmas, extra_args=setup.cfg)
     alone = measured(setup).sample(sampler, x[found.chosen], setup.sigmas, extra_args=setup.cfg)
     assert torch.equal(found.x, alone)
+
+
+def test_one_step_in_half_precision(setup):
+    found = kv.search(measured(setup), "euler", starts(setup, 2).half(), setup.sigmas[[0, -1]], extra_args=setup.cfg)
+    assert found.candidates.dtype == found.x.dtype
+    assert torch.equal(found.candidates[found.chosen], found.x)
+
+
+def test_the_seam_tells_near_predictions_of_half_precision_apart(setup):
+    judge = search.seam(measured(setup))
+    near = [torch.ones_like(setup.source).bfloat16() * scale for scale in (1.0, 1.0 + 2**-7)]
+    exact = [judge(clip.double(), None) for clip in near]
+    assert [judge(clip, None) for clip in near] == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_bare_model_is_told(setup):
+    with pytest.raises(RunError, match=r"search got a function.*search\(KVLock\(model"):
+        kv.search(lambda x, sigma: x, "euler", starts(setup), setup.sigmas)
 
 
 @pytest.mark.parametrize("sigmas", [30, torch.zeros(1)])

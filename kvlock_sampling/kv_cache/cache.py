@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_flatten
 from ..attention import AttentionLayers
 from ..masks.tokens import Selection
 from ..types import AttentionError, KVCacheError, KVCacheWarning
+from ..utils.host import HostReads
 from ..utils.warn import warn
 from . import disk
 from .fingerprint import content_fingerprint, mark, model_fingerprint
 from .memory import MemoryTier, parse_bytes, readable, room_on
-from .quantize import Level, PackedLevel, extremes, level_bytes, on_host, pack, packed_bytes
+from .quantize import Level, PackedLevel, level_bytes, on_host, pack, packed_bytes
 from .refresh import Refresh, add_request
 
 KeyValues = Mapping[str, tuple[Tensor, Tensor]]
@@ -145,10 +146,11 @@ class CacheEntry:
             self._warn_too_large(size)
             return keys
         place = self._device if room_on(self._device, size) else torch.device("cpu")
-        ends = extremes(flat)
-        if not all(math.isfinite(low + high) for low, high in ends):
+        reads = HostReads()
+        reads.together(*flat)
+        if not all(math.isfinite(sum(reads.range(x))) for x in flat):
             return keys  # a kernel has failed: later runs may take another
-        packed = [pack(x, format, known) for x, known in zip(flat, ends, strict=True)]
+        packed = [pack(x, format, reads.range(x)) for x in flat]
         level = dict(zip(self.layers, zip(packed[::2], packed[1::2], strict=True), strict=True))
         self.settle()  # one level at a time, so that no more than one is on its way
         self._fresh.add(sigma)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..types import KVCacheError
+from ..utils.host import HostReads, Range
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
@@ -30,8 +31,6 @@ _BLOCK = 2**28  # bytes of page-locked memory that are taken together
 
 Packed: TypeAlias = tuple[torch.dtype, Mapping[str, Tensor]]
 """One stored tensor: the dtype that `unpack` returns, and "values", for int8 also the scales "channel" and "token"."""
-
-Ends: TypeAlias = tuple[float, float]
 
 PackedLevel: TypeAlias = Mapping[str, tuple[Packed, Packed]]
 """The stored key and value of every layer at one noise level."""
@@ -85,16 +84,15 @@ def on_host(level: PackedLevel) -> PackedLevel:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack(x: Tensor, format: str | None, ends: Ends | None = None) -> Packed:
+def pack(x: Tensor, format: str | None, ends: Range | None = None) -> Packed:
     """Store a tensor (..., tokens, dim) on its device; `ends` are its extremes, if they are known on the host.
 
     The result shares no memory with `x` and is no inference tensor, so a later run may take gradients. A tensor with
     NaN, infinity or numbers above 2^100 is stored unchanged. Raises KVCacheError for anything but floats.
     """
     form = layout(x.shape, x.dtype, format)
-    if format is not None and x.numel() and ends is None:
-        ends = extremes([x])[0]
-    if format is None or not x.numel() or not (ends and ends[0] > -_LARGEST and ends[1] < _LARGEST):
+    low, high = (ends or HostReads().range(x)) if format is not None and x.numel() else (math.nan, math.nan)
+    if not (low > -_LARGEST and high < _LARGEST):
         return x.dtype, {"values": x.clone(memory_format=torch.contiguous_format)}
     parts = {name: x.new_empty(shape, dtype=dtype) for name, (dtype, shape) in form.items()}
     # Some heads at a time: the working copies take several times the room of the result.
@@ -103,13 +101,6 @@ def pack(x: Tensor, format: str | None, ends: Ends | None = None) -> Packed:
         some = slice(start, start + step)
         _quantize(x[..., some, :, :], {name: part[..., some, :, :] for name, part in parts.items()})
     return x.dtype, parts
-
-
-@torch.no_grad()
-def extremes(tensors: Sequence[Tensor]) -> list[Ends]:
-    """The smallest and the largest number of each tensor, NaN if it holds one, with one transfer from their device."""
-    found = [torch.stack(x.aminmax()).float() if x.numel() else torch.zeros(2, device=x.device) for x in tensors]
-    return [(low, high) for low, high in torch.stack(found).tolist()]
 
 
 def _quantize(x: Tensor, parts: Mapping[str, Tensor]) -> None:

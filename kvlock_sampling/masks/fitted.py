@@ -59,9 +59,11 @@ class FittedMask:
             self.given = as_tensor(mask).clone()
         self._known: dict[Any, Any] = {}
 
-    def subset(self, index: Tensor, batch: int, *, videos: bool) -> "FittedMask":
-        """The same mask for the clips `index` of a batch of `batch`. With `videos` its first axis is that of clips."""
-        return FittedMask(take(as_mask(self.given) if videos else self.given, index, batch), self.reach)
+    def subset(self, index: Tensor, batch: int, *, axes: int) -> "FittedMask":
+        """The same mask for the clips `index` of a batch of `batch`, whose latents have so many axes."""
+        one = axes == 4 and self.given.ndim == 2  # of all pictures
+        given = as_mask(self.given) if axes == 5 else self.given[None] if one else self.given
+        return FittedMask(take(given, index, batch), self.reach)
 
     @_remembered
     def latent(self, like: Tensor) -> Tensor:
@@ -75,8 +77,8 @@ class FittedMask:
         if like.ndim != 4 or (mask.ndim == 4 and mask.shape[1] != 1):
             return self._broadcastable(like)
         # A picture's mask is (height, width), (batch, height, width) or (batch, 1, height, width).
-        clips = mask[None, None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-        return FittedMask(clips if clips.ndim == 5 else clips.unsqueeze(2)).latent(like.unsqueeze(2))[:, :, 0]
+        clips = as_mask(mask[:, None] if mask.ndim == 3 else mask)
+        return FittedMask(clips).latent(like.unsqueeze(2))[:, :, 0]
 
     @_remembered
     def tokens(self, like: Tensor, patch: Grid) -> Tensor:

@@ -34,11 +34,11 @@ class HostReads:
                 self._known[id(v)] = v, (low, high)
 
     def range(self, value: float | Tensor) -> Range:
-        """The smallest and the largest entry; a float is both."""
+        """The smallest and the largest entry; a float is both. Of an empty tensor 0."""
         if not isinstance(value, Tensor):
             return float(value), float(value)
         self.together(value)
-        return self._known[id(value)][1]
+        return self._known[id(value)][1] if value.numel() else (0.0, 0.0)
 
 
 def check_prediction(reads: HostReads, sigma: float, denoised: Tensor) -> None:

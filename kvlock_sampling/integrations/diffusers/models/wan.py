@@ -76,10 +76,10 @@ class WanImageVideo(WanVideo):
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:
         pipe, first = self.pipe, clips[:, :, :1]
         if self.image is not None:
-            given, fits = tuple(getattr(self.image, "shape", ())), (3, *clips.shape[3:])
-            if given != fits:
+            shape, fits = tuple(getattr(self.image, "shape", ())), (3, *clips.shape[3:])
+            if shape != fits:
                 hint = f"in [-1, 1]: kv.video.read_clip(path, frames=1, size={fits[1:]}).pixels[:, 0]"
-                raise PipelineError(f"image is {given or self.image}; expected (3, height, width) = {fits}, {hint}.")
+                raise PipelineError(f"image is {shape or self.image}; expected (3, height, width) = {fits}, {hint}.")
             check_pixels(image := as_clips(self.image[:, None]))
             first = image.to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {}

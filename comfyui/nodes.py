@@ -343,8 +343,8 @@ class KVLockExample(io.ComfyNode):
             node_id="KVLockExample",
             display_name="KV Lock Example",
             category=CATEGORY,
-            description="A small model and a clip to edit, so that everything can be tried without a download. It "
-            "knows five words: colour, shape, motion, surface and post, as in the prompts that it puts out.",
+            description="A small model and a clip to edit, so that everything can be tried without a download. Its "
+            "prompts have five parts: colour, shape, motion, surface and post, as in those that it puts out.",
             inputs=[
                 io.Combo.Input("edit", options=list(EDITS), default="remove", tooltip="What happens to the object."),
                 io.Int.Input("scene", default=1003, min=0, max=1_000_000, tooltip="Chooses the clip."),

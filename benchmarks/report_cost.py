@@ -108,14 +108,19 @@ def gpu(record: dict, stored: dict) -> str:
         body.append([said, *cells, f"{max(r['memory_ratio'] for r in own):.2f}"])
     plain = next(r for r in rows if r["way"] == "plain")
     name = f"{plain['model']}, all {plain['layers']} layers, {about['dtype']}, {about['machine']}"
-    level = stored["int8"]
+    level, unchanged, passing = stored["int8"], stored["unchanged"], stored["seconds of a source pass"]
+    refreshed = min(r["seconds"] for r in rows if r["way"] == "foreground, KV cache every 3")
+    refreshed -= (level["seconds"] - unchanged["seconds"]) / 3 + level["seconds to read it"]
     return (
         f"{name}. Time per evaluation over that of plain guidance ({plain['seconds']:.2f} s), median of rounds that "
         "take turns, and the most memory beyond weights and inputs:\n\n"
         + table(["way", *(f"{share:.0%} edited" for share in shares), "memory"], body)
         + f"\n\nA level of the KV cache is {level['bytes of a level'] / 1e9:.1f} GB in 8 bits at a quarter edited. "
         f"Storing it takes {level['of a source pass']:.1%} of the source pass that made it, reading it "
-        f"{level['seconds to read it'] / stored['seconds of a source pass']:.1%}."
+        f"{level['seconds to read it'] / passing:.1%}. Kept unchanged (`format=None`) it is "
+        f"{unchanged['bytes of a level'] / 1e9:.1f} GB, and these times are {unchanged['of a source pass']:.1%} and "
+        f"{unchanged['seconds to read it'] / passing:.1%}. A cache with a source pass at every third evaluation would "
+        f"then take {refreshed / plain['seconds']:.2f}, by count: one level is stored, and one read in each evaluation."
     )
 
 

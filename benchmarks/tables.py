@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
-from release import RESULTS, ROWS, SEARCHED
+from release import RESULTS, ROWS, SEARCHED, report
 
 from kvlock_sampling.tiny.model import WEIGHTS
 from kvlock_sampling.utils.files import write_atomically
@@ -85,8 +85,9 @@ def main() -> None:
 
     with ThreadPoolExecutor(given.processes) as pool:
         list(pool.map(run, [name for name in JOBS if name not in record["done"]]))
-    for command in (RELEASE, OTHER, ["release.py", "--edits", "60", "--search"]):  # the tables of all rows
-        subprocess.run([sys.executable, *command, "--bfloat16"], cwd=HERE, check=True)
+    for name in ("release", "release_dpmpp", "release_search"):
+        rows = json.loads((RESULTS / f"{name}.json").read_text())
+        write_atomically(RESULTS / f"{name}.md", report(rows) + "\n")
     parts = [str(PARTS / f"{first}.json") for first in SEEDS]
     subprocess.run([sys.executable, "seeds.py", "--join", *parts], cwd=HERE, check=True)
     shutil.rmtree(PARTS)

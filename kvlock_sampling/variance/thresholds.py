@@ -53,7 +53,7 @@ DEFAULT_ESTIMATOR = TrajectoryVariance(window=None, span=8.0, normalise=True, in
 
 DEFAULT_THRESHOLD = ThresholdCurve(
     sigmas=(25.9, 15.0, 9.23, 5.83, 3.67, 2.21, 1.37, 0.84, 0.491, 0.312, 0.201, 0.0973),
-    values=(4.08e-5, 1.74e-4, 6.01e-4, 0.00137, 0.00273, 0.00421, 0.00599, 0.0104, 0.0181, 0.0222, 0.0376, 0.0834),
+    values=(3.71e-5, 1.96e-4, 6.21e-4, 0.0012, 0.00227, 0.00429, 0.00647, 0.0101, 0.0164, 0.0228, 0.0367, 0.0844),
 )
 """What 95% of calm measurements of the embedded model stay below, by `kvlock calibrate --clips 128`."""
 

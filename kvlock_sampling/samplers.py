@@ -260,6 +260,8 @@ def seeding(sampler: Any, seed: Any) -> dict[str, Any]:
     """
     function = get(sampler) if isinstance(sampler, str) else sampler
     if "noise_sampler" not in parameters_of(function):
+        if function in _SAMPLERS.values():
+            return {}
         try:
             _tried(function, torch.tensor([2.0, 1.0, 0.0]), noise_sampler=lambda *levels: torch.zeros(1, 1, 1, 1, 1))
         except Exception as error:

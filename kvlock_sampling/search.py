@@ -140,6 +140,8 @@ def search(
         check_number("at", count, RunError, f" {level:g} is where so many go on.", at_least=keep, whole=True)
         low, high = min(levels) * (1 - SAME_SIGMA), max(levels) * (1 + SAME_SIGMA)
         check_number("at", level, RunError, " A noise level of the schedule.", at_least=low, at_most=high)
+    if not (judge is None or callable(judge)):
+        raise RunError(f"judge={judge!r}; expected a function of (x0-hat, trace), e.g. kvlock_sampling.search.calm.")
     if judge is None:
         judge = calm if source is None or source.latents.ndim < 4 else seam(lock)
     with ExitStack() as blocks:

@@ -424,3 +424,7 @@ def test_a_second_stage_goes_on_with_the_noise_and_the_decisions_of_the_first(se
         assert torch.equal(second._run().noise, stage.noise)
         torch.testing.assert_close(second.trace.steps[0].lock, stage.state.lock)
         assert stage.state.lock.max() > 0
+    larger = Stage(torch.cat([stage.noise] * 2), stage.sigma, stage.state)  # of a batch that was run before
+    with setup.lock(policy="sigmoid", sigmas=setup.sigmas[half:]) as third:
+        ComfyLock(source={"samples": setup.source})._go_on(third, [stage, larger], x, setup.sigmas[half].expand(1))
+        assert torch.equal(third._run().noise, stage.noise)

@@ -15,8 +15,10 @@ from networks import random_network
 from test_backends import outputs
 
 import kvlock_sampling as kv
-from kvlock_sampling.attention.compat.torch_compile import without_compiler
+from kvlock_sampling.testing.estimator import CheckModel
 from kvlock_sampling.types import AttentionError
+from kvlock_sampling.utils.threads import without_compiler
+from kvlock_sampling.variance import DropoutVariance
 
 KINDS = ("torch.compile", "compile", "compile_repeated_blocks", "denoiser")
 SLOW = [pytest.param(k, marks=pytest.mark.slow) if k in ("compile", "denoiser") else k for k in KINDS]
@@ -264,6 +266,19 @@ def test_offloaded_cast_and_cached_blocks_compiled():
     got = outputs(setup, model=model)
     torch.testing.assert_close(got[0], expected)
     assert got[1] == fused
+
+
+def test_a_compiled_network_is_thinned_as_an_uncompiled_one():
+    x, sigmas, found = torch.randn(1, 4, 2, 4, 4) * 10, torch.tensor([10.0, 3.0, 1.0, 0.0]), []
+    for compile_first in (False, True):
+        model = CheckModel()
+        if compile_first:
+            model.compile(backend="eager")
+        lock = kv.KVLock(model, policy=kv.Sigmoid(lock_range=(0.0, 0.0)), estimator=DropoutVariance(rate=0.5))
+        lock.sample("euler", x, sigmas)
+        found.append([float(step.variance) for step in lock.trace])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert min(found[0]) > 0
 
 
 def test_the_stance_of_the_compiler_is_put_back_when_the_last_thread_leaves():

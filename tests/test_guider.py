@@ -186,6 +186,11 @@ def test_hunyuan_video_15_takes_the_guider() -> None:
     assert far_apart(sample(guider.edit(source_embeds=other)), got) > 1e-3
     with pytest.raises(kv.KVLockError, match=r"it gives .*encoder_attention_mask"):
         sample(guider.edit(source_embeds={"text": other["encoder_hidden_states"]}))
+    with pytest.raises(kv.KVLockError, match="source_embeds lacks encoder_attention_mask; give the source's own"):
+        sample(guider.edit(source_embeds=other["encoder_hidden_states"]))  # would be read under the edit's mask
+    for wrong in ((other["encoder_hidden_states"], None), {"encoder_hidden_states": [1.0]}):
+        with pytest.raises(kv.KVLockError, match=r"source_embeds is a .*; expected a tensor"):
+            sample(guider.edit(source_embeds=wrong))
 
 
 def test_a_network_that_casts_no_times_gets_the_pipelines_dtype() -> None:

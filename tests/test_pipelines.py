@@ -16,6 +16,7 @@ import torch
 from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
+from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.integrations.diffusers import PipelineError
 from kvlock_sampling.integrations.diffusers import latents as codec
 from kvlock_sampling.kv_cache.fingerprint import model_fingerprint
@@ -324,7 +325,23 @@ def test_a_users_subclass_is_of_the_family():
     assert type(kv.from_pipeline(pipe, frame_rate=12.0)).__name__ == "LTXVideo"
 
 
+def replaced(part):
+    pipe = tiny_pipeline("wan-2.2")
+    video = kv.from_pipeline(pipe)
+    setattr(pipe, part, copy.deepcopy(getattr(pipe, part)))
+    return video.given(make_clip())
+
+
+def of_first_and_last_frame():
+    pipe = tiny_pipeline("wan-image")
+    pipe.transformer.register_to_config(pos_embed_seq_len=514)
+    return kv.from_pipeline(pipe).given(make_clip()).prompt("a red square")
+
+
 REFUSED = {
+    "another network": (lambda: replaced("transformer"), r"was replaced: take it anew, kv\.from_pipeline\(pipe\)"),
+    "another second network": (lambda: replaced("transformer_2"), "was replaced: take it anew"),
+    "first and last frame": (of_first_and_last_frame, "reads a last frame too; expected one that reads"),
     "another class": (lambda: kv.from_pipeline(object()), "object is of no known family.*FlowDenoiser"),
     "a sibling": (
         lambda: kv.from_pipeline(type("LTXConditionPipeline", (), {})()),
@@ -371,6 +388,17 @@ def test_misuse_is_refused_with_the_fix(name):
     use, message = REFUSED[name]
     with pytest.raises(PipelineError, match=f"(?s){message}"):
         use()
+
+
+def test_the_noise_that_a_decoder_adds_is_none_that_a_run_starts_from(monkeypatch):
+    video, clip, _ = model("ltx", decode_timestep=0.05, decode_noise_scale=0.025)
+    latents, seen, blend = video.encode(clip), [], torch.lerp
+    video.pipe.vae.register_to_config(timestep_conditioning=True)
+    monkeypatch.setattr(torch, "lerp", lambda *given: seen.append(given[1]) or blend(*given))
+    monkeypatch.setattr(video.pipe.vae, "decode", lambda raw, times, return_dict: (raw,))
+    video._decode(latents)
+    assert len(seen) == 1
+    assert not torch.equal(seen[0][0], start_noise(latents, 0)[0])
 
 
 def test_a_missing_part_or_another_scheduler_is_refused_at_construction():

@@ -211,6 +211,12 @@ def test_a_family_that_is_not_known_is_refused_before_its_weights_are_read(folde
         kv.diffusers.load_pipeline(tmp_path)
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", 1.5])
+def test_a_device_that_is_not_there_is_told_before_weights_are_read(folder, unread, device):
+    with pytest.raises(PipelineError, match=rf"device={device!r}; expected e\.g\. 'cuda', 'cuda:1' or 'cpu': "):
+        kv.diffusers.load_pipeline(folder / "wan", device=device)
+
+
 def test_a_folder_that_is_no_pipeline(folder, tmp_path):
     with pytest.raises(PipelineError, match=r"(?s)does not exist.*save_pretrained.*hf download"):
         kv.diffusers.load_pipeline(tmp_path / "nowhere")

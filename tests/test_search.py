@@ -221,6 +221,13 @@ def test_the_seam_tells_near_predictions_of_half_precision_apart(setup):
     assert [judge(clip, None) for clip in near] == pytest.approx(exact, rel=1e-5)
 
 
+def test_a_judge_by_name_is_told_before_anything_is_sampled(setup):
+    lock = measured(setup)
+    with pytest.raises(RunError, match="judge='calm'; expected a function of"):
+        kv.search(lock, "euler", starts(setup), setup.sigmas, judge="calm", extra_args=setup.cfg)
+    assert not lock.trace.steps
+
+
 def test_a_bare_model_is_told(setup):
     with pytest.raises(RunError, match=r"search got a function.*search\(KVLock\(model"):
         kv.search(lambda x, sigma: x, "euler", starts(setup), setup.sigmas)

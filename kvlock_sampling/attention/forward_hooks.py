@@ -5,7 +5,6 @@ a hooked module gets a subclass of its class, whose forward the compiler does no
 that, and it compiles a second graph, which breaks at the hook. Both graphs stay cached.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..utils.modules import plain_copies, wearing
-from ..utils.threads import setting
+from ..utils.threads import compiler_imported, setting
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]  # (call, args, kwargs) -> the output
@@ -78,11 +77,6 @@ def hooked(hooks: Iterable[ForwardHook]) -> Iterator[None]:
             stack.enter_context(wearing(hook.module, _hooked))
         stack.enter_context(setting(_hooks, now))
         yield
-
-
-def compiler_imported() -> bool:
-    """Whether the compiler was imported. Without it nothing can be compiled."""
-    return "torch._dynamo" in sys.modules
 
 
 def patched(module: nn.Module) -> bool:

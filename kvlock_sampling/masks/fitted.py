@@ -26,9 +26,7 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
     real = isinstance(transition, list | tuple) and all(isinstance(n, Real) for n in transition)
     pair = tuple(transition) if real else ()
     if len(pair) != 2 or not (0 < pair[0] < math.inf and 0 <= pair[1] <= 1):
-        raise MaskError(
-            f"transition={transition!r}; expected (width in tokens > 0, fraction of the lock in [0, 1]), e.g. (1, 0.5)."
-        )
+        raise MaskError(f"transition={transition!r}; expected (width in tokens > 0, lock in [0, 1]), e.g. (1, 0.5).")
     return float(pair[0]), float(pair[1])
 
 
@@ -152,10 +150,9 @@ class FittedMask:
                 temporal = 0
         if not temporal or height % h or width % w or height // h != width // w:
             raise MaskError(
-                f"mask has frames x height x width {frames} x {height} x {width}, "
-                f"the latents have {t} x {h} x {w}; no whole compression factor leads to it, one for both sides.\n"
-                f"  Pass the mask at the latents' size, or at the clip's, e.g. masks.resize(mask, {1 + 4 * (t - 1)}, "
-                f"{8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
+                f"mask has frames x height x width {frames} x {height} x {width}, the latents have {t} x {h} x {w}; no "
+                "whole compression factor leads to it, one for both sides.\n  Pass the mask at the latents' size, or "
+                f"at the clip's, e.g. masks.resize(mask, {1 + 4 * (t - 1)}, {8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
             )
         return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
 

@@ -64,9 +64,7 @@ def check_mask(mask: MaskLike) -> Mask:
         if not clip.any():
             raise MaskError(f"{name} is 0 everywhere: nothing to edit. Paint the region to edit with 1")
         if (clip == 1).all():
-            raise MaskError(
-                f"{name} is 1 everywhere: nothing left to lock; is the polarity inverted? use masks.from_keep_mask"
-            )
+            raise MaskError(f"{name} is 1 everywhere: nothing kept; is the polarity inverted? use masks.from_keep_mask")
     return values
 
 

@@ -194,9 +194,7 @@ def check_control(policy: Any, control: Any, batch: int, tokens: int | None, met
                     "combine obs.risk elementwise."
                 )
         elif value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-            raise PolicyError(
-                f"{name} returned {field} of type {type(value).__name__}; expected a tensor or a float: float({field})."
-            )
+            raise PolicyError(f"{name} returned {field} of type {type(value).__name__}; expected a float or a tensor.")
         if value is None or (isinstance(value, Tensor) and not HostReads.free(value)):
             continue
         low, high = HostReads().range(value)

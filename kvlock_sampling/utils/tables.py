@@ -53,9 +53,7 @@ def to_table(value: Any, registry: Mapping[str, type]) -> dict[str, Any]:
     """Return the table of an object, with all its settings: `from_table(to_table(x, r), r, "") == x`."""
     kind = type(value)
     if registry.get(kind.__name__) is not kind:
-        raise PolicyError(
-            f"{value!r} cannot be written as a file: it is code. A file holds settings of {', '.join(registry)}."
-        )
+        raise PolicyError(f"{value!r} cannot be written as a file: it is code. Files hold {', '.join(registry)}.")
     table: dict[str, Any] = {"type": kind.__name__}
     for name, field in _fields(kind).items():
         setting = getattr(value, name)

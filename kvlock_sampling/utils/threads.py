@@ -1,10 +1,13 @@
 """What belongs to one thread or task, and what all of them share."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
+
+import torch
 
 _mark: ContextVar[None] = ContextVar("kvlock_here")
 
@@ -58,3 +61,15 @@ def shared(enter: Callable[[ExitStack], None]) -> Callable[[], AbstractContextMa
                     undo.close()
 
     return inside
+
+
+def compiler_imported() -> bool:
+    """Whether the compiler was imported. Without it nothing can be compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+@shared  # the compiler has one stance for all threads
+def without_compiler(undo: ExitStack) -> None:
+    """Run compiled code uncompiled inside the block."""
+    if compiler_imported():
+        undo.enter_context(torch.compiler.set_stance("force_eager"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..types import EstimatorError, Evaluation
 from ..utils.fields import number, reject
 from ..utils.precision import working
+from ..utils.threads import without_compiler
 from .base import Estimator, Patch, ProbingEstimator, generator, pooled
 
 RESIDUAL = (
@@ -109,7 +110,7 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
     def thin(keep: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         return output * keep.to(output) if threading.get_ident() == owner else None
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, without_compiler():  # which would not notice the hooks
         for index, module in enumerate(droppable(model, select).values()):
             keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
             stack.callback(module.register_forward_hook(partial(thin, keep / (1 - rate))).remove)

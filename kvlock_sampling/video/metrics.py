@@ -22,6 +22,7 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     >>> masked_psnr(torch.zeros(1, 3, 2, 4, 4), torch.full((1, 3, 2, 4, 4), 0.2))
     tensor([20.])
     """
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
     if a.ndim != 5 or a.shape != b.shape:
         raise MaskError(
             f"got clips of shapes {tuple(a.shape)} and {tuple(b.shape)}; expected one shape (batch, 3, T, H, W), "
@@ -30,8 +31,7 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     most = max((float(clip.detach().abs().max()) for clip in (a, b) if clip.numel()), default=0.0)
     if most > 16:  # A prediction overshoots by less.
         raise MaskError(f"got clips up to {most:.3g}; expected [-1, 1]: clip / 127.5 - 1 for bytes.")
-    if mask is None:
-        mask = torch.ones(1, 1, *a.shape[2:], device=a.device)
+    mask = torch.ones(1, 1, *a.shape[2:]) if mask is None else torch.as_tensor(mask)
     if mask.ndim != 5 or mask.shape[0] not in (1, a.shape[0]) or mask.shape[1] != 1 or mask.shape[2:] != a.shape[2:]:
         raise MaskError(
             f"got a mask of shape {tuple(mask.shape)} for clips {tuple(a.shape)}; expected "

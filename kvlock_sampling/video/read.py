@@ -223,9 +223,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
         lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read
     elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
         if found and count != len(ours) - 1:
-            told.append(
-                f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: the clip's frames have none"
-            )
+            told.append(f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: the clip has none")
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]

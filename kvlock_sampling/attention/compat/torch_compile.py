@@ -2,22 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import TypeVar
 
-import torch
-
-from ...utils.threads import shared
+from ...utils.threads import compiler_imported, without_compiler
 from ...utils.warn import warn
-from ..forward_hooks import compiler_imported
 
 T = TypeVar("T")
-
-
-@shared  # the compiler has one stance for all threads
-def without_compiler(undo: ExitStack) -> None:
-    """Run compiled code uncompiled inside the block."""
-    undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 def call_compiled(call: Callable[[], T], acted: Callable[[], bool]) -> tuple[T, bool]:

@@ -236,7 +236,7 @@ class ComfyLock:
     def _go_on(self, lock: KVLock, stages: Sequence[Stage], x: Tensor, sigma: Tensor) -> None:
         """Go on with the stage whose noise explains the background that this run begins with."""
         source, mask, run = lock.settings.source, lock.settings.mask, lock._run()
-        stages = [stage for stage in stages if stage.noise.shape[1:] == x.shape[1:]]
+        stages = [stage for stage in stages if stage.noise.shape in (x.shape, x[:1].shape)]
         if source is None or mask is None or not stages:
             raise SourceError(
                 "the stage before has no run to continue; expected one with this clip since ComfyUI started. Run it "

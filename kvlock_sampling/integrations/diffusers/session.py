@@ -1,5 +1,6 @@
 """A lock driven by another loop, one evaluation at a time: what `locked` and `KVLockGuider` share."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -106,16 +107,20 @@ class Session:
         return (guided := calls.velocity(denoised)), guided
 
     def _source_args(self, calls: FlowCalls, cond: dict[str, Tensor]) -> dict[str, Any]:
-        given = self.source_embeds
-        if given is None:
+        if (given := self.source_embeds) is None:
             return {}
-        if isinstance(given, Tensor):
-            given = {"encoder_hidden_states": given}
+        given = {"encoder_hidden_states": given} if isinstance(given, Tensor) else given
+        if not (isinstance(given, Mapping) and all(isinstance(part, Tensor) for part in given.values())):
+            what = f"{type(given).__name__}; expected a tensor (1 or batch, tokens, dim), or tensors by name"
+            raise PipelineError(f"source_embeds is a {what}: source_embeds=pipe.encode_prompt(text)[0].")
         if wrong := sorted(given.keys() - cond.keys()):
             raise PipelineError(
                 f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
                 f"{', '.join(sorted(cond))}."
             )
+        masks = {name.replace("hidden_states", "attention_mask") for name in given}
+        if lacks := sorted((masks & cond.keys()) - given.keys()):
+            raise PipelineError(f"source_embeds lacks {', '.join(lacks)}; give the source's own, in a mapping of all.")
         if self._placed is None:
             like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}
             self._placed = {k: v.to(cond[k].device, like[k]) for k, v in given.items()}

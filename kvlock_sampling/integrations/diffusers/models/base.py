@@ -187,8 +187,9 @@ class PipelineVideo:
         `masks.as_mask` reads, is by default everything. A prompt of one text then counts for all clips. Raises
         PipelineError if the model cannot edit this size, or the mask has another.
         """
-        if self.pipe.transformer is not self.transformer:
-            raise PipelineError("the pipeline's transformer was replaced: take it anew, kv.from_pipeline(pipe).")
+        second = getattr(self.denoiser.inner_model, "transformer_2", None)
+        if self.pipe.transformer is not self.transformer or getattr(self.pipe, "transformer_2", None) is not second:
+            raise PipelineError("a transformer of the pipeline was replaced: take it anew, kv.from_pipeline(pipe).")
         check_pixels(clips := as_clips(clips))
         frames, height, width = clips.shape[2:]
         if (fit := self.fit(frames, height, width)) != (frames, height, width):

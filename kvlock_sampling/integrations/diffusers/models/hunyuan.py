@@ -65,9 +65,7 @@ class Hunyuan15Video(PipelineVideo):
 
     def __init__(self, pipe: Any, *, max_sequence_length: int | None = None, **options: Any) -> None:
         if max_sequence_length is not None:
-            raise PipelineError(
-                f"HunyuanVideo 1.5 takes no max_sequence_length; set pipe.tokenizer_max_length = {max_sequence_length}."
-            )
+            raise PipelineError(f"no max_sequence_length here; set pipe.tokenizer_max_length = {max_sequence_length}.")
         if options.get("cfg_scale") is None:
             options["cfg_scale"] = getattr(pipe.guider, "guidance_scale", None)
         super().__init__(pipe, **options)

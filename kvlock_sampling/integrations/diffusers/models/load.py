@@ -102,13 +102,16 @@ def load_pipeline(
         PipelineError: The folder does not exist, is of an unknown family, or is incomplete; an option is unknown.
         KVLockError: diffusers or transformers is not installed.
     """
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     kind = _class_name(folder)
     family_of(kind)
     if offload not in get_args(Offload):
         raise PipelineError(f"offload={offload!r}; expected one of {', '.join(get_args(Offload))}.")
     default = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    place = torch.device(default if device is None else device)
+    try:
+        place = torch.zeros((), device=default if device is None else device).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # of an unknown device, or one without its driver
+        raise PipelineError(f"device={device!r}; expected e.g. 'cuda', 'cuda:1' or 'cpu': {error}") from None
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise PipelineError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}.")
     usual = torch.float32 if place.type == "cpu" else torch.bfloat16

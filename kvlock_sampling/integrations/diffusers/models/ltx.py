@@ -93,7 +93,7 @@ class LTXVideo(PipelineVideo):
             return vae.decode(raw, None, return_dict=False)[0]
         times = raw.new_full((len(raw),), self.decode_timestep)
         if self.decode_noise_scale:
-            # Every decode adds the same noise: source and edit must differ only where their latents do.
-            noise = torch.randn(raw.shape[1:], generator=torch.Generator().manual_seed(0)).to(raw)
+            # Every decode adds the same noise, not a run's: source and edit must differ only where their latents do.
+            noise = torch.randn(raw.shape[1:], generator=torch.Generator().manual_seed(0x6465636F)).to(raw)
             raw = torch.lerp(raw, noise.expand_as(raw), self.decode_noise_scale)
         return vae.decode(raw, times, return_dict=False)[0]

@@ -84,6 +84,8 @@ class WanImageVideo(WanVideo):
             first = image.to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {}
         if self.transformer.config.image_dim is not None:
+            if self.transformer.config.get("pos_embed_seq_len") is not None:
+                raise PipelineError("this transformer reads a last frame too; expected one that reads the first alone.")
             if getattr(pipe, "image_encoder", None) is None:
                 raise PipelineError("this transformer reads CLIP features, and the pipeline has no image_encoder.")
             found["features"] = pipe.encode_image(pipe.video_processor.postprocess(first[:, :, 0]), self.device)

@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..types import AttentionError
-from ..utils.threads import setting, shared
-from .forward_hooks import compiler_imported
+from ..utils.threads import compiler_imported, setting, shared
 
 Fused = tuple[Tensor, Tensor, Tensor | None]  # the key, value and mask that attention uses instead
 Rewrite = Callable[[Tensor, Tensor, Tensor, Tensor | None], Fused]  # of (rows, heads, length, dim) each

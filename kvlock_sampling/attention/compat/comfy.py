@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ...types import AttentionError
+from ...utils.threads import compiler_imported
 from ..context import current
-from ..forward_hooks import compiler_imported
 from ..interception import taken
 
 _KEY = "optimized_attention_override"

@@ -17,6 +17,8 @@ from torch import nn
 
 import kvlock_sampling as kv
 from kvlock_sampling import samplers, tiny
+from kvlock_sampling.attention.hooks import Hooks
+from kvlock_sampling.kv_cache.fingerprint import model_fingerprint
 from kvlock_sampling.presets import ESTIMATORS, load_preset, preset_names
 from kvlock_sampling.testing import GaussianDenoiser, check_estimator
 from kvlock_sampling.testing.estimator import CheckModel
@@ -430,6 +432,18 @@ def test_dropout_acts_only_inside_and_in_this_thread():
         assert torch.equal(model(x, 1.0), first)
     with dropout_hooks(model, 0.0, seed=1):
         assert torch.equal(model(x, 1.0), plain)
+
+
+def test_a_probe_is_nothing_to_a_lock_of_another_thread():
+    """Which may ask at any moment what is hooked, to leave tokens out and to name its KV cache."""
+    video = tiny.load()
+    named, layers = model_fingerprint(video.network), kv.find_layers(video.network)
+    with dropout_hooks(video.network, 0.5, seed=1):
+        assert not Hooks(layers).watched
+        assert model_fingerprint(video.network) == named
+    with_a_users = video.network.register_forward_hook(lambda *_: None)
+    assert model_fingerprint(video.network) != named
+    with_a_users.remove()
 
 
 def test_dropout_has_the_variance_of_its_rate():

@@ -9,11 +9,9 @@ the others by 1 / (1 - rate): one draw of a network (arXiv 1512.05287), and a cl
 
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +105,11 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
     """Thin `model` within the block, in this thread only; the same seed gives the same network."""
     owner = threading.get_ident()
 
-    def thin(keep: Tensor, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return output * keep.to(output) if threading.get_ident() == owner else None
+    def thin(keep: Tensor) -> Callable[..., Tensor | None]:  # the hooks of this package are nobody's, to other threads
+        return lambda module, args, output: output * keep.to(output) if threading.get_ident() == owner else None
 
     with ExitStack() as stack, without_compiler():  # which would not notice the hooks
         for index, module in enumerate(droppable(model, select).values()):
             keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
-            stack.callback(module.register_forward_hook(partial(thin, keep / (1 - rate))).remove)
+            stack.callback(module.register_forward_hook(thin(keep / (1 - rate))).remove)
         yield

@@ -119,8 +119,8 @@ def gpu(record: dict, stored: dict) -> str:
         f"Storing it takes {level['of a source pass']:.1%} of the source pass that made it, reading it "
         f"{level['seconds to read it'] / passing:.1%}. Kept unchanged (`format=None`) it is "
         f"{unchanged['bytes of a level'] / 1e9:.1f} GB, and these times are {unchanged['of a source pass']:.1%} and "
-        f"{unchanged['seconds to read it'] / passing:.1%}. A cache with a source pass at every third evaluation would "
-        f"then take {refreshed / plain['seconds']:.2f}, by count: one level is stored, and one read in each evaluation."
+        f"{unchanged['seconds to read it'] / passing:.1%}. A cache with a source pass at every third evaluation "
+        f"would then take {refreshed / plain['seconds']:.2f}, by count: every third stores a level, and each reads one."
     )
 
 

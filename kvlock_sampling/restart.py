@@ -86,7 +86,7 @@ def restart(
     if not len(index):
         return Restarted(out, at_risk, None)
     part, clips = lock.subset(index, batch), out[index]
-    # Each clip has its own seed, whichever are sent back, and another for what is added: on a CPU, 32 bits of it count.
+    # A clip's seed does not depend on which others are sent back. The noise added needs another in its low 32 bits.
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, [(each + 2**31) % 2**64 for each in seeds])(levels[0], levels[0])
     cut = take(dict(extra_args or {}), index, batch)

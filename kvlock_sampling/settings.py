@@ -89,8 +89,8 @@ class LockSettings:
     def subset(self, index: Tensor, batch: int) -> "LockSettings":
         """The settings for the clips `index` of a batch of `batch`: source, mask and the source's arguments cut."""
         source = None if self.source is None else self.source.subset(index, batch)
-        axes = 0 if self.source is None else self.source.latents.ndim
-        mask = None if self.mask is None else self.mask.subset(index, batch, axes=axes)
+        videos = self.source is not None and self.source.latents.ndim == 5
+        mask = None if self.mask is None else self.mask.subset(index, batch, videos=videos)
         return replace(self, source=source, mask=mask, source_args=take(self.source_args, index, batch))
 
 

@@ -196,6 +196,13 @@ def test_a_schedule_may_be_a_list_where_a_sampler_is_called_itself(name, kind):
     assert torch.equal(*runs)
 
 
+def test_a_sampler_of_ours_that_draws_nothing_is_not_tried(monkeypatch):
+    """A trial rewinds torch's generator, also for other threads."""
+    monkeypatch.setattr(samplers, "_tried", None)
+    without = [name for name in NAMES if not samplers.seeding(name, 0)]
+    assert without == ["dpm_2", "dpmpp_2m", "euler", "heun", "lms"]
+
+
 def test_a_schedule_may_be_a_reversed_array():
     rising = np.ascontiguousarray(SIGMAS.numpy()[::-1])
     runs = [samplers.run("euler", gaussian, start(2, 3), sigmas) for sigmas in (rising[::-1], SIGMAS)]

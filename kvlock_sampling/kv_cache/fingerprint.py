@@ -80,8 +80,8 @@ def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
     found = {name: getattr(module, name, None) for name in ("active_adapters", "disable_adapters")}
     about += [f"{name}={value}" for name, value in found.items() if isinstance(value, (dict, list, str, bool))]
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    probe = "kvlock_sampling.variance"  # whose hooks are no part of the model, and may be another thread's
-    hooks = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(probe)]
+    own = __name__.partition(".")[0]  # a probe's hooks are no part of the model, and may be another thread's
+    hooks = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(own)]
     about += [_class(type(module), seen), *(_described(hook, seen) for hook in hooks), *_settings(vars(module), seen)]
     # A library's module computes alike in both modes, unless it drops or keeps statistics.
     drops = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0

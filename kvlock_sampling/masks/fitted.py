@@ -57,10 +57,9 @@ class FittedMask:
             self.given = as_tensor(mask).clone()
         self._known: dict[Any, Any] = {}
 
-    def subset(self, index: Tensor, batch: int, *, axes: int) -> "FittedMask":
-        """The same mask for the clips `index` of a batch of `batch`, whose latents have so many axes."""
-        one = axes == 4 and self.given.ndim == 2  # of all pictures
-        given = as_mask(self.given) if axes == 5 else self.given[None] if one else self.given
+    def subset(self, index: Tensor, batch: int, *, videos: bool) -> "FittedMask":
+        """The same mask for the clips `index` of a batch of `batch`. With `videos` its first axis is that of clips."""
+        given = as_mask(self.given) if videos else self.given[None] if self.given.ndim == 2 else self.given
         return FittedMask(take(given, index, batch), self.reach)
 
     @_remembered

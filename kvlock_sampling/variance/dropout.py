@@ -105,7 +105,7 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
     """Thin `model` within the block, in this thread only; the same seed gives the same network."""
     owner = threading.get_ident()
 
-    def thin(keep: Tensor) -> Callable[..., Tensor | None]:  # the hooks of this package are nobody's, to other threads
+    def thin(keep: Tensor) -> Callable[..., Tensor | None]:  # no partial: locks pass over this package's functions
         return lambda module, args, output: output * keep.to(output) if threading.get_ident() == owner else None
 
     with ExitStack() as stack, without_compiler():  # which would not notice the hooks

@@ -33,7 +33,12 @@ class Session:
                 f"{wrong[0]}= is for a lock around a denoiser; in a diffusers pipeline the pipeline sets it.\n"
                 "  For the source's own prompt pass source_prompt='...' or source_embeds=...; leave out the rest."
             )
-        self.source_embeds = options.pop("source_embeds", None)
+        given = options.pop("source_embeds", None)
+        given = {"encoder_hidden_states": given} if isinstance(given, Tensor) else {} if given is None else given
+        if not (isinstance(given, Mapping) and all(isinstance(part, Tensor) for part in given.values())):
+            what = f"{type(given).__name__}; expected a tensor (1 or batch, tokens, dim), or tensors by name"
+            raise PipelineError(f"source_embeds is a {what}: source_embeds=pipe.encode_prompt(text)[0].")
+        self.source_embeds = given
         self.batched: bool | None = options.pop("batched", None)
         self.options = options
         self.run: Run | None = None
@@ -107,21 +112,17 @@ class Session:
         return (guided := calls.velocity(denoised)), guided
 
     def _source_args(self, calls: FlowCalls, cond: dict[str, Tensor]) -> dict[str, Any]:
-        if (given := self.source_embeds) is None:
+        if not (given := self.source_embeds):
             return {}
-        given = {"encoder_hidden_states": given} if isinstance(given, Tensor) else given
-        if not (isinstance(given, Mapping) and all(isinstance(part, Tensor) for part in given.values())):
-            what = f"{type(given).__name__}; expected a tensor (1 or batch, tokens, dim), or tensors by name"
-            raise PipelineError(f"source_embeds is a {what}: source_embeds=pipe.encode_prompt(text)[0].")
-        if wrong := sorted(given.keys() - cond.keys()):
-            raise PipelineError(
-                f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
-                f"{', '.join(sorted(cond))}."
-            )
-        masks = {name.replace("hidden_states", "attention_mask") for name in given}
-        if lacks := sorted((masks & cond.keys()) - given.keys()):
-            raise PipelineError(f"source_embeds lacks {', '.join(lacks)}; give the source's own, in a mapping of all.")
         if self._placed is None:
+            if wrong := sorted(given.keys() - cond.keys()):
+                raise PipelineError(
+                    f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
+                    f"{', '.join(sorted(cond))}."
+                )
+            masks = {name.replace("hidden_states", "attention_mask") for name in given}
+            if lacks := ", ".join(sorted((masks & cond.keys()) - given.keys())):
+                raise PipelineError(f"source_embeds lacks {lacks}; give the source's own, in a mapping of all.")
             like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}
             self._placed = {k: v.to(cond[k].device, like[k]) for k, v in given.items()}
         return {"cond": calls.known({**cond, **self._placed})}

@@ -357,7 +357,7 @@ def test_a_spreadsheets_table_is_read(folder: Path) -> None:
 
 def test_a_table_with_semicolons_is_read(folder: Path) -> None:
     """As spreadsheets write it where the comma is in numbers."""
-    text = '\ufeffclip;mask;prompt;seed;strength\r\nclip0.gif;mask.png;"a red ball, moving left";3;0,75\r\n'
+    text = '\ufeff\r\nclip;mask;prompt;seed;strength\r\nclip0.gif;mask.png;"a red ball, moving left";3;0,75\r\n'
     Path("data/jobs.csv").write_bytes(text.encode())
     defaults = {"policy": "half", "sampler": "euler", "kv_cache": None}
     (job,) = jobs.read_jobs(Path("data/jobs.csv"), Path("out"), defaults, {"model": "tiny"})
@@ -561,6 +561,23 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(address: str) -> None:
 
     with pytest.raises(KVLockError, match=rf"no Ray cluster at {address}: .+\n.*ray start --head"):
         list(run_on_ray(object, (), [[1]], address=address))
+
+
+def test_the_embedded_model_counts_by_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is named so in the folder; another version of the package has other weights."""
+    table = Path(write([row()]))
+    defaults = {"policy": "half", "sampler": "euler", "kv_cache": None}
+
+    def content() -> str:
+        (job,) = jobs.read_jobs(table, Path("out"), defaults, {"model": "tiny"})
+        return job.fingerprint
+
+    first = content()
+    Path("tiny").mkdir()
+    Path("tiny/file").touch()
+    assert content() == first
+    monkeypatch.setattr(jobs, "WEIGHTS", Path("tiny/file"))
+    assert content() != first
 
 
 def test_a_model_in_the_home_folder_counts_by_its_files(kvlock: Kvlock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,18 @@ def test_clips_of_unlike_length_calibrate_a_model_without_attention():
         calibrate(AnySize(), [example._replace(prompt=None) for example in examples], bands=0)
 
 
+@pytest.mark.parametrize("form", ["still", "film", "array"])
+def test_examples_take_the_masks_that_an_edit_takes(form):
+    examples = scenes(2)
+    whole = [each.mask.amax(1, keepdim=True).expand(1, 8, 64, 64) for each in examples]
+    forms = {"still": lambda m: m[0, 0], "film": lambda m: m[0], "array": lambda m: m.numpy()}
+    given = [Example(e.clip.numpy(), forms[form](m), e.prompt) for e, m in zip(examples, whole, strict=True)]
+    wanted = [Example(e.clip, m, e.prompt) for e, m in zip(examples, whole, strict=True)]
+    options = {"steps": 12, "bands": 2, "quantile": 0.5}
+    found, same = (calibrate(load(), each, **options) for each in (given, wanted))
+    assert found.bands == same.bands
+
+
 @pytest.mark.parametrize(
     "estimator",
     [
@@ -175,17 +187,19 @@ def test_a_kv_cache_survives_calibration(tmp_path):
         (".", [], "ends in .toml"),
         ("dir.toml", [], "cannot be written: it is a folder"),
         ("file/a.toml", [], "cannot be written"),
+        ("mine.toml", ["--policy", "mine.toml"], "is an input"),
     ],
 )
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
     (tmp_path / "file").touch()
     (tmp_path / "dir.toml").mkdir()
+    (tmp_path / "mine.toml").write_text('policy = {type = "PID"}')
     monkeypatch.setattr("kvlock_sampling.app.cli.measure", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output
     assert message in " ".join(ended.output.split())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.toml", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.toml", "file", "mine.toml"]
 
 
 def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):

@@ -269,6 +269,11 @@ def test_bad_input_ends_with_a_message_and_no_file(kvlock: Kvlock, folder: Path,
     assert sorted(folder.rglob("*")) == before
 
 
+def test_an_edit_that_cannot_begin_leaves_no_folder(kvlock: Kvlock) -> None:
+    assert kvlock(*edit_words("new/out.mp4", mask="nowhere.png")).exit_code == 2
+    assert not Path("new").exists()
+
+
 def test_a_good_file_survives_a_bad_run(kvlock: Kvlock, folder: Path) -> None:
     Path("out.mp4").write_bytes(b"kept")
     assert kvlock(*edit_words(mask="nowhere.png")).exit_code == 2
@@ -307,7 +312,7 @@ def test_the_demo_writes_all_its_files(kvlock: Kvlock) -> None:
     assert len(rows) == 2 * 5  # evaluations times clips
 
 
-@pytest.mark.parametrize("words", [["--sampler", "nope"], ["--steps", "0"], ["--seed", "x"]])
+@pytest.mark.parametrize("words", [["--sampler", "nope"], ["--steps", "0"], ["--seed", "x"], ["--seed", "-1"]])
 def test_a_bad_demo_leaves_no_folder(kvlock: Kvlock, folder: Path, words: list[str]) -> None:
     result = kvlock("demo", "--out", "shown", *words)
     assert result.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
@@ -215,9 +216,8 @@ def test_the_version_is_one():
 
 
 def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
-    check_writable(tmp_path / "new" / "clip.mp4")
-    assert not (tmp_path / "new" / "clip.mp4").exists()
-    assert list((tmp_path / "new").iterdir()) == []
+    check_writable(tmp_path / "new" / "folder" / "clip.mp4")
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     longest = tmp_path / f"{'a' * 237}.mp4"  # with the temporary name's 14 characters, all that file systems take
     check_writable(longest)
@@ -227,12 +227,20 @@ def test_where_nothing_can_be_written_is_known_beforehand(tmp_path):
             check_writable(wrong)
 
 
+def test_a_protected_file_is_not_replaced(tmp_path, monkeypatch):
+    final = write_atomically(tmp_path / "final.txt", "x")
+    monkeypatch.setattr(os, "access", lambda path, mode: (Path(path), mode) != (final, os.W_OK))  # root may write all
+    with pytest.raises(KVLockError, match="it is write-protected"):
+        check_writable(final)
+    check_writable(tmp_path / "other.txt")
+
+
 def test_the_home_folder_may_be_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     check_writable("~/new/a.txt")
     write_atomically("~/a.txt", "x")
-    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["a.txt", "new"]
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["a.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 

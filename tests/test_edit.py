@@ -53,11 +53,12 @@ def test_an_edit_keeps_the_background_and_changes_the_rest(edit, task):
     result.pixels.add_(1)  # ordinary tensors, not those of inference mode
 
 
-def test_faint_values_of_a_mask_of_bytes_are_not_edited(edit, task):
+@pytest.mark.parametrize("floats", [False, True])
+def test_faint_values_of_a_mask_are_not_edited(edit, task, floats):
     painted = (task.mask[0, 0] * 255).byte()
     faint = painted.clone()
-    faint[:, ::7, ::5] = faint[:, ::7, ::5].clamp(3, 250)
-    exact, noisy = (edit(policy="full", mask=mask) for mask in (painted, faint))
+    faint[:, ::7, ::5] = faint[:, ::7, ::5].clamp(3, 255 if floats else 250)
+    exact, noisy = (edit(policy="full", mask=mask / 255 if floats else mask) for mask in (painted, faint))
     assert torch.equal(exact.pixels, noisy.pixels)
     assert float(noisy.trace.steps[0].computed) < 0.5
 

@@ -15,7 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from kvlock_sampling.app import read_pair
 from kvlock_sampling.types import KVLockError
@@ -321,7 +321,9 @@ def test_merged_frames_of_a_gif_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
-@pytest.mark.parametrize(("count", "fps"), [(5, 30), (24, 30), (31, 16), (7, 12.5), (40, 24000 / 1001)])
+@pytest.mark.parametrize(
+    ("count", "fps"), [(5, 30), (11, 30), (24, 30), (29, 40), (31, 16), (7, 12.5), (40, 24000 / 1001)]
+)
 def test_our_own_clips_come_back_in_frames_and_rate(tmp_path: Path, suffix: str, count: int, fps: float) -> None:
     pixels = -torch.ones(3, count, 16, 32)
     for t in range(count):
@@ -334,6 +336,11 @@ def test_our_own_clips_come_back_in_frames_and_rate(tmp_path: Path, suffix: str,
     if suffix == ".gif":
         assert torch.equal(clip.pixels, pixels)
         assert Image.open(path).n_frames == count  # for other readers too
+
+
+def test_a_gif_in_hundredths_of_a_second_doubles_no_frame(tmp_path: Path) -> None:
+    clip = read_clip(save(tmp_path / "a.gif", ramp(11), [30, 40, 30] * 3 + [30, 40]))
+    assert (indices(clip.pixels), clip.fps) == (list(range(11)), pytest.approx(30, rel=0.02))
 
 
 def test_a_gif_of_more_than_50_frames_per_second_says_so(tmp_path: Path) -> None:
@@ -607,6 +614,47 @@ def test_a_mask_of_a_fraction_of_the_clip_is_refused(tmp_path: Path) -> None:
     mask = film(tmp_path / "mask.mp4", bars(3), 8)
     with pytest.raises(VideoError, match=r"has 3 frames, 0.375 s, .* has 1 s: the mask ends before half of it"):
         read_pair(ANY, film(tmp_path / "clip.mp4", grey(8), 8), mask)
+
+
+def test_a_mask_of_exactly_the_frames_that_are_edited_is_whole(tmp_path: Path, recwarn) -> None:
+    clip, mask = film(tmp_path / "clip.mp4", bars(16), 8), film(tmp_path / "mask.mp4", bars(5), 8)
+    model = SimpleNamespace(frames=None, size=None, fit=lambda *sides: sides, usual=(5, 16, 128))
+    source, region = read_pair(model, clip, mask)
+    assert places((source.pixels[:1] > 0).float()) == places(region) == [0, 1, 2, 3, 4]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+def test_a_turned_tiff_is_read_as_it_looks(tmp_path: Path, turned: int, mode: str) -> None:
+    page = np.zeros((48, 64), np.uint8)
+    page[8:24, 8:40] = 255
+    image = Image.fromarray(page * np.uint16(257)) if mode == "I;16" else Image.fromarray(page).convert(mode)
+    image.getexif()[0x112] = turned
+    image.save(tmp_path / "a.tif", exif=image.getexif())
+    upright = Image.fromarray(page)
+    upright.getexif()[0x112] = turned
+    wanted = np.asarray(ImageOps.exif_transpose(upright)) > 128
+    assert np.array_equal(read_clip(tmp_path / "a.tif").pixels[0, 0] > 0, wanted)
+
+
+def test_a_folder_is_listed_once_however_many_masks_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks, listed = folder(tmp_path / "masks", range(12), bars(12)), list[Path]()
+    own = media.files_of
+    monkeypatch.setattr(media, "files_of", lambda path: listed.append(path) or own(path))
+    read_mask(masks, frames=6, size=(16, 128))
+    first = len(listed)
+    listed.clear()
+    read_mask(masks, frames=12, size=(16, 128))
+    assert len(listed) == first
+
+
+def test_a_pair_is_read_for_a_model_by_name(tmp_path: Path) -> None:
+    clip, mask = film(tmp_path / "a.mp4", ramp(8, 16, 64), 8), film(tmp_path / "b.mp4", bars(8, 8), 8)
+    source, region = read_pair("tiny", clip, mask)
+    assert (source.pixels.shape[1:], region.shape[1:]) == ((8, 64, 64), (8, 64, 64))
+    with pytest.raises(KVLockError, match="frames='5'; expected a whole number"):
+        read_pair(ANY, tmp_path / "a.mp4", tmp_path / "b.mp4", frames="5")
 
 
 def test_a_short_clip_is_padded_with_its_mask(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..masks import as_mask
 from ..policy import Policy, Sigmoid
 from ..presets import Preset, load_preset
 from ..tiny import edit_mask, render, sample_scene
@@ -17,6 +18,7 @@ from ..utils.fields import check_number, check_seed
 from ..utils.warn import warn
 from ..variance.thresholds import DEFAULT_ESTIMATOR, Band, ThresholdCurve, clips_needed, reference_bands
 from ..video.media import FILMS, IMAGES, decoding
+from ..video.read import as_clips
 from .edit import edit_video
 from .models import VideoModel, read_pair
 
@@ -92,11 +94,13 @@ def calibrate(
     batch = 1 if getattr(model, "frames", None) is None else 8  # clips of a model of free size may differ
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
-        clips, masks, prompts = zip(*part, strict=True)
+        prompts = [prompt for *_, prompt in part]
+        clips = torch.cat([as_clips(clip) for clip, *_ in part])
+        masks = torch.cat([as_mask(mask, frames=clips.shape[2]) for _, mask, _ in part])
         options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
         options["seed"] = check_seed(seed, SourceError, plus=first)
         options |= {"policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
-        for step in edit_video(torch.stack(clips), torch.stack(masks), prompts, **options).trace:
+        for step in edit_video(clips, masks, prompts, **options).trace:
             for clip, row in enumerate(step.variance):  # a number, or one per token, of which even ranks tell enough
                 stride = -(-row.numel() // 256)
                 some = row.flatten().sort().values[stride // 2 :: stride]
@@ -117,12 +121,12 @@ def scenes(count: int, *, first: int = 800_000) -> list[Example]:
     return list(map(Example, render(drawn), edit_mask(drawn, drawn), [s.prompt for s in drawn]))
 
 
-def folder(path: Path, model: VideoModel) -> list[Example]:
+def folder(path: str | Path, model: VideoModel) -> list[Example]:
     """Read examples from a folder: NAME.mp4, another film or gif; NAME.mask.png or a film; and NAME.txt, the prompt.
 
     The model decides the clips' length and size. Raises SourceError if a clip has not one mask and a prompt.
     """
-    if not path.is_dir():
+    if not (path := Path(os.path.expanduser(path))).is_dir():
         raise SourceError(f"no folder {str(path)!r}; expected one of NAME.mp4, NAME.mask.png, NAME.txt; or a number.")
     examples, kinds = [], (".gif", *FILMS)
     named = sorted(p for p in path.iterdir() if p.suffix.lower() in (*FILMS, *IMAGES) and p.name[0] != ".")

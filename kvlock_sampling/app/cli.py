@@ -166,12 +166,13 @@ def calibrate(
         check_run(sampler, policy, seed)
         if output.suffix != ".toml":
             raise KVLockError(f"-o {output} is to be a preset; expected a name that ends in .toml, e.g. -o mine.toml.")
+        check_outputs([output], [Path(policy)])
         check_writable(output)
         count = clips.isdecimal() and not Path(clips).is_dir()
         video = open_model(model, dtype=dtype, offload=offload)
         if video.frames is None and count:
             raise KVLockError(f"--clips {clips} are scenes of the embedded model; {model} needs --clips FOLDER.")
-        examples = scenes(int(clips)) if count else folder(Path(clips), video)
+        examples = scenes(int(clips)) if count else folder(clips, video)
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
             found = measure(video, examples, seed=seed, on_clip=advance, **settings)

@@ -31,7 +31,7 @@ def run_demo(
     out: Path, *, seed: int, steps: int, sampler: str, on_variant: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Write `FILES` into the folder `out`; return the mean PSNRs (dB), nfe and seconds of each variant."""
-    get(sampler)  # Errors come before the folder is created.
+    get(sampler)
     for module, extra in (("av", "video"), ("matplotlib", "plot")):
         require(module, extra)
     model = load()

@@ -87,7 +87,7 @@ def edit_video(
 
     Args:
         clip: (3, frames, height, width) or (batch, 3, frames, height, width) in [-1, 1], a tensor or an array.
-        mask: 1 = edit, 0 = keep, at the clip's height and width, still or per frame; see `masks.as_mask`.
+        mask: 1 = edit, up to 0.1 = keep, of the clip's height and width, still or per frame; see `masks.as_mask`.
         prompt: What the masked region should show; one text, or one per clip.
         source_prompt: What the clip shows now, read by the source's branch. Default: `prompt`; with a KV cache, "".
         model: "tiny", a folder of its weights or of a diffusers pipeline, or a `VideoModel`: `kv.from_pipeline(pipe)`.
@@ -100,8 +100,7 @@ def edit_video(
         candidates: Seeds to try for one clip: seed, seed + 1, ... Half way the best goes on, and the others stop.
         judge: What is best among candidates, see `kv.search`.
         strength: 1 starts from noise; less starts from the clip noised to flow time `strength` in (0, 1].
-        paste: Paste the source's pixels outside the mask by the run's last composite weight: what a policy released to
-            the edit is not pasted over.
+        paste: Paste the source's pixels outside the mask, but not over what a policy released to the edit at the end.
         feather: Width in pixels, >= 0, of the blend around the mask and around released tokens.
         on_step: Called after each step with its index.
         on_plan: Called before sampling with the plan of the KV cache, if there is one.
@@ -133,7 +132,7 @@ def edit_video(
         warn("judge= without effect: there is one candidate. Try candidates=4.")
     seeds = _seeds(seed.tolist() if isinstance(seed, Tensor) else seed, max(len(clips), tried))
     seeded = seeding(sampler, seeds)  # a name is looked up before anything is encoded
-    pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
+    pixel_mask = torch.threshold(masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])), 0.1, 0.0).to(clips)
     if (sides := tuple(clips.shape[2:])) != tuple(pixel_mask.shape[2:]):
         (h, w), (height, width) = pixel_mask.shape[3:], sides[1:]
         raise MaskError(f"the mask is {h} x {w}, the clip {height} x {width}: mask = masks.resize(mask, *{sides}).")

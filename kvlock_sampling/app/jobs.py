@@ -17,6 +17,7 @@ import torch
 from ..masks.fitted import as_transition
 from ..presets import load_preset, to_toml
 from ..samplers import get
+from ..tiny.model import WEIGHTS
 from ..types import KVLockError
 from ..utils.fields import check_number, check_seed
 from ..utils.tables import nearest
@@ -79,7 +80,8 @@ def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping
     header, rows = _table(path)
     content_of = functools.cache(digest)  # A file is read once, whatever the number of its rows.
     shared = {key: value for key, value in model.items() if key not in ("model", "offload")}
-    shared["weights"] = _weights(Path(model["model"]))
+    own = model["model"] == "tiny"
+    shared["weights"] = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest() if own else _weights(Path(model["model"]))
     jobs = []
     for row, cells in enumerate(rows, 1):
         given = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
@@ -131,7 +133,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
     """The names of the columns, and the cells of each row that has any."""
     try:
         text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
-        first = text.getvalue().partition("\n")[0]
+        first = text.getvalue().lstrip().partition("\n")[0]
         options: Any = {"strict": True, "skipinitialspace": True}
         options["delimiter"] = ";" if ";" in first and "," not in first else ","  # where a comma is in numbers
         lines = [[cell.strip() for cell in line] for line in csv.reader(text, **options)]

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..types import Denoiser, KVLockError, SourceError
+from ..utils.fields import check_number
 from ..video.media import PathLike, shown
 from ..video.read import Clip, box, check_size, clip_at, displayed, mask_at, match, pick, ticks
 
@@ -121,6 +122,8 @@ def read_pair(
         SourceError: The model cannot edit this number of frames or this size.
         VideoError: A file cannot be read, frames differ in size, or masks lack a number or more than half of the clip.
     """
+    model = open_model(model) if isinstance(model, str | os.PathLike) else model
+    frames = None if frames is None else check_number("frames", frames, SourceError, at_least=1, whole=True)
     size = None if size is None else check_size(size)
     clip, mask = (Path(os.path.expanduser(path)) for path in (clip, mask))
     times = shown(clip)

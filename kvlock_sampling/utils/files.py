@@ -29,12 +29,14 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise KVLockError if a file cannot be written, before the work that fills it. Missing folders are created."""
+    """Raise KVLockError if a file cannot be written, before the work that fills it. Nothing is created."""
     try:
         if (real := Path(os.path.realpath(os.path.expanduser(path)))).is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        real.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=real.parent, prefix=f".{real.stem}.", suffix=f".tmp{real.suffix}"):
+        if real.exists() and not os.access(real, os.W_OK):  # a rename would replace it all the same
+            raise PermissionError(errno.EACCES, "it is write-protected")
+        above = next(folder for folder in real.parents if folder.exists())
+        with NamedTemporaryFile(dir=above, prefix=f".{real.stem}.", suffix=f".tmp{real.suffix}"):
             pass  # a name as long as that of `atomic`
     except OSError as error:
         raise KVLockError(

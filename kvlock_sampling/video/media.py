@@ -143,7 +143,8 @@ def files_of(path: Path) -> list[Path] | None:
 
 def _pages(file: Path) -> Iterator[Any]:
     """The frames of an image file, decoded; each is valid until the next."""
-    with decoding(file), require("PIL.Image", "video").open(file) as image:
+    # By its path, Pillow would map an uncompressed TIFF into memory, whatever its orientation.
+    with decoding(file), open(file, "rb") as opened, require("PIL.Image", "video").open(opened) as image:
         # An MPO is a photograph with its preview or depth map. An APNG may begin with a picture for other viewers.
         count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         for index in range(bool(image.info.get("default_image")), count):

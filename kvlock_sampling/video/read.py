@@ -106,6 +106,9 @@ def ticks(path: PathLike, times: Times, fps: float | None = None) -> tuple[Secon
 def _beats(starts: Seconds) -> int:
     """The smallest number of equal frames that shows nearly all stored ones in their places."""
     have, total = len(starts) - 1, float(starts[-1])
+    even = np.abs(starts[:-1] * (have / total) - np.arange(have)).max()
+    if have > 8 and even <= min(0.45, max(0.25, 0.011 * have / total)):  # as of a gif, in hundredths of a second
+        return have
     some = have // 4  # not the mean rate: a film's first or last frame may be shorter or longer than the others
     scale = some / np.median(starts[some:have] - starts[: have - some]) if have > 8 else have / total
     off = starts[:-1] * scale - np.arange(have)
@@ -174,7 +177,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
             sizes = np.bincount((regions * ndimage.binary_erosion(regions > 0, iterations=2)).ravel())  # no hair
             sizes[0] = sizes[regions[page >= white]] = 0
             dark.extend([int(page[regions == sizes.argmax()].max())] if sizes.max() > least else [])
-        few = not media.is_lossy(path) and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
+        few = white == WHITE and np.count_nonzero(levels) <= 32 and levels[0] > 0.1 * page.size
         if few and levels[1:NOISE].max() > 0.02 * page.size:  # indices, beside white for what no object is
             dark.append(1 + int(levels[1:NOISE].argmax()))
         solid = np.asarray(image.info.get("alpha", 255)) >= WHITE
@@ -229,7 +232,8 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
         lasts = clock[-1] - clock[0]
         moments = middles[np.searchsorted(clock[1:-1] - clock[0], at, side="right")]
-    if count > 1 and abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1)):
+    apart = abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1))
+    if count > 1 and apart and (lasts > length or (at >= lasts).any()):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
         if (at < lasts).mean() < 0.5:
             raise VideoError(f"{pair}: the mask ends before half of it. Give one of the whole clip, or a still.")

@@ -34,7 +34,7 @@ def serve(model: str = "tiny", port: int = 7860, *, on_start: Callable[[str], No
     Raises:
         KVLockError: The port is taken, the model cannot be opened, or the extra `web`, `video` or `plot` is missing.
     """
-    model = str(Path(model).absolute()) if Path(model).exists() else model
+    model = str(Path(model).absolute()) if model != "tiny" and Path(model).exists() else model
     given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, "none", "tiny")}
     with _signals_interrupt(), served(lambda: open_model(model, **options), port, given) as (address, _):
         on_start(address)

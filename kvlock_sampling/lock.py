@@ -69,12 +69,10 @@ class KVLock(DenoiserProxy):
     Args:
         model: The denoiser, `model(x, sigma, **extra_args) -> x0-hat`. With `cond`, `uncond` and `cond_scale` in the
             sampler's extra_args the lock does the guidance and calls `model` with `cond=` alone, on batches of up to
-            three branches. A model that does its own guidance is recognised by a parameter `cond_scale`, or named by
-            `scale_arg`.
+            three branches. A model that guides itself has a parameter `cond_scale`, or one that `scale_arg` names.
         source: Clean latents of the clip being edited, (batch or 1, channels, time, height, width), in the sampler's
             space; copied. None: nothing to lock; the policy schedules guidance alone.
-        mask: 1 = edit, at the clip's or the latents' size, copied; see `kvlock_sampling.masks`. Without a source it
-            says where to measure.
+        mask: 1 = edit, at the clip's or latents' size, copied; see `masks`. Without a source: where to measure.
         policy: A Policy, a function of an Observation, a Preset, or the name or path of a preset.
         estimator: Measures variance. Default: the preset's, or sigma-normalised trajectory variance.
         threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's with the preset's own
@@ -92,14 +90,14 @@ class KVLock(DenoiserProxy):
         cfg_floor: Lower bound, >= 0, of a scheduled cfg_scale. Default: the preset's, or 1.
         layers: The attention layers to lock: `find_layers(model)`, `sdpa_layers(...)`, or indices or a slice of the
             layers found. Default: every layer found.
-        transition: (width in tokens, fraction): tokens this near the mask take only this fraction of the lock. Default:
-            no transition band.
+        transition: (width in tokens, fraction): tokens this near the mask take only this fraction of the lock, or None.
         sigmas: The noise schedule, for policies that count steps. This library's samplers pass it on their own.
         scale_arg: Name of the guidance scale of a model that does its own guidance; the lock then sets it.
         branch: The single-branch denoiser inside such a model: it makes the source's pass cheaper.
         batched: False runs branches one after another: less activation memory, the same result up to rounding.
-        foreground: Leave fully locked tokens out of the computation: the same result up to rounding. Default: wherever
-            possible; False never; True with a warning where it is impossible.
+        foreground: Leave fully locked tokens out of the computation: the same result up to rounding, unless the model
+            guides itself by a measure of whole predictions. Default: wherever possible; False never; True with a
+            warning where it is impossible.
         kv_cache: Keeps the source's K/V over steps and runs, see `KVCache`. To serve several seeds it also needs
             `noise`, e.g. noise="fixed"; to serve several prompts, `source_args`.
 

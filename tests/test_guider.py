@@ -24,6 +24,7 @@ from in_diffusers import (
     modular,
     noise,
 )
+from networks import FAMILIES
 from torch import Tensor
 from toy_pipelines import tiny_pipeline
 
@@ -83,6 +84,15 @@ def test_a_guider_leaves_nothing_in_the_transformer() -> None:
     assert torch.equal(first, again)
     assert len(guider.trace) == 5
     assert type(parts.transformer) is kind
+
+
+def test_a_transformer_that_is_called_otherwise_is_refused_and_left_alone(pipe: Any) -> None:
+    network = FAMILIES["z-image"].build()
+    kind, guider = type(network), KVLockGuider(4.0, policy="full", scheduler=pipe.scheduler, **EDIT)
+    with pytest.raises(PipelineError, match="takes no hidden_states; expected a transformer of Wan, LTX"):
+        guider.prepare_models(network)
+    assert type(network) is kind
+    assert "forward" not in vars(network)
 
 
 def test_a_guider_has_one_run_at_a_time_in_any_thread(pipe: Any) -> None:

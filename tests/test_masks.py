@@ -1,5 +1,6 @@
 """Masks: pooling against brute force, laws of the morphology, converters, and what the errors say."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +380,23 @@ def test_a_mask_with_a_gradient_is_a_mask():
     given = torch.zeros(1, 1, 8, 8).index_fill(3, torch.tensor([3]), 1.0).requires_grad_()
     assert torch.equal(masks.grow(given, 1), masks.grow(given.detach(), 1))
     assert not masks.as_mask(given).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("frames", "side", "told"), [(33, 64, True), (33, 128, True), (33, 256, False), (17, 64, False)]
+)
+def test_a_mask_of_twice_the_clips_length_is_told(frames, side, told):
+    """Only a VAE of 8 frames fits, and of those with small sides there is one."""
+    mask = torch.zeros(1, 1, frames, side, side)
+    mask[..., : side // 2] = 1
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        FittedMask(mask).latent(torch.zeros(1, 4, 5, 8, 8))
+    assert [str(each.message).rpartition(": ")[0][-15:] for each in seen] == ["twice its speed"] * told
+
+
+def test_a_mask_of_three_times_the_clips_length_is_refused():
+    mask = torch.zeros(1, 1, 49, 64, 64)
+    mask[..., :32] = 1
+    with pytest.raises(MaskError, match="no whole compression factor"):
+        FittedMask(mask).latent(torch.zeros(1, 4, 5, 8, 8))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from numbers import Real
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor
 
 from ..batching import take
 from ..types import MaskError, Scalar
-from ..utils.fields import check_number
+from ..utils.fields import check_number, within
+from ..utils.warn import warn
 from . import as_mask, check_mask, grow, latent_mask, token_mask
 from .form import as_tensor
 from .tokens import Grid, Selection, on_latents, token_grid
@@ -23,11 +23,11 @@ def as_transition(transition: Any) -> tuple[float, float] | None:
     """Check a transition band: (width in tokens > 0, fraction of the lock in [0, 1]), or None."""
     if transition is None:
         return None
-    real = isinstance(transition, list | tuple) and all(isinstance(n, Real) for n in transition)
-    pair = tuple(transition) if real else ()
-    if len(pair) != 2 or not (0 < pair[0] < math.inf and 0 <= pair[1] <= 1):
+    width, lock = transition if isinstance(transition, list | tuple) and len(transition) == 2 else (None, None)
+    width, lock = within(width, above=0.0), within(lock, at_least=0.0, at_most=1.0)
+    if width is None or lock is None:
         raise MaskError(f"transition={transition!r}; expected (width in tokens > 0, lock in [0, 1]), e.g. (1, 0.5).")
-    return float(pair[0]), float(pair[1])
+    return width, lock
 
 
 def _remembered(make: F) -> F:
@@ -145,8 +145,13 @@ class FittedMask:
             mask = mask.expand(-1, -1, t, -1, -1)
         elif frames != t:
             temporal = (frames - 1) // (t - 1) if t > 1 and (frames - 1) % (t - 1) == 0 else 0
-            if temporal not in (2, 4, 8) and frames in (2 * t, 4 * t, 8 * t):  # of a VAE that is not causal
+            if temporal > 8 or (temporal not in (2, 4, 8) and frames in (2 * t, 4 * t, 8 * t)):  # of no causal VAE
                 temporal = 0
+            if temporal == 8 and height // h in (8, 16):  # LTX's factor is 32
+                warn(
+                    f"the mask has {frames} frames for {t} of latents, which fits Cosmos 1 alone. If the clip has "
+                    f"{1 + 4 * (t - 1)}, as for Wan, the mask runs at twice its speed: pass its frames alone."
+                )
         if not temporal or height % h or width % w or height // h != width // w:
             raise MaskError(
                 f"mask has frames x height x width {frames} x {height} x {width}, the latents have {t} x {h} x {w}; no "

@@ -310,7 +310,7 @@ def test_a_lock_serves_any_number_of_runs(model):
     assert torch.equal(sample(patched, seed=3), first)
 
 
-@pytest.mark.parametrize("policy", ["full", "half", "release"])
+@pytest.mark.parametrize("policy", ["full", "half", "release", kv.Constant(lock=0.0, composite=1.0)], ids=str)
 def test_two_stages_keep_their_background(model, policy):
     """As of Wan 2.2: two samplers, each with its own network, and the first one's noisy latent between them."""
     low = wan(num_layers=2)
@@ -390,7 +390,7 @@ def test_wrong_inputs_are_one_clear_line(model):
         ({"source": latents(frames=4)}, "expected the same"),
         ({"mask": torch.zeros(1, 64, 64)}, "0 everywhere"),
         ({"mask": torch.ones(1, 64, 64)}, "1 everywhere"),
-        ({"mask": box()[:10]}, "no whole compression factor"),
+        ({"mask": box()[:10]}, "the mask has 10 frames; expected 17"),
         ({"policy": "nosuch"}, "nosuch"),
     ):
         options = {"source": latents(), "mask": box(), "policy": "full", **given}
@@ -665,9 +665,109 @@ def test_guiders_with_a_third_prompt(model, kind, length, policy):
     torch.testing.assert_close(*found, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("more", [5, 9, 42])
+@pytest.mark.parametrize("more", [5, 9, 16, 20, 42])
 def test_a_mask_of_another_clip_is_not_cut(model, more):
     mask = torch.zeros(1 + 4 * (FRAMES - 1) + more, 8 * SIDE, 8 * SIDE)
     mask[:, : 4 * SIDE, : 4 * SIDE] = 1
     with pytest.raises(kv.types.MaskError):
         sample(locked(model, "half", mask=mask)[1])
+
+
+def edited(found, source):
+    """Which latents of each clip and frame are not the source's, on the grid of tokens."""
+    return (found - source["samples"]).abs().amax(1).unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2)) > 1e-4
+
+
+def moving():
+    mask = torch.zeros(4 * (FRAMES - 1) + 1, 8 * SIDE, 8 * SIDE)
+    for t, frame in enumerate(mask):
+        frame[:32, 2 * t : 2 * t + 16] = 1
+    return mask
+
+
+def test_each_clip_of_a_repeated_latent_has_its_mask(model):
+    one = nodes.SetLatentNoiseMask().set_mask(latents(), moving())[0]
+    two = nodes.RepeatLatentBatch().repeat(one, 2)[0]
+    lock = ComfyLock(two, options={"policy": "half"})
+    alone = ComfyLock(one, options={"policy": "half"})
+    wanted = edited(sample(alone.patch(model), source=one), one)
+    assert 0 < wanted.float().mean() < 0.5
+    assert torch.equal(edited(sample(lock.patch(model), source=two), two), wanted.expand(2, -1, -1, -1))
+
+
+def test_each_of_several_pictures_has_its_mask(model):
+    pictures = latents(batch=2, frames=1)
+    mask = torch.zeros(2, 8 * SIDE, 8 * SIDE)
+    mask[0, : 4 * SIDE, : 4 * SIDE] = mask[1, 4 * SIDE :, 4 * SIDE :] = 1
+    found = edited(sample(locked(model, "half", source=pictures, mask=mask)[1], source=pictures), pictures)[:, 0]
+    half = SIDE // 4
+    for clip, inside in enumerate((slice(0, half), slice(half, None))):
+        assert found[clip, inside, inside].all()
+        assert found[clip].sum() == half**2
+
+
+def test_a_rule_of_guidance_that_measures_the_whole_gets_all_tokens(model):
+    rescale = pytest.importorskip("comfy_extras.nodes_model_advanced").RescaleCFG
+    zero = pytest.importorskip("comfy_extras.nodes_cfg").CFGZeroStar
+    for node, given in ((rescale, (0.7,)), (zero, ())):
+        lock, patched = locked(model, "full")
+        sample(made_by(node, patched, *given))
+        assert {step.computed for step in lock.trace} == {1.0}
+    lock, patched = locked(model, "full")
+    sample(patched)
+    assert {step.computed for step in lock.trace} == {0.25}
+
+
+def test_a_rule_of_guidance_has_one_scale_for_all_clips(model):
+    rescale = pytest.importorskip("comfy_extras.nodes_model_advanced").RescaleCFG
+    each = kv.stateless(lambda obs: kv.Control(lock=0.5, cfg_scale=torch.tensor([6.0, 3.0])))
+    patched = locked(model, each, source=latents(batch=2))[1]
+    sample(patched, batch=2)
+    with pytest.raises(kv.types.RunError, match="one clip at a time"):
+        sample(made_by(rescale, patched, 0.7), batch=2)
+
+
+def test_a_start_image_is_not_kept_by_a_lock(model):
+    start = torch.ones(1, 1, FRAMES, 1, 1)
+    start[:, :, 0] = 0
+    latent = {**latents(2), "noise_mask": start}
+    sample(model, source=latent)
+    with pytest.raises(kv.types.SourceError, match="keeps whole frames, such as a start image"):
+        sample(locked(model, "half")[1], source=latent)
+    sample(locked(model, "off")[1], source=latent)
+    late = box()
+    late[0] = 0  # an object that appears
+    assert background(sample(locked(model, "half", mask=late)[1], source=latent), latents(2)) > 0
+
+
+def test_the_sources_prompt_has_the_control_of_the_edit(model):
+    from comfy.controlnet import ControlBase
+
+    class Control(ControlBase):
+        seen: list = []  # noqa: RUF012
+
+        def get_control(self, x, t, cond, *_):
+            self.seen.append(cond["c_crossattn"][:, 0, 0].tolist())
+            return {"input": [], "middle": [], "output": []}
+
+        def copy(self):
+            return Control()
+
+        def get_models(self):
+            return []
+
+        def inference_memory_requirements(self, dtype):
+            return 0
+
+        def pre_run(self, *_):
+            pass
+
+        cleanup = pre_run
+
+    def controlled(words):
+        return [[tensor, {**told, "control": Control(), "control_apply_to_uncond": False}] for tensor, told in words]
+
+    lock = ComfyLock(latents(), mask=box(), source_prompt=text(9), kv_cache={"every": 1}, options={"policy": "full"})
+    sample(lock.patch(model), steps=2, positive=controlled(text(5)), negative=controlled(text(6)))
+    first = {float(text(seed)[0][0][0, 0, 0]) for seed in (5, 6, 9)}  # of the source in a pass of its own, too
+    assert {value for seen in Control.seen for value in seen} == first

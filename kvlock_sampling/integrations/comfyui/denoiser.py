@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ...attention.context import acting, using
-from ...types import AttentionError
+from ...types import AttentionError, RunError
 
 Predictions = tuple[Tensor | None, Tensor | None, Tensor | None]
 Beside = tuple[Tensor, Mapping[str, Any]]
@@ -97,6 +97,11 @@ class GuiderDenoiser:
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "kvlock", _split, options, is_model_options=True)
         seen: list[tuple[Tensor, Tensor]] = []
         per_clip = isinstance(cfg, Tensor)
+        if per_clip and any("cfg_function" in name for name in options):
+            raise RunError(
+                "another node guides by a rule of its own, with one scale for all clips, and the policy has one for "
+                "each; expected one clip at a time, a policy without a guidance range, or no such node."
+            )
 
         def see(given: dict[str, Any]) -> Tensor:
             cond, uncond = given["cond_denoised"], given["uncond_denoised"]

@@ -115,9 +115,9 @@ class ComfyLock:
         with in_one_line():
             lock = self.lock(guider, sigmas, **given)
             if _acts_on_background(lock):  # else ComfyUI's own noise mask does
-                _drop_denoise_mask(lock.model)
+                _drop_denoise_mask(lock, given.get("denoise_mask"))
                 args = (*args[:3], None, *args[4:])
-                kwargs = {**kwargs, **{name: None for name in ("denoise_mask",) if name in kwargs}}
+                kwargs = kwargs | ({"denoise_mask": None} if "denoise_mask" in kwargs else {})
             with lock, self._predicting(lock, guider):
                 samples = executor(guider, sigmas, extra_args, *args, **kwargs)
                 self._keep(lock)
@@ -182,9 +182,9 @@ class ComfyLock:
         if guider.model_options.get("context_handler") is not None:
             options |= {"foreground": False, "kv_cache": None}
             options["policy"] = replace(options["policy"], kv_cache=None)
-        denoiser, mask = GuiderDenoiser(guider, conds), fitted(mask, source)
-        if denoiser.guides_itself:  # it may project whole predictions onto one another
-            options["foreground"] = False
+        denoiser, mask = GuiderDenoiser(guider, conds), fitted(mask, source, model.diffusion_model)
+        if denoiser.guides_itself or any("cfg_function" in name for name in guider.model_options):
+            options["foreground"] = False  # such a rule of guidance may measure whole predictions
         lock = KVLock(
             denoiser,
             source=source.expand_as(noise) if len(mask) > len(source) == 1 else source,
@@ -219,7 +219,7 @@ class ComfyLock:
             prompts["uncond"] = "negative"
 
         def predict(executor: Any, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None, **more: Any) -> Any:
-            if self.continues is not None and not lock.trace:
+            if self.continues is not None and lock.settings.layers is not None and not lock.trace:
                 self._go_on(lock, self.continues.stages, x, sigma)
             denoiser.within(partial(executor, **more), {} if options is None else options, seed)
             return lock(x, sigma, cfg=guider.cfg, **prompts)
@@ -276,17 +276,30 @@ class ComfyLock:
 
 def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The source's prompt with what the positive one tells beside text, such as the start image of image to video."""
+    if not positive:
+        return dict(cond)
     text = {name: value for name, value in cond["model_conds"].items() if name in TEXT}
-    return {**cond, "model_conds": {**positive[0]["model_conds"], **text}} if positive else dict(cond)
+    beside = {name: positive[0][name] for name in ("control", "hooks") if name in positive[0]}
+    return {**cond, **beside, "model_conds": {**positive[0]["model_conds"], **text}}
 
 
-def _drop_denoise_mask(denoiser: Any) -> None:
-    """Some networks take ComfyUI's noise mask for a map of times (Wan 2.2 5B, LTX-Video): the background that it
-    composites is clean, while the lock's has the noise of its level. Conditions are copies of the run.
+def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:
+    """Leave the noise mask of the sampler's latent, 1 = denoise, to the lock. Some networks take it for a map of times
+    (Wan 2.2 5B, LTX-Video): the background that ComfyUI composites is clean, while the lock's has the noise of its
+    level. Conditions are copies of the run. Raises SourceError for frames that such a mask keeps whole.
     """
-    for group in denoiser.conds.values():
-        for cond in group:
-            cond["model_conds"].pop("denoise_mask", None)
+    denoiser: Any = lock.model
+    told = [cond["model_conds"] for group in denoiser.conds.values() for cond in group]
+    timed = None not in [each.pop("denoise_mask", None) for each in told]
+    if mask is None or mask.ndim != 5 or lock.settings.mask is None:
+        return
+    kept, new = ((mask[:, 0] == value).flatten(2).all(-1) for value in (0, 1))  # frames
+    edited = lock.settings.mask.latent(mask)[:, 0].flatten(2).any(-1)
+    if (kept & edited).any() or (timed and kept.any() and (kept | new).all()):
+        raise SourceError(
+            "the noise mask of the sampler's latent keeps whole frames, such as a start image, and a lock does not; "
+            "expected a mask of the edit. Remove it, or sample without the lock."
+        )
 
 
 def _acts_on_background(lock: KVLock) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import masks
 from ...policy import Policy, PolicyWrapper, Release
 from ...presets import Preset, load_preset
-from ...types import AttentionError, KVLockError, PolicyError
+from ...types import AttentionError, KVLockError, MaskError, PolicyError
 from ...variance import Divergence, Estimator
 
 _IN_NODES = {  # what errors of the library say, and how it is done with nodes
@@ -19,18 +19,36 @@ _IN_NODES = {  # what errors of the library say, and how it is done with nodes
     "do not divide into patches": "do not divide (pad or crop the clip, e.g. to sides of 16 pixels) into patches",
     "no attention layers found in": "this model is not supported, see the page In ComfyUI:",
 }
+_FACTORS = {"LTXVModel": 8, "GeneralDIT": 8}  # frames per frame of latents; 4 of all others
 
 
-def fitted(mask: Tensor, source: Tensor) -> Tensor:
-    """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does."""
+def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
+    """A mask of ComfyUI, 1 = edit, for these latents: at another height or width it is resized, as ComfyUI does.
+
+    Args:
+        mask: (frames, height, width), of one clip, or of each clip of the batch in turn; or with further axes.
+        source: The latents, (batch, channels, time, height, width) or without time.
+        network: The network of these latents, which tells how many frames of a clip are one of them.
+
+    Raises:
+        MaskError: Another number of frames.
+    """
     height, width = source.shape[-2:]
     if source.ndim == 4:
         edited = (mask >= 0.1).to(mask.dtype)  # as in `masks.from_comfy`
         return masks.resize(edited.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
     found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
-    for step in (4, 8):  # a VAE drops the frames that fill no latent
-        whole = 1 + step * (source.shape[2] - 1)
-        found = found[:, :, :whole] if whole < found.shape[2] < whole + step else found
+    clips, time, count = len(source), source.shape[2], found.shape[2]
+    factor = _FACTORS.get(type(network).__name__, 4)
+    whole = 1 + factor * (time - 1)
+    known = {1, time, *range(whole, whole + factor if time > 1 else 1)}
+    if count not in known and count % clips == 0 and count // clips in known:
+        found, count = found.reshape(clips, 1, -1, *found.shape[-2:]), count // clips
+    if count not in known:
+        each = f", or as many for each of {clips} clips" if clips > 1 else ""
+        raise MaskError(f"the mask has {count} frames; expected {whole}, as the clip, or one{each}.")
+    if count > whole:  # a VAE drops the frames that fill no latent
+        found = found[:, :, :whole]
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
         found = masks.resize(found, found.shape[2], height, width)
     return found

@@ -46,7 +46,7 @@ def token_map(
     patch, clip = find_layers(network).patch, latents[:1]
     if clip.ndim == 4:
         mask = mask[:1]
-    region = FittedMask(fitted(mask, clip))
+    region = FittedMask(fitted(mask, clip, network))
     weight = region.background(clip, patch, (transition, 0.5) if transition else None)
     cells = on_latents(weight, clip.shape, patch)
     cells = cells[:, :, None] if cells.ndim == 4 else cells

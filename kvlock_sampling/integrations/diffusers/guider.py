@@ -13,6 +13,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
 from ...attention import AttentionLayers
+from ...attention.foreground import signature_of
 from ...masks.fitted import FittedMask, as_transition
 from ...policy import as_policy
 from ...presets import load_policy, to_toml
@@ -169,6 +170,11 @@ class KVLockGuider(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Record the transformer's calls until `cleanup_models`."""
         super().prepare_models(denoiser)
+        if self._enabled and "hidden_states" not in signature_of(denoiser).parameters:
+            raise PipelineError(
+                f"{type(denoiser).__name__} takes no hidden_states; expected a transformer of Wan, LTX or HunyuanVideo "
+                "1.5. Others need a denoiser with a lock around it: kv.KVLock(model, source=latents, mask=mask)."
+            )
         self._recording.close()  # A run may have ended in an exception between prepare_models and cleanup_models.
         if self._enabled:
             self._recording.enter_context(intercepted(denoiser, self._record))

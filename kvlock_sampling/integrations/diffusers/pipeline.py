@@ -42,8 +42,7 @@ def locked(
     """Sample under the lock in every call of the pipeline inside the block; afterwards the pipeline is as before.
 
     Args:
-        pipe: A classic Wan pipeline: text to video, video to video, image to video or VACE. Two experts (Wan 2.2)
-            share one lock and one state.
+        pipe: A classic Wan pipeline: text, video or image to video, or VACE. Two experts share one lock and state.
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
         mask: 1 = edit, at the clip's or the latents' size.
         source_prompt: What the clip shows now, at the default `max_sequence_length`; default: the edit's prompt.

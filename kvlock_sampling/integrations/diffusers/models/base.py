@@ -18,6 +18,7 @@ from ....denoisers import Call, FlowDenoiser, Preconditioned
 from ....masks import as_mask
 from ....samplers import flow_sigmas
 from ....types import PipelineError
+from ....utils.denoiser import accepts
 from ....utils.fields import check_number
 from ....video.read import as_clips, check_pixels
 from .. import latents as codec
@@ -141,8 +142,9 @@ class PipelineVideo:
 
     def _encode_text(self, text: str) -> Conditioning:
         """What the transformer reads of one prompt; every tensor has a first axis of 1."""
-        given = {"max_sequence_length": self.max_sequence_length, "device": self.device}
-        encoded = self.pipe.encode_prompt([text], do_classifier_free_guidance=False, **given)
+        given = {"max_sequence_length": self.max_sequence_length, "do_classifier_free_guidance": False}
+        taken = {name: value for name, value in given.items() if accepts(self.pipe.encode_prompt, name)}
+        encoded = self.pipe.encode_prompt([text], device=self.device, **taken)
         return dict(zip(self.prompt_parts, encoded, strict=False))  # Negative prompts follow, and are None.
 
     def _condition(self, clips: Tensor, mask: Tensor) -> Conditioning:

@@ -29,6 +29,7 @@ class HunyuanVideo(PipelineVideo):
     """
 
     family = "HunyuanVideo"
+    prompt_parts = ("text", "pooled", "mask")
     scale_name = "true_cfg_scale"
 
     def __init__(self, pipe: Any, *, embedded_guidance: float | None = None, **options: Any) -> None:
@@ -45,10 +46,6 @@ class HunyuanVideo(PipelineVideo):
         scale = self._default("guidance_scale", 6.0) if self.embedded_guidance is None else self.embedded_guidance
         return {"guidance": check_number("embedded_guidance", scale, PipelineError)}
 
-    def _encode_text(self, text: str) -> Conditioning:
-        given: dict[str, Any] = {"max_sequence_length": self.max_sequence_length, "device": self.device}
-        return dict(zip(("text", "pooled", "mask"), self.pipe.encode_prompt([text], **given), strict=True))
-
     def _times(self, steps: int) -> Tensor:
         return flow_times(self.pipe.scheduler, sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
 
@@ -61,6 +58,7 @@ class Hunyuan15Video(PipelineVideo):
     """
 
     family = "HunyuanVideo 1.5"
+    prompt_parts = ("text", "mask", "glyphs", "glyph_mask")
     _times = HunyuanVideo._times
 
     def __init__(self, pipe: Any, *, max_sequence_length: int | None = None, **options: Any) -> None:
@@ -82,7 +80,3 @@ class Hunyuan15Video(PipelineVideo):
         return {"image": (int(self.pipe.vision_num_semantic_tokens), int(self.pipe.vision_states_dim))}
 
     channels = property(lambda self: self.pipe.num_channels_latents)
-
-    def _encode_text(self, text: str) -> Conditioning:
-        names = ("text", "mask", "glyphs", "glyph_mask")
-        return dict(zip(names, self.pipe.encode_prompt([text], device=self.device), strict=True))

@@ -102,8 +102,7 @@ class WanVaceVideo(WanVideo):
     """Wan-VACE: the transformer reads the clip and the mask of the edit through its control layers.
 
     Where the mask is 1 it sees `reactive`: "grey" (VACE's inpainting), or "clip", the old content; the control has the
-    strength `conditioning_scale`. `cond` holds "text"; "control" (batch, 96, time, height, width); "strength" (batch,
-    layers).
+    strength `conditioning_scale`. `cond` holds "text", "control" (batch, 96, t, h, w), "strength" (batch, layers).
     """
 
     def __init__(

@@ -39,8 +39,7 @@ from .variance.thresholds import DEFAULT_ESTIMATOR, DEFAULT_THRESHOLD
 @dataclass(frozen=True)
 class LockSettings:
     """The resolved options of a `KVLock`, which explains them. `layers` is None if nothing can be locked, `foreground`
-    says whether fully locked tokens may be left out, `schedule` is on the policies' clock, and `default_scale` is the
-    model's own default guidance.
+    says whether fully locked tokens may be left out, `default_scale` is the model's own default guidance.
     """
 
     model: Denoiser
@@ -329,8 +328,8 @@ def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any]
 
 def _named(given: Mapping[str, Any]) -> str:
     """The names of the options that were given, as "a=, b=". None, False and an empty mapping count as not given."""
-    absent = [v is None or v is False or (isinstance(v, Mapping) and not v) for v in given.values()]
-    return ", ".join(f"{name}=" for name, no in zip(given, absent, strict=True) if not no)
+    here = (name for name, v in given.items() if not (v is None or v is False or (isinstance(v, Mapping) and not v)))
+    return ", ".join(f"{name}=" for name in here)
 
 
 def _first(*values: Any) -> Any:

@@ -16,9 +16,7 @@ from .types import KVLockError, Observation, Scalar, StepInfo
 from .utils.extras import require
 from .utils.files import write_atomically
 
-_PER_CLIP = ("variance", "risk", "effect", "lock", "next_lock", "cfg_scale", "composite")
-_PER_STEP = ("nfe", "fused_layers", "route", "computed")
-COLUMNS = ("call", "clip", "sigma", *_PER_CLIP, *_PER_STEP)
+COLUMNS = ("call", "clip", *StepInfo._fields[1:])
 
 _CURVES = {
     "variance": ("variance of $\\hat{x}_0$", "#4477aa"),
@@ -82,9 +80,8 @@ class Trace:
         rows: list[dict[str, Any]] = []
         for step in self.steps:
             for clip in range(len(step.variance)):
-                row: dict[str, Any] = {"call": step.call, "clip": clip, "sigma": step.sigma}
-                row |= {name: float(getattr(step, name)[clip].mean()) for name in _PER_CLIP}  # tokens by their mean
-                rows.append(row | {name: getattr(step, name) for name in _PER_STEP})
+                given = {"call": step.call, "clip": clip} | step._asdict()  # of tokens the mean
+                rows.append({k: float(v[clip].mean()) if isinstance(v, Tensor) else v for k, v in given.items()})
         return rows
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:

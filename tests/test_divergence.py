@@ -186,7 +186,7 @@ def test_sums_are_float32(dtype):
 
 def test_settings():
     for memory in (0.0, -1.0, math.nan):
-        with pytest.raises(EstimatorError, match="expected a fall in log sigma > 0"):
+        with pytest.raises(EstimatorError, match=r"a finite number > 0\. This works: Divergence\(memory=1.0\)"):
             Divergence(memory=memory)
     assert kv.presets.load_preset(
         '[policy]\ntype = "Sigmoid"\n[estimator]\ntype = "Divergence"\nmemory = 2.0\n'

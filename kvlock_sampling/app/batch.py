@@ -24,7 +24,7 @@ from ..types import SourceError
 from ..utils.extras import require
 from ..utils.files import write_atomically
 from ..utils.warn import warn
-from ..video.write import write_clip
+from ..video.write import to_bytes, write_clip
 from .edit import edit_video
 from .jobs import Job, digest, message
 from .models import VideoModel, open_model, read_pair
@@ -193,9 +193,8 @@ def fitting_scale(scale: int | None, video: VideoModel, pixels: Tensor) -> int:
 
 def _still(*clips: Tensor) -> str:
     """The middle frames of clips (3, T, H, W) in [-1, 1], side by side: a PNG in base64."""
-    frames = torch.cat([clip[:, clip.shape[1] // 2] for clip in clips], dim=2)
-    pixels = ((frames.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-    image, buffer = require("PIL.Image", "video").fromarray(pixels), io.BytesIO()
+    frames = torch.cat([clip[:, clip.shape[1] // 2, None] for clip in clips], dim=3)
+    image, buffer = require("PIL.Image", "video").fromarray(to_bytes(frames, "the still has pixels")[0]), io.BytesIO()
     image.thumbnail((len(clips) * STILL, STILL))
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -20,7 +20,6 @@ from .base import Policy
 @dataclass(frozen=True)
 class ReleaseBelow(Policy):
     """Composited at sigma > below, then free under the same lock. Nothing is measured.
-    Raises PolicyError for a setting out of range.
 
     Args:
         below: Noise level > 0 from which on the background is free. Defaults to 3.
@@ -45,15 +44,13 @@ class ReleaseBelow(Policy):
 @dataclass(frozen=True)
 class Release(Policy):
     """Composited and locked, except where the edit's own change is firm. It needs an estimator that measures `effect`.
-    Raises PolicyError for a setting out of range.
 
     Args:
         below: Noise level > 0 from which on anything may be released. Defaults to 3.
         lock: Fusion ratio in [0, 1] of what is kept. Defaults to 0.75.
         firm: Effect >= 1, in thresholds, at which the lock begins to weaken. Defaults to 4.
         snr: Effect over risk, >= 0, above which a change is firm: its signal-to-noise ratio. Defaults to 4.
-        early: Whether to lock from the first evaluation on. If not, a clip is locked while any of its tokens is
-            released. Defaults to True.
+        early: Whether to lock from the first evaluation on, or while a clip has released tokens. Defaults to True.
     """
 
     below: float = 3.0

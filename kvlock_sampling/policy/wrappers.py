@@ -94,7 +94,6 @@ class Windowed(PolicyWrapper):
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
     """The inner policy's lock, guidance scale and composite, kept within limits.
-    Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -131,7 +130,7 @@ class Smoothed(PolicyWrapper):
     """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
     It begins at the inner policy's `start`. The inner policy's `composite` passes unchanged. The state is (inner state,
-    noise level and control of the last step). Raises PolicyError for a setting out of range.
+    noise level and control of the last step).
 
     Args:
         policy: The inner policy, or a function of an Observation.

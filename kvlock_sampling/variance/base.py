@@ -1,7 +1,6 @@
 """The contract of an estimator: `init() -> state`, `step(state, evaluation) -> (state, variance or None)`.
 
-Settings are frozen, state is a value. `step` sees evaluations at falling sigma; where a sampler goes back up, the lock
-restores an earlier state.
+Settings are frozen, state is a value. `step` sees falling sigma: where a sampler goes up, the lock restores a state.
 """
 
 import copy

@@ -13,7 +13,6 @@ trajectory is an effect of the edit, one that comes and goes is not: effect / va
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from ..types import SAME_SIGMA, Evaluation
-from ..utils.fields import reject
+from ..utils.fields import number
 from ..utils.precision import working
 from .base import Estimator, Patch, check_patch, masked_mean, on_grid
 
@@ -37,9 +36,6 @@ class Divergence(Estimator):
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.
         patch: Latents per token along (time, height, width), to measure every token. Defaults to None, per clip.
-
-    Raises:
-        EstimatorError: A setting out of range.
     """
 
     memory: float = 1.0
@@ -50,8 +46,8 @@ class Divergence(Estimator):
 
     def __post_init__(self) -> None:
         check_patch(self)
-        if not (isinstance(self.memory, Real) and self.memory > 0):
-            reject(self, "memory", "a fall in log sigma > 0", 1.0)
+        if self.memory != math.inf:
+            number(self, "memory", above=0.0)
 
     def init(self) -> tuple[Any, ...]:
         return ()  # then, for this noise level and the one before: sigma, W, W2, m, the pooled squares, the effect

@@ -30,9 +30,6 @@ class PosteriorVariance(ProbingEstimator):
         passes: Random directions per measurement, >= 1, evaluated as one batch. One is enough for a video, the default.
         seed: Seed of the directions. Defaults to 0.
         step_size: Step of finite differences in units of sigma, > 0. Defaults to 1/8, for bfloat16; 0.01 suits float32.
-
-    Raises:
-        EstimatorError: A number is out of range.
     """
 
     step_size: float = 2.0**-3  # between eps^(1/2) and eps^(1/3) of bfloat16

@@ -7,13 +7,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
 from ..types import EstimatorError
-from ..utils.fields import check_number, levels
+from ..utils.fields import check_number, levels, within
 from .trajectory import TrajectoryVariance
 
 
@@ -62,13 +61,13 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
     """Return the threshold at a noise level. Raises EstimatorError if a function returns none."""
     if not callable(threshold):
         return threshold
-    limit = threshold(sigma)
-    if not (isinstance(limit, Real) and 0 < limit < math.inf):
+    limit = within(given := threshold(sigma), above=0.0)
+    if limit is None:
         raise EstimatorError(
-            f"threshold({sigma:.4g}) returned {limit!r}; expected a variance > 0, a finite number, at every noise "
+            f"threshold({sigma:.4g}) returned {given!r}; expected a variance > 0, a finite number, at every noise "
             "level: threshold=lambda sigma: 0.01."
         )
-    return float(limit)
+    return limit
 
 
 class Band(NamedTuple):

@@ -13,8 +13,7 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         a: Clips (batch, 3, T, H, W) in [-1, 1].
         b: Clips of the same shape.
-        mask: The region, (batch or 1, 1, T, H, W) in [0, 1]; fractions weight a pixel. None: everywhere. The background
-            of an edit is 1 - mask.
+        mask: The region, (batch or 1, 1, T, H, W) in [0, 1], e.g. 1 - mask of an edit; None: everywhere.
 
     Raises:
         MaskError: The shapes do not fit, clips are in another range, or a mask is empty or outside [0, 1].

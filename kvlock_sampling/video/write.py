@@ -50,7 +50,7 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
     path, kind = Path(path), check_suffix(path)
     fps = check_number("fps", fps, VideoError, above=0.0)
     check_number("scale", scale, VideoError, at_least=1, whole=True)
-    images = _to_bytes(pixels, "write_clip", "pixels").repeat(scale, 1).repeat(scale, 2)
+    images = to_bytes(pixels, "write_clip got pixels").repeat(scale, 1).repeat(scale, 2)
     if sound is not None and not (is_film(sound) or os.path.isdir(sound) or str(sound).lower().endswith(IMAGES)):
         warn(f"without sound: sound={str(sound)!r} is no film; expected one that ends in {', '.join(FILMS)}.")
     sound = sound if sound is not None and is_film(sound) else None
@@ -116,22 +116,23 @@ def side_by_side(
         check_number("columns", columns, VideoError, at_least=1, whole=True)
     tiles = []
     for clip, label in zip(clips, labels, strict=True):
-        tile = _to_bytes(clip, "side_by_side", "a clip").repeat(scale, 1).repeat(scale, 2)
+        tile = to_bytes(clip, "side_by_side got a clip").repeat(scale, 1).repeat(scale, 2)
         tiles.append(np.concatenate([np.repeat(_caption(str(label), tile.shape[2])[None], len(tile), 0), tile], 1))
     sheets = [_grid(np.stack(moment), columns or len(tiles), gap=8) for moment in zip(*tiles, strict=True)]
     return torch.from_numpy(np.stack(sheets)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def _to_bytes(pixels: Any, caller: str, what: str) -> Array:
+def to_bytes(pixels: Any, got: str) -> Array:
+    """Pixels (3, T, H, W) in [-1, 1] as bytes (T, H, W, 3). Raises VideoError, which begins with `got`."""
     clip = as_clips(pixels)[0] if getattr(pixels, "ndim", 4) == 4 else as_clips(pixels)
     if clip.ndim != 4 or clip.shape[0] != 3 or 0 in clip.shape:
         hint = " For a batch of clips pass clips[0]." if clip.ndim == 5 else ""
-        raise VideoError(f"{caller} got {what} of shape {tuple(clip.shape)}; expected (3, T, H, W).{hint}")
+        raise VideoError(f"{got} of shape {tuple(clip.shape)}; expected (3, T, H, W).{hint}")
     clip = clip.detach().float().cpu()
     if bad := int((~torch.isfinite(clip)).sum()):
-        raise VideoError(f"{caller} got {what} with {bad} nan or inf values; expected numbers in [-1, 1].")
+        raise VideoError(f"{got} with {bad} nan or inf values; expected numbers in [-1, 1].")
     if (most := max(map(abs, torch.stack(clip.aminmax()).tolist()))) > 8:  # A decoder overshoots by less.
-        raise VideoError(f"{caller} got {what} up to {most:.3g}; expected [-1, 1]: pixels / 127.5 - 1 for [0, 255].")
+        raise VideoError(f"{got} up to {most:.3g}; expected [-1, 1]: pixels / 127.5 - 1 for [0, 255].")
     return clip.clamp(-1, 1).add_(1).mul_(127.5).round_().byte().permute(1, 2, 3, 0).contiguous().numpy()
 
 

@@ -24,6 +24,7 @@ from ...types import SourceError
 from ...utils.extras import require
 from ...video.media import shown
 from ...video.read import Array, displayed
+from ...video.write import to_bytes
 from ..edit import Edit
 from ..models import VideoModel, read_pair
 from ._keyframes import Region, over_time
@@ -107,7 +108,7 @@ class Session:
         """Take a clip of the embedded world, with its mask. Returns the prompts of the edit and of the clip."""
         before, after = (([scene]) for scene in sample_edit(*EXAMPLES[name]))
         path = Path(tempfile.mkdtemp(dir=self.folder)) / "example.mkv"
-        write_lossless(path, to_bytes(render(before)[0]), 8.0)
+        write_lossless(path, to_bytes(render(before)[0], "the example has pixels"), 8.0)
         self._take(path, video)
         self.given, self.origin = edit_mask(before, after)[0, 0].numpy() > 0, "the example's"
         self.truth = render(after)
@@ -184,7 +185,7 @@ class Session:
             size, white = displayed(path, shown(path)), made / "white.png"
             require("PIL.Image", "video").new("L", size[::-1], 255).save(white)
             found, _ = read_pair(video, path, white)
-            frames, clip = to_bytes(found.pixels), made / "clip.mkv"
+            frames, clip = to_bytes(found.pixels, "the upload has pixels"), made / "clip.mkv"
             write_lossless(clip, frames, found.fps)
             with torch.no_grad():
                 latents = video.encode(to_clips(frames))
@@ -240,11 +241,6 @@ class Sessions:
     def close_all(self) -> None:
         for key in list(self._open):
             self.close(key)
-
-
-def to_bytes(pixels: Tensor) -> Array:
-    """Pixels (3, T, H, W) in [-1, 1] as bytes (T, H, W, 3)."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).contiguous().numpy()
 
 
 def to_clips(frames: Array) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 from ...utils.extras import require
 from ...video.metrics import masked_psnr
 from ...video.read import Array
+from ...video.write import to_bytes
 from ..models import VideoModel
-from ._session import Session, to_bytes, to_clips
+from ._session import Session, to_clips
 
 EDITED, BAND, KEPT, RELEASED = (230, 159, 0), (240, 228, 66), (0, 114, 178), (0, 158, 115)  # Okabe and Ito's colours
 SHOWN = 384  # least width in pixels of a picture; smaller frames are enlarged by a whole factor
@@ -68,7 +69,7 @@ def frame_view(session: Session, video: VideoModel, name: str, frame: int) -> st
     """One frame of a result: the wipe, the difference, and the tokens that were let go."""
     assert session.results is not None
     edit, edited = session.results.edits[name], session.results.weight == 0
-    before, after = session.frames[frame], to_bytes(edit.pixels[0, :, frame : frame + 1])[0]
+    before, after = session.frames[frame], to_bytes(edit.pixels[0, :, frame : frame + 1], "the edit has pixels")[0]
     pair = "".join(f'<img src="{_uri(_enlarged(p))}" alt="{alt}">' for p, alt in ((before, "source"), (after, "edit")))
     move = "this.parentElement.style.setProperty('--at', this.value + '%')"
     label = f"Wipe of frame {frame}: source to the left, {name} to the right"

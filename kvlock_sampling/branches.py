@@ -29,8 +29,7 @@ Kind = tuple[str, ...] | None
 
 class Branches:
     """What both kinds share: x, the x0-hats of uncond and source once they are evaluated, what this evaluation takes of
-    the source (None if it locks nothing) and by which route, the model passes per clip so far, and the largest number
-    of layers that were fused in a call.
+    the source (None if it locks nothing) and by which route, the model passes per clip and the fused layers so far.
     """
 
     _probed: Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -79,8 +78,7 @@ class Branches:
     @cached_property
     def _signal(self) -> float:
         """The share of a clean clip in x: 1 in variance-exploding form. At pure noise, as good as none."""
-        measured = self._own_levels and self.settings.policy.uses_risk
-        rule = method_of(self.settings.model, "add_noise") if measured else None
+        rule = method_of(self.settings.model, "add_noise") if self._own_levels else None
         return 1.0 if rule is None else max(1e-4, share_of(self.step.model_sigma, rule)[0])
 
     def probe(self, x: Tensor, sigma: float) -> Tensor:
@@ -207,7 +205,7 @@ class OwnBranches(Branches):
                 return cond, scale
             self.uncond = self._evaluate([(self.x, self._uncond_args)], self.step.sigma_arg, ("uncond",))[0]
         if self.settings.rescale:
-            return guide_rescaled(self.uncond, cond, scale, self.x), scale
+            return guide_rescaled(self.uncond, cond, scale, self.x / self._signal), scale
         return guide(self.uncond, cond, scale), scale
 
     def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def restart(
     # A clip's seed does not depend on which others are sent back. The noise added needs another in its low 32 bits.
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, [(each + 2**31) % 2**64 for each in seeds])(levels[0], levels[0])
+    if part.settings.source is not None and part.settings.source.noise is None:
+        part.settings.source.noise = noise  # else it would be what leads from the source to the edited clip
     cut = take(dict(extra_args or {}), index, batch)
     arguments |= seeding(sampler, seeds)
     if (drawn := arguments.get("noise_sampler")) is not None:

@@ -111,6 +111,7 @@ class Run:
         self._evaluations, self._measured, self._unmeasured = 0, False, 0
         self._unread: tuple[float, Tensor, Tensor | None] | None = None
         self._shape: torch.Size | None = None
+        self._resumed = False
 
     def tools(self, settings: LockSettings) -> Tools:
         """The tools for this model, made when it is first seen."""
@@ -155,8 +156,9 @@ class Run:
             # Of several networks. Its argument is on the host: a noise level on the device would cost another transfer.
             expert = (method_of(settings.model, "expert") or (lambda level: None))(torch.tensor(model_sigma))
             # Clips of another shape, above the level that was reached: another run. Below, a sampler takes them apart.
-            if self._shape not in (None, x.shape) and sigma > self.timeline.sigma * (1 + SAME_SIGMA):
+            if self._shape not in (None, x.shape) and (self._resumed or sigma > self.timeline.sigma * (1 + SAME_SIGMA)):
                 self.restart(self.schedule)
+            self._resumed = False
             if (found := self.timeline.rewind(sigma)) is None:
                 self._begin(sigma)
             elif self._shape not in (None, x.shape):
@@ -217,8 +219,16 @@ class Run:
                 "measured. A guidance gap needs uncond; Sparse needs levels of the schedule.",
             )
 
+    def tell(self, schedule: Sequence[float] | None) -> None:
+        """A sampler told its schedule. It goes on from the level that was reached, or begins another run."""
+        first, reached = schedule[0] if schedule else math.inf, self.timeline.sigma * (1 + SAME_SIGMA)
+        self._resumed = first <= reached and first < self._top * (1 - SAME_SIGMA)
+        if not self._resumed or not schedule:
+            return self.restart(schedule)
+        self.schedule = (*(level for level in self.schedule or () if level > first * (1 + SAME_SIGMA)), *schedule)
+
     def restart(self, schedule: Sequence[float] | None) -> None:
-        """What came before in this block was another run: a sampler told its schedule, or the clips are others."""
+        """What came before in this block was another run."""
         self.schedule, self._top = schedule, 0.0
         self._anew()
 

@@ -14,6 +14,7 @@ import kvlock_sampling as kv
 from kvlock_sampling import attention, samplers
 from kvlock_sampling.batching import take
 from kvlock_sampling.source import Source
+from kvlock_sampling.testing import GaussianDenoiser
 from kvlock_sampling.types import MaskError, PolicyError, RunError, SourceError
 
 SAMPLERS = samplers.names()
@@ -700,3 +701,62 @@ def test_clips_are_chosen_by_numbers_or_by_a_mask_of_clips(index):
     given = {"cond": ["a", "b", "c"], "text": torch.arange(3)}
     assert take(given, index, 3)["cond"] == ["a", "c"]
     assert take(given, index, 3)["text"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("policy", ["default", "release", "sigmoid", "paper", "full"])
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_run_may_be_several_calls_of_samplers(pair: Setup, policy: str, split: int, sampler: str) -> None:
+    """Measurements, noise and steps left go on; with all that heun knows, since a call begins where it ended."""
+    run, steps = kv.samplers.get(sampler), []
+    lock = pair.lock(policy=policy)
+    with lock:
+        whole = run(lock, pair.x, pair.sigmas, extra_args=pair.cfg, disable=True)
+    steps.append([step.sigma for step in lock.trace])
+    with lock:
+        half = run(lock, pair.x, pair.sigmas[: split + 1], extra_args=pair.cfg, disable=True)
+        again = run(lock, half, pair.sigmas[split:], extra_args=pair.cfg, disable=True)
+    assert torch.equal(again, whole)
+    assert [step.sigma for step in lock.trace] == steps[0]
+
+
+def test_a_run_that_goes_on_knows_the_steps_that_are_left(pair: Setup) -> None:
+    left = []
+
+    @kv.stateless
+    def watching(obs):
+        left.append(obs.steps_left)
+        return kv.Control(lock=0.5)
+
+    with pair.lock(policy=watching) as lock:
+        half = kv.samplers.euler(lock, pair.x, pair.sigmas[:3], extra_args=pair.cfg)
+        kv.samplers.euler(lock, half, pair.sigmas[2:], extra_args=pair.cfg)
+    count = len(pair.sigmas) - 1
+    assert left[1:] == list(range(count - 2, 0, -1))
+
+
+def test_rescaled_guidance_is_that_of_the_model_in_any_form() -> None:
+    class Exploding(torch.nn.Module):  # x = x0 + sigma noise
+        def forward(self, x, sigma, cond):
+            return GaussianDenoiser(mean=cond, std=1.0)(x, sigma)
+
+    class Flow(Exploding):  # the same model in flow time, x = (1 - t) x0 + t noise
+        def add_noise(self, x0, noise, t):
+            return (1 - t) * x0 + t * noise
+
+        def to_ve(self, t):
+            return t / (1 - t)
+
+        def forward(self, x, t, cond):
+            t = t.view(-1, 1, 1)
+            return super().forward(x / (1 - t), (t / (1 - t)).flatten(), cond)
+
+    noise = torch.randn(1, 8, 4, generator=torch.Generator().manual_seed(0)).double()
+    times = torch.tensor([0.9, 0.7, 0.4, 0.1, 0.0]).double()
+    plain = torch.linspace(-1, 1, 4).double().expand(1, 8, 4)
+    args = {"cond": torch.ones(1, 8, 4).double(), "uncond": plain, "cond_scale": 3.0}
+    runs = []
+    for model, levels in ((Exploding(), times / (1 - times)), (Flow(), times)):
+        lock = kv.KVLock(model, policy="off", rescale=True)
+        runs.append(lock.sample("euler", noise * levels[0], levels, extra_args=args))
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)

@@ -204,3 +204,20 @@ def test_clips_in_half_precision_stay_in_it(pair):
     found = restart(lock, "euler", x, pair.sigmas, back_to=3.0, extra_args=pair.cfg, limit=-1.0)
     assert found.x.dtype == torch.bfloat16
     assert found.sent_back.all()
+
+
+def test_the_source_of_a_restart_has_the_noise_that_is_added_and_not_the_edit(pair):
+    """What leads from the source to the noised edit would carry the edit, and measure no change."""
+    lock, seen = measured_lock(pair), []
+    finished = pair.x * 0 + 5.0  # an edit far from the source
+    lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg)
+
+    def sampler(model, x, sigmas, noise_sampler=None, **options):
+        run = model._run()
+        out = kv.samplers.euler(model, x, sigmas, **options)
+        seen.append((x, sigmas[0], run.noise))
+        return out
+
+    restart(lock, sampler, finished, pair.sigmas, back_to=3.0, limit=-1.0, extra_args=pair.cfg, seed=1)
+    ((x, sigma, noise),) = seen
+    torch.testing.assert_close(noise, (x - finished) / sigma, rtol=0, atol=1e-5)

@@ -120,8 +120,7 @@ class FlowDenoiser(Preconditioned):
     """A rectified-flow model (Wan, HunyuanVideo, LTX, Mochi, Flux) as an exact variance-exploding denoiser.
 
     Flow: z_t = (1 - t) * x0 + t * noise. With sigma = t / (1 - t) and x = z_t / (1 - t) this is x = x0 + sigma * noise,
-    so the model is called at z_t = x / (1 + sigma), t = sigma / (1 + sigma): a change of variables, no approximation.
-    `samplers.flow_sigmas` makes schedules.
+    so the model is called at z_t = x / (1 + sigma), t = sigma / (1 + sigma): exactly. See `samplers.flow_sigmas`.
 
     Args:
         inner_model: Called as `inner_model(z_t, t * time_scale, **extra_args)`, with times (batch,).

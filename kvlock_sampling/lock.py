@@ -75,8 +75,7 @@ class KVLock(DenoiserProxy):
         mask: 1 = edit, at the clip's or latents' size, copied; see `masks`. Without a source: where to measure.
         policy: A Policy, a function of an Observation, a Preset, or the name or path of a preset.
         estimator: Measures variance. Default: the preset's, or sigma-normalised trajectory variance.
-        threshold: The variance at risk 1, a float or a function of sigma. Default: the preset's with the preset's own
-            estimator, else the estimator's.
+        threshold: The variance at risk 1, a float or a function of sigma. Default: that of the preset, or estimator.
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
         erase: True takes keys and values from the source with its masked region filled from the surroundings, under
             the unconditional prompt, so that they do not speak of what the edit replaces; without one, the source's. An
@@ -85,19 +84,17 @@ class KVLock(DenoiserProxy):
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.
         reach: How far from the mask anything may be released, in widths of the mask (the square root of its tokens in a
-            frame): beyond it the background is the source's, whatever the policy. Default: the preset's, or math.inf.
+            frame): beyond it the background is the source's, if the policy acts on it. Default: the preset's, or inf.
         rescale: `s*`-rescaled guidance (`CFG-Zero*`) instead of plain. Default: the preset's, or plain.
         cfg_floor: Lower bound, >= 0, of a scheduled cfg_scale. Default: the preset's, or 1.
-        layers: The attention layers to lock: `find_layers(model)`, `sdpa_layers(...)`, or indices or a slice of the
-            layers found. Default: every layer found.
+        layers: The attention layers to lock: `find_layers(model)`, the default, `sdpa_layers(...)`, or indices of them.
         transition: (width in tokens, fraction): tokens this near the mask take only this fraction of the lock, or None.
         sigmas: The noise schedule, for policies that count steps. This library's samplers pass it on their own.
         scale_arg: Name of the guidance scale of a model that does its own guidance; the lock then sets it.
         branch: The single-branch denoiser inside such a model: it makes the source's pass cheaper.
         batched: False runs branches one after another: less activation memory, the same result up to rounding.
         foreground: Leave fully locked tokens out of the computation: the same result up to rounding, unless the model
-            guides itself by a measure of whole predictions. Default: wherever possible; False never; True with a
-            warning where it is impossible.
+            guides itself by a measure of whole predictions. Default: wherever possible; True warns where it is not.
         kv_cache: Keeps the source's K/V over steps and runs, see `KVCache`. To serve several seeds it also needs
             `noise`, e.g. noise="fixed"; to serve several prompts, `source_args`.
 
@@ -180,8 +177,8 @@ class KVLock(DenoiserProxy):
             return samplers.run(sampler, self, x, sigmas, **arguments)
 
     def plan(self, sigmas: Tensor, sampler: Any = "euler") -> Plan:
-        """What the K/V cache will hold of a run of the source's clips, before anything runs: print it. Of each further
-        clip that shares a source it holds as much again.
+        """What the K/V cache will hold at most of a run of the source's clips, before anything runs: print it. Of each
+        further clip that shares a source it holds as much again.
 
         Args:
             sigmas: The schedule.
@@ -205,7 +202,7 @@ class KVLock(DenoiserProxy):
 
     def on_schedule(self, sigmas: Tensor) -> None:
         """Tell the noise schedule of the run, ending in 0 or not. This library's samplers call it."""
-        self._run().restart(on_clock(self.model, sigmas))
+        self._run().tell(on_clock(self.model, sigmas))
         if (tell := method_of(self.model, "on_schedule")) is not None:
             tell(sigmas)
 

@@ -54,9 +54,9 @@ class Source:
             )
         if noise is not None and not isinstance(noise, Tensor):
             check_noise(noise)
-            generator = torch.Generator().manual_seed(0)
             # The same for every clip, so that one in a batch gets what it gets alone.
-            noise = torch.randn(1, *latents.shape[1:], generator=generator, dtype=torch.float32).to(latents)
+            seeded: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
+            noise = torch.randn(1, *latents.shape[1:], **seeded).to(latents)
         if noise is not None and not (
             noise.is_floating_point() and noise.shape[1:] == latents.shape[1:] and len(noise)
         ):

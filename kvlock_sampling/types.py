@@ -73,8 +73,7 @@ class Evaluation(NamedTuple):
         denoised: Conditional x0-hat before guidance and compositing, (batch, ...); the estimator's own, to keep.
         mask: Latent mask broadcastable to `x`, 1 = edit; None means everywhere.
         probe: Evaluates the conditional model again, `probe(x, sigma) -> x0-hat`, on any multiple of batch rows, in the
-            order of `x.repeat(k, ...)`; at another sigma only if the model's levels are variance exploding. Every row
-            counts as one function evaluation.
+            order of `x.repeat(k, ...)`, each one evaluation; at another sigma only for variance exploding levels.
         uncond: Unconditional x0-hat at the same point, (batch, ...); None if it was not evaluated.
         source: The source's x0-hat at the same sigma and noise, (batch, ...); None if it was not evaluated.
     """

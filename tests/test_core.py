@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvlock_sampling as kv
+from kvlock_sampling.app.edit import start_noise
 from kvlock_sampling.batching import join_calls
 from kvlock_sampling.guidance import guide, guide_rescaled
 from kvlock_sampling.masks.fitted import FittedMask
@@ -24,6 +25,7 @@ from kvlock_sampling.source import Source
 from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
 from kvlock_sampling.utils.files import check_writable, write_atomically
+from kvlock_sampling.variance.dropout import dropout_hooks
 
 PACKAGE = Path(kv.__file__).parent
 
@@ -266,3 +268,17 @@ def test_a_guided_model_counts_both_of_its_prompts(setup, given):
     lock = kv.KVLock(kv.CFGDenoiser(setup.model), source=setup.source, mask=setup.mask, policy="half", **options)
     lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     assert [step.nfe for step in lock.trace] == [3 if given else 4] * 6
+
+
+def test_seeded_noise_does_not_depend_on_the_default_device():
+    """Seeded noise is drawn on the CPU, whatever torch.set_default_device says."""
+    like, network = torch.zeros(2, 3, 4, 8, 8), torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+    def drawn():
+        with dropout_hooks(network, 0.5, seed=1, select="0"):
+            thinned = network(torch.ones(1, 4, device="cpu"))
+        return start_noise(like, 1), Source(like, noise="fixed").noise, thinned
+
+    with torch.device("meta"):
+        found = drawn()
+    assert all(torch.equal(*pair) for pair in zip(found, drawn(), strict=True))

@@ -395,8 +395,21 @@ def test_a_mask_of_twice_the_clips_length_is_told(frames, side, told):
     assert [str(each.message).rpartition(": ")[0][-15:] for each in seen] == ["twice its speed"] * told
 
 
-def test_a_mask_of_three_times_the_clips_length_is_refused():
-    mask = torch.zeros(1, 1, 49, 64, 64)
-    mask[..., :32] = 1
+@pytest.mark.parametrize(("frames", "side"), [(49, 64), (13, 64), (21, 64), (17, 8), (9, 8)])
+def test_a_mask_of_a_length_that_no_vae_makes_is_refused(frames, side):
+    mask = torch.zeros(1, 1, frames, side, side)
+    mask[..., : side // 2] = 1
     with pytest.raises(MaskError, match="no whole compression factor"):
         FittedMask(mask).latent(torch.zeros(1, 4, 5, 8, 8))
+
+
+def test_noise_of_a_mask_is_not_edited_in_whatever_form():
+    painted = torch.zeros(1, 1, 2, 16, 16, dtype=torch.uint8)
+    painted[..., :8, :8] = 255
+    noisy = painted.clone()
+    noisy[..., ::3, ::5].clamp_(min=3)
+    wanted = FittedMask(masks.as_mask(painted)).tokens(torch.zeros(1, 4, 2, 16, 16), (1, 4, 4))
+    for mask in (masks.as_mask(noisy), noisy / 255, (noisy / 255).half()):
+        assert torch.equal(FittedMask(mask).tokens(torch.zeros(1, 4, 2, 16, 16), (1, 4, 4)), wanted)
+    with pytest.raises(MaskError, match="0 everywhere"):
+        masks.check_mask(torch.full((8, 8), 0.05))

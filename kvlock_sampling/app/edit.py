@@ -58,7 +58,8 @@ class Edit:
 
 def start_noise(like: Tensor, seed: int | Sequence[int]) -> Tensor:
     """Draw unit noise shaped like `like`, one seed per clip; with an int, clip i uses seed + i."""
-    rows = [torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(s)) for s in _seeds(seed, len(like))]
+    seeds, shape = _seeds(seed, len(like)), like.shape[1:]
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s), device="cpu") for s in seeds]
     return torch.stack(rows).to(like)
 
 
@@ -132,7 +133,7 @@ def edit_video(
         warn("judge= without effect: there is one candidate. Try candidates=4.")
     seeds = _seeds(seed.tolist() if isinstance(seed, Tensor) else seed, max(len(clips), tried))
     seeded = seeding(sampler, seeds)  # a name is looked up before anything is encoded
-    pixel_mask = torch.threshold(masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])), 0.1, 0.0).to(clips)
+    pixel_mask = masks.check_mask(masks.as_mask(mask, frames=clips.shape[2])).to(clips)
     if (sides := tuple(clips.shape[2:])) != tuple(pixel_mask.shape[2:]):
         (h, w), (height, width) = pixel_mask.shape[3:], sides[1:]
         raise MaskError(f"the mask is {h} x {w}, the clip {height} x {width}: mask = masks.resize(mask, *{sides}).")

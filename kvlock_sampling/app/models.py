@@ -20,8 +20,7 @@ class VideoModel(Protocol):
     `tiny.TinyVideo` is one; `kv.from_pipeline(pipe)` makes one. Optional members: `negative_prompt` (default ""),
     `usual`, the (frames, height, width) that it was trained for; `given(clips, mask)`, this model prepared for these
     clips; `lock_mask(mask)`, the mask at the latents' size; `unpadded(latents)`, without frames that no clip has. A
-    model of free size has frames = size = None, and its `fit(frames, height, width)` returns the largest (frames,
-    height, width) within these that it can edit.
+    model of free size has frames = size = None, and `fit(frames, height, width)`, the largest within that it can edit.
 
     Attributes:
         denoiser: `denoiser(x, sigma, cond=...) -> x0-hat` in variance-exploding form.
@@ -107,8 +106,8 @@ def read_pair(
     For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
     frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels. The mask is
     stretched to the clip's displayed frame and cut like it. Its frames are matched by time, one to one where both have
-    as many or one is a folder of images, or by the numbers of two such folders; a short mask of another kind holds its
-    last frame. `Clip.note` says what was taken.
+    as many or one is a folder of images, or by the numbers of two such folders; other short masks hold their last one.
+    `Clip.note` says what was taken.
 
     Args:
         model: The model that will edit the clip.

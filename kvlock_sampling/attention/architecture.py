@@ -49,8 +49,7 @@ DOUBLE_AND_SINGLE = ("transformer_blocks.*.attn", LayerPattern("single_transform
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of diffusion transformers. Raises AttentionError for a string in place of a tuple, an unknown `text`, or
-    a patch that is not three sizes.
+    """A family of diffusion transformers. Raises AttentionError for a `text` or a patch of another form, or no tuple.
 
     Attributes:
         name: The name in messages.
@@ -60,8 +59,7 @@ class Architecture:
         patch: Latents per token along (time, height, width), or a function of the network that returns them. Default:
             what the network's config says, see `config_patch`.
         text: Where text tokens stand in the sequence of a layer: "none", "first" or "last".
-        text_arguments: Arguments of the network's forward, (batch, length, dim), that become text tokens. If empty,
-            everything that is not video counts as text.
+        text_arguments: Arguments of the network's forward, (batch, length, dim), that become text tokens; () is all.
         rows_apart: Attention is called for each row of the batch separately.
         flow: How locked tokens can be left out of the network; None if they cannot.
         padding: The network's attribute that says to a multiple of how many tokens text and video are padded, if any.

@@ -38,15 +38,13 @@ class KVCache:
     """Settings, and the levels held in memory. One cache serves any number of runs, clips and threads.
 
     Args:
-        directory: Also keep every level in this folder, so that the next edit of the clip, in any process, runs no
-            source pass; None keeps K/V in memory alone.
+        directory: Also keep every level in this folder: no later edit of the clip, in any process, runs a source pass.
         budget: Bytes of K/V in memory, a number or text such as "4GB" or "512MiB"; None is no limit. The least
             recently used levels make room for new ones. A level stays on the model's device if a fifth of that is free
             beside it, else it goes to the host. Files are read through a memory map and do not count.
         format: "int8" stores one byte per number (0.4% off, see `quantize`); None stores K/V unchanged.
         every: Evaluations per source pass, >= 1, in the run that fills the cache; None is no limit. See `refresh`.
-        ratio: A level serves noise levels within this ratio, >= 1; None is no limit. Where two levels are held, points
-            of the line in log sigma through them serve.
+        ratio: A level serves noise levels within this ratio, >= 1; None is no limit. Two serve by a line in log sigma.
 
     Raises:
         KVCacheError: A setting is outside its range, or the directory cannot be used.

@@ -72,7 +72,7 @@ def on_host(level: PackedLevel) -> PackedLevel:
     def copy(part: Tensor) -> Tensor:
         nonlocal block, used
         if used + part.nbytes > block.numel():
-            block, used = torch.empty(max(size, part.nbytes), dtype=torch.uint8, pin_memory=True), 0
+            block, used = torch.empty(max(size, part.nbytes), dtype=torch.uint8, device="cpu", pin_memory=True), 0
         place = block[used : used + part.nbytes].view(part.dtype).view(part.shape)
         used += -(-part.nbytes // 64) * 64  # views of other dtypes must begin at whole numbers of them
         return place.copy_(part, non_blocking=True)

@@ -144,9 +144,8 @@ class FittedMask:
         if frames == 1:  # a still mask holds for every frame
             mask = mask.expand(-1, -1, t, -1, -1)
         elif frames != t:
-            temporal = (frames - 1) // (t - 1) if t > 1 and (frames - 1) % (t - 1) == 0 else 0
-            if temporal > 8 or (temporal not in (2, 4, 8) and frames in (2 * t, 4 * t, 8 * t)):  # of no causal VAE
-                temporal = 0
+            temporal, rest = divmod(frames - 1, t - 1) if t > 1 else (0, 0)
+            temporal = temporal if rest == 0 and temporal in (2, 4, 6, 8) and height > h else 0  # as VAEs compress
             if temporal == 8 and height // h in (8, 16):  # LTX's factor is 32
                 warn(
                     f"the mask has {frames} frames for {t} of latents, which fits Cosmos 1 alone. If the clip has "

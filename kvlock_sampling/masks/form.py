@@ -50,7 +50,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
 
 
 def check_mask(mask: MaskLike) -> Mask:
-    """Check that every clip has something to edit and something to keep, and return the mask in the normal form.
+    """Check that every clip has something above 0.1 to edit and something to keep, and return it in the normal form.
 
     Args:
         mask: As in `as_mask`.
@@ -58,7 +58,7 @@ def check_mask(mask: MaskLike) -> Mask:
     Raises:
         MaskError: The mask is 0 or 1 everywhere in some clip, or `as_mask` refuses it.
     """
-    values = as_mask(mask)
+    values = torch.threshold(as_mask(mask), 0.1, 0.0)  # less is noise
     for index, clip in enumerate(values):
         name = "the mask" if len(values) == 1 else f"the mask of clip {index} (of {len(values)})"
         if not clip.any():

@@ -14,7 +14,7 @@ from .base import Policy
 
 @dataclass(frozen=True)
 class Constant(Policy):
-    """The same control at every evaluation, including the first.
+    """The same control at every evaluation, including the first. Raises PolicyError for a setting out of range.
 
     Args:
         lock: Fusion ratio in [0, 1]. Defaults to 0, which never locks.

@@ -14,7 +14,7 @@ from .base import Policy, worst
 
 @dataclass(frozen=True)
 class Linear(Policy):
-    """The paper's rule: lock and guidance rise in proportion to risk.
+    """The paper's rule: lock and guidance rise in proportion to risk. Raises PolicyError for a setting out of range.
 
     Args:
         gain: Lock per unit of risk, > 0. Defaults to 1, which locks fully at the threshold.

@@ -24,6 +24,7 @@ class PID(Policy):
     """Hold risk at `target`: lock more while it is above, less while it is below.
 
     Its state is (sigma, e, ki * integral(e dt), filtered slope of e, u) of the last step.
+    Raises PolicyError for a setting out of range.
 
     Args:
         target: Risk > 0 to hold. Defaults to 1, the calibrated threshold.

@@ -20,6 +20,7 @@ from .base import Policy
 @dataclass(frozen=True)
 class ReleaseBelow(Policy):
     """Composited at sigma > below, then free under the same lock. Nothing is measured.
+    Raises PolicyError for a setting out of range.
 
     Args:
         below: Noise level > 0 from which on the background is free. Defaults to 3.
@@ -44,6 +45,7 @@ class ReleaseBelow(Policy):
 @dataclass(frozen=True)
 class Release(Policy):
     """Composited and locked, except where the edit's own change is firm. It needs an estimator that measures `effect`.
+    Raises PolicyError for a setting out of range.
 
     Args:
         below: Noise level > 0 from which on anything may be released. Defaults to 3.

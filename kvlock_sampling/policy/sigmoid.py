@@ -16,7 +16,7 @@ from .base import Policy, Range, between, scaled_cfg
 
 @dataclass(frozen=True)
 class Sigmoid(Policy):
-    """A soft threshold without memory.
+    """A soft threshold without memory. Raises PolicyError for a setting out of range.
 
     Args:
         centre: Risk > 0 at which the curve is half way. Defaults to 1, the calibrated threshold.

@@ -18,7 +18,7 @@ from .base import Policy, scaled_cfg
 class Threshold(Policy):
     """All or nothing, with hysteresis.
 
-    Its state is bool, shaped like `obs.risk`: which clips are locked.
+    Its state is bool, shaped like `obs.risk`: which clips are locked. Raises PolicyError for a setting out of range.
 
     Args:
         on: Risk > 0 above which a clip (or token) locks. Defaults to 1, the calibrated threshold.

@@ -94,6 +94,7 @@ class Windowed(PolicyWrapper):
 @dataclass(frozen=True)
 class Clamped(PolicyWrapper):
     """The inner policy's lock, guidance scale and composite, kept within limits.
+    Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.
@@ -129,8 +130,8 @@ class Clamped(PolicyWrapper):
 class Smoothed(PolicyWrapper):
     """An exponential low-pass on lock and guidance:  y += (1 - 2^(-dt / half_life)) * (u - y),  t = -log(sigma).
 
-    It begins at the inner policy's `start`. The inner policy's `composite` passes unchanged. The state is (inner state,
-    noise level and control of the last step).
+    It begins at the inner policy's `start`, and `composite` passes. State: (inner state, last noise level and control).
+    Raises PolicyError for a setting out of range.
 
     Args:
         policy: The inner policy, or a function of an Observation.

@@ -59,7 +59,7 @@ class Promises:
         self.sigma = torch.full((len(x),), level, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         generator = torch.Generator().manual_seed(0)
         self.source, self.noise, other, noise = (
-            torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for _ in range(4)
+            torch.randn(x.shape, generator=generator, device="cpu", dtype=torch.float64).to(x) for _ in range(4)
         )
         noised = Source(self.source, add_noise=method_of(model, "add_noise")).at
         self.x, self.z = noised(other, level, noise), noised(self.source, level, self.noise)

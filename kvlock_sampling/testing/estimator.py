@@ -28,7 +28,7 @@ class CheckModel(nn.Module):
         layers = [nn.Sequential(nn.Linear(SHAPE[0], 16), nn.Tanh(), nn.Linear(16, SHAPE[0])) for _ in range(2)]
         self.blocks = nn.ModuleList(nn.ModuleDict({"ffn": layer}) for layer in layers).requires_grad_(False)
         for parameter in self.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.3)
 
     def forward(self, x: Tensor, sigma: Tensor | float, clips: Sequence[int] = (0,)) -> Tensor:
         """Predict for rows of these clips, in turn, each of which has a condition of its own."""
@@ -88,8 +88,8 @@ def _contract(estimator: Estimator) -> Contract:
 def _evaluations(estimator: Estimator, model: nn.Module, rows: Counter[float], batch: int, masked: bool) -> list[Any]:
     """A falling run of the model; `rows` counts the rows that are probed at each noise level."""
     generator, like = torch.Generator().manual_seed(0), next(model.parameters())
-    x0, noise = torch.randn(2, batch, *SHAPE, generator=generator)
-    mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator) > 0.4).to(like)
+    x0, noise = torch.randn(2, batch, *SHAPE, generator=generator, device="cpu")
+    mask = (torch.rand(batch, 1, *SHAPE[1:], generator=generator, device="cpu") > 0.4).to(like)
     # Every clip has an edited part and, in patches of up to 2, background.
     mask[..., 0, 0], mask[..., -2:, -2:] = 1, 0
     run = list[Evaluation]()

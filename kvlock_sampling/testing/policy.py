@@ -146,7 +146,7 @@ def _observations(
     shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device, *, measured: bool
 ) -> list[Observation]:
     """A falling run of log-normal risks and effects, with one calm clip, and with a 0 and a 10,000 on the way."""
-    risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(0)).mul(1.2).exp()
+    risks = torch.randn((STEPS, *shape), generator=torch.Generator().manual_seed(0), device="cpu").mul(1.2).exp()
     risks[STEPS // 3, 0] = 0.0
     risks[STEPS // 2] = 1e4
     risks[:, 1:][:, -1:].clamp_(max=0.5)

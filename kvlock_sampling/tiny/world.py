@@ -3,8 +3,7 @@
 A wall and a floor, seen by a panning camera and lit from one side; often a grey post; one object on the floor. A matte
 object casts a shadow, a glowing one tints what is near it. A mask covers the object and not its shadow or glow, so an
 edit also changes what lies outside the mask. A clip is a function of a `Scene`, so the true result of an edit is known:
-change the scene and render it again. Clips are (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1], masks and alpha are
-(batch, 1, FRAMES, SIZE, SIZE).
+change the scene and render it again. Clips are (batch, 3, FRAMES, SIZE, SIZE) in [-1, 1], masks have one channel.
 """
 
 import math

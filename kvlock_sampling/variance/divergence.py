@@ -31,7 +31,7 @@ class Divergence(Estimator):
 
     The variance is reported from the second noise level on; `obs.effect` is the squared mean. Where the lock evaluates
     the source, it costs nothing, else one function evaluation. Of a model that does its own guidance, the edit's x0-hat
-    is guided, and the source's is a pass under its own prompt.
+    is guided, and the source's is a pass under its own prompt. Raises EstimatorError for a setting out of range.
 
     Args:
         memory: Fall in log sigma after which a prediction counts 1/e, > 0; inf counts all alike. Defaults to 1.

@@ -110,6 +110,6 @@ def dropout_hooks(model: nn.Module, rate: float, seed: int, select: str | None =
 
     with ExitStack() as stack, without_compiler():  # which would not notice the hooks
         for index, module in enumerate(droppable(model, select).values()):
-            keep = torch.rand(module.out_features, generator=generator(seed, index)) >= rate
+            keep = torch.rand(module.out_features, generator=generator(seed, index), device="cpu") >= rate
             stack.callback(module.register_forward_hook(thin(keep / (1 - rate))).remove)
         yield

@@ -25,6 +25,7 @@ class PosteriorVariance(ProbingEstimator):
     """Mean posterior variance of the masked elements, in latent units squared.
 
     Negative estimates, which come from rounding or from a Jacobian that is no covariance, are reported as 0.
+    Raises EstimatorError for a setting out of range.
 
     Args:
         passes: Random directions per measurement, >= 1, evaluated as one batch. One is enough for a video, the default.

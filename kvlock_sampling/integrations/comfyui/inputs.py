@@ -50,7 +50,7 @@ def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
     if count > whole:  # a VAE drops the frames that fill no latent
         found = found[:, :, :whole]
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
-        found = masks.resize(found, found.shape[2], height, width)
+        found = masks.resize(found, found.shape[2], 8 * height, 8 * width)
     return found
 
 

@@ -112,8 +112,7 @@ class KVLockGuider(ClassifierFreeGuidance):
 
     def edit(self, **given: Any) -> "KVLockGuider":
         """Replace some of what is not saved, and return this guider: source, mask, noise, source_embeds, scheduler,
-        estimator, threshold, kv_cache or layers. Shapes are checked at the first step. Raises SourceError or MaskError
-        for a source, noise or mask that is no tensor.
+        estimator, threshold, kv_cache or layers. Raises SourceError or MaskError for what is no tensor.
         """
         if wrong := sorted(given.keys() - set(_EDITED)):
             raise TypeError(f"edit() takes {', '.join(_EDITED)}; got {', '.join(wrong)}")

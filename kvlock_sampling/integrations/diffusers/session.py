@@ -81,8 +81,7 @@ class Session:
             return self.run
         raise RunError(
             "this step is of no run that this thread or task began; a guider serves one run at a time.\n"
-            "  Start the pipeline again, or give each thread or task its own guider, guider.new(), and a second expert "
-            "guider.partner(scale)."
+            "  Or give each thread or task its own guider, guider.new(), and a second expert guider.partner(scale)."
         )
 
     def evaluate(

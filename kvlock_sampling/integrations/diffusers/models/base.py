@@ -30,8 +30,7 @@ Conditioning = dict[str, Tensor]
 class Branch(nn.Module):
     """A pipeline's transformers behind one call for all families: `branch(z, time, cond) -> prediction`, like z.
 
-    `call(network, z, time, cond, dtype)` is the family's way to call a network. `transformer_2`, if there is one, runs
-    below the time `boundary`, in training steps.
+    `call(network, z, time, cond, dtype)` calls a network of the family. `transformer_2`, if any, runs below `boundary`.
     """
 
     def __init__(

@@ -44,9 +44,8 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
 
     Args:
         pipe: A loaded pipeline of a known family: Wan, LTX, CogVideoX, HunyuanVideo or Mochi.
-        options: Of `PipelineVideo`, and of one family: `image` (Wan image to video), `reactive` and
-            `conditioning_scale` (VACE), `frame_rate`, `decode_timestep` and `decode_noise_scale` (LTX),
-            `embedded_guidance` (HunyuanVideo).
+        options: Of `PipelineVideo`, and of one family: `image` (Wan image to video), `reactive`, `conditioning_scale`
+            (VACE), `frame_rate`, `decode_timestep`, `decode_noise_scale` (LTX), `embedded_guidance` (HunyuanVideo).
 
     Raises:
         PipelineError: The class or an option is unknown, or the scheduler does not fit the family.

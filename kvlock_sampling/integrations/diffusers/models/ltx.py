@@ -94,6 +94,7 @@ class LTXVideo(PipelineVideo):
         times = raw.new_full((len(raw),), self.decode_timestep)
         if self.decode_noise_scale:
             # Every decode adds the same noise, not a run's: source and edit must differ only where their latents do.
-            noise = torch.randn(raw.shape[1:], generator=torch.Generator().manual_seed(0x6465636F)).to(raw)
+            drawn: Any = {"generator": torch.Generator().manual_seed(0x6465636F), "device": "cpu"}
+            noise = torch.randn(raw.shape[1:], **drawn).to(raw)
             raw = torch.lerp(raw, noise.expand_as(raw), self.decode_noise_scale)
         return vae.decode(raw, times, return_dict=False)[0]

@@ -2,8 +2,7 @@
 
 - Latents: (VAE's - latents_mean) / latents_std. Flow, velocity, time 0 to 1000.
 - Two experts (Wan 2.2 A14B): `transformer` for times from boundary_ratio * 1000 up, `transformer_2` below.
-- expand_timesteps (Wan 2.2 TI2V-5B): one time per token. Text to video: all are equal. Image to video: the first latent
-  frame *is* the image, at time 0.
+- expand_timesteps (Wan 2.2 TI2V-5B): one time per token, all equal, but 0 for a first frame that *is* an image.
 - Image to video of the others: 4 channels that say which frames are given and the latents of (first frame, then grey)
   follow the 16 noisy channels; Wan 2.1 also reads the frame's CLIP features.
 - VACE reads latents of what is kept, latents of what is to change, and the mask folded into 64 channels. Reference

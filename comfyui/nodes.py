@@ -20,8 +20,8 @@ def lock_inputs() -> list[Any]:
         io.Mask.Input(
             "mask",
             optional=True,
-            tooltip="White = edit; a still, or one frame per frame of the clip. Default: the source's noise mask, "
-            "or of the latent that is sampled. The lock takes its compositing over.",
+            tooltip="White = edit; a still, or one frame for each frame of the clip. Default: the noise mask of the "
+            "source, or of the latent that is sampled. The lock does the compositing in its place.",
         ),
         io.Combo.Input(
             "preset",
@@ -113,8 +113,8 @@ class KVLock(io.ComfyNode):
             node_id="KVLock",
             display_name="KV Lock",
             category=CATEGORY,
-            description="Edit the masked part of a clip; the background keeps the source's keys and values as far as a "
-            "measured policy says. Connect the model to any sampler.",
+            description="Edit the masked part of a clip. The background takes the source's keys and values; a policy "
+            "decides how much, from what is measured. Connect the model to any sampler.",
             search_aliases=["background lock", "inpaint video", "KV edit", "video edit mask"],
             inputs=[io.Model.Input("model"), *lock_inputs()],
             outputs=[
@@ -212,14 +212,15 @@ class KVLockMask(io.ComfyNode):
             node_id="KVLockMask",
             display_name="KV Lock Mask",
             category=CATEGORY,
-            description="The mask on the model's token grid: what is edited (white), the transition band (yellow), and "
-            "what can be locked (blue). A token is edited if any pixel in it is.",
+            description="The mask on the model's token grid: what is edited (white, or the clip if an image is "
+            "connected), the transition band (yellow), and what can be locked (blue). A token is edited if any pixel "
+            "in it is.",
             search_aliases=["token grid", "mask preview"],
             inputs=[
                 io.Model.Input("model"),
                 io.Latent.Input("source"),
                 io.Mask.Input("mask"),
-                io.Image.Input("image", optional=True, tooltip="The clip, drawn under the map."),
+                io.Image.Input("image", optional=True, tooltip="The clip. Edited tokens show it, the others tint it."),
                 io.Int.Input("grow", default=0, min=0, max=512, optional=True, tooltip="Pixels added around the mask."),
                 number("transition", 0.0, 0.0, 64.0, "Width of the transition band in tokens.", optional=True),
             ],
@@ -284,7 +285,9 @@ class KVLockEstimator(io.ComfyNode):
             "divergence: from the source's own prediction. posterior, renoise, dropout: by further passes.",
             inputs=[
                 io.Combo.Input("kind", options=list(ESTIMATORS), default="trajectory", tooltip="See the description."),
-                io.Int.Input("passes", default=2, min=1, max=16, tooltip="Further passes of renoise and dropout."),
+                io.Int.Input(
+                    "passes", default=2, min=1, max=16, tooltip="Further passes of renoise and dropout, which needs 2."
+                ),
             ],
             outputs=[Estimator.Output(display_name="estimator")],
         )
@@ -312,8 +315,8 @@ class KVLockKVCache(io.ComfyNode):
             node_id="KVLockKVCache",
             display_name="KV Lock Cache",
             category=CATEGORY,
-            description="Evaluate the source at some steps only and keep its keys and values in between. Freed "
-            "at the end of the run.",
+            description="Evaluate the source at some steps only, and keep its keys and values in between. The cache "
+            "is freed at the end of the run.",
             inputs=[
                 io.Int.Input(
                     "every", default=3, min=1, max=100, tooltip="Evaluations per pass of the source, at most."

@@ -16,7 +16,7 @@ from .attention import FusionContext
 from .attention.record import KeyValue
 from .batching import check_points, join_calls, per_row, split_rows
 from .guidance import guide, guide_rescaled
-from .route import Locked, Route, choose_route, lock_step
+from .route import Locked, Route, choose_route, source_for
 from .run import Run, Step
 from .settings import LockSettings
 from .source import share_of
@@ -48,7 +48,7 @@ class Branches:
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
         self._noise = run.noise
-        self.locked = locked = lock_step(settings, run, step)
+        self.locked = locked = source_for(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
         due = settings.policy.uses_risk and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
         self._wants_uncond = due and settings.estimator.needs_uncond

@@ -63,7 +63,7 @@ class Locked:
     entry: Callable[[Mapping[str, Any]], CacheEntry] | None
 
 
-def lock_step(settings: LockSettings, run: Run, step: Step) -> Locked | None:
+def source_for(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     """What this evaluation takes of the source; None if it locks nothing."""
     tools, source, mask, layers = run.tools(settings), settings.source, settings.mask, settings.layers
     low, high = step.reads.range(step.state.lock)

@@ -105,9 +105,8 @@ def read_pair(
 
     For a model of one size, frames are picked evenly and the centre is cropped. A model of free size gets the first
     frames at the clip's own size, rounded down to what it accepts and to its usual number of pixels. The mask is
-    stretched to the clip's displayed frame and cut like it. Its frames are matched by time, one to one where both have
-    as many or one is a folder of images, or by the numbers of two such folders; other short masks hold their last one.
-    `Clip.note` says what was taken.
+    stretched to the clip's frame and cut like it. Its frames are matched by time, one to one where both have as many or
+    one is a folder of images, or by the numbers of two folders; a shorter mask holds its last. `Clip.note` tells more.
 
     Args:
         model: The model that will edit the clip.

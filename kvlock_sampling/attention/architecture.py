@@ -14,7 +14,7 @@ from torch import nn
 from ..masks.tokens import Grid
 from ..types import AttentionError
 from ..utils.fields import as_patch
-from .foreground import signature_of
+from ..utils.modules import signature_of
 from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]

@@ -7,11 +7,10 @@ The source's K/V come from a separate pass (`narrowing`); or each block runs on 
 tokens of the edit's rows, so that K/V of one layer exist at a time (`interleaving`).
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..types import AttentionError
+from ..utils.modules import signature_of
 from .context import CapturedError, FusionContext, current, using
 from .forward_hooks import Arguments, ForwardHook
 from .layers import Table, TokenFlow
@@ -172,14 +172,3 @@ def _positions(length: int, context: FusionContext) -> Tensor | None:
 def _with_others(where: Tensor, start: int, tokens: int, length: int) -> Tensor:
     every = torch.arange(length, device=where.device)
     return torch.cat([every[:start], where + start, every[start + tokens :]])
-
-
-_signature = cache(inspect.signature)
-
-
-def signature_of(module: nn.Module) -> inspect.Signature:
-    """The signature of the class's forward, because offloading may replace the instance's forward."""
-    kind: Any = type(module)
-    while "__wrapped__" in vars(kind):  # inspect.unwrap leaves classes as they are from Python 3.12.3 on
-        kind = kind.__wrapped__
-    return _signature(kind.forward)

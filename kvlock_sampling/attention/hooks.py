@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..types import AttentionError
+from ..utils.modules import signature_of
 from ..utils.threads import without_compiler
 from ..utils.warn import warn
 from .compat.comfy import overridden
 from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled
 from .context import FusionContext, current, using
-from .foreground import interleaving, narrow_mask, narrowing, signature_of
+from .foreground import interleaving, narrow_mask, narrowing
 from .forward_hooks import ForwardHook, hooked, patched
 from .interception import Fused, intercepted
 from .layers import AttentionLayer, AttentionLayers

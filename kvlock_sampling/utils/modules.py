@@ -1,6 +1,7 @@
 """Find every torch module that belongs to a denoiser, and give single modules other methods for a while."""
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,3 +83,14 @@ def plain_copies(kind: Any, methods: Mapping[str, Any]) -> Any:
     bases = (kind,) if issubclass(kind, _Unnoticed) else (_Unnoticed, kind)
     made = type(kind)(kind.__name__, bases, {"__reduce_ex__": reduced, **methods})
     return functools.update_wrapper(made, kind, updated=())
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    """The signature of the class's forward, because offloading may replace the instance's forward."""
+    kind: Any = type(getattr(module, "_orig_mod", module))  # torch.compile keeps it inside
+    while "__wrapped__" in vars(kind):  # inspect.unwrap leaves classes as they are from Python 3.12.3 on
+        kind = kind.__wrapped__
+    return _signature(kind.forward)

@@ -12,10 +12,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ...attention.foreground import signature_of
 from ...batching import per_row
 from ...types import RunError
-from ...utils.modules import plain_copies, wearing
+from ...utils.modules import plain_copies, signature_of, wearing
 from ...utils.threads import here
 from .schedule import sigmas_of
 
@@ -156,7 +155,7 @@ def intercepted(network: nn.Module, answer: Callable[[Call], Tensor]) -> Iterato
     renews all of them at the end of every call of an offloaded pipeline. While an answer is made, the transformer has
     its own class. Raises RunError if another lock intercepts the transformer.
     """
-    signature, mine = signature_of(getattr(network, "_orig_mod", network)), here()  # torch.compile keeps it inside
+    signature, mine = signature_of(network), here()
 
     def intercepting(kind: Any) -> Any:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

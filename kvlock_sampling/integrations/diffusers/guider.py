@@ -13,13 +13,13 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
 from ...attention import AttentionLayers
-from ...attention.foreground import signature_of
 from ...masks.fitted import FittedMask, as_transition
 from ...policy import as_policy
 from ...presets import load_policy, to_toml
 from ...source import Source, check_noise
 from ...trace import Trace
 from ...types import PipelineError, PolicyError, RunError
+from ...utils.modules import signature_of
 from .calls import Call, intercepted
 from .schedule import time_of
 from .session import Session

@@ -57,7 +57,7 @@ class Preset:
         if not isinstance(self.threshold, ThresholdCurve):
             number(self, "threshold", above=0.0, optional=True)
         number(self, "cfg_floor", at_least=0.0, optional=True)
-        if self.reach != math.inf:  # anywhere
+        if not (isinstance(self.reach, float) and self.reach == math.inf):  # anywhere
             number(self, "reach", above=0.0, optional=True)
         flag(self, "rescale", "erase", optional=True)
         if self.kv_cache is not None and not isinstance(self.kv_cache, Mapping):

@@ -282,7 +282,7 @@ def test_a_transition_band_is_checked_when_the_lock_is_made(setup, policy):
         setup.lock(policy=policy, transition=(-1, 0.5))
 
 
-@pytest.mark.parametrize("reach", [0, -1, float("nan"), "near", True])
+@pytest.mark.parametrize("reach", [0, -1, float("nan"), "near", True, torch.tensor([0.5, 1.0])])
 def test_reach_is_a_number_above_0(setup, reach):
     with pytest.raises(MaskError, match=r"reach=.*number > 0.*widths of the mask"):
         setup.lock(reach=reach)

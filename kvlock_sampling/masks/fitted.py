@@ -50,7 +50,7 @@ class FittedMask:
     """
 
     def __init__(self, mask: Any, reach: Any = math.inf) -> None:
-        if reach != math.inf:
+        if not (isinstance(reach, float) and reach == math.inf):
             check_number("reach", reach, MaskError, " In widths of the mask; math.inf is anywhere.", above=0.0)
         self.reach = reach
         with torch.inference_mode(False):

@@ -46,7 +46,7 @@ class Divergence(Estimator):
 
     def __post_init__(self) -> None:
         check_patch(self)
-        if self.memory != math.inf:
+        if not (isinstance(self.memory, float) and self.memory == math.inf):
             number(self, "memory", above=0.0)
 
     def init(self) -> tuple[Any, ...]:

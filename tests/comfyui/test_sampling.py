@@ -740,6 +740,17 @@ def test_a_start_image_is_not_kept_by_a_lock(model):
     assert background(sample(locked(model, "half", mask=late)[1], source=latent), latents(2)) > 0
 
 
+@pytest.mark.parametrize("frame", range(5, 9))
+def test_an_object_that_is_seen_for_a_moment_is_no_start_image(model, frame):
+    """ComfyUI thins the frames of the noise mask; the lock takes every frame of it."""
+    mask = 0 * box()
+    mask[frame, :32, :32] = 1
+    masked = nodes.SetLatentNoiseMask().set_mask(latents(), mask)[0]
+    lock = ComfyLock(masked, options={"policy": "half"})
+    found = edited(sample(lock.patch(model), steps=2, source=masked), masked)
+    assert found.any(-1).any(-1).tolist() == [[False, False, True, False, False]]
+
+
 def test_the_sources_prompt_has_the_control_of_the_edit(model):
     from comfy.controlnet import ControlBase
 

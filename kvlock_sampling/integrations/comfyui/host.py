@@ -286,7 +286,7 @@ def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]
 def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:
     """Leave the noise mask of the sampler's latent, 1 = denoise, to the lock. Some networks take it for a map of times
     (Wan 2.2 5B, LTX-Video): the background that ComfyUI composites is clean, while the lock's has the noise of its
-    level. Conditions are copies of the run. Raises SourceError for frames that such a mask keeps whole.
+    level. Conditions are copies of the run. Raises SourceError for a mask of whole frames, of which it keeps some.
     """
     denoiser: Any = lock.model
     told = [cond["model_conds"] for group in denoiser.conds.values() for cond in group]
@@ -295,7 +295,7 @@ def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:
         return
     kept, new = ((mask[:, 0] == value).flatten(2).all(-1) for value in (0, 1))  # frames
     edited = lock.settings.mask.latent(mask)[:, 0].flatten(2).any(-1)
-    if (kept & edited).any() or (timed and kept.any() and (kept | new).all()):
+    if kept.any() and new.any() and (kept | new).all() and (timed or (kept & edited).any()):
         raise SourceError(
             "the noise mask of the sampler's latent keeps whole frames, such as a start image, and a lock does not; "
             "expected a mask of the edit. Remove it, or sample without the lock."

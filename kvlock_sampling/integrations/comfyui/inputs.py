@@ -19,7 +19,7 @@ _IN_NODES = {  # what errors of the library say, and how it is done with nodes
     "do not divide into patches": "do not divide (pad or crop the clip, e.g. to sides of 16 pixels) into patches",
     "no attention layers found in": "this model is not supported, see the page In ComfyUI:",
 }
-_FACTORS = {"LTXVModel": 8, "GeneralDIT": 8}  # frames per frame of latents; 4 of all others
+_VAES = {"LTXVModel": (8, 32), "GeneralDIT": (8, 8)}  # frames and pixels per frame and side of latents; others 4, 8
 
 
 def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
@@ -39,7 +39,7 @@ def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
         return masks.resize(edited.reshape(-1, 1, *mask.shape[-2:]), 1, height, width)[:, :, 0]
     found = masks.from_comfy(mask[:, :1] if mask.ndim == 5 else mask)
     clips, time, count = len(source), source.shape[2], found.shape[2]
-    factor = _FACTORS.get(type(network).__name__, 4)
+    factor, side = _VAES.get(type(network).__name__, (4, 8))
     whole = 1 + factor * (time - 1)
     known = {1, time, *range(whole, whole + factor if time > 1 else 1)}
     if count not in known and count % clips == 0 and count // clips in known:
@@ -50,7 +50,7 @@ def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
     if count > whole:  # a VAE drops the frames that fill no latent
         found = found[:, :, :whole]
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
-        found = masks.resize(found, found.shape[2], 8 * height, 8 * width)
+        found = masks.resize(found, found.shape[2], side * height, side * width)
     return found
 
 

@@ -70,10 +70,14 @@ class Branches:
             model, arguments = self._source_call(erased=False)
             self.source = self._call(None, None, model, (source_x, arguments), self.step.sigma_arg)[0]
         mask = None if self.settings.mask is None else self.settings.mask.latent(cond)
-        x = self.x if self._signal == 1 else self.x / self._signal
         # A copy, because samplers clamp x0-hat in place.
         denoised = cond.detach().clone() if self.settings.policy.uses_risk else cond
-        return Evaluation(self.step.sigma, x, denoised, mask, self.probe, self.uncond, self.source)
+        return Evaluation(self.step.sigma, self._exploding, denoised, mask, self.probe, self.uncond, self.source)
+
+    @cached_property
+    def _exploding(self) -> Tensor:
+        """x in variance-exploding form."""
+        return self.x if self._signal == 1 else self.x / self._signal
 
     @cached_property
     def _signal(self) -> float:
@@ -205,7 +209,7 @@ class OwnBranches(Branches):
                 return cond, scale
             self.uncond = self._evaluate([(self.x, self._uncond_args)], self.step.sigma_arg, ("uncond",))[0]
         if self.settings.rescale:
-            return guide_rescaled(self.uncond, cond, scale, self.x / self._signal), scale
+            return guide_rescaled(self.uncond, cond, scale, self._exploding), scale
         return guide(self.uncond, cond, scale), scale
 
     def _probed(self, parts: Sequence[Tensor], level: Tensor) -> Tensor:

@@ -94,13 +94,12 @@ def calibrate(
     batch = 1 if getattr(model, "frames", None) is None else 8  # clips of a model of free size may differ
     for first in range(0, len(examples), batch):
         part = examples[first : first + batch]
-        prompts = [prompt for *_, prompt in part]
         clips = torch.cat([as_clips(clip) for clip, *_ in part])
         masks = torch.cat([as_mask(mask, frames=clips.shape[2]) for _, mask, _ in part])
         options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
         options["seed"] = check_seed(seed, SourceError, plus=first)
         options |= {"policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
-        for step in edit_video(clips, masks, prompts, **options).trace:
+        for step in edit_video(clips, masks, [prompt for *_, prompt in part], **options).trace:
             for clip, row in enumerate(step.variance):  # a number, or one per token, of which even ranks tell enough
                 stride = -(-row.numel() // 256)
                 some = row.flatten().sort().values[stride // 2 :: stride]

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..policy import Constant, ReleaseBelow
-from ..samplers import get
 from ..tiny import load, render, sample_edit
 from ..tiny.world import EDITS, regions
 from ..utils.extras import require
@@ -31,7 +30,6 @@ def run_demo(
     out: Path, *, seed: int, steps: int, sampler: str, on_variant: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Write `FILES` into the folder `out`; return the mean PSNRs (dB), nfe and seconds of each variant."""
-    get(sampler)
     for module, extra in (("av", "video"), ("matplotlib", "plot")):
         require(module, extra)
     model = load()

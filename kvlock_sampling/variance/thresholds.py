@@ -61,8 +61,7 @@ def threshold_at(threshold: float | Callable[[float], float], sigma: float) -> f
     """Return the threshold at a noise level. Raises EstimatorError if a function returns none."""
     if not callable(threshold):
         return threshold
-    limit = within(given := threshold(sigma), above=0.0)
-    if limit is None:
+    if (limit := within(given := threshold(sigma), above=0.0)) is None:
         raise EstimatorError(
             f"threshold({sigma:.4g}) returned {given!r}; expected a variance > 0, a finite number, at every noise "
             "level: threshold=lambda sigma: 0.01."

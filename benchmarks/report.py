@@ -120,16 +120,20 @@ def step_cache() -> str:
 def main() -> None:
     grid = load("hallucination")
     figure(grid)
-    page(load("speed"), load("speed_gpu"), load("storing_gpu"), load("cost"), load("where_time_goes"))
+    speeds = (load(name) for name in ("speed", "speed_large", "speed_gpu"))
+    page(*speeds, load("storing_gpu"), load("where_time_goes"))
     parts = [
         "# Measured\n\nScripts in `benchmarks/` write every number on this page, without selection. "
-        "`python benchmarks/report.py` builds the page from `benchmarks/results/`.",
+        "`python benchmarks/report.py` builds the page from `benchmarks/results/`. The *stage* is the embedded model's "
+        "world, and a *post* an object on it. In the older *first world* nothing outside the mask depends on the edit. "
+        "The *judge* is a classifier that reads the attributes of a clip.",
         "## The embedded model\n\n`python benchmarks/embedded_model.py`\n\n" + embedded_model(),
         "## Who may touch the background, and when\n\n`python benchmarks/release.py --edits 300 --bfloat16`. "
         + release.report(load("release")),
         "The same with another sampler, seed and number of steps, `python benchmarks/release.py --edits 300 --bfloat16 "
         "--sampler dpmpp_2m --seed 1 --steps 12 --name release_dpmpp`. " + release.report(load("release_dpmpp")),
-        "## Several seeds of one edit\n\n" + seeds(load("seeds")),
+        "## Several seeds of one edit\n\nBy a score's last value, or its mean *so far*. *Chance* is the mean over the "
+        "seeds.\n\n" + seeds(load("seeds")),
         seeds(load("seeds_release")),
         "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 20 --bfloat16`. "
         + step_cache(),
@@ -140,10 +144,13 @@ def main() -> None:
         "Fraction of measurements of calm runs with "
         "risk above 1. Curves and numbers were calibrated to 5% with dpmpp_2m in 30 steps, on other scenes; the "
         "built-in curve by `kvlock calibrate` on 128 scenes. 95% intervals from resampling the clips. "
-        "*default* is the default estimator.\n\n" + transfer(),
+        "*default* is `TrajectoryVariance` as a lock takes it where its preset names no estimator.\n\n" + transfer(),
         "## What a locked edit costs\n\n`python benchmarks/speed.py`. " + speed(load("speed")),
         "`python benchmarks/speed.py --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104 --rounds 5 "
         "--shares 0.25 --name speed_gpu`. " + speed(load("speed_gpu")),
+        "All layers of the whole network, on a CPU, with four times as many tokens, `python benchmarks/speed.py "
+        "--layers 30 --latents 5 64 96 --shares 0.25 --rounds 1 --name speed_large --ways foreground "
+        "'foreground, KV cache every 3' 'foreground, filled KV cache'`. " + speed(load("speed_large")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
         "On the model of the first world, 32 further scenes, full lock, 30 "
         "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "

@@ -42,6 +42,8 @@ def speed(record: dict) -> str:
         body = []
         for way, said in WAYS.items():
             own = [r for r in mine if r["way"] == way]
+            if not own:
+                continue
             anywhere = own[0]["share"] is None
             cells = [_cell(own[0])] * len(shares) if anywhere else [_cell(r) for r in own]
             memory = max(r["memory_ratio"] for r in own)
@@ -124,24 +126,25 @@ def gpu(record: dict, stored: dict) -> str:
     )
 
 
-def page(record: dict, on_gpu: dict, stored: dict, rows: list[dict], profile: dict) -> None:
+def page(record: dict, larger: dict, on_gpu: dict, stored: dict, profile: dict) -> None:
     """Write the figures that docs/cost.md shows."""
     few, deep = (rows for model, rows in _models(record).items() if rows[0]["layers"] in _ends(record))
     quarter = [[next(r for r in m if r["way"] == w and r["share"] in (None, 0.25)) for w in WAYS] for m in (few, deep)]
+    whole = {r["way"]: f"{r['ratio']:.2f}" for r in larger["rows"]}
+    few_tokens, many_tokens = (found[0]["model"].split(", ")[1] for found in (few, larger["rows"]))
     short = table(
-        ["way", f"time, {few[0]['layers']} layers", f"time, {deep[0]['layers']} layers", "memory"],
+        ["way", *(f"{n[0]['layers']} layers" for n in (few, deep)), f"{deep[0]['layers']}, {many_tokens}", "memory"],
         [
-            [WAYS[a["way"]], f"{a['ratio']:.2f}", f"{b['ratio']:.2f}", f"{b['memory_ratio']:.2f}"]
-            for a, b in zip(*quarter, strict=True)
+            [WAYS[way], f"{a['ratio']:.2f}", f"{b['ratio']:.2f}", whole.get(way, ""), f"{b['memory_ratio']:.2f}"]
+            for way, a, b in zip(WAYS, *quarter, strict=True)
         ],
     )
     about = (
-        f"{few[0]['model']}, a quarter of the tokens edited, over plain guidance. {few[0]['layers']} layers are "
-        f"measured; {deep[0]['layers']}, the whole network, extrapolated on the line through two depths. Memory is at "
-        "that depth, with the KV cache:"
+        f"Wan-1.3B geometry, a quarter of the tokens edited, time per evaluation over plain guidance. {few_tokens}: "
+        f"{few[0]['layers']} layers are measured; {deep[0]['layers']}, the whole network, extrapolated on the line "
+        f"through two depths, and memory with them. {many_tokens}: the whole network is measured, in one round:"
     )
     path = ROOT / "docs/cost.md"
     text = _put(path.read_text(), "gpu", gpu(on_gpu, stored))
     text = _put(text, "speed", f"{about}\n\n{short}\n\n![Time over the edited fraction](images/speed.png)")
-    text = _put(text, "where", where(profile))
-    write_atomically(path, _put(text, "quality", quality(rows)))
+    write_atomically(path, _put(text, "where", where(profile)))

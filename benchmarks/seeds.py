@@ -134,13 +134,21 @@ def add(into: dict[str, list], batch, clips: torch.Tensor) -> None:
 
 
 def scores(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Each score (edits, seeds, levels), lower is better: as it is, and its mean over the levels so far."""
+    """Each score (edits, seeds, levels), lower is better: as it is, and its mean over the levels so far.
+
+    The border and the judge together, in two ways that were fixed before any run: as log-likelihoods, where the judge's
+    nats count once it doubts and the border decides among seeds that it is sure of; and by their ranks.
+    """
     made = {}
     for name in watchers():
         reading = np.log(np.maximum(found[name], 1e-12))
         known = np.where(np.isnan(reading), 0.0, reading)
         count = np.maximum((~np.isnan(reading)).cumsum(-1), 1)
         made[name], made[f"{name} so far"] = reading, known.cumsum(-1) / count
+    made["border and judge"] = made["border"] + found["judge"]
+    ranks = [made[name].argsort(1).argsort(1) for name in ("border", "judge")]
+    ranked = ranks[0] * (1 + 1e-3) + ranks[1]  # of equal sums the better border
+    made["ranks of both"] = np.where(np.isnan(made["border"]), np.nan, ranked)
     return {name: -value if HIGHER_IS_BETTER.get(name) else value for name, value in made.items()}
 
 

@@ -7,7 +7,7 @@ earlier edit. At Wan-1.3B's geometry with random weights, few layers and few tho
 
 What a network does outside its layers weighs more in two layers than in thirty. So two depths are measured in turn,
 and what the full depth takes is read off the line through them. Writes benchmarks/results/speed.json
-and docs/images/speed.png. On a GPU: --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104
+and, of several shares, docs/images/speed.png. On a GPU: --device cuda --dtype bfloat16 --layers 30 --latents 21 60 104
 """
 
 from __future__ import annotations
@@ -170,14 +170,19 @@ def measure(
     rounds: int,
     say: Callable[[str], None],
     shares: Sequence[float] = SHARES,
+    only: Sequence[str] = (),
 ) -> list[Row]:
-    """Rows of every subject, and with two of them those of a network of `depth` layers. Subjects take turns."""
+    """Rows of every subject, and with two of them those of a network of `depth` layers. Subjects take turns.
+
+    only: the ways to measure beside plain guidance. Empty: all.
+    """
     device = subjects[0].x.device
     makers = [
         (index, share, way, make)
         for index, subject in enumerate(subjects)
         for share in (None, *shares)
         for way, make in ways(subject, share).items()
+        if not only or way in ("plain", *only)
     ]
     times: dict[Key, list[float]] = {(index, share, way): [] for index, share, way, _ in makers}
     peaks: dict[Key, float] = {}
@@ -234,9 +239,9 @@ def figure(tables: list[list[Row]], path: Path) -> None:
     fig, axes = plt.subplots(1, len(tables), figsize=(6 * len(tables), 4), squeeze=False)
     colours = {"procedure": "tab:red", "lockstep": "tab:orange", "plain": "0.4"}
     for axis, rows in zip(axes[0], tables, strict=True):
-        for way, colour in colours.items():
-            level = next(r["ratio"] for r in rows if r["way"] == way)
-            axis.axhline(level, color=colour, ls="--", lw=1.2, label=way)
+        for row in rows:
+            if row["way"] in colours:
+                axis.axhline(row["ratio"], color=colours[row["way"]], ls="--", lw=1.2, label=row["way"])
         for way in ("foreground", "foreground, KV cache every 3", "foreground, filled KV cache"):
             curve = [r for r in rows if r["way"] == way]
             axis.plot([r["share"] for r in curve], [r["ratio"] for r in curve], "o-", label=way)
@@ -257,6 +262,7 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of the tokens that are edited")
+    parser.add_argument("--ways", nargs="+", default=(), help="to measure beside plain guidance; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -270,17 +276,18 @@ def main() -> None:
 
     dtype = getattr(torch, given.dtype)
     large = [wan(n, tuple(given.latents), given.evaluations, given.device, dtype) for n in given.layers[:2]]
-    rows = measure(large, given.depth, given.rounds, say, given.shares)
+    rows = measure(large, given.depth, given.rounds, say, given.shares, given.ways)
     deepest = rows[-1]["layers"]
     tables = [[row for row in rows if row["layers"] == deepest]]
-    if given.device == "cpu":
+    if given.device == "cpu" and not given.ways:
         tables.append(measure([embedded(6)], None, 3 * given.rounds, say))
         rows += tables[-1]
     about = {"device": given.device, "dtype": given.dtype, "threads": given.threads, "torch": torch.__version__}
     about["machine"] = platform.machine() if given.device == "cpu" else torch.cuda.get_device_name()
     results = {"about": about, "rows": rows}
     write_atomically(ROOT / f"benchmarks/results/{given.name}.json", json.dumps(results, indent=1) + "\n")
-    figure(tables, ROOT / f"docs/images/{given.name}.png")
+    if len(given.shares) > 1:
+        figure(tables, ROOT / f"docs/images/{given.name}.png")
     for row in rows:
         share = "" if row["share"] is None else f"{row['share']:.0%}"
         print(

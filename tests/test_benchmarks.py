@@ -12,7 +12,7 @@ from grid_control import moved, skew, spread
 from grid_paper import KEPT, ddpm
 from grid_runs import detection
 from report_grid import holds
-from seeds import against, pooled
+from seeds import against, pooled, scores, watchers
 from torch import nn
 from transfer import Meter, alarms, row
 
@@ -138,6 +138,18 @@ def test_runs_over_parts_of_the_scenes_pool_to_the_run_over_all():
         pooled([record(0, 60), {**record(60, 30), "policy": "full"}])
     with pytest.raises(SystemExit, match="follow one another"):
         pooled([record(0, 30), record(40, 30)])
+
+
+def test_border_and_judge_together_choose_the_seamless_one_of_those_the_judge_believes():
+    readings = {name: np.ones((2, 4, 1)) for name in watchers()}
+    readings["border"][:, :, 0] = [[0.5, 0.9, 0.7, 0.8], [0.5, 0.9, 0.7, 0.8]]
+    readings["judge"][:, :, 0] = [[3.0, 0.01, 0.02, 2.0], [1e-6, 3e-6, 2e-6, 4e-6]]
+    found = scores(readings)
+    assert found["border and judge"][..., 0].argmin(1).tolist() == [2, 0]
+    assert found["judge"][..., 0].argmin(1).tolist() == [1, 0]
+    assert found["ranks of both"][..., 0].argsort(1).tolist() == [[2, 0, 1, 3], [0, 2, 3, 1]]  # equal sums: the border
+    readings["border"][...] = np.nan  # where nothing was read, nothing is chosen
+    assert np.isnan(scores(readings)["ranks of both"]).all()
 
 
 def test_every_table_of_the_stage_was_measured_on_the_weights_of_the_package():

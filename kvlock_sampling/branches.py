@@ -178,8 +178,10 @@ class OwnBranches(Branches):
     """The branches of a model that takes `cond`; `uncond` and `cond_scale` are the lock's."""
 
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
-        given, scale = step.extra_args, step.extra_args.get("cond_scale", 1.0)
-        if "uncond" not in given and step.reads.range(scale) != (1.0, 1.0):
+        scale = step.extra_args.get("cond_scale", 1.0)
+        guides = step.reads.range(scale) != (1.0, 1.0)  # scripts that do not guide pass uncond=None
+        given = {k: v for k, v in step.extra_args.items() if guides or k != "uncond" or v is not None}
+        if "uncond" not in given and guides:
             raise RunError(
                 f"cond_scale={scale} was given without uncond, so there is nothing to guide with.\n"
                 '  Pass extra_args={"cond": ..., "uncond": ..., "cond_scale": ...}, or leave cond_scale away.'
@@ -188,7 +190,7 @@ class OwnBranches(Branches):
         self._uncond_args = {**self._cond_args, "cond": given["uncond"]} if "uncond" in given else None
         self._source_args = {**self._cond_args, **settings.source_args}
         # No prompt describes a source without its object, so it is evaluated without one.
-        self._kv_args = (settings.erase and self._uncond_args) or self._source_args
+        self._kv_args = self._source_args | ({"cond": given["uncond"]} if settings.erase and "uncond" in given else {})
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
@@ -301,11 +303,9 @@ class GuidedBranches(Branches):
         return guided, guided if cond is None else self._filled(cond)
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:
-        settings, given = self.settings, dict(self._arguments)
-        if erased and settings.erase and "uncond" in given:  # no prompt describes a source without its object
-            given["cond"] = given["uncond"]
-        else:
-            given |= settings.source_args
+        settings, given = self.settings, {**self._arguments, **self.settings.source_args}
+        if erased and settings.erase and "uncond" in self._arguments:  # no prompt describes a source without its object
+            given["cond"] = self._arguments["uncond"]
         if settings.branch is not None:
             taken = {k: v for k, v in given.items() if k in settings.source_args or accepts(settings.branch, k)}
             return settings.branch, {k: v for k, v in taken.items() if k not in ("uncond", settings.scale_arg)}

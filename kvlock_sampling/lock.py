@@ -79,7 +79,7 @@ class KVLock(DenoiserProxy):
         source_args: extra_args of the source's own branch, e.g. {"cond": source_prompt}. Default: the edit's.
         erase: True takes keys and values from the source with its masked region filled from the surroundings, under
             the unconditional prompt, so that they do not speak of what the edit replaces; without one, the source's. An
-            estimator that needs the source's x0-hat then costs one evaluation more. Default: the preset's, or False.
+            estimator that needs the source's x0-hat then costs one model pass more. Default: the preset's, or False.
         noise: The source's noise, like `source`, copied; "fixed" draws it from seed 0. Default: (x - source) / sigma.
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.

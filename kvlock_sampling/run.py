@@ -219,11 +219,12 @@ class Run:
                 "measured. A guidance gap needs uncond; Sparse needs levels of the schedule.",
             )
 
-    def tell(self, schedule: Sequence[float] | None) -> None:
+    def tell(self, schedule: tuple[float, ...]) -> None:
         """A sampler told its schedule. It goes on from the level that was reached, or begins another run."""
-        first, reached = schedule[0] if schedule else math.inf, self.timeline.sigma * (1 + SAME_SIGMA)
-        self._resumed = first <= reached and first < self._top * (1 - SAME_SIGMA)
-        if not self._resumed or not schedule:
+        first, rest = schedule[0], tuple(level for level in self.schedule or () if level <= schedule[0])
+        schedule = rest if rest[: len(schedule)] == schedule else schedule  # step by step it tells pieces of it
+        self._resumed = first <= self.timeline.sigma * (1 + SAME_SIGMA) and first < self._top * (1 - SAME_SIGMA)
+        if not self._resumed:
             return self.restart(schedule)
         self.schedule = (*(level for level in self.schedule or () if level > first * (1 + SAME_SIGMA)), *schedule)
 

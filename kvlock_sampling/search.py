@@ -73,7 +73,7 @@ def seam(lock: KVLock) -> Judge:
 
     Of four seeds that stop half way it finds one that is 0.47 ± 0.06 dB better than chance at full lock, 75% of what is
     possible, and 0.67 ± 0.04 dB under `release`, where 2.8 ± 0.7 more of 100 edits are right; variance, guidance gap
-    and divergence find none (benchmarks/seeds.py).
+    and divergence find at most 0.14 dB (benchmarks/seeds.py).
 
     Args:
         lock: A lock with a source, whose latents have height and width.
@@ -141,7 +141,7 @@ def search(
         low, high = min(levels) * (1 - SAME_SIGMA), max(levels) * (1 + SAME_SIGMA)
         check_number("at", level, RunError, " A noise level of the schedule.", at_least=low, at_most=high)
     if not (judge is None or callable(judge)):
-        raise RunError(f"judge={judge!r}; expected a function of (x0-hat, trace), e.g. kvlock_sampling.search.calm.")
+        raise RunError(f"judge={judge!r}; expected judge=lambda x0_hat, trace: ..., more for better.")
     if judge is None:
         judge = calm if source is None or source.latents.ndim < 4 else seam(lock)
     with ExitStack() as blocks:

@@ -255,17 +255,15 @@ def _foreground(
     """Whether fully locked tokens may be left out. Warns if that was asked for and cannot be."""
     if layers is None:
         return False
-    why = None
-    if composite != 1:
-        why = "it needs composite=True"
-    elif estimator is not None and estimator.patch is not None:
-        why = f"{estimator!r} measures the background too"
-    elif rescale:
-        why = "rescaled guidance measures the whole prediction"
-    elif not layers.narrows:
-        why = f"{layers.architecture!r} declares no token flow, a block is wrapped, or not every layer is locked"
-    elif is_cut(layers.networks):
-        why = "context parallelism leaves each process some of the tokens"
+    flowless = f"{layers.architecture!r} declares no token flow, a block is wrapped, or not every layer is locked"
+    reasons = {
+        "it needs composite=True": composite != 1,
+        f"{estimator!r} measures the background too": estimator is not None and estimator.patch is not None,
+        "rescaled guidance measures the whole prediction": rescale,
+        flowless: not layers.narrows,
+        "context parallelism leaves each process some of the tokens": is_cut(layers.networks),
+    }
+    why = next((reason for reason, applies in reasons.items() if applies), None)
     if asked and why:
         warn(f"foreground=True: every token is computed all the same; {why}.")
     return asked is not False and why is None

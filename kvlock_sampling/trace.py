@@ -102,8 +102,7 @@ class Trace:
         clips = sorted({int(row["clip"]) for row in rows})[:8]
         style = {"marker": "o", "markersize": 2.5, "linewidth": 1.3, "alpha": 1.0 if len(clips) == 1 else 0.6}
         curves = [name for name in _CURVES if name != "effect" or any(r[name] >= 0 for r in rows)]
-        size = {"figsize": (7.2, 1.9 * len(curves)), "dpi": 130, "layout": "constrained"}
-        figure = require("matplotlib.figure", "plot").Figure(**size)
+        figure = require("matplotlib.figure", "plot").Figure((7.2, 1.9 * len(curves)), dpi=130, layout="constrained")
         axes: Sequence[Any] = figure.subplots(len(curves), 1, sharex=True)
         for axis, name in zip(axes, curves, strict=True):
             label, colour = _CURVES[name]

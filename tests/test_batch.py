@@ -246,6 +246,18 @@ def test_what_is_left_out_stands_beside_its_row(kvlock: Kvlock) -> None:
         assert "1 left out" in plain(ended.output)
 
 
+def test_a_table_that_cannot_be_read_is_told_with_one_that_can(kvlock: Kvlock, tmp_path: Path) -> None:
+    for table, why in (("nowhere.csv", "No such file"), (tmp_path, "Is a directory")):
+        ended = kvlock("batch", table, "--out", tmp_path / "out")
+        assert ended.exit_code == 2
+        assert f"cannot read the table {str(table)!r}: {why}" in plain(ended.output)
+        assert "clip,mask,prompt" in ended.output
+    (tmp_path / "taken").write_text("mine")
+    ended = kvlock("batch", write([row()]), "--out", tmp_path / "taken")
+    assert ended.exit_code == 2
+    assert "cannot be written" in plain(ended.output)
+
+
 def test_a_table_with_spaces_after_its_commas_is_read(kvlock: Kvlock) -> None:
     Path("data/jobs.csv").write_text(
         f'clip, mask, prompt, policy, source_prompt\nclip0.gif, mask.png, "{PROMPT}", "half", "a ball"\n'

@@ -101,6 +101,48 @@ def test_only_the_source_of_keys_and_values_is_erased(setup, batched):
     assert torch.equal(found[0], setup.uncond[0])  # the edit's prompt does not name what was erased
 
 
+class Conditioned(torch.nn.Module):
+    """A denoiser with a second condition per clip, of which it keeps what it was called with."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.denoiser, self.seen = denoiser, []
+
+    def forward(self, x, sigma, cond, frame):
+        self.seen += zip(cond.expand(len(x), -1, -1), frame.tolist(), strict=True)
+        return self.denoiser(x, sigma, cond=cond)
+
+
+class ConditionedAndGuided(Conditioned):
+    """The same, with guidance of its own."""
+
+    def forward(self, x, sigma, cond, frame, uncond=None, cond_scale=1.0):
+        super().forward(x, sigma, uncond, frame)
+        return super().forward(x, sigma, cond, frame)
+
+
+@pytest.mark.parametrize("kind", [Conditioned, ConditionedAndGuided])
+@pytest.mark.parametrize("erase", [True, False])
+def test_of_the_sources_own_arguments_only_the_prompt_is_erased(setup, kind, erase):
+    model, prompt = kind(setup.model), setup.cfg["cond"] + 1
+    source_args = {"cond": prompt, "frame": torch.tensor([7.0])}
+    options = {"source": setup.source, "mask": setup.mask, "policy": Constant(lock=0.5), "source_args": source_args}
+    with kv.KVLock(model, **options, erase=erase) as lock:
+        lock(setup.x, setup.sigmas[0], **setup.cfg, frame=torch.tensor([1.0]))
+    wanted = setup.uncond[0] if erase else prompt[0]
+    assert {frame for _, frame in model.seen} == {1.0, 7.0}
+    assert all(torch.equal(cond, wanted) for cond, frame in model.seen if frame == 7.0)
+
+
+@pytest.mark.parametrize("policy", ["release", "static"])
+def test_a_script_that_does_not_guide_may_pass_no_unconditional_prompt(setup, policy):
+    found = []
+    for args in ({"cond": setup.cfg["cond"], "uncond": None, "cond_scale": 1.0}, {"cond": setup.cfg["cond"]}):
+        lock = kv.KVLock(setup.model, source=setup.source, mask=setup.mask, policy=policy)
+        found.append(lock.sample("euler", setup.x, setup.sigmas, extra_args=args))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("lock", [0.0, 0.5])
 def test_an_estimator_sees_the_source_as_it_is_under_its_own_prompt(setup, lock, batched):

@@ -469,6 +469,7 @@ def test_dropout_finds_the_layers_of_known_models(setup):
         assert re.search(RESIDUAL, "." + name), name
     for name in ("proj_out", "blocks.0.attn1.to_q", "condition_embedder.time_embedder.linear_2", "head.2"):
         assert not re.search(RESIDUAL, "." + name), name
+    assert list(droppable(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)), r"^0\.")) == ["0.0"]
     with pytest.raises(EstimatorError, match=r"Its linear layers: 0(.|\n)*regular expression"):
         droppable(nn.Sequential(nn.Linear(2, 2)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -144,7 +145,9 @@ def test_a_joined_call_is_attention_over_everything(chunks, tokens, text, first,
     assert torch.equal(narrow_mask(mask, context, start, narrow), expected)
     assert torch.equal(narrow_mask(mask[..., :1, :], context, start, narrow), mask[..., :1, :][..., columns])
     for own_mask in (mask[..., order], torch.randn(rows, 1, 1, narrow, generator=g)):  # made where tokens are left out
+        held = len(context.record.cut)
         joined = narrow_mask(own_mask, context, start, narrow)
+        assert len(context.record.cut) == held  # every layer makes another: none may outlive its layer
         end = start + len(selection.computed)
         kept = joined[..., end : end + len(selection.kept)]
         assert kept.all() if kept.dtype == torch.bool else not kept.any()
@@ -303,4 +306,15 @@ def test_residuals_of_a_controlnet_are_of_all_tokens(name):
     torch.testing.assert_close(*found, rtol=0, atol=1e-4 * float(found[0].std()))
     lock = kv.KVLock(made.denoiser, **options)
     with lock, pytest.raises(AttentionError, match=r"ControlNet adds to all tokens.*foreground=False"):
+        lock(made.x, torch.tensor(1.0), **made.extra_args)
+
+
+def test_pictures_with_references_before_them_are_refused():
+    made = random_network("z-image", grid=(1, 4, 6))
+    model, plain = made.denoiser.inner_model, made.denoiser.inner_model.call
+    model.call = lambda network, *args: plain(partial(network, image_noise_mask=[[0, 1]]), *args)
+    source, mask = torch.zeros_like(made.x), torch.ones_like(made.x[:, :1])
+    mask[..., 2:] = 0
+    lock = kv.KVLock(made.denoiser, source=source, mask=mask, layers=made.layers, policy="half")
+    with lock, pytest.raises(AttentionError, match="reference images come before the picture's tokens"):
         lock(made.x, torch.tensor(1.0), **made.extra_args)

@@ -239,6 +239,9 @@ def test_packed_latents_are_the_pipelines_own() -> None:
     got = sample(KVLockGuider(3.0, policy="full", scheduler=pipe.scheduler, source=source, mask=mask))
     assert free.shape == (1, 8, 3, 4, 4)
     assert far_apart(got.flatten(2).mT[:, 20:], source[:, 20:]) < 1e-5
+    unpacked = {"source": noise(1, (1, 8, 3, 4, 4)), "mask": (noise(2, (1, 1, 3, 4, 4)) > 0).float()}
+    with pytest.raises(SourceError, match=r"packed latents as source\.flatten\(2\)\.mT"):
+        sample(KVLockGuider(3.0, policy="full", scheduler=pipe.scheduler, **unpacked))
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,14 @@ def test_levels_of_an_earlier_run_are_held_to_the_ratio_alone():
     assert run(entry(kv_cache), [7.9, 7.5, 7.0, 6.5, 6.0, 5.0, 4.5, 4.0]) == []
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_that_was_interrupted_leaves_no_level_that_serves_all_others(every):
+    kv_cache = KVCache(format=None, every=every, ratio=None)
+    run(entry(kv_cache), FALLING[:3])
+    assert run(entry(kv_cache), FALLING) == [sigma for sigma in FALLING[::every] if sigma not in FALLING[:3]]
+    assert run(entry(kv_cache), FALLING) == []
+
+
 def test_interpolation_is_exact_at_stored_levels_and_linear_in_log_sigma_between():
     one = entry(KVCache(format=None, every=None, ratio=3.0))
     for sigma in (8.0, 2.0):

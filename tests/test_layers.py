@@ -82,6 +82,16 @@ def test_layers_are_self_attention_alone(name, layers):
     assert [layer.name for layer in random_network(name).layers.layers] == layers
 
 
+def test_a_function_around_a_network_is_seen_through_wrappers():
+    made = random_network("wan")
+    network = made.layers.networks[0]
+    for model in (
+        kv.FlowDenoiser(lambda z, t, **given: network(z, t, **given)),
+        kv.CFGDenoiser(kv.FlowDenoiser(lambda z, t, **given: network(z, t, **given))),
+    ):
+        assert kv.find_layers(model).networks == (network,)
+
+
 def test_layers_of_experts_are_counted_in_each():
     made = random_network("wan-2.2")
     assert [s.name for s in made.layers.select([-1]).layers] == ["0.blocks.1.attn1", "1.blocks.1.attn1"]

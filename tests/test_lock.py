@@ -735,6 +735,29 @@ def test_a_run_that_goes_on_knows_the_steps_that_are_left(pair: Setup) -> None:
     assert left[1:] == list(range(count - 2, 0, -1))
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sampler_that_is_called_step_by_step_keeps_the_known_schedule(pair: Setup, given: bool) -> None:
+    left, count = [], len(pair.sigmas) - 1
+
+    @kv.stateless
+    def watching(obs):
+        left.append(obs.steps_left)
+        return kv.Control(lock=0.5)
+
+    def by_steps(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for i in range(count):
+            x = kv.samplers.euler(model, x, sigmas[i : i + 2], extra_args=extra_args, disable=True)
+        return x
+
+    if given:
+        with pair.lock(policy=watching, sigmas=pair.sigmas) as lock:
+            x0 = by_steps(lock, pair.x, pair.sigmas, extra_args=pair.cfg)
+    else:
+        x0 = pair.lock(policy=watching).sample(by_steps, pair.x, pair.sigmas, extra_args=pair.cfg)
+    assert left == list(range(count - 1, 0, -1))  # nothing is measured at the first
+    assert torch.equal(pair.lock(policy=watching).sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg), x0)
+
+
 def test_rescaled_guidance_is_that_of_the_model_in_any_form() -> None:
     class Exploding(torch.nn.Module):  # x = x0 + sigma noise
         def forward(self, x, sigma, cond):

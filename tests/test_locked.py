@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
+import weakref
 from contextlib import nullcontext
 from typing import Any
 
@@ -585,6 +587,17 @@ def test_a_callback_may_call_the_transformer(pipe: Any) -> None:
             wanted = run(pipe)
         with locked(pipe, **EDIT, policy=policy):
             assert torch.equal(run(pipe, **asked), wanted)
+
+
+def test_a_session_that_is_kept_for_its_trace_keeps_no_network() -> None:
+    pipe = classic()
+    with locked(pipe, **EDIT, policy="half") as session:
+        run(pipe)
+    network = weakref.ref(pipe.transformer)
+    del pipe
+    gc.collect()
+    assert network() is None
+    assert len(session.trace) == 5
 
 
 def test_steps_are_counted_once_where_a_schedule_has_levels_twice() -> None:

@@ -328,6 +328,9 @@ def test_from_diffusers_reads_pil_arrays_and_lists():
     video = [image, array, np.stack([array] * 3, -1)]
     assert torch.equal(masks.from_diffusers(video), expected.expand(-1, -1, 3, -1, -1))
     assert masks.from_diffusers(image, frames=9).shape == (1, 1, 9, 6, 8)
+    pages = [image.convert("1"), image.point(lambda level: 255 * (level > 127))]  # of two modes
+    assert torch.equal(masks.from_diffusers(pages), expected.expand(-1, -1, 2, -1, -1))
+    assert torch.equal(masks.as_mask(pages), masks.from_diffusers(pages))
     with pytest.raises(MaskError, match="empty list"):
         masks.from_diffusers([])
     with pytest.raises(MaskError, match="expected one size"):

@@ -208,6 +208,14 @@ def test_a_text_is_encoded_once_and_the_encoder_may_go():
         video.prompt("something new")
 
 
+def test_a_guider_that_is_disabled_guides_no_edit_either():
+    pipe = tiny_pipeline("hunyuan-1.5")
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=6.0)
+    assert kv.from_pipeline(pipe).cfg_scale == 6.0
+    pipe.guider.disable()
+    assert kv.from_pipeline(pipe).cfg_scale == 1.0
+
+
 def test_the_experts_share_the_noise_levels():
     video, clip, _ = model("wan-2.2")
     seen = []

@@ -337,6 +337,13 @@ def test_window_by_steps_and_by_noise_level():
     assert [float(band.step(None, observe([1.0], s))[1].lock) for s in (3.1, 3.0, 1.0, 0.9)] == [0, 1, 1, 0]
 
 
+def test_a_window_holds_the_level_that_it_names_in_the_schedules_precision():
+    levels, on = torch.tensor([2.0, 1.0, 0.7, 0.4, 0.1]), Constant(lock=1.0)
+    for window, wanted in ((Windowed(on, above=0.7), [1, 1, 1, 0, 0]), (Windowed(on, below=0.4), [0, 0, 0, 1, 1])):
+        controls = [window.step(None, observe([1.0])._replace(sigma=float(level)))[1] for level in levels]
+        assert [float(control.lock) for control in controls] == wanted
+
+
 def test_window_needs_a_schedule_or_a_fallback():
     with pytest.raises(PolicyError, match=r"sigmas=\.\.\. to KVLock.*lock\.sample.*kvlock_sampling\.samplers") as info:
         Windowed(Linear(), last=20).start(observe([1.0]))

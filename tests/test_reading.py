@@ -440,6 +440,12 @@ MASKS = {
     "a gif": (lambda p: save(p / "m.gif", bars(8), [120, 130] * 4), list(range(8)), None),
     "a webp": (lambda p: save(p / "m.webp", bars(8), 125, lossless=True), list(range(8)), None),
     "longer": (lambda p: film(p / "m.mp4", bars(14), 8), list(range(8)), "has 14 frames, 1.75 s, .* its end is left"),
+    "one frame longer": (lambda p: film(p / "m.mp4", bars(9), 8), list(range(8)), "has 9 frames, .* its end is left"),
+    "one frame shorter": (
+        lambda p: film(p / "m.mp4", bars(7), 8),
+        [0, 1, 2, 3, 4, 5, 6, 6],
+        "has 7 frames.*last frame is held",
+    ),
     "shorter": (
         lambda p: film(p / "m.mp4", bars(5), 8),
         [0, 1, 2, 3, 4, 4, 4, 4],
@@ -587,6 +593,22 @@ def test_a_folder_with_two_images_of_each_frame_is_named(tmp_path: Path, kind: s
             Image.fromarray(picture).save(tmp_path / name.format(index))
     with pytest.warns(UserWarning, match="4 images are named unlike the others, but read as frames"):
         read_clip(tmp_path)
+
+
+def test_frames_within_an_image_of_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    save(tmp_path / "masks" / "m.tif", bars(8), 125)
+    with pytest.warns(UserWarning, match=r"m\.tif' holds 8 frames; of a folder's images the first is read"):
+        read_clip(tmp_path / "masks")
+
+
+def test_an_image_is_never_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript in a file of another name: Pillow would call Ghostscript."""
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "clip.png").write_bytes(page)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("ran PostScript"))
+    with pytest.raises(VideoError, match=r"clip\.png' as an image"):
+        read_clip(tmp_path / "clip.png")
 
 
 def test_a_folder_in_a_folder_of_frames_is_no_frame(tmp_path: Path) -> None:

@@ -96,9 +96,8 @@ def calibrate(
         part = examples[first : first + batch]
         clips = torch.cat([as_clips(clip) for clip, *_ in part])
         masks = torch.cat([as_mask(mask, frames=clips.shape[2]) for _, mask, _ in part])
-        options: dict[str, Any] = {"model": model, "sampler": sampler, "steps": steps}
-        options["seed"] = check_seed(seed, SourceError, plus=first)
-        options |= {"policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
+        options: dict[str, Any] = {"model": model, "steps": steps, "seed": check_seed(seed, SourceError, plus=first)}
+        options |= {"sampler": sampler, "policy": Sigmoid(lock_range=(0.0, 0.0)), "estimator": meter, "composite": True}
         for step in edit_video(clips, masks, [prompt for *_, prompt in part], **options).trace:
             for clip, row in enumerate(step.variance):  # a number, or one per token, of which even ranks tell enough
                 stride = -(-row.numel() // 256)

@@ -36,7 +36,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Its version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None: ...
 
 
@@ -71,7 +71,7 @@ def edit(
     clip: opt.Clip,
     mask: opt.Mask,
     prompt: Annotated[str, typer.Option(help="What the masked region should show.")],
-    output: Annotated[Path, typer.Option("-o", "--output", **opt.OUTPUT, help="mp4, webm, gif or png.")],
+    output: Annotated[Path, typer.Option("-o", "--output", **opt.OUTPUT, help="mp4, mov, webm, gif or png.")],
     source_prompt: Annotated[
         str | None, typer.Option(help="What the clip shows now; default: --prompt, or none with --kv-cache.")
     ] = None,

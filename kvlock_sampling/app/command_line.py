@@ -33,21 +33,21 @@ out, err = Console(markup=False, emoji=False, highlight=False), Console(stderr=T
 # The path of "" would be a folder, and a shell leaves the ~ of --out=~/edits.
 PATH: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path or "(no name)")), "metavar": "PATH"}
 OUTPUT: dict[str, Any] = {"parser": lambda path: Path(os.path.expanduser(path)), "metavar": "PATH"}
-Clip = Annotated[Path, typer.Argument(**PATH | {"metavar": "CLIP"}, help="mp4, webm, gif, mov, image or image folder.")]
+Clip = Annotated[Path, typer.Argument(**PATH | {"metavar": "CLIP"}, help="mp4, mkv, gif, ..., image or image folder.")]
 Mask = Annotated[Path, typer.Option(**PATH, help="Image or clip; white = edit.")]
 TEXT: dict[str, Any] = {"parser": os.path.expanduser, "metavar": "TEXT"}
 Model = Annotated[str, typer.Option(**TEXT, help="'tiny', a folder of its weights, or of a diffusers pipeline.")]
 Sampler = Annotated[str, typer.Option(help="A name from `kvlock samplers`.")]
 Steps = Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Sampling steps; dpm_adaptive chooses its own.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
-Dtype = Annotated[str | None, typer.Option(help="Precision of a pipeline's weights: float32, bfloat16, float16.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: bfloat16 on a GPU.")]
 Offload = Annotated[str, typer.Option(help="none; model: one network on the device at a time; group: one layer.")]
 Policy = Annotated[str, typer.Option(help="A preset's name or a TOML file; see `kvlock policies`.")]
 CFGScale = Annotated[float | None, typer.Option(help="Guidance scale; default: the model's.")]
 Strength = Annotated[float, typer.Option(min=LEAST_STRENGTH, max=1.0, help="1 = from noise; less keeps the clip.")]
-Transition = Annotated[tuple[float, float] | None, typer.Option(help="Tokens this near take this part of the lock.")]
+Transition = Annotated[tuple[float, float] | None, typer.Option(help="Width in tokens, and its part of the lock.")]
 Scale = Annotated[int | None, typer.Option(min=1, help="Enlarge the output; default: 4 for 'tiny', else 1.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first ones.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="How many, picked evenly; default: the first; 'tiny': 8.")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH, e.g. 480x832; default: about the clip's.")]
 TileVAE = Annotated[bool, typer.Option("--tile-vae", help="Encode and decode in tiles: less memory.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="The unconditional prompt; for pipelines.")]

@@ -137,6 +137,8 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         options: Any = {"strict": True, "skipinitialspace": True}
         options["delimiter"] = ";" if ";" in first and "," not in first else ","  # where a comma is in numbers
         lines = [[cell.strip() for cell in line] for line in csv.reader(text, **options)]
+    except OSError as error:
+        raise KVLockError(f"cannot read the table {str(path)!r}: {error.strerror}; expected:\n{EXAMPLE}") from None
     except UnicodeDecodeError as error:
         raise KVLockError(f"{str(path)!r} is not UTF-8: {error}. Save it as CSV UTF-8.") from None
     except csv.Error as error:

@@ -35,7 +35,7 @@ def write_report(out: Path, jobs: Sequence[Job], records: Sequence[Mapping[str, 
 def check_report(out: Path) -> None:
     """Raise KVLockError if the folder has a file of another kind where a report would be written."""
     for name, begins in (("results.csv", b"row,status,output,"), ("report.html", HEAD.encode())):
-        with suppress(FileNotFoundError), open(path := out / name, "rb") as file:
+        with suppress(FileNotFoundError, NotADirectoryError), open(path := out / name, "rb") as file:
             # Without what spreadsheets add.
             found = file.read(99).removeprefix(b"\xef\xbb\xbf").replace(b'"', b"").replace(b";", b",")
             if found and not found.startswith(begins.replace(b'"', b"")):

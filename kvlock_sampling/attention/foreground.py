@@ -115,19 +115,15 @@ def narrow_mask(mask: Tensor, context: FusionContext, start: int, length: int) -
 
     `start` is the position of the first video token, `length` that of the narrowed sequence.
     """
-    if (known := context.record.cut.get((id(mask), -length))) is not None:  # every layer gets the same mask
-        return known[1]
     chosen, tokens, whole = _selection(context), context.ratio.shape[1], mask.shape[-1]
-    end = start + len(chosen.computed)
-    if whole == length:  # made for the tokens that run: every query may see the kept tokens
-        shape = (*mask.shape[:-1], len(chosen.kept))
-        visible = mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
-        cut = torch.cat([mask[..., :end], visible, mask[..., end:]], -1)
-    else:
+    if whole == length:  # a layer made it for the tokens that run: every query may see the kept tokens
+        end, shape = start + len(chosen.computed), (*mask.shape[:-1], len(chosen.kept))
+        return torch.cat([mask[..., :end], mask.new_full(shape, mask.dtype == torch.bool), mask[..., end:]], -1)
+    if (known := context.record.cut.get((id(mask), -length))) is None:  # every layer gets the same mask
         cut = mask.index_select(-1, _with_others(torch.cat([chosen.computed, chosen.kept]), start, tokens, whole))
         cut = cut if cut.shape[-2] == 1 else cut.index_select(-2, _with_others(chosen.computed, start, tokens, whole))
-    context.record.cut[id(mask), -length] = mask, cut
-    return cut
+        known = context.record.cut[id(mask), -length] = mask, cut
+    return known[1]
 
 
 def _selection(context: FusionContext) -> Any:

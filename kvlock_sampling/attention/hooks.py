@@ -107,6 +107,8 @@ class Hooks:
             record.entered = 0
         if context.narrowed is not None and any("controlnet" in n and v is not None for n, v in kwargs.items()):
             raise AttentionError("a ControlNet adds to all tokens, and only the edited ones run: foreground=False.")
+        if kwargs.get("image_noise_mask") is not None:
+            raise AttentionError("reference images come before the picture's tokens here: lock a call without them.")
         called = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 2), 0)
         bound = signature_of(network).bind_partial(network, *args, **kwargs).arguments if names else {}
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None

@@ -39,8 +39,7 @@ def find_layers(model: Any) -> AttentionLayers:
     Raises:
         AttentionError: No known architecture was found.
     """
-    known, seen, found = (*_registered, *BUILT_IN), [], []
-    inside: set[nn.Module] = set()
+    known, seen, found, inside = (*_registered, *BUILT_IN), [], [], set[nn.Module]()
     for module in reachable_modules(model):
         if module in inside:
             continue

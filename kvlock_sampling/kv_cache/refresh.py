@@ -4,7 +4,7 @@ A level stored at sigma_s in this run serves a request at sigma while both condi
     ratio:  max(sigma / sigma_s, sigma_s / sigma) <= ratio;
     every:  fewer than `every` noise levels were requested from sigma_s (not counted) to sigma (counted).
 `every` counts the distinct noise levels *between* the two, so that calls which Heun, churn or a rejected step repeat do
-not count. A level of an earlier run is held to `ratio` alone, so a repeated run finds a level for every request.
+not count. A level of an earlier run is held to `ratio` alone, if there is one, so a repeated run needs no source pass.
 
 K/V of a clip under one noise are smooth in log sigma. On K/V of the first world's model, between levels that are 1.2 to
 1.4 times apart, the line through both neighbours is off by 0.5-1% (K) and 1-2.5% (V), the nearest level by 3.5-6% and
@@ -45,7 +45,8 @@ class Refresh:
         `requested` are the distinct noise levels that this run requested, with `sigma`; `fresh` those that it stored.
         """
         levels = sorted(levels, key=lambda s: _distance(s, sigma))
-        nearest = next((s for s in levels if self._serves(s, sigma, requested if s in fresh else ())), None)
+        counted = {s: requested if s in fresh or self.ratio is None else () for s in levels}
+        nearest = next((s for s in levels if self._serves(s, sigma, counted[s])), None)
         if nearest is not None and same(nearest, sigma):
             return ((nearest, 1.0),)
         low = next((s for s in levels if s <= sigma), None)

@@ -120,7 +120,7 @@ def _brightest(page: Any) -> np.ndarray:
     array = np.asarray(page)
     if array.ndim >= 3 and array.shape[-1] in (1, 3, 4):
         return array[..., :3].max(axis=-1)  # white is white in every channel; alpha says nothing about repainting
-    return array
+    return array * np.uint8(255) if array.dtype == bool else array  # a list may hold pages of bytes too
 
 
 def as_tensor(mask: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import Control, Observation, PolicyError, Scalar
+from ..types import SAME_SIGMA, Control, Observation, PolicyError, Scalar
 from ..utils.fields import number, pair
 from ..utils.precision import working
 from .base import Policy, Range, as_policy, elapsed, known_control, stepped
@@ -76,12 +76,12 @@ class Windowed(PolicyWrapper):
             raise PolicyError(f"above={self.above:g} > below={self.below:g}: an empty window. This works: {swapped}")
 
     def _is_open(self, obs: Observation) -> bool:
-        if self.above is not None and obs.sigma < self.above:
+        if self.above is not None and obs.sigma < self.above * (1 - SAME_SIGMA):
             return False
         if self.last is not None and obs.steps_left is not None:
             return obs.steps_left <= self.last
         if self.below is not None or self.last is None:
-            return self.below is None or obs.sigma <= self.below
+            return self.below is None or obs.sigma <= self.below * (1 + SAME_SIGMA)
         raise PolicyError(
             "unknown schedule. Pass sigmas=... to KVLock, use lock.sample or a sampler of kvlock_sampling.samplers"
             f", or give a noise level to fall back on: Windowed(policy, last={self.last}, below=SIGMA)"

@@ -48,5 +48,5 @@ def check_prediction(reads: HostReads, sigma: float, denoised: Tensor) -> None:
         raise RunError(
             f"the model's prediction at sigma={sigma:.4g} holds NaN or inf; expected finite numbers, and every later "
             "step would be NaN.\n  Half precision overflows first: run the model in bfloat16 or float32, and look at "
-            "what it was given: x, cond and cond_scale."
+            "what it was given, x, cond and cond_scale, and at what policy and estimator returned."
         )

@@ -27,6 +27,7 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
         stack += [held[n] for n in _HOLDERS if n in held]
         if isinstance(item, nn.Module):
             yield from item.modules()
+            stack += [vars(module)[n] for module in item.modules() for n in _HOLDERS if n in vars(module)]
             continue
         if isinstance(item, functools.partial):
             stack += [item.func, *item.args, *item.keywords.values()]

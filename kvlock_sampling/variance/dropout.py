@@ -23,7 +23,7 @@ from ..utils.threads import without_compiler
 from .base import Estimator, Patch, ProbingEstimator, generator, pooled
 
 RESIDUAL = (
-    r"\.\d+\.(.*\.)?("
+    r"(^|\.)\d+\.(.*\.)?("
     r"to_out\.0|to_out|to_add_out|out_proj|proj_out|attn_proj|\w+_attn_proj|o|wo|"  # attention
     r"net\.2|ff\w*\.2|mlp\.2|fc2|linear2|w2|down_proj"  # feed-forward
     r")$"
@@ -90,7 +90,7 @@ class DropoutVariance(ProbingEstimator):
 def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linear]:
     pattern = re.compile(RESIDUAL if select is None else select)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name: m for name, m in linears.items() if pattern.search(f".{name}")}
+    chosen = {name: m for name, m in linears.items() if pattern.search(name)}
     if not chosen:
         shown = ", ".join(list(linears)[:12]) or "none at all"
         raise EstimatorError(

@@ -24,6 +24,7 @@ FILMS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi")
 STILLS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 IMAGES = (".gif", ".apng", *STILLS)
 IMAGE_FPS = 8.0  # images' files do not store a rate
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP", "AVIF")  # by content; for others Pillow may start a program
 EXACT = 0x42004  # BICUBIC | FULL_CHR_H_INT | ACCURATE_RND of swscale, whose default reads films up to 3 of 255 too dark
 
 
@@ -144,7 +145,7 @@ def files_of(path: Path) -> list[Path] | None:
 def _pages(file: Path) -> Iterator[Any]:
     """The frames of an image file, decoded; each is valid until the next."""
     # By its path, Pillow would map an uncompressed TIFF into memory, whatever its orientation.
-    with decoding(file), open(file, "rb") as opened, require("PIL.Image", "video").open(opened) as image:
+    with decoding(file), open(file, "rb") as raw, require("PIL.Image", "video").open(raw, formats=FORMATS) as image:
         # An MPO is a photograph with its preview or depth map. An APNG may begin with a picture for other viewers.
         count = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         for index in range(bool(image.info.get("default_image")), count):
@@ -155,6 +156,8 @@ def _pages(file: Path) -> Iterator[Any]:
 
 def _still(file: Path) -> Any:
     for page in _pages(file):
+        if page.format != "MPO" and getattr(page, "n_frames", 1) > 1:
+            warn(f"{str(file)!r} holds {page.n_frames} frames; of a folder's images the first is read. Pass it alone.")
         return _upright(page)
 
 

@@ -232,7 +232,7 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
         lasts = clock[-1] - clock[0]
         moments = middles[np.searchsorted(clock[1:-1] - clock[0], at, side="right")]
-    apart = abs(lasts - length) > 1.5 * max(lasts / count, length / (len(ours) - 1))
+    apart = abs(lasts - length) > 0.75 * max(lasts / count, length / (len(ours) - 1))
     if count > 1 and apart and (lasts > length or (at >= lasts).any()):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
         if (at < lasts).mean() < 0.5:

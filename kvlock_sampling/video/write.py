@@ -84,10 +84,9 @@ def write_clip(path: PathLike, pixels: Any, fps: float = 8, scale: int = 1, soun
 
 def check_suffix(path: PathLike) -> str:
     """Return the suffix of a file to write in lower case; raise VideoError if `write_clip` has no such format."""
-    path = Path(path)
-    kind, known = path.suffix.lower(), (*ENCODERS, ".gif", ".png")
+    kind, known = Path(path).suffix.lower(), (*ENCODERS, ".gif", ".png")
     if kind not in known:
-        raise VideoError(f"{path.name!r} has the suffix {kind!r}; expected one of {', '.join(known)}.")
+        raise VideoError(f"{os.path.basename(path)!r} has the suffix {kind!r}; expected one of {', '.join(known)}.")
     return kind
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...utils.extras import require
 from ...utils.files import atomic
-from ...video.media import IMAGES, VideoError, decoding, film, is_film, shown
+from ...video.media import FORMATS, IMAGES, VideoError, decoding, film, is_film, shown
 from ...video.read import Array
 
 LARGEST_FILE = "256mb"
@@ -35,7 +35,7 @@ def check_upload(path: str | os.PathLike[str]) -> None:
     else:
         if path.suffix.lower() not in IMAGES:
             shown(path)  # raises, with the known suffixes
-        with decoding(path), require("PIL.Image", "video").open(path) as image:
+        with decoding(path), require("PIL.Image", "video").open(path, formats=FORMATS) as image:
             (width, height), frames = image.size, getattr(image, "n_frames", 1)
     _check_size(path, height, width, frames)
 

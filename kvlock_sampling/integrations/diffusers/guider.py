@@ -40,13 +40,14 @@ class KVLockGuider(ClassifierFreeGuidance):
         guidance_scale: The requested scale; the policy may schedule it.
         policy: A Policy, or the name or path of a preset, or TOML text.
         composite: As in `KVLock`; so are rescale, cfg_floor, transition, foreground, noise, estimator, threshold,
-            kv_cache and layers, of which only indices are saved.
+            kv_cache and layers, of which only indices are saved. Reach and erase are a preset's.
         batched: As in `locked`.
         start: Fraction of the steps at which guidance begins. The lock acts in all steps.
         stop: Fraction of the steps at which guidance ends.
         enabled: False turns off guidance and lock, as `disable()` does.
         source: Clean latents of the clip, (1 or batch, channels, time, height, width): `encode_clip(pipe.vae, clip)`.
-        mask: 1 = edit, at the clip's or the latents' size.
+            Where the pipeline packs its own, as LTX, (1 or batch, tokens, channels): `latents.flatten(2).mT`.
+        mask: 1 = edit, at the clip's or the latents' size; packed as the source is.
         source_embeds: As in `locked`; a guider cannot encode a `source_prompt`, and raises PipelineError for one.
         scheduler: The pipeline's. Required if timesteps are integers (UniPC): those do not give the exact noise level.
 

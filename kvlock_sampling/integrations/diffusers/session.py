@@ -73,7 +73,7 @@ class Session:
             if complete:
                 self.run.settle(next(reversed(self._experts.values()))[1])
             self.run.close()
-        self.run = None
+        self.run, self._experts = None, {}  # a session is kept for its trace, which holds no network
 
     def mine(self) -> Run:
         """The run, which must be of this thread or task."""
@@ -132,11 +132,11 @@ class Session:
         if timestep.ndim == 2 and bool((steps != steps[0]).any()):
             raise PipelineError(
                 "this pipeline gives its known first frame the timestep 0, so the source has no single noise level.\n"
-                "  Edit with kv.edit_video(model=kv.from_pipeline(pipe), ...), which supports such models."
+                "  Wan 2.2 5B is edited by kv.edit_video(model=kv.from_pipeline(pipe), ...); others cannot be."
             )
         source, latents = self.options.get("source"), call.parts[0]
         if source is not None and source.shape[1:] != latents.shape[1:]:
             raise SourceError(
                 f"source latents have shape {tuple(source.shape)}, the pipeline's are {tuple(latents.shape)}.\n"
-                "  Pass the clip's size, pipe(height=..., width=..., num_frames=...), and no reference images."
+                "  Pass the clip's size, pipe(height=...), no references, and packed latents as source.flatten(2).mT."
             )

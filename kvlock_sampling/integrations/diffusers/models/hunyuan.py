@@ -65,7 +65,8 @@ class Hunyuan15Video(PipelineVideo):
         if max_sequence_length is not None:
             raise PipelineError(f"no max_sequence_length here; set pipe.tokenizer_max_length = {max_sequence_length}.")
         if options.get("cfg_scale") is None:
-            options["cfg_scale"] = getattr(pipe.guider, "guidance_scale", None)
+            scale = getattr(pipe.guider, "guidance_scale", None)
+            options["cfg_scale"] = scale if getattr(pipe.guider, "_enabled", True) else 1.0
         super().__init__(pipe, **options)
 
     @staticmethod

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import release
 from report_cost import page, quality, speed
 from report_grid import control, detection, figure, paper, table, verdict
+from seeds import FIRST_SCENE
 
 from kvlock_sampling.utils.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+BOTH = ("border", "judge", "border and judge", "ranks of both")
 
 
 def load(name: str) -> dict:
@@ -75,13 +78,15 @@ def transfer() -> str:
     )
 
 
-def seeds(record: dict[str, Any]) -> str:
-    """Which score finds the better seed, when all but one stop at half of the steps."""
+def seeds(record: dict[str, Any], only: Sequence[str] = ()) -> str:
+    """Which score finds the better seed, when all but one stop at half of the steps. only: some scores; default all."""
     first, chance, oracle = record["first seed"], record["chance"], record["oracle"]
     policy = record.get("policy", "full")
     more, where, unit = f" --policy {policy}", f"under `{policy}`", "edits of one seed"
     if policy == "full":
         more, where, unit = "", "at full lock", "token-passes of an unlocked edit, with a filled KV cache"
+    if record["first_scene"] != FIRST_SCENE:
+        more += f" --first {record['first_scene']}"
     lines = [
         f"`python benchmarks/seeds.py --edits {record['edits']} --bfloat16{more}`. {record['edits']} further "
         f"edits {where}, {record['sampler']}, {record['steps']} steps; {record['seeds']} seeds, all but one stop after "
@@ -93,7 +98,7 @@ def seeds(record: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in record["rows"]:
-        if row["after"] == record["steps"] // 2:
+        if row["after"] == record["steps"] // 2 and (not only or row["score"] in only):
             gaps = [f"{row[to]['psnr'][0]:+.2f} ± {row[to]['psnr'][1]:.2f}" for to in row if to.startswith("to ")]
             right = ["{:+.1%} ± {:.1%}".format(*row[to]["right"]) for to in row if to.startswith("to ")]
             lines.append(f"| {row['score']} | {row['cost']:.2f} | {' | '.join(gaps + right)} |")
@@ -135,6 +140,9 @@ def main() -> None:
         "## Several seeds of one edit\n\nBy a score's last value, or its mean *so far*. *Chance* is the mean over the "
         "seeds.\n\n" + seeds(load("seeds")),
         seeds(load("seeds_release")),
+        "Border and judge together, on other scenes: as log-likelihoods (*border and judge*), so that the judge's nats "
+        "count once it doubts, and by ranks. Both were fixed before any run.\n\n" + seeds(load("seeds_more"), BOTH),
+        seeds(load("seeds_release_more"), BOTH),
         "## Can edited tokens skip evaluations?\n\n`python benchmarks/step_cache.py --edits 20 --bfloat16`. "
         + step_cache(),
         "## Do the presets do harm on a second model?\n\n`python benchmarks/harm.py`. "

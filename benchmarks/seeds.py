@@ -5,8 +5,8 @@ under `--policy release`, where effects can be right, and free scores are read a
 score and each noise level at which all but one seed stop: the quality of the seed that goes on, beside the first seed,
 one by chance, one seed in more steps at the same cost, and the best by the truth (the oracle). Costs are in
 token-passes of an unlocked edit, with a filled KV cache; under another policy in those of one edit under it.
-Writes benchmarks/results/seeds.json, or seeds_release.json.
-Runs over other scenes, `--first 820450 --dry > part.json`, become one with `--join part.json ...`.
+Writes benchmarks/results/seeds.json, or seeds_release.json; of other scenes, `--first 821350`, seeds_more.json.
+Runs over parts of the scenes, `--first 820450 --dry > part.json`, become one with `--join part.json ...`.
 """
 
 from __future__ import annotations
@@ -255,6 +255,7 @@ def keep(record: dict[str, Any], dry: bool) -> None:
     print(json.dumps(record, indent=1))
     if not dry:
         name = "seeds" if record["policy"] == "full" else f"seeds_{record['policy']}"
+        name += "_more" * (record["first_scene"] != FIRST_SCENE)
         write_atomically(RESULTS / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 

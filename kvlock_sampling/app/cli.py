@@ -42,7 +42,7 @@ def main(
 
 @app.command()
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", **opt.OUTPUT, help="Folder to write into.")] = Path("demo"),
+    out_dir: Annotated[Path, typer.Option("--out", **opt.OUTPUT, help="Replaces six files in it.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Chooses the scenes and the noise.")] = 0,
     steps: opt.Steps = 20,
     sampler: opt.Sampler = "dpmpp_2m",

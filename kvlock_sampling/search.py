@@ -142,7 +142,7 @@ def search(
         low, high = min(levels) * (1 - SAME_SIGMA), max(levels) * (1 + SAME_SIGMA)
         check_number("at", level, RunError, " A noise level of the schedule.", at_least=low, at_most=high)
     if not (judge is None or callable(judge)):
-        raise RunError(f"judge={judge!r}; expected judge=lambda x0_hat, trace: ..., more for better.")
+        raise RunError(f"judge={judge!r}; expected a function of (x0-hat, trace): lambda x0_hat, trace: ...")
     if judge is None:
         judge = calm if source is None or source.latents.ndim < 4 else seam(lock)
     with ExitStack() as blocks:

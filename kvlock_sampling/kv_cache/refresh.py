@@ -45,8 +45,8 @@ class Refresh:
         `requested` are the distinct noise levels that this run requested, with `sigma`; `fresh` those that it stored.
         """
         levels = sorted(levels, key=lambda s: _distance(s, sigma))
-        counted = {s: requested if s in fresh or self.ratio is None else () for s in levels}
-        nearest = next((s for s in levels if self._serves(s, sigma, counted[s])), None)
+        fresh = levels if self.ratio is None else fresh
+        nearest = next((s for s in levels if self._serves(s, sigma, requested if s in fresh else ())), None)
         if nearest is not None and same(nearest, sigma):
             return ((nearest, 1.0),)
         low = next((s for s in levels if s <= sigma), None)

@@ -23,11 +23,10 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
             continue
         seen.add(id(item))
         # Modules too: a wrapper module may hold a plain function, which is not among its submodules.
-        held = getattr(item, "__dict__", {})
-        stack += [held[n] for n in _HOLDERS if n in held]
+        parts = [*item.modules()] if isinstance(item, nn.Module) else [item]
+        stack += [vars(part)[n] for part in parts if hasattr(part, "__dict__") for n in _HOLDERS if n in vars(part)]
         if isinstance(item, nn.Module):
-            yield from item.modules()
-            stack += [vars(module)[n] for module in item.modules() for n in _HOLDERS if n in vars(module)]
+            yield from parts
             continue
         if isinstance(item, functools.partial):
             stack += [item.func, *item.args, *item.keywords.values()]

@@ -316,7 +316,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         editor.input(draw, [editor, before, width], [grid, editor], trigger_mode="always_last", **quick)
         width.input(draw, [editor, before, width], [grid, editor], trigger_mode="always_last", **quick)
         clear.click(forget, [frame, width], [editor, grid], **quick)
-        policy.input(in_tab(lambda _, name: to_toml(load_preset(name))), policy, parameters, **quick)
+        policy.input(in_tab(lambda session, name: to_toml(load_preset(name))), policy, parameters, **quick)
         options = [prompt, source_prompt, sampler, steps, cfg_scale, strength, seed, candidates]
         inputs = [editor, before, width, policy, parameters, others, *options]
         start.click(begin, None, status, **quick)

@@ -99,7 +99,8 @@ def locked(
 
         return plain_copies(kind, {"__call__": call})
 
-    with taken(pipe), wearing(pipe, locking):
+    with taken(pipe), wearing(pipe, locking), ExitStack() as left:
+        left.callback(session.experts.clear)  # a session is kept for its trace, which holds no network
         yield session
     if not called:
         warn("the pipeline was not called in the block of its lock: nothing was locked.")

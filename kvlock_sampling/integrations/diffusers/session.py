@@ -43,17 +43,17 @@ class Session:
         self.options = options
         self.run: Run | None = None
         self.trace = Trace()
-        self._experts: dict[int, tuple[FlowCalls, LockSettings]] = {}
+        self.experts: dict[int, tuple[FlowCalls, LockSettings]] = {}
         self._placed: dict[str, Tensor] | None = None
 
     def expert(self, network: nn.Module) -> tuple[FlowCalls, LockSettings]:
         """The denoiser of this transformer and the settings of its lock, made when it is first seen."""
-        if id(network) not in self._experts:
-            calls = FlowCalls(network, index=len(self._experts))
+        if id(network) not in self.experts:
+            calls = FlowCalls(network, index=len(self.experts))
             settings = KVLock(calls, **self.options).settings
             batched = settings.layers is not None if self.batched is None else self.batched
-            self._experts[id(network)] = calls, replace(settings, batched=batched)
-        return self._experts[id(network)]
+            self.experts[id(network)] = calls, replace(settings, batched=batched)
+        return self.experts[id(network)]
 
     def only_scales(self, network: nn.Module) -> bool:
         """Whether the lock can change no more than the guidance scale."""
@@ -71,9 +71,9 @@ class Session:
         """End the run, and release what it held open. Its trace stays. A complete run is checked to its last number."""
         if self.run is not None:
             if complete:
-                self.run.settle(next(reversed(self._experts.values()))[1])
+                self.run.settle(next(reversed(self.experts.values()))[1])
             self.run.close()
-        self.run, self._experts = None, {}  # a session is kept for its trace, which holds no network
+        self.run = None
 
     def mine(self) -> Run:
         """The run, which must be of this thread or task."""

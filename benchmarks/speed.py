@@ -19,7 +19,8 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,15 +114,16 @@ def embedded(evaluations: int) -> Subject:
 
 
 @contextmanager
-def evaluations(denoiser: Any, subject: Subject) -> Iterator[Callable[[], None]]:
-    """One run of a denoiser over the subject's noise levels."""
+def evaluations(denoiser: Any, subject: Subject) -> Iterator[Callable[[Sequence[float]], None]]:
+    """One run of a denoiser: a function that evaluates at noise levels."""
 
-    def run() -> None:
-        with torch.inference_mode(), denoiser if isinstance(denoiser, kv.KVLock) else torch.inference_mode():
-            for sigma in subject.sigmas:
+    def evaluate(sigmas: Sequence[float]) -> None:
+        with torch.inference_mode():
+            for sigma in sigmas:
                 denoiser(subject.x, torch.tensor([sigma], device=subject.x.device), **subject.cfg)
 
-    yield run
+    with denoiser if isinstance(denoiser, kv.KVLock) else nullcontext():
+        yield evaluate
 
 
 class OneMoreRow:
@@ -164,6 +166,33 @@ Row = dict[str, Any]
 Key = tuple[int, float | None, str]
 
 
+Maker = tuple[int, float | None, str, Callable[[], Any]]
+
+
+def one_round(subjects: list[Subject], makers: list[Maker], say: Callable[[str], None]) -> list[float]:
+    """Seconds of one run of each way.
+
+    On a CPU they take turns at every evaluation, so that a machine that slows down slows all of them. On a GPU whole
+    runs do, because the copies of a KV cache go on beside the next evaluation and end with the run's block.
+    """
+    device, spent = subjects[0].x.device, [0.0] * len(makers)
+    if device.type == "cuda":
+
+        def run(index: int, make: Callable[[], Any]) -> None:
+            with evaluations(make(), subjects[index]) as evaluate:
+                evaluate(subjects[index].sigmas)
+
+        return [seconds(partial(run, index, make), device) for index, _, _, make in makers]
+    with ExitStack() as stack:
+        runs = [stack.enter_context(evaluations(make(), subjects[index])) for index, _, _, make in makers]
+        for i, sigma in enumerate(subjects[0].sigmas):
+            for part, (index, share, way, _) in enumerate(makers):
+                took = seconds(partial(runs[part], [sigma]), device)
+                spent[part] += took
+                say(f"evaluation {i}, {subjects[index].layers} layers, {way} {share or ''}: {took:.3f} s")
+    return spent
+
+
 def measure(
     subjects: list[Subject],
     depth: int | None,
@@ -172,12 +201,12 @@ def measure(
     shares: Sequence[float] = SHARES,
     only: Sequence[str] = (),
 ) -> list[Row]:
-    """Rows of every subject, and with two of them those of a network of `depth` layers. Subjects take turns.
+    """Rows of every subject, and with two of them those of a network of `depth` layers.
 
     only: the ways to measure beside plain guidance. Empty: all.
     """
     device = subjects[0].x.device
-    makers = [
+    makers: list[Maker] = [
         (index, share, way, make)
         for index, subject in enumerate(subjects)
         for share in (None, *shares)
@@ -186,16 +215,17 @@ def measure(
     ]
     times: dict[Key, list[float]] = {(index, share, way): [] for index, share, way, _ in makers}
     peaks: dict[Key, float] = {}
-    for turn in range(rounds + 1):  # the first turn warms up, fills the KV caches, and measures memory
-        for index, share, way, make in makers:
-            subject = subjects[index]
-            with evaluations(make(), subject) as run:
-                if turn == 0:
-                    held = (*subject.model.parameters(), *subject.model.buffers(), subject.x, subject.source)
-                    peaks[index, share, way] = peak_bytes(run, device, (*held, subject.cfg))
-                else:
-                    times[index, share, way].append(seconds(run, device) / len(subject.sigmas))
-            say(f"{subject.name}, {subject.layers} layers: turn {turn}, {way} {'' if share is None else share}")
+    for index, share, way, make in makers:  # warm up, fill the KV caches, and measure memory
+        subject = subjects[index]
+        some = subject.sigmas if "cache" in way else subject.sigmas[:1]  # without a cache the first needs the most
+        with evaluations(make(), subject) as run:
+            held = (*subject.model.parameters(), *subject.model.buffers(), subject.x, subject.source, subject.cfg)
+            peaks[index, share, way] = peak_bytes(partial(run, some), device, held)
+        say(f"{subject.name}, {subject.layers} layers: warm, {way} {'' if share is None else share}")
+    for turn in range(rounds):
+        say(f"round {turn}")
+        for (index, share, way, _), spent in zip(makers, one_round(subjects, makers, say), strict=True):
+            times[index, share, way].append(spent / len(subjects[index].sigmas))
     labels = [(subject.layers, False) for subject in subjects]
     if depth is not None and len(subjects) == 2:
         labels.append((depth, True))

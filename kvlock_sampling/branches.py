@@ -47,13 +47,15 @@ class Branches:
         self._own_levels = to_sigma(settings.model, step.model_sigma) != step.model_sigma
         self._caches = run.tools(settings).step_caches
         self._source_kv: Mapping[str, KeyValue] | None = None
-        self._noise = run.noise
+        self._noise, source = run.noise, settings.source
+        # What the source predicts in the pass that gives K/V is of another clip, or under another noise.
+        self._apart = settings.erase or (source is not None and source.noise is not source.of_run)
         self.locked = locked = source_for(settings, run, step)
         self._source_x: Tensor | None = None  # the source at this noise level, if the estimator needs its x0-hat
         due = settings.policy.uses_risk and step.sigma > 0 and settings.estimator.due(step.state.estimator, step.sigma)
         self._wants_uncond = due and settings.estimator.needs_uncond
-        if due and settings.estimator.needs_source and settings.source is not None and run.noise is not None:
-            self._source_x = settings.source.at(step.x, step.model_sigma, run.noise, erased=False)
+        if due and settings.estimator.needs_source and source is not None and run.noise is not None:
+            self._source_x = source.at(step.x, step.model_sigma, run.noise, erased=False)
         self.route = choose_route(
             locked=locked is not None,
             narrow=self.narrow,
@@ -143,7 +145,7 @@ class Branches:
         if not here and self.settings.source is not None and self._noise is not None:
             x = self.settings.source.at(self.x, float(sigma.max()), self._noise)
         out = self._call(context, None, model, (x, arguments), sigma)[0]
-        if here and not self.settings.erase:
+        if here and not self._apart:
             self.source = out
         return context.record.captured
 
@@ -242,8 +244,8 @@ class OwnBranches(Branches):
     ) -> list[Tensor]:
         """Branches, and the source as further rows of their call."""
         *edit, source = self._together([*branches, beside], context, sigma, kind)
-        # Not of a probe, erased, or of a pass that may have ended early.
-        if kind is not None and not (context and (self.settings.erase or (self.narrow and context.left is not None))):
+        # Not of a probe, or of a pass that may have ended early.
+        if kind is not None and not (context and (self._apart or (self.narrow and context.left is not None))):
             self.source = source
         return [self._filled(out) for out in edit]
 
@@ -269,8 +271,8 @@ class GuidedBranches(Branches):
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
         self._arguments, self._host = dict(step.extra_args), getattr(settings.model, "kvlock_host", None)
         if (scale := step.state.cfg_scale) is not None and settings.scale_arg is not None:
-            low, high = step.reads.range(scale)
-            self._arguments[settings.scale_arg] = high if low == high else per_row(torch.as_tensor(scale), step.x)
+            (low, high), rows = step.reads.range(scale), torch.as_tensor(scale).to(step.x)
+            self._arguments[settings.scale_arg] = high if low == high else per_row(rows, step.x)
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:
@@ -299,7 +301,7 @@ class GuidedBranches(Branches):
             return guided, guided
         cond, uncond, source = self._host.predictions
         if kind is not None:
-            self.uncond, self.source = uncond, self.source if self.settings.erase or source is None else source
+            self.uncond, self.source = uncond, self.source if self._apart or source is None else source
         return guided, guided if cond is None else self._filled(cond)
 
     def _source_call(self, *, erased: bool) -> tuple[Denoiser, dict[str, Any]]:

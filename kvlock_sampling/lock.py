@@ -80,7 +80,7 @@ class KVLock(DenoiserProxy):
         erase: True takes keys and values from the source with its masked region filled from the surroundings, under
             the unconditional prompt, so that they do not speak of what the edit replaces; without one, the source's. An
             estimator that needs the source's x0-hat then costs one model pass more. Default: the preset's, or False.
-        noise: The source's noise, like `source`, copied; "fixed" draws it from seed 0. Default: (x - source) / sigma.
+        noise: The run's, like `source`, copied; "fixed": of seed 0, for K/V alone. Default: (x - source) / sigma.
         composite: Weight in [0, 1] of the source in the background of `denoised` if the policy gives none; True is 1.
             Default: 1 if the policy may lock, else 0.
         reach: How far from the mask anything may be released, in widths of the mask (the square root of its tokens in a
@@ -90,7 +90,7 @@ class KVLock(DenoiserProxy):
         layers: The attention layers to lock: `find_layers(model)`, the default, `sdpa_layers(...)`, or indices of them.
         transition: (width in tokens, fraction): tokens this near the mask take only this fraction of the lock, or None.
         sigmas: The noise schedule, for policies that count steps. This library's samplers pass it on their own.
-        scale_arg: Name of the guidance scale of a model that does its own guidance; the lock then sets it.
+        scale_arg: Name of the guidance scale of a model that guides itself; the lock sets it: number or (batch, 1...).
         branch: The single-branch denoiser inside such a model: it makes the source's pass cheaper.
         batched: False runs branches one after another: less activation memory, the same result up to rounding.
         foreground: Leave fully locked tokens out of the computation: the same result up to rounding, unless the model

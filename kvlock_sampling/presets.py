@@ -91,9 +91,6 @@ class Preset:
 def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     """Load a preset.
 
-    >>> load_preset("paper").threshold
-    0.01
-
     Args:
         name_or_path: A name ("paper") of a preset of this package or in a folder that the environment variable
             KVLOCK_POLICIES lists; a path ("mine.toml"); or TOML text, which has a line break.
@@ -112,22 +109,12 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
 
 
 def load_policy(name_or_path: str | os.PathLike[str]) -> Policy:
-    """Load the policy of a preset alone. Takes `name_or_path` and raises PolicyError as `load_preset` does.
-
-    >>> load_policy("half")
-    Constant(lock=0.5, cfg_scale=None, composite=None)
-    """
+    """Load the policy of a preset alone. Takes `name_or_path` and raises PolicyError as `load_preset` does."""
     return load_preset(name_or_path).policy
 
 
 def to_toml(policy: Policy | Preset) -> str:
     """Return TOML text: `load_policy(to_toml(policy)) == policy`, and `load_preset(to_toml(preset)) == preset`.
-
-    >>> from kvlock_sampling.policy import Constant
-    >>> print(to_toml(Constant(lock=0.5)), end="")
-    [policy]
-    type = "Constant"
-    lock = 0.5
 
     Args:
         policy: A policy of this library, or a preset with one.

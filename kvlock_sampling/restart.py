@@ -63,7 +63,7 @@ def restart(
         back_to: The noise level to return to: high enough to leave a wrong place, low enough to keep the rest.
         limit: A clip whose risk exceeds this, dimensionless, is sent back; 1 = at the threshold.
         extra_args: As for the first run.
-        seed: Of the fresh noise, each clip's own, and of a stochastic sampler.
+        seed: Of the fresh noise, each clip's own, and of a sampler that takes `noise_sampler`; others draw from torch.
         arguments: Other arguments of `samplers.run`, as for the first run.
 
     Raises:
@@ -89,8 +89,8 @@ def restart(
     # A clip's seed does not depend on which others are sent back. The noise added needs another in its low 32 bits.
     seeds = [check_seed(seed, RunError, plus=i + 7919) for i in index.tolist()]
     noise = gaussian_noise(clips, [(each + 2**31) % 2**64 for each in seeds])(levels[0], levels[0])
-    if part.settings.source is not None and part.settings.source.noise is None:
-        part.settings.source.noise = noise  # else it would be what leads from the source to the edited clip
+    if (source := part.settings.source) is not None:  # else it would be what leads from the source to the edited clip
+        source.of_run, source.noise = noise, noise if source.noise is None else source.noise
     cut = take(dict(extra_args or {}), index, batch)
     arguments |= seeding(sampler, seeds)
     if (drawn := arguments.get("noise_sampler")) is not None:

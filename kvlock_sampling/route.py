@@ -76,10 +76,10 @@ def source_for(settings: LockSettings, run: Run, step: Step) -> Locked | None:
     selection = left_out = entry = None
     if full or tools.cached is not None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
-    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING
-    narrow = narrow and (tools.hooks.plain or not tools.hooks.watched)
+    narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING and not tools.hooks.watched
     if tools.cached is not None and selection is not None:
-        entry = partial(tools.cached.entry, source.reference, noise, selection, step.state.expert)
+        own = noise if source.noise is None else source.noise
+        entry = partial(tools.cached.entry, source.reference, own, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)
     context = FusionContext(
         "inject",
@@ -89,7 +89,7 @@ def source_for(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         narrow=narrow,
         # A model that guides itself may measure the whole prediction.
         left=None if settings.policy.uses_risk or settings.scale_arg is not None else 0,
-        text_first=bool(layers.layers) and layers.layers[0].text == "first",
+        text_first=any(layer.text == "first" for layer in layers.layers),
     )
     at_sigma, clean = source.at(step.x, step.model_sigma, noise), source.matching(step.x)
     return Locked(tools.hooks, context, at_sigma, clean, left_out if narrow else None, entry)

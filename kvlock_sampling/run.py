@@ -177,7 +177,8 @@ class Run:
 
     def _check_apart(self, settings: LockSettings, x: Tensor, state: State) -> None:
         """Refuse x of another shape where the run measures, or knows something of each clip."""
-        rows = {len(value) for value in (self.noise, *state) if isinstance(value, Tensor) and value.ndim}
+        noise = self.noise if settings.source is None or settings.source.noise is None else settings.source.noise
+        rows = {len(value) for value in (noise, *state) if isinstance(value, Tensor) and value.ndim}
         if settings.policy.uses_risk or rows - {1, len(x)}:
             raise RunError(
                 f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape or ())}; expected the same.\n"

@@ -145,6 +145,8 @@ def search(
         raise RunError(f"judge={judge!r}; expected a function of (x0-hat, trace): lambda x0_hat, trace: ...")
     if judge is None:
         judge = calm if source is None or source.latents.ndim < 4 else seam(lock)
+        if judge is calm and not lock.settings.policy.uses_risk:
+            calm(x, Trace())  # raises
     with ExitStack() as blocks:
         rows = _Rows(lock, starts, judge, plan, blocks)
         out = samplers.run(sampler, rows, x, sigmas, extra_args=extra_args, **arguments)

@@ -172,12 +172,12 @@ def _preset(policy: Any, *, locks: bool) -> Preset:
 
 
 def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Estimator, Any, float]:
-    estimator = given["estimator"]
-    if estimator is not None and not isinstance(estimator, Estimator):
-        name = estimator.__name__ if isinstance(estimator, type) else repr(estimator)
-        hint = f"{name}()" if isinstance(estimator, type) else "kv.variance.RenoiseVariance(passes=1)"
+    estimator, chosen = given["estimator"], _first(given["estimator"], preset.estimator, DEFAULT_ESTIMATOR)
+    if not isinstance(chosen, Estimator):
+        name = chosen.__name__ if isinstance(chosen, type) else repr(chosen)
+        hint = f"{name}()" if isinstance(chosen, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
-    measure = _first(estimator, preset.estimator, DEFAULT_ESTIMATOR).bound(reachable_modules(model))
+    measure = chosen.bound(reachable_modules(model))
     usual = DEFAULT_THRESHOLD if sparsely(measure) == DEFAULT_ESTIMATOR else measure.default_threshold
     mine = estimator is None or sparsely(estimator) == sparsely(preset.estimator or DEFAULT_ESTIMATOR)
     limit = _first(given["threshold"], preset.threshold if mine else None, usual)  # it belongs to its estimator
@@ -255,7 +255,7 @@ def _foreground(
     """Whether fully locked tokens may be left out. Warns if that was asked for and cannot be."""
     if layers is None:
         return False
-    flowless = f"{layers.architecture!r} declares no token flow, a block is wrapped, or not every layer is locked"
+    flowless = f"{layers.architecture!r} declares no token flow, a block is not its own, or not every layer is locked"
     reasons = {
         "it needs composite=True": composite != 1,
         f"{estimator!r} measures the background too": estimator is not None and estimator.patch is not None,

@@ -37,7 +37,7 @@ def check_noise(word: Any) -> None:
 
 
 class Source:
-    """Clean source latents (batch or 1, ...), fixed noise for them ("fixed": of seed 0, None: left to the run), and
+    """Clean source latents (batch or 1, ...), the run's noise (None: left to it; "fixed": seed 0, for K/V alone), and
     the rule `add_noise(x0, noise, sigma)`; default: variance exploding. Raises SourceError for a wrong kind or shape.
 
     Latents and noise are copied: cached K/V, and latents placed on another device, would not follow a change in place.
@@ -52,7 +52,7 @@ class Source:
                 f"source is {given}; expected the clean latents of the clip, a floating tensor of the shape the "
                 "sampler works on, e.g. (batch, channels, time, height, width)."
             )
-        if noise is not None and not isinstance(noise, Tensor):
+        if fixed := noise is not None and not isinstance(noise, Tensor):
             check_noise(noise)
             # The same for every clip, so that one in a batch gets what it gets alone.
             seeded: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
@@ -76,6 +76,7 @@ class Source:
         if noise is not None and not 0.25 < (size := float(noise.float().square().mean().sqrt())) < 4:
             raise SourceError(f"noise has a standard deviation of {size:.2g}; expected 1, not yet times a noise level.")
         self.latents, self.noise = latents, noise
+        self.of_run = None if fixed else noise  # the noise in x; None: what leads from the source to the first x
         self.reference = latents  # what gives keys and values; another clip if the source is erased
         self._placed: dict[int, Tensor] = {}
         self.add_noise: AddNoise = add_noise or variance_exploding
@@ -99,13 +100,13 @@ class Source:
         return placed.expand_as(x)
 
     def noise_of_run(self, x: Tensor, sigma: float) -> Tensor:
-        """The source's own noise, or the one that leads from it to the first x of a run, at noise level sigma, by any
-        affine noising rule. Raises SourceError for noise of other clips.
+        """The noise in x: as given, or what leads from the source to a run's first x, at noise level sigma, by any
+        affine noising rule. Raises SourceError if the source has noise of other clips.
         """
-        if self.noise is not None:
-            if len(self.noise) not in (1, len(x)):
-                raise SourceError(f"noise has {len(self.noise)} rows for {len(x)} clips; expected 1, or 1 per clip.")
-            return self.noise.to(x)
+        if self.noise is not None and len(self.noise) not in (1, len(x)):
+            raise SourceError(f"noise has {len(self.noise)} rows for {len(x)} clips; expected 1, or 1 per clip.")
+        if self.of_run is not None:
+            return self.of_run.to(x)
         signal, spread = share_of(sigma, self.add_noise)
         noise = (x.detach() - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.
@@ -117,9 +118,10 @@ class Source:
         return noise
 
     def at(self, x: Tensor, sigma: float, noise: Tensor, *, erased: bool = True) -> Tensor:
-        """The clip as it gives keys and values, or as it is, noised to sigma, like x."""
+        """The clip noised to sigma, like x: as it gives K/V, under its own noise if it has one; or as it is."""
         clean = self.matching(x)
-        clean = self._like(self.reference, x) if erased else clean
+        if erased:
+            clean, noise = self._like(self.reference, x), noise if self.noise is None else self._like(self.noise, x)
         return self.add_noise(clean, noise.to(x).expand_as(x), torch.as_tensor(sigma, dtype=x.dtype, device=x.device))
 
     def subset(self, index: Tensor, batch: int) -> "Source":
@@ -127,5 +129,6 @@ class Source:
         part, part_of = copy.copy(self), functools.partial(take, index=index, batch=batch)
         with torch.inference_mode(False):
             part.latents, part.noise, part._placed = part_of(self.latents), part_of(self.noise), {}
+            part.of_run = None if self.of_run is None else part.noise
             part.reference = part.latents if self.reference is self.latents else part_of(self.reference)
         return part

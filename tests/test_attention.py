@@ -453,3 +453,57 @@ def test_hooks_do_nothing_without_a_frame(setup):
         assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)
         lock(setup.x, sigma, cond=setup.cond)
         assert torch.equal(setup.model(setup.x, sigma, cond=setup.cond), plain)
+
+
+class Strange(nn.Module):
+    """Text stands first in the second layer alone, and the last norm takes it, too. Blocks hold their parts by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList([nn.ModuleDict({"attn": Mixing()})])
+        self.single = nn.ModuleList([nn.ModuleDict({"attn": Mixing()})])
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x, sigma, text):
+        tokens = self.pairs[0]["attn"](x.flatten(2).transpose(1, 2))
+        both = self.norm(self.single[0]["attn"](torch.cat([text, tokens], 1)))
+        return both[:, text.shape[1] :].transpose(1, 2).reshape(x.shape)
+
+
+class Mixing(nn.Module):
+    def forward(self, tokens):
+        heads = tokens.unsqueeze(1)
+        return tokens + F.scaled_dot_product_attention(heads, heads, heads)[:, 0]
+
+
+def strange(**changed: Any) -> kv.attention.Architecture:
+    flow = kv.attention.TokenFlow(changed.pop("leave", "norm"), tokens=("tokens",))
+    first = kv.attention.LayerPattern("pairs.*.attn", text="none")
+    declared = {"layers": (first, "single.*.attn"), "patch": (1, 1, 1), "text": "first", "text_arguments": ("text",)}
+    return kv.attention.Architecture("strange", (f"{__name__}:Strange",), flow=flow, **{**declared, **changed})
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_text_in_later_layers_and_in_the_last_norm(batched):
+    model, source, mask = Strange(), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
+    mask[..., :2] = 1
+    layers = strange().find(model)
+    assert layers.narrows
+    given = {"source": source, "mask": mask, "policy": kv.Constant(1.0), "layers": layers, "batched": batched}
+    x, text = torch.randn_like(source), torch.randn(1, 5, 4)
+    found = []
+    for foreground in (None, False):
+        with kv.KVLock(model, **given, foreground=foreground) as lock:
+            found.append(lock(x, torch.ones(1), text=text))
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], model(x, None, text), atol=1e-3)
+
+
+def test_slips_in_a_declaration_are_told():
+    with pytest.raises(AttentionError, match="no module is named 'nrm', as flow= says"):
+        strange(leave="nrm").find(Strange())
+    for wrong in (Strange, "Strange"):
+        with pytest.raises(AttentionError, match=r'expected the name "package.module:Class"'):
+            kv.attention.Architecture("strange", (wrong,), ("pairs.*.attn",))
+    with pytest.raises(AttentionError, match=r"patch=None; expected latents per token .* patch=\(1, 2, 2\)"):
+        kv.attention.Architecture("strange", ("*:Strange",), ("pairs.*.attn",)).find(Strange())

@@ -397,7 +397,9 @@ def test_without_ray_several_workers_are_one(kvlock: Kvlock, monkeypatch: pytest
 
 @pytest.mark.parametrize(("deaths", "ends"), [(4, False), (12, True)])
 def test_a_worker_that_dies_at_its_start_is_started_again(deaths: int, ends: bool) -> None:
-    """Four workers may each fail at first, as on a cluster that is still coming up; for ever they may not."""
+    """Four workers may each fail at first, as on a cluster that is still coming up; for ever they may not. One that
+    the cluster has no room for is not waited for.
+    """
     made: list[object] = []
 
     class Row(NamedTuple):
@@ -413,6 +415,7 @@ def test_a_worker_that_dies_at_its_start_is_started_again(deaths: int, ends: boo
         def __init__(self, *arguments: object) -> None:
             made.append(self)
             self.lost = len(made) <= deaths
+            self.placed = ends or len(made) != 4  # others hold the place of the fourth on the cluster
             self.open = SimpleNamespace(remote=lambda: (self, None))
             self.edit = SimpleNamespace(remote=lambda job: (self, job))
 
@@ -424,7 +427,7 @@ def test_a_worker_that_dies_at_its_start_is_started_again(deaths: int, ends: boo
 
     ray = SimpleNamespace(
         cluster_resources=dict,
-        wait=lambda waiting: (waiting[:1], waiting[1:]),
+        wait=lambda waiting: ([one for one in waiting if one[0].placed][:1], []),
         get=get,
         exceptions=SimpleNamespace(RayTaskError=RefusedError, RayError=LostError),
     )
@@ -604,3 +607,43 @@ def test_a_model_in_the_home_folder_counts_by_its_files(kvlock: Kvlock, monkeypa
     os.utime(weights, (1, 1))
     kvlock(*words(write([row()])), "--model=~/mine")
     assert results()[0]["status"] == "done"
+
+
+def test_a_models_linked_folders_count_and_hidden_files_do_not(tmp_path: Path) -> None:
+    """Models share a text encoder by a link; a download writes its own notes anew when nothing of the model changed."""
+    model, part = tmp_path / "model", tmp_path / "part"
+    (model / ".cache").mkdir(parents=True)
+    part.mkdir()
+    (part / "weights").write_text("1")
+    (model / "transformer").symlink_to(part)
+    (model / "around").symlink_to(tmp_path)
+    first = jobs._weights(model)
+    assert [name for name, _, _ in first] == ["transformer/weights"]
+    (model / ".cache/note").touch()
+    (model / ".DS_Store").touch()
+    assert jobs._weights(model) == first
+    os.utime(part / "weights", (1, 1))
+    assert jobs._weights(model) != first
+
+
+def test_a_policy_whose_file_changes_before_its_turn_is_that_of_the_fingerprint(folder: Path) -> None:
+    Path("data/mine.toml").write_text('[policy]\ntype = "Constant"\nlock = 0.0\n')
+    table = Path(write([row(policy="mine.toml")]))
+    defaults = {"steps": 1, "scale": 1, "sampler": "euler"} | dict.fromkeys(("kv_cache", "frames", "size"))
+    (job,) = jobs.read_jobs(table, Path("out").absolute(), defaults, {"model": "tiny"})
+    Path("data/mine.toml").unlink()
+    (record,) = batch.run_batch([job], {"model": "tiny"})
+    assert record["status"] == "done", record
+    assert record["options"]["policy"].endswith("mine.toml")
+
+
+def test_reasons_are_printed_before_the_report_is_written(kvlock: Kvlock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvlock_sampling.app.report.write_report", full)
+    ended = kvlock(*words(write([row(clip="nowhere.gif")])))
+    assert ended.exit_code == 2
+    assert "No space left" in ended.output
+    assert "row 1:" in ended.output
+    assert "nowhere.gif" in ended.output

@@ -276,6 +276,12 @@ def check(trace, wanted, rtol=2e-3):
         ("lockstep", 3, {"policy": Hold(TINY)}),
         ("source pass", 3, {"policy": Hold(TINY), "batched": False}),
         ("cached", 3, {"policy": Hold(TINY), "kv_cache": "new"}),
+        # Keys and values of another noise than the run's tell nothing of the source under the run's own.
+        ("unlocked", 3, {"policy": Hold(0.0), "noise": "fixed"}),
+        ("lockstep", 4, {"policy": Hold(TINY), "noise": "fixed"}),
+        ("lockstep", 4, {"policy": Hold(TINY), "noise": "fixed", "erase": True}),
+        ("source pass", 4, {"policy": Hold(TINY), "batched": False, "noise": "fixed"}),
+        ("cached", 4, {"policy": Hold(TINY), "kv_cache": "new", "noise": "fixed"}),
     ],
 )
 def test_every_route_measures_what_two_plain_calls_give(setup, route, passes, options):

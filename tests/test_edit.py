@@ -317,6 +317,7 @@ def test_the_best_of_several_seeds_is_that_seed_alone(edit, task, sampler):
     options = {"sampler": sampler, "steps": 4, "policy": "release", "source_prompt": task.source_prompts[0], "seed": 5}
     found = edit(candidates=3, **options)
     assert found.candidates.shape == (3, *found.pixels.shape[1:])
+    assert not found.candidates.is_inference()
     alone = edit(**{**options, "seed": found.seed})
     assert torch.equal(found.pixels, alone.pixels)
     assert alone.nfe < found.nfe < 3 * alone.nfe

@@ -232,9 +232,19 @@ class ByHand:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def test_a_layer_whose_attention_is_not_seen_is_reported(setup):
+@pytest.mark.parametrize("own", [True, False])
+def test_a_layer_whose_attention_is_not_seen_is_reported(setup, monkeypatch, own):
+    """Of a processor of a user's own all tokens are computed. One of the library's must not be missed."""
+    monkeypatch.setattr(ByHand.__call__, "__module__", "diffusers.kernels" if not own else __name__)
     setup.model.inner_model.transformer.blocks[1].attn1.set_processor(ByHand())
     lock = setup.lock(policy=FULL)
+    if own:
+        with pytest.warns(UserWarning, match="The others are not locked"):
+            lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        assert {s.computed for s in lock.trace} == {1.0}
+        with pytest.warns(UserWarning, match="foreground=True: every token is computed all the same; .* not its own"):
+            setup.lock(policy=FULL, foreground=True)
+        return
     with pytest.raises(AttentionError, match=r"(?s)1 of 2 layers.*not blocks.1.attn1.*foreground=False"):
         lock.sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
     lock = setup.lock(policy=FULL, foreground=False)

@@ -355,3 +355,14 @@ def test_a_policy_of_a_file_is_saved_with_the_guider(tmp_path, monkeypatch) -> N
     KVLockGuider(4.0, policy="mine.toml").save_pretrained(tmp_path / "saved")
     (tmp_path / "mine.toml").write_text('[policy]\ntype = "Constant"\nlock = 0.1\n')
     assert "lock = 0.7" in KVLockGuider.from_pretrained(tmp_path / "saved").config.policy
+
+
+def test_a_mask_of_the_source_is_asked_for_by_either_name() -> None:
+    """Qwen-Image's is called otherwise than HunyuanVideo's."""
+    from kvlock_sampling.integrations.diffusers.session import Session
+
+    text = {"encoder_hidden_states": torch.ones(1, 3, 4)}
+    for name in ("encoder_attention_mask", "encoder_hidden_states_mask"):
+        session = Session(source_embeds=text)
+        with pytest.raises(PipelineError, match=f"source_embeds lacks {name}; give the source's own"):
+            session._source_args(None, {**text, name: torch.ones(1, 3)})

@@ -370,6 +370,7 @@ def test_a_filled_directory_that_can_only_be_read_serves(tmp_path, monkeypatch):
             run(one, [2.0, 1.0])
         assert len(told) == 1
         assert run(one, [8.0, 4.0, 2.0, 1.0]) == []
+        assert KVCache(tmp_path.parent).directory == tmp_path.parent  # a batch has a folder for each schedule
     assert len(list(tmp_path.glob("*/*"))) == 2
 
 

@@ -824,3 +824,14 @@ def test_default_values_count_beside_a_name_that_is_called_so():
         return model_fingerprint(scope["denoiser"])
 
     assert made(1.0) != made(2.0)
+
+
+def test_what_somebody_put_into_a_class_of_a_library_counts_and_so_does_its_version(monkeypatch):
+    model = network()
+    first = model_fingerprint(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.LayerNorm, "forward", lambda self, x: x)
+        assert model_fingerprint(model) != first
+    assert model_fingerprint(model) == first
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert model_fingerprint(model) != first

@@ -335,6 +335,8 @@ def test_a_token_flow_that_leaves_something_out():
     made = random_network("wan")
     assert made.layers.narrows
     refused(made, "leaving fully locked tokens out.* fails", layers=replace(made.layers, flow=TokenFlow("norm_out")))
+    flow = replace(made.layers.flow, leave="patch_embedding")  # where only a pass of the source's own comes by
+    refused(made, "leaving fully locked tokens out.* fails", layers=replace(made.layers, flow=flow))
 
 
 def test_arguments_that_tell_nothing():

@@ -783,3 +783,17 @@ def test_rescaled_guidance_is_that_of_the_model_in_any_form() -> None:
         lock = kv.KVLock(model, policy="off", rescale=True)
         runs.append(lock.sample("euler", noise * levels[0], levels, extra_args=args))
     torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
+
+
+def test_scales_per_clip_of_a_model_that_guides_itself_have_its_dtype(pair):
+    def guided(x, sigma, cond, uncond, cond_scale=1.0):
+        c, u = (pair.model(x, sigma, cond=text) for text in (cond, uncond))
+        return u + (c - u) * cond_scale
+
+    scales = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    policy = kv.stateless(lambda obs: kv.Control(cfg_scale=scales), uses_risk=False)
+    with kv.KVLock(guided, policy=policy) as lock:
+        out = lock(pair.x, pair.sigmas[:1], **pair.cfg)
+    wanted = guided(pair.x, pair.sigmas[:1], pair.cond, pair.uncond, scales.float().view(2, 1, 1, 1, 1))
+    assert torch.equal(out, wanted)
+    assert out.dtype == pair.x.dtype

@@ -29,6 +29,8 @@ from in_diffusers import (
     noise,
     run,
 )
+from PIL import Image
+from torch import Tensor
 from toy_pipelines import tiny_pipeline
 
 import kvlock_sampling as kv
@@ -632,3 +634,53 @@ def test_two_changes_of_one_class_are_worn_together() -> None:
         assert (linear.one, linear.two) == (1, 2)
         assert type(copy.deepcopy(linear)) is torch.nn.Linear
     assert type(linear) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("name", ["wan", "wan-image"])
+def test_one_source_prompt_serves_several_clips_in_a_pass_of_its_own(name: str) -> None:
+    pipe, more = classic(name), {"image": Image.new("RGB", (64, 64), "blue")} if name == "wan-image" else {}
+    pair = {"prompt": ["a red square", "a blue ball"], "latents": torch.cat([noise(4), noise(5)]), **more}
+    found = []
+    for batched in (None, False):
+        with locked(pipe, **EDIT, policy="half", source_prompt="a circle", batched=batched):
+            found.append(run(pipe, **{**pair, "latents": pair["latents"].clone()}))
+    assert far_apart(*found) < 1e-4
+
+
+def test_schedulers_are_known_by_their_bases() -> None:
+    from diffusers import DEISMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    class Few(FlowMatchEulerDiscreteScheduler):
+        """As of a distilled model."""
+
+    class Misses(DEISMultistepScheduler):
+        """Misses the clip, as its base does."""
+
+    pipe = classic(times=None)
+    pipe.scheduler = Few()
+    with locked(pipe, **EDIT, policy="half") as session:
+        run(pipe)
+    assert len(session.trace) == 5
+    pipe.scheduler = Misses(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(PipelineError, match="UniPCMultistepScheduler"), locked(pipe, **EDIT, policy="full"):
+        pass
+
+
+def test_a_loop_that_evaluates_one_branch_alone_is_told() -> None:
+    """The blank answer to a branch that waits for the other would be its velocity."""
+    pipe = classic()
+
+    class Alone(type(pipe)):  # type: ignore[misc]
+        def __call__(self) -> Tensor:
+            self._guidance_scale, latents = 4.0, START.clone()
+            self.scheduler.set_timesteps(5)
+            text = self.encode_prompt("a red square", do_classifier_free_guidance=False)[0]
+            for time in self.scheduler.timesteps:
+                states = {"hidden_states": latents, "encoder_hidden_states": text}
+                velocity = self.transformer(**states, timestep=time[None], return_dict=False)[0]
+                latents = self.scheduler.step(velocity, time, latents)[0]
+            return latents
+
+    pipe.__class__ = Alone
+    with locked(pipe, **EDIT, policy="half"), pytest.raises(PipelineError, match="one branch alone in a guided step"):
+        pipe()

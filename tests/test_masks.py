@@ -416,3 +416,20 @@ def test_noise_of_a_mask_is_not_edited_in_whatever_form():
         assert torch.equal(FittedMask(mask).tokens(torch.zeros(1, 4, 2, 16, 16), (1, 4, 4)), wanted)
     with pytest.raises(MaskError, match="0 everywhere"):
         masks.check_mask(torch.full((8, 8), 0.05))
+
+
+def test_hints_lead_to_a_mask():
+    """What a message says to do gives the mask that was meant."""
+    moving = torch.zeros(10, 64, 96)
+    moving[:, 8:24] = 1
+    with pytest.raises(MaskError, match=r"take mask.transpose\(1, 2\)"):
+        masks.as_mask(moving[None, :, None])  # frames before channels
+    assert torch.equal(masks.as_mask(moving[None, :, None].transpose(1, 2)), masks.as_mask(moving))
+    with pytest.raises(MaskError, match=r"of as_mask\(mask\), mask\[:, :, :9\]"):
+        masks.latent_mask(moving, temporal=4)
+    assert masks.latent_mask(masks.as_mask(moving)[:, :, :9], temporal=4).shape == (1, 1, 3, 8, 12)
+    picture = moving[0, :, :, None].expand(-1, -1, 3)
+    with pytest.raises(MaskError, match=r"masks.from_diffusers\(mask\)"):
+        masks.as_mask(picture, frames=9)
+    for given_ in (picture, picture.numpy(), picture.expand(9, -1, -1, -1)):
+        assert torch.equal(masks.from_diffusers(given_, frames=9)[:, :, 0], masks.as_mask(moving[0])[:, :, 0])

@@ -773,9 +773,31 @@ def other_signature(block):
     block.__class__ = Block
 
 
-@pytest.mark.parametrize(
-    "change", [Rolling, rolling_forward, rolling_under_a_hook, rolling_over_a_hook, hidden_arguments, other_signature]
-)
+def same_signature(block):
+    class Block(type(block)):
+        def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+            out = super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return out + 0.3 * hidden_states.roll(1, 1)
+
+    block.__class__ = Block
+
+
+def near_processor(block):
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    class Near(WanAttnProcessor):
+        def __call__(self, attn, hidden_states, text=None, mask=None, rotary=None, **named):
+            place = torch.arange(hidden_states.shape[1])
+            mask = ((place[:, None] - place).abs() < 8)[None, None]
+            return super().__call__(attn, hidden_states, text, mask, rotary, **named)
+
+    block.attn1.set_processor(Near())
+
+
+CHANGES = [Rolling, rolling_forward, rolling_under_a_hook, rolling_over_a_hook, hidden_arguments, other_signature]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, same_signature, near_processor])
 def test_a_block_that_may_mix_tokens_gets_all_of_them(setup, change):
     blocks = setup.model.inner_model.transformer.blocks
     changed = change(blocks[1])

@@ -496,3 +496,9 @@ def test_a_clip_that_a_vae_would_cut_or_misread_is_refused(change):
     video = kv.from_pipeline(tiny_pipeline("wan"))
     with pytest.raises(SourceError):
         video.encode(change(make_clip()))
+
+
+def test_a_text_length_at_which_image_and_text_are_parted_wrongly_is_refused() -> None:
+    with pytest.raises(PipelineError, match="max_sequence_length=226: this transformer takes 512 alone"):
+        model("wan-image", max_sequence_length=226)
+    model("wan", max_sequence_length=226)

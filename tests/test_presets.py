@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import kvlock_sampling as kv
 from kvlock_sampling import presets
 from kvlock_sampling.policy import (
     PID,
@@ -24,7 +25,7 @@ from kvlock_sampling.policy import (
 )
 from kvlock_sampling.presets import Preset, describe, load_policy, load_preset, preset_names, to_toml
 from kvlock_sampling.testing import check_policy
-from kvlock_sampling.types import Control, PolicyError
+from kvlock_sampling.types import Control, EstimatorError, PolicyError
 from kvlock_sampling.utils.tables import from_table, read_toml, to_table, write_toml
 from kvlock_sampling.variance import RenoiseVariance, Sparse, TrajectoryVariance
 from kvlock_sampling.variance.thresholds import ThresholdCurve
@@ -322,3 +323,9 @@ def test_presets_reach_people_who_use_pip(tmp_path):
     assert paper == repr(load_policy("paper"))
     assert presets.__file__ != where
     assert (target / "kvlock_sampling" / "py.typed").is_file()
+
+
+def test_an_estimator_of_a_preset_that_is_none_is_told(setup):
+    for wrong in (kv.TrajectoryVariance, "trajectory"):
+        with pytest.raises(EstimatorError, match=r"estimator=.*; expected an Estimator, e.g. estimator="):
+            setup.lock(policy=Preset(kv.Sigmoid(), estimator=wrong))

@@ -1224,3 +1224,17 @@ def test_few_frames_of_a_folder_are_decoded_alone(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(media, "_pages", lambda file: (opened.append(file.name), pages(file))[1])
     assert read_clip(path, frames=3).pixels.shape[1] == 3
     assert len(opened) == 3
+
+
+def test_an_image_with_broken_tags_is_read_without_them(tmp_path):
+    """As every viewer does; tools of this field have written such files."""
+    Image.new("RGB", (64, 48), (9, 200, 9)).save(tmp_path / "whole.png")
+    Image.new("RGB", (64, 48), (9, 200, 9)).save(tmp_path / "broken.png", exif=b"Exif\0\0b'Exif")
+    whole, broken = (read_clip(tmp_path / name).pixels for name in ("whole.png", "broken.png"))
+    assert torch.equal(whole, broken)
+
+
+def test_a_pipeline_in_the_place_of_a_model_is_told(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "clip.png")
+    with pytest.raises(KVLockError, match=r"object lacks denoiser.*kv.from_pipeline\(pipe\)"):
+        read_pair(object(), tmp_path / "clip.png", tmp_path / "clip.png")

@@ -237,3 +237,12 @@ def test_a_bare_model_is_told(setup):
 def test_what_is_no_schedule(setup, sigmas):
     with pytest.raises(SamplerError, match="no schedule"):
         kv.search(measured(setup), "euler", starts(setup), sigmas, extra_args=setup.cfg)
+
+
+def test_packed_latents_under_a_policy_that_measures_nothing_are_told_before_sampling(setup):
+    packed = kv.KVLock(
+        setup.model, source=torch.zeros(1, 12, 4), mask=torch.arange(12).view(1, 12, 1) % 2.0, policy="full"
+    )
+    with pytest.raises(RunError, match=r"measured nothing to judge seeds by. Give judge="):
+        kv.search(packed, "euler", torch.zeros(2, 12, 4), setup.sigmas, extra_args=setup.cfg)
+    assert not packed.trace.steps

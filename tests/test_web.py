@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import shlex
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +204,8 @@ def test_a_run_shows_what_it_measured_and_a_cancelled_one_changes_nothing(
     assert not any(m._forward_hooks or "forward" in vars(m) for m in video.network.modules())
     assert session.results is results
     assert sorted(session.folder.rglob("*")) == files
+    session.load_example(next(iter(EXAMPLES)), video)
+    assert not results.folder.exists()  # it goes with the clip
 
 
 @pytest.mark.parametrize(
@@ -312,7 +315,7 @@ def test_sessions_are_apart_and_leave_nothing(tmp_path: Path, video: tiny.TinyVi
 def address(video: tiny.TinyVideo) -> Iterator[str]:
     pytest.importorskip("gradio", reason="the page needs gradio: pip install 'kvlock-sampling[web]'")
     with served(lambda: video, free_port(), {}) as (found, _):
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        folder = Path(os.environ["GRADIO_TEMP_DIR"]).parent
         yield found
     assert not folder.exists()
 
@@ -333,11 +336,11 @@ def test_an_upload_that_is_no_clip_is_one_message_and_the_server_lives_on(tab: T
     assert "kvlock-web-" not in text  # no folder of the server
     assert "<img" not in text
     with contextlib.suppress(StopIteration):
-        assert not next(Path(os.environ["GRADIO_TEMP_DIR"]).parent.glob("etc/passwd*"))
+        assert not next(Path(os.environ["GRADIO_TEMP_DIR"]).parent.parent.glob("etc/passwd*"))
 
 
 def test_the_server_reads_uploads_alone(tab: Tab) -> None:
-    for path in ("/etc/passwd", str(Path(__file__)), "../../etc/passwd", f"{os.environ['GRADIO_TEMP_DIR']}/.."):
+    for path in ("/etc/passwd", str(Path(__file__)), "../../etc/passwd", f"{os.environ['GRADIO_TEMP_DIR']}/../.."):
         assert tab.http.get(f"/gradio_api/file={path}").status_code in (403, 404)
         data = {"path": path, "meta": {"_type": "gradio.FileData"}}
         with pytest.raises((RuntimeError, AssertionError)):
@@ -375,7 +378,11 @@ def test_a_page_edits_over_http_and_tabs_do_not_mix(tab: Tab, address: str) -> N
     rest = ["half", toml, [], notes[0][-2], notes[0][-1], "euler", 2, 3.0, 1.0, 0, 1]
     done = first.call("edit", canvas, 0, 0, *rest)
     assert "Done in" in done[0]
+    shutil.rmtree(os.environ["GRADIO_TEMP_DIR"])  # gradio deletes what lies there, an hour after it was made
+    assert "Done in" in first.call("edit", canvas, 0, 0, *rest)[0]
     assert "half" in first.call("look", "half", 3)[0]
+    with pytest.raises(RuntimeError, match="there is no clip yet"):
+        Tab(address, "third").call("move", 3, None, 0, 0)
     with pytest.raises(RuntimeError, match="unknown suffix"):
         first.call("upload", first.upload("clips.zip", b"PK"), 0)
     assert "half" in first.call("look", "half", 5)[0]  # the clip and its results stay

@@ -145,7 +145,7 @@ class Editor:
 
     def _edit(self, job: Job) -> Record:
         self.open()
-        options, video = dict(job.options), cast(VideoModel, self._video)
+        options, video = {**job.options, "policy": job.policy}, cast(VideoModel, self._video)
         clip, mask, frames, size, scale = (options.pop(name) for name in ("clip", "mask", "frames", "size", "scale"))
         source, region = read_pair(video, clip, mask, frames=frames, size=size)
         scale = fitting_scale(scale, video, source.pixels)

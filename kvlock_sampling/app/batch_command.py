@@ -63,7 +63,6 @@ def batch(
         except KeyboardInterrupt:
             say("stopped:", "what is done is kept; the same command does the rest.")
             raise typer.Exit(130) from None
-        write_report(out_dir, rows, records)
         numbers = [Column(name, justify="right", overflow="fold") for name in ("passes", "time", "background")]
         table = Table("row", Column("output", overflow="fold"), "", *numbers)
         for job, record in zip(rows, records, strict=True):
@@ -75,6 +74,7 @@ def batch(
         for job, record in zip(rows, records, strict=True):
             for text in told(record):
                 say(f"[bold]row {job.row}:[/]", text)
+        write_report(out_dir, rows, records)  # last, for the disk may be full
         kinds = [record["status"] for record in records]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("done", "kept", "failed"))
         out.print(f"{out_dir / 'report.html'}: {counts}", soft_wrap=True)

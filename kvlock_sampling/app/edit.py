@@ -169,14 +169,14 @@ def edit_video(
             trace, nfe = lock.trace, lock.trace.nfe
         seconds = time.perf_counter() - started
         pixels = _decoded(video, latents)
-        others = torch.cat([_decoded(video, row) for row in rows]).to(clips) if rows else None
+        rows = tuple(_decoded(video, row) for row in rows)
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone()  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask
         pixels = torch.lerp(clips, pixels, soft + (1 - soft) * _released(trace, lock, video, source, clips, feather))
     keep = 1 - pixel_mask
     background, most = masked_psnr(pixels, clips, keep), masked_psnr(ceiling, clips, keep)
-    return Edit(pixels, trace, seconds, nfe, background, most, seeds[best], others)
+    return Edit(pixels, trace, seconds, nfe, background, most, seeds[best], torch.cat(rows).to(clips) if rows else None)
 
 
 def _decoded(video: VideoModel, latents: Tensor) -> Tensor:

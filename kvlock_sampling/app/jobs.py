@@ -45,6 +45,7 @@ class Job:
         output: The file to write.
         options: What to edit and how; paths are absolute.
         fingerprint: Of the options and of the contents of the files.
+        policy: The text of the policy, as the fingerprint has it: its file may change before the row's turn.
         error: Why the row cannot be run; "" if nothing is known against it.
     """
 
@@ -52,6 +53,7 @@ class Job:
     output: Path
     options: Mapping[str, Any]
     fingerprint: str = ""
+    policy: str = ""
     error: str = ""
 
     @property
@@ -98,7 +100,8 @@ def read_jobs(path: Path, out: Path, defaults: Mapping[str, Any], model: Mapping
             content["policy"] = to_toml(load_preset(job.options["policy"]))
             content["kv_cache"] = job.options["kv_cache"] is not None
             text = json.dumps(content, sort_keys=True)
-            jobs.append(replace(job, fingerprint=hashlib.sha256(text.encode()).hexdigest()))
+            found = hashlib.sha256(text.encode()).hexdigest()
+            jobs.append(replace(job, fingerprint=found, policy=content["policy"]))
         except (KVLockError, OSError, ValueError) as error:
             jobs.append(replace(job, error=message(error)))
     _check_outputs(jobs)
@@ -234,6 +237,13 @@ def _same(path: str | Path) -> str:
 
 
 def _weights(path: Path) -> list[Any]:
-    """The names, sizes and times of a model's files, which tell a changed one without reading it."""
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    """The names, sizes and times of a model's files, which tell a changed one without reading it. Linked folders, as
+    of parts that models share, count; hidden files do not, because downloads and version control write them anew.
+    """
+    files = [path] if path.is_file() else []
+    for folder, folders, names in os.walk(path, followlinks=True):
+        here = os.path.realpath(folder) + os.sep  # a link to a folder around it would never end
+        inside = (n for n in folders if not here.startswith(os.path.realpath(Path(folder, n)) + os.sep))
+        folders[:] = [n for n in inside if n[0] != "."]
+        files += [file for n in names if n[0] != "." and (file := Path(folder, n)).is_file()]
+    return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]

@@ -121,6 +121,8 @@ def read_pair(
         VideoError: A file cannot be read, frames differ in size, or masks lack a number or more than half of the clip.
     """
     model = open_model(model) if isinstance(model, str | os.PathLike) else model
+    if not hasattr(model, "frames"):
+        check_video_model(model)
     frames = None if frames is None else check_number("frames", frames, SourceError, at_least=1, whole=True)
     size = None if size is None else check_size(size)
     clip, mask = (Path(os.path.expanduser(path)) for path in (clip, mask))

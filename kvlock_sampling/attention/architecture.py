@@ -22,8 +22,9 @@ Text = Literal["none", "first", "last"]
 
 def config_patch(network: Any) -> Grid:
     """The patch by the config of a diffusers network: `patch_size`, three sizes or one, and `patch_size_t`."""
-    size = network.config.patch_size
-    size = (network.config.get("patch_size_t") or 1, size, size) if isinstance(size, int) else size
+    config = getattr(network, "config", None)
+    size, time = (getattr(config, name, None) for name in ("patch_size", "patch_size_t"))
+    size = (time or 1, size, size) if isinstance(size, int) else size
     return as_patch(size, AttentionError)
 
 
@@ -79,6 +80,8 @@ class Architecture:
         for name in ("classes", "layers", "text_arguments"):
             if isinstance(given := getattr(self, name), str):
                 raise AttentionError(f"{self.name}: {name}={given!r} is one string; expected a tuple, ({given!r},).")
+        if wrong := [name for name in self.classes if ":" not in str(name) or not isinstance(name, str)]:
+            raise AttentionError(f'{self.name}: classes={wrong[0]!r}; expected the name "package.module:Class".')
         for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
             if text not in ("none", "first", "last"):
                 raise AttentionError(f'Architecture({self.name!r}): text={text!r}; expected "none", "first" or "last".')
@@ -117,14 +120,20 @@ class Architecture:
                     "A pattern has one * for each number, e.g. 'blocks.*.attn1'."
                 )
         holders = [(layer.module, names[layer.name.rpartition(".")[0]]) for layer in layers]
-        blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList) else held for m, held in holders)
+        blocks = dict.fromkeys(m if isinstance(held, nn.ModuleList | nn.ModuleDict) else held for m, held in holders)
         flow = self.flow if self.flow and (self.flow.supported is None or self.flow.supported(module)) else None
         if flow is not None:
             named, tables = [signature_of(block).parameters.keys() for block in blocks], {t.name for t in flow.tables}
             shown = all(not names.isdisjoint(flow.tokens) and (not tables or tables & names) for names in named)
             # Answered for this network, because functions of it cannot be pickled.
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
-            # Code around a block, or in the place of one, may need all tokens.
+            if flow.leave not in names:
+                raise AttentionError(f"architecture {self.name!r}: no module is named {flow.leave!r}, as flow= says.")
+            # Code around a block, or in the place of one, may need all tokens, as may a user's in a class of diffusers.
+            parts = (module, *blocks, *(getattr(layer.module, "processor", None) for layer in layers))
+            code = {getattr(getattr(type(p), "forward", type(p).__call__), "__module__", "torch") for p in parts}
+            foreign = not all(name.startswith(("diffusers.", "torch")) for name in code)
+            wrapped |= foreign and self.classes[0].startswith("diffusers.")
             flow = replace(flow, supported=None, interleaves=interleaves) if shown and not wrapped else None
         return AttentionLayers(
             patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),

@@ -51,9 +51,10 @@ def _leave(args: Any, kwargs: Any) -> Arguments:
     context, tokens = current(), args[0]
     if tokens.shape[1] == context.ratio.shape[1]:
         return args, kwargs
+    length = tokens.shape[1] + len(_selection(context).kept)  # with the text, if that is still there
     # The gaps hold copies of the first token, because a norm makes the gradients of zeros NaN.
-    whole = tokens[:, :1].detach().repeat(1, context.ratio.shape[1], *[1] * (tokens.ndim - 2))
-    return (whole.index_copy_(1, _selection(context).computed, tokens), *args[1:]), kwargs
+    whole = tokens[:, :1].detach().repeat(1, length, *[1] * (tokens.ndim - 2))
+    return (whole.index_copy_(1, _positions(length, context), tokens), *args[1:]), kwargs
 
 
 def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

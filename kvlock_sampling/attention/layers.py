@@ -19,7 +19,7 @@ class Table(NamedTuple):
     """An argument of a block with one entry per token: a rotary table, or a modulation per token.
 
     Attributes:
-        name: The argument.
+        name: The argument. In a tensor the rows, or 1, come first; several tables without rows go as a tuple.
         axis: The axis of tokens.
         ndim: Only tensors with this number of axes; None for all.
         item: Only this item of a tuple that also holds the text's table; None for all.

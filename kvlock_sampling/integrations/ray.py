@@ -37,8 +37,9 @@ def run_on_ray(
     Raises:
         KVLockError: Ray is not installed, no cluster answers, or actors die before they begin.
     """
-    ray = require("ray", "batch")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # Under `uv run` it would pack the working directory.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers.
+    ray = require("ray", "batch")
     local = {} if address else {"include_dashboard": False, "num_cpus": workers, "object_store_memory": STORE}
     try:
         host, _, port = (address or "").rpartition(":")
@@ -71,7 +72,8 @@ def _run(
 
     for _ in range(workers):
         start([])
-    while at_work:
+    # An actor for which the cluster has no room yet is not waited for.
+    while waiting or any(own or job for _, own, job in at_work.values()):
         (returned, *_), _ = ray.wait(list(at_work))
         actor, own, job = at_work.pop(returned)
         try:
@@ -92,8 +94,7 @@ def _run(
                 ) from None
             else:
                 yield job, {"error": f"its worker died {TRIES} times, as it does if memory runs out: {said[0]}"}
-            if own or waiting or share:
-                start(own)
+            start(own)
             continue
         if job is not None:
             yield job, record

@@ -38,7 +38,7 @@ class KVCache:
     """Settings, and the levels held in memory. One cache serves any number of runs, clips and threads.
 
     Args:
-        directory: Also keep every level in this folder: no later edit of the clip, in any process, runs a source pass.
+        directory: Also keep every level in this folder, where later edits of the clip, in any process, find it.
         budget: Bytes of K/V in memory, a number or text such as "4GB" or "512MiB"; None is no limit. The least
             recently used levels make room for new ones. A level stays on the model's device if a fifth of that is free
             beside it, else it goes to the host. Files are read through a memory map and do not count.
@@ -231,8 +231,8 @@ class CacheSession:
         KVCacheError if the model or an argument has no fingerprint.
         """
         parts, spec = tree_flatten((clip, noise, selection.weight, dict(sorted(arguments.items()))))
-        device = noise.device.type
-        precision = f"autocast {torch.get_autocast_dtype(device)}" if torch.is_autocast_enabled(device) else ""
+        where = selection.weight.device
+        precision = f"autocast {torch.get_autocast_dtype(where.type)}" if torch.is_autocast_enabled(where.type) else ""
         marks = (expert, *map(mark, parts), spec, precision)
         for known, _, entry in self._known:
             if known == marks:
@@ -244,8 +244,8 @@ class CacheSession:
         content = (version, self.kv_cache.format, self._model, clip, noise, selection.weight, layers, precision)
         name = content_fingerprint({"content": content, "arguments": dict(arguments)})
         # Blocks that are open side by side, as those of a search, are one run.
-        entry = CacheEntry(self.kv_cache, name, layers, noise.device)
-        self._entries[name] = entry = self.kv_cache.open.setdefault((get_ident(), noise.device, name), entry)
+        entry = CacheEntry(self.kv_cache, name, layers, where)
+        self._entries[name] = entry = self.kv_cache.open.setdefault((get_ident(), where, name), entry)
         # The objects are kept with their marks, because an id is unique only while its object lives.
         self._known = [*self._known[-7:], (marks, parts, entry)]
         return entry

@@ -116,7 +116,7 @@ def checked(directory: Any) -> Path:
             return path
     except OSError as error:
         with contextlib.suppress(OSError):
-            if next(path.glob("*/sigma-*.safetensors"), None) is not None:
+            if next(path.glob("**/sigma-*.safetensors"), None) is not None:
                 return path  # a filled directory that can only be read still serves
         raise KVCacheError(
             f"directory={os.fspath(directory)!r} cannot be written to: {error.strerror or error}.\n"

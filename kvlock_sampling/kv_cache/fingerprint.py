@@ -73,7 +73,8 @@ def model_fingerprint(model: Any, networks: Iterable[nn.Module] = ()) -> str:
 def _module(module: nn.Module, seen: dict[tuple[int, bool], int]) -> list[Any]:
     """Everything of a module but its submodules."""
     config = getattr(module, "config", None)
-    about: list[Any] = [type(module).__qualname__, module.extra_repr()]
+    library = sys.modules.get(type(module).__module__.partition(".")[0])
+    about: list[Any] = [type(module).__qualname__, module.extra_repr(), str(getattr(library, "__version__", ""))]
     if isinstance(config, Mapping):
         about.append(json.dumps({k: str(v) for k, v in config.items() if not k.startswith("_")}, sort_keys=True))
     # Which adapter (peft) is active is neither a weight nor a public attribute; its scale is one.
@@ -181,10 +182,12 @@ def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
         kind = kind.__wrapped__
     found = list[Any]()
     for each in kind.__mro__:
-        if (id(each), True) not in seen and not _of_library(each):
+        if (id(each), True) not in seen:
             seen[id(each), True] = len(seen)
             methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}
             code = {n: v for n, v in methods.items() if isinstance(v, types.FunctionType)}
+            if _of_library(each):  # only what somebody put into it
+                methods = code = {n: v for n, v in code.items() if not _of_library(v)}
             found += [[n, *_described(v, seen, held=False)] for n, v in sorted(code.items())]
             found += _settings({n: v for n, v in methods.items() if n not in code}, seen)
     return found

@@ -5,9 +5,8 @@ head and token. Each stored number is off by at most channel * token / 254. With
 averaged over channels, as the loudness of a token:
     channel = max over tokens of |x| / loudness,    token = max over channels of |x| / channel.
 
-Outliers of video K/V occur in channels and in single tokens (Quant VideoGen, arXiv 2602.02958). Relative error (RMS) on
-the first world's model: K 0.42%, V 0.49%; one scale per head has 0.94% and 1.09%. Beside a token and a channel that are
-1000 times larger, the error of normal numbers is 0.7%; with one scale per head it is 100%, with plain maxima 29%.
+Outliers of video K/V occur in channels and in single tokens (Quant VideoGen, arXiv 2602.02958). Relative error (RMS):
+K 0.42%, V 0.49%, 0.7% beside a token and a channel 1000 times larger; with one scale per head 0.94%, 1.09% and 100%.
 """
 
 import math

@@ -5,10 +5,7 @@ A level stored at sigma_s in this run serves a request at sigma while both condi
     every:  fewer than `every` noise levels were requested from sigma_s (not counted) to sigma (counted).
 `every` counts the distinct noise levels *between* the two, so that calls which Heun, churn or a rejected step repeat do
 not count. A level of an earlier run is held to `ratio` alone, if there is one, so a repeated run needs no source pass.
-
-K/V of a clip under one noise are smooth in log sigma. On K/V of the first world's model, between levels that are 1.2 to
-1.4 times apart, the line through both neighbours is off by 0.5-1% (K) and 1-2.5% (V), the nearest level by 3.5-6% and
-8-13%. The line through the last two levels, extended beyond the last, is off by 1-2% and 2-5%.
+K/V of a clip under one noise are smooth in log sigma: a line through two levels is nearer than the nearest level.
 """
 
 import math

@@ -37,7 +37,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
             "pass mask.transpose(0, 1) for frames, mask[:, None] for clips"
         )
     if len(shape) not in (2, 3, 4, 5) or (len(shape) == 5 and shape[1] != 1):
-        hint = "; take one channel: mask[:, :1]" if len(shape) == 5 else ""
+        hint = "" if len(shape) != 5 else "; take mask.transpose(1, 2)" if shape[2] == 1 else "; take mask[:, :1]"
         raise MaskError(f"mask has shape {shape}; expected (H, W), (T, H, W) or (batch[, 1], T, H, W){hint}")
     clips, time = shape[0] if len(shape) > 3 else 1, 1 if len(shape) == 2 else shape[-3]
     values = values.reshape(clips, 1, time, *shape[-2:])
@@ -95,7 +95,7 @@ def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
 
     Args:
         mask: A PIL image or array (H, W), (T, H, W), (H, W, C) or (T, H, W, C), C = 1, 3 (RGB) or 4 (RGBA); a list of
-            images or arrays, one per frame; or a tensor as in `as_mask`.
+            images or arrays, one per frame; or a tensor like these, or as in `as_mask`.
         frames: As in `as_mask`.
 
     Raises:
@@ -108,8 +108,8 @@ def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
         if len(sizes := {page.shape for page in pages}) > 1:
             raise MaskError(f"from_diffusers got frames of sizes {sorted(sizes)}; expected one size (height, width)")
         mask = np.stack(pages)
-    elif not isinstance(mask, Tensor | str | os.PathLike):
-        mask = _brightest(mask)
+    elif not isinstance(mask, str | os.PathLike) and not (isinstance(mask, Tensor) and mask.shape[-1] not in (1, 3, 4)):
+        mask = _brightest(mask.numpy(force=True) if isinstance(mask, Tensor) else mask)
     values = as_mask(mask, frames)
     return (values >= 0.5).to(values.dtype)
 

@@ -43,7 +43,7 @@ def latent_mask(mask: MaskLike, *, temporal: int = 4, spatial: int | tuple[int, 
         below = frames - rest
         raise MaskError(
             f"{frames} frames do not fit temporal={temporal}: a causal VAE takes 1 + {temporal}k frames, "
-            f"here {below} or {below + temporal}. Trim the clip with mask[:, :, :{below}], or use masks.resize"
+            f"here {below} or {below + temporal}. Trim it: of as_mask(mask), mask[:, :, :{below}]; or masks.resize"
         )
     values = torch.cat([values[:, :, :1].expand(-1, -1, temporal, -1, -1), values[:, :, 1:]], dim=2)
     return _pool(_pool(values, (temporal, 1, 1), "temporal"), (1, height, width), "spatial")

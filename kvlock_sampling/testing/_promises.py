@@ -194,11 +194,12 @@ class Promises:
         full, what = Constant(lock=1.0), "leaving fully locked tokens out of the computation"
         advice = "The architecture's flow= is not right: name every argument of a block that has one entry per token."
         every = self._locked(full, composite=True, foreground=False)
-        try:
-            fewer = self._locked(full, composite=True)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise AttentionError(f"{what} fails: {str(error).splitlines()[0]}\n  {advice}") from error
-        self._close(fewer, every, f"{what} changed the edit", advice)
+        for way in ({}, {"batched": False}):  # block by block, and with a pass of the source's own
+            try:
+                fewer = self._locked(full, composite=True, **way)
+            except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+                raise AttentionError(f"{what} fails: {str(error).splitlines()[0]}\n  {advice}") from error
+            self._close(fewer, every, f"{what} changed the edit", advice)
         if self.guidable:
             more = {"uncond": self._arguments(0)["cond"], "cond_scale": 2.0, "composite": True}
             fewer, every = (self._locked(full, 0, foreground=foreground, **more) for foreground in (None, False))

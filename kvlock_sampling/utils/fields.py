@@ -101,8 +101,5 @@ def reject(owner: Any, name: str, wanted: str, example: Any) -> None:
 def check_seed(seed: Any, error: type[KVLockError], plus: int = 0) -> int:
     """A seed, and `plus` more, modulo 2**64. Raises this error for all but whole numbers in [0, 2**64), also for -1."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**64:
-        raise error(
-            f"seed={seed!r}; expected a whole number in [0, 2**64), or one per clip, e.g. seed=0. "
-            "For one by chance: seed=torch.seed()."
-        )
+        raise error(f"seed={seed!r}; expected a whole number in [0, 2**64), e.g. seed=0. By chance: seed=torch.seed().")
     return (int(seed) + plus) % 2**64

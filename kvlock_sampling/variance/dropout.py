@@ -63,7 +63,7 @@ class DropoutVariance(ProbingEstimator):
             reject(self, "select", f"a regular expression on layers' names ({error})", r"to_out\.0$")
         if self.model is not None:
             if not isinstance(self.model, nn.Module):
-                reject(self, "model", "a torch module, the network behind the denoiser", "transformer")
+                raise EstimatorError(f"model={self.model!r}; expected a module: DropoutVariance(model=transformer).")
             droppable(self.model, self.select)
 
     def bound(self, modules: Iterable[nn.Module]) -> Estimator:

@@ -163,7 +163,8 @@ def _still(file: Path) -> Any:
 
 def _upright(image: Any) -> Any:
     pil = require("PIL.Image", "video")
-    image = require("PIL.ImageOps", "video").exif_transpose(image)
+    with suppress(Exception):  # broken tags: every viewer leaves them out
+        image = require("PIL.ImageOps", "video").exif_transpose(image)
     to_srgb = _to_srgb(image.info.get("icc_profile") or b"")
     if image.mode == "F":
         raise ValueError("its pixels are floats, of which no range is known; save it with 8 or 16 bits")

@@ -542,6 +542,7 @@ def test_the_start_image_stays_beside_a_source_prompt(model):
     from kvlock_sampling.integrations.comfyui.host import _with_the_rest
 
     positive = [{"model_conds": {"c_crossattn": "new", "c_concat": "image"}}]
+    positive[0]["model_conds"]["txt_byt5"] = "letters that the source does not have"
     found = _with_the_rest({"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "nothing"}}, positive)
     assert found == {"uuid": 1, "model_conds": {"c_crossattn": "old", "c_concat": "image"}}
 

@@ -77,6 +77,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
         return [escape(session.note), slider, canvas(session, 0), 0, gr.update(visible=False), said()]
 
     def canvas(session: Session, frame: int) -> dict[str, Any]:
+        session.clip_file()  # raises if there is none
         picture = session.frames[frame]
         factor = max(1, CANVAS // picture.shape[1])
         layers = []

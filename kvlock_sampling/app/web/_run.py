@@ -61,11 +61,11 @@ def run(
         KVLockError: As `edit_video`, no clip is loaded, or the prompt is empty.
         CancelledError: `cancel` was set. The results of the run before are kept.
     """
-    session.clip_file()
+    beside = session.clip_file().parent  # goes with the clip
     if not settings.prompt.strip():
         raise KVLockError("the prompt is empty; expected what the masked region should show, e.g. a red ball.")
     # A folder of its own, because browsers keep what they have read under a name.
-    folder = Path(tempfile.mkdtemp(dir=session.folder))
+    folder = Path(tempfile.mkdtemp(dir=beside))
 
     def step(name: str, index: int) -> None:
         if cancel.is_set():

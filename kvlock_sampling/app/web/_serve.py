@@ -47,8 +47,10 @@ def served(open_video: Callable[[], VideoModel], port: int, model: Mapping[str, 
     """Serve the page inside the block. Yields its address, and what its tabs work on."""
     with (
         tempfile.TemporaryDirectory(prefix="kvlock-web-", ignore_cleanup_errors=True) as folder,
-        # What gradio reads when it is imported, and when it builds a page.
-        patch.dict(os.environ, GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", no_proxy="127.0.0.1"),
+        # What gradio reads when it is imported, and when it builds a page. What lies in its folder it deletes in time.
+        patch.dict(
+            os.environ, GRADIO_TEMP_DIR=f"{folder}/gradio", GRADIO_ANALYTICS_ENABLED="False", no_proxy="127.0.0.1"
+        ),
     ):
         _check_free(port)
         gr, *_ = (require(*needed) for needed in (("gradio", "web"), ("av", "video"), ("matplotlib", "plot")))

@@ -29,7 +29,8 @@ from .inputs import fitted, in_one_line, measured
 KEY = "kvlock"
 SOURCE = "kvlock_source"  # the source's prompt among a guider's conditions
 REFERENCES = {"ref_latent", "ref_latents", "reference_latent", "reference_motion", "time_dim_concat"}
-TEXT = ("c_crossattn", "attention_mask", "y", "txt_byt5", "num_tokens", "guidance")  # what a prompt tells a network
+# What a prompt tells a network; some of it only for some prompts.
+TEXT = ("c_crossattn", "attention_mask", "y", "txt_byt5", "num_tokens", "guidance", "clip_text_pooled")
 
 
 class Stage(NamedTuple):
@@ -48,7 +49,7 @@ class ComfyLock:
         source: The clip being edited, as ComfyUI's LATENT, a dict with "samples".
         mask: 1 = edit, (frames or 1, height, width). Default: the source's own noise mask, else the run's.
         source_prompt: CONDITIONING of what the clip shows. Default: the run's positive.
-        noise: ComfyUI's NOISE for the source. Default: the run's own.
+        noise: ComfyUI's NOISE for the source's keys and values. Default: the run's own.
         kv_cache: Settings of a `KVCache`, which each run fills anew. Default: the preset's.
         options: Further options of `KVLock`: policy, estimator, threshold, layers, transition, composite, foreground.
         continues: The lock of the stage before; a run goes on with its noise and with what its policy had decided.
@@ -195,6 +196,8 @@ class ComfyLock:
             sigmas=sigmas,
             **options,
         )
+        if self.noise is not None and lock.settings.source is not None:
+            lock.settings.source.of_run = None  # it is for keys and values alone: the sampler has its own
         told = {name for group in conds.values() for cond in group for name in cond.get("model_conds", ())}
         if lock.settings.policy.may_lock and (more := told & REFERENCES):
             raise RunError(
@@ -279,8 +282,9 @@ def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]
     if not positive:
         return dict(cond)
     text = {name: value for name, value in cond["model_conds"].items() if name in TEXT}
+    rest = {name: value for name, value in positive[0]["model_conds"].items() if name not in TEXT}
     beside = {name: positive[0][name] for name in ("control", "hooks") if name in positive[0]}
-    return {**cond, **beside, "model_conds": {**positive[0]["model_conds"], **text}}
+    return {**cond, **beside, "model_conds": {**rest, **text}}
 
 
 def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:

@@ -105,7 +105,7 @@ class FlowCalls:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """Return x0-hat, like x. `cond` is what `branch` returned, or several of those as rows of one."""
-        cond = dict(extra_args["cond"])
+        cond = {name: rows.expand(len(x), *rows.shape[1:]) for name, rows in extra_args["cond"].items()}
         own = x is self._x
         z = self._z if own else x / per_row(1 + sigma, x)
         if sigma is self._sigma:

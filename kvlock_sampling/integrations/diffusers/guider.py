@@ -53,8 +53,7 @@ class KVLockGuider(ClassifierFreeGuidance):
 
     Raises:
         PolicyError: The policy does not exist, or (on saving) it is code.
-        SourceError: Source or noise is no tensor.
-        MaskError: The mask is a path, or the transition is no (width, fraction).
+        SourceError, MaskError: Source or noise is no tensor, the mask a path, the transition no (width, fraction).
         RunError: At a step: an integer timestep without a scheduler, or another run's scheduler.
         KVLockError: At the first step: as `KVLock` raises.
     """

@@ -64,7 +64,7 @@ def locked(
     if isinstance(source, Tensor) and source.ndim != 5:
         wanted = "latents (batch or 1, channels, time, height, width): kv.diffusers.encode_clip(pipe.vae, clip)"
         raise SourceError(f"source has shape {tuple(source.shape)}; expected {wanted}.")
-    if source is not None and type(pipe.scheduler).__name__.startswith(("DEIS", "SASolver")):
+    if source is not None and any(k.__name__.startswith(("DEIS", "SASolver")) for k in type(pipe.scheduler).__mro__):
         hint = "pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)"
         raise PipelineError(f"{type(pipe.scheduler).__name__} misses the clip even with exact velocities.\n  {hint}")
     lengths = mask is not None and pipe.vae is not None
@@ -138,9 +138,10 @@ def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
             for_cond, for_uncond = session.evaluate(cond, call, time=time, requested=scales[second])
             blank.copy_(for_cond)
             return blank if for_uncond is for_cond else for_uncond
-        waiting.clear()
-        scheduler = pipe.scheduler
-        time = time_of(scheduler, call.arguments["timestep"])
+        scheduler, time = pipe.scheduler, time_of(pipe.scheduler, call.arguments["timestep"])
+        if waiting and waiting.pop()[2] != time:  # a callback may have asked at this level
+            wanted = "expected both, with the same tensors: kv.edit_video(..., model=kv.from_pipeline(pipe))"
+            raise PipelineError(f"the pipeline's loop evaluates one branch alone in a guided step; {wanted}.")
         if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
             given = (getattr(pipe, name, None) for name in ("_guidance_scale", "_guidance_scale_2"))

@@ -25,7 +25,7 @@ def check_flow(scheduler: Any, family: str) -> None:
     """Raise PipelineError for a scheduler that does not step along a rectified flow."""
     config = scheduler.config
     unipc = config.get("prediction_type") == "flow_prediction" and config.get("use_flow_sigmas")
-    if not (unipc or type(scheduler).__name__.startswith("FlowMatch")):
+    if not (unipc or any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)):
         raise PipelineError(
             f"{type(scheduler).__name__} (prediction_type={config.get('prediction_type')!r}) is no flow scheduler, and "
             f"{family} is a flow model.\n  pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0), or "

@@ -37,7 +37,7 @@ class Session:
         given = {"encoder_hidden_states": given} if isinstance(given, Tensor) else {} if given is None else given
         if not (isinstance(given, Mapping) and all(isinstance(part, Tensor) for part in given.values())):
             what = f"{type(given).__name__}; expected a tensor (1 or batch, tokens, dim), or tensors by name"
-            raise PipelineError(f"source_embeds is a {what}: source_embeds=pipe.encode_prompt(text)[0].")
+            raise PipelineError(f"source_embeds is a {what}: pipe.encode_prompt(text, max_sequence_length=512)[0].")
         self.source_embeds = given
         self.batched: bool | None = options.pop("batched", None)
         self.options = options
@@ -120,7 +120,7 @@ class Session:
                     f"source_embeds has {', '.join(wrong)}, which the pipeline does not give its transformer; it gives "
                     f"{', '.join(sorted(cond))}."
                 )
-            masks = {name.replace("hidden_states", "attention_mask") for name in given}
+            masks = {m for n in given for m in (n.replace("hidden_states", "attention_mask"), f"{n}_mask")}
             if lacks := ", ".join(sorted((masks & cond.keys()) - given.keys())):
                 raise PipelineError(f"source_embeds lacks {lacks}; give the source's own, in a mapping of all.")
             like = {k: cond[k].dtype if v.is_floating_point() else v.dtype for k, v in given.items()}

@@ -49,11 +49,6 @@ def from_pipeline(pipe: Any, **options: Any) -> PipelineVideo:
 
     Raises:
         PipelineError: The class or an option is unknown, or the scheduler does not fit the family.
-
-    >>> from kvlock_sampling.testing.pipelines import tiny_pipeline
-    >>> model = kv.from_pipeline(tiny_pipeline())
-    >>> model.sigmas(3).shape, model.prompt("a red square")["text"].shape
-    (torch.Size([4]), torch.Size([1, 512, 32]))
     """
     names = [kind.__name__ for kind in type(pipe).__mro__]  # A user's subclass is of the family, too.
     family = family_of(next((name for name in names if name in FAMILIES), names[0]))

@@ -83,6 +83,8 @@ class WanImageVideo(WanVideo):
             first = image.to(clips).expand(len(clips), -1, -1, -1, -1)
         found = {}
         if self.transformer.config.image_dim is not None:
+            if (length := self.max_sequence_length) != 512:
+                raise PipelineError(f"max_sequence_length={length}: this transformer takes 512 alone; leave it out.")
             if self.transformer.config.get("pos_embed_seq_len") is not None:
                 raise PipelineError("this transformer reads a last frame too; expected one that reads the first alone.")
             if getattr(pipe, "image_encoder", None) is None:

@@ -271,8 +271,8 @@ class GuidedBranches(Branches):
     def __init__(self, settings: LockSettings, run: Run, step: Step) -> None:
         self._arguments, self._host = dict(step.extra_args), getattr(settings.model, "kvlock_host", None)
         if (scale := step.state.cfg_scale) is not None and settings.scale_arg is not None:
-            (low, high), rows = step.reads.range(scale), torch.as_tensor(scale).to(step.x)
-            self._arguments[settings.scale_arg] = high if low == high else per_row(rows, step.x)
+            (low, high), rows = step.reads.range(scale), torch.as_tensor(scale)
+            self._arguments[settings.scale_arg] = high if low == high else per_row(rows.to(step.x), step.x)
         super().__init__(settings, run, step)
 
     def conditional(self) -> Tensor:

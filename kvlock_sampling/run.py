@@ -168,17 +168,16 @@ class Run:
             if state.expert != expert:
                 # The new expert's prediction is not comparable with the old one's.
                 state = state._replace(estimator=settings.estimator.init(), expert=expert)
-            needed = settings.layers or (settings.policy.uses_risk and settings.estimator.needs_source)
-            if self.noise is None and settings.source is not None and needed:
-                self.noise = settings.source.noise_of_run(x, model_sigma)  # the first x leads to it, locked or not
+            compares = settings.policy.uses_risk and settings.estimator.needs_source
+            if self.noise is None and settings.source is not None and (settings.layers or compares):
+                self.noise = settings.source.noise_of_run(x, model_sigma, compares)  # from the first x, locked or not
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)
 
     def _check_apart(self, settings: LockSettings, x: Tensor, state: State) -> None:
         """Refuse x of another shape where the run measures, or knows something of each clip."""
-        noise = self.noise if settings.source is None or settings.source.noise is None else settings.source.noise
-        rows = {len(value) for value in (noise, *state) if isinstance(value, Tensor) and value.ndim}
+        rows = {len(value) for value in (self.noise, *state) if isinstance(value, Tensor) and value.ndim}
         if settings.policy.uses_risk or rows - {1, len(x)}:
             raise RunError(
                 f"x has shape {tuple(x.shape)}, and the run began with {tuple(self._shape or ())}; expected the same.\n"

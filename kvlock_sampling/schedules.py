@@ -33,7 +33,7 @@ def check_sigmas(sigmas: Any) -> Tensor:
 def flow_sigmas(
     n: int, *, shift: float = 1.0, t_max: float = 0.999, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, " levels"]:
-    """Make a rectified-flow schedule in variance-exploding form.
+    """Make a rectified-flow schedule in variance-exploding form: (n + 1,) falling noise levels, the last exactly 0.
 
     Uniform in u, then  t = shift * u / (1 + (shift - 1) * u)  and  sigma = t / (1 - t).
 
@@ -45,9 +45,6 @@ def flow_sigmas(
         shift: Flow shift > 0; above 1 it spends more steps at high noise (Wan: 3 at 480p, 5 at 720p).
         t_max: Flow time of the first level, after the shift; below 1, because t = 1 is sigma = infinity.
         dtype: Dtype of the result.
-
-    Returns:
-        (n + 1,) falling noise levels; the last is exactly 0.
 
     Raises:
         SamplerError: n, shift or a time is out of range.

@@ -99,14 +99,14 @@ class Source:
                 placed = self._placed[id(clean)] = clean.to(x)
         return placed.expand_as(x)
 
-    def noise_of_run(self, x: Tensor, sigma: float) -> Tensor:
+    def noise_of_run(self, x: Tensor, sigma: float, compares: bool = True) -> Tensor:
         """The noise in x: as given, or what leads from the source to a run's first x, at noise level sigma, by any
-        affine noising rule. Raises SourceError if the source has noise of other clips.
+        affine rule; if nothing `compares` with the source, any that was given. SourceError for noise of other clips.
         """
         if self.noise is not None and len(self.noise) not in (1, len(x)):
             raise SourceError(f"noise has {len(self.noise)} rows for {len(x)} clips; expected 1, or 1 per clip.")
-        if self.of_run is not None:
-            return self.of_run.to(x)
+        if (own := self.of_run if compares else self.noise) is not None:
+            return own.to(x)
         signal, spread = share_of(sigma, self.add_noise)
         noise = (x.detach() - signal * self.matching(x)) / spread
         # Not too much: a clip that is restarted at a low level is far from the source.

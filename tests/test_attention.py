@@ -483,14 +483,15 @@ def strange(**changed: Any) -> kv.attention.Architecture:
     return kv.attention.Architecture("strange", (f"{__name__}:Strange",), flow=flow, **{**declared, **changed})
 
 
+@pytest.mark.parametrize("length", [5, 16])  # as many as are kept: what is narrow is then as long as the video
 @pytest.mark.parametrize("batched", [True, False])
-def test_text_in_later_layers_and_in_the_last_norm(batched):
+def test_text_in_later_layers_and_in_the_last_norm(batched, length):
     model, source, mask = Strange(), torch.randn(1, 4, 2, 4, 4), torch.zeros(1, 1, 2, 4, 4)
     mask[..., :2] = 1
     layers = strange().find(model)
     assert layers.narrows
     given = {"source": source, "mask": mask, "policy": kv.Constant(1.0), "layers": layers, "batched": batched}
-    x, text = torch.randn_like(source), torch.randn(1, 5, 4)
+    x, text = torch.randn_like(source), torch.randn(1, length, 4)
     found = []
     for foreground in (None, False):
         with kv.KVLock(model, **given, foreground=foreground) as lock:

@@ -832,6 +832,8 @@ def test_what_somebody_put_into_a_class_of_a_library_counts_and_so_does_its_vers
     with monkeypatch.context() as patch:
         patch.setattr(nn.LayerNorm, "forward", lambda self, x: x)
         assert model_fingerprint(model) != first
+        patch.setattr(nn.LayerNorm, "forward", update_wrapper(lambda self, x: x, nn.Linear.forward))
+        assert model_fingerprint(model) != first  # whatever it says that it is
     assert model_fingerprint(model) == first
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert model_fingerprint(model) != first

@@ -671,16 +671,17 @@ def test_a_loop_that_evaluates_one_branch_alone_is_told() -> None:
     pipe = classic()
 
     class Alone(type(pipe)):  # type: ignore[misc]
-        def __call__(self) -> Tensor:
+        def __call__(self, steps: int) -> Tensor:
             self._guidance_scale, latents = 4.0, START.clone()
             self.scheduler.set_timesteps(5)
             text = self.encode_prompt("a red square", do_classifier_free_guidance=False)[0]
-            for time in self.scheduler.timesteps:
+            for time in self.scheduler.timesteps[:steps]:
                 states = {"hidden_states": latents, "encoder_hidden_states": text}
                 velocity = self.transformer(**states, timestep=time[None], return_dict=False)[0]
                 latents = self.scheduler.step(velocity, time, latents)[0]
             return latents
 
     pipe.__class__ = Alone
-    with locked(pipe, **EDIT, policy="half"), pytest.raises(PipelineError, match="one branch alone in a guided step"):
-        pipe()
+    for steps in (5, 1):  # the last step has no next one
+        with locked(pipe, **EDIT, policy="half"), pytest.raises(PipelineError, match="one branch alone in a guided"):
+            pipe(steps)

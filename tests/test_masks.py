@@ -429,7 +429,7 @@ def test_hints_lead_to_a_mask():
         masks.latent_mask(moving, temporal=4)
     assert masks.latent_mask(masks.as_mask(moving)[:, :, :9], temporal=4).shape == (1, 1, 3, 8, 12)
     picture = moving[0, :, :, None].expand(-1, -1, 3)
-    with pytest.raises(MaskError, match=r"masks.from_diffusers\(mask\)"):
+    with pytest.raises(MaskError, match=r"Try mask\[..., 0\] or masks.from_diffusers\(mask\)"):
         masks.as_mask(picture, frames=9)
-    for given_ in (picture, picture.numpy(), picture.expand(9, -1, -1, -1)):
-        assert torch.equal(masks.from_diffusers(given_, frames=9)[:, :, 0], masks.as_mask(moving[0])[:, :, 0])
+    for found in (masks.as_mask(picture[..., 0], frames=9), masks.from_diffusers(picture.numpy(), frames=9)):
+        assert torch.equal(found, masks.as_mask(moving[0], frames=9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
+from functools import wraps
 from itertools import pairwise
 
 import numpy as np
@@ -794,10 +795,49 @@ def near_processor(block):
     block.attn1.set_processor(Near())
 
 
+def function_processor(block):
+    own = block.attn1.processor
+
+    def near(attn, hidden_states, text=None, mask=None, rotary=None, **named):
+        place = torch.arange(hidden_states.shape[1])
+        return own(attn, hidden_states, text, ((place[:, None] - place).abs() < 8)[None, None], rotary, **named)
+
+    block.attn1.processor = near
+
+
+def own_attention(block):
+    class Attention(type(block.attn1)):
+        def forward(self, hidden_states, *rest, **named):
+            return super().forward(hidden_states, *rest, **named) + 0.1 * hidden_states.roll(1, 1)
+
+    block.attn1.__class__ = Attention
+
+
+def own_cross_attention(block):
+    class Crossed(type(block.attn2.processor)):
+        def __call__(self, attn, hidden_states, *rest, **named):
+            return super().__call__(attn, hidden_states, *rest, **named) + 0.3 * hidden_states.roll(1, 1)
+
+    block.attn2.set_processor(Crossed())
+
+
+def dressed_up(block):
+    original = type(block).forward
+
+    @wraps(original)
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb):
+        return original(self, hidden_states, encoder_hidden_states, temb, rotary_emb) + 0.3 * hidden_states.roll(1, 1)
+
+    block.__class__ = type("Block", (type(block),), {"forward": forward})
+
+
 CHANGES = [Rolling, rolling_forward, rolling_under_a_hook, rolling_over_a_hook, hidden_arguments, other_signature]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, same_signature, near_processor])
+CHANGES += [same_signature, near_processor, function_processor, own_attention, own_cross_attention, dressed_up]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_block_that_may_mix_tokens_gets_all_of_them(setup, change):
     blocks = setup.model.inner_model.transformer.blocks
     changed = change(blocks[1])

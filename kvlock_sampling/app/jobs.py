@@ -240,10 +240,10 @@ def _weights(path: Path) -> list[Any]:
     """The names, sizes and times of a model's files, which tell a changed one without reading it. Linked folders, as
     of parts that models share, count; hidden files do not, because downloads and version control write them anew.
     """
-    files = [path] if path.is_file() else []
+    files, met = [path] if path.is_file() else [], {os.path.realpath(path)}
     for folder, folders, names in os.walk(path, followlinks=True):
-        here = os.path.realpath(folder) + os.sep  # a link to a folder around it would never end
-        inside = (n for n in folders if not here.startswith(os.path.realpath(Path(folder, n)) + os.sep))
-        folders[:] = [n for n in inside if n[0] != "."]
+        real = {n: os.path.realpath(Path(folder, n)) for n in sorted(folders) if n[0] != "."}
+        folders[:] = [n for n, place in real.items() if place not in met]  # links may go round
+        met.update(real.values())
         files += [file for n in names if n[0] != "." and (file := Path(folder, n)).is_file()]
     return [(str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]

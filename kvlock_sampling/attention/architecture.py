@@ -24,8 +24,7 @@ def config_patch(network: Any) -> Grid:
     """The patch by the config of a diffusers network: `patch_size`, three sizes or one, and `patch_size_t`."""
     config = getattr(network, "config", None)
     size, time = (getattr(config, name, None) for name in ("patch_size", "patch_size_t"))
-    size = (time or 1, size, size) if isinstance(size, int) else size
-    return as_patch(size, AttentionError)
+    return as_patch((time or 1, size, size) if isinstance(size, int) else size, AttentionError)
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,14 @@ class Architecture:
             shown = all(not names.isdisjoint(flow.tokens) and (not tables or tables & names) for names in named)
             # Answered for this network, because functions of it cannot be pickled.
             interleaves = flow.interleaves(module) if callable(flow.interleaves) else flow.interleaves
-            if flow.leave not in names:
+            if flow.leave not in dict(module.named_modules(remove_duplicate=False)):
                 raise AttentionError(f"architecture {self.name!r}: no module is named {flow.leave!r}, as flow= says.")
             # Code around a block, or in the place of one, may need all tokens, as may a user's in a class of diffusers.
-            parts = (module, *blocks, *(getattr(layer.module, "processor", None) for layer in layers))
-            code = {getattr(getattr(type(p), "forward", type(p).__call__), "__module__", "torch") for p in parts}
-            foreign = not all(name.startswith(("diffusers.", "torch")) for name in code)
-            wrapped |= foreign and self.classes[0].startswith("diffusers.")
+            parts = [module, *blocks, *(m for block in blocks for m in block.modules() if hasattr(m, "processor"))]
+            parts += [m.processor for m in parts if getattr(m, "processor", None) is not None]
+            code = [getattr(getattr(type(p), "forward", type(p).__call__), "__globals__", {}) for p in parts]
+            own = all(scope.get("__name__", "").startswith(("diffusers.", "torch.")) for scope in code)
+            wrapped |= not own and self.classes[0].startswith("diffusers.")
             flow = replace(flow, supported=None, interleaves=interleaves) if shown and not wrapped else None
         return AttentionLayers(
             patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),

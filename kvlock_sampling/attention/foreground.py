@@ -49,7 +49,7 @@ def _enter(block: nn.Module, flow: TokenFlow, args: Any, kwargs: Any) -> Argumen
 
 def _leave(args: Any, kwargs: Any) -> Arguments:
     context, tokens = current(), args[0]
-    if tokens.shape[1] == context.ratio.shape[1]:
+    if tokens.shape[1] == context.ratio.shape[1] and not (context.text and context.record.entered):
         return args, kwargs
     length = tokens.shape[1] + len(_selection(context).kept)  # with the text, if that is still there
     # The gaps hold copies of the first token, because a norm makes the gradients of zeros NaN.

@@ -94,7 +94,8 @@ def _run(
                 ) from None
             else:
                 yield job, {"error": f"its worker died {TRIES} times, as it does if memory runs out: {said[0]}"}
-            start(own)
+            if own or waiting or (share and any(group for _, group, _ in at_work.values())):
+                start(own)
             continue
         if job is not None:
             yield job, record

@@ -5,8 +5,8 @@ head and token. Each stored number is off by at most channel * token / 254. With
 averaged over channels, as the loudness of a token:
     channel = max over tokens of |x| / loudness,    token = max over channels of |x| / channel.
 
-Outliers of video K/V occur in channels and in single tokens (Quant VideoGen, arXiv 2602.02958). Relative error (RMS):
-K 0.42%, V 0.49%, 0.7% beside a token and a channel 1000 times larger; with one scale per head 0.94%, 1.09% and 100%.
+Outliers of video K/V occur in channels and single tokens (arXiv 2602.02958). RMS error: K 0.42%, V 0.49%, 0.7% beside a
+token and a channel 1000 times larger; with one scale per head 0.94%, 1.09% and 100%.
 """
 
 import math

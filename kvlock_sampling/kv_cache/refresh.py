@@ -5,7 +5,6 @@ A level stored at sigma_s in this run serves a request at sigma while both condi
     every:  fewer than `every` noise levels were requested from sigma_s (not counted) to sigma (counted).
 `every` counts the distinct noise levels *between* the two, so that calls which Heun, churn or a rejected step repeat do
 not count. A level of an earlier run is held to `ratio` alone, if there is one, so a repeated run needs no source pass.
-K/V of a clip under one noise are smooth in log sigma: a line through two levels is nearer than the nearest level.
 """
 
 import math

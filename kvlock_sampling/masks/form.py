@@ -44,7 +44,9 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
     if frames is None or time == check_number("frames", frames, MaskError, at_least=1, whole=True):
         return values
     if time != 1:
-        hint = "Channels last: masks.from_diffusers(mask)" if shape[-1] in (1, 3, 4) else "Change it by masks.resize"
+        hint = (
+            "Try mask[..., 0] or masks.from_diffusers(mask)" if shape[-1] in (1, 3, 4) else "Change it by masks.resize"
+        )
         raise MaskError(f"mask has {time} frames; expected {frames}, or 1 (a still); its shape is {shape}. {hint}")
     return values.expand(-1, -1, frames, -1, -1)
 
@@ -95,7 +97,7 @@ def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
 
     Args:
         mask: A PIL image or array (H, W), (T, H, W), (H, W, C) or (T, H, W, C), C = 1, 3 (RGB) or 4 (RGBA); a list of
-            images or arrays, one per frame; or a tensor like these, or as in `as_mask`.
+            images or arrays, one per frame; or a tensor as in `as_mask`.
         frames: As in `as_mask`.
 
     Raises:
@@ -108,8 +110,8 @@ def from_diffusers(mask: Any, frames: int | None = None) -> Mask:
         if len(sizes := {page.shape for page in pages}) > 1:
             raise MaskError(f"from_diffusers got frames of sizes {sorted(sizes)}; expected one size (height, width)")
         mask = np.stack(pages)
-    elif not isinstance(mask, str | os.PathLike) and not (isinstance(mask, Tensor) and mask.shape[-1] not in (1, 3, 4)):
-        mask = _brightest(mask.numpy(force=True) if isinstance(mask, Tensor) else mask)
+    elif not isinstance(mask, Tensor | str | os.PathLike):
+        mask = _brightest(mask)
     values = as_mask(mask, frames)
     return (values >= 0.5).to(values.dtype)
 

@@ -78,7 +78,7 @@ def source_for(settings: LockSettings, run: Run, step: Step) -> Locked | None:
         selection, left_out = mask.selection(step.x, layers.patch, settings.transition)
     narrow = full and selection is not None and selection.fraction <= WORTH_NARROWING and not tools.hooks.watched
     if tools.cached is not None and selection is not None:
-        own = noise if source.noise is None else source.noise
+        own: Any = noise if source.noise is None else (source.noise, noise.dtype)
         entry = partial(tools.cached.entry, source.reference, own, selection, step.state.expert)
     background = mask.background(step.x, layers.patch, settings.transition).expand(len(step.x), -1)
     context = FusionContext(

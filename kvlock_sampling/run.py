@@ -168,9 +168,9 @@ class Run:
             if state.expert != expert:
                 # The new expert's prediction is not comparable with the old one's.
                 state = state._replace(estimator=settings.estimator.init(), expert=expert)
-            compares = settings.policy.uses_risk and settings.estimator.needs_source
-            if self.noise is None and settings.source is not None and (settings.layers or compares):
-                self.noise = settings.source.noise_of_run(x, model_sigma, compares)  # from the first x, locked or not
+            own = settings.policy.uses_risk and settings.estimator.needs_source
+            if self.noise is None and settings.source is not None and (settings.layers or own):
+                self.noise = settings.source.noise_of_run(x, model_sigma, own or hasattr(settings.model, "kvlock_host"))
         weight = _ratios(settings, state, reads)
         observation = observation._replace(lock=rows_of(state.lock, observation.lock))
         return Step(x, sigma_arg, model_sigma, sigma, extra_args, requested, state, weight, observation, reads)

@@ -349,3 +349,14 @@ def test_the_plan_counts_what_the_sampler_evaluates(setup, sampler):
     plan = lock.plan(setup.sigmas, sampler)
     lock.sample(sampler, setup.x, setup.sigmas, extra_args=setup.cfg)
     assert kv_cache.used == plan.total
+
+
+def test_a_run_of_another_precision_has_levels_of_its_own(setup):
+    kv_cache = kv.KVCache(format=None, every=1, ratio=1.0)
+    passes = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float32):
+        lock = setup.lock(policy="full", noise="fixed", kv_cache=kv_cache)
+        with lock, torch.no_grad():
+            lock(setup.x.to(dtype), setup.sigmas[:1], cond=setup.cond)
+        passes.append(lock.trace.nfe)
+    assert passes == [2, 2, 1]

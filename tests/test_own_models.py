@@ -834,7 +834,39 @@ def dressed_up(block):
 CHANGES = [Rolling, rolling_forward, rolling_under_a_hook, rolling_over_a_hook, hidden_arguments, other_signature]
 
 
-CHANGES += [same_signature, near_processor, function_processor, own_attention, own_cross_attention, dressed_up]
+def decorated(block):
+    class Mean(type(block.attn1.processor)):
+        @torch.no_grad()
+        def __call__(self, attn, hidden_states, *rest, **named):
+            return super().__call__(attn, hidden_states, *rest, **named) + hidden_states.mean(1, keepdim=True)
+
+    block.attn1.set_processor(Mean())
+
+
+class Around(Wrapped):
+    def forward(self, hidden_states, *rest, **named):
+        return self.inner(hidden_states, *rest, **named) + 0.3 * hidden_states.mean(1, keepdim=True)
+
+
+def around_attention(block):
+    block.attn1 = Around(block.attn1)
+
+
+def around_feed_forward(block):
+    block.ffn = Around(block.ffn)
+
+
+CHANGES += [
+    decorated,
+    around_attention,
+    around_feed_forward,
+    same_signature,
+    near_processor,
+    function_processor,
+    own_attention,
+    own_cross_attention,
+    dressed_up,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -876,3 +908,18 @@ def test_a_mask_of_a_vae_that_is_not_causal_is_not_squeezed():
     with pytest.raises(MaskError, match="no whole compression factor"):
         fitted.latent(torch.zeros(1, 4, 4, 8, 8))
     assert FittedMask(torch.ones(1, 1, 1, 8, 12).tril()).latent(torch.zeros(1, 4, 8, 12)).shape == (1, 1, 8, 12)
+
+
+def test_a_network_whose_forward_was_replaced_gets_all_tokens(setup):
+    network = setup.model.inner_model.transformer
+    own = network.forward
+
+    def forward(hidden_states, *rest, **named):
+        return (own(hidden_states, *rest, **named)[0] + 0.3 * hidden_states.mean((2, 3, 4), keepdim=True),)
+
+    network.forward = forward
+    default, dense = (
+        setup.lock(policy="full", **options).sample("euler", setup.x, setup.sigmas, extra_args=setup.cfg)
+        for options in ({}, {"foreground": False})
+    )
+    assert torch.equal(default, dense)

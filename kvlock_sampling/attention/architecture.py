@@ -129,11 +129,12 @@ class Architecture:
             if flow.leave not in dict(module.named_modules(remove_duplicate=False)):
                 raise AttentionError(f"architecture {self.name!r}: no module is named {flow.leave!r}, as flow= says.")
             # Code around a block, or in the place of one, may need all tokens, as may a user's in a class of diffusers.
-            parts = [module, *blocks, *(m for block in blocks for m in block.modules() if hasattr(m, "processor"))]
+            parts = [module, *(m for block in blocks for m in block.modules() if not hasattr(m, "in_features"))]
             parts += [m.processor for m in parts if getattr(m, "processor", None) is not None]
-            code = [getattr(getattr(type(p), "forward", type(p).__call__), "__globals__", {}) for p in parts]
-            own = all(scope.get("__name__", "").startswith(("diffusers.", "torch.")) for scope in code)
-            wrapped |= not own and self.classes[0].startswith("diffusers.")
+            code = [getattr(k := vars(type(p)).get("__wrapped__", type(p)), "forward", k.__call__) for p in parts]
+            homes = [(getattr(f, "__module__", ""), getattr(f, "__globals__", {}).get("__name__")) for f in code]
+            foreign = {str(home).partition(".")[0] for pair in homes for home in pair} - {"diffusers", "torch"}
+            wrapped |= bool(foreign) and self.classes[0].startswith("diffusers.")
             flow = replace(flow, supported=None, interleaves=interleaves) if shown and not wrapped else None
         return AttentionLayers(
             patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),

@@ -52,7 +52,8 @@ class Hooks:
         parts = [part for blocks in self.layers.blocks for block in blocks for part in block.modules()]
         hooks = (hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()))
         own = ("torch.", __name__.partition(".")[0])
-        return any(map(patched, parts)) or any(not str(getattr(h, "__module__", "")).startswith(own) for h in hooks)
+        foreign = any(not str(getattr(h, "__module__", "")).startswith(own) for h in hooks)
+        return foreign or any(map(patched, (*parts, *self.layers.networks)))
 
     def run(self, context: FusionContext, call: Callable[[], T], *, may_skip: bool = False) -> T:
         """Make one call of the model in which the layers act on `context`; its record says which layers did.

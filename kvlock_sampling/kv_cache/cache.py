@@ -224,9 +224,9 @@ class CacheSession:
         self._model: str | None = None
 
     def entry(
-        self, clip: Tensor, noise: Tensor, selection: Selection, expert: Any, arguments: Mapping[str, Any]
+        self, clip: Tensor, noise: Any, selection: Selection, expert: Any, arguments: Mapping[str, Any]
     ) -> CacheEntry:
-        """The entry of a source: latents, fixed noise, the tokens whose K/V are kept, the network that runs or its
+        """The entry of a source: latents, its noise, the tokens whose K/V are kept, the network that runs or its
         index, and the arguments of its pass. Raises AttentionError for a network that is none of several, and
         KVCacheError if the model or an argument has no fingerprint.
         """

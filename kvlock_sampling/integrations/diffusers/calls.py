@@ -44,8 +44,8 @@ class Call(NamedTuple):
         return latents, appended
 
     def blank(self, dtype: torch.dtype) -> Tensor:
-        """A tensor like the prediction, to be filled in later."""
-        return torch.zeros_like(self.parts[0], dtype=dtype)
+        """A tensor like the prediction, to be filled in later; NaN, so that one that never is cannot be missed."""
+        return torch.full_like(self.parts[0], torch.nan, dtype=dtype)
 
 
 class FlowCalls:

@@ -26,8 +26,6 @@ from .session import Session
 PIPELINES = ("WanPipeline", "WanVideoToVideoPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 """Classic pipelines that call each branch separately, the conditional one first."""
 
-_ALONE = "one branch alone in a guided step; expected both: kv.edit_video(..., model=kv.from_pipeline(pipe))."
-
 
 @contextmanager
 def locked(
@@ -90,14 +88,12 @@ def locked(
         @functools.wraps(kind.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal called
-            called, answer = True, _answer(pipe, session, waiting := list[Any]())
+            called, answer = True, _answer(pipe, session)
             with ExitStack() as stack:
                 for network in _networks(pipe):  # one may have been replaced since, e.g. by its compiled form
                     stack.enter_context(intercepted(network, answer))
                 stack.callback(session.end)
                 made = kind.__call__(pipe, *args, **kwargs)
-                if waiting:
-                    raise PipelineError(_ALONE)
                 session.end(complete=True)
                 return made
 
@@ -129,8 +125,9 @@ def _networks(pipe: Any) -> list[Any]:
     return [network for network in found if network is not None]
 
 
-def _answer(pipe: Any, session: Session, waiting: list[tuple[Call, Tensor, float]]) -> Callable[[Call], Tensor]:
-    """Answers calls, a step's in pairs; `waiting` holds a conditional call, its blank answer and its flow time."""
+def _answer(pipe: Any, session: Session) -> Callable[[Call], Tensor]:
+    """A function that pairs the pipeline's calls of one step, and answers them; for one call of the pipeline."""
+    waiting: list[tuple[Call, Tensor, float]] = []  # a conditional call, its blank answer, and its flow time
     scales: list[float] = []  # of the experts; a callback that changes the pipeline's own does not change its guidance
 
     def answer(call: Call) -> Tensor:
@@ -143,7 +140,8 @@ def _answer(pipe: Any, session: Session, waiting: list[tuple[Call, Tensor, float
             return blank if for_uncond is for_cond else for_uncond
         scheduler, time = pipe.scheduler, time_of(pipe.scheduler, call.arguments["timestep"])
         if waiting and waiting.pop()[2] != time:  # a callback may have asked at this level
-            raise PipelineError(_ALONE)
+            wanted = "expected both, with the same tensors: kv.edit_video(..., model=kv.from_pipeline(pipe))"
+            raise PipelineError(f"the pipeline's loop evaluates one branch alone in a guided step; {wanted}.")
         if session.run is None:
             session.begin(scheduler.sigmas[getattr(scheduler, "begin_index", None) or 0 :])
             given = (getattr(pipe, name, None) for name in ("_guidance_scale", "_guidance_scale_2"))

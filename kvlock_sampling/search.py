@@ -141,6 +141,9 @@ def search(
         check_number("at", count, RunError, f" {level:g} is where so many go on.", at_least=keep, whole=True)
         low, high = min(levels) * (1 - SAME_SIGMA), max(levels) * (1 + SAME_SIGMA)
         check_number("at", level, RunError, " A noise level of the schedule.", at_least=low, at_most=high)
+    counts = [plan[level] for level in sorted(plan, reverse=True)]
+    if counts != sorted(counts, reverse=True):
+        raise RunError(f"at={at!r}; expected no more to go on from a lower level: at={{2.0: 2, 0.5: 1}}.")
     if not (judge is None or callable(judge)):
         raise RunError(f"judge={judge!r}; expected a function of (x0-hat, trace): lambda x0_hat, trace: ...")
     if judge is None:

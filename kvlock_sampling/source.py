@@ -67,11 +67,11 @@ class Source:
         with torch.inference_mode(False):
             latents = latents.detach().clone()
             noise = None if noise is None else noise.detach().clone()
-        for name, values in (("source latents", latents), ("noise", noise)):
+        for name, values in (("source latents", latents), ("numbers of noise=", noise)):
             if values is not None and not torch.isfinite(values).all():
                 raise SourceError(
                     f"{name} hold {int((~torch.isfinite(values)).sum())} non-finite values (NaN or inf).\n"
-                    "  Encode the clip again, e.g. the VAE in float32: source=vae.encode(clip.float())."
+                    "  Make them again; of a clip e.g. with the VAE in float32: source=vae.encode(clip.float())."
                 )
         if noise is not None and not 0.25 < (size := float(noise.float().square().mean().sqrt())) < 4:
             raise SourceError(f"noise has a standard deviation of {size:.2g}; expected 1, not yet times a noise level.")

@@ -246,3 +246,9 @@ def test_packed_latents_under_a_policy_that_measures_nothing_are_told_before_sam
     with pytest.raises(RunError, match=r"measured nothing to judge seeds by. Give judge="):
         kv.search(packed, "euler", torch.zeros(2, 12, 4), setup.sigmas, extra_args=setup.cfg)
     assert not packed.trace.steps
+
+
+def test_numbers_that_rise_are_refused(setup):
+    at = {float(setup.sigmas[1]): 1, float(setup.sigmas[3]): 2}
+    with pytest.raises(RunError, match="expected no more to go on from a lower level"):
+        kv.search(measured(setup), "euler", starts(setup), setup.sigmas, at=at, extra_args=setup.cfg)

@@ -79,7 +79,7 @@ class Architecture:
         for name in ("classes", "layers", "text_arguments"):
             if isinstance(given := getattr(self, name), str):
                 raise AttentionError(f"{self.name}: {name}={given!r} is one string; expected a tuple, ({given!r},).")
-        if wrong := [name for name in self.classes if ":" not in str(name) or not isinstance(name, str)]:
+        if wrong := [name for name in self.classes if ":" not in str(name)]:
             raise AttentionError(f'{self.name}: classes={wrong[0]!r}; expected the name "package.module:Class".')
         for text in (self.text, *(s.text for s in self.layers if isinstance(s, LayerPattern) and s.text is not None)):
             if text not in ("none", "first", "last"):

@@ -186,7 +186,7 @@ def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
             seen[id(each), True] = len(seen)
             methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}
             code = {n: v for n, v in methods.items() if isinstance(v, types.FunctionType)}
-            if _of_library(each):  # only what somebody put into it
+            if _of_library(each):  # of it only functions that are from elsewhere
                 homes = {n: sys.modules.get(v.__globals__.get("__name__", ""), v) for n, v in code.items()}
                 methods = code = {n: v for n, v in code.items() if not (_of_library(v) and _of_library(homes[n]))}
             found += [[n, *_described(v, seen, held=False)] for n, v in sorted(code.items())]

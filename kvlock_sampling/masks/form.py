@@ -44,9 +44,7 @@ def as_mask(mask: Any, frames: int | None = None) -> Mask:
     if frames is None or time == check_number("frames", frames, MaskError, at_least=1, whole=True):
         return values
     if time != 1:
-        hint = (
-            "Try mask[..., 0] or masks.from_diffusers(mask)" if shape[-1] in (1, 3, 4) else "Change it by masks.resize"
-        )
+        hint = "Try mask[..., 0] or masks.from_diffusers(mask)" if shape[-1] in (1, 3, 4) else "Use masks.resize"
         raise MaskError(f"mask has {time} frames; expected {frames}, or 1 (a still); its shape is {shape}. {hint}")
     return values.expand(-1, -1, frames, -1, -1)
 

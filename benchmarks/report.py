@@ -159,6 +159,8 @@ def main() -> None:
         "All layers of the whole network, on a CPU, with four times as many tokens, `python benchmarks/speed.py "
         "--layers 30 --latents 5 64 96 --shares 0.25 --rounds 1 --name speed_large --ways foreground "
         "'foreground, KV cache every 3' 'foreground, filled KV cache'`. " + speed(load("speed_large")),
+        "Edited tokens alone over ten evaluations, `python benchmarks/speed.py --layers 2 8 --latents 5 64 96 "
+        "--shares 0.25 --rounds 1 --evaluations 10 --name speed_line --ways foreground`. " + speed(load("speed_line")),
         "## What keeping the source's K/V costs\n\n`python benchmarks/cost.py`. "
         "On the model of the first world, 32 further scenes, full lock, 30 "
         "steps. Gain over compositing, and difference from the full lock, both paired by scene and noise, ± standard "

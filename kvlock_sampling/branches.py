@@ -127,8 +127,7 @@ class Branches:
             return self._captured(locked, sigma)
         _, arguments = self._source_call(erased=True)
         entry = locked.entry({name: value for name, value in arguments.items() if name != scale_arg})
-        found = entry.lookup(self.step.sigma)
-        if found is not None:
+        if (found := entry.lookup(self.step.sigma)) is not None:
             return found
         kept = self._captured(locked, sigma)
         if scale_arg is None and (again := [name.partition("#")[0] for name in kept if "#" in name]):

@@ -217,8 +217,7 @@ class CFGDenoiser(DenoiserWrapper):
         float or (batch,). The prompts cond and uncond are tensors (batch, ...) or (1, ...), lists of one text per clip,
         or mappings of these. Raises DenoiserError if they differ in shape or keys.
         """
-        joined = join_calls([{"cond": uncond}, {"cond": cond}], len(x))
-        if joined is None:
+        if (joined := join_calls([{"cond": uncond}, {"cond": cond}], len(x))) is None:
             given = tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf, (uncond, cond))
             raise DenoiserError(
                 f"uncond is {given[0]}, cond {given[1]} in shape; expected the same keys, and the same shapes but for "

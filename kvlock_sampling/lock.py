@@ -215,8 +215,7 @@ class KVLock(DenoiserProxy):
         self._latest = runs[-1].trace
 
     def _run(self) -> Run:
-        runs = self._runs()
-        if not runs:
+        if not (runs := self._runs()):
             raise RunError(
                 "the lock was called outside its `with` block, or from another thread or task than entered it.\n"
                 "  with lock:\n      x0 = samplers.dpmpp_2m(lock, x, sigmas, extra_args=...)\n"

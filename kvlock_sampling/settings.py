@@ -303,8 +303,7 @@ def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -
     if not isinstance(source_args, Mapping | None):
         raise SourceError(f"source_args={type(source_args).__name__}; expected a dict: source_args={{'cond': prompt}}.")
     given = dict(source_args or {})
-    extra = [name for name in ("uncond", "cond_scale") if name in given]
-    if extra and scale_arg is None:
+    if scale_arg is None and (extra := [name for name in ("uncond", "cond_scale") if name in given]):
         raise SourceError(
             f"source_args holds {' and '.join(extra)}; the source is evaluated once and without guidance.\n"
             '  Give what the model itself takes: source_args={"cond": source_prompt}.'

@@ -57,9 +57,7 @@ class Source:
             # The same for every clip, so that one in a batch gets what it gets alone.
             seeded: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu", "dtype": torch.float32}
             noise = torch.randn(1, *latents.shape[1:], **seeded).to(latents)
-        if noise is not None and not (
-            noise.is_floating_point() and noise.shape[1:] == latents.shape[1:] and len(noise)
-        ):
+        if not (noise is None or (noise.is_floating_point() and noise.shape[1:] == latents.shape[1:] and len(noise))):
             raise SourceError(
                 f"noise has shape {tuple(noise.shape)}, {noise.dtype}; expected floating noise like source, "
                 f"{tuple(latents.shape)}: noise=torch.randn_like(source)."
@@ -83,8 +81,7 @@ class Source:
 
     def matching(self, x: Tensor) -> Tensor:
         """The clean latents on x's device and in its dtype, one row per clip. Raises SourceError for another shape."""
-        same = self.latents.shape[1:] == x.shape[1:] and self.latents.shape[0] in (1, x.shape[0])
-        if self.latents.ndim != x.ndim or not same:
+        if self.latents.shape[1:] != x.shape[1:] or len(self.latents) not in (1, len(x)):
             raise SourceError(
                 f"source latents have shape {tuple(self.latents.shape)}, the sampler's x has {tuple(x.shape)}; "
                 "expected the same, or a batch of 1.\n  Start the sampler from torch.randn_like(source) * sigmas[0]."

@@ -150,9 +150,7 @@ def edit(
 def calibrate(
     output: Annotated[Path, typer.Option("-o", "--output", **opt.OUTPUT, help="The preset to write, NAME.toml.")],
     model: opt.Model = "tiny",
-    clips: Annotated[
-        str, typer.Option(**opt.TEXT, help="How many; or a folder of NAME.mp4, .mask.png and .txt.")
-    ] = "32",
+    clips: Annotated[str, typer.Option(**opt.TEXT, help="How many; or a folder: NAME.mp4, .mask.png, .txt.")] = "32",
     policy: Annotated[str, typer.Option(help="The policy that the thresholds are for.")] = "sigmoid",
     quantile: Annotated[float, typer.Option(min=0.5, max=0.999, help="Fraction of calm runs below risk 1.")] = 0.95,
     sampler: opt.Sampler = "dpmpp_2m",

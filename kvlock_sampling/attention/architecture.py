@@ -4,7 +4,7 @@ Pass `layers=architecture.find(network)`, or call `register(architecture)` once;
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import nn
 from ..masks.tokens import Grid
 from ..types import AttentionError
 from ..utils.fields import as_patch
-from ..utils.modules import signature_of
+from ..utils.modules import signature_of, written
 from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
@@ -129,12 +129,7 @@ class Architecture:
             if flow.leave not in dict(module.named_modules(remove_duplicate=False)):
                 raise AttentionError(f"architecture {self.name!r}: no module is named {flow.leave!r}, as flow= says.")
             # Code around a block, or in the place of one, may need all tokens, as may a user's in a class of diffusers.
-            parts = [module, *(m for block in blocks for m in block.modules() if not hasattr(m, "in_features"))]
-            parts += [m.processor for m in parts if getattr(m, "processor", None) is not None]
-            code = [getattr(k := vars(type(p)).get("__wrapped__", type(p)), "forward", k.__call__) for p in parts]
-            homes = [(getattr(f, "__module__", ""), getattr(f, "__globals__", {}).get("__name__")) for f in code]
-            foreign = {str(home).partition(".")[0] for pair in homes for home in pair} - {"diffusers", "torch"}
-            wrapped |= bool(foreign) and self.classes[0].startswith("diffusers.")
+            wrapped |= self.classes[0].startswith("diffusers.") and _runs_foreign_code(module, blocks)
             flow = replace(flow, supported=None, interleaves=interleaves) if shown and not wrapped else None
         return AttentionLayers(
             patch=as_patch(self.patch(module) if callable(self.patch) else self.patch, AttentionError),
@@ -146,3 +141,17 @@ class Architecture:
             blocks=(tuple(blocks),),
             flow=flow,
         )
+
+
+def _runs_foreign_code(network: nn.Module, blocks: Iterable[nn.Module]) -> bool:
+    """Whether the network, its blocks or their attention processors run code of neither diffusers nor torch. Linear
+    layers work token by token, so those of PEFT or of a quantiser do not count.
+    """
+    parts: list[Any] = [network, *(m for block in blocks for m in block.modules() if not hasattr(m, "in_features"))]
+    for part in (*parts, *(m.processor for m in parts if getattr(m, "processor", None) is not None)):
+        kind = written(type(part))
+        code = getattr(kind, "forward", kind.__call__)
+        homes = getattr(code, "__module__", ""), getattr(code, "__globals__", {}).get("__name__")  # where it was made
+        if any(str(home).partition(".")[0] not in ("diffusers", "torch") for home in homes):
+            return True
+    return False

@@ -150,8 +150,7 @@ def _narrow(value: Any, table: Table, context: FusionContext) -> Any:
         return type(value)(_narrow(part, whole, context) if i in chosen else part for i, part in enumerate(value))
     if not isinstance(value, Tensor) or value.ndim <= table.axis or table.ndim not in (None, value.ndim):
         return value
-    known = context.record.cut.get((id(value), table.axis))
-    if known is None:
+    if (known := context.record.cut.get((id(value), table.axis))) is None:
         if (where := _positions(value.shape[table.axis], context)) is None:
             return value
         known = context.record.cut[id(value), table.axis] = value, value.index_select(table.axis, where)

@@ -150,14 +150,13 @@ class AttentionLayers:
         indices = list(asked) if isinstance(asked, Iterable) else [asked]
         if any(not isinstance(i, Integral) or isinstance(i, bool) for i in indices):
             raise AttentionError(f"layers={chosen!r}; expected indices or a slice, e.g. layers=range(8, 16), or None.")
-        wrong = [i for i in indices if not -count <= i < count]
-        if wrong or not len(indices):
+        if (wrong := [i for i in indices if not -count <= i < count]) or not indices:
             raise AttentionError(
                 f"layers={indices!r} names {wrong or 'no layer'}; this model has {count} layers, 0 to {count - 1}.\n"
                 f"  Try layers=range({count // 2}, {count}) for the later half."
             )
-        keep = sorted({i % count for i in indices})
-        kept = tuple(self.layers[first + i] for first in range(0, len(self.layers), count) for i in keep)
+        keep = {i % count for i in indices}
+        kept = tuple(layer for n, layer in enumerate(self.layers) if n % count in keep)
         return replace(self, layers=kept, complete=self.complete and len(kept) == len(self.layers))
 
     def with_extra(self, *, before: int = 0, after: int = 0) -> "AttentionLayers":

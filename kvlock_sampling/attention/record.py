@@ -18,7 +18,7 @@ class CallRecord:
         passed_over: Lengths (query, key) of attention calls that are not attention layers.
         cut: Pairs (original, cut to the computed tokens) of tables and masks, by the original's id and a number.
         first: The network that was called first, by its id.
-        entered: Blocks of a narrowed call, or attention calls of an interleaved source, that have run.
+        entered: 1 once a block of a narrowed call has run; or the attention calls of an interleaved source so far.
         turns: How often each layer has acted.
     """
 

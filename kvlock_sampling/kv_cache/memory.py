@@ -30,8 +30,7 @@ class MemoryTier:
     def get(self, entry: str, sigma: float) -> PackedLevel | None:
         """Return a level and mark it as used last; None if it is not held."""
         with self._lock:
-            level = self._levels.get((entry, sigma))
-            if level is not None:
+            if (level := self._levels.get((entry, sigma))) is not None:
                 self._levels.move_to_end((entry, sigma))
             return level
 

@@ -34,7 +34,8 @@ class Policy(ABC):
     arguments than (self, state, obs). `kvlock_sampling.testing.check_policy` tests a subclass.
 
     Attributes:
-        uses_risk: Whether it reads `obs.risk` or `obs.variance`. If False, nothing is measured. Defaults to True.
+        uses_risk: Whether it reads `obs.risk`, `obs.variance` or `obs.effect`. Defaults to True. If False, nothing is
+            measured.
         may_lock: Whether it may ever return a lock above 0. If False, no attention layer is touched. Defaults to True.
     """
 
@@ -116,7 +117,7 @@ def stateless(function: Callable[[Observation], Control] | None = None, *, uses_
 
     Args:
         function: Maps an Observation to a Control.
-        uses_risk: Whether the function reads `obs.risk` or `obs.variance`. Defaults to True.
+        uses_risk: Whether the function reads `obs.risk`, `obs.variance` or `obs.effect`. Defaults to True.
 
     Returns:
         The policy, or a decorator if no function is given.

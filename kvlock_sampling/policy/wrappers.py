@@ -115,13 +115,11 @@ class Clamped(PolicyWrapper):
             pair(self, "cfg")
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
+        lock, scale = obs.lock if control.lock is None else control.lock, control.cfg_scale
+        if self.cfg is not None:
+            scale = _clamp(obs.requested_cfg_scale if scale is None else scale, self.cfg)
         weight = None if control.composite is None else _clamp(control.composite, self.composite)
-        lock = obs.lock if control.lock is None else control.lock
-        control = control._replace(lock=_clamp(lock, self.lock), composite=weight)
-        if self.cfg is None:
-            return control
-        scale = obs.requested_cfg_scale if control.cfg_scale is None else control.cfg_scale
-        return control._replace(cfg_scale=_clamp(scale, self.cfg))
+        return Control(_clamp(lock, self.lock), scale, weight)
 
     may_lock = property(lambda self: self.lock[0] > 0.0 or (self.lock[1] > 0.0 and self.policy.may_lock))
 

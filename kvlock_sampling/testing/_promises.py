@@ -231,8 +231,7 @@ class Promises:
         return float((a.double() - b.double()).abs().max() / self.plain.double().std().clamp(min=1e-12))
 
     def _close(self, a: Tensor, b: Tensor, what: str, advice: str) -> None:
-        apart = self._apart(a, b)
-        if not apart <= self.tolerance:  # NaN too
+        if not (apart := self._apart(a, b)) <= self.tolerance:  # NaN too
             raise AttentionError(
                 f"{what}: by {apart:.2g} standard deviations in {self.x.dtype}; expected rounding, "
                 f"{self.tolerance:.2g} at most.\n  {advice}"

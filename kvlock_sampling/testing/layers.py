@@ -76,8 +76,7 @@ def check_layers(
             fired: set[str] = set()
             for level in levels:
                 fired |= Promises(model, its_layers, latents, arguments, level).keep(expected, all_of_them=index == 0)
-            silent = [layer.name for layer in its_layers.layers if layer.name not in fired]
-            if silent:
+            if silent := [layer.name for layer in its_layers.layers if layer.name not in fired]:
                 raise AttentionError(
                     f"{len(silent)} of {len(its_layers.layers)} layers never ran at sigma={levels}: {some(silent)}.\n"
                     "  Leave them out, or give a noise level of each expert: check_layers(..., sigma=(8.0, 0.5))."

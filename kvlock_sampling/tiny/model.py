@@ -56,8 +56,7 @@ def _rows(prompt: str) -> list[int]:
             raise KVLockError(f"prompt {prompt!r} names none of {', '.join(phrases)}.\n{EXAMPLE}")
         text = text.replace(f" {named} ", " ", 1)
         said.append(named)
-    unread = [word for word in text.split() if word != "a"]
-    if unread:
+    if unread := [word for word in text.split() if word != "a"]:
         near = difflib.get_close_matches(unread[0], " ".join(WORDS).split(), n=1)
         hint = f" Did you mean {near[0]!r}?" if near and near[0] != unread[0] else ""
         raise KVLockError(f"the embedded model cannot read {unread[0]!r} in prompt {prompt!r}.{hint}\n{EXAMPLE}")

@@ -13,16 +13,14 @@ def number(owner: Any, *names: str, optional: bool = False, **limits: Any) -> No
     """Convert these fields to numbers within the limits of `within`; None passes if `optional`."""
     for name in names:
         value = getattr(owner, name)
-        given = within(value, **limits)
-        if given is None and not (value is None and optional):
+        if (given := within(value, **limits)) is None and not (value is None and optional):
             reject(owner, name, expected(**limits), _example(**limits))
         object.__setattr__(owner, name, given)
 
 
 def check_number(name: str, value: Any, error: type[KVLockError], hint: str = "", **limits: Any) -> Any:
     """Return an argument as a number within the limits of `within`, or raise this error."""
-    given = within(value, **limits)
-    if given is None:
+    if (given := within(value, **limits)) is None:
         raise error(f"{name}={value!r}; expected {expected(**limits)}, e.g. {name}={_example(**limits)!r}.{hint}")
     return given
 

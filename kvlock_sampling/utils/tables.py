@@ -28,8 +28,7 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
         raise PolicyError(f'{where} = {table!r}: expected a table, e.g. {{ type = "{next(iter(registry))}" }}')
     if depth > 16:  # a mistake, and Python's own recursion has a limit
         raise PolicyError(f"{where}: more than 16 tables inside one another")
-    kind = registry.get(str(table.get("type")))
-    if kind is None:
+    if (kind := registry.get(str(table.get("type")))) is None:
         raise PolicyError(f"{where}.type = {table.get('type')!r} is not known; {nearest(table.get('type'), registry)}")
     fields = _fields(kind)
     settings: dict[str, Any] = {}
@@ -40,8 +39,7 @@ def from_table(table: Any, registry: Mapping[str, type], where: str, depth: int 
             settings[key] = from_table(value, registry, f"{where}.{key}", depth + 1)
         elif key != "type":
             settings[key] = None if value == "none" else tuple(value) if isinstance(value, list) else value
-    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in settings]
-    if missing:
+    if missing := [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in settings]:
         raise PolicyError(f"{where}: {kind.__name__} needs {' and '.join(missing)}; known: {', '.join(fields)}")
     try:
         return kind(**settings)

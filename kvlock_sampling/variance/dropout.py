@@ -90,8 +90,7 @@ class DropoutVariance(ProbingEstimator):
 def droppable(model: nn.Module, select: str | None = None) -> dict[str, nn.Linear]:
     pattern = re.compile(RESIDUAL if select is None else select)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    chosen = {name: m for name, m in linears.items() if pattern.search(name)}
-    if not chosen:
+    if not (chosen := {name: m for name, m in linears.items() if pattern.search(name)}):
         shown = ", ".join(list(linears)[:12]) or "none at all"
         raise EstimatorError(
             f"no linear layer of {type(model).__name__} to drop units of fits {select or 'the usual names'!r}.\n  "

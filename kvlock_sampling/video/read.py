@@ -57,7 +57,8 @@ def read_clip(
 
 
 def read_mask(path: PathLike, *, frames: int, size: Size, pad: bool = False) -> Tensor:
-    """Read a mask (1, frames, height, width) in {0, 1}: 1 = edit where the brightest channel is 0.5 or more.
+    """Read a mask (1, frames, height, width) in {0, 1}: 1 = edit where the brightest channel is half or more,
+    47% in a film, jpg or webp, which lose some.
 
     Args:
         path: A film, a folder of images, or an image, which holds for all frames.
@@ -203,7 +204,7 @@ def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) 
 def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size) -> tuple[Times, Seconds]:
     """A mask's times, and the moments of its clock that belong to those `at` of a clip of these `times` and `frame`."""
     (theirs, rate), (ours, own), (height, width) = shown(mask), times, frame
-    (h, w), count, told = displayed(mask, (theirs, rate)), len(theirs) - 1, []
+    (h, w), count, frames, told = displayed(mask, (theirs, rate)), len(theirs) - 1, len(ours) - 1, []
     lasts, length, moments = theirs[-1] - theirs[0], ours[-1] - ours[0], at
     pair = f"the mask {str(mask)!r} is {h} x {w}, and the clip {str(clip)!r} is displayed as {height} x {width}"
     if min(abs(w - width * h / height), abs(h - height * w / width)) > 2:  # Tools round sides to even numbers.
@@ -219,20 +220,17 @@ def match(mask: PathLike, clip: PathLike, times: Times, at: Seconds, frame: Size
             pair = f"{str(mask)!r} lacks {len(lost)} masks for {str(clip)!r}, of the numbers {lost[:9]}"
             raise VideoError(f"{pair}; expected the numbers of the clip's frames. Add them, or give one still for all.")
         lasts, moments = length, middles[np.searchsorted(found, wanted)]
-    elif (
-        count != len(ours) - 1
-        and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1
-    ):
+    elif count != frames and len(read := ticks(clip, times)[0]) == len(marks := ticks(mask, (theirs, rate))[0]) > 1:
         lasts, moments = length, marks[np.searchsorted((read[1:] + read[:-1]) / 2, at)]  # as many as are read
-    elif count > 1 and (count == len(ours) - 1 or own is None or rate is None):
-        if found and count != len(ours) - 1:
+    elif count > 1 and (count == frames or own is None or rate is None):
+        if found and count != frames:
             told.append(f"numbers {found[0]} to {found[-1]} of {str(mask)!r} are not looked at: the clip has none")
         if own and rate and abs(lasts / length - 1) > 0.1:
             told.append(f"{str(mask)!r} has another rate, but as many frames, so they are matched one by one")
         clock = np.append(ours, ours[-1] + (ours[-1] - ours[-2]) * np.arange(1, count + 1))[: count + 1]
         lasts = clock[-1] - clock[0]
         moments = middles[np.searchsorted(clock[1:-1] - clock[0], at, side="right")]
-    apart = abs(lasts - length) > 0.75 * max(lasts / count, length / (len(ours) - 1))
+    apart = abs(lasts - length) > 0.75 * max(lasts / count, length / frames)
     if count > 1 and apart and (lasts > length or (at >= lasts).any()):
         pair = f"{str(mask)!r} has {count} frames, {lasts:.3g} s, and {str(clip)!r} has {length:.3g} s"
         if (at < lasts).mean() < 0.5:

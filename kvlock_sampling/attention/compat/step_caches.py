@@ -53,8 +53,7 @@ class StepCaches:
 
     def _hooks(self) -> Iterator[Any]:
         for module in self.modules:
-            registry = module.__dict__.get("_diffusers_hook")
-            for hook in getattr(registry, "hooks", {}).values():
+            for hook in getattr(module.__dict__.get("_diffusers_hook"), "hooks", {}).values():
                 if any(_memories(hook)):
                     yield hook
 

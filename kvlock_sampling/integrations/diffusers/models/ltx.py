@@ -50,9 +50,7 @@ class LTXVideo(PipelineVideo):
         super().__init__(pipe, **options)
 
     @staticmethod
-    def call(
-        network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, *, patch: Any, scale: Any
-    ) -> Tensor:
+    def call(network: Any, z: Tensor, time: Tensor, cond: Conditioning, dtype: Any, patch: Any, scale: Any) -> Tensor:
         """`scale` is seconds and pixels per latent, of the rotary embedding."""
         t, h, w = (size // step for size, step in zip(z.shape[2:], patch, strict=True))
         steps = dict(zip(("pt", "ph", "pw"), patch, strict=True))

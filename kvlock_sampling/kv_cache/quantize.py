@@ -123,8 +123,10 @@ def unpack(packed: Packed, device: torch.device | str = "cpu") -> Tensor:
     dtype, parts = packed[0], {name: part.to(device) for name, part in packed[1].items()}
     if "token" not in parts:
         return parts["values"]
-    wide, out = torch.mul(parts["values"], parts["channel"] / _MAX), parts["values"].new_empty(0, dtype=dtype)
-    return torch.mul(wide, parts["token"], out=out)  # in one pass, also where the result is rounded
+    out = parts["values"].new_empty(0, dtype=dtype)
+    # The first product goes to the result's own memory, so fewer bytes move. In float16 it could overflow.
+    first = out if dtype in (torch.bfloat16, torch.float32) else out.float()
+    return torch.mul(torch.mul(parts["values"], parts["channel"] / _MAX, out=first), parts["token"], out=out)
 
 
 class Level(Mapping[str, tuple[Tensor, Tensor]]):

@@ -221,6 +221,9 @@ def test_an_output_is_its_batchs_before_its_record_is_written(kvlock: Kvlock, mo
     monkeypatch.setattr(batch, "write_atomically", killed)
     assert kvlock(*words(write([row()]))).exit_code == 130
     monkeypatch.setattr(batch, "write_atomically", write_atomically)
+    with monkeypatch.context() as patch:  # the next run ends before it comes to the row
+        patch.setattr(batch, "open_model", killed)
+        assert kvlock(*words()).exit_code == 130
     ended = kvlock(*words())
     assert "1 done, 0 kept, 0 failed" in plain(ended.output)
     assert not list(Path("out").glob(".*"))

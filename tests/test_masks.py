@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+import kvlock_sampling as kv
 from kvlock_sampling import masks
 from kvlock_sampling.masks.fitted import FittedMask, as_transition
 from kvlock_sampling.types import MaskError
@@ -386,16 +387,30 @@ def test_a_mask_with_a_gradient_is_a_mask():
 
 
 @pytest.mark.parametrize(
-    ("frames", "side", "told"), [(33, 64, True), (33, 128, True), (33, 256, False), (17, 64, False)]
+    ("frames", "side", "speed"),
+    [
+        (33, 64, "twice"),
+        (33, 128, "twice"),
+        (33, 256, None),  # LTX
+        (25, 64, "1.5 times"),
+        (17, 64, None),
+        (9, 64, "half"),
+        (17, 256, "half"),
+        (1, 64, None),
+        (5, 64, None),
+    ],
 )
-def test_a_mask_of_twice_the_clips_length_is_told(frames, side, told):
-    """Only a VAE of 8 frames fits, and of those with small sides there is one."""
-    mask = torch.zeros(1, 1, frames, side, side)
+def test_a_mask_of_another_length_than_the_clips_is_told(frames, side, speed):
+    mask, like = torch.zeros(1, 1, frames, side, side), torch.zeros(1, 4, 5, 8, 8)
     mask[..., : side // 2] = 1
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        FittedMask(mask).latent(torch.zeros(1, 4, 5, 8, 8))
-    assert [str(each.message).rpartition(": ")[0][-15:] for each in seen] == ["twice its speed"] * told
+        fitted = FittedMask(mask).latent(like)
+    told = [str(each.message) for each in seen]
+    assert [f"runs at {speed} its speed" in each for each in told] == [True] * (speed is not None)
+    for each in told:
+        said = eval(each.rpartition("mask=")[2].rstrip("."), {"kv": kv, "mask": mask})
+        assert torch.equal(FittedMask(said).latent(like), fitted)
 
 
 @pytest.mark.parametrize(("frames", "side"), [(49, 64), (13, 64), (21, 64), (17, 8), (9, 8)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from functools import partial
 
 import diffusers
@@ -89,6 +90,19 @@ def pipelines_own(name, pipe, clip, mask, noise, steps, scale):
     if name == "ltx":
         return pipe._unpack_latents(latents, *noise.shape[2:], 1, 1)
     return latents.transpose(1, 2) if name.startswith("cog") else latents
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_models_mask_fits_its_latents_without_a_word(name):
+    video, clip, mask = model(name)
+    latents = video.encode(clip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fitted = kv.masks.as_mask(video.lock_mask(mask))
+        lock = kv.KVLock(video.denoiser, source=latents, mask=video.lock_mask(mask), policy="full")
+    assert fitted.shape[2:] == latents.shape[2:]
+    assert torch.equal(lock.settings.mask.latent(latents), fitted)
+    assert 0 < fitted.mean() < 1
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,7 @@ def run_batch(
                 records[job.row] = {"status": "failed", "error": f"{text}. Move it, or give the row another name."}
             else:
                 groups.setdefault(job.options["clip"], []).append(job)
-                for leftover in leftovers:
+                for leftover in {*leftovers} - {job.claim}:  # the claim is proof, should this run end early too
                     leftover.unlink(missing_ok=True)
         if job.row in records:
             on_job()

@@ -146,10 +146,13 @@ class FittedMask:
         elif frames != t:
             temporal, rest = divmod(frames - 1, t - 1) if t > 1 else (0, 0)
             temporal = temporal if rest == 0 and temporal in (2, 4, 6, 8) and height > h else 0  # as VAEs compress
-            if temporal == 8 and height // h in (8, 16):  # LTX's factor is 32
+            usual, step = (8 if height // h > 16 else 4), height // h  # LTX's VAE takes 8 frames, and 32 pixels a side
+            if temporal not in (0, usual):
+                speed = {0.5: "half", 2.0: "twice"}.get(temporal / usual, f"{temporal / usual:g} times")
                 warn(
-                    f"the mask has {frames} frames for {t} of latents, which fits Cosmos 1 alone. If the clip has "
-                    f"{1 + 4 * (t - 1)}, as for Wan, the mask runs at twice its speed: pass its frames alone."
+                    f"the mask has {frames} frames for {t} of latents; expected {1 + usual * (t - 1)}. If the clip has "
+                    f"that many, the mask runs at {speed} its speed: pass its frames alone, or say what the VAE takes, "
+                    f"mask=kv.masks.latent_mask(mask, temporal={temporal}, spatial={step})."
                 )
         if not temporal or height % h or width % w or height // h != width // w:
             raise MaskError(

@@ -233,7 +233,7 @@ def page(video: VideoModel, sessions: Sessions, model: Mapping[str, Any]) -> Any
     def close(request: gr.Request) -> None:  # type: ignore[name-defined]
         sessions.close(request.session_hash)
 
-    with gr.Blocks(title="kvlock", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+    with gr.Blocks(title="kvlock", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         gr.Markdown(f"# Edit a region of a clip, and keep the rest\n{LEAD}")
         with gr.Row():
             with gr.Column(min_width=320):

@@ -205,7 +205,9 @@ class Session:
 
     def _loaded(self, path: Path | None) -> Path:
         if path is None:
-            raise SourceError("there is no clip yet: pick an example, or upload a film or an image.")
+            raise SourceError(
+                "there is no clip yet, or the connection broke: pick an example, or upload a film or an image."
+            )
         return path
 
 

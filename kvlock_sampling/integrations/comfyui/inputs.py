@@ -51,7 +51,7 @@ def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
         found = found[:, :, :whole]
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
         found = masks.resize(found, found.shape[2], side * height, side * width)
-    return found
+    return masks.latent_mask(found, temporal=factor, spatial=found.shape[-1] // width) if count > time else found
 
 
 def measured(policy: Any, estimator: Estimator | None) -> tuple[Preset, Estimator | None]:

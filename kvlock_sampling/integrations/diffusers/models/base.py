@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ....attention.architecture import config_patch
 from ....denoisers import Call, FlowDenoiser, Preconditioned
-from ....masks import as_mask
+from ....masks import as_mask, latent_mask
 from ....samplers import flow_sigmas
 from ....types import PipelineError
 from ....utils.denoiser import accepts
@@ -177,9 +177,10 @@ class PipelineVideo:
         """The largest number of latent frames up to `most` that this model takes."""
         return max(1, most // self.patch[0]) * self.patch[0]
 
-    def lock_mask(self, mask: Any) -> Any:
-        """The mask for a lock: `mask`, unless the latents hold frames that the clip lacks."""
-        return mask
+    def lock_mask(self, mask: Any) -> Tensor:
+        """Return a mask of pixels at the latents' size. Raises MaskError if they do not fit the VAE's compression."""
+        temporal, spatial = self.compression
+        return latent_mask(mask, temporal=temporal, spatial=spatial)
 
     def given(self, clips: Tensor, mask: Any = None) -> "PipelineVideo":
         """Return this model bound to clips: some schedules depend on the size, some transformers read a first frame.

@@ -65,7 +65,7 @@ def main() -> None:
         subject.model, source=subject.source, mask=subject.mask(0.25), policy=FULL, kv_cache=KVCache(budget=None)
     )
     settings, layers = lock.settings, lock.settings.layers
-    selection, _ = settings.mask.selection(subject.source, layers.patch)
+    selection, _ = settings.mask.selection(subject.source, layers.patch, None)
     heads, width = 12, 128
     shape = 1, heads, len(selection.stored), width
     g = torch.Generator(device).manual_seed(0)

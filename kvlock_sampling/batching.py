@@ -69,7 +69,8 @@ def check_rows(arguments: Mapping[str, Any], batch: int, owner: str) -> None:
         if rows not in (1, batch):
             raise RunError(
                 f"{name} in {owner} has {rows} rows for {batch} clip(s) in x; expected one, or one for each clip: "
-                f"{name}={name}[:{batch}], or as many rows of x."
+                + (f"{name}={name}[:{batch}], or as many rows of x" if rows > batch else "repeat what clips share")
+                + f". Of one text without an axis of clips {name}={name}[None]." * isinstance(value, Tensor)
             )
 
 

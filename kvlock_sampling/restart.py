@@ -82,8 +82,7 @@ def restart(
     if len(risk) != batch:
         raise RunError(f"x has {batch} clips, the lock's last run had {len(risk)}; pass the clips of that run.")
     at_risk = risk > limit
-    index = torch.nonzero(at_risk).flatten()
-    if not len(index):
+    if not len(index := torch.nonzero(at_risk).flatten()):
         return Restarted(out, at_risk, None)
     part, clips = lock.subset(index, batch), out[index]
     # A clip's seed does not depend on which others are sent back. The noise added needs another in its low 32 bits.

@@ -6,7 +6,7 @@ noise levels, adaptively with rejections, with churn, or backwards.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from .utils.modules import reachable_modules
 from .utils.threads import here
 from .utils.warn import warn
 from .variance.base import check_variance
+
+_CHURN = 1.5  # A sampler's churn raises a level by up to sqrt(2).
 
 
 class Timeline:
@@ -77,7 +79,7 @@ class Step:
     state: State
     composite: Scalar
     observation: Observation
-    reads: HostReads = field(default_factory=HostReads)
+    reads: HostReads
 
     @property
     def expected_cfg_scale(self) -> Scalar:
@@ -138,8 +140,8 @@ class Run:
         if sigma_arg.ndim > 1 or sigma_arg.numel() not in (1, len(x)):
             raise RunError(f"sigma has shape {tuple(sigma_arg.shape)}; expected () or (batch,): sigma.flatten().")
         requested = extra_args.get(name, settings.default_scale)
-        if not isinstance(requested, Tensor):
-            requested = check_number(name, requested, RunError)
+        # A callback may change the tensor in place.
+        requested = requested.clone() if isinstance(requested, Tensor) else check_number(name, requested, RunError)
         reads, last = HostReads(), self.timeline.last
         decided = () if last is None else (last.lock, last.cfg_scale, last.composite)
         reads.together(x, sigma_arg, requested, *decided, *(self._unread or ())[1:])
@@ -223,7 +225,7 @@ class Run:
         """A sampler told its schedule. It goes on from the level that was reached, or begins another run."""
         first, rest = schedule[0], tuple(level for level in self.schedule or () if level <= schedule[0])
         schedule = rest if rest[: len(schedule)] == schedule else schedule  # step by step it tells pieces of it
-        self._resumed = first <= self.timeline.sigma * (1 + SAME_SIGMA) and first < self._top * (1 - SAME_SIGMA)
+        self._resumed = first <= self.timeline.sigma * _CHURN and first < self._top * (1 - SAME_SIGMA)
         if not self._resumed:
             return self.restart(schedule)
         self.schedule = (*(level for level in self.schedule or () if level > first * (1 + SAME_SIGMA)), *schedule)
@@ -285,8 +287,8 @@ def _unrounded(schedule: Sequence[float] | None, model: Denoiser, level: float, 
 
 
 def _check_range(schedule: Sequence[float] | None, sigma: float) -> None:
-    """Raise RunError for a noise level far off the schedule: churn raises one by up to sqrt(2), eta > 1 lowers one."""
-    if schedule and not min(schedule) / 1.5 <= sigma <= 1.5 * max(schedule):  # a pipeline's may rise
+    """Raise RunError for a noise level far above the schedule. Below its last one eta > 1 may lead."""
+    if schedule and sigma > _CHURN * max(schedule):  # a pipeline's may rise
         raise RunError(
             f"the model was asked at sigma={sigma:.4g}; expected a level of the run's schedule, {schedule[0]:.4g} to "
             f"{schedule[-1]:.4g}.\n  sigmas= is the schedule that the sampler gets: leave it out with this library's "

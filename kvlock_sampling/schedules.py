@@ -26,7 +26,7 @@ def check_sigmas(sigmas: Any) -> Tensor:
         shown = f"tensor of {tuple(values.shape)}" if isinstance(sigmas, Tensor) else repr(sigmas)
     raise SamplerError(
         f"sigmas={shown}: no schedule; expected (levels,), at least 2, finite, >= 0, each below the one before, e.g. "
-        "samplers.flow_sigmas(30, shift=5.0). To invert a clip: samplers.euler(model, x, sigmas), on the bare model."
+        "samplers.flow_sigmas(30, shift=5.0). To invert a clip: samplers.euler(model, x, torch.as_tensor(sigmas))."
     )
 
 

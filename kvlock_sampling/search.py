@@ -190,7 +190,7 @@ class _Rows(DenoiserProxy):
         assert self._denoised is not None
         found = torch.full((len(self.locks),), float("nan"))
         for row in self.going:
-            score = self.judge(self._denoised[row : row + 1], self.locks[row].trace)
+            score = self.judge(self._denoised[row : row + 1].clone(), self.locks[row].trace)
             found[row] = float("nan" if score is None else score)
             if not found[row].isfinite():
                 raise RunError(f"the judge gave start {row} {score}; expected a finite number, more for better.")

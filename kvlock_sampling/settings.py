@@ -24,6 +24,7 @@ from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, on_latents, token_grid
 from .policy import Clamped, Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
+from .policy.wrappers import PolicyWrapper
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
@@ -178,7 +179,13 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         hint = f"{name}()" if isinstance(chosen, type) else "kv.variance.RenoiseVariance(passes=1)"
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = chosen.bound(reachable_modules(model))
-    usual = DEFAULT_THRESHOLD if sparsely(measure) == DEFAULT_ESTIMATOR else measure.default_threshold
+    policy, kind = preset.policy, sparsely(measure)
+    if policy.uses_risk and type(kind).effect is Estimator.effect and _reads_effect(policy):
+        warn(
+            f"{policy!r} reads obs.effect, which {kind!r} does not measure: it is NaN.\n"
+            "  Pass estimator=kv.variance.Divergence(patch='model')."
+        )
+    usual = DEFAULT_THRESHOLD if kind == DEFAULT_ESTIMATOR else measure.default_threshold
     mine = estimator is None or sparsely(estimator) == sparsely(preset.estimator or DEFAULT_ESTIMATOR)
     limit = _first(given["threshold"], preset.threshold if mine else None, usual)  # it belongs to its estimator
     if not callable(limit):
@@ -186,6 +193,13 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
     check_number("cfg_floor", floor, PolicyError, " The least guidance scale a policy may ask for.", at_least=0.0)
     return measure, limit, floor
+
+
+def _reads_effect(policy: Any) -> bool:
+    while isinstance(policy, PolicyWrapper):
+        policy = policy.policy
+    step = getattr(policy, "function", type(policy).step)
+    return "effect" in getattr(getattr(step, "__code__", None), "co_names", ())
 
 
 def _source(model: Any, given: Mapping[str, Any], reach: Any, erase: Any) -> tuple[Source | None, FittedMask | None]:
@@ -213,11 +227,12 @@ def _check_needs_source(policy: Policy, measure: Estimator, given: Mapping[str, 
         )
     if type(policy) is Constant and policy.lock > 0:  # of others without a mask only the run can tell
         raise nothing_to_lock_to(policy, "lock", policy.lock)
-    named = "the default policy" if given["policy"] == "default" else repr(policy)
-    if given["mask"] is not None and (policy.may_lock or given["policy"] == "default"):
+    default, alone = given["policy"] == "default", "kv.policy.Clamped(policy, lock=(0.0, 0.0))"
+    named, alone = ("the default policy", "kv.Sigmoid(lock_range=(0.0, 0.0))") if default else (repr(policy), alone)
+    if given["mask"] is not None and (policy.may_lock or default):
         raise SourceError(
             f"mask= without source=: {named} may lock, and there is no clip to lock to.\n  Pass source=latents too. Or "
-            "measure in the mask, and schedule guidance alone: policy=kv.policy.Clamped(policy, lock=(0.0, 0.0))."
+            f"measure in the mask, and schedule guidance alone: policy={alone}."
         )
     if policy.uses_risk and measure.needs_source:
         raise EstimatorError(

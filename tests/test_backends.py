@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
+import unittest.mock
 import weakref
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import kvlock_sampling as kv
 from kvlock_sampling.attention import FusionContext
-from kvlock_sampling.attention.forward_hooks import ForwardHook, hooked
+from kvlock_sampling.attention.forward_hooks import ForwardHook, hooked, patched
 from kvlock_sampling.attention.interception import intercepted
 from kvlock_sampling.types import AttentionError
 
@@ -350,6 +351,29 @@ def test_hooks_nest_restore_what_stood_there_and_survive_errors():
         module.forward = wrapped = lambda x: held(x) + 100  # other code wraps the hook itself
     assert module.forward is wrapped
     assert module(x).item() == 111
+
+
+@pytest.mark.parametrize("how", ["set", "mock", "delete"])
+def test_a_forward_that_is_replaced_for_one_call_leaves_nothing_behind(how):
+    """As other tools do around every call of a network."""
+    module, x = Adds(), torch.zeros(1)
+    with hooked([ForwardHook(module, around=twice)]):
+        for _ in range(300):
+            own = module.forward
+            if how == "mock":
+                with unittest.mock.patch.object(module, "forward", lambda x, own=own: own(x) + 10):
+                    assert module(x).item() in (12, 22)
+                continue
+            module.forward = lambda x, own=own: own(x) + 10
+            assert module(x).item() in (12, 22)
+            if how == "set":
+                module.forward = own
+            else:
+                del module.forward
+        assert module(x).item() == 2
+    assert module(x).item() == 1
+    assert getattr(vars(module).get("forward"), "__func__", Adds.forward) is Adds.forward
+    assert not patched(module)
 
 
 def test_a_hook_does_not_keep_its_module_alive():

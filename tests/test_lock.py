@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -705,14 +706,18 @@ def test_clips_are_chosen_by_numbers_or_by_a_mask_of_clips(index):
 
 @pytest.mark.parametrize("policy", ["default", "release", "sigmoid", "paper", "full"])
 @pytest.mark.parametrize("split", [2, 4])
-@pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_a_run_may_be_several_calls_of_samplers(pair: Setup, policy: str, split: int, sampler: str) -> None:
+@pytest.mark.parametrize(("sampler", "churn"), [("euler", 0.0), ("heun", 0.0), ("heun", 100.0)])
+def test_a_run_may_be_several_calls_of_samplers(
+    pair: Setup, policy: str, split: int, sampler: str, churn: float
+) -> None:
     """Measurements, noise and steps left go on; with all that heun knows, since a call begins where it ended."""
-    run, steps = kv.samplers.get(sampler), []
+    run, steps = partial(kv.samplers.get(sampler), s_churn=churn), []
     lock = pair.lock(policy=policy)
+    torch.manual_seed(1)
     with lock:
         whole = run(lock, pair.x, pair.sigmas, extra_args=pair.cfg, disable=True)
     steps.append([step.sigma for step in lock.trace])
+    torch.manual_seed(1)
     with lock:
         half = run(lock, pair.x, pair.sigmas[: split + 1], extra_args=pair.cfg, disable=True)
         again = run(lock, half, pair.sigmas[split:], extra_args=pair.cfg, disable=True)
@@ -797,3 +802,28 @@ def test_scales_per_clip_of_a_model_that_guides_itself_have_its_dtype(pair):
     wanted = guided(pair.x, pair.sigmas[:1], pair.cond, pair.uncond, scales.float().view(2, 1, 1, 1, 1))
     assert torch.equal(out, wanted)
     assert out.dtype == pair.x.dtype
+
+
+def test_a_scale_that_a_callback_changes_in_place_is_traced_as_it_acted(pair: Setup) -> None:
+    scale, seen = torch.full((len(pair.x),), 3.0), []
+
+    @partial(kv.stateless, uses_risk=False)
+    def watching(obs):
+        seen.append(obs.requested_cfg_scale)
+        return kv.Control()
+
+    lock = kv.KVLock(pair.model, policy=watching)
+    change = lambda info: scale.mul_(0.5)  # noqa: E731
+    lock.sample("euler", pair.x, pair.sigmas, extra_args=pair.cfg | {"cond_scale": scale}, callback=change)
+    expected = [3.0 * 0.5**i for i in range(len(pair.sigmas) - 1)]
+    assert [float(step.cfg_scale[0]) for step in lock.trace] == expected
+    assert [float(given[0]) for given in seen[1:]] == expected  # before its first step it is asked for its start
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2_ancestral", "dpmpp_2s_ancestral"])
+def test_an_eta_above_1_may_lead_below_the_last_level(pair: Setup, sampler: str) -> None:
+    lock, sigmas = pair.lock(policy="half"), samplers.flow_sigmas(8)[:5]
+    with lock:
+        x0 = kv.samplers.get(sampler)(lock, pair.x, sigmas, extra_args=pair.cfg, eta=1.2, disable=True)
+    assert x0.isfinite().all()
+    assert min(step.sigma for step in lock.trace) < float(sigmas[-1]) / 1.5

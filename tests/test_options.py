@@ -119,6 +119,22 @@ def test_an_estimator_that_measures_no_effect_under_a_policy_that_reads_it(setup
         euler(lock, setup)
 
 
+def test_a_policy_that_reads_effects_is_told_where_none_are_measured(setup, recwarn):
+    def mine(obs):
+        return kv.Control(lock=1.0, composite=(obs.effect < 1).float())
+
+    default = kv.load_policy("default")
+    for policy in (default, mine, kv.Smoothed(default, half_life=0.3), kv.Windowed(kv.stateless(mine), below=3.0)):
+        with pytest.warns(UserWarning, match="effect") as seen:
+            setup.lock(policy=policy)
+        told = str(seen[0].message)
+        assert "reads obs.effect, which TrajectoryVariance(" in told
+        setup.lock(policy=policy, estimator=eval(told.rpartition("estimator=")[2].rstrip("."), {"kv": kv}))
+        setup.lock(policy=policy, estimator=kv.variance.Sparse(kv.variance.Divergence(), every=2))
+    setup.lock(policy="sigmoid"), setup.lock(policy="default"), setup.lock(policy=lambda obs: kv.Control(lock=1.0))
+    assert not recwarn.list
+
+
 def test_several_slips_are_named_together(setup):
     with pytest.raises(SourceError, match=r"^layers=, transition= without source="):
         kv.KVLock(setup.model, layers=[0], transition=(1, 0.5))
@@ -132,8 +148,12 @@ def test_a_mask_without_a_source_says_where_to_measure(setup, recwarn):
     assert not torch.equal(everywhere.trace.steps[-1].variance, inside.trace.steps[-1].variance)
     kv.KVLock(setup.model, mask=setup.mask, policy=OFF)
     for policy in ("default", "sigmoid", "paper", "release", kv.Linear(), kv.PID(target=1.0)):
-        with pytest.raises(SourceError, match=r"mask= without source=.*\n.*source=latents"):
+        with pytest.raises(SourceError, match=r"mask= without source=.*\n.*source=latents") as raised:
             kv.KVLock(setup.model, mask=setup.mask, policy=policy)
+        made = policy if isinstance(policy, kv.policy.Policy) else kv.load_policy(policy)
+        said = eval(str(raised.value).rpartition("policy=")[2].rstrip("."), {"kv": kv, "policy": made})
+        if policy != "release":  # it compares with a source
+            euler(kv.KVLock(setup.model, mask=setup.mask, policy=said), setup)
     assert warned(recwarn)[0].startswith("mask= without effect: the policy Constant(lock=0.0")
 
 
@@ -336,8 +356,13 @@ def test_conditions_of_another_batch_are_refused(setup):
     for model in (setup.model, lambda x, sigma, cond: x * 0.5, lambda x, sigma, cond: torch.cat([x, x])):
         for cond in (two, label, ["a ball", "a cube"]):
             lock = kv.KVLock(model, policy="off")
-            with pytest.raises(RunError, match=r"cond in extra_args has 2 rows for 1 clip\(s\)"):
+            with pytest.raises(RunError, match=r"cond in extra_args has 2 rows for 1 clip\(s\)") as raised:
                 lock.sample("euler", setup.x, setup.sigmas, extra_args={"cond": cond})
+            assert ("cond[None]" in str(raised.value)) == isinstance(cond, torch.Tensor)
+            assert "cond=cond[:1], or as many rows of x" in str(raised.value)
+    three = torch.cat([setup.x] * 3)
+    with pytest.raises(RunError, match=r"2 rows for 3 clip.*: repeat what clips share"):
+        lock.sample("euler", three, setup.sigmas, extra_args={"cond": two})
     with pytest.raises(RunError, match="cond in source_args has 2 rows"):
         euler(setup.lock(policy=HALF, source_args={"cond": two}), setup)
     lock = kv.KVLock(lambda x, sigma, cond: torch.cat([x, x]), policy="off")

@@ -263,8 +263,11 @@ def test_run_says_what_it_cannot_do():
     rising, repeated = [0.0, 1.0, 2.0], [3.0, 2.0, 2.0, 0.0]
     for levels in ([1.0], [[1.0, 1.0]] * 2, [math.inf, 1.0], [1.0, -1.0], [2.0, math.nan, 0.0], rising, repeated):
         for sampler in ("euler", "dpmpp_2m", "dpm_adaptive", lambda model, x, sigmas: x):
-            with pytest.raises(SamplerError, match=r"no schedule; expected .*flow_sigmas"):
+            with pytest.raises(SamplerError, match=r"no schedule; expected .*flow_sigmas") as raised:
                 samplers.run(sampler, gaussian, start(1, 2), torch.tensor(levels))
+    said = str(raised.value).rpartition("To invert a clip: ")[2].rstrip(".")
+    given = {"samplers": samplers, "torch": torch, "model": gaussian, "x": start(1, 2)}
+    assert eval(said, given | {"sigmas": [0.1, 1.0, 2.0]}).isfinite().all()
     with pytest.raises(SamplerError, match=r"torch\.manual_seed"):
         samplers.run("euler", gaussian, start(1, 2), SIGMAS, seed=1, s_churn=5.0)
 

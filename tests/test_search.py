@@ -70,6 +70,22 @@ def test_the_judge_decides(setup):
     assert calm.chosen == [min(range(4), key=lambda row: float(last[row].variance))]
 
 
+def test_a_judge_may_work_in_place(setup):
+    def harsh(denoised, trace):
+        return -float(denoised.clamp_(-0.1, 0.1).square().mean())
+
+    def gentle(denoised, trace):
+        return harsh(denoised.clone(), trace)
+
+    x = starts(setup)
+    one, other = (
+        kv.search(measured(setup), "dpmpp_2m", x, setup.sigmas, judge=judge, extra_args=setup.cfg)
+        for judge in (harsh, gentle)
+    )
+    assert torch.equal(one.x, other.x)
+    assert torch.equal(one.candidates, other.candidates)
+
+
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_no_number_is_refused(setup, score):
     with pytest.raises(RunError, match=f"gave start 0 {score:g}; expected a finite number"):

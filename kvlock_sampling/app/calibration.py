@@ -77,8 +77,7 @@ def calibrate(
     preset = preset if isinstance(preset, Preset) else Preset(preset)
     if not preset.policy.uses_risk:
         raise PolicyError(f'policy={policy!r} reads no risk; expected one that does, e.g. policy="sigmoid".')
-    meter = preset.estimator or DEFAULT_ESTIMATOR
-    if meter.needs_source:
+    if (meter := preset.estimator or DEFAULT_ESTIMATOR).needs_source:
         raise PolicyError(
             f"policy={policy!r} measures {meter!r}, which is relative to edit and clip and needs no calibration.\n"
             '  Use the policy as it is, or calibrate one that reads risk, e.g. policy="sigmoid".'

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -56,10 +57,13 @@ def _hooked(kind: Any) -> Any:
     @hide
     def forward(module: nn.Module) -> Callable[..., Any]:
         # A forward that other code, such as offloading, has set on the instance runs inside.
-        return partial(hidden, module, vars(module).get("forward") or partial(kind.forward, module))
+        return partial(hidden, module, vars(module).get("forward") or MethodType(kind.forward, module))
+
+    def put(module: nn.Module, own: Any) -> None:  # perhaps what was read above, put back
+        vars(module)["forward"] = own.args[1] if getattr(own, "func", None) is hidden else own
 
     hidden = hide(run, recursive=False)
-    either = property(forward, lambda module, own: vars(module).update(forward=own))
+    either = property(forward, put, lambda module: vars(module).pop("forward", None))
     setattr(kind, name, plain_copies(kind, {"forward": either, "_kvlock_hooked": True}))
     return vars(kind)[name]
 

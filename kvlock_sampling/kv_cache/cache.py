@@ -192,8 +192,7 @@ class CacheEntry:
         if level is None and (copied := self._copied.get(sigma)) is not None:
             return copied[0]
         if level is None and self._folder is not None and sigma in self._files:
-            level = disk.read(self._folder, self.name, sigma, self.layers)
-            if level is None:
+            if (level := disk.read(self._folder, self.name, sigma, self.layers)) is None:
                 self._files.discard(sigma)
             else:
                 self._mapped[sigma] = level
@@ -254,8 +253,7 @@ class CacheSession:
         names, networks = [layer.name for layer in self.layers.layers], self.layers.networks
         if len(networks) < 2:
             return names
-        index = next((i for i, network in enumerate(networks) if expert is network or expert == i), None)
-        if index is None:
+        if (index := next((i for i, network in enumerate(networks) if expert is network or expert == i), None)) is None:
             raise AttentionError(
                 f"this model has {len(networks)} networks, and expert(sigma) returned {expert!r}, which is not one.\n"
                 "  Give the denoiser a method expert(sigma) that returns the network that runs, or its index."

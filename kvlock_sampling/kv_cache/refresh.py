@@ -54,8 +54,7 @@ class Refresh:
             return ()
         reach = 4.0 if self.ratio is None else self.ratio**2
         beyond = [s for s in levels if (s - nearest) * (nearest - sigma) > 0 and _within(reach, s, sigma)]
-        behind = min(beyond, key=lambda s: _distance(s, nearest), default=None)
-        if behind is None:
+        if (behind := min(beyond, key=lambda s: _distance(s, nearest), default=None)) is None:
             return ((nearest, 1.0),)
         # At most as far beyond the last level as the two are apart: two close levels say little about a far one.
         weight = min(math.log(sigma / behind) / math.log(nearest / behind), 2.0)

@@ -124,9 +124,7 @@ class FittedMask:
         return edited.view(len(edited), 1, *token_grid(like.shape, patch)).float()
 
     @_remembered
-    def selection(
-        self, like: Tensor, patch: Grid, transition: Sequence[float] | None = None
-    ) -> tuple[Selection, Tensor]:
+    def selection(self, like: Tensor, patch: Grid, transition: Sequence[float] | None) -> tuple[Selection, Tensor]:
         """The tokens that must be computed at full lock, and where the latents of the others are, bool, like `like`."""
         background = self.background(like, patch, transition).to(like.device).expand(len(like), -1).contiguous()
         chosen = Selection(background)

@@ -144,7 +144,10 @@ def as_policy(value: Any) -> Policy:
     if isinstance(value, type):
         raise PolicyError(f"policy={value.__name__} is a class; expected an object of it: {value.__name__}(...)")
     if isinstance(value, str):
-        raise PolicyError(f"policy={value!r} is a name; expected a policy or a function: load_policy({value!r})")
+        raise PolicyError(
+            f"policy={value!r} is a name; expected a policy or a function: load_policy({value!r}).\n  To keep the "
+            f"preset's other settings: dataclasses.replace(kv.presets.load_preset({value!r}), policy=...)."
+        )
     if callable(value):
         return Stateless(value)
     raise PolicyError(

@@ -161,8 +161,7 @@ class Promises:
             what = f"locked by {lock} to the clip it is itself, at the same noise, the output changed"
             advice = "The source's K/V went to other tokens or rows than they came from, or the model draws noise."
             self._close(out, plain, what, advice)
-        change = self._apart(self._locked(Constant(lock=1.0)), self.plain)
-        if not change > max(1e-4, 3 * rounding):
+        if not (change := self._apart(self._locked(Constant(lock=1.0)), self.plain)) > max(1e-4, 3 * rounding):
             raise AttentionError(
                 f"lock 1 to another clip changed the output by {change:.2g} standard deviations; expected more than "
                 f"rounding, {rounding:.2g} here.\n  Attention has no say in this network."

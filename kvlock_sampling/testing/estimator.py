@@ -65,8 +65,7 @@ def check_estimator(estimator: Estimator, *, batch: int = 3, device: str | torch
             raise EstimatorError(f"{contract.name}.{field} is {value!r}; expected {least}.")
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         model = CheckModel().to(device, dtype)
-        bound = estimator.bound(model.modules())
-        if not isinstance(bound, Estimator):
+        if not isinstance(bound := estimator.bound(model.modules()), Estimator):
             raise EstimatorError(f"{type(estimator).__name__}.bound returned {bound!r}; expected an estimator.")
         contract = _contract(bound := bound.on_tokens((1, 2, 2)))
         for masked in (True, False):

@@ -51,8 +51,7 @@ def _rows(prompt: str) -> list[int]:
     if text.startswith(f" {EMPTY_PROMPT} "):
         text, said, slots = text.removeprefix(f" {EMPTY_PROMPT}"), [EMPTY_PROMPT] * 4, [POSTS]
     for phrases in slots:
-        named = next((phrase for phrase in phrases if f" {phrase} " in text), UNSAID.get(phrases))
-        if named is None:
+        if (named := next((phrase for phrase in phrases if f" {phrase} " in text), UNSAID.get(phrases))) is None:
             raise KVLockError(f"prompt {prompt!r} names none of {', '.join(phrases)}.\n{EXAMPLE}")
         text = text.replace(f" {named} ", " ", 1)
         said.append(named)

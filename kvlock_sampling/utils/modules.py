@@ -18,8 +18,7 @@ def reachable_modules(model: Any) -> Iterator[nn.Module]:
     """Yield the modules of a denoiser: itself, its submodules, and those that a function or wrapper refers to."""
     stack, seen = [model], set()
     while stack:
-        item = stack.pop(0)
-        if id(item) in seen:
+        if id(item := stack.pop(0)) in seen:
             continue
         seen.add(id(item))
         # Modules too: a wrapper module may hold a plain function, which is not among its submodules.

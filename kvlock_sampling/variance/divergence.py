@@ -62,8 +62,7 @@ class Divergence(Estimator):
         if self.patch is not None:
             delta, mask = _background_of_tokens(delta, mask, self.patch), None
         # The prediction replaces one at nearly the same sigma, and those below.
-        above = tuple(entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA))
-        if not above:
+        if not (above := tuple(entry for entry in state if entry[0] > sigma * (1 + SAME_SIGMA))):
             return ((sigma, 1.0, 1.0, delta, 0.0, self._pooled(delta, mask) / unit),), None
         before, weight, squares, mean, spread, _ = above[-1]
         decay = math.exp(-math.log(before / sigma) / self.memory)

@@ -165,8 +165,7 @@ def _modules(pipe: Any) -> list[torch.nn.Module]:
 
 
 def _class_name(folder: Path) -> str:
-    index = folder / INDEX
-    if not index.is_file():
+    if not (index := folder / INDEX).is_file():
         state = "does not exist" if not folder.exists() else f"holds no {INDEX}"
         raise PipelineError(
             f"{folder} {state}; expected a folder that pipe.save_pretrained(folder) wrote, or a download:\n"

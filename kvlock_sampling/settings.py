@@ -24,7 +24,7 @@ from .masks.fitted import FittedMask, as_transition
 from .masks.tokens import Grid, on_latents, token_grid
 from .policy import Clamped, Constant, Policy, Sigmoid
 from .policy.base import nothing_to_lock_to
-from .policy.wrappers import PolicyWrapper
+from .policy.wrappers import innermost
 from .presets import Preset, load_preset
 from .source import Source
 from .types import AttentionError, Denoiser, EstimatorError, KVLockError, PolicyError, RunError, Scalar, SourceError
@@ -195,10 +195,8 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     return measure, limit, floor
 
 
-def _reads_effect(policy: Any) -> bool:
-    while isinstance(policy, PolicyWrapper):
-        policy = policy.policy
-    step = getattr(policy, "function", type(policy).step)
+def _reads_effect(policy: Policy) -> bool:
+    step = getattr(inner := innermost(policy), "function", type(inner).step)
     return "effect" in getattr(getattr(step, "__code__", None), "co_names", ())
 
 

@@ -10,13 +10,12 @@ Rows come in chunks of `batch` clips, for example [uncond, cond] or [uncond, con
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ..masks.tokens import Grid, Selection
 from ..types import AttentionError
-from ..utils.threads import setting
 from .fuse import fuse, fuse_rows, join_kept
 from .record import CallRecord, KeyValue
 
@@ -133,6 +132,7 @@ class FusionContext:
 
 
 acting: ContextVar[FusionContext | None] = ContextVar("kvlock_fusion_context", default=None)
+"""The context of the calls that this thread or task makes; `setting(acting, context)` sets it for a block."""
 
 
 def current() -> FusionContext:
@@ -140,8 +140,3 @@ def current() -> FusionContext:
     context = acting.get()
     assert context is not None
     return context
-
-
-def using(context: FusionContext) -> Any:
-    """Make this the context of calls made inside the block, by this thread or task."""
-    return setting(acting, context)

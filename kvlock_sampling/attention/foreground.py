@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map
 
 from ..types import AttentionError
 from ..utils.modules import signature_of
-from .context import CapturedError, FusionContext, current, using
+from ..utils.threads import setting
+from .context import CapturedError, FusionContext, acting, current
 from .forward_hooks import Arguments, ForwardHook
 from .layers import Table, TokenFlow
 
@@ -76,9 +77,9 @@ def _interleave(block: nn.Module, flow: TokenFlow, call: Callable[..., Any], arg
 
         return {n: given if n in shared else tree_map(take, given) for n, given in bound.arguments.items()}
 
-    def run(arguments: dict[str, Any], acting: FusionContext) -> Any:
+    def run(arguments: dict[str, Any], part: FusionContext) -> Any:
         bound.arguments.update(arguments)
-        with using(acting):
+        with setting(acting, part):
             return call(*bound.args[1:], **bound.kwargs)
 
     of_source, of_edit = cut(slice(edit, rows)), cut(slice(edit))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..types import AttentionError
 from ..utils.modules import signature_of
-from ..utils.threads import without_compiler
+from ..utils.threads import setting, without_compiler
 from ..utils.warn import warn
 from .compat.comfy import overridden
 from .compat.context_parallel import local_piece, refuse_cut
 from .compat.torch_compile import call_compiled
-from .context import FusionContext, current, using
+from .context import FusionContext, acting, current
 from .foreground import interleaving, narrow_mask, narrowing
 from .forward_hooks import ForwardHook, hooked, patched
 from .interception import Fused, intercepted
@@ -64,7 +64,7 @@ class Hooks:
 
         def fused() -> T:
             context.record.clear()
-            with using(context), hooked(self._forward_hooks(context)):
+            with setting(acting, context), hooked(self._forward_hooks(context)):
                 return call()
 
         def acted() -> bool:
@@ -115,7 +115,7 @@ class Hooks:
         text = sum(bound[name].shape[1] for name in names if isinstance(bound.get(name), Tensor)) if names else None
         # As in the evaluation before, a whole one at first. A checkpoint around the lock may run this one again.
         left = None if context.left is None or self._gradients else self._acted.get(record.first)
-        with using(replace(context, text=text, called=called, left=left)):
+        with setting(acting, replace(context, text=text, called=called, left=left)):
             return call(*args, **kwargs)
 
     def _watch(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ class Hooks:
         if context.rows is None:
             rows = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), None)
             context = replace(context, rows=rows)
-        with using(context):
+        with setting(acting, context):
             return self._intercept(self._fuse_matching, call, args, kwargs)
 
     def _intercept(self, fuse: Callable[..., Fused], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:

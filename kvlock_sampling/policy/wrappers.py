@@ -45,6 +45,11 @@ class PolicyWrapper(Policy):
     may_lock = property(lambda self: self.policy.may_lock)
 
 
+def innermost(policy: Policy) -> Policy:
+    """The policy inside its wrappers."""
+    return innermost(policy.policy) if isinstance(policy, PolicyWrapper) else policy
+
+
 @dataclass(frozen=True)
 class Windowed(PolicyWrapper):
     """The inner policy within a window of the run; elsewhere no lock, and the requested guidance and compositing.

@@ -139,6 +139,11 @@ def test_a_released_background_is_not_pasted_over(model):
     masked = {**latents(), "noise_mask": box().reshape(-1, 1, 8 * SIDE, 8 * SIDE)}
     _, patched = locked(model, kv.Constant(lock=1.0, composite=0.0))
     assert background(sample(patched, source=masked)) > 0.01
+    releases = kv.policy.ReleaseBelow(below=1e3, lock=0.0)
+    for policy in (releases, kv.Windowed(releases, above=0.1)):
+        lock, patched = locked(model, policy)
+        assert background(sample(patched, source=masked)) > 0.01
+        assert lock.released is not None
 
 
 def test_off_leaves_the_hosts_noise_mask_alone(model):
@@ -310,7 +315,10 @@ def test_a_lock_serves_any_number_of_runs(model):
     assert torch.equal(sample(patched, seed=3), first)
 
 
-@pytest.mark.parametrize("policy", ["full", "half", "release", kv.Constant(lock=0.0, composite=1.0)], ids=str)
+UNLOCKED = kv.policy.Release(below=1e3, lock=0.0)
+
+
+@pytest.mark.parametrize("policy", ["full", "half", "release", kv.Constant(lock=0.0, composite=1.0), UNLOCKED], ids=str)
 def test_two_stages_keep_their_background(model, policy):
     """As of Wan 2.2: two samplers, each with its own network, and the first one's noisy latent between them."""
     low = wan(num_layers=2)
@@ -326,7 +334,7 @@ def test_two_stages_keep_their_background(model, policy):
     second = lock.next_stage()
     found = two(high, second.patch(low))
     assert background(two(model, low)) > 1
-    if policy != "release":
+    if policy not in ("release", UNLOCKED):
         assert background(found) <= 1e-5
     # Both stages on one network are one run.
     second = lock.next_stage()
@@ -451,8 +459,11 @@ def test_a_lazy_cache_skips_whole_steps_and_an_easy_cache_is_refused(model):
         warnings.simplefilter("ignore")
         assert background(sample(lazy, steps=8)) <= 1e-5
     easy = made_by(extras.EasyCacheNode, locked(model, "half")[1], 0.2, 0.15, 0.95, False)
-    with pytest.raises(kv.types.RunError, match="expected LazyCache"):
-        sample(easy, steps=8)
+    tea = locked(model, "half")[1].clone()  # another pack's, which keeps something for each prompt
+    tea.model_options["transformer_options"]["teacache_device"] = torch.device("cpu")
+    for patched, name in ((easy, "EasyCache"), (tea, "teacache_device")):
+        with pytest.raises(kv.types.RunError, match=f"a step cache, {name}, .*expected LazyCache"):
+            sample(patched, steps=8)
 
 
 def told(cond, **more):
@@ -664,6 +675,44 @@ def test_guiders_with_a_third_prompt(model, kind, length, policy):
         euler = comfy.samplers.sampler_object("euler")
         found.append(guider.sample(noise, latents()["samples"], euler, sigmas, seed=3))
     torch.testing.assert_close(*found, rtol=0, atol=1e-3)
+
+
+def test_the_second_prompt_of_a_guider_is_not_measured(model):
+    custom = pytest.importorskip("comfy_extras.nodes_custom_sampler")
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4)
+    noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+    effects = []
+    for second in (text(7), text(9)):  # the latter is what the source shows
+        lock, patched = locked(model, "release", source_prompt=text(9))
+        guider = custom.Guider_DualCFG(patched)
+        guider.set_conds(text(5), second, text(6))
+        guider.set_cfg(4.0, 1.0)
+        guider.sample(noise, latents()["samples"], comfy.samplers.sampler_object("euler"), sigmas, seed=3)
+        effects.append(float(lock.trace.steps[1].effect.mean()))
+    assert effects[1] > 0.5 * effects[0]
+
+
+def test_a_guider_that_passes_by_the_hosts_wrappers_is_told(model):
+    class Direct(comfy.samplers.CFGGuider):
+        def __call__(self, *args, **kwargs):
+            return self.predict_noise(*args, **kwargs)
+
+    guider = Direct(locked(model, "half")[1])
+    guider.set_conds(text(5), text(6))
+    guider.set_cfg(4.0)
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4)
+    noise = torch.randn(1, CHANNELS, FRAMES, SIDE, SIDE, generator=torch.manual_seed(3))
+    with pytest.raises(kv.types.RunError, match="Direct predicts without ComfyUI's own wrappers"):
+        guider.sample(noise, latents()["samples"], comfy.samplers.sampler_object("euler"), sigmas, seed=3)
+
+
+def test_a_rising_schedule_is_told_without_python(model):
+    guider = comfy.samplers.CFGGuider(locked(model, "half")[1])
+    guider.set_conds(text(5), text(6))
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 4).flip(0)
+    with pytest.raises(kv.types.KVLockError, match="each below the one before") as raised:
+        guider.sample(latents()["samples"], latents()["samples"], comfy.samplers.sampler_object("euler"), sigmas)
+    assert "samplers." not in str(raised.value)
 
 
 @pytest.mark.parametrize("more", [5, 9, 16, 20, 42])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ...attention.context import acting, using
+from ...attention.context import acting
 from ...types import AttentionError, RunError
+from ...utils.threads import setting
 
 Predictions = tuple[Tensor | None, Tensor | None, Tensor | None]
 Beside = tuple[Tensor, Mapping[str, Any]]
@@ -46,10 +47,9 @@ class GuiderDenoiser:
         self._options: Mapping[str, Any] = {}
         self._seed: int | None = None
 
-    def within(self, predict: Callable[..., Tensor], options: Mapping[str, Any], seed: int | None) -> "GuiderDenoiser":
+    def within(self, predict: Callable[..., Tensor], options: Mapping[str, Any], seed: int | None) -> None:
         """Take the guider's prediction, model options and seed of the evaluation that begins."""
         self._predict, self._options, self._seed = predict, options, seed
-        return self
 
     @property
     def guides_itself(self) -> bool:
@@ -105,13 +105,14 @@ class GuiderDenoiser:
 
         def see(given: dict[str, Any]) -> Tensor:
             cond, uncond = given["cond_denoised"], given["uncond_denoised"]
-            seen.append((cond, uncond))
+            if given["cond"] is self.conds.get("positive"):  # not of a guider's second prompt
+                seen.append((cond, uncond))
             return uncond + (cond - uncond) * cfg if per_clip else given["denoised"]
 
         options["sampler_post_cfg_function"] = [see, *options.get("sampler_post_cfg_function", [])]
         before = guider.cfg
         # A scale per clip acts in `see`; any other than 1 makes ComfyUI evaluate the negative prompt.
-        guider.cfg = 2.0 if isinstance(cfg, Tensor) else cfg
+        guider.cfg = 2.0 if per_clip else cfg
         try:
             out = self._predict(x, sigma, options, self._seed)
         finally:
@@ -280,4 +281,4 @@ def _windowed(window: Any) -> Any:
             "latent frame.\n  Leave the context windows away."
         )
     ratio = window.get_tensor(context.ratio.unflatten(1, context.grid), dim=1)
-    return using(replace(context, ratio=ratio.flatten(1), grid=(ratio.shape[1], *context.grid[1:])))
+    return setting(acting, replace(context, ratio=ratio.flatten(1), grid=(ratio.shape[1], *context.grid[1:])))

@@ -14,13 +14,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ...controller import State
 from ...kv_cache import KVCache
 from ...lock import KVLock
 from ...masks.tokens import on_latents
-from ...policy import Constant
+from ...policy import Constant, Release, ReleaseBelow
+from ...policy.wrappers import innermost
 from ...trace import Trace
 from ...types import MaskError, RunError, SourceError
 from .denoiser import GuiderDenoiser
@@ -121,6 +122,11 @@ class ComfyLock:
                 kwargs = kwargs | ({"denoise_mask": None} if "denoise_mask" in kwargs else {})
             with lock, self._predicting(lock, guider):
                 samples = executor(guider, sigmas, extra_args, *args, **kwargs)
+                if not lock.trace:
+                    raise RunError(
+                        f"{type(guider).__name__} predicts without ComfyUI's own wrappers, so nothing was locked; "
+                        "expected CFGGuider, or one that calls it."
+                    )
                 self._keep(lock)
         return _composited(lock, samples) if complete else samples
 
@@ -174,8 +180,14 @@ class ComfyLock:
             conds[SOURCE] = [_with_the_rest(cond, conds["positive"]) for cond in prompt[SOURCE]]
         options["policy"], options["estimator"] = measured(options.get("policy", "default"), options.get("estimator"))
         transformer = guider.model_options.get("transformer_options", {})
+        steps = [str(key) for key in transformer if "cache" in str(key) and key != "easycache"]  # of LazyCache too
         if "easycache" in transformer.get("wrappers", {}).get("diffusion_model", {}):
-            raise RunError("EasyCache takes the source for a prompt of the edit; expected LazyCache, or none.")
+            steps.append("EasyCache")
+        if steps:  # TeaCache, MagCache and EasyCache keep something for each prompt
+            raise RunError(
+                f"a step cache, {', '.join(steps)}, takes the source for a prompt of the edit; expected LazyCache, or "
+                "none."
+            )
         cached = any("cache" in str(key) for kind in transformer.get("wrappers", {}).values() for key in kind)
         control = any("control" in cond for group in conds.values() for cond in group)
         if any((transformer.get("patches") or {}).values()) or cached or control:  # which count on every token
@@ -222,7 +234,9 @@ class ComfyLock:
             prompts["uncond"] = "negative"
 
         def predict(executor: Any, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None, **more: Any) -> Any:
-            if self.continues is not None and lock.settings.layers is not None and not lock.trace:
+            settings = lock.settings
+            compares = settings.policy.uses_risk and settings.estimator.needs_source
+            if self.continues is not None and (settings.layers is not None or compares) and not lock.trace:
                 self._go_on(lock, self.continues.stages, x, sigma)
             denoiser.within(partial(executor, **more), {} if options is None else options, seed)
             return lock(x, sigma, cfg=guider.cfg, **prompts)
@@ -260,21 +274,19 @@ class ComfyLock:
         run.noise = stage.noise.to(x)
         # What another network predicted is not comparable, so the estimator begins anew.
         state = stage.state._replace(estimator=lock.settings.estimator.init())
-        run.timeline.append(
-            stage.sigma, tree_map(lambda part: part.to(x.device) if isinstance(part, Tensor) else part, state)
-        )
+        run.timeline.append(stage.sigma, tree_map_only(Tensor, lambda part: part.to(x.device), state))
 
     def _keep(self, lock: KVLock) -> None:
         """Keep the trace, and what a next stage needs."""
         run, self.trace, self.released = lock._run(), Trace(), None
-        self.trace.steps = [tree_map(_to_host, step) for step in lock.trace]
+        self.trace.steps = [tree_map_only(Tensor, Tensor.cpu, step) for step in lock.trace]
         source = lock.settings.source
         if source is not None and _acts_on_background(lock) and (left := 1 - self.trace.steps[-1].composite).any():
             released = on_latents(left, source.latents.shape, lock.settings.patch)
             self.released = released if released.ndim == 5 else released.unsqueeze(2)
         if run.noise is not None and self.trace.steps and (state := run.timeline.last) is not None:
-            left = tree_map(_to_host, state._replace(estimator=None))
-            self.stages.append(Stage(_to_host(run.noise), self.trace.steps[-1].sigma, left))
+            left = tree_map_only(Tensor, Tensor.cpu, state._replace(estimator=None))
+            self.stages.append(Stage(run.noise.cpu(), self.trace.steps[-1].sigma, left))
 
 
 def _with_the_rest(cond: Mapping[str, Any], positive: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -307,8 +319,9 @@ def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:
 
 
 def _acts_on_background(lock: KVLock) -> bool:
-    policy = lock.settings.policy
-    return policy.may_lock or bool(lock.settings.composite or getattr(policy, "composite", None))
+    policy, decides = lock.settings.policy, Release | ReleaseBelow
+    acts = policy.may_lock or lock.settings.composite or getattr(policy, "composite", None)
+    return bool(acts) or isinstance(innermost(policy), decides)
 
 
 def _with_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
@@ -320,7 +333,3 @@ def _composited(lock: KVLock, samples: Tensor) -> Tensor:
     """The result with the source where the last evaluation had it: some samplers end above noise level 0."""
     steps = lock.trace.steps
     return lock.settings.composited(samples, steps[-1].composite) if steps and _acts_on_background(lock) else samples
-
-
-def _to_host(value: Any) -> Any:
-    return value.cpu() if isinstance(value, Tensor) else value

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ... import masks
-from ...policy import Policy, PolicyWrapper, Release
+from ...policy import Policy, Release
+from ...policy.wrappers import innermost
 from ...presets import Preset, load_preset
 from ...types import AttentionError, KVLockError, MaskError, PolicyError
 from ...variance import Divergence, Estimator
@@ -17,6 +18,8 @@ _IN_NODES = {  # what errors of the library say, and how it is done with nodes
     "use masks.from_keep_mask": "use Invert Mask",
     "the sampler's x": "the latent that is sampled",
     "do not divide into patches": "do not divide (pad or crop the clip, e.g. to sides of 16 pixels) into patches",
+    ", e.g. samplers.flow_sigmas(30, shift=5.0)": "",
+    " To invert a clip: samplers.euler(model, x, torch.as_tensor(sigmas)).": "",
     "no attention layers found in": "this model is not supported, see the page In ComfyUI:",
 }
 _VAES = {"LTXVModel": (8, 32), "GeneralDIT": (8, 8)}  # frames and pixels per frame and side of latents; others 4, 8
@@ -51,7 +54,7 @@ def fitted(mask: Tensor, source: Tensor, network: Any) -> Tensor:
         found = found[:, :, :whole]
     if found.shape[-2] % height or found.shape[-2] * width != found.shape[-1] * height:
         found = masks.resize(found, found.shape[2], side * height, side * width)
-    return masks.latent_mask(found, temporal=factor, spatial=found.shape[-1] // width) if count > time else found
+    return found
 
 
 def measured(policy: Any, estimator: Estimator | None) -> tuple[Preset, Estimator | None]:
@@ -62,10 +65,7 @@ def measured(policy: Any, estimator: Estimator | None) -> tuple[Preset, Estimato
     """
     preset = policy if isinstance(policy, Preset) else Preset(policy) if isinstance(policy, Policy) else None
     preset = load_preset(policy) if preset is None else preset
-    inner = preset.policy
-    while isinstance(inner, PolicyWrapper):
-        inner = inner.policy
-    if not isinstance(inner, Release):
+    if not isinstance(innermost(preset.policy), Release):
         return preset, estimator
     estimator = estimator or preset.estimator or Divergence(patch="model")
     if not isinstance(estimator, Divergence):

@@ -177,10 +177,10 @@ class PipelineVideo:
         """The largest number of latent frames up to `most` that this model takes."""
         return max(1, most // self.patch[0]) * self.patch[0]
 
-    def lock_mask(self, mask: Any) -> Tensor:
-        """Return a mask of pixels at the latents' size. Raises MaskError if they do not fit the VAE's compression."""
+    def lock_mask(self, mask: Any) -> Any:
+        """The mask for a lock: in pixels, or at the latents' size where frames cannot tell the compression."""
         temporal, spatial = self.compression
-        return latent_mask(mask, temporal=temporal, spatial=spatial)
+        return mask if temporal in (4, 8) else latent_mask(mask, temporal=temporal, spatial=spatial)
 
     def given(self, clips: Tensor, mask: Any = None) -> "PipelineVideo":
         """Return this model bound to clips: some schedules depend on the size, some transformers read a first frame.

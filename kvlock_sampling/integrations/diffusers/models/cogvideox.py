@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .... import masks
 from ....denoisers import EpsDenoiser, Preconditioned, VDenoiser
-from ....masks import as_mask
 from ....types import PipelineError
 from ..schedule import ddpm_sigmas, ddpm_time
 from .base import Conditioning, PipelineVideo, ask
@@ -91,7 +91,8 @@ class CogVideoXVideo(PipelineVideo):
         A still mask needs `given(clip)` first, for the number of frames.
         """
         frames = None if self._shape is None else self._shape[2]
-        return self._padded(super().lock_mask(as_mask(mask, frames=frames)))
+        temporal, spatial = self.compression
+        return self._padded(masks.latent_mask(masks.as_mask(mask, frames=frames), temporal=temporal, spatial=spatial))
 
     def _padded(self, latents: Tensor) -> Tensor:
         return torch.cat([latents[:, :, :1]] * (-latents.shape[2] % self.patch[0]) + [latents], dim=2)

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from .batching import join_calls, per_row
 from .guidance import guide
 from .types import KVLockError
-from .utils.denoiser import DenoiserProxy
+from .utils.denoiser import DenoiserProxy, method_of
 from .utils.fields import check_number
 
 ScalarOrTensor = TypeVar("ScalarOrTensor", float, Tensor)
@@ -87,7 +87,7 @@ class Preconditioned(DenoiserWrapper):
 
     def expert(self, sigma: Tensor) -> Any:
         """Return the network that runs at this noise level if the model has a method `expert(time)`, else None."""
-        inner = getattr(self.inner_model, "expert", None)
+        inner = method_of(self.inner_model, "expert")
         return None if inner is None else inner(self.time(torch.as_tensor(sigma, dtype=torch.float32)))
 
     def forward(self, x: Float[Tensor, "batch ..."], sigma: Tensor, **extra_args: Any) -> Float[Tensor, "batch ..."]:

@@ -91,7 +91,7 @@ class KVLock(DenoiserProxy):
         transition: (width in tokens, fraction): tokens this near the mask take only this fraction of the lock, or None.
         sigmas: The noise schedule, for policies that count steps. This library's samplers pass it on their own.
         scale_arg: Name of the guidance scale of a model that guides itself; the lock sets it: number or (batch, 1...).
-        branch: The single-branch denoiser inside such a model: it makes the source's pass cheaper.
+        branch: The single-branch denoiser inside such a model: a cheaper source pass, surely under the source's prompt.
         batched: False runs branches one after another: less activation memory, the same result up to rounding.
         foreground: Leave fully locked tokens out of the computation: the same result up to rounding, unless the model
             guides itself by a measure of whole predictions. Default: wherever possible; True warns where it is not.

@@ -102,8 +102,7 @@ def load_preset(name_or_path: str | os.PathLike[str]) -> Preset:
     if "\n" in name:
         return _from_text(name, "text")
     is_path = name.endswith(".toml") or os.sep in name or isinstance(name_or_path, os.PathLike)
-    path = Path(os.path.expanduser(name)) if is_path else _shelf().get(name)
-    if path is None:
+    if (path := Path(os.path.expanduser(name)) if is_path else _shelf().get(name)) is None:
         raise PolicyError(f"no policy {name!r} on the shelf; {nearest(name, _shelf())}. A file ends in .toml.")
     return _from_text(_text_of(path), str(path))
 

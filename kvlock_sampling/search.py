@@ -59,8 +59,7 @@ def calm(denoised: Tensor, trace: Trace) -> float:
     Raises:
         RunError: The lock measures nothing.
     """
-    measured = [step.variance for step in trace.steps if torch.isfinite(step.variance).all()]
-    if not measured:
+    if not (measured := [step.variance for step in trace.steps if torch.isfinite(step.variance).all()]):
         raise RunError(
             "the lock measured nothing to judge seeds by. Give judge=, a function of (x0-hat, trace), or a policy that "
             "measures, e.g. KVLock(..., policy=kv.PID(kp=0.0, ki=0.0, bias=1.0)) for a full lock."

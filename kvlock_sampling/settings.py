@@ -144,7 +144,7 @@ def resolve(model: Any, given: Mapping[str, Any]) -> LockSettings:
         rescale=rescale,
         source=clip,
         mask=fitted,
-        source_args=_source_args(given["source_args"], scale_arg),
+        source_args=_source_args(model, given, scale_arg),
         erase=erase,
         composite=composite,
         layers=chosen,
@@ -180,11 +180,11 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = chosen.bound(reachable_modules(model))
     policy, kind = preset.policy, sparsely(measure)
-    if policy.uses_risk and type(kind).effect is Estimator.effect and _reads_effect(policy):
-        warn(
-            f"{policy!r} reads obs.effect, which {kind!r} does not measure: it is NaN.\n"
-            "  Pass estimator=kv.variance.Divergence(patch='model')."
-        )
+    step = getattr(inner := innermost(policy), "function", type(inner).step)
+    reads = "effect" in getattr(getattr(step, "__code__", None), "co_names", ())
+    if policy.uses_risk and reads and type(kind).effect is Estimator.effect:
+        text = f"{policy!r} reads obs.effect, which {kind!r} does not measure: it is NaN."
+        warn(f"{text}\n  Pass estimator=kv.variance.Divergence(patch='model').")
     usual = DEFAULT_THRESHOLD if kind == DEFAULT_ESTIMATOR else measure.default_threshold
     mine = estimator is None or sparsely(estimator) == sparsely(preset.estimator or DEFAULT_ESTIMATOR)
     limit = _first(given["threshold"], preset.threshold if mine else None, usual)  # it belongs to its estimator
@@ -193,11 +193,6 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
     floor = _first(given["cfg_floor"], preset.cfg_floor, 1.0)
     check_number("cfg_floor", floor, PolicyError, " The least guidance scale a policy may ask for.", at_least=0.0)
     return measure, limit, floor
-
-
-def _reads_effect(policy: Policy) -> bool:
-    step = getattr(inner := innermost(policy), "function", type(inner).step)
-    return "effect" in getattr(getattr(step, "__code__", None), "co_names", ())
 
 
 def _source(model: Any, given: Mapping[str, Any], reach: Any, erase: Any) -> tuple[Source | None, FittedMask | None]:
@@ -298,8 +293,7 @@ def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
     """The name of the guidance scale of a model that guides, and the default of it, 1 without one."""
     parameters = parameters_of(model)
     if name is None:
-        name = "cond_scale" if "cond_scale" in parameters else None
-        if name is None and "uncond" in parameters:
+        if (name := "cond_scale" if "cond_scale" in parameters else None) is None and "uncond" in parameters:
             given = f"{type(model).__name__} takes uncond, so it guides by itself, but no cond_scale"
             raise RunError(f"{given}; expected the name of its guidance scale, e.g. scale_arg='guidance'.")
     elif not accepts(model, name):
@@ -312,16 +306,19 @@ def _scale(model: Any, name: str | None) -> tuple[str | None, Any]:
     return name, 1.0 if found is None or found.default is None or found.default is found.empty else found.default
 
 
-def _source_args(source_args: Mapping[str, Any] | None, scale_arg: str | None) -> dict[str, Any]:
-    if not isinstance(source_args, Mapping | None):
+def _source_args(model: Any, given: Mapping[str, Any], scale_arg: str | None) -> dict[str, Any]:
+    if not isinstance(source_args := given["source_args"], Mapping | None):
         raise SourceError(f"source_args={type(source_args).__name__}; expected a dict: source_args={{'cond': prompt}}.")
-    given = dict(source_args or {})
-    if scale_arg is None and (extra := [name for name in ("uncond", "cond_scale") if name in given]):
+    source_args = dict(source_args or {})
+    if "cond" in source_args and scale_arg and given["branch"] is None and "uncond" not in parameters_of(model):
+        text = "the source's prompt counts if the model's last branch is its conditional one: [uncond, cond]."
+        warn(f"{text}\n  In any other order pass branch=, the denoiser inside the model that guides itself.")
+    if scale_arg is None and (extra := [name for name in ("uncond", "cond_scale") if name in source_args]):
         raise SourceError(
             f"source_args holds {' and '.join(extra)}; the source is evaluated once and without guidance.\n"
             '  Give what the model itself takes: source_args={"cond": source_prompt}.'
         )
-    return given
+    return source_args
 
 
 def _warn_unused(policy: Policy, scale_arg: str | None, given: Mapping[str, Any], *, rescale: bool) -> None:

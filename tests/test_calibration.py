@@ -188,6 +188,8 @@ def test_a_kv_cache_survives_calibration(tmp_path):
         ("dir.toml", [], "cannot be written: it is a folder"),
         ("file/a.toml", [], "cannot be written"),
         ("mine.toml", ["--policy", "mine.toml"], "is an input"),
+        ("mine.toml", ["--policy", "mine"], "is an input"),
+        ("mine.toml", ["--policy=~/mine.toml"], "is an input"),
     ],
 )
 def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, options, message):
@@ -196,10 +198,23 @@ def test_calibrating_is_refused_before_measuring(tmp_path, monkeypatch, output, 
     (tmp_path / "mine.toml").write_text('policy = {type = "PID"}')
     monkeypatch.setattr("kvlock_sampling.app.cli.measure", lambda *_, **__: pytest.fail("it measured"))
     monkeypatch.chdir(tmp_path)
+    for name in ("KVLOCK_POLICIES", "HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
     ended = CliRunner().invoke(app, ["calibrate", "-o", output, *options])
     assert ended.exit_code == 2, ended.output
     assert message in " ".join(ended.output.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.toml", "file", "mine.toml"]
+
+
+def test_what_was_measured_is_shown_before_it_is_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "mine.toml")
+
+    monkeypatch.setattr("kvlock_sampling.app.cli.write_atomically", full)
+    ended = CliRunner().invoke(app, ["calibrate", "-o", str(tmp_path / "mine.toml"), "--clips", "4", "--steps", "6"])
+    assert ended.exit_code == 2
+    assert "quantile" in ended.output
+    assert "No space left on device: 'mine.toml'" in " ".join(ended.output.split())
 
 
 def test_a_preset_is_calibrated_with_the_estimator_it_names(tmp_path):

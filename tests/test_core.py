@@ -24,7 +24,7 @@ from kvlock_sampling.run import Timeline, steps_left
 from kvlock_sampling.source import Source
 from kvlock_sampling.trace import Trace
 from kvlock_sampling.types import KVLockError, MaskError, SourceError, StepInfo
-from kvlock_sampling.utils.files import check_writable, write_atomically
+from kvlock_sampling.utils.files import atomic, check_writable, write_atomically
 from kvlock_sampling.variance.dropout import dropout_hooks
 
 PACKAGE = Path(kv.__file__).parent
@@ -282,3 +282,11 @@ def test_seeded_noise_does_not_depend_on_the_default_device():
     with torch.device("meta"):
         found = drawn()
     assert all(torch.equal(*pair) for pair in zip(found, drawn(), strict=True))
+
+
+def test_an_error_within_a_write_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'"), atomic(tmp_path / "a.txt"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="'elsewhere'"), atomic(tmp_path / "a.txt"):
+        raise FileNotFoundError(2, "No such file", "elsewhere")
+    assert not list(tmp_path.iterdir())

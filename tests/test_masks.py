@@ -448,3 +448,15 @@ def test_hints_lead_to_a_mask():
         masks.as_mask(picture, frames=9)
     for found in (masks.as_mask(picture[..., 0], frames=9), masks.from_diffusers(picture.numpy(), frames=9)):
         assert torch.equal(found, masks.as_mask(moving[0], frames=9))
+
+
+def test_a_mask_whose_time_is_last_is_asked_about_its_axes():
+    given = torch.zeros(9, 64, 64)
+    given[:, 16:32, 16:32] = 1
+    like = torch.zeros(1, 4, 3, 8, 8)
+    for turned in (given.permute(1, 2, 0), given[:, :, :48].permute(1, 2, 0)):
+        with pytest.raises(MaskError, match=r"Are its axes time, height, width\? mask\.permute\(2, 0, 1\)"):
+            FittedMask(turned).latent(like)
+    assert torch.equal(FittedMask(given.permute(1, 2, 0).permute(2, 0, 1)).latent(like), FittedMask(given).latent(like))
+    with pytest.raises(MaskError, match=r"one for both sides\.\n  Pass the mask"):
+        FittedMask(given[:8]).latent(like)

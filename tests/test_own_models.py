@@ -52,6 +52,20 @@ class Folded(Homemade):
         return F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v))).unflatten(0, (-1, 4))
 
 
+class Multihead(Homemade):
+    """torch's own layers, which call the function themselves."""
+
+    def __init__(self, made=lambda: nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)):
+        super().__init__()
+        self.layers = nn.ModuleList(made() for _ in range(2)).requires_grad_(False)
+
+    def attend(self, h):
+        h = super().attend(h)
+        for layer in self.layers:
+            h = layer(h) if isinstance(layer, nn.TransformerEncoderLayer) else layer(h, h, h, need_weights=False)[0]
+        return h
+
+
 class Checkpointed(Homemade):
     reentrant = True
 
@@ -923,3 +937,102 @@ def test_a_network_whose_forward_was_replaced_gets_all_tokens(setup):
         for options in ({}, {"foreground": False})
     )
     assert torch.equal(default, dense)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("made", [None, lambda: nn.MultiheadAttention(16, 4, batch_first=True)])
+def test_torchs_own_layers_are_seen(made, training):
+    torch.manual_seed(0)
+    net = (Multihead() if made is None else Multihead(made)).train(training)
+    x, source = torch.randn(1, 3, 2, 8, 8), torch.randn(1, 3, 2, 8, 8)
+    mask = torch.zeros(1, 1, 2, 8, 8)
+    mask[..., :4] = 1
+    model, layers = kv.FlowDenoiser(net), kv.sdpa_layers(net, patch=PATCH)
+    own, given = F.scaled_dot_product_attention, {"source": source, "mask": mask, "layers": layers, "noise": "fixed"}
+    plain = model(x, torch.ones(1))
+    found = {}
+    for lock in (0.0, 0.5):
+        with kv.KVLock(model, policy=kv.Constant(lock=lock, composite=0.0), **given) as on:
+            found[lock] = on(x, torch.ones(1))
+            assert [step.fused_layers for step in on.trace] == [3 if lock else 0]
+    assert torch.equal(found[0.0], plain)
+    assert (found[0.5] - plain).abs().max() > 1e-3
+    assert F.scaled_dot_product_attention is own
+    assert torch.equal(model(x, torch.ones(1)), plain)
+
+
+def test_methods_of_a_models_training_are_not_taken_for_a_denoisers():
+    class Trained(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner_model, self.expert = inner, nn.Linear(2, 2)
+
+        def add_noise(self, x0, t):
+            raise AssertionError("a helper of the training")
+
+        def forward(self, *args, **kwargs):
+            return self.inner_model(*args, **kwargs)
+
+    torch.manual_seed(0)
+    net, x, mask = Homemade(), torch.randn(1, 3, 2, 8, 8), torch.zeros(1, 1, 2, 8, 8)
+    mask[..., :4] = 1
+    outs, given = [], {"source": torch.randn(1, 3, 2, 8, 8), "mask": mask, "policy": "half"}
+    for model in (kv.FlowDenoiser(net), Trained(kv.FlowDenoiser(net)), kv.FlowDenoiser(Trained(net))):
+        with kv.KVLock(model, layers=kv.sdpa_layers(net, patch=PATCH), **given) as lock:
+            outs.append(lock(x, torch.ones(1)))
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_prompts_of_two_lengths_beside_watched_video_tokens_are_told():
+    class Joint(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Homemade()
+
+        def forward(self, z, t, cond):
+            grid = self.net.embed(z)
+            h = self.net.attend(torch.cat([grid.flatten(2).mT, cond.expand(len(z), -1, -1)], 1))
+            return self.net.unembed(h[:, : grid[0, 0].numel()].mT.reshape(grid.shape))
+
+    torch.manual_seed(0)
+    net, x, mask = Joint(), torch.randn(1, 3, 2, 8, 8), torch.zeros(1, 1, 2, 8, 8)
+    mask[..., :4] = 1
+    layers = kv.sdpa_layers(net, patch=PATCH, trailing=7)
+    lock = kv.KVLock(kv.FlowDenoiser(net), source=torch.randn_like(x), mask=mask, policy="half", layers=layers)
+    prompts = {"cond": torch.randn(1, 7, 16), "uncond": torch.randn(1, 5, 16), "cond_scale": 3.0}
+    with lock, pytest.warns(UserWarning, match=r"Expected 0 \+ 32 video tokens \+ 7 after them; other calls .*37 x 37"):
+        lock(x, torch.ones(1), **prompts)
+
+
+def test_a_source_prompt_for_a_model_that_guides_itself_asks_for_its_branch():
+    class Guided(nn.Module):
+        """Its own empty prompt, second, as DiT does."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner_model = inner
+
+        def forward(self, x, sigma, cond, cond_scale=3.0):
+            cond = torch.cat([cond.expand(len(x), -1), torch.zeros_like(cond)])
+            given, empty = self.inner_model(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=cond).chunk(2)
+            return empty + (given - empty) * cond_scale
+
+    class Prompted(Homemade):
+        def forward(self, z, t, cond):
+            return super().forward(z + cond.mean(-1).view(-1, 1, 1, 1, 1), t)
+
+    torch.manual_seed(0)
+    net, x, mask = Prompted(), torch.randn(1, 3, 2, 8, 8), torch.zeros(1, 1, 2, 8, 8)
+    mask[..., :4] = 1
+    inner, source = kv.FlowDenoiser(net), torch.randn(1, 3, 2, 8, 8)
+
+    def run(prompt, **branch):
+        given = {"source": source, "mask": mask, "policy": "half", "source_args": {"cond": torch.full((1, 4), prompt)}}
+        lock = kv.KVLock(Guided(inner), layers=kv.sdpa_layers(net, patch=PATCH), **given, **branch)
+        with lock:
+            return lock(x, torch.ones(1), cond=torch.ones(1, 4), cond_scale=3.0)
+
+    with pytest.warns(UserWarning, match=r"last branch is its conditional one.*\n.*branch="):
+        assert torch.equal(run(1.0), run(-1.0))
+    assert not torch.equal(run(1.0, branch=inner), run(-1.0, branch=inner))

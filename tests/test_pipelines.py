@@ -515,3 +515,14 @@ def test_a_text_length_at_which_image_and_text_are_parted_wrongly_is_refused() -
     with pytest.raises(PipelineError, match="max_sequence_length=226: this transformer takes 512 alone"):
         model("wan-image", max_sequence_length=226)
     model("wan", max_sequence_length=226)
+
+
+def test_a_negative_prompt_without_guidance_is_told():
+    clip, mask = make_clip(frames_of("hunyuan")), make_mask(frames_of("hunyuan"))
+    video = kv.from_pipeline(tiny_pipeline("hunyuan"), negative_prompt="ugly")
+    options = {"model": video, "steps": 1, "sampler": "euler", "policy": "full"}
+    with pytest.warns(UserWarning, match="negative prompt is without effect at a guidance scale of 1"):
+        kv.edit_video(clip, mask, "a red square", **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*negative prompt")
+        kv.edit_video(clip, mask, "a red square", cfg_scale=2.0, **options)

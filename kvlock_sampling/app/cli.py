@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from ..kv_cache import KVCache
-from ..presets import describe, to_toml
+from ..presets import _shelf, describe, to_toml
 from ..samplers import names
 from ..trace import figure_format
 from ..types import KVLockError
@@ -83,7 +83,7 @@ def edit(
     strength: opt.Strength = 1.0,
     transition: opt.Transition = None,
     seed: opt.Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Try so many from --seed on; the weaker ones stop half way.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Try so many from --seed on, shown in OUTPUT-candidates.png.")] = 1,
     scale: opt.Scale = None,
     frames: opt.Frames = None,
     size: opt.Size = None,
@@ -131,19 +131,19 @@ def edit(
             options["on_plan"] = lambda plan: err.print(str(plan), markup=False)
             result = edit_video(source.pixels, region.unsqueeze(0), prompt, model=video, **options)
         sound = write_clip(output, result.pixels[0], source.fps, scale, sound=clip)
-        if trace is not None:
-            result.trace.plot(trace)
-        if result.candidates is not None:
-            names = [f"seed {seed + i}{' (chosen)' * (seed + i == result.seed)}" for i in range(seeds)]
-            middle = result.candidates[:, :, result.candidates.shape[2] // 2].unsqueeze(2)
-            write_clip(sheet, side_by_side(list(middle), names, scale=max(1, scale)))
-            out.print(f"{sheet}: seed {result.seed} of {seed} to {seed + seeds - 1} was finished", soft_wrap=True)
         out.print(
             f"{output}: {result.nfe} model passes in {result.seconds:.1f} s; background PSNR: "
             f"{decibels(result.background_psnr[0])} (ceiling of the codec: {decibels(result.ceiling_psnr[0])})"
             f"{sound and '; '}{sound}",
             soft_wrap=True,
         )
+        if result.candidates is not None:
+            names = [f"seed {seed + i}{' (chosen)' * (seed + i == result.seed)}" for i in range(seeds)]
+            middle = result.candidates[:, :, result.candidates.shape[2] // 2].unsqueeze(2)
+            write_clip(sheet, side_by_side(list(middle), names, scale=max(1, scale)))
+            out.print(f"{sheet}: seed {result.seed} of {seed} to {seed + seeds - 1} was finished", soft_wrap=True)
+        if trace is not None:
+            result.trace.plot(trace)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def calibrate(
         check_run(sampler, policy, seed)
         if output.suffix != ".toml":
             raise KVLockError(f"-o {output} is to be a preset; expected a name that ends in .toml, e.g. -o mine.toml.")
-        check_outputs([output], [Path(policy)])
+        check_outputs([output], [_shelf().get(policy, Path(policy).expanduser())])
         check_writable(output)
         count = clips.isdecimal() and not Path(clips).is_dir()
         video = open_model(model, dtype=dtype, offload=offload)
@@ -174,17 +174,16 @@ def calibrate(
         with progress("measuring", len(examples)) as advance:
             settings: dict[str, Any] = {"policy": policy, "quantile": quantile, "sampler": sampler, "steps": steps}
             found = measure(video, examples, seed=seed, on_clip=advance, **settings)
-        write_atomically(output, to_toml(found.preset))
         table = Table("sigma", f"{quantile:.0%} quantile", "95% interval", "clips", title=str(output))
-        for band in found.bands:
-            interval = f"{band.low:.3g} to {band.high:.3g}"
-            table.add_row(f"{band.sigma:.3g}", f"{band.quantile:.3g}", interval, str(band.clips))
+        for b in found.bands:
+            table.add_row(f"{b.sigma:.3g}", f"{b.quantile:.3g}", f"{b.low:.3g} to {b.high:.3g}", str(b.clips))
         out.print(table)
         low, high = alarm_range(len(examples), quantile)
         out.print(
             f"False alarms on other clips: at most {1 - quantile:.1%} on average over calibrations; {low:.1%} to "
             f"{high:.1%} in 95 of 100 on {len(examples)} clips."
         )
+        write_atomically(output, to_toml(found.preset))  # last, for the disk may be full
 
 
 @app.command()

@@ -170,6 +170,8 @@ def edit_video(
         seconds = time.perf_counter() - started
         pixels = _decoded(video, latents)
         rows = tuple(_decoded(video, row) for row in rows)
+    if unwanted[0] and all((step.cfg_scale == 1).all() for step in trace):
+        warn("the negative prompt is without effect at a guidance scale of 1. Try cfg_scale=6.")
     pixels, ceiling = pixels.clone().to(clips), ceiling.clone()  # ordinary tensors on the clip's device
     if paste:
         soft = masks.feather(pixel_mask, feather).to(pixels) if feather > 0 else pixel_mask

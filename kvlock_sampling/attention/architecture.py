@@ -144,9 +144,7 @@ class Architecture:
 
 
 def _runs_foreign_code(network: nn.Module, blocks: Iterable[nn.Module]) -> bool:
-    """Whether the network, its blocks or their attention processors run code of neither diffusers nor torch. Linear
-    layers work token by token, so those of PEFT or of a quantiser do not count.
-    """
+    """Whether network, blocks or attention processors run code of neither diffusers nor torch; linear ones may."""
     parts: list[Any] = [network, *(m for block in blocks for m in block.modules() if not hasattr(m, "in_features"))]
     for part in (*parts, *(m.processor for m in parts if getattr(m, "processor", None) is not None)):
         kind = written(type(part))

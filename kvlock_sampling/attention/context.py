@@ -99,8 +99,7 @@ class FusionContext:
             if len(self.record.captured) == self.left:
                 raise CapturedError
             return key, value
-        source = last if self.mode == "lockstep" else self._source(layer, turn)
-        if source is None:
+        if (source := last if self.mode == "lockstep" else self._source(layer, turn)) is None:
             return key, value  # the source's pass skipped this layer, e.g. through a step cache
         self.record.fired.add(layer.partition("[")[0])
         edit_rows = rows - batch if self.mode == "lockstep" else rows
@@ -122,8 +121,7 @@ class FusionContext:
         does beside a guided model's two, its last K/V serve the other turns.
         """
         names = (*(f"{layer}#{n}" for n in range(turn, 0, -1)), layer)
-        name = next((name for name in names if name in self.source), None)
-        if name is None and self.narrow:
+        if (name := next((name for name in names if name in self.source), None)) is None and self.narrow:
             raise AttentionError(
                 f"layer {layer!r} has no K/V of the source: its pass never reached this layer. Is a step cache on?\n"
                 "  Disable it (transformer.disable_cache()), or pass foreground=False to KVLock."
@@ -132,7 +130,6 @@ class FusionContext:
 
 
 acting: ContextVar[FusionContext | None] = ContextVar("kvlock_fusion_context", default=None)
-"""The context of the calls that this thread or task makes; `setting(acting, context)` sets it for a block."""
 
 
 def current() -> FusionContext:

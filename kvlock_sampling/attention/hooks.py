@@ -184,6 +184,8 @@ class Hooks:
             f"{len(fired)} of {expected} layers saw their attention{'; not ' * bool(silent)}{', '.join(silent)}. Is it "
             "computed by a kernel of the model's own, or was the layer skipped?"
         )
+        if self.layers.watch is not None and not fired and context.record.passed_over:
+            text = self.layers.never_fired(context.ratio.shape[1], context.record.passed_over)
         if context.narrow:
             raise AttentionError(
                 f"{text} With only the edited tokens computed such a layer misses the rest.\n"

@@ -2,7 +2,7 @@
 
 `intercepted(rewrite)` acts for its own thread or task only. Attention is computed by
 - torch's own `F.scaled_dot_product_attention`, which a `TorchFunctionMode` sees (thread-local by construction);
-- a function that replaced it there, as SageAttention's recipe does, whenever that was;
+- what torch itself calls by that name, as in nn.MultiheadAttention, or what replaced it, as by SageAttention's recipe;
 - diffusers' `dispatch_attention_fn`, which looks up its backend (native, flex, flash, ...) in a table at every call;
 - ComfyUI's `optimized_attention`, see `compat.comfy`.
 The compiler does not enter what rewrites: it would trace the rewriting, and the result be rewritten once more.
@@ -94,12 +94,9 @@ def _seen(function: Callable[..., Any], hidden: bool, lengths_first: bool) -> Ca
 
 
 class _SeesTorch(TorchFunctionMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sdpa = _seen(_TORCHS_OWN, compiler_imported(), False)
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (self.sdpa if func is _TORCHS_OWN else func)(*args, **(kwargs or {}))
+        call = _seen(func, compiler_imported(), False) if func is _TORCHS_OWN else func
+        return call(*args, **(kwargs or {}))
 
 
 @shared
@@ -109,11 +106,11 @@ def _exchanged(undo: ExitStack) -> None:
     def exchange(table: dict[Any, Any], name: Any, lengths_first: bool) -> None:
         own = table[name]
         # Remembered, a function of the user's would live as long as the process, with all that it closes over.
-        table[name] = seen = (_seen if lengths_first else _seen.__wrapped__)(own, compiler_imported(), lengths_first)
+        make = _seen if lengths_first or own is _TORCHS_OWN else _seen.__wrapped__
+        table[name] = seen = make(own, compiler_imported(), lengths_first)
         undo.callback(lambda: table.update({name: own} if table[name] is seen else {}))  # else replaced meanwhile
 
-    if F.scaled_dot_product_attention is not _TORCHS_OWN:
-        exchange(vars(F), "scaled_dot_product_attention", False)
+    exchange(vars(F), "scaled_dot_product_attention", False)
     # Without backends diffusers was never imported, or is older than its dispatch.
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     backends = getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_backends", {})

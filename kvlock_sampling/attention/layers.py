@@ -181,8 +181,8 @@ class AttentionLayers:
         if not passed_over and self.calls is None:
             return (
                 "the network's forward never called F.scaled_dot_product_attention, so nothing was locked.\n"
-                "  Its attention is computed in another way: by hand, by a kernel, or by nn.MultiheadAttention, which "
-                "leaves that function\n  out in evaluation: call F.scaled_dot_product_attention(q, k, v) there.\n"
+                "  Its attention is computed in another way: by hand, by a kernel, or by nn.MultiheadAttention with "
+                "need_weights=True,\n  which leaves that function out: call F.scaled_dot_product_attention(q, k, v).\n"
                 "  Or another method of it was called: call the network itself, network(x, t)."
             )
         seen = ", ".join(f"{q} x {k}" for q, k in dict.fromkeys(passed_over)) or "none"

@@ -153,10 +153,12 @@ class FittedMask:
                     f"mask=kv.masks.latent_mask(mask, temporal={temporal}, spatial={step})."
                 )
         if not temporal or height % h or width % w or height // h != width // w:
+            turned = "Are its axes time, height, width? mask.permute(2, 0, 1) puts the last one first. "
             raise MaskError(
                 f"mask has frames x height x width {frames} x {height} x {width}, the latents have {t} x {h} x {w}; no "
-                "whole compression factor leads to it, one for both sides.\n  Pass the mask at the latents' size, or "
-                f"at the clip's, e.g. masks.resize(mask, {1 + 4 * (t - 1)}, {8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
+                f"whole compression factor leads to it, one for both sides.\n  {turned * (height * w != width * h)}"
+                "Pass the mask at the latents' size, or at the clip's, e.g. "
+                f"masks.resize(mask, {1 + 4 * (t - 1)}, {8 * h}, {8 * w}) for a VAE of 4 x 8 x 8."
             )
         return latent_mask(mask, temporal=temporal, spatial=(height // h, width // w)).to(like)
 

@@ -261,11 +261,13 @@ def _check_hits(seen: Seen, hits: Sequence[tuple[Grid, int, int | None]], grid: 
             "attention over the video's own tokens, and no cross-attention."
         )
     length = seen.own[0].shape[-2]
-    behind = length - seen.start - seen.ratio.shape[1]
+    rest = length - seen.ratio.shape[1]
     if seen.start and all(b == a - seen.start for _, a, b in missed):
-        hint = 'The video comes first: declare text="last", or layers.with_extra(after=...).'
-    elif behind and all(b == a + behind for _, a, b in missed):
-        hint = 'The video comes last: declare text="first", or layers.with_extra(before=...).'
+        hint = (
+            f'The video comes first: declare text="last", with_extra(after=...) or sdpa_layers(..., trailing={rest}).'
+        )
+    elif rest > seen.start and all(b == a + rest - seen.start for _, a, b in missed):
+        hint = f'The video comes last: declare text="first", with_extra(before=...) or sdpa_layers(..., start={rest}).'
     else:
         hint = "Either patch= is not the network's, or tokens or the rows of its batch are in another order."
     raise AttentionError(

@@ -124,6 +124,6 @@ def load(path: str | os.PathLike[str] = "tiny", *, device: torch.device | str = 
         weights = load_file(file / "weights.safetensors" if file.is_dir() else file)
         network.load_state_dict({name: value.float() for name, value in weights.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise KVLockError(f"{str(path)!r} does not hold weights of the embedded architecture: {first}") from error
+        text = f"does not hold weights of the embedded architecture: {' '.join(str(error).split())[:100]}"
+        raise KVLockError(f"{str(path)!r} {text}\n  Expected 'tiny', or a folder of a diffusers pipeline.") from error
     return TinyVideo(network.to(device))

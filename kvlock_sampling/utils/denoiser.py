@@ -15,8 +15,10 @@ _RETURNS_SELF = {"to", "eval", "train", "requires_grad_", "half", "bfloat16", "f
 
 def method_of(model: Any, name: str) -> Any:
     """A method that a denoiser may define to replace a rule of the variance-exploding form; None without it."""
+    if name == "add_noise" and method_of(model, "to_ve") is None:  # a helper of the model's training
+        return None
     found = getattr(model, name, None)
-    return found if callable(found) else None
+    return found if callable(found) and not isinstance(found, nn.Module) else None
 
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:

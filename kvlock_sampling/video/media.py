@@ -32,11 +32,6 @@ class VideoError(KVLockError, ValueError):
     """A file that cannot be read or written as a clip, or pixels that cannot be written."""
 
 
-def is_lossy(path: PathLike) -> bool:
-    """Whether compression may have changed pixels by some levels."""
-    return any(f.suffix.lower() in (*FILMS, ".jpg", ".jpeg", ".webp") for f in files_of(Path(path)) or [Path(path)])
-
-
 def is_film(path: PathLike) -> bool:
     return os.fspath(path).lower().endswith(FILMS) and not os.path.isdir(path)
 

@@ -162,7 +162,9 @@ def clip_at(path: PathLike, times: Times, at: Seconds, size: Size | None, *, mix
 def mask_at(path: PathLike, times: Times, at: Seconds, size: Size, frame: Size) -> Tensor:
     """The mask at these seconds, stretched to a clip displayed as `frame` and cut as that is to `size`."""
     left, top, right, bottom = box(frame, size)
-    dark, brightest, clear, white = list[int](), list[int](), list[bool](), WHITE - LOSS * media.is_lossy(path)
+    kinds = {file.suffix.lower() for file in media.files_of(Path(path)) or [Path(path)]}
+    lossy = not kinds.isdisjoint((*media.FILMS, ".jpg", ".jpeg", ".webp"))  # pixels may be off by some levels
+    dark, brightest, clear, white = list[int](), list[int](), list[bool](), WHITE - LOSS * lossy
 
     def shrink(image: Any) -> Array:
         page = np.maximum.reduce([np.asarray(band) for band in image.split()])

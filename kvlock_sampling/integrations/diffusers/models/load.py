@@ -121,7 +121,8 @@ def load_pipeline(
         except Exception as error:  # A damaged folder makes diffusers and safetensors raise almost anything.
             raise PipelineError(
                 f"{folder} could not be loaded as {kind}; is the download complete? {str(error).strip()[:500]}\n"
-                "  hf download NAME --local-dir FOLDER; for packages: pip install 'kvlock-sampling[diffusers]'"
+                "  hf download NAME --local-dir FOLDER; for packages: pip install 'kvlock-sampling[diffusers]'\n"
+                f'  Files of a variant: kv.from_pipeline({kind}.from_pretrained(folder, variant="fp16"))'
             ) from error
     pipe.set_progress_bar_config(disable=True)
     if tile_vae:

@@ -180,6 +180,7 @@ def _measuring(model: Any, preset: Preset, given: Mapping[str, Any]) -> tuple[Es
         raise EstimatorError(f"estimator={name}; expected an Estimator, e.g. estimator={hint}.")
     measure = chosen.bound(reachable_modules(model))
     policy, kind = preset.policy, sparsely(measure)
+    # As far as the code of its step, or of the function that it was made of, tells.
     step = getattr(inner := innermost(policy), "function", type(inner).step)
     reads = "effect" in getattr(getattr(step, "__code__", None), "co_names", ())
     if policy.uses_risk and reads and type(kind).effect is Estimator.effect:

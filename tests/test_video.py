@@ -424,3 +424,18 @@ def test_films_written_again_and_again_keep_their_colours(tmp_path: Path, suffix
         films.append(read_clip(tmp_path / f"clip{suffix}").pixels)
     assert (films[-1] - films[0]).mean((1, 2, 3)).abs().max() < 1 / 127.5  # one of 255
     assert psnr(films[-1], films[1]) > 38
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm", ".gif"])
+def test_the_same_frames_make_the_same_file_whatever_is_in_memory(tmp_path, suffix):
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(-1, 1, 64)
+    pixels = (ramp[:, None] + ramp / 2 + 0.1 * torch.randn(3, 8, 64, 64, generator=generator)).clamp(-1, 1)
+    shade = torch.linspace(-0.3, 0.3, 8).view(1, 8, 1, 1)
+    files = set()
+    for turn in range(20):
+        used = [torch.full((4000 * (i + 1),), (37 * turn + i) % 256, dtype=torch.uint8) for i in range(40)]
+        del used[turn % 7 :: 2]
+        write_clip(tmp_path / f"a{suffix}", (pixels + shade).clamp(-1, 1), 10.0)
+        files.add((tmp_path / f"a{suffix}").read_bytes())
+    assert len(files) == 1

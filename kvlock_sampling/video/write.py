@@ -19,7 +19,9 @@ from ..utils.warn import warn
 from .media import FILMS, IMAGES, PathLike, VideoError, film, is_film
 from .read import Array, as_clips
 
-_H264 = (("libx264", {"crf": "12", "preset": "medium"}), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
+# x264's macroblock tree reads memory that it never wrote, so the same frames would make other files.
+_X264 = {"crf": "12", "preset": "medium", "mbtree": "0"}
+_H264 = (("libx264", _X264), ("mpeg4", {"qmin": "1", "qmax": "3", "b": "20M"}))
 _VP9 = (("libvpx-vp9", {"crf": "12", "b": "0", "cpu-used": "4"}), ("libvpx", {"crf": "4", "b": "8M"}))
 ENCODERS = {".mp4": ("mp4", _H264), ".mov": ("mov", _H264), ".webm": ("webm", _VP9)}  # in order of preference
 # Without these tags players guess the colour space, each differently, and where a colour of 2 x 2 pixels lies.
@@ -166,7 +168,8 @@ def _write_film(path: Path, images: Array, fps: float, kind: str, sound: PathLik
     images = np.pad(images, [(0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2), (0, 0)], mode="edge")
     codec, options = next(((n, o) for n, o in encoders if n in av.codecs_available), encoders[-1])
     # Sound comes first. By default ffmpeg writes 10 s of it, and what players need together lies far apart.
-    extra = {"max_interleave_delta": "0"} | ({"movflags": "faststart"} if container_format != "webm" else {})
+    extra = {"max_interleave_delta": "0", "fflags": "+bitexact"}  # no random number, such as webm's name of a film
+    extra |= {"movflags": "faststart"} if container_format != "webm" else {}
     with av.open(str(path), "w", format=container_format, options=extra) as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options | _TAGS)
         stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"

@@ -221,12 +221,11 @@ def _check_needs_source(policy: Policy, measure: Estimator, given: Mapping[str, 
         )
     if type(policy) is Constant and policy.lock > 0:  # of others without a mask only the run can tell
         raise nothing_to_lock_to(policy, "lock", policy.lock)
-    default, alone = given["policy"] == "default", "kv.policy.Clamped(policy, lock=(0.0, 0.0))"
-    named, alone = ("the default policy", "kv.Sigmoid(lock_range=(0.0, 0.0))") if default else (repr(policy), alone)
-    if given["mask"] is not None and (policy.may_lock or default):
+    named = "the default policy" if given["policy"] == "default" else repr(policy)
+    if given["mask"] is not None and (policy.may_lock or given["policy"] == "default"):
         raise SourceError(
             f"mask= without source=: {named} may lock, and there is no clip to lock to.\n  Pass source=latents too. Or "
-            f"measure in the mask, and schedule guidance alone: policy={alone}."
+            "measure in the mask, and schedule guidance alone: policy=kv.Sigmoid(lock_range=(0.0, 0.0))."
         )
     if policy.uses_risk and measure.needs_source:
         raise EstimatorError(

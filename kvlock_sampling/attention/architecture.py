@@ -14,7 +14,7 @@ from torch import nn
 from ..masks.tokens import Grid
 from ..types import AttentionError
 from ..utils.fields import as_patch
-from ..utils.modules import signature_of, written
+from ..utils.modules import signature_of, unhooked
 from .layers import AttentionLayer, AttentionLayers, TokenFlow
 
 Text = Literal["none", "first", "last"]
@@ -147,7 +147,7 @@ def _runs_foreign_code(network: nn.Module, blocks: Iterable[nn.Module]) -> bool:
     """Whether network, blocks or attention processors run code of neither diffusers nor torch; linear ones may."""
     parts: list[Any] = [network, *(m for block in blocks for m in block.modules() if not hasattr(m, "in_features"))]
     for part in (*parts, *(m.processor for m in parts if getattr(m, "processor", None) is not None)):
-        kind = written(type(part))
+        kind = unhooked(type(part))
         code = getattr(kind, "forward", kind.__call__)
         homes = getattr(code, "__module__", ""), getattr(code, "__globals__", {}).get("__name__")  # where it was made
         if any(str(home).partition(".")[0] not in ("diffusers", "torch") for home in homes):

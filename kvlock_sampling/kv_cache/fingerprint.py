@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..types import KVCacheError
-from ..utils.modules import reachable_modules, written
+from ..utils.modules import reachable_modules, unhooked
 
 SAMPLED = 64  # numbers of each weight, evenly spread: they show the order of numbers, which sums do not
 BLOCK = 8192  # words of 8 bytes that are summed together
@@ -179,7 +179,7 @@ def _globals(scope: Mapping[str, Any], names: Sequence[str], met: set[str], of: 
 def _class(kind: Any, seen: dict[tuple[int, bool], int]) -> list[Any]:
     """The code of a class that is no library's, such as a network that its author is still writing."""
     found = list[Any]()
-    for each in written(kind).__mro__:
+    for each in unhooked(kind).__mro__:
         if (id(each), True) not in seen:
             seen[id(each), True] = len(seen)
             methods = {n: getattr(v, "__func__", getattr(v, "fget", v)) for n, v in vars(each).items()}

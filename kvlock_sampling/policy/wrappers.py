@@ -120,7 +120,8 @@ class Clamped(PolicyWrapper):
             pair(self, "cfg")
 
     def _adjust(self, control: Control, obs: Observation) -> Control:
-        lock, scale = obs.lock if control.lock is None else control.lock, control.cfg_scale
+        lock = obs.lock if control.lock is None else control.lock
+        scale = control.cfg_scale
         if self.cfg is not None:
             scale = _clamp(obs.requested_cfg_scale if scale is None else scale, self.cfg)
         weight = None if control.composite is None else _clamp(control.composite, self.composite)

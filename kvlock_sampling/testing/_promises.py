@@ -263,11 +263,9 @@ def _check_hits(seen: Seen, hits: Sequence[tuple[Grid, int, int | None]], grid: 
     length = seen.own[0].shape[-2]
     rest = length - seen.ratio.shape[1]
     if seen.start and all(b == a - seen.start for _, a, b in missed):
-        hint = (
-            f'The video comes first: declare text="last", with_extra(after=...) or sdpa_layers(..., trailing={rest}).'
-        )
+        hint = f'The video comes first: declare text="last", with_extra(after=...) or sdpa_layers(trailing={rest}).'
     elif rest > seen.start and all(b == a + rest - seen.start for _, a, b in missed):
-        hint = f'The video comes last: declare text="first", with_extra(before=...) or sdpa_layers(..., start={rest}).'
+        hint = f'The video comes last: declare text="first", with_extra(before=...) or sdpa_layers(start={rest}).'
     else:
         hint = "Either patch= is not the network's, or tokens or the rows of its batch are in another order."
     raise AttentionError(

@@ -84,7 +84,7 @@ def plain_copies(kind: Any, methods: Mapping[str, Any]) -> Any:
     return functools.update_wrapper(made, kind, updated=())
 
 
-def written(kind: Any) -> Any:
+def unhooked(kind: Any) -> Any:
     """The class that `plain_copies` were made of, as its author wrote it."""
     while "__wrapped__" in vars(kind):  # inspect.unwrap leaves classes as they are from Python 3.12.3 on
         kind = kind.__wrapped__
@@ -96,4 +96,4 @@ _signature = functools.cache(inspect.signature)
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     """The signature of the class's forward, because offloading may replace the instance's forward."""
-    return _signature(written(type(getattr(module, "_orig_mod", module))).forward)  # torch.compile keeps it inside
+    return _signature(unhooked(type(getattr(module, "_orig_mod", module))).forward)  # torch.compile keeps it inside

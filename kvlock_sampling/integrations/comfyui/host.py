@@ -180,12 +180,12 @@ class ComfyLock:
             conds[SOURCE] = [_with_the_rest(cond, conds["positive"]) for cond in prompt[SOURCE]]
         options["policy"], options["estimator"] = measured(options.get("policy", "default"), options.get("estimator"))
         transformer = guider.model_options.get("transformer_options", {})
-        steps = [str(key) for key in transformer if "cache" in str(key) and key != "easycache"]  # of LazyCache too
+        caches = [str(key) for key in transformer if "cache" in str(key) and key != "easycache"]  # of LazyCache too
         if "easycache" in transformer.get("wrappers", {}).get("diffusion_model", {}):
-            steps.append("EasyCache")
-        if steps:  # TeaCache, MagCache and EasyCache keep something for each prompt
+            caches.append("EasyCache")
+        if caches:  # TeaCache, MagCache and EasyCache keep something for each prompt
             raise RunError(
-                f"a step cache, {', '.join(steps)}, takes the source for a prompt of the edit; expected LazyCache, or "
+                f"a step cache, {', '.join(caches)}, takes the source for a prompt of the edit; expected LazyCache, or "
                 "none."
             )
         cached = any("cache" in str(key) for kind in transformer.get("wrappers", {}).values() for key in kind)
@@ -233,10 +233,11 @@ class ComfyLock:
         if "negative" in guider.conds and guider.cfg != 1:
             prompts["uncond"] = "negative"
 
+        settings = lock.settings  # what has noise of its own, as `Run` draws it, goes on with it
+        continues = settings.layers is not None or (settings.policy.uses_risk and settings.estimator.needs_source)
+
         def predict(executor: Any, x: Tensor, sigma: Tensor, options: Any = None, seed: Any = None, **more: Any) -> Any:
-            settings = lock.settings
-            compares = settings.policy.uses_risk and settings.estimator.needs_source
-            if self.continues is not None and (settings.layers is not None or compares) and not lock.trace:
+            if self.continues is not None and continues and not lock.trace:
                 self._go_on(lock, self.continues.stages, x, sigma)
             denoiser.within(partial(executor, **more), {} if options is None else options, seed)
             return lock(x, sigma, cfg=guider.cfg, **prompts)
@@ -319,9 +320,9 @@ def _drop_denoise_mask(lock: KVLock, mask: Tensor | None) -> None:
 
 
 def _acts_on_background(lock: KVLock) -> bool:
-    policy, decides = lock.settings.policy, Release | ReleaseBelow
-    acts = policy.may_lock or lock.settings.composite or getattr(policy, "composite", None)
-    return bool(acts) or isinstance(innermost(policy), decides)
+    policy = lock.settings.policy
+    releases = isinstance(innermost(policy), Release | ReleaseBelow)  # also without a lock
+    return releases or policy.may_lock or bool(lock.settings.composite or getattr(policy, "composite", None))
 
 
 def _with_memory(executor: Any, model: Any, shape: Any, *args: Any, **kwargs: Any) -> Any:
